@@ -1,0 +1,57 @@
+"""Rational Adaptation (RAda, arXiv:2507.15480) of vision-language models, made fast.
+
+The public names load on first use, so that ``import rada_fast`` and the command line's help answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rada_fast.config import AdapterConfig, TTTConfig
+    from rada_fast.errors import BackendUnavailableError, UserError
+    from rada_fast.loops.episodes import adapt_episodes
+    from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
+    from rada_fast.ops import backends, use_backend
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterConfig": "config",
+    "TTTConfig": "config",
+    "RationalAdapter": "modules",
+    "load_adapter": "modules",
+    "save_adapter": "modules",
+    "adapt_episodes": "loops.episodes",
+    "backends": "ops",
+    "use_backend": "ops",
+    "UserError": "errors",
+    "BackendUnavailableError": "errors",
+}
+
+__all__ = [
+    "AdapterConfig",
+    "BackendUnavailableError",
+    "RationalAdapter",
+    "TTTConfig",
+    "UserError",
+    "__version__",
+    "adapt_episodes",
+    "backends",
+    "load_adapter",
+    "save_adapter",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"rada_fast.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'rada_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""The three loops, each readable top to bottom."""

@@ -1,0 +1,6 @@
+"""Modules that own parameters."""
+
+from rada_fast.modules.checkpoint import load_adapter, save_adapter
+from rada_fast.modules.rational_adapter import RationalAdapter
+
+__all__ = ["RationalAdapter", "load_adapter", "save_adapter"]

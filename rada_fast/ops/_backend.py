@@ -1,0 +1,67 @@
+"""Which backend serves a call: argument, then ``use_backend``, then RADA_FAST_BACKEND, then "auto"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from rada_fast import _env
+from rada_fast.errors import BackendUnavailableError
+
+BACKENDS = ("literal", "reference", "cpu", "triton", "cuda")
+
+_chosen: ContextVar[str | None] = ContextVar("rada_fast_backend", default=None)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every op inside the block with one backend.
+
+    name: "auto", or one of BACKENDS. A named backend that cannot serve a call raises BackendUnavailableError there;
+    it never falls back. Raises ValueError for an unknown name.
+    """
+    token = _chosen.set(_check_name(name, "backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def reason_unavailable(name: str) -> str | None:
+    """Why a backend cannot be used in this installation, or None where it can."""
+    match name:
+        case "literal" | "reference":
+            return None
+        case "cpu" | "cuda":
+            return "this version has no compiled extension"
+        case "triton":
+            return "this version has no Triton kernels"
+        case _:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+
+
+def backends() -> dict[str, str]:
+    """Every backend with "usable", or the reason why it is not."""
+    return {name: reason_unavailable(name) or "usable" for name in BACKENDS}
+
+
+def resolve_backend(name: str | None = None) -> str:
+    """The backend to serve a call with.
+
+    name: the call's own argument, if it has one. "auto" takes the fastest usable backend.
+    Raises BackendUnavailableError where a named backend cannot be used.
+    """
+    if name is None:
+        name = _chosen.get() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
+    if _check_name(name, "backend") == "auto":
+        return "reference"
+    if reason := reason_unavailable(name):
+        raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}")
+    return name

@@ -1,0 +1,121 @@
+"""The rational adapter as one call (RAda, arXiv:2507.15480, Eq. 2, 4, 6, 7, 16)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rada_fast.config import MASK_PENALTIES, AdapterConfig, MaskPenalty
+from rada_fast.ops._backend import resolve_backend
+from rada_fast.reference.rational_adapter import AdapterOutput as AdapterOutput
+
+
+def parameter_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter the configuration needs, under the published names."""
+    if config.mask_function == "mlp":
+        projections = ["fc", "out_proj"]
+    else:
+        queries = {"image": "q_proj1", "text": "q_proj2", "rational": "q_proj3"}
+        projections = [queries[kind] for kind in config.queries] + ["k_proj", "v_proj", "out_proj"]
+        for layer in range(config.num_layers - 1):
+            projections += [f"layers.{layer}.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in projections:
+        shapes[f"{name}.weight"] = (config.embed_dim, config.embed_dim)
+        if config.bias:
+            shapes[f"{name}.bias"] = (config.embed_dim,)
+    return shapes
+
+
+def _check(name: str, tensor: Tensor, rows: str, embed_dim: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} must be ({rows}, D), got {tuple(tensor.shape)}")
+    if tensor.shape[1] != embed_dim:
+        raise ValueError(f"{name} must have the adapter's width D = {embed_dim}, got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_inputs(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    parameters: Mapping[str, Tensor],
+    config: AdapterConfig,
+    penalty: str | None,
+) -> None:
+    """Raise ValueError or TypeError naming the first argument that does not fit."""
+    _check("image_features", image_features, "B", config.embed_dim)
+    _check("text_features", text_features, "K", config.embed_dim)
+    if len(text_features) == 0:
+        raise ValueError("text_features must hold at least one class (K >= 1), got K = 0")
+    if image_features.dtype != text_features.dtype and not torch.is_autocast_enabled(image_features.device.type):
+        raise TypeError(
+            f"text_features must have image_features' dtype {image_features.dtype}, got {text_features.dtype}"
+        )
+    if image_features.device != text_features.device:
+        raise ValueError(f"text_features must be on {image_features.device}, got {text_features.device}")
+    if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale must be a single multiplier, got shape {tuple(logit_scale.shape)}")
+    if penalty is not None and penalty not in MASK_PENALTIES:
+        raise ValueError(f"penalty must be None or one of {', '.join(map(repr, MASK_PENALTIES))}, got {penalty!r}")
+    for name, shape in parameter_shapes(config).items():
+        if name not in parameters:
+            raise ValueError(f"parameters must hold {name!r} for this configuration")
+        if tuple(parameters[name].shape) != shape:
+            raise ValueError(f"parameter {name!r} must be {shape}, got {tuple(parameters[name].shape)}")
+
+
+def rational_adapter(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    parameters: Mapping[str, Tensor],
+    config: AdapterConfig,
+    *,
+    penalty: MaskPenalty | None = None,
+    return_mask: bool = False,
+    backend: str | None = None,
+) -> AdapterOutput:
+    """Class logits under the adapter's learned mask, with the mask penalty and the mask if asked for.
+
+        R[b, k] = f[b] * T[k]                                    (Eq. 2)
+        A = attention over classes of R, asked by f, T and R     (Eq. 6, 16)
+        M = relu(1 + A) or 1 + A
+        logits[b, k] = s sum_c M[b, k, c] R[b, k, c]             (Eq. 4)
+
+    image_features: (B, D), float32|float64|bfloat16|float16, unit norm, any stride.
+    text_features: (K, D), same dtype and device, unit norm, K >= 1.
+    logit_scale: the multiplier s itself, a number or a one-element tensor; the projections' inputs see it detached.
+    parameters: tensors under the published names; see parameter_shapes.
+    config: the adapter's arithmetic.
+    penalty: "l2", "l1", "linf" (Eq. 7) or None.
+    return_mask: also return M, (B, K, D).
+    backend: None for the one in force (see use_backend), or a backend's name.
+
+    Returns AdapterOutput(logits (B, K), penalty () or None, mask (B, K, D) or None), in image_features' dtype.
+    Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend cannot serve.
+    Equivalent to ``logit_scale * (mask * image_features[:, None] * text_features).sum(-1)``.
+    """
+    check_inputs(image_features, text_features, logit_scale, parameters, config, penalty)
+    arguments = (image_features, text_features, logit_scale, parameters, config)
+    match resolve_backend(backend):
+        case "reference":
+            from rada_fast.reference.rational_adapter import rational_adapter as reference
+
+            return reference(*arguments, penalty=penalty, return_mask=return_mask)
+        case "literal":
+            from rada_fast.reference.literal import literal_adapter
+
+            return literal_adapter(*arguments, penalty=penalty, return_mask=return_mask)
+        case name:
+            raise AssertionError(f"backend {name!r} resolved but not wired")
+
+
+def zero_shot_logits(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """CLIP's own logits s f T^T (Eq. 1), what a zero output projection gives. Returns (B, K)."""
+    return logit_scale * (image_features @ text_features.mT)

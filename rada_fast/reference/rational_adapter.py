@@ -1,0 +1,91 @@
+"""The whole rational adapter in plain PyTorch (RAda, arXiv:2507.15480, Eq. 2, 4, 6, 7 and 16)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rada_fast.config import AdapterConfig, MaskPenalty
+from rada_fast.reference.class_attention import class_attention
+from rada_fast.reference.masked_logits import mask_penalty, masked_logits, rational_mask
+from rada_fast.reference.rational_projections import (
+    Parameters,
+    as_scale,
+    input_scales,
+    layer_projections,
+    project,
+    rational_matrix,
+    rational_projections,
+)
+
+
+class AdapterOutput(NamedTuple):
+    """What the adapter gives: logits (B, K), the penalty () if asked for, the mask (B, K, D) if asked for."""
+
+    logits: Tensor
+    penalty: Tensor | None
+    mask: Tensor | None
+
+
+def mask_offset(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, parameters: Parameters, config: AdapterConfig
+) -> Tensor:
+    """A = A_1 + ... + A_L, what the adapter adds to a mask of ones. Returns (B, K, D).
+
+    image_features: (B, D); text_features: (K, D); logit_scale: ().
+    """
+    if config.mask_function == "mlp":
+        scale = input_scales(logit_scale, config)[1]
+        rational = scale * rational_matrix(image_features, text_features)  # (B, K, D)
+        return project(project(rational, parameters, "fc").relu(), parameters, "out_proj")  # (B, K, D)
+
+    projections = rational_projections(image_features, text_features, logit_scale, parameters, config)
+    attended = class_attention(
+        projections.queries.values(),
+        projections.keys,
+        projections.values,
+        temperature=config.temperature,
+        softmax=config.softmax,
+    )  # (B, K, D)
+    offset = project(attended, parameters, "out_proj")  # A_1: (B, K, D)
+    for layer in range(2, config.num_layers + 1):
+        prefix = f"layers.{layer - 2}."
+        rational = input_scales(logit_scale, config)[1] * rational_matrix(image_features, text_features)  # (B, K, D)
+        projections = layer_projections(offset, rational, parameters, prefix, config)
+        attended = class_attention(
+            projections.queries.values(),
+            projections.keys,
+            projections.values,
+            temperature=config.temperature,
+            softmax=config.softmax,
+        )  # (B, K, D)
+        offset = offset + project(attended, parameters, f"{prefix}out_proj")  # (B, K, D)
+    return offset
+
+
+def rational_adapter(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    parameters: Parameters,
+    config: AdapterConfig,
+    *,
+    penalty: MaskPenalty | None = None,
+    return_mask: bool = False,
+) -> AdapterOutput:
+    """Logits of the adapted model, with the mask penalty and the mask if asked for.
+
+        M = act(1 + A),   logits[b, k] = s sum_c M[b, k, c] f[b, c] T[k, c]   (Eq. 4)
+
+    image_features: (B, D); text_features: (K, D); logit_scale: the multiplier s; parameters: published names.
+    """
+    scale = as_scale(logit_scale, image_features)  # ()
+    offset = mask_offset(image_features, text_features, scale, parameters, config)  # (B, K, D)
+    mask = rational_mask(offset, config.mask_activation)  # (B, K, D)
+    rational = rational_matrix(image_features, text_features)  # (B, K, D)
+    return AdapterOutput(
+        masked_logits(mask, rational, scale),
+        mask_penalty(mask, penalty) if penalty else None,
+        mask if return_mask else None,
+    )

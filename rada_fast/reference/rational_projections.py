@@ -1,0 +1,98 @@
+"""The rational matrix and its projections (RAda, arXiv:2507.15480, Eq. 2 and the projectors of Eq. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rada_fast.config import AdapterConfig
+
+Parameters = Mapping[str, Tensor]
+
+
+class Projections(NamedTuple):
+    """Queries by kind, keys and values, split into heads. Each query's second-last axis broadcasts over the classes."""
+
+    queries: dict[str, Tensor]  # image (B, H, 1, d), text (1, H, K, d), rational (B, H, K, d)
+    keys: Tensor  # (B, H, K, d)
+    values: Tensor  # (B, H, K, d)
+
+
+def rational_matrix(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Rational matrix R[b, k] = f[b] * T[k] (Eq. 2).
+
+    image_features: (B, D), unit norm; text_features: (K, D), unit norm. Returns (B, K, D).
+    Equivalent to ``image_features[:, None] * text_features``.
+    """
+    return image_features[:, None, :] * text_features[None, :, :]  # (B, K, D)
+
+
+def input_scales(logit_scale: Tensor, config: AdapterConfig) -> tuple[Tensor | float, Tensor | float]:
+    """Multipliers of the image and text queries, and of the rational matrix: (sqrt(s), s), or (1, 1) without scaling.
+
+    They carry no gradient, as in the published code.
+    """
+    if config.input_scale == "none":
+        return 1.0, 1.0
+    scale = logit_scale.detach() * config.input_scale_factor  # ()
+    return scale.sqrt(), scale
+
+
+def split_heads(rows: Tensor, num_heads: int) -> Tensor:
+    """(N, K, D) to (N, H, K, d)."""
+    return rows.unflatten(-1, (num_heads, -1)).transpose(-3, -2)  # (N, H, K, d)
+
+
+def project(rows: Tensor, parameters: Parameters, name: str) -> Tensor:
+    """One linear projection, with its bias where it has one."""
+    return linear(rows, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+
+
+def rational_projections(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, parameters: Parameters, config: AdapterConfig
+) -> Projections:
+    """Queries, keys and values of the first layer (Eq. 6).
+
+        qi[b] = sqrt(s) f[b] Wi^T + bi,  qt[k] = sqrt(s) T[k] Wt^T + bt,  qr[b, k] = s R[b, k] Wr^T + br,
+        kk = s R Wk^T + bk,  vv = s R Wv^T + bv
+
+    The image query is one row per image (it is the same for every class), the text query is shared by the batch.
+    image_features: (B, D); text_features: (K, D); logit_scale: ().
+    """
+    query_scale, rational_scale = input_scales(logit_scale, config)
+    rational = rational_scale * rational_matrix(image_features, text_features)  # (B, K, D)
+    rows = {
+        "image": ("q_proj1", lambda: query_scale * image_features[:, None, :]),  # (B, 1, D)
+        "text": ("q_proj2", lambda: query_scale * text_features[None, :, :]),  # (1, K, D)
+        "rational": ("q_proj3", lambda: rational),  # (B, K, D)
+    }
+    queries: dict[str, Tensor] = {
+        kind: split_heads(project(rows[kind][1](), parameters, rows[kind][0]), config.num_heads)
+        for kind in config.queries
+    }  # (B | 1, H, 1 | K, d)
+    keys = split_heads(project(rational, parameters, "k_proj"), config.num_heads)  # (B, H, K, d)
+    values = split_heads(project(rational, parameters, "v_proj"), config.num_heads)  # (B, H, K, d)
+    return Projections(queries, keys, values)
+
+
+def layer_projections(
+    offset: Tensor, rational: Tensor, parameters: Parameters, prefix: str, config: AdapterConfig
+) -> Projections:
+    """Query, keys and values of a layer above the first (Eq. 16): the summed mask offset asks, R answers.
+
+    offset: (B, K, D), the sum A_1 + ... + A_{l-1}; rational: (B, K, D), already scaled.
+    """
+    query, keys, values = (
+        split_heads(project(rows, parameters, f"{prefix}{name}"), config.num_heads)  # (B, H, K, d)
+        for rows, name in ((offset, "q_proj"), (rational, "k_proj"), (rational, "v_proj"))
+    )
+    return Projections({"offset": query}, keys, values)
+
+
+def as_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
+    """The logit scale as a 0-dim tensor of like's device and dtype; a tensor keeps its gradient."""
+    return torch.as_tensor(logit_scale, dtype=like.dtype, device=like.device)
