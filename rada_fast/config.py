@@ -14,6 +14,12 @@ QueryKind = Literal["image", "text", "rational"]
 MaskPenalty = Literal["l2", "l1", "linf"]
 TTTLoss = Literal["mean", "marginal"]
 OptimizerName = Literal["adamw", "adam", "sgd"]
+Precision = Literal["float32", "bfloat16", "float16"]
+ViewKind = Literal["crop", "augmix"]
+TrainViews = Literal["center", "crop"]
+Protocol = Literal["base-to-new", "all"]
+Schedule = Literal["cosine", "constant"]
+Stages = Literal["both", "rada"]
 
 QUERY_KINDS: tuple[QueryKind, ...] = ("image", "text", "rational")
 MASK_PENALTIES: tuple[MaskPenalty, ...] = ("l2", "l1", "linf")
@@ -135,26 +141,25 @@ class AdapterConfig:
 class TTTConfig:
     """One test-time episode (RAda, arXiv:2507.15480, Sec. 4.3): adapt to one image's views, predict, forget.
 
-    steps: optimiser steps (paper: 3).
-    lr: learning rate (paper: 8e-4).
-    selection: share of the views kept, those of lowest prediction entropy; int(selection * V), at least one (0.1).
-    loss: "mean" of the kept views' entropies (Eq. 5), or "marginal": entropy of their mean prediction (TPT's form).
-    penalty: mask penalty L_s (Eq. 7).
-    penalty_weight: its weight; the paper writes it without one in this setting, so 1.
-    optimizer: "adamw" (paper), "adam" or "sgd".
-    weight_decay: AdamW's; torch's own default of 0.01, which the paper does not change.
-
     Raises ValueError naming the field when a value is out of range.
     """
 
     steps: int = 3
+    """Optimiser steps for each image (paper: 3)."""
     lr: float = 8e-4
+    """Learning rate (paper: 8e-4)."""
     selection: float = 0.1
+    """Share of the views kept: the int(selection * V) of lowest prediction entropy, at least one (paper: 0.1)."""
     loss: TTTLoss = "mean"
+    """Mean of the kept views' entropies (Eq. 5), or "marginal": the entropy of their mean prediction (TPT)."""
     penalty: MaskPenalty = "l2"
+    """Mask penalty (Eq. 7): l2, l1 or linf."""
     penalty_weight: float = 1.0
+    """Weight of the mask penalty; the paper writes none in this setting, so 1."""
     optimizer: OptimizerName = "adamw"
+    """adamw (paper), adam or sgd."""
     weight_decay: float = 0.01
+    """Weight decay; torch's default for AdamW, which the paper does not change."""
 
     def __post_init__(self) -> None:
         _check_whole("steps", self.steps, 0)
@@ -170,3 +175,283 @@ class TTTConfig:
     def num_selected(self, num_views: int) -> int:
         """How many of num_views views an episode keeps."""
         return max(1, int(self.selection * num_views))
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The vision-language model."""
+
+    model: str = "embedded"
+    """An open_clip model's name, such as ViT-B-16-quickgelu, or "embedded", the small CLIP that is shipped."""
+    pretrained: str | None = None
+    """A hub tag such as openai, a local weights file, or "random" to try the machinery without weights."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    precision: Precision = "float32"
+    """Arithmetic of the encoders; the adapter, its gradients and its optimiser stay in float32."""
+
+    def __post_init__(self) -> None:
+        _check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class ClassOptions:
+    """The classes and their text features."""
+
+    classes: str | None = None
+    """Class names: a text file (a name a line) or JSON. Default: folder names; ImageNet's folders are recognised."""
+    templates: str = "photo"
+    """A template with {}, photo, simple (7), openai (80), a CoOp data set's name such as dtd, or a file."""
+    text_features: str | None = None
+    """Use these as T instead of encoding prompts: a features:FILE.npz with one row a class, or "class-means": the mean
+    of each class's training features."""
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The rational adapter."""
+
+    preset: Literal["official", "paper"] = "official"
+    """The published code's arithmetic, or the paper's."""
+    temperature: float = 1.0
+    """Divides the attention scores."""
+    num_heads: int | None = None
+    """Attention heads. Default: the preset's (official 8, paper 1)."""
+    queries: tuple[QueryKind, ...] = QUERY_KINDS
+    """Query kinds in use."""
+    num_layers: int = 1
+    """Attention layers."""
+    mask_function: MaskFunction = "attention"
+    """attention, or mlp: a two-layer MLP in its place (Table 4)."""
+    adapter: str | None = None
+    """Start from this adapter: our safetensors or a published checkpoint. Its configuration replaces the above."""
+
+    def resolve(self, embed_dim: int) -> AdapterConfig:
+        """The full configuration at a model's width. Raises ValueError naming the field that does not fit."""
+        make = AdapterConfig.official if self.preset == "official" else AdapterConfig.paper
+        changes: dict[str, Any] = {} if self.num_heads is None else {"num_heads": self.num_heads}
+        return make(
+            embed_dim,
+            temperature=self.temperature,
+            queries=self.queries,
+            num_layers=self.num_layers,
+            mask_function=self.mask_function,
+            **changes,
+        )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where the results go and how the run behaves."""
+
+    output: str = "results"
+    """Folder for the results. A run that was cut off goes on where it stopped when started again with it."""
+    seed: int = 0
+    """Every random draw comes from (seed, image id), so order, workers and interruptions change nothing."""
+    workers: int = 0
+    """Processes that read images and make views; 0 does it in the main one."""
+    limit: int | None = None
+    """Take only this many images, spread over the classes."""
+    overwrite: bool = False
+    """Remove the results of another run that lie in the output folder."""
+    allow_unreadable: int = 0
+    """Exit with status 3 when more images than this could not be read; each is recorded either way."""
+    json: bool = False
+    """Print the summary as JSON on standard output instead of a table."""
+
+    def __post_init__(self) -> None:
+        _check_whole("workers", self.workers, 0)
+        _check_whole("seed", self.seed, 0)
+        if self.limit is not None:
+            _check_whole("limit", self.limit, 1)
+        _check_whole("allow_unreadable", self.allow_unreadable, 0)
+
+
+@dataclass(frozen=True)
+class TestTimeConfig:
+    """Test-time training: adapt to each test image by itself, from its views alone (paper Sec. 4.3).
+
+    For every image: encode the original and its random views once, keep the confident ones, take a few optimiser steps
+    on a fresh copy of the adapter, predict the original, forget. Writes images.jsonl (a line an image, as it happens)
+    and summary.json.
+
+    Example: rada-fast ttt --data imagefolder:photos --model ViT-B-16-quickgelu --pretrained openai --output results/ttt
+    """
+
+    data: str
+    """Images as KIND:PATH: imagefolder:DIR (a sub-folder a class), images:DIR (no labels; needs --classes), or
+    features:FILE.npz (arrays features (N, V, D) or (N, D), and labels)."""
+    views: int = 64
+    """Views of an image, the original included (paper: 64)."""
+    view_kind: ViewKind = "crop"
+    """crop: random resized crops and flips, as for ImageNet's variants; augmix: also AugMix, for fine-grained sets."""
+    episodes: int = 8
+    """Images adapted at once; it changes speed and memory, never a result."""
+    order_seed: int | None = None
+    """Visit the images in a random order drawn from this seed; it changes no image's result."""
+    run: RunOptions = RunOptions(output="results/ttt")
+    model: ModelOptions = ModelOptions()
+    text: ClassOptions = ClassOptions()
+    adapter: AdapterOptions = AdapterOptions()
+    episode: TTTConfig = TTTConfig()
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    def __post_init__(self) -> None:
+        _check_whole("views", self.views, 1)
+        _check_whole("episodes", self.episodes, 1)
+        _check_choice("view_kind", self.view_kind, ("crop", "augmix"))
+
+
+@dataclass(frozen=True)
+class EfficientConfig:
+    """Efficient fine-tuning: train the adapter with frozen encoders; report base, new and their harmonic mean
+    (paper Sec. 4.2).
+
+    Writes epochs.jsonl (a line an epoch, as it happens), images.jsonl (a line a test image), adapter.safetensors and
+    summary.json.
+
+    Example: rada-fast eft --train imagefolder:train --test imagefolder:test --model ViT-B-16-quickgelu --pretrained
+    openai --output results/eft
+    """
+
+    train: str
+    """Training images as KIND:PATH: imagefolder:DIR, or features:FILE.npz."""
+    test: str
+    """Test images as KIND:PATH."""
+    new_test: str | None = None
+    """Test images of new classes, where they lie apart. Needs --protocol all."""
+    protocol: Protocol = "base-to-new"
+    """base-to-new: train on the first half of the classes, test on both halves; all: train and test on all classes."""
+    shots: int | None = 16
+    """Training images a class (paper: 16); None takes all."""
+    epochs: int = 13
+    """Passes over the training images (paper: 13)."""
+    batch_size: int = 1
+    """Images a step (paper: 1)."""
+    lr: float = 9e-4
+    """Learning rate (paper: 9e-4)."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, adam or sgd (momentum 0.9), all three found in published configurations."""
+    weight_decay: float = 5e-4
+    """Weight decay (published configurations: 5e-4)."""
+    schedule: Schedule = "cosine"
+    """cosine with one warm-up epoch at 1e-5 (published configurations), or constant."""
+    penalty: MaskPenalty = "l2"
+    """Mask penalty: l2 (paper), l1, or linf (what the published code runs)."""
+    penalty_weight: float = 1.5
+    """Weight of the mask penalty (paper: 1.5)."""
+    train_views: TrainViews = "center"
+    """center: one fixed view, encoded once and cached; crop: a new random crop and flip each epoch (published)."""
+    evaluate_every: int = 0
+    """Also test after every so many epochs; 0 tests at the end only."""
+    run: RunOptions = RunOptions(output="results/eft")
+    model: ModelOptions = ModelOptions()
+    text: ClassOptions = ClassOptions()
+    adapter: AdapterOptions = AdapterOptions()
+
+    def __post_init__(self) -> None:
+        if self.shots is not None:
+            _check_whole("shots", self.shots, 1)
+        _check_whole("epochs", self.epochs, 1)
+        _check_whole("batch_size", self.batch_size, 1)
+        _check_whole("evaluate_every", self.evaluate_every, 0)
+        _check_positive("lr", self.lr)
+        _check_positive("weight_decay", self.weight_decay, zero_ok=True)
+        _check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
+        if self.new_test is not None and self.protocol != "all":
+            raise ValueError("new_test needs protocol 'all': with 'base-to-new' the new classes are test's second half")
+
+
+@dataclass(frozen=True)
+class FullConfig:
+    """Full fine-tuning: a linear classifier, started from the text features, replaces the text encoder (Sec. 4.1).
+
+    RAda trains the adapter and the classifier with frozen encoders; RAda-FT goes on from the adapter after a few of
+    those epochs and trains everything, without the mask penalty. Writes epochs.jsonl, images.jsonl, the trained
+    weights and summary.json.
+
+    Example: rada-fast fft --train imagefolder:train --test imagefolder:val imagefolder:sketch --model
+    ViT-B-16-quickgelu --pretrained openai --output results/fft
+    """
+
+    train: str
+    """Training images as KIND:PATH. features:FILE.npz serves --stages rada only."""
+    test: tuple[str, ...]
+    """Test images, several KIND:PATH: the training domain's and shifted ones with the same classes."""
+    stages: Stages = "both"
+    """both, or rada: adapter and classifier only."""
+    epochs: int = 10
+    """Epochs of RAda (paper: 10)."""
+    finetune_from: int = 5
+    """RAda-FT starts from the weights after this many epochs of RAda (paper: 5)."""
+    finetune_epochs: int = 5
+    """Epochs of RAda-FT (paper: 5)."""
+    batch_size: int = 512
+    """Images a step (paper: 512)."""
+    micro_batch: int | None = None
+    """Split a step into parts of this many images to save memory; gradients are accumulated."""
+    lr: float = 4e-3
+    """Learning rate of RAda (paper: 4e-3)."""
+    finetune_lr: float = 4e-6
+    """Learning rate of RAda-FT (paper: 4e-6)."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay (paper: 0.1)."""
+    warmup_steps: int = 500
+    """Linear warm-up, then cosine; at most a fifth of a stage's steps."""
+    penalty: MaskPenalty = "l2"
+    """Mask penalty, in RAda only."""
+    penalty_weight: float = 1.0
+    """Weight of the mask penalty (Eq. 14 writes none, so 1)."""
+    train_views: TrainViews = "crop"
+    """crop: random crops of 90 to 100 % of the picture, as open_clip trains; center: one fixed view."""
+    run: RunOptions = RunOptions(output="results/fft")
+    model: ModelOptions = ModelOptions()
+    text: ClassOptions = ClassOptions()
+    adapter: AdapterOptions = AdapterOptions()
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "finetune_epochs", "batch_size", "finetune_from"):
+            _check_whole(name, getattr(self, name), 1)
+        if self.micro_batch is not None:
+            _check_whole("micro_batch", self.micro_batch, 1)
+        _check_whole("warmup_steps", self.warmup_steps, 0)
+        if self.finetune_from > self.epochs:
+            raise ValueError(f"finetune_from must be at most epochs {self.epochs}, got {self.finetune_from}")
+        for name in ("lr", "finetune_lr"):
+            _check_positive(name, getattr(self, name))
+        _check_positive("weight_decay", self.weight_decay, zero_ok=True)
+        _check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
+        if not self.test:
+            raise ValueError("test must name at least one source, got none")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The method on the embedded default: zero-shot, test-time training and a short EFT on the shipped small CLIP and
+    its drawn world, in about two minutes on two cores.
+
+    Writes the drawn images, each run's results, report.json and demo.png into the output folder.
+    """
+
+    output: str = "results/demo"
+    """Folder for everything the demo writes."""
+    images: int = 240
+    """Shifted test images for test-time training, spread over the classes."""
+    epochs: int = 8
+    """Epochs of the short EFT."""
+    seed: int = 0
+    """Seed of the drawn images, the views and the training."""
+
+    def __post_init__(self) -> None:
+        _check_whole("images", self.images, 1)
+        _check_whole("epochs", self.epochs, 1)
+        _check_whole("seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What is installed, which backends are usable and why not, and a small numeric self-test."""
+
+    json: bool = False
+    """Print JSON, for an issue report."""

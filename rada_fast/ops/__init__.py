@@ -1,6 +1,14 @@
 """Public ops: checks, choice of backend, autograd. One file per op."""
 
-from rada_fast.ops._backend import BACKENDS, backends, use_backend
+from rada_fast.ops._backend import BACKENDS, backends, resolve_backend, use_backend
 from rada_fast.ops.rational_adapter import AdapterOutput, rational_adapter, zero_shot_logits
 
-__all__ = ["BACKENDS", "AdapterOutput", "backends", "rational_adapter", "use_backend", "zero_shot_logits"]
+__all__ = [
+    "BACKENDS",
+    "AdapterOutput",
+    "backends",
+    "rational_adapter",
+    "resolve_backend",
+    "use_backend",
+    "zero_shot_logits",
+]

@@ -1,0 +1,84 @@
+"""What is installed, which backends are usable and why not, and a small numeric self-test."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.functional import normalize
+
+from rada_fast import _env
+from rada_fast.config import AdapterConfig, DoctorConfig
+from rada_fast.loops.report import table
+from rada_fast.loops.run_folder import versions
+from rada_fast.modules import RationalAdapter
+from rada_fast.ops import BACKENDS, backends, rational_adapter, resolve_backend
+
+SELF_TEST_BOUND = 1e-4
+"""Largest relative error of float32 logits against float64: about 100 times what rounding gives at this size."""
+
+
+def run_doctor(config: DoctorConfig) -> int:
+    """Print the report. Returns 0, or 1 where a usable backend fails the self-test."""
+    report = examine()
+    if config.json:
+        print(json.dumps(report, indent=2))
+    else:
+        console = Console()
+        console.print(table("versions", report["versions"].items()))
+        console.print(table("machine", report["machine"].items()))
+        console.print(table("backends", report["backends"].items()))
+        console.print(table("self-test: relative error of float32 logits against float64", report["self_test"].items()))
+        console.print(f"auto takes: {report['auto']}")
+    failed = [name for name, error in report["self_test"].items() if not float(error) <= SELF_TEST_BOUND]
+    if failed and not config.json:
+        Console().print(f"self-test failed: {', '.join(failed)}", style="bold red")
+    return 1 if failed else 0
+
+
+def examine() -> dict[str, Any]:
+    """The whole report as plain values."""
+    return {
+        "versions": versions(),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "cpu_capability": _env.cpu_capability(),
+            "cuda": torch.cuda.get_device_name() if _env.has_cuda() else "no device",
+            "cuda_build": torch.version.cuda or "none",
+            "cache": str(_env.cache_dir()),
+        },
+        "backends": backends(),
+        "auto": resolve_backend("auto"),
+        "self_test": self_test(),
+    }
+
+
+def self_test() -> dict[str, str]:
+    """Relative error of every usable backend's logits on a small problem."""
+    generator = torch.Generator().manual_seed(0)
+    adapter = RationalAdapter(AdapterConfig.official(64)).double()
+    for parameter in adapter.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    image = normalize(torch.randn(3, 64, generator=generator, dtype=torch.float64), dim=-1)
+    text = normalize(torch.randn(17, 64, generator=generator, dtype=torch.float64), dim=-1)
+    exact = adapter.float().double()(image.float().double(), text.float().double(), 100.0).detach()
+    adapter = adapter.float()
+    device = "cuda" if _env.has_cuda() else "cpu"
+    errors = {}
+    for name in BACKENDS:
+        if backends()[name] != "usable":
+            continue
+        place = "cpu" if name == "cpu" else device
+        parameters = {key: value.detach().to(place) for key, value in adapter.named_parameters()}
+        with torch.no_grad():
+            logits = rational_adapter(
+                image.float().to(place), text.float().to(place), 100.0, parameters, adapter.config, backend=name
+            ).logits
+        errors[name] = f"{float((logits.cpu() - exact).norm() / exact.norm()):.1e}"
+    return errors

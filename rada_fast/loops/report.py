@@ -1,0 +1,149 @@
+"""What a run reports: a record an image, accuracies over the records, the summary and its table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from rada_fast.config import RunOptions
+from rada_fast.loops.run_folder import RunFolder, peak_memory, versions
+from rada_fast.models.vision_language import VisionLanguageModel
+from rada_fast.modules import RationalAdapter
+from rada_fast.ops import resolve_backend
+
+
+def image_record(id: str, label: int | None, status: str, before: Tensor, after: Tensor) -> dict[str, Any]:
+    """One image's line: its label, the zero-shot and the adapted answer, best five first, and their confidence.
+
+    before, after: logits (K,). Equal logits rank by class index.
+    """
+    best_before, best_after = (ranking(logits) for logits in (before, after))
+    return {
+        "id": id,
+        "label": label,
+        "status": status,
+        "zero_shot": best_before,
+        "adapted": best_after,
+        "confidence": [round(float(logits.softmax(-1).max()), 6) for logits in (before, after)],
+    }
+
+
+def ranking(logits: Tensor, count: int = 5) -> list[int]:
+    """The count classes of the largest logits, ties by index. logits: (K,)."""
+    order: list[int] = logits.argsort(descending=True, stable=True)[:count].tolist()
+    return order
+
+
+def accuracy_of(records: Sequence[dict[str, Any]], *, before: str, after: str) -> dict[str, Any]:
+    """Counts and accuracies in percent over records with a ranking under both names.
+
+    An unreadable image counts as wrong, never as absent.
+    """
+    labelled = [record for record in records if record["label"] is not None]
+    counts = {
+        status: sum(record["status"] == status for record in records) for status in ("ok", "diverged", "unreadable")
+    }
+    result: dict[str, Any] = {"images": len(records), "status": counts}
+    for name in (before, after):
+        for k in (1, 5):
+            right = sum(record["label"] in record.get(name, [])[:k] for record in labelled)
+            result[f"{name}_top{k}"] = percent(right, len(labelled))
+    return result
+
+
+def percent(right: int, total: int) -> float | None:
+    """Accuracy in percent; None of nothing."""
+    return round(100 * right / total, 3) if total else None
+
+
+def finish(
+    folder: RunFolder,
+    command: str,
+    config: Any,
+    adapter: RationalAdapter,
+    vlm: VisionLanguageModel | None,
+    results: dict[str, Any],
+    *,
+    resumed: int,
+) -> dict[str, Any]:
+    """Write and return the summary: what ran, on what, and the results."""
+    summary = {
+        "command": command,
+        "preset": adapter.config.preset,
+        **results,
+        "resumed": resumed,
+        "peak_memory": peak_memory(),
+        "backend": resolve_backend(),
+        "model": {"name": vlm.name, "pretrained": vlm.pretrained, "fingerprint": vlm.fingerprint} if vlm else None,
+        "adapter": adapter.config.to_dict(),
+        "config": dataclasses.asdict(config),
+        "versions": versions(),
+        "output": str(folder.path),
+    }
+    folder.write_summary(summary)
+    return summary
+
+
+def harmonic_mean(base: float | None, new: float | None) -> float | None:
+    """Harmonic mean of two accuracies in percent."""
+    if base is None or new is None:
+        return None
+    return round(2 * base * new / (base + new), 3) if base + new else 0.0
+
+
+def table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
+    """Two columns: what, and how much."""
+    result = Table(title=title, show_header=False, title_justify="left")
+    result.add_column(style="bold")
+    result.add_column(justify="right")
+    for name, value in rows:
+        result.add_row(name, "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value))
+    return result
+
+
+def show(summary: dict[str, Any], options: RunOptions) -> int:
+    """Print a summary as a table or as JSON. Returns the command's exit status."""
+    if options.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        console = Console()
+        rows = [(name, value) for name, value in _flat(summary) if name.partition(" ")[0] not in _NOT_IN_TABLE]
+        console.print(table(f"rada-fast {summary['command']}", rows))
+        console.print(f"results in {summary['output']}", soft_wrap=True)
+    unreadable = _count_unreadable(summary)
+    if unreadable > options.allow_unreadable:
+        print(
+            f"rada-fast: {unreadable} images could not be read; images.jsonl names them and they count as wrong "
+            f"(--allow-unreadable {unreadable} accepts them)",
+            file=sys.stderr,
+        )
+        return 3
+    return 0
+
+
+_NOT_IN_TABLE = {"command", "config", "versions", "adapter", "model", "output"}
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Nested entries under one readable name each."""
+    for name, entry in value.items():
+        title = f"{prefix} {name}".strip().replace("_", " ")
+        if isinstance(entry, dict):
+            yield from _flat(entry, title)
+        else:
+            yield title, entry
+
+
+def _count_unreadable(value: Any) -> int:
+    """All unreadable images that a summary counts."""
+    if not isinstance(value, dict):
+        return 0
+    own = value.get("unreadable", 0)
+    return (own if isinstance(own, int) else 0) + sum(_count_unreadable(entry) for entry in value.values())

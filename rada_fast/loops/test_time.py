@@ -1,0 +1,172 @@
+"""Test-time training (RAda, arXiv:2507.15480, Sec. 4.3): adapt to each image from its views alone, predict, forget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rada_fast.config import TestTimeConfig
+from rada_fast.data.sources import FeatureFile
+from rada_fast.data.views import image_seed
+from rada_fast.loops import problem
+from rada_fast.loops.episodes import adapt_episodes, prediction_entropy
+from rada_fast.loops.progress import progress
+from rada_fast.loops.report import accuracy_of, finish, image_record
+from rada_fast.loops.run_folder import RunFolder, reset_peak_memory
+from rada_fast.models.vision_language import VisionLanguageModel
+from rada_fast.modules import RationalAdapter
+from rada_fast.ops import zero_shot_logits
+
+IMAGES = "images.jsonl"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One image on its way through: its views' features, or the reason why it could not be read."""
+
+    id: str
+    label: int | None
+    views: Tensor | None  # (V, D), unit norm
+    error: str | None = None
+
+
+def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
+    """Adapt to and predict every image of the data; returns the summary that it also writes.
+
+    Raises UserError naming the option that cannot be used.
+    """
+    source = problem.open_data(config.data)
+    vlm = problem.load_vision_language(config.model, config.run) if problem.needs_model(config.text, source) else None
+    names = problem.class_names_of(source, config.text)
+    text_features = problem.text_features_of(config.text, names, vlm, training=None)
+    logit_scale = vlm.logit_scale if vlm is not None else problem.DEFAULT_LOGIT_SCALE
+    adapter = problem.make_adapter(config.adapter, text_features.shape[1], config.run.seed)
+    if isinstance(source, FeatureFile):
+        problem.check_width(source.features, text_features, config.data)
+    folder = RunFolder(config.run, problem.identity_of("ttt", config, vlm, adapter, text_features))
+
+    device = vlm.device if vlm is not None else problem.resolve_device(config.model.device)
+    adapter, text_features = adapter.to(device), text_features.to(device)
+    done = {record["id"] for record in folder.read_lines(IMAGES)}
+    reset_peak_memory()
+    clock = Clock()
+    pending: list[Episode] = []
+    total, stream = episodes_of(config, source, vlm, done, clock)
+    with progress("test-time training", total) as advance:
+        for episode in stream:
+            pending.append(episode)
+            if len(pending) == config.episodes:
+                adapt_and_record(pending, folder, adapter, text_features, logit_scale, config, clock)
+                advance(len(pending))
+                pending.clear()
+        adapt_and_record(pending, folder, adapter, text_features, logit_scale, config, clock)
+        advance(len(pending))
+
+    records = folder.read_lines(IMAGES)
+    summary = {
+        "classes": len(names),
+        "views": config.views,
+        **accuracy_of(records, before="zero_shot", after="adapted"),
+        "time": clock.report(total),
+    }
+    return finish(folder, "ttt", config, adapter, vlm, summary, resumed=len(done))
+
+
+class Clock:
+    """Seconds spent by part of the work, and as a whole."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.parts = {"encode": 0.0, "adapt": 0.0}
+
+    def report(self, images: int) -> dict[str, float]:
+        """Seconds in all and by part, and images per second; reading and view making are the rest."""
+        seconds = time.perf_counter() - self.start
+        parts = {f"{name}_seconds": round(value, 3) for name, value in self.parts.items()}
+        return {"seconds": round(seconds, 3), **parts, "images_per_second": round(images / seconds, 3)}
+
+
+def episodes_of(
+    config: TestTimeConfig,
+    source: problem.Source,
+    vlm: VisionLanguageModel | None,
+    done: set[str],
+    clock: Clock,
+) -> tuple[int, Iterator[Episode]]:
+    """How many images are left, and their episodes, in the order asked for."""
+    if isinstance(source, FeatureFile):
+        features = source.normalised()
+        features = features if features.ndim == 3 else features[:, None]
+        chosen = [i for i in visiting_order(len(features), config)[: config.run.limit] if source.ids[i] not in done]
+        return len(chosen), (Episode(source.ids[i], int(source.labels[i]), features[i]) for i in chosen)
+
+    limited = problem.spread_limit(source.samples, config.run.limit)
+    samples = [limited[i] for i in visiting_order(len(limited), config) if limited[i].id not in done]
+    assert vlm is not None
+
+    def encoded() -> Iterator[Episode]:
+        stream = problem.iterate_views(
+            samples, vlm, views=config.views, kind=config.view_kind, seed=config.run.seed, workers=config.run.workers
+        )
+        for index, views, reason in stream:
+            sample = samples[index]
+            label = sample.label if sample.label >= 0 else None
+            if views is None:
+                yield Episode(sample.id, label, None, reason)
+                continue
+            start = time.perf_counter()
+            # One image a call: the shapes, and with them the bits, depend on nothing but the image.
+            features = vlm.encode_images(views)
+            clock.parts["encode"] += time.perf_counter() - start
+            yield Episode(sample.id, label, features)
+
+    return len(samples), encoded()
+
+
+def visiting_order(count: int, config: TestTimeConfig) -> list[int]:
+    """Indices in the order in which images are visited."""
+    if config.order_seed is None:
+        return list(range(count))
+    generator = torch.Generator().manual_seed(image_seed(config.order_seed, "order"))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def adapt_and_record(
+    episodes: list[Episode],
+    folder: RunFolder,
+    adapter: RationalAdapter,
+    text_features: Tensor,
+    logit_scale: float,
+    config: TestTimeConfig,
+    clock: Clock,
+) -> None:
+    """Adapt to a group of episodes and append one line for each."""
+    readable = [episode for episode in episodes if episode.views is not None]
+    for episode in episodes:
+        if episode.views is None:
+            record = {"id": episode.id, "label": episode.label, "status": "unreadable", "error": episode.error}
+            folder.append(IMAGES, record)
+    if not readable:
+        return
+    start = time.perf_counter()
+    views = torch.stack([episode.views for episode in readable if episode.views is not None])  # (E, V, D)
+    views = views.to(text_features.device)
+    adapted = adapt_episodes(adapter, views, text_features, logit_scale, config.episode).cpu()  # (E, K)
+    # Each original by itself, as its episode was, so that its bits do not depend on the group.
+    zero_shot = torch.cat([zero_shot_logits(view[:1], text_features, logit_scale) for view in views]).cpu()  # (E, K)
+    clock.parts["adapt"] += time.perf_counter() - start
+    entropies = zip(prediction_entropy(zero_shot).tolist(), prediction_entropy(adapted).tolist(), strict=True)
+    for episode, before, after, (entropy_before, entropy_after) in zip(
+        readable, zero_shot, adapted, entropies, strict=True
+    ):
+        status = "ok"
+        if not bool(torch.isfinite(after).all()):
+            # A diverged episode keeps the answer it started from, and says so.
+            status, after, entropy_after = "diverged", before, entropy_before
+        record = image_record(episode.id, episode.label, status, before, after)
+        folder.append(IMAGES, record | {"entropy": [round(entropy_before, 6), round(entropy_after, 6)]})
