@@ -124,24 +124,21 @@ def _options_of(path: Path) -> list[str]:
 
 def _runner(command: str) -> Callable[[Any], int]:
     """The function that runs a command and returns the exit status; importing it imports PyTorch."""
-    match command:
-        case "demo":
-            from rada_fast.demo import run_demo
+    if command == "demo":
+        from rada_fast.demo import run_demo
 
-            return run_demo
-        case "doctor":
-            from rada_fast.doctor import run_doctor
+        return run_demo
+    if command == "doctor":
+        from rada_fast.doctor import run_doctor
 
-            return run_doctor
-        case "ttt":
-            from rada_fast.loops.test_time import run_test_time as loop
-        case "eft":
-            from rada_fast.loops.efficient import run_efficient as loop
-        case "fft":
-            from rada_fast.loops.full import run_full as loop
+        return run_doctor
+    from rada_fast.loops.efficient import run_efficient
+    from rada_fast.loops.full import run_full
     from rada_fast.loops.report import show
+    from rada_fast.loops.test_time import run_test_time
 
-    return lambda config: show(loop(config), config.run)
+    loops: dict[str, Callable[[Any], dict[str, Any]]] = {"ttt": run_test_time, "eft": run_efficient, "fft": run_full}
+    return lambda config: show(loops[command](config), config.run)
 
 
 def _fail(message: str) -> int:

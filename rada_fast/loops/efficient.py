@@ -47,7 +47,10 @@ class TestSet:
 
 
 def run_efficient(config: EfficientConfig) -> dict[str, Any]:
-    """Train and test; returns the summary that it also writes. Raises UserError naming an option that cannot be used."""
+    """Train and test; returns the summary that it also writes.
+
+    Raises UserError naming an option that cannot be used.
+    """
     sources = {"train": problem.open_data(config.train), "test": problem.open_data(config.test)}
     if config.new_test is not None:
         sources["new"] = problem.open_data(config.new_test)
@@ -281,12 +284,11 @@ def encode_crops(source: ImageFolder, vlm: VisionLanguageModel, config: Efficien
     """Features of one random crop an image, drawn from (seed, epoch, image id)."""
     seed = image_seed(config.run.seed, f"epoch {epoch}")
     features, kept = [], []
-    stream = problem.iterate_views(source.samples, vlm, views=2, kind="crop", seed=seed, workers=config.run.workers)
+    stream = problem.iterate_views(source.samples, vlm, views=0, kind="crop", seed=seed, workers=config.run.workers)
     with progress(f"encode epoch {epoch + 1}", len(source.samples)) as advance:
         for index, views, _ in stream:
             if views is not None:
-                # View 0 is the original, view 1 the crop.
-                features.append(vlm.encode_images(views[1:]).cpu())
+                features.append(vlm.encode_images(views).cpu())
                 kept.append(source.samples[index])
             advance()
     labels = torch.tensor([sample.label for sample in kept])

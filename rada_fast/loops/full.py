@@ -142,15 +142,17 @@ class Batches:
         for step in self.order(stage, epoch):
             samples = [self.samples[index] for index in step.tolist()]
             images, labels = [], []
-            for index, view, _ in problem.iterate_views(
+            crops = self.config.train_views == "crop"
+            stream = problem.iterate_views(
                 samples,
                 vlm,
-                views=1,
+                views=0 if crops else 1,
                 kind="crop",
                 seed=seed,
                 workers=self.config.run.workers,
-                crop_scale=TRAIN_CROP_SCALE if self.config.train_views == "crop" else None,
-            ):
+                crop_scale=TRAIN_CROP_SCALE,
+            )
+            for index, view, _ in stream:
                 if view is not None:
                     images.append(view[0])
                     labels.append(samples[index].label)

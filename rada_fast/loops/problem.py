@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from rada_fast import _env
 from rada_fast.config import AdapterConfig, AdapterOptions, ClassOptions, ModelOptions, RunOptions, ViewKind
 from rada_fast.data.sources import FeatureFile, ImageFolder, Sample, open_source
-from rada_fast.data.views import ViewDataset, first_item
+from rada_fast.data.views import CROP_SCALE, ViewDataset, as_it_is
 from rada_fast.errors import UserError
 from rada_fast.loops.progress import progress
 from rada_fast.models.class_features import class_features, resolve_class_names, resolve_templates
@@ -63,7 +64,7 @@ def open_data(spec: str) -> Source:
 def load_vision_language(options: ModelOptions, run: RunOptions) -> VisionLanguageModel:
     """The model of the options on its device."""
     device = resolve_device(options.device)
-    return load_model(options.model, options.pretrained, device=str(device), precision=options.precision, seed=run.seed)
+    return load_model(options.model, options.pretrained, device=device, precision=options.precision, seed=run.seed)
 
 
 def class_names_of(source: Source, options: ClassOptions) -> tuple[str, ...]:
@@ -157,10 +158,11 @@ def iterate_views(
     kind: ViewKind,
     seed: int,
     workers: int,
+    crop_scale: tuple[float, float] = CROP_SCALE,
 ) -> Iterator[tuple[int, Tensor | None, str | None]]:
-    """(index, views (V, 3, S, S) or None, reason or None) for each sample, in order."""
-    dataset = ViewDataset(samples, vlm.preprocess, views, kind, seed)
-    yield from DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=first_item)
+    """(index, views (V, 3, S, S) or None, reason or None) for each sample, in order; see ViewDataset."""
+    dataset = ViewDataset(samples, vlm.preprocess, views, kind, seed, crop_scale)
+    yield from DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is)
 
 
 def encode_images(
@@ -273,8 +275,6 @@ def identity_of(
     command: str, config: Any, vlm: VisionLanguageModel | None, adapter: RationalAdapter, text_features: Tensor
 ) -> dict[str, Any]:
     """All that decides a run's results: its options, less where and how it runs, and what they resolved to."""
-    import dataclasses
-
     options = dataclasses.asdict(config)
     for name in ("output", "workers", "limit", "overwrite", "allow_unreadable", "json"):
         options["run"].pop(name, None)

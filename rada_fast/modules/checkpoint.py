@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,14 +106,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], AdapterConfig | None]
 def _read_published(path: Path) -> dict[str, Any]:
     """A torch file, unpickled with every class but tensors and plain containers replaced by an inert one."""
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError):
-        names = []  # torch's older, non-zip files: the restricted unpickler below accepts or refuses them as they are
-    inert = [(type("Inert", (_Inert,), {}), name) for name in names]
-    try:
-        with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
+        with warnings.catch_warnings():
+            # torch warns of pickles it did not write; what matters is whether they load.
+            warnings.simplefilter("ignore")
+            inert = [(type("Inert", (_Inert,), {}), name) for name in _named_classes(path)]
+            with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file can make the unpickler fail in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"adapter checkpoint {path} is not a file that can be read without executing code: {reason}"
@@ -123,6 +123,14 @@ def _read_published(path: Path) -> dict[str, Any]:
     if not isinstance(inner, dict):
         raise UserError(f"adapter checkpoint {path} must hold tensors under 'state_dict', got {type(inner).__name__}")
     return inner
+
+
+def _named_classes(path: Path) -> list[str]:
+    """Qualified names in the file's pickle that torch would not load by itself; none for torch's older, non-zip files,
+    which the restricted unpickler takes or refuses as they are."""
+    if not zipfile.is_zipfile(path):
+        return []
+    return torch.serialization.get_unsafe_globals_in_checkpoint(path)
 
 
 class _Inert:

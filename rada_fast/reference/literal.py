@@ -23,18 +23,18 @@ from rada_fast.reference.rational_projections import (
 
 def _attend(queries: list[Tensor], keys: Tensor, values: Tensor, config: AdapterConfig) -> Tensor:
     """One attention layer on full queries. queries, keys, values: (B, K, D). Returns (B, K, D)."""
-    batch, num_classes, _ = keys.shape
+    num_classes = keys.shape[1]
     keys, values = (split_heads(rows, config.num_heads) for rows in (keys, values))  # (B, H, K, d)
     maps = []
     for query in queries:
         scores = split_heads(query, config.num_heads) @ keys.transpose(-2, -1) / config.head_dim**0.5  # (B, H, K, K)
         if config.softmax == "matrix":
-            flat = torch_softmax(scores.reshape(batch, config.num_heads, -1) / config.temperature, dim=-1)
-            maps.append(flat.view(batch, config.num_heads, num_classes, num_classes) * num_classes)  # (B, H, K, K)
+            flat = torch_softmax(scores.flatten(2) / config.temperature, dim=-1)
+            maps.append(flat.unflatten(2, (num_classes, num_classes)) * num_classes)  # (B, H, K, K)
         else:
             maps.append(torch_softmax(scores / config.temperature, dim=-1))  # (B, H, K, K)
     attended = (sum(maps[1:], maps[0]) / len(maps)) @ values  # (B, H, K, d)
-    return attended.transpose(1, 2).reshape(batch, num_classes, -1)  # (B, K, D)
+    return attended.transpose(1, 2).flatten(2)  # (B, K, D)
 
 
 def literal_adapter(

@@ -1,0 +1,1 @@
+"""Images, features and the views made of them."""

@@ -1,0 +1,289 @@
+"""Data named KIND:PATH: folders of images and files of extracted features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from rada_fast.errors import UserError
+
+KINDS = {
+    "imagefolder": "imagefolder:DIR (a sub-folder a class)",
+    "images": "images:DIR (no labels)",
+    "features": "features:FILE.npz (arrays features, labels)",
+}
+EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be decoded; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image file.
+
+    id: its path below the root, with forward slashes; label: its class, or -1 where it has none.
+    """
+
+    id: str
+    path: Path
+    label: int
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Image files by class.
+
+    folders: the class folders' names in label order; samples: all images, sorted by id.
+    """
+
+    root: Path
+    folders: tuple[str, ...]
+    samples: tuple[Sample, ...]
+
+    def subset(self, labels: Sequence[int]) -> ImageFolder:
+        """Only these classes, labelled 0, 1, ... in the order given."""
+        new = {label: index for index, label in enumerate(labels)}
+        samples = tuple(replace(s, label=new[s.label]) for s in self.samples if s.label in new)
+        return ImageFolder(self.root, tuple(self.folders[label] for label in labels), samples)
+
+    def few_shot(self, shots: int, seed: int) -> ImageFolder:
+        """At most shots images a class, drawn by (seed, id) alone."""
+        kept = _few_shot([sample.label for sample in self.samples], [sample.id for sample in self.samples], shots, seed)
+        return replace(self, samples=tuple(self.samples[index] for index in kept))
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """Extracted image features.
+
+    features: (N, D), or (N, V, D) with the original view first, float32, as stored; labels: (N,) int64; ids: N names;
+    class_names: names in label order, where the file has them.
+    """
+
+    path: Path
+    features: Tensor
+    labels: Tensor
+    ids: tuple[str, ...]
+    class_names: tuple[str, ...] | None = None
+
+    def normalised(self) -> Tensor:
+        """The features at unit norm."""
+        return normalize(self.features, dim=-1)
+
+    def subset(self, labels: Sequence[int]) -> FeatureFile:
+        """Only these classes, labelled 0, 1, ... in the order given."""
+        new = {label: index for index, label in enumerate(labels)}
+        kept = [index for index, label in enumerate(self.labels.tolist()) if label in new]
+        names = None if self.class_names is None else tuple(self.class_names[label] for label in labels)
+        chosen = self._take(kept)
+        return replace(
+            chosen, labels=torch.tensor([new[label] for label in chosen.labels.tolist()]).long(), class_names=names
+        )
+
+    def few_shot(self, shots: int, seed: int) -> FeatureFile:
+        """At most shots rows a class, drawn by (seed, id) alone."""
+        return self._take(_few_shot(self.labels.tolist(), self.ids, shots, seed))
+
+    def _take(self, rows: list[int]) -> FeatureFile:
+        ids = tuple(self.ids[row] for row in rows)
+        return replace(self, features=self.features[rows], labels=self.labels[rows], ids=ids)
+
+
+def _few_shot(labels: Sequence[int], ids: Sequence[str], shots: int, seed: int) -> list[int]:
+    """Indices of at most shots items a class, those of the smallest hash, in the original order."""
+    by_class: dict[int, list[tuple[bytes, int]]] = {}
+    for index, (label, id) in enumerate(zip(labels, ids, strict=True)):
+        rank = hashlib.sha256(f"{seed} shot {id}".encode()).digest()
+        by_class.setdefault(label, []).append((rank, index))
+    return sorted(index for group in by_class.values() for _, index in sorted(group)[:shots])
+
+
+def open_source(spec: str) -> ImageFolder | FeatureFile:
+    """The data behind KIND:PATH.
+
+    Raises UserError where the kind is unknown or the path does not hold such data.
+    """
+    kind, separator, path = spec.partition(":")
+    if not separator or kind not in KINDS:
+        hint = ""
+        if Path(spec).is_dir():
+            hint = f"; did you mean imagefolder:{spec}?"
+        elif Path(spec).is_file():
+            hint = f"; did you mean features:{spec}?"
+        raise UserError(f"data must be KIND:PATH with KIND one of {', '.join(KINDS.values())}, got {spec!r}{hint}")
+    place = Path(path).expanduser()
+    match kind:
+        case "imagefolder":
+            return open_image_folder(place)
+        case "images":
+            return open_flat_images(place)
+        case _:
+            return open_features(place)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _existing_folder(root: Path) -> Path:
+    if not root.exists():
+        raise UserError(f"data folder {root} does not exist")
+    if not root.is_dir():
+        raise UserError(f"data folder {root} is a file, not a folder")
+    return root
+
+
+def open_image_folder(root: Path) -> ImageFolder:
+    """A folder with one sub-folder for each class, sorted by name; images may lie deeper."""
+    folders = sorted(
+        path.name for path in _existing_folder(root).iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    if not folders:
+        hint = f"; for pictures without classes give images:{root}" if _images_below(root) else ""
+        raise UserError(f"data folder {root} must have one sub-folder a class, it has none{hint}")
+    samples = [
+        Sample(path.relative_to(root).as_posix(), path, label)
+        for label, name in enumerate(folders)
+        for path in _images_below(root / name)
+    ]
+    if not samples:
+        raise UserError(
+            f"data folder {root} has {len(folders)} sub-folders but no image ({' '.join(sorted(EXTENSIONS))})"
+        )
+    return ImageFolder(root, tuple(folders), tuple(sorted(samples, key=lambda sample: sample.id)))
+
+
+def open_flat_images(root: Path) -> ImageFolder:
+    """All images below a folder, without labels."""
+    samples = [Sample(path.relative_to(root).as_posix(), path, -1) for path in _images_below(_existing_folder(root))]
+    if not samples:
+        raise UserError(f"data folder {root} holds no image ({' '.join(sorted(EXTENSIONS))})")
+    return ImageFolder(root, (), tuple(sorted(samples, key=lambda sample: sample.id)))
+
+
+def open_features(path: Path) -> FeatureFile:
+    """An npz file with the arrays features (N, D) or (N, V, D), labels (N,), and perhaps class_names (K,)."""
+    if not path.is_file():
+        raise UserError(f"feature file {path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise UserError(f"feature file {path} is not a readable npz file: {error}") from None
+    for name in ("features", "labels"):
+        if name not in arrays:
+            raise UserError(f"feature file {path} must have the arrays features and labels, it has {sorted(arrays)}")
+    features, labels = arrays["features"], arrays["labels"]
+    if features.ndim not in (2, 3) or features.dtype.kind != "f":
+        raise UserError(
+            f"feature file {path}: features must be floating point (N, D) or (N, V, D), "
+            f"got {features.dtype} {features.shape}"
+        )
+    if labels.shape != (len(features),) or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"feature file {path}: labels must be {len(features)} whole numbers, got {labels.dtype} {labels.shape}"
+        )
+    if 0 in features.shape:
+        raise UserError(f"feature file {path}: features must not be empty, got shape {features.shape}")
+    if labels.min() < 0:
+        raise UserError(f"feature file {path}: labels must be at least 0, got {labels.min()} in row {labels.argmin()}")
+    rows = features.reshape(len(features), -1)
+    bad = ~np.isfinite(rows).all(axis=1)
+    if bad.any():
+        raise UserError(
+            f"feature file {path}: features must be finite, got NaN or infinity in {bad.sum()} of {len(rows)} rows, "
+            f"the first is row {bad.argmax()}"
+        )
+    zero = ~features.any(axis=-1).reshape(len(features), -1).all(axis=1)
+    if zero.any():
+        raise UserError(f"feature file {path}: features must not be all zero, row {zero.argmax()} is")
+    names = arrays.get("class_names")
+    return FeatureFile(
+        path,
+        torch.from_numpy(features.astype(np.float32)),
+        torch.from_numpy(labels.astype(np.int64)),
+        tuple(str(index) for index in range(len(labels))),
+        None if names is None else tuple(str(name) for name in names.tolist()),
+    )
+
+
+def read_image(path: Path) -> Image.Image:
+    """A decoded RGB image; grey, palette, alpha and CMYK pictures are converted as torchvision's loader does.
+
+    Raises UnreadableImageError where the file is missing, damaged, of no known kind, or too large to be a picture.
+    """
+    try:
+        # A picture past PIL's pixel limit warns before it raises at twice the limit: both are refused here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with path.open("rb") as file, Image.open(file) as image:
+                return image.convert("RGB")
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+        MemoryError,
+        EOFError,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnreadableImageError(f"{path.name} cannot be read: {reason}") from None
+
+
+def base_and_new(num_classes: int) -> tuple[list[int], list[int]]:
+    """Labels of the base classes, the first half rounded up, and of the new ones."""
+    middle = (num_classes + 1) // 2
+    return list(range(middle)), list(range(middle, num_classes))
+
+
+def read_names(path: Path) -> list[str] | dict[str, str]:
+    """Class names from a file: JSON (a list, or folder to name), lines of names, or lines of "n01440764 tench".
+
+    Raises UserError where it cannot be read or is empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"classes file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"classes file {path} is not a text file") from None
+    if path.suffix == ".json":
+        try:
+            names = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"classes file {path} is not JSON: {error}") from None
+        values = names.values() if isinstance(names, dict) else names
+        if not isinstance(names, list | dict) or not all(isinstance(value, str) for value in values):
+            raise UserError(f"classes file {path} must hold a list of names, or an object of folder to name")
+    else:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        synsets = [line.split(maxsplit=1) for line in lines]
+        if lines and all(len(p) == 2 and p[0][0] == "n" and p[0][1:].isdigit() and len(p[0]) == 9 for p in synsets):
+            names = dict(synsets)
+        else:
+            names = lines
+    if not names:
+        raise UserError(f"classes file {path} holds no class name (K = 0)")
+    return names

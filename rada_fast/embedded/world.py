@@ -1,0 +1,506 @@
+"""A procedurally drawn world with compositional captions, and a shifted version of it.
+
+Every picture is one main object, "a red striped star at the top left", over a shaded background with small
+distractors. Ten colours x five textures x ten shapes make 500 combinations; 40 of them (`is_held_out`) never occur in
+pre-training, and half of those are the demo's new classes. NumPy and PIL only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rada_fast.errors import UserError
+
+Floats = NDArray[np.floating[Any]]
+Pixels = NDArray[np.uint8]
+
+IMAGE_SIZE = 64
+TEMPLATE = "a photo of a {}."
+SHIFTS: tuple[str, ...] = ("blur", "noise", "contrast", "hue", "occlusion", "sketch")
+
+# Alphabetical, so that the image folders of the demo sort as `class_names()` does: base classes take the first five
+# colours and new classes the last five.
+_RGB: dict[str, tuple[int, int, int]] = {
+    "blue": (45, 85, 215),
+    "brown": (128, 78, 38),
+    "green": (50, 160, 60),
+    "orange": (242, 138, 28),
+    "pink": (246, 134, 190),
+    "purple": (132, 62, 184),
+    "red": (212, 38, 42),
+    "teal": (20, 156, 156),
+    "white": (242, 242, 240),
+    "yellow": (246, 222, 48),
+}
+COLOURS: tuple[str, ...] = tuple(_RGB)
+TEXTURES: tuple[str, ...] = ("checkered", "dotted", "plain", "striped", "wavy")
+SHAPES: tuple[str, ...] = (
+    "arrow", "circle", "crescent", "cross", "heart", "hexagon", "ring", "square", "star", "triangle",
+)  # fmt: skip
+POSITIONS: tuple[str, ...] = (
+    "top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right",
+)  # fmt: skip
+# Radius of the main object in pixels. The middle range has no word of its own in captions.
+_RADIUS: dict[str, tuple[float, float]] = {"small": (11.5, 14.0), "medium": (14.0, 18.0), "large": (18.0, 22.0)}
+SIZES: tuple[str, ...] = tuple(_RADIUS)
+_LUMINANCE: dict[str, tuple[float, float]] = {"dark": (30.0, 75.0), "grey": (95.0, 145.0), "light": (175.0, 218.0)}
+BACKGROUNDS: tuple[str, ...] = tuple(_LUMINANCE)
+
+_OPENINGS: tuple[str, ...] = (
+    "a photo of a {}", "a picture of a {}", "an image of a {}", "a drawing of a {}", "a {}", "the {}",
+    "this is a {}", "there is a {}", "a photo of the {}", "a photo of one {}",
+)  # fmt: skip
+_PLACES: tuple[str, ...] = (" at the {}", " in the {}")
+_GROUNDS: tuple[str, ...] = (" on a {} background", " over a {} background")
+
+
+def _words() -> tuple[str, ...]:
+    parts = itertools.chain(
+        COLOURS, TEXTURES, SHAPES, POSITIONS, ("small", "large"), BACKGROUNDS, _OPENINGS, _PLACES, _GROUNDS, (TEMPLATE,)
+    )
+    return tuple(sorted({word for part in parts for word in part.replace("{}", " ").strip(string.punctuation).split()}))
+
+
+WORDS: tuple[str, ...] = _words()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows; everything else (rotation, phase, tint, distractor colours) comes from `draw`'s generator.
+
+    colour, texture, shape, position, size, background: one of COLOURS, TEXTURES, SHAPES, POSITIONS, SIZES, BACKGROUNDS.
+    clutter: number of small distractor shapes, 0 or more.
+    """
+
+    colour: str
+    texture: str
+    shape: str
+    position: str = "middle"
+    size: str = "medium"
+    background: str = "grey"
+    clutter: int = 0
+
+    def attributes(self) -> tuple[int, int, int, int, int, int]:
+        """Return the six word-bearing attributes as indices, in the order of the fields."""
+        return (
+            COLOURS.index(self.colour),
+            TEXTURES.index(self.texture),
+            SHAPES.index(self.shape),
+            POSITIONS.index(self.position),
+            SIZES.index(self.size),
+            BACKGROUNDS.index(self.background),
+        )
+
+    @property
+    def name(self) -> str:
+        """Return the class name, "red striped star"."""
+        return f"{self.colour} {self.texture} {self.shape}"
+
+
+def is_held_out(colour: str, texture: str, shape: str) -> bool:
+    """Return whether pre-training must not see this combination.
+
+    Colour c (index 0..9) loses a 2 x 2 block: shapes c//2 and c//2 + 5, textures c%5 and (c+1)%5. Blocks, rather than
+    scattered cells, so that held-out combinations have held-out neighbours one word away. Every pair of words
+    (colour-texture, colour-shape, texture-shape) still occurs in pre-training.
+    """
+    c, t, s = COLOURS.index(colour), TEXTURES.index(texture), SHAPES.index(shape)
+    return s % 5 == c // 2 and t in (c % 5, (c + 1) % 5)
+
+
+@cache
+def _pretraining_combinations() -> tuple[tuple[str, str, str], ...]:
+    return tuple(combo for combo in itertools.product(COLOURS, TEXTURES, SHAPES) if not is_held_out(*combo))
+
+
+def _any_scene(colour: str, texture: str, shape: str, rng: np.random.Generator) -> Scene:
+    return Scene(
+        colour=colour,
+        texture=texture,
+        shape=shape,
+        position=POSITIONS[rng.integers(len(POSITIONS))],
+        size=SIZES[rng.integers(len(SIZES))],
+        background=BACKGROUNDS[rng.integers(len(BACKGROUNDS))],
+        clutter=int(rng.integers(6)),
+    )
+
+
+def pretraining_scene(rng: np.random.Generator) -> Scene:
+    """Return a random scene whose (colour, texture, shape) is not held out."""
+    combinations = _pretraining_combinations()
+    return _any_scene(*combinations[rng.integers(len(combinations))], rng)
+
+
+@cache
+def class_names() -> tuple[str, ...]:
+    """Return the demo's 40 classes in alphabetical order: 20 base classes, then 20 new ones.
+
+    Base classes are combinations seen in pre-training; new classes were held out of it. In either half each colour has
+    two shapes in two textures, so every class has neighbours one word away.
+    """
+    names = []
+    for c, colour in enumerate(COLOURS):
+        base = c < len(COLOURS) // 2
+        # A base block sits one shape further than the held-out block of its colour, hence in pre-training.
+        first = (c // 2 + (1 if base else 0)) % 5
+        for shape, texture in itertools.product((first, first + 5), (c % 5, (c + 1) % 5)):
+            names.append(f"{colour} {TEXTURES[texture]} {SHAPES[shape]}")
+    return tuple(sorted(names))
+
+
+# Shapes are implicit functions on [-1, 1]^2, y upwards: negative inside, roughly the distance to the edge.
+
+
+def _polygon(x: Floats, y: Floats, sides: int, inradius: float) -> Floats:
+    angles = np.pi / 2 + np.pi + 2 * np.pi * np.arange(sides) / sides
+    return np.max([np.float32(np.cos(a)) * x + np.float32(np.sin(a)) * y for a in angles], axis=0) - inradius
+
+
+def _arrow(x: Floats, y: Floats) -> Floats:
+    shaft = np.maximum(np.abs(x + 0.42) - 0.58, np.abs(y) - 0.24)
+    head = np.maximum(-0.05 - x, (0.85 * x + np.abs(y) - 0.85) / 1.31)
+    return np.minimum(shaft, head)
+
+
+def _circle(x: Floats, y: Floats) -> Floats:
+    return np.hypot(x, y) - 0.95
+
+
+def _crescent(x: Floats, y: Floats) -> Floats:
+    return np.maximum(np.hypot(x, y) - 1.0, 0.78 - np.hypot(x - 0.52, y))
+
+
+def _cross(x: Floats, y: Floats) -> Floats:
+    ax, ay = np.abs(x), np.abs(y)
+    return np.minimum(np.maximum(ax - 0.32, ay - 0.98), np.maximum(ax - 0.98, ay - 0.32))
+
+
+def _heart(x: Floats, y: Floats) -> Floats:
+    y = y + 0.12
+    lobes = np.hypot(np.abs(x) - 0.42, y - 0.42) - 0.59
+    return np.minimum(lobes, (np.abs(x) + np.abs(y)) * 0.7071 - 0.59)
+
+
+def _hexagon(x: Floats, y: Floats) -> Floats:
+    return _polygon(x, y, 6, 0.86)
+
+
+def _ring(x: Floats, y: Floats) -> Floats:
+    return np.abs(np.hypot(x, y) - 0.73) - 0.25
+
+
+def _square(x: Floats, y: Floats) -> Floats:
+    return np.maximum(np.abs(x), np.abs(y)) - 0.82
+
+
+def _star(x: Floats, y: Floats) -> Floats:
+    sector = 2 * np.pi / 5
+    # Fold onto half a sector: a tip at angle 0 (radius 1.1), a notch at angle pi/5 (radius 0.48).
+    angle = np.abs(np.mod(np.arctan2(x, y) + sector / 2, sector) - sector / 2)
+    radius = np.hypot(x, y)
+    nx, ny = 0.48 * np.sin(np.pi / 5), 1.1 - 0.48 * np.cos(np.pi / 5)
+    scale = float(np.hypot(nx, ny))
+    return ((radius * np.cos(angle) - 1.1) * nx + radius * np.sin(angle) * ny) / scale
+
+
+def _triangle(x: Floats, y: Floats) -> Floats:
+    return _polygon(x, y + 0.12, 3, 0.56)
+
+
+_IMPLICIT: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "arrow": _arrow,
+    "circle": _circle,
+    "crescent": _crescent,
+    "cross": _cross,
+    "heart": _heart,
+    "hexagon": _hexagon,
+    "ring": _ring,
+    "square": _square,
+    "star": _star,
+    "triangle": _triangle,
+}
+
+
+def _tone(texture: str, x: Floats, y: Floats, rng: np.random.Generator, period: float) -> Floats | None:
+    """Return how much of the second tone each point has, in [0, 1]; x, y and period in pixels; None for plain."""
+    angle = rng.uniform(0, 2 * np.pi)
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    u = (x * cos + y * sin) / np.float32(period) + np.float32(rng.uniform())
+    v = (y * cos - x * sin) / np.float32(period) + np.float32(rng.uniform())
+    two_pi = np.float32(2 * np.pi)
+    if texture == "plain":
+        return None
+    if texture == "striped":
+        wave = np.sin(two_pi * u)
+    elif texture == "wavy":
+        wave = np.sin(two_pi * (u + 0.36 * np.sin(two_pi * v * 0.5)))
+    elif texture == "checkered":
+        wave = 1.6 * np.sin(np.pi * u * 1.1) * np.sin(np.pi * v * 1.1)
+    else:
+        wave = 2.2 * (0.34 - np.hypot(np.mod(u, 1) - 0.5, np.mod(v, 1) - 0.5)) / 0.34
+    return np.clip(0.5 + 2.5 * wave, 0, 1)
+
+
+def _bilinear(coarse: int) -> Floats:
+    """Return the (IMAGE_SIZE, coarse) matrix that upsamples linearly."""
+    at = np.linspace(0, coarse - 1, IMAGE_SIZE)
+    return np.clip(1 - np.abs(at[:, None] - np.arange(coarse)[None, :]), 0, None).astype(np.float32)
+
+
+_UPSAMPLE = _bilinear(6)
+_GRID = ((np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE * 2 - 1).astype(np.float32)
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+_SUPERSAMPLE = 2
+
+
+def _paint_background(kind: str, rng: np.random.Generator) -> Floats:
+    base = rng.uniform(*_LUMINANCE[kind]) + rng.uniform(-16, 16, size=3)
+    slope = rng.uniform(-22, 22, size=2)[:, None] + rng.uniform(-6, 6, size=(2, 3))
+    cloud = _UPSAMPLE @ rng.normal(0, 9, size=(6, 6)).astype(np.float32) @ _UPSAMPLE.T
+    canvas = base + _GRID[:, None, None] * slope[0] + _GRID[None, :, None] * slope[1] + cloud[:, :, None]
+    return canvas.astype(np.float32)
+
+
+def _paint_shape(
+    canvas: Floats,
+    shape: str,
+    texture: str,
+    colour: str,
+    centre: tuple[float, float],
+    radius: float,
+    rng: np.random.Generator,
+    shadow: bool,
+) -> None:
+    """Paint one shape onto canvas (H, W, 3) in place; centre is (x, y) in pixels, y downwards."""
+    reach = 1.15 * radius + 3.0
+    x0, x1 = max(0, int(centre[0] - reach)), min(IMAGE_SIZE, int(centre[0] + reach) + 1)
+    y0, y1 = max(0, int(centre[1] - reach)), min(IMAGE_SIZE, int(centre[1] + reach) + 1)
+    if x0 >= x1 or y0 >= y1:
+        return
+    k = _SUPERSAMPLE
+    px = ((np.arange((x1 - x0) * k) + 0.5) / k + x0 - centre[0]).astype(np.float32)[None, :]
+    py = (centre[1] - ((np.arange((y1 - y0) * k) + 0.5) / k + y0)).astype(np.float32)[:, None]
+    # Arrows and crescents point anywhere; the others tilt, so that a square never reads as a diamond.
+    angle = rng.uniform(-np.pi, np.pi) if shape in ("arrow", "crescent") else rng.uniform(-0.35, 0.35)
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    implicit = _IMPLICIT[shape]
+    x, y = px * cos + py * sin, py * cos - px * sin
+    unit = np.float32(1 / radius)
+    distance = implicit(x * unit, y * unit) * radius  # pixels
+
+    # Colour jitter is well inside the gaps between the ten colours.
+    rgb = np.clip(np.array(_RGB[colour]) * rng.uniform(0.86, 1.08) + rng.uniform(-12, 12, size=3), 0, 255)
+    rgb = rgb.astype(np.float32)
+    second = rgb * 0.42 if float(rgb @ _LUMA) > 95 else rgb + (255 - rgb) * 0.62
+    tone = _tone(texture, x, y, rng, period=float(np.clip(rng.uniform(0.42, 0.58) * radius, 5.5, 9.5)))
+    paint = np.broadcast_to(rgb, (*distance.shape, 3)) if tone is None else rgb + tone[:, :, None] * (second - rgb)
+    # A thin dark rim, and light from above: both keep white on white legible.
+    rim = np.clip(distance / 1.4 + 1.0, 0, 1)[:, :, None]
+    light = 1 + 0.16 * np.clip(py * unit, -1, 1)[:, :, None]
+    paint = paint * light * (1 - 0.45 * rim)
+
+    def pool(values: Floats) -> Floats:
+        h, w = y1 - y0, x1 - x0
+        pooled: Floats = values.reshape(h, k, w, k, -1).mean(axis=(1, 3), dtype=np.float32)
+        return pooled
+
+    cover = np.clip(0.5 - distance * k, 0, 1)[:, :, None]
+    region = canvas[y0:y1, x0:x1]
+    if shadow:
+        sx, sy = px - 1.5, py + 2.0
+        shade = implicit((sx * cos + sy * sin) * unit, (sy * cos - sx * sin) * unit) * radius
+        region *= 1 - 0.4 * pool(np.clip(0.5 - shade / 3.0, 0, 1)[:, :, None])
+    region *= 1 - pool(cover)
+    region += pool(paint * cover)
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> Pixels:
+    """Return a picture of the scene.
+
+    scene: any combination, held out or not.
+    rng: source of everything the scene leaves open; the same state draws the same picture.
+    Returns (64, 64, 3) uint8, RGB.
+    """
+    canvas = _paint_background(scene.background, rng)
+    radius = rng.uniform(*_RADIUS[scene.size])
+    row, column = divmod(POSITIONS.index(scene.position), 3)
+    # Large shapes sit nearer the middle: a shape may touch the border but stays whole in most pictures.
+    spread = min(17.0, IMAGE_SIZE / 2 - 0.9 * radius)
+    x = IMAGE_SIZE / 2 + (column - 1) * spread + rng.uniform(-3, 3)
+    y = IMAGE_SIZE / 2 + (row - 1) * spread + rng.uniform(-3, 3)
+    for _ in range(scene.clutter):
+        place = rng.uniform(3, IMAGE_SIZE - 3, size=2)
+        small = rng.uniform(3.0, 5.5)
+        colour = COLOURS[rng.integers(len(COLOURS))]
+        shape = SHAPES[rng.integers(len(SHAPES))]
+        hidden = np.hypot(place[0] - x, place[1] - y) < radius + 0.5 * small
+        if not hidden and colour != scene.colour and shape != scene.shape:
+            _paint_shape(canvas, shape, "plain", colour, (float(place[0]), float(place[1])), small, rng, shadow=False)
+    _paint_shape(canvas, scene.shape, scene.texture, scene.colour, (x, y), radius, rng, shadow=True)
+    canvas += rng.normal(0, 3.5, size=canvas.shape)
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[bool, ...]]:
+    """Return a caption and, for each of `Scene.attributes`, whether the caption states it.
+
+    A caption is true of every scene that agrees on the stated attributes: pre-training uses that for its targets.
+    """
+    chance = rng.uniform(size=6)
+    says_size = bool(chance[0] < 0.5) and scene.size != "medium"
+    says_texture = bool(chance[1] < 0.93)
+    says_position = bool(chance[2] < 0.4)
+    says_background = bool(chance[3] < 0.25)
+    words = [scene.colour, scene.texture] if says_texture else [scene.colour]
+    if chance[4] < 0.15:
+        words.reverse()
+    if says_size:
+        words.insert(0, scene.size)
+    text = _OPENINGS[rng.integers(len(_OPENINGS))].format(" ".join([*words, scene.shape]))
+    if text.startswith("a orange"):
+        text = "an" + text[1:]
+    if says_position:
+        text += _PLACES[rng.integers(len(_PLACES))].format(scene.position)
+    if says_background:
+        text += _GROUNDS[rng.integers(len(_GROUNDS))].format(scene.background)
+    if chance[5] < 0.7:
+        text += "."
+    return text, (True, says_texture, True, says_position, says_size, says_background)
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Return a caption that is true of the scene; templates and stated attributes vary."""
+    return describe(scene, rng)[0]
+
+
+def _blur(image: Floats, rng: np.random.Generator) -> Floats:
+    sigma = rng.uniform(1.3, 2.0)
+    taps = np.exp(-0.5 * (np.arange(-6, 7) / sigma) ** 2)
+    taps /= taps.sum()
+    padded = np.pad(image, ((6, 6), (6, 6), (0, 0)), mode="edge")
+    # Row i of the band matrix holds the taps that make output pixel i from the padded ones.
+    band = np.stack([np.pad(taps, (i, IMAGE_SIZE - 1 - i)) for i in range(IMAGE_SIZE)])
+    blurred: Floats = np.einsum("iy,yxc,jx->ijc", band, padded, band, optimize=True)
+    return blurred
+
+
+def _noise(image: Floats, rng: np.random.Generator) -> Floats:
+    noisy: Floats = image + rng.normal(0, rng.uniform(30, 50), size=image.shape).astype(np.float32)
+    return noisy
+
+
+def _contrast(image: Floats, rng: np.random.Generator) -> Floats:
+    level = np.float32(rng.uniform(90, 165))
+    faded: Floats = (image - image.mean()) * np.float32(rng.uniform(0.3, 0.5)) + level
+    return faded
+
+
+def _hue(image: Floats, rng: np.random.Generator) -> Floats:
+    # Rotation of the chroma plane about the grey axis by 10 to 20 degrees: neighbouring colours are 30 or more apart.
+    angle = rng.uniform(10, 20) * rng.choice([-1, 1]) * np.pi / 180
+    saturation = rng.uniform(0.5, 0.9)
+    grey = image @ _LUMA
+    chroma = image - grey[:, :, None]
+    axis = np.ones(3) / np.sqrt(3)
+    turned = chroma * np.cos(angle) + np.cross(np.broadcast_to(axis, image.shape), chroma) * np.sin(angle)
+    return (grey[:, :, None] + saturation * turned).astype(np.float32)
+
+
+def _occlusion(image: Floats, rng: np.random.Generator) -> Floats:
+    covered = image.copy()
+    for _ in range(int(rng.integers(3, 6))):
+        h, w = rng.integers(9, 19, size=2)
+        y, x = rng.integers(4, IMAGE_SIZE - h - 3), rng.integers(4, IMAGE_SIZE - w - 3)
+        covered[y : y + h, x : x + w] = rng.uniform(40, 200) + rng.uniform(-15, 15, size=3)
+    return covered
+
+
+def _sketch(image: Floats, rng: np.random.Generator) -> Floats:
+    smooth = _UPSAMPLE @ rng.normal(0, 1, size=(6, 6)).astype(np.float32) @ _UPSAMPLE.T
+    padded = np.pad(image @ _LUMA, 1, mode="edge")
+    dx = (padded[:-2, 2:] + 2 * padded[1:-1, 2:] + padded[2:, 2:]) - (
+        padded[:-2, :-2] + 2 * padded[1:-1, :-2] + padded[2:, :-2]
+    )
+    dy = (padded[2:, :-2] + 2 * padded[2:, 1:-1] + padded[2:, 2:]) - (
+        padded[:-2, :-2] + 2 * padded[:-2, 1:-1] + padded[:-2, 2:]
+    )
+    strokes = 0.8 * np.clip(np.hypot(dx, dy) / 400.0 - 0.2, 0, 1)[:, :, None]
+    # Coloured pencil: white paper shows through hatching that fades in and out, and edges become strokes.
+    yy, xx = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
+    hatch = 0.15 * np.sin(2 * np.pi * (xx + yy) / rng.uniform(3.2, 4.5))
+    pressure = np.clip(0.6 + 0.1 * smooth + hatch, 0.2, 1.0)[:, :, None]
+    paper = 240 + rng.normal(0, 4, size=(IMAGE_SIZE, IMAGE_SIZE, 1))
+    drawn = paper + pressure * (image - paper)
+    return (drawn * (1 - strokes) + 45 * strokes).astype(np.float32)
+
+
+_SHIFT: dict[str, Callable[[Floats, np.random.Generator], Floats]] = {
+    "blur": _blur,
+    "noise": _noise,
+    "contrast": _contrast,
+    "hue": _hue,
+    "occlusion": _occlusion,
+    "sketch": _sketch,
+}
+
+
+def shifted(image: Pixels, name: str, rng: np.random.Generator) -> Pixels:
+    """Return the picture as the shifted domain shows it.
+
+    image: (64, 64, 3) uint8. name: one of SHIFTS. rng: draws the severity and the details.
+    Returns (64, 64, 3) uint8. Raises UserError for another name.
+    """
+    if name not in _SHIFT:
+        raise UserError(f"shift must be one of {', '.join(SHIFTS)}, got {name!r}")
+    return np.clip(_SHIFT[name](image.astype(np.float32), rng) + 0.5, 0, 255).astype(np.uint8)
+
+
+def class_image(class_index: int, seed: int, shift: str | None) -> Pixels:
+    """Return one picture of a class, the same for the same arguments.
+
+    class_index: 0 to len(class_names()) - 1. seed: 0 or more; a shifted picture shows the scene of the clean one.
+    shift: None for clean, one of SHIFTS, or "mixed" (the kinds in turn).
+    Returns (64, 64, 3) uint8. Raises IndexError for a class that is not there, UserError for an unknown shift.
+    """
+    names = class_names()
+    if not 0 <= class_index < len(names):
+        raise IndexError(f"class_index must be in 0..{len(names) - 1}, got {class_index}")
+    # The leading number separates these streams from those of pre-training, whose seeds start at small integers.
+    rng = np.random.default_rng([20250721, class_index, seed])
+    colour, texture, shape = names[class_index].split()
+    image = draw(_any_scene(colour, texture, shape, rng), rng)
+    if shift is None:
+        return image
+    kind = SHIFTS[(class_index + seed) % len(SHIFTS)] if shift == "mixed" else shift
+    return shifted(image, kind, rng)
+
+
+def write_imagefolder(root: Path, images_per_class: int, seed: int, shift: str | None) -> None:
+    """Write PNG files, one sub-folder per class (the class name with underscores).
+
+    root: a folder that is empty or not there yet. images_per_class: 1 to 100000. seed: 0 or more; folders written
+    with different seeds share no picture. shift: as in `class_image`. Raises UserError for what cannot be used.
+    """
+    if not 1 <= images_per_class <= 100_000:
+        raise UserError(f"images_per_class must be in 1..100000, got {images_per_class}")
+    if seed < 0:
+        raise UserError(f"seed must be 0 or more, got {seed}")
+    if shift is not None and shift != "mixed" and shift not in SHIFTS:
+        raise UserError(f"shift must be one of {', '.join(SHIFTS)}, mixed or None, got {shift!r}")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"root must be an empty folder or a new one, got {root}")
+    for index, name in enumerate(class_names()):
+        folder = root / name.replace(" ", "_")
+        folder.mkdir(parents=True)
+        for i in range(images_per_class):
+            Image.fromarray(class_image(index, seed * 100_000 + i, shift)).save(folder / f"{i:05d}.png")

@@ -1,0 +1,1 @@
+"""Vision-language models through open_clip, and their class features."""

@@ -1,0 +1,63 @@
+"""Pictures of what the adapter does, made from saved or given tensors with no display."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+MASK_COLOURS, RATIONAL_COLOURS = "PuOr", "RdBu_r"
+
+
+def mask_picture(
+    path: Path,
+    *,
+    image: np.ndarray[Any, Any],
+    title: str,
+    mask: Tensor,
+    rational: Tensor,
+    class_names: tuple[str, ...],
+    histogram: Tensor,
+) -> None:
+    """One image's M, R and M * R as heat maps and a histogram of masks (as the paper's Figures 4 and 5); a PNG.
+
+    path: the file to write; image: (height, width, 3) uint8; mask, rational: (K, D), one image's;
+    class_names: K rows' names; histogram: mask values of any shape, of many images.
+    """
+    figure = Figure(figsize=(15, 8.5), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplot_mosaic([["picture", "histogram", "."], ["M", "R", "MR"]], height_ratios=[1, 1.6])
+
+    axes["picture"].imshow(image, interpolation="nearest")
+    axes["picture"].set_axis_off()
+
+    values = histogram.flatten().numpy()
+    axes["histogram"].hist(values, bins=100, color="tab:purple")
+    axes["histogram"].axvline(1, color="black", linewidth=1)
+    axes["histogram"].set_yscale("log")
+    axes["histogram"].set_xlabel("mask value (1 leaves CLIP unchanged)")
+    axes["histogram"].set_ylabel("elements")
+    axes["histogram"].set_title(f"mask: mean {values.mean():.3f}, from {values.min():.2f} to {values.max():.2f}")
+
+    spread = max(float((mask - 1).abs().quantile(0.995)), 1e-6)
+    reach = max(float(rational.abs().quantile(0.995)), 1e-6)
+    panels = {
+        "M": ("M", mask, MASK_COLOURS, (1 - spread, 1 + spread)),
+        "R": ("R", rational, RATIONAL_COLOURS, (-reach, reach)),
+        "MR": ("M * R", mask * rational, RATIONAL_COLOURS, (-reach, reach)),
+    }
+    for name, (label, matrix, colours, (low, high)) in panels.items():
+        shown = axes[name].imshow(
+            matrix.numpy(), aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest"
+        )
+        axes[name].set_title(label)
+        axes[name].set_xlabel("feature")
+        if name == "M":
+            axes[name].set_yticks(range(len(class_names)), class_names, fontsize=7)
+        else:
+            axes[name].set_yticks([])
+        figure.colorbar(shown, ax=axes[name])
+    figure.savefig(path, dpi=110)
