@@ -70,15 +70,30 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
 
     config_type = COMMANDS[command][0]
     arguments = _with_options_file(list(arguments))
-    try:
+
+    def read(*, console_outputs: bool) -> Any:
         return tyro.cli(
             config_type,
             prog=f"rada-fast {command}",
             args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            config=(tyro.conf.OmitArgPrefixes,),
+            console_outputs=console_outputs,
         )
-    except ValueError as error:
-        raise UserError(str(error)) from None
+
+    try:
+        return read(console_outputs=False)
+    except SystemExit as end:
+        # A value that a configuration refused: its own line says more than the parser's box around it.
+        if (refused := _user_error_behind(end)) is not None:
+            raise refused from None
+    return read(console_outputs=True)
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """The first UserError in what led to an exception."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _with_options_file(arguments: list[str]) -> list[str]:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rada_fast.errors import UserError
+
 Softmax = Literal["matrix", "row"]
 InputScale = Literal["logit", "none"]
 MaskActivation = Literal["relu", "none"]
@@ -27,17 +29,17 @@ MASK_PENALTIES: tuple[MaskPenalty, ...] = ("l2", "l1", "linf")
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise UserError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _check_positive(name: str, value: float, *, zero_ok: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (value >= 0 if zero_ok else value > 0):
-        raise ValueError(f"{name} must be {'at least 0' if zero_ok else 'above 0'}, got {value!r}")
+        raise UserError(f"{name} must be {'at least 0' if zero_ok else 'above 0'}, got {value!r}")
 
 
 def _check_whole(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class AdapterConfig:
         _check_whole("num_heads", self.num_heads, 1)
         _check_whole("num_layers", self.num_layers, 1)
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}")
+            raise UserError(f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}")
         _check_choice("softmax", self.softmax, ("matrix", "row"))
         _check_choice("input_scale", self.input_scale, ("logit", "none"))
         _check_choice("mask_activation", self.mask_activation, ("relu", "none"))
@@ -85,15 +87,15 @@ class AdapterConfig:
         _check_positive("temperature", self.temperature)
         _check_positive("input_scale_factor", self.input_scale_factor)
         if not isinstance(self.queries, tuple) or not self.queries:
-            raise ValueError(f"queries must be a non-empty tuple of {', '.join(QUERY_KINDS)}, got {self.queries!r}")
+            raise UserError(f"queries must be a non-empty tuple of {', '.join(QUERY_KINDS)}, got {self.queries!r}")
         for query in self.queries:
             _check_choice("queries", query, QUERY_KINDS)
         if len(set(self.queries)) != len(self.queries):
-            raise ValueError(f"queries must not repeat a kind, got {self.queries!r}")
+            raise UserError(f"queries must not repeat a kind, got {self.queries!r}")
         # One order everywhere, so that equal sets of queries are equal configurations.
         object.__setattr__(self, "queries", tuple(kind for kind in QUERY_KINDS if kind in self.queries))
         if self.mask_function == "mlp" and self.num_layers != 1:
-            raise ValueError(f"num_layers must be 1 with mask_function 'mlp', got {self.num_layers}")
+            raise UserError(f"num_layers must be 1 with mask_function 'mlp', got {self.num_layers}")
 
     @property
     def head_dim(self) -> int:
@@ -131,7 +133,7 @@ class AdapterConfig:
         """The inverse of to_dict. Raises ValueError naming an unknown field."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"adapter configuration has unknown fields {', '.join(unknown)}")
+            raise UserError(f"adapter configuration has unknown fields {', '.join(unknown)}")
         if isinstance(values.get("queries"), list):
             values = {**values, "queries": tuple(values["queries"])}
         return cls(**values)
@@ -165,7 +167,7 @@ class TTTConfig:
         _check_whole("steps", self.steps, 0)
         _check_positive("lr", self.lr)
         if not 0 < self.selection <= 1:
-            raise ValueError(f"selection must be above 0 and at most 1, got {self.selection!r}")
+            raise UserError(f"selection must be above 0 and at most 1, got {self.selection!r}")
         _check_choice("loss", self.loss, ("mean", "marginal"))
         _check_choice("penalty", self.penalty, MASK_PENALTIES)
         _check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
@@ -360,7 +362,7 @@ class EfficientConfig:
         _check_positive("weight_decay", self.weight_decay, zero_ok=True)
         _check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
         if self.new_test is not None and self.protocol != "all":
-            raise ValueError("new_test needs protocol 'all': with 'base-to-new' the new classes are test's second half")
+            raise UserError("new_test needs protocol 'all': with 'base-to-new' the new classes are test's second half")
 
 
 @dataclass(frozen=True)
@@ -417,13 +419,13 @@ class FullConfig:
             _check_whole("micro_batch", self.micro_batch, 1)
         _check_whole("warmup_steps", self.warmup_steps, 0)
         if self.finetune_from > self.epochs:
-            raise ValueError(f"finetune_from must be at most epochs {self.epochs}, got {self.finetune_from}")
+            raise UserError(f"finetune_from must be at most epochs {self.epochs}, got {self.finetune_from}")
         for name in ("lr", "finetune_lr"):
             _check_positive(name, getattr(self, name))
         _check_positive("weight_decay", self.weight_decay, zero_ok=True)
         _check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
         if not self.test:
-            raise ValueError("test must name at least one source, got none")
+            raise UserError("test must name at least one source, got none")
 
 
 @dataclass(frozen=True)

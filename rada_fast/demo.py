@@ -122,6 +122,7 @@ def draw_picture(output: Path, test: Path) -> Path:
         mask=result.mask[0],
         rational=rational,
         class_names=names,
+        logit_scale=vlm.logit_scale,
         histogram=result.mask,
     )
     return path

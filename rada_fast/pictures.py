@@ -20,16 +20,17 @@ def mask_picture(
     mask: Tensor,
     rational: Tensor,
     class_names: tuple[str, ...],
+    logit_scale: float,
     histogram: Tensor,
 ) -> None:
     """One image's M, R and M * R as heat maps and a histogram of masks (as the paper's Figures 4 and 5); a PNG.
 
     path: the file to write; image: (height, width, 3) uint8; mask, rational: (K, D), one image's;
-    class_names: K rows' names; histogram: mask values of any shape, of many images.
+    class_names: K rows' names; logit_scale: the multiplier s; histogram: mask values of any shape, of many images.
     """
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplot_mosaic([["picture", "histogram", "."], ["M", "R", "MR"]], height_ratios=[1, 1.6])
+    axes = figure.subplot_mosaic([["picture", "histogram", "answer"], ["M", "R", "MR"]], height_ratios=[1, 1.6])
 
     axes["picture"].imshow(image, interpolation="nearest")
     axes["picture"].set_axis_off()
@@ -41,6 +42,16 @@ def mask_picture(
     axes["histogram"].set_xlabel("mask value (1 leaves CLIP unchanged)")
     axes["histogram"].set_ylabel("elements")
     axes["histogram"].set_title(f"mask: mean {values.mean():.3f}, from {values.min():.2f} to {values.max():.2f}")
+
+    before, after = ((logit_scale * matrix.sum(dim=-1)).softmax(dim=-1) for matrix in (rational, mask * rational))
+    best = (before + after).argsort(descending=True)[:6].flip(0)
+    places = np.arange(len(best))
+    axes["answer"].barh(places + 0.2, before[best].numpy(), 0.4, label="zero-shot", color="tab:gray")
+    axes["answer"].barh(places - 0.2, after[best].numpy(), 0.4, label="adapted", color="tab:purple")
+    axes["answer"].set_yticks(places, [class_names[index] for index in best.tolist()], fontsize=8)
+    axes["answer"].set_xlabel("probability")
+    axes["answer"].set_xlim(0, 1)
+    axes["answer"].legend(loc="lower right")
 
     spread = max(float((mask - 1).abs().quantile(0.995)), 1e-6)
     reach = max(float(rational.abs().quantile(0.995)), 1e-6)

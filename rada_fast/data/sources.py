@@ -185,7 +185,8 @@ def open_features(path: Path) -> FeatureFile:
     if not path.is_file():
         raise UserError(f"feature file {path} does not exist")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves a file that it cannot read open.
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise UserError(f"feature file {path} is not a readable npz file: {error}") from None

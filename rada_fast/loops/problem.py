@@ -283,7 +283,9 @@ def identity_of(
     return {
         "command": command,
         "options": options,
-        "adapter": {**adapter.config.to_dict(), "preset": adapter.config.preset, "hash": adapter_fingerprint(adapter)},
+        "adapter": {**adapter.config.to_dict(), "preset": adapter.config.preset},
+        # A new adapter follows from the seed; one from a file is known by its weights.
+        "adapter_file": adapter_fingerprint(adapter) if config.adapter.adapter is not None else None,
         "model": vlm.fingerprint if vlm is not None else None,
         "text_features": tensor_fingerprint(text_features),
     }

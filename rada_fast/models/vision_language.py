@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,14 @@ class VisionLanguageModel:
         self.name = name
         self.pretrained = pretrained
         self.fingerprint = _fingerprint(name, model)
-        self.model: Any = model.requires_grad_(False).eval()
-        self.model.to(device)
+        model.requires_grad_(False).eval().to(device)
+        self.model = cast(Any, model)
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.device = device
         self.precision: Precision = precision
         with torch.no_grad():
+            # Asked of the model itself: no table of widths can fall behind open_clip.
             probe = self.model.encode_text(tokenizer(["a"]).to(device))
         self.embed_dim = int(probe.shape[-1])
 

@@ -1,0 +1,199 @@
+"""Folders and feature files: what they hold, and one clear line for everything that they cannot be."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rada_fast.data.sources import (
+    FeatureFile,
+    ImageFolder,
+    UnreadableImageError,
+    base_and_new,
+    open_source,
+    read_image,
+    read_names,
+)
+from rada_fast.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    for name, count in (("b_dog", 3), ("a_cat", 2), ("c_owl", 4)):
+        (root / name / "deep").mkdir(parents=True)
+        for index in range(count):
+            place = root / name / ("deep" if index else ".") / f"{index}.{'PNG' if index else 'jpg'}"
+            Image.new("RGB", (8, 6), (index, 2, 3)).save(place)
+        (root / name / "notes.txt").write_text("not a picture")
+        (root / name / ".hidden.png").write_bytes(b"")
+    (root / ".cache").mkdir()
+    return root
+
+
+def test_an_image_folder_is_sorted_and_labelled_by_folder(folder: Path) -> None:
+    source = open_source(f"imagefolder:{folder}")
+    assert isinstance(source, ImageFolder)
+    assert source.folders == ("a_cat", "b_dog", "c_owl")
+    assert [sample.id for sample in source.samples][:3] == ["a_cat/0.jpg", "a_cat/deep/1.PNG", "b_dog/0.jpg"]
+    assert [sample.label for sample in source.samples] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_subsets_relabel_and_few_shots_do_not_depend_on_order(folder: Path) -> None:
+    source = open_source(f"imagefolder:{folder}")
+    assert isinstance(source, ImageFolder)
+    subset = source.subset([2, 0])
+    assert subset.folders == ("c_owl", "a_cat")
+    assert {(sample.id.split("/")[0], sample.label) for sample in subset.samples} == {("c_owl", 0), ("a_cat", 1)}
+    few = source.few_shot(2, seed=0)
+    assert [sum(sample.label == label for sample in few.samples) for label in range(3)] == [2, 2, 2]
+    turned = ImageFolder(source.root, source.folders, tuple(reversed(source.samples))).few_shot(2, seed=0)
+    assert {sample.id for sample in turned.samples} == {sample.id for sample in few.samples}
+    chosen = {tuple(sample.id for sample in source.few_shot(2, seed).samples) for seed in range(8)}
+    assert len(chosen) > 1
+
+
+def test_pictures_without_classes(folder: Path) -> None:
+    source = open_source(f"images:{folder}")
+    assert isinstance(source, ImageFolder)
+    assert source.folders == ()
+    assert {sample.label for sample in source.samples} == {-1}
+    assert len(source.samples) == 9
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "classes" / "a").mkdir(parents=True)
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "flat" / "a.png")
+    cases = {
+        str(folder): "did you mean imagefolder:",
+        "photos:somewhere": "data must be KIND:PATH with KIND one of imagefolder:DIR",
+        f"imagefolder:{tmp_path / 'none'}": "does not exist",
+        f"imagefolder:{tmp_path / 'empty'}": "must have one sub-folder a class, it has none",
+        f"imagefolder:{tmp_path / 'flat'}": "for pictures without classes give images:",
+        f"imagefolder:{tmp_path / 'classes'}": "has 1 sub-folders but no image",
+        f"imagefolder:{folder / 'a_cat' / 'notes.txt'}": "is a file, not a folder",
+        f"images:{tmp_path / 'empty'}": "holds no image",
+    }
+    for spec, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            open_source(spec)
+
+
+def write(path: Path, **arrays: Any) -> str:
+    np.savez(path, **arrays)
+    return f"features:{path}"
+
+
+def test_a_feature_file(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    spec = write(
+        tmp_path / "f.npz", features=features, labels=np.array([0, 1, 2, 0, 1, 2]), class_names=["a", "b", "c"]
+    )
+    source = open_source(spec)
+    assert isinstance(source, FeatureFile)
+    assert source.class_names == ("a", "b", "c")
+    assert torch.equal(source.features, torch.from_numpy(features))
+    torch.testing.assert_close(source.normalised().norm(dim=-1), torch.ones(6))
+    subset = source.subset([2, 0])
+    assert subset.labels.tolist() == [1, 0, 1, 0]
+    assert subset.ids == ("0", "2", "3", "5")
+    assert subset.class_names == ("c", "a")
+    assert len(source.few_shot(1, seed=0).labels) == 3
+
+
+GOOD = np.ones((3, 4), np.float32)
+LABELS = np.array([0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"features": GOOD}, r"must have the arrays features and labels, it has \['features'\]"),
+        ({"features": GOOD[0], "labels": LABELS}, r"features must be floating point \(N, D\) or \(N, V, D\)"),
+        ({"features": GOOD.astype(int), "labels": LABELS}, "got int64"),
+        ({"features": GOOD, "labels": LABELS[:2]}, r"labels must be 3 whole numbers, got int64 \(2,\)"),
+        ({"features": GOOD, "labels": LABELS.astype(float)}, "labels must be 3 whole numbers, got float64"),
+        ({"features": GOOD, "labels": LABELS - 1}, "labels must be at least 0, got -1 in row 0"),
+        ({"features": GOOD[:0], "labels": LABELS[:0]}, r"features must not be empty, got shape \(0, 4\)"),
+        ({"features": GOOD * [[1], [np.nan], [np.inf]], "labels": LABELS}, "in 2 of 3 rows, the first is row 1"),
+        ({"features": GOOD * [[1], [1], [0]], "labels": LABELS}, "must not be all zero, row 2 is"),
+        ({"features": np.array([{}], dtype=object), "labels": LABELS}, "not a readable npz"),
+    ],
+)
+def test_feature_files_that_cannot_be_used(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_source(write(tmp_path / "f.npz", **arrays))
+
+
+def test_feature_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        open_source(f"features:{tmp_path / 'f.npz'}")
+    for content in (b"", b"no zip", b"PK\x03\x04torn"):
+        (tmp_path / "f.npz").write_bytes(content)
+        with pytest.raises(UserError, match="is not a readable npz file"):
+            open_source(f"features:{tmp_path / 'f.npz'}")
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    suffix = ".jpg" if mode == "CMYK" else ".tiff" if mode in ("F", "I;16") else ".png"
+    path = tmp_path / f"picture{suffix}"
+    Image.new(mode, (5, 3)).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(path)
+    assert image.mode == "RGB"
+    assert image.size == (5, 3)
+
+
+def test_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = tmp_path / "good.jpg"
+    Image.effect_noise((64, 64), 50).save(good)
+    cases = {"torn.jpg": good.read_bytes()[:-300], "empty.png": b"", "text.png": b"hello"}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UnreadableImageError, match=f"{name} cannot be read: "):
+            read_image(tmp_path / name)
+    with pytest.raises(UnreadableImageError, match=r"missing.png cannot be read"):
+        read_image(tmp_path / "missing.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+    with pytest.raises(UnreadableImageError, match=r"good.jpg cannot be read: Image size \(4096 pixels\) exceeds"):
+        read_image(good)
+
+
+def test_names_from_files(tmp_path: Path) -> None:
+    cases: dict[str, tuple[str, Any]] = {
+        "lines.txt": ("cat\n\n dog \n", ["cat", "dog"]),
+        "coop.txt": ("n01440764 tench\nn01443537 gold fish\n", {"n01440764": "tench", "n01443537": "gold fish"}),
+        "list.json": ('["cat", "dog"]', ["cat", "dog"]),
+        "object.json": ('{"a": "cat"}', {"a": "cat"}),
+    }
+    for name, (text, expected) in cases.items():
+        (tmp_path / name).write_text(text)
+        assert read_names(tmp_path / name) == expected
+    for name, text, message in (
+        ("empty.txt", "\n", r"holds no class name \(K = 0\)"),
+        ("bad.json", "{", "is not JSON"),
+        ("numbers.json", "[1, 2]", "must hold a list of names"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_names(tmp_path / name)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_names(tmp_path / "none.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not a text file"):
+        read_names(tmp_path / "binary.txt")
+
+
+def test_base_is_the_first_half_rounded_up() -> None:
+    assert base_and_new(5) == ([0, 1, 2], [3, 4])
+    assert base_and_new(1) == ([0], [])

@@ -1,0 +1,128 @@
+"""Views: torchvision's draws from the image's own seed, for any order, worker count or number of neighbours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from rada_fast.data.sources import ImageFolder, open_source
+from rada_fast.data.views import (
+    AUGMIX_OPERATIONS,
+    Preprocess,
+    ViewDataset,
+    as_it_is,
+    center_view,
+    image_seed,
+    make_views,
+)
+
+PREPROCESS = Preprocess(32, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+
+
+def picture(width: int = 50, height: int = 37, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("size", [(50, 37), (1, 1), (1, 400), (32, 32), (300, 20)])
+def test_the_original_is_torchvisions_evaluation_view(size: tuple[int, int]) -> None:
+    image = picture(*size)
+    expected = transforms.Compose(
+        [
+            transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize(PREPROCESS.mean, PREPROCESS.std),
+        ]
+    )(image)
+    assert torch.equal(center_view(image, PREPROCESS), expected)
+    assert torch.equal(make_views(image, PREPROCESS, 1, "crop", 5)[0], expected)
+
+
+def test_crops_are_torchvisions_draws_from_the_seed() -> None:
+    image = picture()
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(32),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(PREPROCESS.mean, PREPROCESS.std),
+        ]
+    )
+    seed = image_seed(3, "a/b.png")
+    views = make_views(image, PREPROCESS, 9, "crop", seed)
+    torch.manual_seed(seed)
+    assert torch.equal(views[1:], torch.stack([transform(image) for _ in range(8)]))
+
+
+@pytest.mark.parametrize("kind", ["crop", "augmix"])
+def test_views_leave_the_global_random_state_alone_and_repeat(kind: str) -> None:
+    image = picture()
+    state = torch.get_rng_state()
+    first = make_views(image, PREPROCESS, 5, kind, 7)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(make_views(image, PREPROCESS, 5, kind, 7), first)  # type: ignore[arg-type]
+    assert not torch.equal(make_views(image, PREPROCESS, 5, kind, 8)[1:], first[1:])  # type: ignore[arg-type]
+    # More views go on from the same draws.
+    assert torch.equal(make_views(image, PREPROCESS, 9, kind, 7)[:5], first)  # type: ignore[arg-type]
+
+
+def test_every_augmix_operation_runs_on_every_picture() -> None:
+    torch.manual_seed(0)
+    for operation in AUGMIX_OPERATIONS:
+        for size in ((32, 32), (1, 1)):
+            for _ in range(4):
+                assert operation(picture(*size)).size == size
+
+
+def test_augmix_stays_within_the_pictures_range() -> None:
+    views = make_views(picture(), PREPROCESS, 12, "augmix", 1)
+    pixels = views * torch.tensor(PREPROCESS.std).view(3, 1, 1) + torch.tensor(PREPROCESS.mean).view(3, 1, 1)
+    # A mix of pictures in 0..1 stays there, up to float32 rounding of the normalisation.
+    assert pixels.min() >= -1e-5
+    assert pixels.max() <= 1 + 1e-5
+    assert bool(views.isfinite().all())
+
+
+def test_seeds_depend_on_both_arguments_and_fit_a_generator() -> None:
+    seeds = {image_seed(seed, name) for seed in range(4) for name in ("a", "b", "c")}
+    assert len(seeds) == 12
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ImageFolder:
+    for label, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            picture(seed=10 * label + index).save(tmp_path / name / f"{index}.png")
+    (tmp_path / "a" / "1.png").write_bytes(b"damaged")
+    source = open_source(f"imagefolder:{tmp_path}")
+    assert isinstance(source, ImageFolder)
+    return source
+
+
+@pytest.mark.parametrize("views", [0, 3])
+def test_workers_and_order_change_no_view(folder: ImageFolder, views: int) -> None:
+    def load(samples: tuple, workers: int) -> dict[str, object]:  # type: ignore[type-arg]
+        dataset = ViewDataset(samples, PREPROCESS, views, "crop", seed=4)
+        loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+        return {samples[index].id: (view, reason) for index, view, reason in loader}
+
+    plain, spread = load(folder.samples, 0), load(folder.samples[::-1], 2)
+    assert plain.keys() == spread.keys()
+    for id, (view, reason) in plain.items():  # type: ignore[misc]
+        if id == "a/1.png":
+            assert view is None
+            assert "1.png cannot be read" in reason
+            assert spread[id] == (None, reason)
+        else:
+            assert torch.equal(view, spread[id][0])  # type: ignore[index]
+            assert view.shape == (max(views, 1), 3, 32, 32)

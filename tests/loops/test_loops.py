@@ -1,0 +1,329 @@
+"""The three loops on small drawn images and on features: results, resumption, independence, messages."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rada_fast.config import (
+    AdapterOptions,
+    ClassOptions,
+    EfficientConfig,
+    FullConfig,
+    RunOptions,
+    TestTimeConfig,
+    TTTConfig,
+)
+from rada_fast.embedded import world
+from rada_fast.errors import UserError
+from rada_fast.loops import efficient, full, test_time
+from rada_fast.loops.efficient import run_efficient
+from rada_fast.loops.full import run_full
+from rada_fast.loops.test_time import run_test_time
+from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
+
+CLASSES = 6
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shifted pictures of each of six classes, half of them new ones."""
+    everything, root = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("pictures")
+    world.write_imagefolder(everything, 3, seed=1, shift="mixed")
+    folders = sorted(path for path in everything.iterdir())
+    for folder in folders[:3] + folders[-3:]:
+        shutil.copytree(folder, root / folder.name)
+    return root
+
+
+def features_file(path: Path, classes: int = 5, each: int = 12, width: int = 16, views: int | None = None) -> str:
+    """Noisy features around a mean for each class."""
+    generator = np.random.default_rng(0)
+    means = generator.normal(size=(classes, width))
+    labels = np.tile(np.arange(classes), each)
+    shape = (len(labels), width) if views is None else (len(labels), views, width)
+    noise = generator.normal(size=shape)
+    features = (means[labels] if views is None else means[labels][:, None]) + noise
+    np.savez(path, features=features.astype(np.float32), labels=labels)
+    return f"features:{path}"
+
+
+def text_file(path: Path, classes: int = 5, width: int = 16) -> str:
+    means = np.random.default_rng(0).normal(size=(classes, width)).astype(np.float32)
+    np.savez(path, features=means, labels=np.arange(classes))
+    return f"features:{path}"
+
+
+def lines(folder: Path, name: str = "images.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def ttt(pictures: Path, output: Path, **changes: Any) -> TestTimeConfig:
+    run = RunOptions(output=str(output), **changes.pop("run", {}))
+    return TestTimeConfig(data=f"imagefolder:{pictures}", views=8, episode=TTTConfig(steps=2), run=run, **changes)
+
+
+def test_ttt_writes_a_line_an_image_and_a_summary(pictures: Path, tmp_path: Path) -> None:
+    summary = run_test_time(ttt(pictures, tmp_path / "run"))
+    records = lines(tmp_path / "run")
+    assert sorted(record["id"] for record in records) == [
+        path.relative_to(pictures).as_posix() for path in sorted(pictures.rglob("*.png"))
+    ]
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text()) | {"config": summary["config"]}
+    assert summary["images"] == 18
+    assert summary["status"] == {"ok": 18, "diverged": 0, "unreadable": 0}
+    right = sum(record["adapted"][0] == record["label"] for record in records)
+    assert summary["adapted_top1"] == round(100 * right / 18, 3)
+    assert summary["adapted_top5"] >= summary["adapted_top1"]
+    assert summary["preset"] == "official"
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["peak_memory"]["process_mib"] > 0
+    assert summary["time"]["images_per_second"] > 0
+
+
+def test_ttt_lines_do_not_depend_on_order_grouping_or_workers(pictures: Path, tmp_path: Path) -> None:
+    runs = {
+        "plain": ttt(pictures, tmp_path / "plain"),
+        "turned": ttt(pictures, tmp_path / "turned", order_seed=3, episodes=5),
+        "workers": ttt(pictures, tmp_path / "workers", episodes=1, run={"workers": 2}),
+    }
+    found = {}
+    for name, config in runs.items():
+        run_test_time(config)
+        found[name] = (tmp_path / name / "images.jsonl").read_text().splitlines()
+    assert found["turned"] != found["plain"]
+    assert sorted(found["turned"]) == sorted(found["plain"])
+    assert sorted(found["workers"]) == sorted(found["plain"])
+
+
+def test_ttt_goes_on_where_it_was_cut_off(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_test_time(ttt(pictures, tmp_path / "whole"))
+    calls = 0
+    original = test_time.adapt_episodes
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(test_time, "adapt_episodes", cut)
+    config = ttt(pictures, tmp_path / "cut", episodes=4)
+    with pytest.raises(KeyboardInterrupt):
+        run_test_time(config)
+    assert len(lines(tmp_path / "cut")) == 8
+    # And the crash tore the last line.
+    path = tmp_path / "cut" / "images.jsonl"
+    path.write_text(path.read_text()[:-10])
+    summary = run_test_time(config)
+    assert summary["resumed"] == 7
+    assert sorted(map(str, lines(tmp_path / "cut"))) == sorted(map(str, lines(tmp_path / "whole")))
+
+
+def test_ttt_records_unreadable_images_and_counts_them(pictures: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(pictures, damaged)
+    victim = next(iter(sorted(damaged.rglob("*.png"))))
+    victim.write_bytes(victim.read_bytes()[:40])
+    summary = run_test_time(ttt(damaged, tmp_path / "run"))
+    assert summary["status"]["unreadable"] == 1
+    assert summary["images"] == 18
+    (record,) = [record for record in lines(tmp_path / "run") if record["status"] == "unreadable"]
+    assert record["id"] == victim.relative_to(damaged).as_posix()
+    assert "cannot be read" in record["error"]
+
+
+def test_ttt_without_labels_and_with_augmix(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(world.class_names()[:7]))
+    config = dataclasses.replace(
+        ttt(pictures, tmp_path / "run", view_kind="augmix", text=ClassOptions(classes=str(tmp_path / "names.txt"))),
+        data=f"images:{pictures}",
+    )
+    summary = run_test_time(config)
+    assert summary["adapted_top1"] is None
+    assert {record["label"] for record in lines(tmp_path / "run")} == {None}
+    with pytest.raises(UserError, match="classes must be given"):
+        run_test_time(dataclasses.replace(config, text=ClassOptions()))
+
+
+def test_ttt_starts_from_a_trained_adapter_and_from_the_paper_preset(pictures: Path, tmp_path: Path) -> None:
+    adapter = RationalAdapter(AdapterOptions().resolve(128))
+    torch.nn.init.normal_(adapter.get_parameter("out_proj.weight"), std=0.05)
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    options = AdapterOptions(adapter=str(tmp_path / "a.safetensors"))
+    trained = run_test_time(ttt(pictures, tmp_path / "trained", adapter=options))
+    paper = run_test_time(ttt(pictures, tmp_path / "paper", adapter=AdapterOptions(preset="paper")))
+    assert (trained["preset"], paper["preset"]) == ("official", "paper")
+    assert lines(tmp_path / "trained") != lines(tmp_path / "paper")
+
+
+@pytest.mark.parametrize("views", [None, 7])
+def test_ttt_on_features(tmp_path: Path, views: int | None) -> None:
+    config = TestTimeConfig(
+        data=features_file(tmp_path / "f.npz", views=views),
+        text=ClassOptions(text_features=text_file(tmp_path / "t.npz")),
+        run=RunOptions(output=str(tmp_path / "run")),
+    )
+    summary = run_test_time(config)
+    assert summary["images"] == 60
+    assert summary["model"] is None
+    assert summary["zero_shot_top1"] > 50
+
+
+def test_ttt_keeps_the_zero_shot_answer_where_an_episode_diverges(tmp_path: Path) -> None:
+    config = TestTimeConfig(
+        data=features_file(tmp_path / "f.npz", each=1, views=4),
+        text=ClassOptions(text_features=text_file(tmp_path / "t.npz")),
+        episode=TTTConfig(lr=1e38, optimizer="sgd"),
+        adapter=AdapterOptions(num_heads=2),
+        run=RunOptions(output=str(tmp_path / "run")),
+    )
+    summary = run_test_time(config)
+    assert summary["status"]["diverged"] > 0
+    for record in lines(tmp_path / "run"):
+        if record["status"] == "diverged":
+            assert record["adapted"] == record["zero_shot"]
+
+
+def eft(pictures: Path, output: Path, **changes: Any) -> EfficientConfig:
+    run = RunOptions(output=str(output), **changes.pop("run", {}))
+    spec = f"imagefolder:{pictures}"
+    return EfficientConfig(train=spec, test=spec, **({"epochs": 3, "batch_size": 4, "run": run} | changes))
+
+
+def test_eft_trains_on_base_and_tests_base_and_new(pictures: Path, tmp_path: Path) -> None:
+    summary = run_efficient(eft(pictures, tmp_path / "run", evaluate_every=1))
+    assert summary["training_images"] == 9
+    assert summary["base"]["images"] == summary["new"]["images"] == 9
+    base, new = summary["base"]["adapted_top1"], summary["new"]["adapted_top1"]
+    assert summary["adapted_harmonic_mean"] == pytest.approx(2 * base * new / (base + new), abs=1e-3)
+    epochs = lines(tmp_path / "run", "epochs.jsonl")
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3]
+    assert [epoch["lr"] for epoch in epochs] == pytest.approx([1e-5, 0.75 * 9e-4, 0.25 * 9e-4])
+    assert epochs[-1]["loss"] < epochs[0]["loss"]
+    assert {record["split"] for record in lines(tmp_path / "run")} == {"base", "new"}
+    assert load_adapter(tmp_path / "run" / "adapter.safetensors").config.embed_dim == 128
+
+
+@pytest.mark.parametrize("train_views", ["center", "crop"])
+def test_eft_goes_on_to_the_same_weights(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_views: str
+) -> None:
+    run_efficient(eft(pictures, tmp_path / "whole", train_views=train_views))
+    original = efficient.train_epoch
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        if args[-1] == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(efficient, "train_epoch", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run_efficient(eft(pictures, tmp_path / "cut", train_views=train_views))
+    summary = run_efficient(eft(pictures, tmp_path / "cut", train_views=train_views))
+    assert summary["resumed"] == 2
+    whole, resumed = (load_adapter(tmp_path / name / "adapter.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    assert len(lines(tmp_path / "cut", "epochs.jsonl")) == 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("penalty", ["l2", "l1", "linf"])
+def test_eft_on_features_with_every_optimiser_and_penalty(tmp_path: Path, optimizer: str, penalty: str) -> None:
+    spec = features_file(tmp_path / "f.npz")
+    config = EfficientConfig(
+        train=spec, test=spec, protocol="all", epochs=2, batch_size=10, schedule="constant", shots=None,
+        text=ClassOptions(text_features="class-means"), run=RunOptions(output=str(tmp_path / "run")),
+        optimizer=optimizer, penalty=penalty,  # type: ignore[arg-type]
+    )  # fmt: skip
+    summary = run_efficient(config)
+    assert summary["test"]["images"] == 60
+    assert summary["test"]["zero_shot_top1"] > 50
+
+
+def test_eft_with_new_classes_apart(tmp_path: Path) -> None:
+    train, new = features_file(tmp_path / "a.npz"), features_file(tmp_path / "b.npz", classes=3)
+    config = EfficientConfig(
+        train=train, test=train, new_test=new, protocol="all", epochs=1, batch_size=10,
+        text=ClassOptions(text_features="class-means"), run=RunOptions(output=str(tmp_path / "run")),
+    )  # fmt: skip
+    summary = run_efficient(config)
+    assert summary["base"]["classes"] == 5
+    assert summary["new"]["classes"] == 3
+
+
+def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = f"imagefolder:{pictures}"
+    some = tmp_path / "some"
+    for name in sorted(path.name for path in pictures.iterdir())[2:5]:
+        shutil.copytree(pictures / name, some / name)
+
+    def config(output: str) -> FullConfig:
+        return FullConfig(
+            train=spec, test=(spec, f"imagefolder:{some}"), epochs=2, finetune_from=1, finetune_epochs=2, batch_size=9,
+            micro_batch=5, run=RunOptions(output=str(tmp_path / output)), finetune_lr=1e-4,
+        )  # fmt: skip
+
+    summary = run_full(config("whole"))
+    for stage in ("rada", "rada-ft"):
+        assert summary[stage][spec]["images"] == 18
+        assert summary[stage][f"imagefolder:{some}"]["images"] == 9
+    # A test set with some of the classes is judged among those, under the training labels.
+    records = [r for r in lines(tmp_path / "whole") if r["test"] == f"imagefolder:{some}"]
+    assert {record["label"] for record in records} == {2, 3, 4}
+    assert all(set(record["adapted"][:3]) <= {2, 3, 4} for record in records)
+    stages = [(line["stage"], line["epoch"]) for line in lines(tmp_path / "whole", "epochs.jsonl")]
+    assert stages == [("rada", 1), ("rada", 2), ("rada-ft", 1), ("rada-ft", 2)]
+
+    original = full.learning_rate
+
+    def cut(stage: full.Stage, *args: Any) -> float:
+        if stage.name == "rada-ft" and args[1] == 2:
+            raise KeyboardInterrupt
+        return original(stage, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(full, "learning_rate", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run_full(config("cut"))
+    run_full(config("cut"))
+    for name in ("rada", "rada-ft"):
+        whole, resumed = (load_adapter(tmp_path / run / f"{name}-adapter.safetensors") for run in ("whole", "cut"))
+        assert all(torch.equal(tensor, resumed.state_dict()[key]) for key, tensor in whole.state_dict().items())
+    from safetensors.torch import load_file
+
+    whole, resumed = (load_file(tmp_path / run / "rada-ft-model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
+    assert any(key.startswith("visual.") for key in whole)
+
+
+def test_fft_on_features_serves_the_first_stage(tmp_path: Path) -> None:
+    spec = features_file(tmp_path / "f.npz")
+    config = FullConfig(
+        train=spec, test=(spec,), stages="rada", epochs=3, finetune_from=2, batch_size=20,
+        text=ClassOptions(text_features="class-means"), run=RunOptions(output=str(tmp_path / "run")),
+    )  # fmt: skip
+    summary = run_full(config)
+    assert summary["rada"][spec]["images"] == 60
+    with pytest.raises(UserError, match="stages both trains the image encoder and needs images"):
+        run_full(dataclasses.replace(config, stages="both"))
+
+
+def test_learning_rates_warm_up_and_fall() -> None:
+    config = FullConfig(train="x", test=("y",), warmup_steps=4)
+    stage = full.Stage("rada", 2, 1.0, 1.0, trains_encoder=False)
+    rates = [full.learning_rate(stage, config, step, 40) for step in range(40)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert all(earlier > later for earlier, later in itertools.pairwise(rates[4:]))
+    short = [full.learning_rate(stage, config, step, 5) for step in range(5)]
+    assert short[0] == 1.0

@@ -1,0 +1,240 @@
+"""The command line: help at once, one line for what cannot be used, options from files, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from rada_fast import cli
+from rada_fast.config import AdapterConfig
+from rada_fast.errors import UserError
+from rada_fast.modules import RationalAdapter, save_adapter
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """A folder of things to give the commands, good and bad."""
+    for index in range(3):
+        for name in ("red plain square", "blue plain ring"):
+            path = tmp_path / "pictures" / name / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), (40 * index, 9, 9)).save(path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "three.txt").write_text("a\nb\nc\n")
+    (tmp_path / "none.txt").write_text("\n")
+    features = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    np.savez(tmp_path / "good.npz", features=features, labels=np.array([0, 1, 0, 1]))
+    np.savez(tmp_path / "text.npz", features=features[:2], labels=np.array([0, 1]))
+    np.savez(tmp_path / "wide.npz", features=np.ones((2, 32), np.float32), labels=np.array([0, 1]))
+    np.savez(
+        tmp_path / "nan.npz", features=features * np.array([[1], [1], [np.nan], [1]]), labels=np.array([0, 1, 0, 1])
+    )
+    save_adapter(RationalAdapter(AdapterConfig.official(16)), tmp_path / "narrow.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "options.toml").write_text('steps = 1\nviews = 2\nresume = "x"\n')
+    (tmp_path / "torn.toml").write_text("steps = \n")
+    (tmp_path / "a file").write_text("")
+    return tmp_path
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "command": ("tt --data x", "unknown command 'tt'; the commands are demo, ttt, eft, fft, doctor"),
+    "kind": ("ttt --data pictures:{0}/pictures", "data must be KIND:PATH with KIND one of imagefolder:DIR"),
+    "folder": ("ttt --data imagefolder:{0}/nowhere", "data folder {0}/nowhere does not exist"),
+    "empty folder": ("ttt --data imagefolder:{0}/empty", "must have one sub-folder a class, it has none"),
+    "classes": ("ttt --data imagefolder:{0}/pictures --classes {0}/three.txt", "must hold 2 names, one a class folder, got 3"),
+    "no classes": ("ttt --data imagefolder:{0}/pictures --classes {0}/none.txt", "holds no class name (K = 0)"),
+    "classes file": ("ttt --data imagefolder:{0}/pictures --classes {0}/nil.txt", "nil.txt cannot be read: No such file"),
+    "weights": ("ttt --data imagefolder:{0}/pictures --model ViT-B-16", "model ViT-B-16 needs --pretrained: a tag (openai"),
+    "model": ("ttt --data imagefolder:{0}/pictures --model ViT-B-17", "model 'ViT-B-17' is not one of open_clip's"),
+    "nan": ("ttt --data features:{0}/nan.npz --text-features features:{0}/text.npz", "NaN or infinity in 1 of 4 rows, the first is row 2"),
+    "width": ("ttt --data features:{0}/good.npz --text-features features:{0}/wide.npz", "has features of width 16, the text features have 32"),
+    "model's width": ("ttt --data features:{0}/good.npz", "has features of width 16, the text features have 128"),
+    "adapter's width": ("ttt --data imagefolder:{0}/pictures --adapter {0}/narrow.safetensors", "has width 16, the features have 128"),
+    "adapter": ("ttt --data imagefolder:{0}/pictures --adapter {0}/other.safetensors", "must hold one rational adapter"),
+    "template": ("ttt --data imagefolder:{0}/pictures --templates fotos", "templates must be a template with {{}}, a file"),
+    "range": ("ttt --data imagefolder:{0}/pictures --selection 2", "selection must be above 0 and at most 1, got 2.0"),
+    "heads": ("ttt --data imagefolder:{0}/pictures --num-heads 7", "num_heads must divide embed_dim 128, got 7"),
+    "device": ("ttt --data imagefolder:{0}/pictures --device gpu", "device must be auto, cpu or cuda[:N], got 'gpu'"),
+    "output": ("ttt --data imagefolder:{0}/pictures --output", "output"),
+    "options file": ("ttt --options {0}/torn.toml", "torn.toml is neither TOML nor JSON"),
+    "no options file": ("ttt --options {0}/nil.toml", "options file {0}/nil.toml cannot be read"),
+    "means": ("ttt --data features:{0}/good.npz --text-features class-means", "class-means needs training images"),
+    "classes of two sets": ("eft --train imagefolder:{0}/pictures --test imagefolder:{0}", "must have the class folders of train"),
+    "stages": ("fft --train features:{0}/good.npz --test features:{0}/good.npz", "stages both trains the image encoder"),
+    "resumed": ("fft --train x --test y --finetune-from 20", "finetune_from must be at most epochs 10, got 20"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_used_is_one_line_and_status_2(
+    given: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, message = BAD[name]
+    arguments = command.format(given).split()
+    if arguments[-1] == "--output":
+        arguments.append(str(given / "a file"))
+    elif arguments[0] in ("ttt", "eft", "fft"):
+        arguments += ["--output", str(given / "out")]
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    error = captured.err.strip().splitlines()[-1]
+    assert error.startswith("rada-fast: ")
+    assert message.format(given) in error
+    assert "Traceback" not in captured.err
+    assert not (given / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ttt", "--step", "3"], "--data"),
+        (["ttt", "--data", "x", "--stepz", "3"], "--stepz"),
+        (["ttt", "--data", "x", "--steps", "many"], "many"),
+    ],
+)
+def test_options_that_do_not_parse_end_with_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_answers_without_torch_and_teaches() -> None:
+    program = "import sys; from rada_fast.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+    assert "Begin with 'rada-fast demo'" in done.stdout
+    program = """
+import sys
+from rada_fast.cli import main
+try:
+    main([sys.argv[1], "--help"])
+except SystemExit as end:
+    assert end.code == 0
+assert "torch" not in sys.modules
+"""
+    for command in cli.COMMANDS:
+        done = subprocess.run([sys.executable, "-c", program, command], capture_output=True, text=True, check=True)
+        assert "--" in done.stdout
+        if command in ("ttt", "eft", "fft"):
+            assert f"Example: rada-fast {command}" in done.stdout
+
+
+def test_the_module_runs_as_the_command_does() -> None:
+    done = subprocess.run([sys.executable, "-m", "rada_fast", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("rada-fast ")
+
+
+def test_options_files_come_first_and_the_command_line_wins(given: Path) -> None:
+    (given / "o.toml").write_text(
+        'data = "imagefolder:a"\nsteps = 7\nlr = 0.1\noverwrite = true\nqueries = ["image", "text"]\nview_kind = "augmix"\n'
+    )
+    config = cli.parse("ttt", ["--options", str(given / "o.toml"), "--steps", "2"])
+    assert (config.data, config.episode.steps, config.episode.lr) == ("imagefolder:a", 2, 0.1)
+    assert config.run.overwrite
+    assert config.adapter.queries == ("image", "text")
+    (given / "o.json").write_text(json.dumps({"train": "x", "test": ["y", "z"], "overwrite": False}))
+    config = cli.parse("fft", [f"--options={given / 'o.json'}"])
+    assert config.test == ("y", "z")
+    (given / "o.json").write_text("[1]")
+    with pytest.raises(UserError, match="must hold a table of options, got list"):
+        cli.parse("fft", ["--options", str(given / "o.json")])
+    (given / "o.json").write_text('{"run": {"seed": 1}}')
+    with pytest.raises(UserError, match="must be flat: run is a table"):
+        cli.parse("fft", ["--options", str(given / "o.json")])
+    with pytest.raises(UserError, match="--options needs a file"):
+        cli.parse("fft", ["--options"])
+
+
+def run_ttt(given: Path, *more: str) -> int:
+    data = ["--data", f"imagefolder:{given / 'pictures'}", "--views", "2", "--steps", "1"]
+    return cli.main(["ttt", *data, "--output", str(given / "out"), *more])
+
+
+def test_a_run_prints_a_table_or_json(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_ttt(given) == 0
+    shown = capsys.readouterr().out
+    assert "adapted top1" in shown
+    assert "results in" in shown
+    assert run_ttt(given, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 6
+
+
+def test_unreadable_images_end_with_status_3_unless_allowed(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (given / "pictures" / "red plain square" / "0.png").write_bytes(b"torn")
+    assert run_ttt(given) == 3
+    assert "1 images could not be read" in capsys.readouterr().err
+    assert run_ttt(given, "--allow-unreadable", "1") == 0
+
+
+def test_another_runs_folder_is_one_line(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_ttt(given) == 0
+    assert run_ttt(given, "--seed", "5") == 2
+    assert "holds another run's results (differing: options.run.seed)" in capsys.readouterr().err
+    assert run_ttt(given, "--seed", "5", "--overwrite") == 0
+
+
+def test_an_interruption_ends_with_status_130(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rada_fast.loops import test_time
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(test_time, "adapt_episodes", interrupt)
+    assert run_ttt(given) == 130
+    assert "start the same command again to go on" in capsys.readouterr().err
+
+
+def test_an_unusable_backend_is_one_line(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RADA_FAST_BACKEND", "cuda")
+    assert run_ttt(given) == 2
+    assert "backend 'cuda' cannot be used: " in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "self-test" in shown
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"]["reference"] == "usable"
+    # 17 logits of float32 arithmetic: rounding alone is 1e-6 or less.
+    assert all(float(error) < 1e-5 for error in report["self_test"].values())
+
+    import rada_fast.doctor
+
+    monkeypatch.setattr(rada_fast.doctor, "self_test", lambda: {"reference": "nan"})
+    assert cli.main(["doctor"]) == 1
+
+
+def test_the_demo_at_its_smallest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import rada_fast.demo
+
+    monkeypatch.setattr(rada_fast.demo, "SHOTS", 1)
+    monkeypatch.setattr(rada_fast.demo, "TEST_IMAGES_PER_CLASS", 1)
+    assert cli.main(["demo", "--output", str(tmp_path / "demo"), "--images", "2", "--epochs", "1"]) == 0
+    assert "zero-shot" in capsys.readouterr().out
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert report["ttt"]["images"] == 2
+    assert report["eft"]["base"]["images"] == 20
+    with Image.open(tmp_path / "demo" / "demo.png") as picture:
+        assert picture.size[0] > 1000
