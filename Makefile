@@ -22,7 +22,9 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json results/bench.json
+	mkdir -p results
+	$(BIN)/python -m pytest benchmarks --benchmark-json results/bench.json --benchmark-columns min,median,iqr,rounds \
+		--benchmark-sort name --benchmark-warmup on
 
 setup: $(READY)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ KINDS = {
     "features": "features:FILE.npz (arrays features, labels)",
 }
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+SMALLEST_FEATURE = 1e-12
+"""A row whose every value is below this has no direction left: torch's normalize divides by at least as much."""
 
 
 class UnreadableImageError(ValueError):
@@ -52,6 +57,12 @@ class ImageFolder:
     root: Path
     folders: tuple[str, ...]
     samples: tuple[Sample, ...]
+
+    @property
+    def empty_folders(self) -> tuple[str, ...]:
+        """Class folders without an image, which stay classes."""
+        used = {sample.label for sample in self.samples}
+        return tuple(folder for label, folder in enumerate(self.folders) if label not in used)
 
     def subset(self, labels: Sequence[int]) -> ImageFolder:
         """Only these classes, labelled 0, 1, ... in the order given."""
@@ -116,8 +127,8 @@ def open_source(spec: str) -> ImageFolder | FeatureFile:
 
     Raises UserError where the kind is unknown or the path does not hold such data.
     """
-    kind, separator, path = spec.partition(":")
-    if not separator or kind not in KINDS:
+    kind, _, path = spec.partition(":")
+    if not path or kind not in KINDS:
         hint = ""
         if Path(spec).is_dir():
             hint = f"; did you mean imagefolder:{spec}?"
@@ -135,13 +146,24 @@ def open_source(spec: str) -> ImageFolder | FeatureFile:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    """Image files at any depth, less hidden ones; linked folders are followed, but not back into themselves."""
+    found: list[Path] = []
+    pending = [(folder, frozenset({folder.resolve()}))]
+    while pending:
+        place, above = pending.pop()
+        try:
+            with os.scandir(place) as entries:
+                shown = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            raise UserError(f"data folder {place} cannot be read: {error.strerror}") from None
+        for entry in shown:
+            path = place / entry.name
+            if entry.is_dir():
+                if (real := path.resolve()) not in above:
+                    pending.append((path, above | {real}))
+            elif path.suffix.lower() in EXTENSIONS and entry.is_file():
+                found.append(path)
+    return sorted(found)
 
 
 def _existing_folder(root: Path) -> Path:
@@ -181,18 +203,24 @@ def open_flat_images(root: Path) -> ImageFolder:
 
 
 def open_features(path: Path) -> FeatureFile:
-    """An npz file with the arrays features (N, D) or (N, V, D), labels (N,), and perhaps class_names (K,)."""
+    """An npz file with the arrays features (N, D) or (N, V, D), labels (N,), and perhaps class_names (K,).
+
+    Raises UserError where the file or one of its arrays cannot be used.
+    """
     if not path.is_file():
         raise UserError(f"feature file {path} does not exist")
     try:
+        # NumPy would read a bare array, too, and answer anything else with advice to unpickle it.
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is no zip archive")
         # Opened here: NumPy leaves a file that it cannot read open.
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+            held = sorted(file.files)
+            arrays = {name: file[name] for name in ("features", "labels", "class_names") if name in held}
+    except Exception as error:  # a damaged archive fails in any of zipfile's, zlib's and NumPy's ways
         raise UserError(f"feature file {path} is not a readable npz file: {error}") from None
-    for name in ("features", "labels"):
-        if name not in arrays:
-            raise UserError(f"feature file {path} must have the arrays features and labels, it has {sorted(arrays)}")
+    if not {"features", "labels"} <= arrays.keys():
+        raise UserError(f"feature file {path} must have the arrays features and labels, it has {held}")
     features, labels = arrays["features"], arrays["labels"]
     if features.ndim not in (2, 3) or features.dtype.kind != "f":
         raise UserError(
@@ -207,6 +235,9 @@ def open_features(path: Path) -> FeatureFile:
         raise UserError(f"feature file {path}: features must not be empty, got shape {features.shape}")
     if labels.min() < 0:
         raise UserError(f"feature file {path}: labels must be at least 0, got {labels.min()} in row {labels.argmin()}")
+    # Before the checks: a float64 value past float32's range becomes infinite, a tiny one zero.
+    with np.errstate(over="ignore", under="ignore"):
+        features = features.astype(np.float32)
     rows = features.reshape(len(features), -1)
     bad = ~np.isfinite(rows).all(axis=1)
     if bad.any():
@@ -214,16 +245,24 @@ def open_features(path: Path) -> FeatureFile:
             f"feature file {path}: features must be finite, got NaN or infinity in {bad.sum()} of {len(rows)} rows, "
             f"the first is row {bad.argmax()}"
         )
-    zero = ~features.any(axis=-1).reshape(len(features), -1).all(axis=1)
+    largest = np.maximum(features.max(axis=-1), -features.min(axis=-1)).reshape(len(features), -1)
+    zero = (largest < SMALLEST_FEATURE).any(axis=1)
     if zero.any():
-        raise UserError(f"feature file {path}: features must not be all zero, row {zero.argmax()} is")
+        raise UserError(
+            f"feature file {path}: features must not be all zero, row {zero.argmax()} is, the first of {zero.sum()}"
+        )
     names = arrays.get("class_names")
+    if names is not None and (names.ndim != 1 or names.dtype.kind not in "US" or len(names) <= labels.max()):
+        raise UserError(
+            f"feature file {path}: class_names must be at least {labels.max() + 1} texts, one a label, "
+            f"got {names.dtype} {names.shape}"
+        )
     return FeatureFile(
         path,
-        torch.from_numpy(features.astype(np.float32)),
+        torch.from_numpy(features),
         torch.from_numpy(labels.astype(np.int64)),
         tuple(str(index) for index in range(len(labels))),
-        None if names is None else tuple(str(name) for name in names.tolist()),
+        None if names is None else tuple(np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names.tolist()),
     )
 
 
@@ -239,16 +278,9 @@ def read_image(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with path.open("rb") as file, Image.open(file) as image:
                 return image.convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-        MemoryError,
-        EOFError,
-    ) as error:
+    except UnidentifiedImageError:
+        raise UnreadableImageError(f"{path.name} cannot be read: not an image of a known kind") from None
+    except Exception as error:  # damaged files reach decoders' code paths that raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnreadableImageError(f"{path.name} cannot be read: {reason}") from None
 
@@ -265,7 +297,7 @@ def read_names(path: Path) -> list[str] | dict[str, str]:
     Raises UserError where it cannot be read or is empty.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"classes file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -273,10 +305,10 @@ def read_names(path: Path) -> list[str] | dict[str, str]:
     if path.suffix == ".json":
         try:
             names = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"classes file {path} is not JSON: {error}") from None
         values = names.values() if isinstance(names, dict) else names
-        if not isinstance(names, list | dict) or not all(isinstance(value, str) for value in values):
+        if not isinstance(names, list | dict) or not all(isinstance(v, str) and v.strip() for v in values):
             raise UserError(f"classes file {path} must hold a list of names, or an object of folder to name")
     else:
         lines = [line.strip() for line in text.splitlines() if line.strip()]

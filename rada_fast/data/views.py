@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -28,13 +29,15 @@ AUGMIX_CHAINS, AUGMIX_MOST_DEPTH, AUGMIX_SEVERITY = 3, 3, 1
 class Preprocess:
     """How a model wants its images.
 
-    image_size: side S in pixels; mean, std: by channel, of values in 0..1; interpolation: of the original's resize.
+    image_size: side S in pixels; mean, std: by channel, of values in 0..1; interpolation: of the original's resize;
+    resize: its shorter side to S and a centre crop, or "squash", both sides to S, as SigLIP and some others have it.
     """
 
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize: Literal["shortest", "squash"] = "shortest"
 
 
 def image_seed(seed: int, image_id: str) -> int:
@@ -43,16 +46,30 @@ def image_seed(seed: int, image_id: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draws on the CPU as after torch.manual_seed(seed); the state from before comes back."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed every CUDA device too, and nothing would put their states back.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def to_normalised(image: Image.Image, preprocess: Preprocess) -> Tensor:
     """(3, height, width) float32, normalised by channel."""
     return F.normalize(F.to_tensor(image), list(preprocess.mean), list(preprocess.std))
 
 
 def center_view(image: Image.Image, preprocess: Preprocess) -> Tensor:
-    """The original: shorter side resized, centre cropped, normalised. Returns (3, S, S)."""
+    """The original, as open_clip's evaluation transform makes it: resized, centre cropped, normalised.
+
+    Returns (3, S, S).
+    """
     size = preprocess.image_size
-    resized = F.resize(image, size, InterpolationMode(preprocess.interpolation))
-    return to_normalised(F.center_crop(resized, [size, size]), preprocess)
+    mode = InterpolationMode(preprocess.interpolation)
+    if preprocess.resize == "squash":
+        return to_normalised(F.resize(image, [size, size], mode), preprocess)
+    return to_normalised(F.center_crop(F.resize(image, size, mode), [size, size]), preprocess)
 
 
 def make_views(
@@ -66,12 +83,16 @@ def make_views(
 
     Boxes and flips are those that torchvision's RandomResizedCrop (bilinear) and RandomHorizontalFlip draw after
     torch.manual_seed(seed); AugMix draws from the same stream. The global random state is left alone.
+    Raises ValueError where num_views is below 1 or the kind unknown.
     """
+    if num_views < 1:
+        raise ValueError(f"num_views must be at least 1, got {num_views}")
+    if kind not in ("crop", "augmix"):
+        raise ValueError(f"kind must be crop or augmix, got {kind!r}")
     crop = RandomResizedCrop(preprocess.image_size, scale=CROP_SCALE)
     flip = RandomHorizontalFlip()
     views = [center_view(image, preprocess)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         for _ in range(num_views - 1):
             view = flip(crop(image))
             views.append(_augmix(view, preprocess) if kind == "augmix" else to_normalised(view, preprocess))
@@ -80,8 +101,7 @@ def make_views(
 
 def crop_view(image: Image.Image, preprocess: Preprocess, seed: int, crop_scale: tuple[float, float]) -> Tensor:
     """One random crop with a random flip, for training. Returns (3, S, S)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         crop = RandomResizedCrop(preprocess.image_size, scale=crop_scale)
         return to_normalised(RandomHorizontalFlip()(crop(image)), preprocess)
 

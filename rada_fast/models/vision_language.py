@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +23,8 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 EMBEDDED = "embedded"
 RANDOM = "random"
-_QUICK_GELU_HINTS = ("openai", "metaclip", "dfn")
-"""Parts of a weights file's path that say it was trained with QuickGELU, as every such tag of open_clip was."""
+_QUICK_GELU = "-quickgelu"
+"""What open_clip adds to a model's name for its twin with the other activation."""
 
 
 class VisionLanguageModel:
@@ -144,10 +145,14 @@ def load_model(
         tuple(config["mean"]),
         tuple(config["std"]),
         "bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+        "squash" if config["resize_mode"] == "squash" else "shortest",
     )
-    return VisionLanguageModel(
-        name, pretrained, model, open_clip.get_tokenizer(name), preprocess, device=device, precision=precision
-    )
+    try:
+        with _quiet_log():
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # tokenizers of other libraries: not installed, or not to be downloaded
+        raise UserError(f"model {name}: its tokenizer cannot be made: {_one_line(error)}") from None
+    return VisionLanguageModel(name, pretrained, model, tokenizer, preprocess, device=device, precision=precision)
 
 
 def _create(name: str, pretrained: str, seed: int) -> Any:
@@ -155,44 +160,118 @@ def _create(name: str, pretrained: str, seed: int) -> Any:
     import open_clip
 
     if pretrained == RANDOM:
-        with _quiet_log(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return open_clip.create_model(name, pretrained_text=False)
-    path = Path(pretrained).expanduser()
+        try:
+            with _quiet_log(), torch.random.fork_rng(devices=[]):
+                # torch.manual_seed would seed every CUDA device too, and nothing would put their states back.
+                torch.default_generator.manual_seed(seed)
+                return open_clip.create_model(name, pretrained_text=False)
+        except Exception as error:  # text towers of other libraries: not installed, or not to be downloaded
+            raise UserError(f"model {name} cannot be built: {_one_line(error)}") from None
     is_tag = pretrained in open_clip.list_pretrained_tags_by_model(name)
-    if not is_tag:
-        _warn_of_quick_gelu(name, path)
+    source = pretrained if is_tag else str(Path(pretrained).expanduser())
+    record = _record_of_tag(name, pretrained) if is_tag else _record_of_file(name, Path(source))
+    if record is not None:
+        _warn_of_quick_gelu(name, source, bool(record.get("quick_gelu", False)))
+    elif any("openai" in re.split(r"[^a-z0-9]", part.lower()) for part in Path(source).parts[-2:]):
+        # All of OpenAI's own weights were trained with it, whatever model they are given to.
+        _warn_of_quick_gelu(name, source, True)
     try:
-        with _quiet_log():
-            return open_clip.create_model(name, pretrained=pretrained if is_tag else str(path), weights_only=True)
+        with _quiet_log(), warnings.catch_warnings():
+            # Said above with the name to use, and below as an error.
+            warnings.filterwarnings("ignore", message="QuickGELU mismatch", category=UserWarning)
+            warnings.filterwarnings("ignore", message=".*looks like a TorchScript archive", category=UserWarning)
+            return open_clip.create_model(
+                name,
+                pretrained=source,
+                weights_only=True,
+                force_preprocess_cfg=None if is_tag else _preprocess_of_file(name, record),
+            )
     except Exception as error:  # a damaged or hostile file, or a hub out of reach, can fail in any way
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        if is_tag:
-            raise UserError(
-                f"pretrained {pretrained!r} of {name} could not be downloaded; fetch it where there is a network and "
-                f"give the file instead ({reason})"
-            ) from None
-        raise UserError(f"pretrained file {path} does not load into {name} without executing code: {reason}") from None
+        reason = _one_line(error)
+    if is_tag and "Failed to download" in reason:
+        raise UserError(
+            f"pretrained {pretrained!r} of {name} could not be downloaded; fetch it where there is a network and "
+            f"give the file instead ({reason})"
+        )
+    if "TorchScript" in reason:
+        reason = " without executing code: it is a TorchScript archive; save its state_dict as safetensors"
+    # PyTorch's own text goes on to advise loading without the safeguard.
+    elif "weights_only" in reason or "allow_pickle" in reason:
+        reason = " without executing code: it is damaged, or holds more than plain tensors"
+    elif "loading state_dict" in reason:
+        reason = f", its tensors do not fit: {reason}"
+    else:
+        reason = f": {reason}"
+    raise UserError(f"pretrained {'weights' if is_tag else 'file'} {source} does not load into {name}{reason}")
 
 
-def _warn_of_quick_gelu(name: str, path: Path) -> None:
-    """Warn where a file's name says it was trained with the other activation than the model has.
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
-    For tags open_clip compares the activations itself and warns.
+
+def _record_of_tag(name: str, tag: str) -> dict[str, Any]:
+    """What open_clip knows of a tag's weights: activation, preprocessing, where they come from."""
+    from open_clip.pretrained import get_pretrained_cfg
+
+    return dict(get_pretrained_cfg(name, tag))
+
+
+def _record_of_file(name: str, path: Path) -> dict[str, Any] | None:
+    """The record of the tag whose hub repository or name is in the file's path, or None where nothing says it."""
+    import open_clip
+
+    base = name.removesuffix(_QUICK_GELU)
+    records = {
+        tag: _record_of_tag(model, tag)
+        for model in (base, base + _QUICK_GELU)
+        for tag in open_clip.list_pretrained_tags_by_model(model)
+    }
+    folders = {part.lower() for part in path.absolute().parent.parts}
+    for record in records.values():
+        owner, _, repository = str(record.get("hf_hub") or "").lower().partition("/")
+        repository = repository.partition("/")[0]
+        if repository and folders & {repository, f"models--{owner}--{repository}"}:
+            return record
+    # The longest first: "dfn2b_s39b" holds "dfn2b", and they differ.
+    for tag in sorted(records, key=len, reverse=True):
+        if re.search(rf"(?<![a-z0-9]){re.escape(tag)}(?![a-z0-9])", path.name.lower().replace("-", "_")):
+            return records[tag]
+    return None
+
+
+def _preprocess_of_file(name: str, record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How a file's images want to be prepared: as its record says, or as all of the model's tags agree.
+
+    open_clip itself takes OpenAI's statistics for every file, which SigLIP's and others' weights do not want.
     """
     import open_clip
 
-    config = open_clip.get_model_config(name) or {}
-    has = bool(config.get("quick_gelu", False))
-    wants = any(hint in str(path).lower() for hint in _QUICK_GELU_HINTS)
-    twin = name.removesuffix("-quickgelu") if has else f"{name}-quickgelu"
-    if wants and not has and twin in open_clip.list_models():
-        warnings.warn(
-            f"QuickGELU mismatch: {path.name} looks like weights trained with QuickGELU, the model {name} has GELU, "
-            f"which quietly costs accuracy; use {twin}",
-            UserWarning,
-            stacklevel=2,
-        )
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    records = (
+        [record]
+        if record is not None
+        else [_record_of_tag(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    )
+    found = [{key: known[key] for key in keys if known.get(key) is not None} for known in records]
+    return found[0] if found and all(one == found[0] for one in found) else None
+
+
+def _warn_of_quick_gelu(name: str, pretrained: str, wants: bool) -> None:
+    """Warn where the weights were trained with the other activation than the model has."""
+    import open_clip
+
+    has = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
+    if wants == has:
+        return
+    twin = name.removesuffix(_QUICK_GELU) if has else name + _QUICK_GELU
+    advice = f"; use {twin}" if twin != name and twin in open_clip.list_models() else ""
+    trained, built = ("QuickGELU", "GELU") if wants else ("GELU", "QuickGELU")
+    warnings.warn(
+        f"QuickGELU mismatch: the weights {pretrained} were trained with {trained}, the model {name} has {built}, "
+        f"which quietly costs accuracy{advice}",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 @contextmanager

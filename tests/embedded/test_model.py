@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import as_file
 from pathlib import Path
 
@@ -80,7 +81,10 @@ def test_weights_are_small_and_say_how_they_were_made(loaded: tuple[CLIP, WordTo
     with as_file(WEIGHTS) as path:
         assert path.stat().st_size <= 8 * 2**20
         with safe_open(path, framework="pt") as weights:
-            assert {"steps", "batch", "seed", "pool", "lr", "torch"} <= set(weights.metadata())
+            made = json.loads(weights.metadata()["pretraining"])
+    assert made.pop("torch")
+    # The script's defaults remake the shipped file.
+    assert pretrain.Settings(**made) == pretrain.Settings()
     model, _ = loaded
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -89,9 +93,9 @@ def test_weights_are_small_and_say_how_they_were_made(loaded: tuple[CLIP, WordTo
 def test_zero_shot_is_good_on_the_world_and_worse_on_its_shift(loaded: tuple[CLIP, WordTokenizer]) -> None:
     clean, base, new = pretrain.zero_shot(*loaded, None, images_per_class=6)
     mixed = pretrain.zero_shot(*loaded, "mixed", images_per_class=6)[0]
-    # 240 pictures of 40 classes: chance is 2.5 %, and one standard error at most 3.2 points.
-    assert clean > 0.75
-    assert min(base, new) > 0.75
+    # 240 pictures: chance is 2.5 % (5 % in a half), one standard error at most 3.2 points (4.6 in a half).
+    assert clean > 0.7
+    assert min(base, new) > 0.6
     assert 0.3 < mixed < clean - 0.1
 
 

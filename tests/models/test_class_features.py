@@ -1,0 +1,162 @@
+"""Names and prompts from any file, and text features that tie, chunk and survive damage."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from safetensors.torch import load_file, save_file
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from rada_fast.errors import UserError
+from rada_fast.models import class_features as module
+from rada_fast.models.class_features import DATASET_TEMPLATES, class_features, resolve_class_names, resolve_templates
+
+
+class Encoder:
+    """Stands for a model: a text's feature depends on the text, and in its last bit on the row of the batch."""
+
+    embed_dim = 8
+    precision = "float32"
+    device = torch.device("cpu")
+
+    def __init__(self, fingerprint: str = "a") -> None:
+        self.fingerprint = fingerprint
+        self.batches: list[list[str]] = []
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        self.batches.append(list(texts))
+        draws = [torch.Generator().manual_seed(int(hashlib.sha256(t.encode()).hexdigest()[:12], 16)) for t in texts]
+        features = torch.stack([torch.randn(self.embed_dim, generator=draw) for draw in draws])
+        return normalize(features * (1 + 1e-6 * torch.arange(len(texts))[:, None]) + 0, dim=-1)
+
+
+def features_of(encoder: Encoder, *args: object, **kwargs: object) -> Tensor:
+    return class_features(encoder, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def test_names_that_occur_twice_tie_exactly() -> None:
+    # ImageNet has two such pairs; whatever rounding a batch's rows see, equal names are equal rows.
+    names = ["missile", "crane", "sunglasses", "missile", "crane"]
+    for templates in (["a {}."], ["a {}.", "the {}.", "{}"]):
+        features = features_of(Encoder(), names, templates)
+        assert features.shape == (5, 8)
+        assert torch.equal(features[0], features[3])
+        assert torch.equal(features[1], features[4])
+        assert not torch.equal(features[0], features[1])
+
+
+def test_prompts_are_encoded_in_chunks_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, templates = [f"thing {index}" for index in range(7)], ["a {}.", "the {}."]
+    whole = features_of(Encoder(), names, templates)
+    monkeypatch.setattr(module, "TEXTS_AT_ONCE", 4)
+    encoder, told = Encoder(), []
+    torch.testing.assert_close(features_of(encoder, names, templates, progress=told.append), whole)
+    assert told == [len(batch) for batch in encoder.batches] == [4, 4, 4, 2]
+
+
+def test_the_cache_answers_for_the_same_question_only(tmp_path: Path) -> None:
+    first = Encoder()
+    features = features_of(first, ["a", "b"], ["{}."], cache_dir=tmp_path)
+    again = Encoder()
+    assert torch.equal(features_of(again, ["a", "b"], ["{}."], cache_dir=tmp_path), features)
+    assert again.batches == []
+    low = Encoder()
+    low.precision = "bfloat16"
+    for encoder, names, templates in (
+        (Encoder("other weights"), ["a", "b"], ["{}."]),
+        (low, ["a", "b"], ["{}."]),
+        (Encoder(), ["b", "a"], ["{}."]),
+        (Encoder(), ["a", "b"], ["{}!"]),
+        # The same characters, split elsewhere.
+        (Encoder(), ["a", "b", "{}."], ["{}."]),
+    ):
+        features_of(encoder, names, templates, cache_dir=tmp_path)
+        assert encoder.batches
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("damage", ["torn", "value", "shape", "dtype", "key"])
+def test_a_damaged_cache_is_written_again(tmp_path: Path, damage: str) -> None:
+    features = features_of(Encoder(), ["a", "b"], ["{}."], cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    match damage:
+        case "torn":
+            path.write_bytes(path.read_bytes()[:-5])
+        case "value":
+            raw = bytearray(path.read_bytes())
+            raw[-1] ^= 0x40  # the highest exponent bit of the last value
+            path.write_bytes(raw)
+        case "shape":
+            save_file({"features": features[:1].contiguous()}, path)
+        case "dtype":
+            save_file({"features": features.double()}, path)
+        case _:
+            save_file({"other": features}, path)
+    assert torch.equal(features_of(Encoder(), ["a", "b"], ["{}."], cache_dir=tmp_path), features)
+    assert torch.equal(load_file(path)["features"], features)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_to_encode() -> None:
+    with pytest.raises(UserError, match="K = 0"):
+        features_of(Encoder(), [], ["{}."])
+    with pytest.raises(UserError, match="templates must hold at least one template"):
+        features_of(Encoder(), ["a"], [])
+
+
+def test_every_known_template_has_one_place_for_the_name() -> None:
+    for spec in ("photo", "simple", "openai", *DATASET_TEMPLATES):
+        templates = resolve_templates(spec)
+        assert all(template.count("{}") == 1 for template in templates)
+        assert len(set(templates)) == len(templates)
+    assert len(DATASET_TEMPLATES) == 11
+    # A name may hold what str.format would act on.
+    encoder = Encoder()
+    features_of(encoder, ["{0.__class__}"], ["a {}."])
+    assert encoder.batches == [["a {0.__class__}."]]
+
+
+def test_templates_that_are_none(tmp_path: Path) -> None:
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    (tmp_path / "none.txt").write_text("\n")
+    (tmp_path / "object.json").write_text('{"a": "{}"}')
+    for spec in (str(deep), str(tmp_path / "none.txt"), str(tmp_path / "object.json"), str(tmp_path), "x" * 5000):
+        with pytest.raises(UserError, match="templates") as caught:
+            resolve_templates(spec)
+        assert "\n" not in str(caught.value)
+
+
+def test_imagenets_folders_have_open_clips_names() -> None:
+    synsets = ImageNetInfo().label_names()
+    assert list(resolve_class_names(synsets, None)) == list(IMAGENET_CLASSNAMES)
+    # A subset keeps its own names, as the 200 folders of ImageNet-A and -R need.
+    assert resolve_class_names(synsets[7:9], None) == tuple(IMAGENET_CLASSNAMES[7:9])
+    assert resolve_class_names(["n01440764", "n99999999"], None) == ("n01440764", "n99999999")
+
+
+def test_class_names_from_published_and_odd_files(tmp_path: Path) -> None:
+    path = tmp_path / "classnames.txt"
+    path.write_text("n01440764 tench\nn01443537 gold fish\nn01484850 great white shark\n")
+    # More names than folders is normal: one such file serves every ImageNet variant.
+    assert resolve_class_names(["n01484850", "n01440764"], str(path)) == ("great white shark", "tench")
+    with pytest.raises(UserError, match=r"must name every class folder, 1 of 2 are missing: cat"):
+        resolve_class_names(["n01440764", "cat"], str(path))
+    # Written by an editor that marks its files.
+    path.write_text("cat\ndog\n", encoding="utf-8-sig")
+    assert resolve_class_names(["a", "b"], str(path)) == ("cat", "dog")
+    deep = tmp_path / "deep.json"
+    for text, message in (
+        ("[" * 100_000, "is not JSON"),
+        ('["cat", " "]', "must hold a list of names"),
+        ("[]", "K = 0"),
+    ):
+        deep.write_text(text)
+        with pytest.raises(UserError, match=message):
+            resolve_class_names(["a", "b"], str(deep))

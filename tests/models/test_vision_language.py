@@ -1,0 +1,211 @@
+"""Weights and what is known of them: activation, preprocessing, files that are programs; all without a network."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from open_clip.pretrained import _PRETRAINED
+from safetensors.torch import save_file
+
+from rada_fast.errors import UserError
+from rada_fast.models.vision_language import VisionLanguageModel, load_model
+
+SMALL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+SQUASH = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bilinear", "resize_mode": "squash"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A pair of architectures known to open_clip for this module, and weights that fit both."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "Small.json").write_text(json.dumps(SMALL))
+    (folder / "Small-quickgelu.json").write_text(json.dumps(SMALL | {"quick_gelu": True}))
+    open_clip.add_model_config(folder)
+    save_file(load_model("Small", "random").model.state_dict(), folder / "weights.safetensors")
+    yield folder / "weights.safetensors"
+    open_clip.factory._MODEL_CONFIG_PATHS.remove(folder)
+    open_clip.factory._MODEL_CONFIGS.clear()
+    open_clip.factory._rescan_model_configs()
+
+
+@pytest.fixture
+def tags(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tags of both architectures, whose weights are already here; the names nest as open_clip's dfn2b tags do."""
+    quick: dict[str, Any] = {"file": str(weights), "hf_hub": "org/small-quick/", "quick_gelu": True}
+    plain: dict[str, Any] = {"file": str(weights), "hf_hub": "org/small-plain/", **SQUASH}
+    for name in ("Small", "Small-quickgelu"):
+        monkeypatch.setitem(_PRETRAINED, name, {"web2b": quick, "web2b_s39b": plain})
+
+
+def said(name: str, pretrained: Path | str) -> list[str]:
+    """The warnings of loading."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_model(name, str(pretrained))
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.usefixtures("tags")
+def test_a_tag_of_the_other_activation_warns_once_with_the_name_to_use() -> None:
+    assert said("Small-quickgelu", "web2b") == []
+    assert said("Small", "web2b_s39b") == []
+    (message,) = said("Small", "web2b")
+    assert message.startswith("QuickGELU mismatch: the weights web2b were trained with QuickGELU, the model Small has")
+    assert message.endswith("; use Small-quickgelu")
+    (message,) = said("Small-quickgelu", "web2b_s39b")
+    assert "were trained with GELU, the model Small-quickgelu has QuickGELU" in message
+    assert message.endswith("; use Small")
+
+
+@pytest.mark.usefixtures("tags")
+@pytest.mark.parametrize(
+    ("place", "twin"),
+    [
+        ("Small-web2b.safetensors", "Small-quickgelu"),
+        # Holds the other tag's name; a search for "web2b" alone would warn wrongly.
+        ("small_web2b-s39b.safetensors", "Small"),
+        ("models--org--small-quick/snapshots/0a1b/model.safetensors", "Small-quickgelu"),
+        ("small-plain/model.safetensors", "Small"),
+        ("openai/model.safetensors", "Small-quickgelu"),
+        # Neither a whole word nor near enough to the file to speak of it.
+        ("openaire/model.safetensors", None),
+        ("openai/runs/mine/model.safetensors", None),
+        ("model.safetensors", None),
+    ],
+)
+def test_a_file_warns_only_where_its_path_says_what_it_is(
+    tmp_path: Path, weights: Path, place: str, twin: str | None
+) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(weights.read_bytes())
+    for name in ("Small", "Small-quickgelu"):
+        assert [message.rpartition("; use ")[2] for message in said(name, path)] == (
+            [twin] if twin not in (None, name) else []
+        )
+
+
+def test_every_verdict_of_open_clips_own_tags_is_read_from_its_record() -> None:
+    # Families whose name does not settle it: each of these was trained with plain GELU.
+    for name, tag in (
+        ("ViT-L-14", "dfn2b_s39b"),
+        ("ViT-H-14", "metaclip_altogether"),
+        ("ViT-bigG-14-worldwide", "metaclip2_worldwide"),
+    ):
+        from rada_fast.models.vision_language import _record_of_file
+
+        record = _record_of_file(name, Path(f"{name}-{tag}.safetensors"))
+        assert record is not None
+        assert not record.get("quick_gelu", False)
+    record = _record_of_file("ViT-B-16", Path("models--timm--vit_base_patch16_clip_224.openai/snapshots/0/a.bin"))
+    assert record is not None
+    assert record["quick_gelu"]
+
+
+@pytest.mark.usefixtures("tags")
+def test_preprocessing_follows_the_weights(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squash = load_model("Small", "web2b_s39b").preprocess
+    assert (squash.mean, squash.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert (squash.interpolation, squash.resize, squash.image_size) == ("bilinear", "squash", 32)
+    known = tmp_path / "web2b_s39b.safetensors"
+    known.write_bytes(weights.read_bytes())
+    assert load_model("Small", str(known)).preprocess == squash
+    # A file that says nothing: the tags disagree, so open_clip's default stays; once they agree, theirs holds.
+    default = load_model("Small", str(weights)).preprocess
+    assert (default.interpolation, default.resize) == ("bicubic", "shortest")
+    monkeypatch.setitem(_PRETRAINED, "Small", {"one": SQUASH, "two": SQUASH})
+    assert load_model("Small", str(weights)).preprocess == squash
+
+
+@pytest.mark.usefixtures("weights")
+def test_files_that_are_no_weights(tmp_path: Path) -> None:
+    state = load_model("Small", "random").model.state_dict()
+    save_file(
+        {name: tensor for name, tensor in state.items() if name != "text_projection"}, tmp_path / "less.safetensors"
+    )
+    torch.save({}, tmp_path / "empty.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    (tmp_path / "text.npz").write_bytes(b"text")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, but published weights are such files
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
+    for name, message in {
+        "less.safetensors": r"its tensors do not fit: .*Missing key.*text_projection",
+        "empty.pt": "does not load into Small",
+        "tensor.pt": "does not load into Small",
+        "torn.safetensors": "does not load into Small",
+        "text.npz": "without executing code",
+        "program.pt": "without executing code: it is a TorchScript archive",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            load_model("Small", str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+        # PyTorch and NumPy advise switching their safeguards off.
+        assert "weights_only" not in str(caught.value)
+        assert "allow_pickle" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("weights")
+def test_towers_and_tokenizers_of_missing_libraries_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ModuleNotFoundError("No module named\n'transformers'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(open_clip, "get_tokenizer", fail)
+        with pytest.raises(
+            UserError, match="model Small: its tokenizer cannot be made: No module named 'transformers'"
+        ):
+            load_model("Small", "random")
+    monkeypatch.setattr(open_clip, "create_model", fail)
+    with pytest.raises(UserError, match="model Small cannot be built: No module named 'transformers'"):
+        load_model("Small", "random")
+
+
+@pytest.mark.usefixtures("weights")
+def test_the_fingerprint_follows_every_weight() -> None:
+    model = load_model("Small", "random")
+
+    def fingerprint(name: str = "Small") -> str:
+        return VisionLanguageModel(
+            name,
+            "random",
+            model.model,
+            model.tokenizer,
+            model.preprocess,
+            device=torch.device("cpu"),
+            precision="float32",
+        ).fingerprint
+
+    assert len(model.fingerprint) == 64
+    assert fingerprint() == model.fingerprint
+    assert fingerprint("Other") != model.fingerprint
+    with torch.no_grad():
+        model.model.logit_scale.add_(torch.finfo(torch.float32).eps * 4)
+    assert fingerprint() != model.fingerprint
+
+
+@pytest.mark.usefixtures("weights")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_only_the_method_for_fine_tuning_keeps_gradients(precision: Any) -> None:
+    model = load_model("Small", "random", precision=precision)
+    images = torch.randn(2, 3, 32, 32)
+    assert not model.encode_images(images).requires_grad
+    model.model.visual.requires_grad_(True)
+    features = model.image_features_with_grad(images)
+    assert features.dtype == torch.float32
+    features[:, 0].sum().backward()
+    gradients = [parameter.grad for parameter in model.model.visual.parameters()]
+    assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
+    assert any(bool(gradient.any()) for gradient in gradients)
