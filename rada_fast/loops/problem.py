@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
@@ -20,6 +17,7 @@ from torch.utils.data import DataLoader
 from rada_fast import _env
 from rada_fast.config import AdapterConfig, AdapterOptions, ClassOptions, ModelOptions, RunOptions, ViewKind
 from rada_fast.data.sources import FeatureFile, ImageFolder, Sample, open_source
+from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.data.views import CROP_SCALE, ViewDataset, as_it_is
 from rada_fast.errors import UserError
 from rada_fast.loops.progress import progress
@@ -85,9 +83,9 @@ def text_features_of(
                 "text_features must be class-means or features:FILE.npz where the data are features and no model's "
                 "prompts can fit them; or name the --model whose features they are"
             )
-        return class_features(
-            vlm, names, resolve_templates(options.templates), cache_dir=_env.cache_dir() / "text"
-        ).cpu()
+        templates = resolve_templates(options.templates)
+        with progress("encode prompts", len(set(names)) * len(templates)) as advance:
+            return class_features(vlm, names, templates, cache_dir=_env.cache_dir() / "text", progress=advance)
     if options.text_features == "class-means":
         if training is None:
             raise UserError("text_features class-means needs training images, which this command has none of")
@@ -122,7 +120,8 @@ def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> Rational
         return adapter
     config: AdapterConfig = options.resolve(embed_dim)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed every CUDA device too, and nothing would put their states back.
+        torch.default_generator.manual_seed(seed)
         return RationalAdapter(config)
 
 
@@ -210,7 +209,7 @@ def encode_images(
         tuple(unreadable),
     )
     if cached and not unreadable:
-        _write_features(path, result)
+        write_tensors(path, {"features": result.features, "labels": result.labels})
     return result
 
 
@@ -223,20 +222,10 @@ def _features_path(samples: Sequence[Sample], vlm: VisionLanguageModel) -> Path:
 
 
 def _read_features(path: Path, samples: Sequence[Sample]) -> Features | None:
-    try:
-        tensors = load_file(path)
-    except (FileNotFoundError, SafetensorError, OSError):
-        return None
-    if set(tensors) != {"features", "labels"} or len(tensors["features"]) != len(samples):
+    tensors = read_tensors(path)
+    if tensors is None or set(tensors) != {"features", "labels"} or len(tensors["features"]) != len(samples):
         return None
     return Features(tensors["features"], tensors["labels"], tuple(sample.id for sample in samples))
-
-
-def _write_features(path: Path, result: Features) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"features": result.features.contiguous(), "labels": result.labels}, temporary)
-    temporary.replace(path)
 
 
 def features_of(

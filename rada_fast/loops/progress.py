@@ -45,7 +45,8 @@ def progress(title: str, total: int) -> Iterator[Advance]:
         nonlocal done, last
         done += steps
         now = time.monotonic()
-        if now - last >= PLAIN_INTERVAL or (done >= total and now - start >= PLAIN_INTERVAL):
+        finished = steps > 0 and done >= total and now - start >= PLAIN_INTERVAL
+        if now - last >= PLAIN_INTERVAL or finished:
             last = now
             left = (now - start) / max(done, 1) * (total - done)
             print(f"{title}: {done}/{total}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)

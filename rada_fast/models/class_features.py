@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from rada_fast.data.sources import read_names
+from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.errors import UserError
 from rada_fast.models.vision_language import VisionLanguageModel
 
@@ -153,20 +151,13 @@ def class_features(
     distinct = (features[:, 0] if len(templates) == 1 else normalize(features.mean(dim=1), dim=-1)).cpu()
     result = distinct[[rows[name] for name in names]]
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({"features": result.contiguous()}, temporary)
-        temporary.replace(path)
+        write_tensors(path, {"features": result})
     return result
 
 
 def _read(path: Path, num_classes: int, embed_dim: int) -> Tensor | None:
     """What the cache holds, or None where it is missing, damaged or not unit-norm features of this shape."""
-    try:
-        tensors = load_file(path)
-    except (FileNotFoundError, SafetensorError, OSError):
-        return None
-    features = tensors.get("features")
+    features = (read_tensors(path) or {}).get("features")
     if features is None or features.dtype != torch.float32 or features.shape != (num_classes, embed_dim):
         return None
     # A flipped bit leaves the file readable; float32 rows are within 1e-6 of unit norm when whole.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -197,3 +199,101 @@ def test_names_from_files(tmp_path: Path) -> None:
 def test_base_is_the_first_half_rounded_up() -> None:
     assert base_and_new(5) == ([0, 1, 2], [3, 4])
     assert base_and_new(1) == ([0], [])
+
+
+def test_empty_class_folders_stay_classes(folder: Path) -> None:
+    (folder / "b_bat").mkdir()
+    source = open_source(f"imagefolder:{folder}")
+    assert isinstance(source, ImageFolder)
+    assert source.folders == ("a_cat", "b_bat", "b_dog", "c_owl")
+    assert source.empty_folders == ("b_bat",)
+    assert source.subset([1, 3]).empty_folders == ("b_bat",)
+    assert source.subset([3, 0]).empty_folders == ()
+
+
+def test_links_are_followed_but_never_round_in_circles(folder: Path) -> None:
+    (folder / "b_dog" / "more").symlink_to(folder / "a_cat")
+    (folder / "b_dog" / "self").symlink_to(folder / "b_dog")
+    (folder / "b_dog" / "gone.png").symlink_to(folder / "nothing.png")
+    (folder / "d_cat").symlink_to(folder / "a_cat")
+    source = open_source(f"imagefolder:{folder}")
+    assert isinstance(source, ImageFolder)
+    by_folder = {name: [s.id for s in source.samples if s.label == i] for i, name in enumerate(source.folders)}
+    assert by_folder["d_cat"] == ["d_cat/0.jpg", "d_cat/deep/1.PNG"]
+    assert by_folder["b_dog"] == [
+        "b_dog/0.jpg",
+        "b_dog/deep/1.PNG",
+        "b_dog/deep/2.PNG",
+        "b_dog/more/0.jpg",
+        "b_dog/more/deep/1.PNG",
+    ]
+
+
+@pytest.mark.parametrize("spec", ["imagefolder:", "features:", ""])
+def test_a_kind_without_a_path_is_not_the_current_folder(spec: str) -> None:
+    with pytest.raises(UserError, match="data must be KIND:PATH"):
+        open_source(spec)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        # Finite in float64, infinite or without a direction in the float32 that everything computes in.
+        ({"features": GOOD.astype(np.float64) * 1e300, "labels": LABELS}, "in 3 of 3 rows, the first is row 0"),
+        ({"features": GOOD * np.float64(1e-30), "labels": LABELS}, "must not be all zero, row 0 is"),
+        ({"features": np.stack([GOOD, GOOD * [[1], [0], [1]]], 1), "labels": LABELS}, "must not be all zero, row 1 is"),
+        ({"features": GOOD, "labels": LABELS, "class_names": ["a", "b"]}, "class_names must be at least 3 texts"),
+        ({"features": GOOD, "labels": LABELS, "class_names": [["a", "b", "c"]]}, "class_names must be at least 3"),
+        ({"features": GOOD, "labels": LABELS, "class_names": LABELS}, "class_names must be at least 3 texts"),
+    ],
+)
+def test_values_that_cannot_be_computed_with(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_source(write(tmp_path / "f.npz", **arrays))
+
+
+def test_other_arrays_and_byte_texts_of_a_feature_file(tmp_path: Path) -> None:
+    names = np.array(["a", "b", "\u00e7"])
+    other = np.array([{}], dtype=object)
+    views = np.random.default_rng(0).normal(size=(3, 2, 4))
+    spec = write(
+        tmp_path / "f.npz", features=views, labels=LABELS, class_names=np.char.encode(names, "utf-8"), other=other
+    )
+    source = open_source(spec)
+    assert isinstance(source, FeatureFile)
+    assert source.class_names == ("a", "b", "\u00e7")
+    torch.testing.assert_close(source.normalised().norm(dim=-1), torch.ones(3, 2))
+
+
+def test_damage_anywhere_in_a_feature_file_is_a_user_error_at_most(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, features=np.random.default_rng(0).normal(size=(3, 4)), labels=LABELS)
+    path = tmp_path / "f.npz"
+    for index in range(0, len(buffer.getvalue()), 3):
+        raw = bytearray(buffer.getvalue())
+        raw[index] ^= 0xFF
+        for content in (raw, raw[:index]):
+            path.write_bytes(content)
+            # Some bytes of an archive carry nothing: then the file is read.
+            with contextlib.suppress(UserError):
+                open_source(f"features:{path}")
+
+
+def test_the_reason_of_an_unreadable_picture_does_not_name_python_objects(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(UnreadableImageError) as caught:
+        read_image(tmp_path / "text.png")
+    assert str(caught.value) == "text.png cannot be read: not an image of a known kind"
+
+
+def test_whatever_a_decoder_raises_is_an_unreadable_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    for error in (KeyError("chunk"), IndexError("list\nindex"), RuntimeError()):
+
+        def fail(*args: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(Image.Image, "convert", fail)
+        with pytest.raises(UnreadableImageError, match=r"a\.png cannot be read: ") as caught:
+            read_image(tmp_path / "a.png")
+        assert "\n" not in str(caught.value)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from rada_fast.data import views as views_module
 from rada_fast.data.sources import ImageFolder, open_source
 from rada_fast.data.views import (
     AUGMIX_OPERATIONS,
@@ -18,6 +21,7 @@ from rada_fast.data.views import (
     ViewDataset,
     as_it_is,
     center_view,
+    crop_view,
     image_seed,
     make_views,
 )
@@ -126,3 +130,57 @@ def test_workers_and_order_change_no_view(folder: ImageFolder, views: int) -> No
         else:
             assert torch.equal(view, spread[id][0])  # type: ignore[index]
             assert view.shape == (max(views, 1), 3, 32, 32)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize", ["shortest", "squash"])
+@pytest.mark.parametrize("size", [(50, 37), (20, 90), (32, 32)])
+def test_the_original_is_open_clips_evaluation_view(interpolation: Any, resize: Any, size: tuple[int, int]) -> None:
+    preprocess = Preprocess(32, PREPROCESS.mean, PREPROCESS.std, interpolation, resize)
+    transform = open_clip.image_transform(
+        32, is_train=False, mean=PREPROCESS.mean, std=PREPROCESS.std, interpolation=interpolation, resize_mode=resize
+    )
+    image = picture(*size)
+    assert torch.equal(center_view(image, preprocess), transform(image))
+
+
+def test_draws_seed_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.manual_seed seeds every CUDA device, whose state fork_rng(devices=[]) does not put back.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a CUDA device was seeded"))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
+    make_views(picture(), PREPROCESS, 2, "augmix", 1)
+    crop_view(picture(), PREPROCESS, 1, (0.5, 1.0))
+
+
+def test_views_that_cannot_be_made() -> None:
+    with pytest.raises(ValueError, match="num_views must be at least 1, got 0"):
+        make_views(picture(), PREPROCESS, 0, "crop", 1)
+    with pytest.raises(ValueError, match="kind must be crop or augmix, got 'mix'"):
+        make_views(picture(), PREPROCESS, 2, "mix", 1)  # type: ignore[arg-type]
+
+
+def test_augmix_weighs_its_chains_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With operations that change nothing every weight is moot: Dirichlet's sum to 1, Beta's two shares as well.
+    monkeypatch.setattr(views_module, "AUGMIX_OPERATIONS", (lambda image: image,))
+    image = picture()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        crop = transforms.RandomHorizontalFlip()(transforms.RandomResizedCrop(32)(image))
+    expected = views_module.to_normalised(crop, PREPROCESS)
+    # Four products and three sums of values below 4: a few units of 4 * 2**-24.
+    torch.testing.assert_close(make_views(image, PREPROCESS, 2, "augmix", 3)[1], expected, rtol=0, atol=2e-6)
+
+    depths: list[int] = []
+
+    def count(image: Image.Image) -> Image.Image:
+        depths.append(1)
+        return image
+
+    monkeypatch.setattr(views_module, "AUGMIX_OPERATIONS", (count,))
+    totals = []
+    for seed in range(60):
+        depths.clear()
+        make_views(image, PREPROCESS, 2, "augmix", seed)
+        totals.append(len(depths))
+    # Three chains of one to three operations.
+    assert set(totals) == set(range(3, 10))

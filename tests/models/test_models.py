@@ -129,7 +129,7 @@ def test_quick_gelu_mismatches_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.warns(UserWarning, match="QuickGELU mismatch: .* use Tiny-quickgelu"):
         load_model("Tiny", str(path))
     load_model("Tiny-quickgelu", str(path))
-    # For tags the comparison is open_clip's own; it must reach the user.
+    # Tags are compared by open_clip's own records.
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **kwargs: str(path))
     monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *args, **kwargs: {})
     with pytest.warns(UserWarning, match="QuickGELU mismatch"):

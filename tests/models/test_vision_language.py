@@ -15,7 +15,7 @@ from open_clip.pretrained import _PRETRAINED
 from safetensors.torch import save_file
 
 from rada_fast.errors import UserError
-from rada_fast.models.vision_language import VisionLanguageModel, load_model
+from rada_fast.models.vision_language import VisionLanguageModel, _record_of_file, load_model
 
 SMALL = {
     "embed_dim": 16,
@@ -103,8 +103,6 @@ def test_every_verdict_of_open_clips_own_tags_is_read_from_its_record() -> None:
         ("ViT-H-14", "metaclip_altogether"),
         ("ViT-bigG-14-worldwide", "metaclip2_worldwide"),
     ):
-        from rada_fast.models.vision_language import _record_of_file
-
         record = _record_of_file(name, Path(f"{name}-{tag}.safetensors"))
         assert record is not None
         assert not record.get("quick_gelu", False)
