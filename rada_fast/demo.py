@@ -62,7 +62,7 @@ def run_demo(config: DemoConfig) -> int:
     console.print(demo_table(ttt, eft))
     console.print(
         "TTT adapts to each image by itself (64 views, 3 steps); EFT trains on 16 images of each base class and never "
-        "sees the new ones; EFT's images/s are of training on cached features."
+        "sees the new ones, its mean is harmonic, and its images/s are of training on cached features."
     )
     console.print(
         f"{seconds:.0f} s in all. Every image: {output / 'ttt' / 'images.jsonl'}; "
@@ -139,10 +139,10 @@ def demo_table(ttt: dict[str, Any], eft: dict[str, Any]) -> Table:
         "setting",
         "classes",
         "images",
-        "zero-shot top-1 %",
-        "adapted top-1 %",
+        "zero-shot %",
+        "adapted %",
         "images/s",
-        "peak memory MiB",
+        "peak MiB",
     ):
         result.add_column(column, justify="left" if column == "setting" else "right")
     speed, memory = ttt["time"]["images_per_second"], ttt["peak_memory"]["process_mib"]
@@ -161,7 +161,7 @@ def demo_table(ttt: dict[str, Any], eft: dict[str, Any]) -> Table:
             f"{memory:.0f}",
         )
     result.add_row(
-        "EFT, harmonic mean",
+        "EFT, mean",
         "",
         "",
         f"{eft['zero_shot_harmonic_mean']:.1f}",
