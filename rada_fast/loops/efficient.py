@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from rada_fast.config import EfficientConfig
 from rada_fast.data.sources import ImageFolder, base_and_new
 from rada_fast.data.views import image_seed
 from rada_fast.errors import UserError
 from rada_fast.loops import problem
+from rada_fast.loops.episodes import make_optimizer
 from rada_fast.loops.evaluate import evaluate
 from rada_fast.loops.problem import Features
 from rada_fast.loops.progress import progress
@@ -67,7 +68,9 @@ def run_efficient(config: EfficientConfig) -> dict[str, Any]:
     adapter.to(device)
     reset_peak_memory()
     start = time.perf_counter()
-    optimizer = make_optimizer(adapter, config)
+    optimizer = make_optimizer(
+        adapter.parameters(), config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=MOMENTUM
+    )
     first = resume(folder, adapter, optimizer)
     with progress("efficient fine-tuning", config.epochs - first) as advance:
         for epoch in range(first, config.epochs):
@@ -192,18 +195,6 @@ def check_same_classes(training: problem.Source, testing: problem.Source, config
             f"test {config.test} must have the class folders of train {config.train}; only in one of them: "
             f"{', '.join(odd[:6])}"
         )
-
-
-def make_optimizer(adapter: RationalAdapter, config: EfficientConfig) -> Optimizer:
-    """The optimiser over the adapter."""
-    parameters = list(adapter.parameters())
-    match config.optimizer:
-        case "adamw":
-            return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-        case "adam":
-            return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
-        case "sgd":
-            return SGD(parameters, lr=config.lr, weight_decay=config.weight_decay, momentum=MOMENTUM)
 
 
 def resume(folder: RunFolder, adapter: RationalAdapter, optimizer: Optimizer) -> int:

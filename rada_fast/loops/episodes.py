@@ -7,13 +7,13 @@ its neighbours, their number or their order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from rada_fast.config import TTTConfig
+from rada_fast.config import OptimizerName, TTTConfig
 from rada_fast.modules.rational_adapter import RationalAdapter
 from rada_fast.ops import rational_adapter, zero_shot_logits
 
@@ -35,15 +35,17 @@ def episode_loss(logits: Tensor, config: TTTConfig) -> Tensor:
     return prediction_entropy(mean)
 
 
-def make_optimizer(parameters: list[Tensor], config: TTTConfig) -> Optimizer:
-    """A fresh optimiser, its state zero: resetting an episode is making a new one."""
-    match config.optimizer:
+def make_optimizer(
+    parameters: Iterable[Tensor], name: OptimizerName, *, lr: float, weight_decay: float, momentum: float = 0.0
+) -> Optimizer:
+    """A fresh optimiser, its state zero: resetting an episode is making a new one. momentum: of SGD."""
+    match name:
         case "adamw":
-            return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+            return AdamW(parameters, lr=lr, weight_decay=weight_decay)
         case "adam":
-            return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
+            return Adam(parameters, lr=lr, weight_decay=weight_decay)
         case "sgd":
-            return SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
+            return SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum)
 
 
 def select_views(logits: Tensor, count: int) -> Tensor:
@@ -65,7 +67,7 @@ def adapt_episode(
     identity: whether the adapter starts with zero output projections, every mask 1.
     """
     parameters = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
-    optimizer = make_optimizer(list(parameters.values()), config)
+    optimizer = make_optimizer(parameters.values(), config.optimizer, lr=config.lr, weight_decay=config.weight_decay)
 
     with torch.no_grad():
         # With every mask 1 the views are chosen before any adapter work.

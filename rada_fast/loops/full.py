@@ -81,13 +81,14 @@ def run_full(config: FullConfig) -> dict[str, Any]:
     start = time.perf_counter()
     folder.remove(IMAGES)
     results: dict[str, Any] = {"training_images": len(batches), "classes": len(names)}
+    resumed = 0
     for stage in stages:
-        train_stage(stage, model, vlm, batches, config, folder)
+        resumed += train_stage(stage, model, vlm, batches, config, folder)
         save_weights(stage, model, vlm, folder)
         results[stage.name] = test_stage(stage, model, vlm, train, tests, text_features, config, folder)
     seconds = time.perf_counter() - start
     results["time"] = {"seconds": round(seconds, 3)}
-    return finish(folder, "fft", config, adapter, vlm, results, resumed=0)
+    return finish(folder, "fft", config, adapter, vlm, results, resumed=resumed)
 
 
 def check_classes(config: FullConfig, train: problem.Source, tests: dict[str, problem.Source]) -> None:
@@ -175,8 +176,11 @@ def train_stage(
     batches: Batches,
     config: FullConfig,
     folder: RunFolder,
-) -> None:
-    """Train one stage, or what is left of it; a line and a saved state after every epoch."""
+) -> int:
+    """Train one stage, or what is left of it; a line and a saved state after every epoch.
+
+    Returns how many epochs an earlier run had finished.
+    """
     trained = nn.ModuleList([model])
     if stage.trains_encoder:
         assert vlm is not None
@@ -226,6 +230,7 @@ def train_stage(
     if stage.trains_encoder:
         assert vlm is not None
         vlm.model.visual.requires_grad_(False).eval()
+    return first
 
 
 def losses(

@@ -18,6 +18,7 @@ from rada_fast.config import (
     ClassOptions,
     EfficientConfig,
     FullConfig,
+    ModelOptions,
     RunOptions,
     TestTimeConfig,
     TTTConfig,
@@ -166,6 +167,20 @@ def test_ttt_starts_from_a_trained_adapter_and_from_the_paper_preset(pictures: P
     assert lines(tmp_path / "trained") != lines(tmp_path / "paper")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_every_loop_runs_on_a_gpu(pictures: Path, tmp_path: Path, precision: str) -> None:
+    model = ModelOptions(device="cuda", precision=precision)  # type: ignore[arg-type]
+    spec = f"imagefolder:{pictures}"
+    assert run_test_time(ttt(pictures, tmp_path / "ttt", model=model))["status"]["ok"] == 18
+    assert run_efficient(eft(pictures, tmp_path / "eft", model=model))["base"]["images"] == 9
+    config = FullConfig(
+        train=spec, test=(spec,), epochs=1, finetune_from=1, finetune_epochs=1, batch_size=9, model=model,
+        run=RunOptions(output=str(tmp_path / "fft")),
+    )  # fmt: skip
+    assert run_full(config)["rada-ft"][spec]["images"] == 18
+
+
 @pytest.mark.parametrize("views", [None, 7])
 def test_ttt_on_features(tmp_path: Path, views: int | None) -> None:
     config = TestTimeConfig(
@@ -296,7 +311,7 @@ def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monk
         patch.setattr(full, "learning_rate", cut)
         with pytest.raises(KeyboardInterrupt):
             run_full(config("cut"))
-    run_full(config("cut"))
+    assert run_full(config("cut"))["resumed"] == 3
     for name in ("rada", "rada-ft"):
         whole, resumed = (load_adapter(tmp_path / run / f"{name}-adapter.safetensors") for run in ("whole", "cut"))
         assert all(torch.equal(tensor, resumed.state_dict()[key]) for key, tensor in whole.state_dict().items())

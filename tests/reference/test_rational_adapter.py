@@ -263,3 +263,18 @@ def test_scores_far_apart_do_not_overflow() -> None:
     parameters = {name: tensor.float() for name, tensor in parameters.items()}
     output = rational_adapter(image.float(), text.float(), 100.0, parameters, config)
     assert bool(output.logits.isfinite().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gpu_gives_the_same(config: AdapterConfig, backend: str) -> None:
+    image, text, parameters = problem(config, batch=3, classes=7)
+    here = rational_adapter(image, text, 9.0, parameters, config, penalty="linf", backend=backend)
+    there = rational_adapter(
+        image.cuda(), text.cuda(), 9.0, {k: v.cuda() for k, v in parameters.items()}, config, penalty="linf",
+        backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(there.logits.cpu(), here.logits, rtol=1e-10, atol=1e-10)
+    assert there.penalty is not None
+    torch.testing.assert_close(there.penalty.cpu(), here.penalty, rtol=1e-10, atol=1e-10)
