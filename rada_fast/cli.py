@@ -33,8 +33,8 @@ Begin with 'rada-fast demo'. 'rada-fast COMMAND --help' explains a command's opt
 --options FILE reads options from TOML or JSON (steps = 3, test = ["imagefolder:a", "imagefolder:b"]); the command
 line wins over the file. 'rada-fast --version' prints the version.
 
-exit status: 0 done; 2 something given cannot be used (one line says what); 3 more images unreadable than allowed;
-130 interrupted (start the same command again to go on).
+exit status: 0 done; 1 the system failed (a full disk, say); 2 something given cannot be used (one line says what);
+3 more images unreadable than allowed; 130 interrupted. After 1 and 130 the same command goes on where it stopped.
 """
 
 
@@ -56,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _runner(command)(config)
     except (UserError, BackendUnavailableError) as error:
         return _fail(str(error))
+    except OSError as error:
+        # A disk that fills, a folder that goes away: what was finished is kept, and the same command goes on from it.
+        print(f"rada-fast: {error}; start the same command again to go on", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nrada-fast: interrupted; start the same command again to go on", file=sys.stderr)
         return 130

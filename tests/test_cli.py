@@ -200,6 +200,19 @@ def test_an_interruption_ends_with_status_130(
     assert "start the same command again to go on" in capsys.readouterr().err
 
 
+def test_a_failing_disk_is_one_line_and_status_1(
+    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rada_fast.loops.run_folder import RunFolder
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "append", full)
+    assert run_ttt(given) == 1
+    assert "No space left on device; start the same command again to go on" in capsys.readouterr().err
+
+
 def test_an_unusable_backend_is_one_line(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

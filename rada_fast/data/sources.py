@@ -117,7 +117,7 @@ def _few_shot(labels: Sequence[int], ids: Sequence[str], shots: int, seed: int) 
     """Indices of at most shots items a class, those of the smallest hash, in the original order."""
     by_class: dict[int, list[tuple[bytes, int]]] = {}
     for index, (label, id) in enumerate(zip(labels, ids, strict=True)):
-        rank = hashlib.sha256(f"{seed} shot {id}".encode()).digest()
+        rank = hashlib.sha256(os.fsencode(f"{seed} shot {id}")).digest()
         by_class.setdefault(label, []).append((rank, index))
     return sorted(index for group in by_class.values() for _, index in sorted(group)[:shots])
 

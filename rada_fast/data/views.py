@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Preprocess:
 
 def image_seed(seed: int, image_id: str) -> int:
     """A 63-bit seed that depends on the two arguments alone."""
-    digest = hashlib.sha256(f"{seed} {image_id}".encode()).digest()
+    digest = hashlib.sha256(os.fsencode(f"{seed} {image_id}")).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

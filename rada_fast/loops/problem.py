@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,7 +218,7 @@ def _features_path(samples: Sequence[Sample], vlm: VisionLanguageModel) -> Path:
     digest = hashlib.sha256(f"{vlm.fingerprint} {vlm.precision} {vlm.device} {vlm.preprocess}".encode())
     for sample in samples:
         stat = sample.path.stat()
-        digest.update(f"{sample.id} {sample.label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{sample.id} {sample.label} {stat.st_size} {stat.st_mtime_ns}\n"))
     return _env.cache_dir() / "images" / f"{digest.hexdigest()[:32]}.safetensors"
 
 

@@ -83,9 +83,12 @@ class RunFolder:
         return records
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add one line; it is with the operating system before this returns."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        """Add one line; it is with the operating system before this returns.
+
+        It is ASCII, so that file names in any encoding make readable lines.
+        """
+        with (self.path / name).open("a", encoding="ascii") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def remove(self, *names: str) -> None:
         """Remove files of this run, where they exist."""
@@ -122,8 +125,8 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON by way of a temporary file in the same folder."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            json.dump(value, file, indent=2)
             file.write("\n")
         Path(temporary).replace(path)
     except BaseException:

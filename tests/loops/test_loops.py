@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,20 @@ def test_ttt_records_unreadable_images_and_counts_them(pictures: Path, tmp_path:
     (record,) = [record for record in lines(tmp_path / "run") if record["status"] == "unreadable"]
     assert record["id"] == victim.relative_to(damaged).as_posix()
     assert "cannot be read" in record["error"]
+
+
+def test_ttt_with_file_names_in_any_encoding(pictures: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(pictures, odd)
+    victims = sorted(odd.rglob("*.png"))[:2]
+    for victim, name in zip(
+        victims, ("gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n.png", os.fsdecode(b"\xff\xfe.png")), strict=True
+    ):
+        victim.rename(victim.with_name(name))
+    summary = run_test_time(ttt(odd, tmp_path / "run"))
+    assert summary["status"]["ok"] == 18
+    assert run_test_time(ttt(odd, tmp_path / "run"))["resumed"] == 18
+    assert any(record["id"].endswith(os.fsdecode(b"\xff\xfe.png")) for record in lines(tmp_path / "run"))
 
 
 def test_ttt_without_labels_and_with_augmix(pictures: Path, tmp_path: Path) -> None:
