@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench setup clean
+.PHONY: demo test lint format bench scaling setup clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -21,10 +21,14 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Some cases only: make bench CASES="K200 and official". The whole grid takes most of an hour on two cores.
+CASES ?=
 bench: setup
 	mkdir -p results
-	$(BIN)/python -m pytest benchmarks --benchmark-json results/bench.json --benchmark-columns min,median,iqr,rounds \
-		--benchmark-sort name --benchmark-warmup on
+	$(BIN)/python -m pytest benchmarks -k "$(CASES)" --benchmark-json results/bench.json --benchmark-quiet
+
+scaling: setup
+	$(BIN)/python -m benchmarks.plot_scaling --output results/scaling
 
 setup: $(READY)
 

@@ -1,59 +1,43 @@
-"""The adapter's forward and training step on features, each backend against the literal baseline.
+"""The whole adapter, forward and forward+backward, every provider in one interleaved run.
 
-Operations of one forward by exact arithmetic, per image: F_min = 8 K D^2 + 6 K^2 D; a step counts 3.5 F_min.
+Providers: the literal float32 baseline, the reference, torch.compile of the reference, and every compiled backend that
+is usable here. pytest-benchmark times the whole case; each provider's figures are in its extra_info and in the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
-import torch
-from torch.nn.functional import cross_entropy, normalize
 
-from rada_fast.config import AdapterConfig
-from rada_fast.modules import RationalAdapter
-from rada_fast.ops import BACKENDS, backends, use_backend
+from rada_fast.ops import backends
 
-WIDTH = 512
-# One image with few and many classes, and the six kept views of test-time training.
-SHAPES = [(1, 50), (1, 500), (6, 200)]
-USABLE = [name for name in BACKENDS if backends()[name] == "usable"]
+from . import harness
+from .harness import Case
 
+SHAPES = [(1, 50), (1, 500), (6, 200), (6, 1000), (64, 100), (32, 1000)]
+MOST_BASELINE_BYTES = 8 * 2**30
+"""The literal baseline is left out where its K x K tensors alone would need more."""
 
-def make_step(batch: int, classes: int, preset: str, *, backward: bool) -> Callable[[], torch.Tensor]:
-    """A call that gives the logits, after a backward pass too if asked; its inputs are the same for every backend."""
-    torch.manual_seed(0)
-    config = AdapterConfig.official(WIDTH) if preset == "official" else AdapterConfig.paper(WIDTH)
-    adapter = RationalAdapter(config)
-    for name, parameter in adapter.named_parameters():
-        if name.startswith("out_proj"):
-            torch.nn.init.normal_(parameter, std=0.02)
-    image, text = (normalize(torch.randn(rows, WIDTH), dim=-1) for rows in (batch, classes))
-    labels = torch.arange(batch) % classes
-
-    def step() -> torch.Tensor:
-        logits, penalty = adapter(image, text, 100.0, penalty="l2")
-        if backward:
-            adapter.zero_grad()
-            (cross_entropy(logits, labels) + 1.5 * penalty).backward()
-        return logits.detach()
-
-    return step
+COMPILED_BACKENDS = [name for name in ("cpu", "triton", "cuda") if backends()[name] == "usable"]
 
 
-@pytest.mark.parametrize("backend", USABLE)
+def baseline_bytes(case: Case) -> int:
+    heads = 8 if case.preset == "official" else 1
+    return 6 * 4 * case.batch * heads * case.classes**2
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
-@pytest.mark.parametrize(("batch", "classes"), SHAPES, ids=[f"B{batch}-K{classes}" for batch, classes in SHAPES])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("preset", ["official", "paper"])
+@pytest.mark.parametrize(("batch", "classes"), SHAPES, ids=[f"B{batch}-K{classes}" for batch, classes in SHAPES])
 def test_bench_rational_adapter(
-    benchmark: Callable[..., torch.Tensor], preset: str, batch: int, classes: int, backward: bool, backend: str
+    benchmark: Any, batch: int, classes: int, preset: str, dtype: str, backward: bool, rows: list[dict[str, Any]]
 ) -> None:
-    benchmark.group = f"{preset} B={batch} K={classes} {'forward+backward' if backward else 'forward'}"  # type: ignore[attr-defined]
-    step = make_step(batch, classes, preset, backward=backward)
-    with use_backend("reference"):
-        expected = step()
-    with use_backend(backend):
-        # Right first: the two differ by float32 rounding of scores that grow with s^2.
-        torch.testing.assert_close(step(), expected, rtol=1e-3, atol=1e-2)
-        benchmark(step)
+    case = Case(batch, classes, preset, dtype, backward)
+    names = [harness.BASELINE] if baseline_bytes(case) <= MOST_BASELINE_BYTES else []
+    names += ["reference", harness.COMPILED, *COMPILED_BACKENDS]
+    figures = benchmark.pedantic(harness.measure, args=(case, names), rounds=1)
+    found = harness.as_rows(case, figures)
+    benchmark.extra_info["providers"] = found
+    rows.extend(found)
