@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench scaling setup clean
+.PHONY: demo test lint format bench scaling setup build wheel clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -30,7 +30,7 @@ bench: setup
 scaling: setup
 	$(BIN)/python -m benchmarks.plot_scaling --output results/scaling
 
-setup: $(READY)
+setup: $(READY) build
 
 # Made again when the dependencies change.
 $(READY): pyproject.toml
@@ -38,6 +38,13 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
+
+# Without a C++ compiler everything else works, so a build that cannot be made says so and stops nothing.
+build: $(READY)
+	-$(BIN)/rada-fast build
+
+wheel: setup
+	$(BIN)/python -c 'from rada_fast.extension import build_wheel; build_wheel("dist")'
 
 clean:
 	rm -rf $(VENV) results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,3 +37,25 @@ def has_cuda() -> bool:
 def cpu_capability() -> str:
     """The instruction set PyTorch's own CPU kernels use, for instance AVX512."""
     return torch.backends.cpu.get_cpu_capability()
+
+
+def has_bf16_dot_products() -> bool:
+    """Whether the processor multiplies bfloat16 pairs itself (AVX512_BF16 or AMX)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def available_memory() -> int:
+    """Bytes of memory that could be taken now; the whole memory where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def debug_build() -> bool:
+    """Whether DEBUG=1 asks for a build of the extension with symbols and assertions."""
+    return os.environ.get("DEBUG") == "1"

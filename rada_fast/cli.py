@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rada_fast import __version__
-from rada_fast.config import DemoConfig, DoctorConfig, EfficientConfig, FullConfig, TestTimeConfig
+from rada_fast.config import BuildConfig, DemoConfig, DoctorConfig, EfficientConfig, FullConfig, TestTimeConfig
 from rada_fast.errors import BackendUnavailableError, UserError
 
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "ttt": (TestTimeConfig, "test-time training: adapt to every test image by itself"),
     "eft": (EfficientConfig, "efficient fine-tuning: train the adapter, encoders frozen"),
     "fft": (FullConfig, "full fine-tuning: adapter and classifier, then everything"),
+    "build": (BuildConfig, "compile the C++ extension, once for this PyTorch"),
     "doctor": (DoctorConfig, "what is installed, which backends are usable, and a self-test"),
 }
 
@@ -151,6 +152,10 @@ def _runner(command: str) -> Callable[[Any], int]:
         from rada_fast.doctor import run_doctor
 
         return run_doctor
+    if command == "build":
+        from rada_fast.extension import build
+
+        return lambda config: 0 if build(jobs=config.jobs, timeout=config.timeout, force=config.force) else 1
     from rada_fast.loops.efficient import run_efficient
     from rada_fast.loops.full import run_full
     from rada_fast.loops.report import show

@@ -457,3 +457,23 @@ class DoctorConfig:
 
     json: bool = False
     """Print JSON, for an issue report."""
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Compile the C++ extension once for this PyTorch, with ninja and the C++ compiler that is here.
+
+    Nothing else ever compiles: without it the package runs on plain PyTorch.
+    """
+
+    jobs: int | None = None
+    """Compilers at once. Default: as many as processors and free memory allow."""
+    timeout: float = 600.0
+    """Seconds to wait for another build of the same thing."""
+    force: bool = False
+    """Compile everything again."""
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None:
+            _check_whole("jobs", self.jobs, 1)
+        _check_positive("timeout", self.timeout)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch.nn.functional import normalize
 
-from rada_fast import _env
+from rada_fast import _env, extension
 from rada_fast.config import AdapterConfig, DoctorConfig
 from rada_fast.loops.report import table
 from rada_fast.loops.run_folder import versions
@@ -32,6 +32,7 @@ def run_doctor(config: DoctorConfig) -> int:
         console.print(table("versions", report["versions"].items()))
         console.print(table("machine", report["machine"].items()))
         console.print(table("backends", report["backends"].items()))
+        console.print(table("C++ extension", report["extension"].items()))
         console.print(table("self-test: relative error of float32 logits against float64", report["self_test"].items()))
         console.print(f"auto takes: {report['auto']}")
     failed = [name for name, error in report["self_test"].items() if not float(error) <= SELF_TEST_BOUND]
@@ -54,6 +55,7 @@ def examine() -> dict[str, Any]:
             "cache": str(_env.cache_dir()),
         },
         "backends": backends(),
+        "extension": extension.describe(),
         "auto": resolve_backend("auto"),
         "self_test": self_test(),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -10,6 +10,8 @@ from rada_fast import _env
 from rada_fast.errors import BackendUnavailableError
 
 BACKENDS = ("literal", "reference", "cpu", "triton", "cuda")
+COMPILED = ("cpu",)
+"""Backends that serve some calls only."""
 
 _chosen: ContextVar[str | None] = ContextVar("rada_fast_backend", default=None)
 
@@ -39,8 +41,12 @@ def reason_unavailable(name: str) -> str | None:
     match name:
         case "literal" | "reference":
             return None
-        case "cpu" | "cuda":
-            return "this version has no compiled extension"
+        case "cpu":
+            from rada_fast import extension
+
+            return extension.load()
+        case "cuda":
+            return "this version has no CUDA kernels"
         case "triton":
             return "this version has no Triton kernels"
         case _:
@@ -52,16 +58,21 @@ def backends() -> dict[str, str]:
     return {name: reason_unavailable(name) or "usable" for name in BACKENDS}
 
 
-def resolve_backend(name: str | None = None) -> str:
+def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None] | None = None) -> str:
     """The backend to serve a call with.
 
-    name: the call's own argument, if it has one. "auto" takes the fastest usable backend.
+    name: the call's own argument, if it has one. "auto" takes the fastest usable backend that serves the call.
+    refusal: of a compiled backend's name, why it cannot serve this call, or None; without it, only the installation
+        counts.
     Raises BackendUnavailableError where a named backend cannot be used.
     """
     if name is None:
         name = _chosen.get() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
     if _check_name(name, "backend") == "auto":
-        return "reference"
+        usable = reason_unavailable("cpu") is None and not (refusal and refusal("cpu"))
+        return "cpu" if usable else "reference"
     if reason := reason_unavailable(name):
         raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}")
+    if name in COMPILED and refusal and (reason := refusal(name)):
+        raise BackendUnavailableError(f"backend {name!r} cannot serve this call: {reason}")
     return name

@@ -103,7 +103,13 @@ def rational_adapter(
     """
     check_inputs(image_features, text_features, logit_scale, parameters, config, penalty)
     arguments = (image_features, text_features, logit_scale, parameters, config)
-    match resolve_backend(backend):
+
+    def refusal(name: str) -> str | None:
+        from rada_fast.ops._compiled import reason_not_served
+
+        return reason_not_served(config, image_features, text_features, parameters)
+
+    match resolve_backend(backend, refusal):
         case "reference":
             from rada_fast.reference.rational_adapter import rational_adapter as reference
 
@@ -112,6 +118,10 @@ def rational_adapter(
             from rada_fast.reference.literal import literal_adapter
 
             return literal_adapter(*arguments, penalty=penalty, return_mask=return_mask)
+        case "cpu":
+            from rada_fast.ops._compiled import rational_adapter as compiled
+
+            return compiled(*arguments, penalty=penalty, return_mask=return_mask)
         case name:
             raise AssertionError(f"backend {name!r} resolved but not wired")
 

@@ -1,0 +1,54 @@
+// Attention over the classes (Eq. 6): several queries, one set of keys and values, scores in tiles that never leave the
+// cache. Tiles hold keys in rows and queries in columns, so that a query's sums are vertical.
+//
+// Forward, per head and block of 128 queries per kind, an online softmax over blocks of 256 keys:
+//     S^T = kk [q_text | q_rational],  O^T += vv^T exp(S^T - m)
+// "row" keeps one maximum and sum per query; "matrix" one per block, combined over the blocks afterwards, so that the
+// one normaliser of the whole K x K matrix needs no second pass. The image query is a single row on the side.
+#pragma once
+
+#include "problem.h"
+
+namespace rada_fast {
+
+// Of `images` images; a null pointer is a query kind not in use.
+template <typename T>
+struct AttentionState {
+  const T* keys;               // (images, D, padded)
+  const T* values;             // (images, D, padded)
+  const Acc<T>* image_query;   // (images, D)
+  const T* text_query;         // (D, padded), shared by the images
+  const T* rational_query;     // (images, D, padded)
+  // Written by the forward. Kind 0 is the text query where it is in use.
+  Acc<T>* attended[2];         // (images, D, padded), each block normalised by itself; exact, for delta
+  Acc<T>* factors[2];          // (images, H, query_blocks): O = factor * attended, 1 / |Q| included
+  // P / |Q| = weight * exp(S - maximum). Kept apart: the logarithm of the sum would round at the scores' size.
+  Acc<T>* maxima[2];           // (images, H, padded), or (images, H) with the matrix softmax
+  Acc<T>* weights[2];          // likewise
+  Acc<T>* image_attended;      // (images, D), 1 / |Q| included
+};
+
+template <typename T>
+void class_attention_forward(const Problem& problem, int64_t images, const AttentionState<T>& state);
+
+// What is not asked for is null. Gradients of the attention's output are per image (D, padded), zero in the padding.
+template <typename T>
+struct AttentionGradients {
+  const T* doutput;            // dO: (images, D, padded)
+  T* dkeys;                    // (images, D, padded)
+  T* dvalues;
+  T* drational_query;
+  Acc<T>* dtext_query;         // (images, D, padded)
+  Acc<T>* dimage_query;        // (images, D)
+};
+
+template <typename T>
+void class_attention_backward(const Problem& problem, int64_t images, const AttentionState<T>& state,
+                              const AttentionGradients<T>& gradients);
+
+// O^T of some classes of one image from its parts: (D, columns) into out.
+template <typename T>
+void combine_attended(const Problem& problem, int64_t b, int64_t first_class, int64_t columns,
+                      const AttentionState<T>& state, Acc<T>* out, int64_t ldo);
+
+}  // namespace rada_fast

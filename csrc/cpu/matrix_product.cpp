@@ -1,0 +1,74 @@
+#include "matrix_product.h"
+
+#include <ATen/ATen.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
+
+namespace rada_fast {
+namespace {
+
+// ATen throws where oneDNN is switched off or the processor is too old; trying is the only public way to ask.
+template <typename T>
+bool brgemm_works() {
+  try {
+    alignas(64) T a[4] = {}, b[4] = {};
+    alignas(64) float c[4] = {};
+    at::native::cpublas::brgemm(2, 2, 2, 2, 2, 2, false, a, b, c, sizeof(T) == 2);
+    at::native::cpublas::brgemm_release(sizeof(T) == 2);
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
+// ATen exports no raw BLAS; tensors around the pointers cost a few microseconds and serve every build of PyTorch.
+template <typename T>
+void blas_product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+                  bool accumulate) {
+  const at::AutoDispatchBelowAutograd below_autograd;
+  constexpr auto type = c10::CppTypeToScalarType<T>::value;
+  const auto matrix = [&](const T* pointer, int64_t rows, int64_t columns, int64_t ld) {
+    return at::from_blob(const_cast<T*>(pointer), {rows, columns}, {ld, 1}, at::TensorOptions().dtype(type));
+  };
+  at::Tensor out = matrix(c, m, n, ldc);
+  if (accumulate)
+    out.addmm_(matrix(a, m, k, lda), matrix(b, k, n, ldb));
+  else
+    at::mm_out(out, matrix(a, m, k, lda), matrix(b, k, n, ldb));
+}
+
+}  // namespace
+
+bool has_brgemm_float() {
+  static const bool works = brgemm_works<float>();
+  return works;
+}
+bool has_brgemm_bfloat16() {
+  static const bool works = brgemm_works<c10::BFloat16>();
+  return works;
+}
+
+template <>
+void matrix_product<float>(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+                           float* c, int64_t ldc, bool accumulate) {
+  if (has_brgemm_float())
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, false);
+  else
+    blas_product(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+}
+
+template <>
+void matrix_product<double>(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b,
+                            int64_t ldb, double* c, int64_t ldc, bool accumulate) {
+  blas_product(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+}
+
+template <>
+void matrix_product<BF16>(int64_t m, int64_t n, int64_t k, const BF16* a, int64_t lda, const BF16* b, int64_t ldb,
+                          float* c, int64_t ldc, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, reinterpret_cast<const c10::BFloat16*>(a),
+                              reinterpret_cast<const c10::BFloat16*>(b), c, true);
+}
+
+}  // namespace rada_fast

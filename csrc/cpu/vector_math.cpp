@@ -1,0 +1,494 @@
+// See vector_math.h. RADA_CAPABILITY names the namespace this copy is compiled into.
+#include "vector_math.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace rada_fast::RADA_CAPABILITY {
+namespace {
+
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+inline float load(BF16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Round to nearest even. The values are finite; a NaN stays one because its quiet bit survives the shift.
+inline uint32_t rounded(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t up = bits + 0x7fff + ((bits >> 16) & 1);
+  return x != x ? (bits | 0x400000u) : up;
+}
+inline void put(float& out, float x) { out = x; }
+inline void put(double& out, double x) { out = x; }
+inline void put(BF16& out, float x) { out.bits = static_cast<uint16_t>(rounded(x) >> 16); }
+
+// e^x with a relative error below 2 ulp; 0 below -87.3 and infinity above 88.7. Cephes' polynomial on [-ln2/2, ln2/2].
+inline float exponential_of(float x) {
+  const float clamped = x < -87.33f ? -87.33f : (x > 88.72f ? 88.72f : x);
+  const float shifted = clamped * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // Two factors, because 2^128 is no float while e^88.72 is one.
+  const int32_t whole = static_cast<int32_t>(n);
+  const int32_t half = whole >> 1;
+  const int32_t low_bits = (half + 127) << 23, high_bits = (whole - half + 127) << 23;
+  float low, high;
+  std::memcpy(&low, &low_bits, 4);
+  std::memcpy(&high, &high_bits, 4);
+  const float value = p * low * high;
+  return x < -87.33f ? 0.0f : (x > 88.72f ? HUGE_VALF : value);
+}
+inline double exponential_of(double x) { return std::exp(x); }
+
+template <typename T, typename A>
+inline A as_stored(A x) {
+  if constexpr (sizeof(T) != 2) {
+    return x;
+  } else {
+    const uint32_t bits = rounded(x) & 0xffff0000u;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+}
+
+template <typename A>
+inline A one(const A* scale, int64_t i) {
+  return scale ? scale[i] : A(1);
+}
+
+template <typename T, typename A>
+void pack_pair(const A* even, const A* odd, A even_scale, A odd_scale, const A* column_scale, int64_t columns, T* out) {
+  auto* pairs = reinterpret_cast<uint32_t*>(out);
+  if (column_scale) {
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c)
+      pairs[c] = (rounded(even[c] * even_scale * column_scale[c]) >> 16) |
+                 (rounded(odd[c] * odd_scale * column_scale[c]) & 0xffff0000u);
+  } else {
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c)
+      pairs[c] = (rounded(even[c] * even_scale) >> 16) | (rounded(odd[c] * odd_scale) & 0xffff0000u);
+  }
+}
+
+template <typename T, typename A>
+void pack(const A* source, int64_t ld, const A* row_scale, const A* column_scale, int64_t rows, int64_t columns,
+          T* operand, int64_t ldo) {
+  if constexpr (sizeof(T) == 2) {
+    for (int64_t r = 0; r < rows; r += 2) {
+      const bool last = r + 1 == rows;
+      pack_pair(source + r * ld, source + (last ? r : r + 1) * ld, one(row_scale, r), last ? A(0) : one(row_scale, r + 1),
+                column_scale, columns, operand + r * ldo);
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* row = source + r * ld;
+      const A factor = one(row_scale, r);
+      T* out = operand + r * ldo;
+      if (column_scale) {
+#pragma omp simd
+        for (int64_t c = 0; c < columns; ++c) out[c] = row[c] * factor * column_scale[c];
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < columns; ++c) out[c] = row[c] * factor;
+      }
+    }
+  }
+}
+
+template <typename T>
+void pack_stored(const T* source, int64_t ld, int64_t rows, int64_t columns, T* operand, int64_t ldo) {
+  if constexpr (sizeof(T) == 2) {
+    for (int64_t r = 0; r < rows; r += 2) {
+      const T* even = source + r * ld;
+      const T* odd = r + 1 < rows ? even + ld : even;
+      const uint32_t keep = r + 1 < rows ? 0xffff0000u : 0u;
+      auto* pairs = reinterpret_cast<uint32_t*>(operand + r * ldo);
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c)
+        pairs[c] = even[c].bits | ((static_cast<uint32_t>(odd[c].bits) << 16) & keep);
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(operand + r * ldo, source + r * ld, columns * sizeof(T));
+  }
+}
+
+template <typename T>
+void transpose(const T* source, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ldo) {
+  constexpr int64_t edge = 16;
+  int64_t r = 0;
+  for (; r + edge <= rows; r += edge) {
+    int64_t c = 0;
+    for (; c + edge <= columns; c += edge) {
+      T tile[edge][edge];
+      for (int64_t i = 0; i < edge; ++i)
+        for (int64_t j = 0; j < edge; ++j) tile[i][j] = source[(r + i) * ld + c + j];
+      for (int64_t j = 0; j < edge; ++j)
+        for (int64_t i = 0; i < edge; ++i) out[(c + j) * ldo + r + i] = tile[i][j];
+    }
+    for (; c < columns; ++c)
+      for (int64_t i = 0; i < edge; ++i) out[c * ldo + r + i] = source[(r + i) * ld + c];
+  }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) out[c * ldo + r] = source[r * ld + c];
+}
+
+template <typename T>
+void pack_transposed(const T* source, int64_t ld, int64_t rows, int64_t columns, T* operand, int64_t ldo) {
+  if constexpr (sizeof(T) == 2)
+    // Neighbours in a row become an interleaved pair: a transpose of 32-bit words.
+    transpose(reinterpret_cast<const uint32_t*>(source), ld / 2, rows, columns / 2, reinterpret_cast<uint32_t*>(operand),
+              ldo);
+  else
+    transpose(source, ld, rows, columns, operand, ldo);
+}
+
+template <typename T, typename A>
+void store(const A* source, int64_t ld, const A* bias, int64_t rows, int64_t columns, int64_t padded, T* out,
+           int64_t ldo) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const A* from = source + r * ld;
+    const A constant = bias ? bias[r] : A(0);
+    T* to = out + r * ldo;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) put(to[c], from[c] + constant);
+    for (int64_t c = columns; c < padded; ++c) put(to[c], A(0));
+  }
+}
+
+template <typename A>
+void column_maximum(const A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, A* maximum) {
+  constexpr int64_t strip = 64;
+  for (int64_t c0 = 0; c0 < columns; c0 += strip) {
+    const int64_t width = columns - c0 < strip ? columns - c0 : strip;
+    A best[strip];
+    for (int64_t c = 0; c < strip; ++c) best[c] = -HUGE_VAL;
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* row = scores + r * ld + c0;
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c) best[c] = best[c] < row[c] ? row[c] : best[c];
+    }
+    for (int64_t c = 0; c < width; ++c)
+      maximum[c0 + c] = maximum[c0 + c] < scale * best[c] ? scale * best[c] : maximum[c0 + c];
+  }
+}
+
+template <typename T, typename A>
+void exponentials(A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, const A* shift, A* sum, A* stored_sum,
+                  T* operand) {
+  for (int64_t r = 0; r < rows; ++r) {
+    A* row = scores + r * ld;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      const A p = exponential_of(scale * row[c] - shift[c]);
+      sum[c] += p;
+      row[c] = as_stored<T>(p);
+      if constexpr (sizeof(T) == 2) stored_sum[c] += row[c];
+    }
+    if constexpr (sizeof(T) == 2) {
+      const bool last = r + 1 == rows;
+      if (r % 2 == 1)
+        pack_pair(row - ld, row, A(1), A(1), static_cast<const A*>(nullptr), columns, operand + (r - 1) * ld);
+      else if (last)
+        pack_pair(row, row, A(1), A(0), static_cast<const A*>(nullptr), columns, operand + r * ld);
+    }
+  }
+}
+
+template <typename A>
+void score_gradients(A* scores, int64_t ld, const A* dprobabilities, A* total, int64_t ldp, int64_t rows,
+                     int64_t columns, A scale, const A* shift, const A* weight, const A* delta, bool first) {
+  for (int64_t r = 0; r < rows; ++r) {
+    A* row = scores + r * ld;
+    const A* dp = dprobabilities + r * ldp;
+    A* all = total + r * ldp;
+    if (first) {
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) {
+        const A p = weight[c] * exponential_of(scale * row[c] - shift[c]);
+        row[c] = scale * p * (dp[c] - delta[c]);
+        all[c] = p;
+      }
+    } else {
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) {
+        const A p = weight[c] * exponential_of(scale * row[c] - shift[c]);
+        row[c] = scale * p * (dp[c] - delta[c]);
+        all[c] += p;
+      }
+    }
+  }
+}
+
+template <typename A>
+void scale_columns(A* values, int64_t ld, int64_t rows, int64_t columns, const A* factor) {
+  for (int64_t r = 0; r < rows; ++r) {
+    A* row = values + r * ld;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) row[c] *= factor[c];
+  }
+}
+
+template <typename A>
+void combine(const A* source, int64_t ld, A factor, const A* row_constant, int64_t rows, int64_t columns, A* out,
+             int64_t ldo, bool first) {
+  for (int64_t r = 0; r < rows; ++r) {
+    A* to = out + r * ldo;
+    const A constant = row_constant ? row_constant[r] : A(0);
+    if (!source) {
+      for (int64_t c = 0; c < columns; ++c) to[c] = first ? constant : to[c] + constant;
+      continue;
+    }
+    const A* from = source + r * ld;
+    if (first) {
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) to[c] = factor * from[c] + constant;
+    } else {
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) to[c] += factor * from[c] + constant;
+    }
+  }
+}
+
+// Four rows a step: fewer passes over the sums, and a shorter chain of roundings.
+template <typename T, typename A>
+void column_dots(const T* a, const A* b, int64_t ld, int64_t rows, int64_t columns, A* sum) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    const T* x = a + r * ld;
+    const A* y = b + r * ld;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      const A low = load(x[c]) * y[c] + load(x[c + ld]) * y[c + ld];
+      const A high = load(x[c + 2 * ld]) * y[c + 2 * ld] + load(x[c + 3 * ld]) * y[c + 3 * ld];
+      sum[c] += low + high;
+    }
+  }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) sum[c] += load(a[r * ld + c]) * b[r * ld + c];
+}
+
+template <typename T, typename A>
+void row_sums(const T* source, int64_t ld, int64_t rows, int64_t columns, A* sum) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = source + r * ld;
+    A total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t c = 0; c < columns; ++c) total += load(row[c]);
+    sum[r] += total;
+  }
+}
+
+template <typename T, typename A>
+void add_scaled_rows(const T* source, int64_t ld, const A* factor, int64_t rows, int64_t columns, double* out) {
+  int64_t r = 0;
+  for (; r + 2 <= rows; r += 2) {
+    const T* x = source + r * ld;
+    const double f0 = factor[r], f1 = factor[r + 1];
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c)
+      out[c] += f0 * static_cast<double>(load(x[c])) + f1 * static_cast<double>(load(x[c + ld]));
+  }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c)
+      out[c] += static_cast<double>(factor[r]) * static_cast<double>(load(source[r * ld + c]));
+}
+
+template <typename T, typename A>
+void row_dots(const T* source, int64_t ld, const A* weights, int64_t rows, int64_t columns, A* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = source + r * ld;
+    A total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t c = 0; c < columns; ++c) total += load(row[c]) * weights[c];
+    out[r] += total;
+  }
+}
+
+template <typename A>
+void add_outer(const A* left, const A* right, int64_t rows, int64_t columns, A* out, int64_t ldo) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const A f = left[r];
+    A* to = out + r * ldo;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) to[c] += f * right[c];
+  }
+}
+
+template <typename A>
+void softmax(A* scores, int64_t count, A scale) {
+  A best = -HUGE_VAL;
+#pragma omp simd reduction(max : best)
+  for (int64_t i = 0; i < count; ++i) best = best < scores[i] ? scores[i] : best;
+  best *= scale;
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) {
+    scores[i] = exponential_of(scale * scores[i] - best);
+    sum += scores[i];
+  }
+  const A inverse = A(1) / sum;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) scores[i] *= inverse;
+}
+
+template <typename A>
+void exponential(A* values, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) values[i] = exponential_of(values[i]);
+}
+
+// M of 1 + A. A NaN is no number below 0 and stays one, as in PyTorch.
+template <typename A>
+inline A opened(A open, bool relu) {
+  return relu && open < 0 ? A(0) : open;
+}
+
+template <typename A, bool relu, Penalty penalty>
+A mask_forward_of(const MaskRows<A>& in, A* logits, A* mask, int64_t mask_ld) {
+  A total = 0;
+  for (int64_t r = 0; r < in.rows; ++r) {
+    const A *offset = in.offset + r * in.ld, *text = in.text + r * in.text_ld;
+    const A constant = A(1) + (in.bias ? in.bias[r] : A(0)), f = in.image[r];
+    A row_total = 0;
+#pragma omp simd reduction(+ : row_total)
+    for (int64_t c = 0; c < in.columns; ++c) {
+      const A open = offset[c] + constant;
+      const A m = opened(open, relu);
+      logits[c] += m * f * text[c];
+      const A distance = m - A(1);
+      if constexpr (penalty == Penalty::l2) row_total += distance * distance;
+      if constexpr (penalty == Penalty::l1) row_total += distance < 0 ? -distance : distance;
+    }
+    if constexpr (penalty == Penalty::linf) {
+#pragma omp simd reduction(max : row_total)
+      for (int64_t c = 0; c < in.columns; ++c) {
+        const A open = offset[c] + constant;
+        const A distance = opened(open, relu) - A(1);
+        const A size = distance < 0 ? -distance : distance;
+        row_total = row_total < size ? size : row_total;
+      }
+      total = total < row_total ? row_total : total;
+    } else {
+      total += row_total;
+    }
+    if (mask)
+      for (int64_t c = 0; c < in.columns; ++c) {
+        const A open = offset[c] + constant;
+        mask[r * mask_ld + c] = opened(open, relu);
+      }
+  }
+  return total;
+}
+
+template <typename A, bool relu>
+A mask_forward_with(const MaskRows<A>& in, A* logits, A* mask, int64_t mask_ld) {
+  switch (in.penalty) {
+    case Penalty::l2: return mask_forward_of<A, relu, Penalty::l2>(in, logits, mask, mask_ld);
+    case Penalty::l1: return mask_forward_of<A, relu, Penalty::l1>(in, logits, mask, mask_ld);
+    case Penalty::linf: return mask_forward_of<A, relu, Penalty::linf>(in, logits, mask, mask_ld);
+    default: return mask_forward_of<A, relu, Penalty::none>(in, logits, mask, mask_ld);
+  }
+}
+template <typename A>
+A mask_forward(const MaskRows<A>& in, A* logits, A* mask, int64_t mask_ld) {
+  return in.relu ? mask_forward_with<A, true>(in, logits, mask, mask_ld)
+                 : mask_forward_with<A, false>(in, logits, mask, mask_ld);
+}
+
+template <typename A>
+int64_t mask_find(const MaskRows<A>& in, A value, int64_t width) {
+  int64_t least = INT64_MAX;
+  for (int64_t r = 0; r < in.rows; ++r) {
+    const A constant = A(1) + (in.bias ? in.bias[r] : A(0));
+    for (int64_t c = 0; c < in.columns; ++c) {
+      const A open = in.offset[r * in.ld + c] + constant;
+      const A distance = opened(open, in.relu) - A(1);
+      const int64_t at = c * width + r;
+      if ((distance < 0 ? -distance : distance) == value && at < least) least = at;
+    }
+  }
+  return least;
+}
+
+template <typename A>
+void mask_backward(const MaskRows<A>& in, const A* dlogits, A dpenalty, const A* dmask, int64_t ldm, A* gradient,
+                   int64_t ldg, A* weighted, int64_t ldw) {
+  const A square = in.penalty == Penalty::l2 ? 2 * dpenalty : A(0);
+  const A sign = in.penalty == Penalty::l1 ? dpenalty : A(0);
+  for (int64_t r = 0; r < in.rows; ++r) {
+    const A *offset = in.offset + r * in.ld, *text = in.text + r * in.text_ld;
+    A* out = gradient + r * ldg;
+    const A constant = A(1) + (in.bias ? in.bias[r] : A(0)), f = in.image[r];
+    const A floor = in.relu ? A(0) : A(-HUGE_VAL);
+#pragma omp simd
+    for (int64_t c = 0; c < in.columns; ++c) {
+      const A open = offset[c] + constant;
+      const A distance = open - A(1);
+      const A step = distance > 0 ? sign : (distance < 0 ? -sign : A(0));
+      const A g = dlogits[c] * f * text[c] + square * distance + step;
+      out[c] = open <= floor ? A(0) : g;
+    }
+    if (dmask)
+      for (int64_t c = 0; c < in.columns; ++c) out[c] += offset[c] + constant <= floor ? A(0) : dmask[r * ldm + c];
+    if (weighted)
+      for (int64_t c = 0; c < in.columns; ++c) {
+        const A open = offset[c] + constant;
+        weighted[r * ldw + c] = open <= floor ? A(0) : dlogits[c] * open;
+      }
+  }
+}
+
+template <typename A>
+void feature_gradients(const A* drational, int64_t ld, A scale, const A* weighted, int64_t ldw, const A* text,
+                       int64_t text_ld, const A* image, int64_t rows, int64_t columns, A* dimage, A* dtext,
+                       int64_t ldt) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const A *from = drational + r * ld, *w = weighted + r * ldw, *t = text + r * text_ld;
+    A* to = dtext + r * ldt;
+    const A f = image[r];
+    A total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t c = 0; c < columns; ++c) {
+      const A g = scale * from[c] + w[c];
+      total += g * t[c];
+      to[c] += g * f;
+    }
+    dimage[r] += total;
+  }
+}
+
+template <typename T>
+VectorMath<T> table() {
+  using A = Acc<T>;
+  return {pack<T, A>, pack_stored<T>, pack_transposed<T>, transpose<T>, transpose<A>, store<T, A>, store<A, A>, column_maximum<A>,
+          exponentials<T, A>, score_gradients<A>, scale_columns<A>, combine<A>, column_dots<T, A>, row_sums<T, A>,
+          add_scaled_rows<T, A>, row_dots<T, A>, add_outer<A>, softmax<A>, exponential<A>, mask_forward<A>,
+          mask_find<A>, mask_backward<A>, feature_gradients<A>};
+}
+
+}  // namespace
+
+template <typename T>
+const VectorMath<T>& vector_math() {
+  static const VectorMath<T> functions = table<T>();
+  return functions;
+}
+template const VectorMath<float>& vector_math<float>();
+template const VectorMath<double>& vector_math<double>();
+template const VectorMath<BF16>& vector_math<BF16>();
+
+}  // namespace rada_fast::RADA_CAPABILITY

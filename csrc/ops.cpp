@@ -1,0 +1,28 @@
+// The operators' schemas, one readable list; csrc/cpu implements them for CPU tensors.
+//
+// Names of parameters follow the query they make: image, text, rational, key, value, output. An input scale factor of 0
+// means no input scale. Saved tensors are empty where `keep` is false; a gradient is empty where it was not needed.
+#include <torch/library.h>
+
+#define RADA_PARAMETERS                                                                                            \
+  "Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor? image_weight, Tensor? image_bias, "    \
+  "Tensor? text_weight, Tensor? text_bias, Tensor? rational_weight, Tensor? rational_bias, Tensor key_weight, "    \
+  "Tensor? key_bias, Tensor value_weight, Tensor? value_bias, Tensor output_weight, Tensor? output_bias, "
+
+#define RADA_OPTIONS                                                                                               \
+  "int num_heads, float temperature, bool matrix_softmax, float input_scale_factor, bool relu, str penalty"
+
+TORCH_LIBRARY(rada_fast, library) {
+  library.def("rational_adapter(" RADA_PARAMETERS RADA_OPTIONS
+              ", bool return_mask, bool keep) -> (Tensor logits, Tensor penalty, Tensor mask, Tensor projections, "
+              "Tensor attended, Tensor factors, Tensor statistics, Tensor image_state, Tensor text_query, Tensor peak, "
+              "Tensor sums)");
+  library.def("rational_adapter_backward(Tensor? dlogits, Tensor? dpenalty, Tensor? dmask, " RADA_PARAMETERS RADA_OPTIONS
+              ", Tensor projections, Tensor attended, Tensor factors, Tensor statistics, Tensor image_state, "
+              "Tensor text_query, Tensor peak, bool[] needed) -> (Tensor dimage_features, Tensor dtext_features, "
+              "Tensor dimage_weight, Tensor dimage_bias, Tensor dtext_weight, Tensor dtext_bias, "
+              "Tensor drational_weight, Tensor drational_bias, Tensor dkey_weight, Tensor dkey_bias, "
+              "Tensor dvalue_weight, Tensor dvalue_bias, Tensor doutput_weight, Tensor doutput_bias)");
+  // How this build computes here: "vectors", "float32", "bfloat16" -> one word each; "" where a type cannot be served.
+  library.def("cpu_paths() -> Dict(str, str)");
+}

@@ -1,0 +1,134 @@
+"""Fake kernels and gradients of the registered operators, in one list; csrc/ops.cpp holds the schemas.
+
+Shapes: B images, K classes, D wide, H heads; P = K rounded up to 16, the leading dimension of what is kept per class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CLASS_PADDING = 16
+QUERY_BLOCK = 128
+"""kQueryBlock in csrc/cpu/problem.h: queries per tile, one factor each."""
+
+PARAMETERS = tuple(
+    f"{role}_{part}" for role in ("image", "text", "rational", "key", "value", "output") for part in ("weight", "bias")
+)
+"""The operators' parameters in the order of their schemas, after image features, text features and the scale."""
+
+_OPTIONS = 6
+_FIRST_PARAMETER = 3
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _kept(
+    image_features: Tensor, text_features: Tensor, parameters: tuple[Tensor | None, ...], num_heads: int, matrix: bool
+) -> tuple[Tensor, ...]:
+    batch, (classes, width) = image_features.shape[0], text_features.shape
+    padded = (classes + CLASS_PADDING - 1) // CLASS_PADDING * CLASS_PADDING
+    blocks = (classes + QUERY_BLOCK - 1) // QUERY_BLOCK
+    image, text, rational = (parameters[2 * role] is not None for role in range(3))
+    output_weight = parameters[-2]
+    assert output_weight is not None
+    stored, exact = output_weight.dtype, _exact(output_weight.dtype)
+    empty = image_features.new_empty
+    return (
+        empty((2 + rational, batch, width, padded), dtype=stored),
+        empty((text + rational, batch, width, padded), dtype=exact),
+        empty((2, batch, num_heads, blocks), dtype=exact),
+        empty((2, 2, batch, num_heads, 1 if matrix else padded), dtype=exact),
+        empty((2, batch, width if image else 0), dtype=exact),
+        empty((width if text else 0, padded), dtype=stored),
+    )
+
+
+def _nothing_kept(image_features: Tensor, stored: torch.dtype) -> tuple[Tensor, ...]:
+    empty, exact = image_features.new_empty, _exact(stored)
+    return (
+        empty((2, 0, 0, 0), dtype=stored),
+        empty((0, 0, 0, 0), dtype=exact),
+        empty((2, 0, 0, 0), dtype=exact),
+        empty((2, 2, 0, 0, 0), dtype=exact),
+        empty((2, 0, 0), dtype=exact),
+        empty((0, 0), dtype=stored),
+    )
+
+
+def _fake_forward(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    parameters = rest[: len(PARAMETERS)]
+    num_heads, _, matrix, _, _, _, return_mask, keep = rest[len(PARAMETERS) :]
+    (batch, width), classes = image_features.shape, text_features.shape[0]
+    empty = image_features.new_empty
+    kept = (
+        _kept(image_features, text_features, parameters, num_heads, matrix)
+        if keep
+        else _nothing_kept(image_features, parameters[-2].dtype)
+    )
+    mask = empty((batch, width, classes) if return_mask else (0,))
+    sums = empty((batch, classes), dtype=_exact(parameters[-2].dtype))
+    return empty((batch, classes)), empty(()), mask, *kept, empty((batch,), dtype=torch.int64), sums
+
+
+def _fake_backward(
+    dlogits: Tensor | None, dpenalty: Tensor | None, dmask: Tensor | None, image_features: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    text_features, _, *parameters = rest[: 2 + len(PARAMETERS)]
+    needed = rest[-1]
+    inputs = (image_features, text_features, *parameters)
+    exact = _exact(parameters[-2].dtype)
+    return tuple(
+        torch.empty_like(given, memory_format=torch.contiguous_format)
+        if wanted
+        else image_features.new_empty((0,), dtype=exact)
+        for given, wanted in zip(inputs, needed, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, options = inputs[: _FIRST_PARAMETER + len(PARAMETERS)], inputs[_FIRST_PARAMETER + len(PARAMETERS) :]
+    _, _, _, *kept = output
+    ctx.options = options[:_OPTIONS]
+    ctx.kept = options[-1]
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
+    # The kept tensors are outputs too; gradients of zeros for them would cost what the op saves.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, dlogits: Tensor | None, dpenalty: Tensor | None, dmask: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    nothing = (None,) * len(ctx.needs_input_grad)
+    if dlogits is None and dpenalty is None and dmask is None:
+        return nothing
+    count = _FIRST_PARAMETER + len(PARAMETERS)
+    saved = ctx.saved_tensors
+    inputs, kept, sums = saved[:count], saved[count:-1], saved[-1]
+    asked = ctx.needs_input_grad[:count]
+    needed = [asked[0], asked[1], *asked[_FIRST_PARAMETER:]]
+    gradients: list[Tensor | None] = [None] * len(needed)
+    if any(needed):
+        if not ctx.kept:
+            raise RuntimeError("the forward was told that no gradient follows (keep=False)")
+        result = torch.ops.rada_fast.rational_adapter_backward(
+            dlogits, dpenalty, dmask, *inputs, *ctx.options, *kept, needed
+        )
+        gradients = [value if wanted else None for value, wanted in zip(result, needed, strict=True)]
+    dscale = None
+    if asked[2] and dlogits is not None:
+        # Only the factor in front of the sum carries a gradient; the projections' inputs see s detached.
+        dscale = (dlogits.to(sums.dtype) * sums).sum().to(inputs[2].dtype)
+    return (gradients[0], gradients[1], dscale, *gradients[2:], *nothing[count:])
+
+
+def register() -> None:
+    """Register fake kernels and gradients; call once, after the library that defines the schemas is loaded."""
+    torch.library.register_fake("rada_fast::rational_adapter", _fake_forward)
+    torch.library.register_fake("rada_fast::rational_adapter_backward", _fake_backward)
+    torch.library.register_autograd("rada_fast::rational_adapter", _backward, setup_context=_save)
