@@ -1,0 +1,283 @@
+"""The compiled CPU backend against float64, by the error that plain PyTorch makes in the same type.
+
+A result passes where its error is at most twice the reference's own error in that type for outputs, three times for
+gradients, plus two roundings of the largest value: the reference may happen to be exact.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from rada_fast.config import AdapterConfig
+from rada_fast.modules import RationalAdapter
+from rada_fast.ops import backends, rational_adapter, use_backend
+
+pytestmark = pytest.mark.skipif(backends()["cpu"] != "usable", reason=f"cpu backend: {backends()['cpu']}")
+
+CONFIGS = {
+    "official": AdapterConfig.official(64),
+    "paper": AdapterConfig.paper(64),
+    "row": AdapterConfig.official(64, softmax="row", temperature=0.5),
+    "no-relu": AdapterConfig.official(64, mask_activation="none", num_heads=2),
+    "no-bias": AdapterConfig.official(64, bias=False, input_scale="none"),
+    "paper-matrix": AdapterConfig.paper(64, softmax="matrix", bias=True),
+    **{
+        "+".join(queries): AdapterConfig.official(64, queries=queries)
+        for count in (1, 2)
+        for queries in itertools.combinations(("image", "text", "rational"), count)
+    },
+}
+# K = 1 and 2: single tiles; 7, 37, 101: tails of every vector and tile; 397: more than one tile of queries.
+SIZES = [(1, 1), (3, 2), (2, 7), (1, 37), (3, 101), (2, 397)]
+
+
+def problem(
+    config: AdapterConfig, batch: int, classes: int, dtype: torch.dtype, scale: float = 0.3
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Features and parameters that are exact in the storage type, so that every type solves the same problem."""
+    generator = torch.Generator().manual_seed(1000 * batch + classes)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    image, text = normalize(draw(batch, config.embed_dim), dim=-1), normalize(draw(classes, config.embed_dim), dim=-1)
+    shapes = {name: tensor.shape for name, tensor in RationalAdapter(config).state_dict().items()}
+    parameters = {name: scale / config.embed_dim**0.25 * draw(*shape) for name, shape in shapes.items()}
+    return image.to(dtype), text.to(dtype), {name: tensor.to(dtype) for name, tensor in parameters.items()}
+
+
+def solve(
+    config: AdapterConfig,
+    inputs: tuple[Tensor, Tensor, dict[str, Tensor]],
+    dtype: torch.dtype,
+    backend: str,
+    penalty: str | None = "l2",
+    wanted: set[str] | None = None,
+) -> dict[str, Tensor]:
+    """Outputs and gradients of one backend, in float64. wanted: which inputs ask for gradients; None means all."""
+    image, text, parameters = inputs
+    leaves = {"image": image, "text": text, **parameters}
+    leaves = {
+        name: tensor.to(dtype).clone().requires_grad_(wanted is None or name in wanted)
+        for name, tensor in leaves.items()
+    }
+    output = rational_adapter(
+        leaves["image"], leaves["text"], 20.0, {name: leaves[name] for name in parameters}, config,
+        penalty=penalty, return_mask=True, backend=backend,
+    )  # fmt: skip
+    labels = torch.arange(len(image)) % len(text)
+    loss = cross_entropy(output.logits.float() if dtype != torch.float64 else output.logits, labels)
+    found = {"logits": output.logits, "mask": output.mask}
+    if output.penalty is not None:
+        found["penalty"] = output.penalty
+        loss = loss + 1.5 * output.penalty
+    if any(leaf.requires_grad for leaf in leaves.values()):
+        loss.backward()
+    found |= {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {name: value.detach().double() for name, value in found.items() if value is not None}
+
+
+def assert_within_budget(
+    config: AdapterConfig, batch: int, classes: int, dtype: torch.dtype, penalty: str = "l2"
+) -> None:
+    inputs = problem(config, batch, classes, dtype)
+    exact = solve(config, inputs, torch.float64, "reference", penalty)
+    plain = solve(config, inputs, dtype, "reference", penalty)
+    fast = solve(config, inputs, dtype, "cpu", penalty)
+    assert fast.keys() == plain.keys()
+    if dtype == torch.float64:
+        # The truth is the reference itself: another order of summation, and gradients that nearly cancel.
+        for name, value in exact.items():
+            largest = max(float(tensor.abs().max()) for key, tensor in exact.items() if key[0] == name[0])
+            torch.testing.assert_close(
+                fast[name], value, rtol=1e-9, atol=1e-13 * largest, msg=lambda m, name=name: f"{name}: {m}"
+            )
+        return
+    for name, value in exact.items():
+        error, allowed = (fast[name] - value).norm(), (plain[name] - value).norm()
+        factor = 3 if name.startswith("d") else 2
+        size = value.norm()
+        if name == "penalty":
+            # Of (M - 1)^2, where one rounding of M near 1 moves |M - 1|, of order the root of the penalty.
+            size = size + size.sqrt()
+        if name.startswith(("dq_proj", "dk_proj")):
+            # Sums of P (dP - delta), differences of what the values' gradient is made of: rounding is of its size.
+            size = size + exact["dv_proj." + name.rpartition(".")[2]].norm() if "dv_proj.weight" in exact else size
+        band = 2 * torch.finfo(dtype).eps * size + torch.finfo(dtype).tiny
+        assert error <= factor * allowed + band, (
+            f"{name}: error {error:.3e}, reference's {allowed:.3e}, band {band:.1e}"
+        )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("batch", "classes"), SIZES)
+def test_outputs_and_gradients(name: str, dtype: torch.dtype, batch: int, classes: int) -> None:
+    assert_within_budget(CONFIGS[name], batch, classes, dtype)
+
+
+@pytest.mark.parametrize("penalty", ["l1", "linf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["official", "paper"])
+def test_the_other_penalties(name: str, dtype: torch.dtype, penalty: str) -> None:
+    assert_within_budget(CONFIGS[name], 3, 37, dtype, penalty)
+
+
+@pytest.mark.parametrize("embed_dim", [512, 640, 1152])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_widths_of_real_models(embed_dim: int, dtype: torch.dtype) -> None:
+    assert_within_budget(AdapterConfig.official(embed_dim), 2, 53, dtype)
+
+
+@pytest.mark.parametrize("name", ["small_d64", "medium_d128", "hot_d64", "clip_d512"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_published_outputs_and_gradients(shared: Path, name: str, dtype: torch.dtype) -> None:
+    with np.load(shared / "data" / "official_vectors" / f"{name}.npz") as file:
+        arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+    parameters = {
+        key.removeprefix("param."): value.to(dtype).requires_grad_()
+        for key, value in arrays.items()
+        if key.startswith("param.")
+    }
+    config = AdapterConfig.official(arrays["image"].shape[1], temperature=float(arrays["temperature"]))
+    image, text = (normalize(arrays[key].to(dtype), dim=-1) for key in ("image", "text"))
+    output = rational_adapter(
+        image, text, float(arrays["logit_scale"]), parameters, config, penalty="linf", backend="cpu"
+    )
+    assert output.penalty is not None
+    (cross_entropy(output.logits, arrays["label"]) + 0.5 * output.penalty).backward()
+    exact = dtype == torch.float64
+    bound = 1e-9 if exact else 2e-6 * max(float(arrays["logits"].abs().max()), 10)
+    assert (output.logits - arrays["logits"]).abs().max() <= bound
+    for key, parameter in parameters.items():
+        wanted = arrays[f"grad.{key}"].double()
+        assert parameter.grad is not None
+        assert (parameter.grad - wanted).norm() <= (1e-7 if exact else 1e-5) * wanted.norm(), key
+
+
+@pytest.mark.parametrize("wanted", [{"image"}, {"text"}, {"out_proj.weight"}, {"k_proj.weight", "q_proj2.bias"}, set()])
+def test_only_what_is_asked_for_gets_a_gradient(wanted: set[str]) -> None:
+    config = CONFIGS["official"]
+    inputs = problem(config, 2, 37, torch.float64)
+    everything = solve(config, inputs, torch.float64, "reference")
+    some = solve(config, inputs, torch.float64, "cpu", wanted=wanted)
+    assert {name for name in some if name.startswith("d")} == {f"d{name}" for name in wanted}
+    for name, value in some.items():
+        torch.testing.assert_close(value, everything[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
+    config = CONFIGS["official"]
+    inputs = problem(config, 3, 101, dtype)
+    first = solve(config, inputs, dtype, "cpu")
+    for _ in range(5):
+        again = solve(config, inputs, dtype, "cpu")
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_strided_expanded_and_empty_inputs() -> None:
+    config = CONFIGS["official"]
+    image, text, parameters = problem(config, 3, 37, torch.float32)
+    plain = rational_adapter(image, text, 20.0, parameters, config, backend="cpu").logits
+    strided = {name: tensor.t().contiguous().t() for name, tensor in parameters.items()}
+    for images, texts in (
+        (image.T.contiguous().T, text),
+        (image, text.T.contiguous().T),
+        (image[[0]].expand(3, -1), text),
+    ):
+        got = rational_adapter(images, texts, 20.0, strided, config, backend="cpu").logits
+        torch.testing.assert_close(got[0], plain[0], rtol=1e-5, atol=1e-5)
+    parameters = {name: tensor.requires_grad_() for name, tensor in parameters.items()}
+    empty = rational_adapter(image[:0], text, 20.0, parameters, config, penalty="linf", backend="cpu")
+    assert empty.logits.shape == (0, 37)
+    assert empty.penalty is not None
+    (empty.logits.sum() + empty.penalty).backward()
+
+
+def test_images_do_not_see_each_other() -> None:
+    config = CONFIGS["official"]
+    image, text, parameters = problem(config, 4, 37, torch.float32)
+    clean = rational_adapter(image, text, 20.0, parameters, config, backend="cpu").logits
+    image[2] = torch.nan
+    dirty = rational_adapter(image, text, 20.0, parameters, config, backend="cpu").logits
+    assert bool(dirty[2].isnan().all())
+    assert torch.equal(dirty[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+def test_scores_far_apart_and_many_classes() -> None:
+    hot = AdapterConfig.official(64, temperature=1e-3)
+    for config, classes in ((hot, 101), (CONFIGS["official"], 5000)):
+        image, text, parameters = problem(config, 1, classes, torch.float32)
+        parameters = {name: tensor.requires_grad_() for name, tensor in parameters.items()}
+        output = rational_adapter(image, text, 100.0, parameters, config, penalty="l2", backend="cpu")
+        assert output.penalty is not None
+        (output.logits.sum() + output.penalty).backward()
+        assert bool(output.logits.isfinite().all())
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in parameters.values())
+
+
+@pytest.mark.parametrize("name", ["official", "paper"])
+def test_gradcheck(name: str) -> None:
+    config = AdapterConfig.official(8, num_heads=2) if name == "official" else AdapterConfig.paper(8)
+    image, text, parameters = problem(config, 2, 3, torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (image, text, *parameters.values())]
+
+    def call(*given: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(parameters, given[2:], strict=True))
+        output = rational_adapter(given[0], given[1], 3.0, named, config, penalty="l2", backend="cpu")
+        assert output.penalty is not None
+        return output.logits, output.penalty
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_compile_autocast_checkpoint_and_no_grad() -> None:
+    config = CONFIGS["official"]
+    image, text, parameters = problem(config, 2, 37, torch.float32)
+    adapter = RationalAdapter(config)
+    adapter.load_state_dict(parameters)
+    with use_backend("cpu"):
+        plain, penalty = adapter(image, text, 20.0, penalty="l2")
+        (plain.sum() + penalty).backward()
+        gradient = adapter.get_parameter("k_proj.weight").grad
+        assert gradient is not None
+        expected = gradient.clone()
+
+        compiled = torch.compile(adapter, fullgraph=True)
+        adapter.zero_grad()
+        logits, penalty = compiled(image, text, 20.0, penalty="l2")
+        (logits.sum() + penalty).backward()
+        assert torch.equal(logits, plain)
+        torch.testing.assert_close(adapter.get_parameter("k_proj.weight").grad, expected)
+
+        adapter.zero_grad()
+        again = torch.utils.checkpoint.checkpoint(adapter, image, text, 20.0, use_reentrant=False)
+        assert torch.equal(again, plain)
+        with torch.no_grad():
+            assert not adapter(image, text, 20.0).requires_grad
+        with torch.autocast("cpu", torch.bfloat16):
+            low, penalty = adapter(image, text, 20.0, penalty="l2")
+        (low.float().sum() + penalty.float()).backward()
+        assert adapter.get_parameter("k_proj.weight").grad.dtype == torch.float32
+        # bfloat16's 8 bits on logits of order 20.
+        torch.testing.assert_close(low.float(), plain, rtol=5e-2, atol=0.5)
+
+
+def test_auto_takes_it_for_cpu_tensors_and_the_reference_for_what_it_does_not_serve() -> None:
+    for config in (
+        CONFIGS["official"],
+        AdapterConfig.official(64, num_layers=2),
+        AdapterConfig.paper(64, mask_function="mlp"),
+    ):
+        image, text, parameters = problem(config, 2, 7, torch.float64)
+        auto = rational_adapter(image, text, 9.0, parameters, config).logits
+        plain = rational_adapter(image, text, 9.0, parameters, config, backend="reference").logits
+        torch.testing.assert_close(auto, plain, rtol=1e-10, atol=1e-10)

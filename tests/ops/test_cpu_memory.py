@@ -1,0 +1,34 @@
+"""What the compiled backend holds while it runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rada_fast.ops import backends
+
+pytestmark = [
+    pytest.mark.skipif(backends()["cpu"] != "usable", reason=f"cpu backend: {backends()['cpu']}"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc"),
+]
+
+MEASURE = """
+from benchmarks.harness import Case, extra_memory, make_step
+for classes in (1000, 2000):
+    step = make_step(Case(1, classes, "official", "float32", True), "cpu")
+    step()
+    print(extra_memory(step))
+"""
+
+
+def test_nothing_of_classes_squared_is_held() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=root, capture_output=True, text=True, check=True)
+    half, whole = map(float, done.stdout.split())
+    # One K x K tensor of 8 heads would be 122 MiB; keys, values, queries and outputs are 4 MiB each.
+    assert whole < 80
+    # A square would grow fourfold; 6 MiB are the weights' gradients, whatever K is.
+    assert whole <= 2.2 * half + 6
