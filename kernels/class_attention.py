@@ -1,0 +1,602 @@
+"""Attention over classes: the three query kinds against one set of keys and values (RAda, arXiv:2507.15480, Eq. 6).
+
+    S^c[i, j] = q^c[i] . k[j] / (sqrt(d) tau)
+    row softmax: P^c[i, :] = softmax(S^c[i, :]);   matrix softmax: P^c = K exp(S^c) / sum_ij exp(S^c)
+
+Both forms share one online softmax by rows: O^c leaves normalised by its own row, beside the row's log-sum. The matrix
+form is the same times w[i] = K exp(logsum[i] - logsum of the whole head), one small launch that consumers multiply by.
+Text and rational queries walk the keys together, so that keys and values are read once for both; the image query is one
+row, an additional program of each head. Backward, dO . v is common to all kinds; a first launch owns queries, a second
+one owns keys, and nothing is added up by atomics.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from rada_fast.kernels._common import LOG2E, block_of, cdiv, default_precision, store_column_sums
+from rada_fast.kernels.rational_projections import Projections
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile; output columns of a program; warps; pipeline stages."""
+
+    queries: int
+    keys: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = False) -> Tile:
+    """The table, for A100's 164 KB of shared memory and 255 registers a thread."""
+    wide = head > 128
+    columns = min(block_of(head, 128) if wide else triton.next_power_of_2(head), 128)
+    if dtype == torch.float32:
+        # IEEE products hold their operands in registers: small tiles.
+        return Tile(32, 32, min(columns, 64) if wide else columns, 4, 1)
+    if wide or head > 64:
+        # Two accumulators of 64 x 128 take 128 registers of a thread at four warps: eight halve that.
+        return Tile(64, 32, columns, 8, 2)
+    if classes <= 256:
+        # Tails weigh: 200 classes are 7 blocks of 32 keys, 4 blocks of 64 would be 28 % more.
+        return Tile(64, 32, columns, 4, 2)
+    if backward:
+        # Two accumulators, three score tiles: 64 x 64 keeps them below 255 registers.
+        return Tile(64, 64, columns, 8, 2)
+    return Tile(128, 64, columns, 8, 2)
+
+
+@triton.jit
+def _scores(
+    left, right, left_ok, right_ok, HEAD: tl.constexpr, D: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left right^T over a head too wide to be held: (BLOCK_L, BLOCK_R). left, right: pointers to rows."""
+    acc = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+    for c in range(0, HEAD, BLOCK_C):
+        columns = c + tl.arange(0, BLOCK_C)
+        x = tl.load(left[:, None] + columns[None, :], mask=left_ok[:, None], other=0.0)
+        y = tl.load(right[None, :] + columns[:, None], mask=right_ok[None, :], other=0.0)
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _online(scores, top, total, out, v, PRECISION: tl.constexpr):
+    """One step of the online softmax by rows."""
+    new = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores - new[:, None])
+    fade = tl.exp2(top - new)
+    total = total * fade + tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v, out * fade[:, None], input_precision=PRECISION)
+    return new, total, out
+
+
+@triton.jit
+def class_attention_fwd(
+    q_image, q_text, q_rational, keys, values, attended_image, attended_text, attended_rational, logsums, image_logsums,
+    batch, classes, tiles, images_per_text, scale,
+    D: tl.constexpr, HEAD: tl.constexpr, HEAD_VECTOR: tl.constexpr,
+    IMAGE: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Axis 0: query tile (the last one is the image query), output columns, head, image; neighbours share keys."""
+    heads: tl.constexpr = D // HEAD
+    groups: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
+    all_tiles = tiles
+    if IMAGE:
+        all_tiles += 1
+    program = tl.program_id(0)
+    tile, rest = program % all_tiles, program // all_tiles
+    group, rest = rest % groups, rest // groups
+    head, b = rest % heads, (rest // heads).to(tl.int64)
+    column = head * HEAD
+    first = b * classes
+    if tile < tiles:
+        i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        i_ok = i < classes
+        c = tl.arange(0, BLOCK_D)
+        c_ok = group * BLOCK_D + c < HEAD
+        mine = column + group * BLOCK_D + c
+        if TEXT:
+            text_rows = q_text + ((b // images_per_text) * classes + i) * D + column
+            if not WIDE:
+                qt = tl.load(text_rows[:, None] + c[None, :], mask=i_ok[:, None] & c_ok[None, :], other=0.0)
+        if RATIONAL:
+            rational_rows = q_rational + (first + i) * D + column
+            if not WIDE:
+                qr = tl.load(rational_rows[:, None] + c[None, :], mask=i_ok[:, None] & c_ok[None, :], other=0.0)
+        top_t = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        top_r = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        total_t = tl.zeros((BLOCK_Q,), tl.float32)
+        total_r = tl.zeros((BLOCK_Q,), tl.float32)
+        out_t = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        out_r = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        for start in range(0, classes, BLOCK_K):
+            j = start + tl.arange(0, BLOCK_K)
+            j_ok = j < classes
+            v = tl.load(
+                values + (first + j)[:, None] * D + mine[None, :], mask=j_ok[:, None] & c_ok[None, :], other=0.0
+            )
+            key_rows = keys + (first + j) * D + column
+            if not WIDE:
+                k = tl.load(key_rows[None, :] + c[:, None], mask=j_ok[None, :] & c_ok[:, None], other=0.0)
+            if TEXT:
+                if WIDE:
+                    s = _scores(text_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+                else:
+                    s = tl.dot(qt, k, input_precision=PRECISION)
+                s = tl.where(j_ok[None, :], s * scale, float("-inf"))
+                top_t, total_t, out_t = _online(s, top_t, total_t, out_t, v, PRECISION)
+            if RATIONAL:
+                if WIDE:
+                    s = _scores(rational_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+                else:
+                    s = tl.dot(qr, k, input_precision=PRECISION)
+                s = tl.where(j_ok[None, :], s * scale, float("-inf"))
+                top_r, total_r, out_r = _online(s, top_r, total_r, out_r, v, PRECISION)
+        at = (first + i)[:, None] * D + mine[None, :]
+        ok = i_ok[:, None] & c_ok[None, :]
+        rows = batch * classes
+        # Every group of columns has the same log-sums; the first one tells.
+        tell = i_ok & (group == 0)
+        if TEXT:
+            out_t = out_t / total_t[:, None]
+            tl.store(attended_text + at, out_t.to(attended_text.dtype.element_ty), mask=ok)
+            tl.store(logsums + head * rows + first + i, top_t + tl.log2(total_t), mask=tell)
+        if RATIONAL:
+            out_r = out_r / total_r[:, None]
+            tl.store(attended_rational + at, out_r.to(attended_rational.dtype.element_ty), mask=ok)
+            tl.store(logsums + (heads + head) * rows + first + i, top_r + tl.log2(total_r), mask=tell)
+    elif IMAGE:
+        if group == 0:
+            c = tl.arange(0, HEAD_VECTOR)
+            c_ok = c < HEAD
+            q = tl.load(q_image + b * D + column + c, mask=c_ok, other=0.0) * scale
+            top = tl.full((1,), float("-inf"), tl.float32)
+            total = tl.zeros((1,), tl.float32)
+            out = tl.zeros((HEAD_VECTOR,), tl.float32)
+            for start in range(0, classes, BLOCK_I):
+                j = start + tl.arange(0, BLOCK_I)
+                j_ok = j < classes
+                at = (first + j)[:, None] * D + (column + c)[None, :]
+                ok = j_ok[:, None] & c_ok[None, :]
+                k = tl.load(keys + at, mask=ok, other=0.0).to(tl.float32)
+                s = tl.where(j_ok, tl.sum(k * q[None, :], 1), float("-inf"))
+                new = tl.maximum(top, tl.max(s, 0))
+                fade = tl.exp2(top - new)
+                p = tl.exp2(s - new)
+                v = tl.load(values + at, mask=ok, other=0.0).to(tl.float32)
+                total = total * fade + tl.sum(p, 0)
+                out = out * fade + tl.sum(p[:, None] * v, 0)
+                top = new
+            store_column_sums(attended_image + b * D + column + c, out / total, c_ok, BLOCK_I, HEAD_VECTOR)
+            tl.store(image_logsums + b * heads + head + tl.arange(0, 1), top + tl.log2(total))
+
+
+@triton.jit
+def softmax_factors(logsums, factors, totals, batch, classes, BLOCK: tl.constexpr):
+    """w[i] = K exp2(logsum[i] - log-sum of the head's whole matrix), and that log-sum less log2 K. Axis 0: kind, head,
+    image."""
+    row = tl.program_id(0).to(tl.int64) * classes
+    # -1e38: a maximum that is no NaN when two are subtracted.
+    top = tl.full((BLOCK,), -1e38, tl.float32)
+    for start in range(0, classes, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        top = tl.maximum(top, tl.load(logsums + row + i, mask=i < classes, other=-1e38))
+    best = tl.max(top, 0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, classes, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.exp2(tl.load(logsums + row + i, mask=i < classes, other=float("-inf")) - best)
+    whole = best + tl.log2(tl.sum(total, 0) / classes)
+    tl.store(totals + tl.program_id(0), whole)
+    for start in range(0, classes, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        w = tl.exp2(tl.load(logsums + row + i, mask=i < classes, other=float("-inf")) - whole)
+        tl.store(factors + row + i, w, mask=i < classes)
+
+
+@dataclass
+class Attended:
+    """O^text, O^rational (B, K, D) normalised by rows, O^image (B, D) float32; log2-sums (2, H, B, K) and (B, H);
+    for the matrix softmax the rows' factors w (2, H, B, K) and a head's log2-sum less log2 K (2, H, B)."""
+
+    text: Tensor | None
+    rational: Tensor | None
+    image: Tensor | None
+    logsums: Tensor
+    image_logsums: Tensor
+    factors: Tensor | None
+    totals: Tensor | None
+
+
+def class_attention(
+    projections: Projections,
+    *,
+    num_heads: int,
+    temperature: float,
+    matrix: bool,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> Attended:
+    """Attention of every query kind in use over the classes, in one launch, for the matrix softmax two.
+
+    projections: as made by rational_projections. temperature: divides the scores, next to sqrt(d).
+    """
+    keys, values = projections.keys, projections.values
+    batch, classes, width = keys.shape
+    head = width // num_heads
+    tile = tile or tile_of(keys.dtype, classes, head)
+    exact = {"dtype": torch.float32, "device": keys.device}
+    text, rational, image = projections.q_text, projections.q_rational, projections.q_image
+    made = Attended(
+        None if text is None else torch.empty_like(keys),
+        None if rational is None else torch.empty_like(keys),
+        None if image is None else torch.empty_like(image),
+        torch.empty((2, num_heads, batch, classes), **exact),
+        torch.empty((batch, num_heads), **exact),
+        torch.empty((2, num_heads, batch, classes), **exact) if matrix else None,
+        torch.empty((2, num_heads, batch), **exact) if matrix else None,
+    )
+    if batch == 0:
+        return made
+    wide_kinds = text is not None or rational is not None
+    tiles = cdiv(classes, tile.queries) if wide_kinds else 0
+    programs = batch * num_heads * cdiv(head, tile.columns) * (tiles + (image is not None))
+    vector = triton.next_power_of_2(head)
+    class_attention_fwd[(programs,)](
+        image, text, rational, keys, values, made.image, made.text, made.rational, made.logsums, made.image_logsums,
+        batch, classes, tiles, batch // (text.shape[0] if text is not None else 1),
+        LOG2E / (math.sqrt(head) * temperature),
+        D=width, HEAD=head, HEAD_VECTOR=vector,
+        IMAGE=image is not None, TEXT=text is not None, RATIONAL=rational is not None, WIDE=head > tile.columns,
+        BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=tile.columns, BLOCK_C=block_of(head, 64),
+        BLOCK_I=max(1, min(64, 4096 // vector)), PRECISION=default_precision(keys.dtype, precision),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if matrix and wide_kinds:
+        assert made.factors is not None
+        # Only the kinds in use: their rows lie together.
+        first, last = 0 if text is not None else 1, 2 if rational is not None else 1
+        softmax_factors[((last - first) * num_heads * batch,)](
+            made.logsums[first:last], made.factors[first:last], made.totals[first:last], batch, classes,
+            BLOCK=max(128, min(1024, triton.next_power_of_2(classes))), num_warps=4,
+        )  # fmt: skip
+    return made
+
+
+@triton.jit
+def _delta(
+    deltas, totals_at, first, classes, i, i_ok, rows, head, CHUNKS: tl.constexpr, MATRIX: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """delta of each query: its own for the row softmax, the head's mean for the matrix softmax."""
+    out = tl.zeros((BLOCK_Q,), tl.float32)
+    if not MATRIX:
+        for chunk in range(CHUNKS):
+            out += tl.load(deltas + (head * CHUNKS + chunk) * rows + first + i, mask=i_ok, other=0.0)
+    return out
+
+
+@triton.jit
+def _mean_delta(deltas, first, classes, rows, head, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """(1/K) sum_i dO[i] . O^c[i] of a head."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for chunk in range(CHUNKS):
+        row = (head * CHUNKS + chunk) * rows + first
+        for start in range(0, classes, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            total += tl.load(deltas + row + i, mask=i < classes, other=0.0)
+    return tl.sum(total, 0) / classes
+
+
+@triton.jit
+def class_attention_bwd_queries(
+    q_image, q_text, q_rational, keys, values, d_attended, attended_image, logsums, image_logsums, totals, deltas,
+    d_q_image, d_q_text, d_q_rational, image_p, image_ds, d_attended_sum,
+    batch, classes, tiles, images_per_text, scale, share,
+    D: tl.constexpr, HEAD: tl.constexpr, HEAD_VECTOR: tl.constexpr, CHUNKS: tl.constexpr,
+    IMAGE: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, WIDE: tl.constexpr, MATRIX: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries over all keys; programs as in the forward. scale: in base 2; share: 1/|Q|."""
+    heads: tl.constexpr = D // HEAD
+    groups: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
+    natural = scale * 0.6931471805599453 * share
+    all_tiles = tiles
+    if IMAGE:
+        all_tiles += 1
+    program = tl.program_id(0)
+    tile, rest = program % all_tiles, program // all_tiles
+    group, rest = rest % groups, rest // groups
+    head, b = rest % heads, (rest // heads).to(tl.int64)
+    column = head * HEAD
+    first = b * classes
+    rows = batch * classes
+    all_chunks: tl.constexpr = heads * CHUNKS
+    if tile < tiles:
+        i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        i_ok = i < classes
+        c = tl.arange(0, BLOCK_D)
+        c_ok = group * BLOCK_D + c < HEAD
+        mine = column + group * BLOCK_D + c
+        held = i_ok[:, None] & c_ok[None, :]
+        d_rows = d_attended + (first + i) * D + column
+        if not WIDE:
+            do = tl.load(d_rows[:, None] + c[None, :], mask=held, other=0.0)
+        if TEXT:
+            text_rows = q_text + ((b // images_per_text) * classes + i) * D + column
+            if not WIDE:
+                qt = tl.load(text_rows[:, None] + c[None, :], mask=held, other=0.0)
+            if MATRIX:
+                norm_t = tl.zeros((BLOCK_Q,), tl.float32) + tl.load(totals + head * batch + b)
+                delta_t = tl.zeros((BLOCK_Q,), tl.float32)
+                delta_t += _mean_delta(deltas, first, classes, rows, head, CHUNKS, BLOCK_S)
+            else:
+                norm_t = tl.load(logsums + head * rows + first + i, mask=i_ok, other=0.0)
+                delta_t = _delta(deltas, totals, first, classes, i, i_ok, rows, head, CHUNKS, MATRIX, BLOCK_S, BLOCK_Q)
+        if RATIONAL:
+            rational_rows = q_rational + (first + i) * D + column
+            if not WIDE:
+                qr = tl.load(rational_rows[:, None] + c[None, :], mask=held, other=0.0)
+            own = deltas + all_chunks * rows
+            if MATRIX:
+                norm_r = tl.zeros((BLOCK_Q,), tl.float32) + tl.load(totals + (heads + head) * batch + b)
+                delta_r = tl.zeros((BLOCK_Q,), tl.float32)
+                delta_r += _mean_delta(own, first, classes, rows, head, CHUNKS, BLOCK_S)
+            else:
+                norm_r = tl.load(logsums + (heads + head) * rows + first + i, mask=i_ok, other=0.0)
+                delta_r = _delta(own, totals, first, classes, i, i_ok, rows, head, CHUNKS, MATRIX, BLOCK_S, BLOCK_Q)
+        dq_t = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        dq_r = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        for start in range(0, classes, BLOCK_K):
+            j = start + tl.arange(0, BLOCK_K)
+            j_ok = j < classes
+            key_rows = keys + (first + j) * D + column
+            value_rows = values + (first + j) * D + column
+            k = tl.load(keys + (first + j)[:, None] * D + mine[None, :], mask=j_ok[:, None] & c_ok[None, :], other=0.0)
+            if WIDE:
+                dp = _scores(d_rows, value_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+            else:
+                v = tl.load(value_rows[None, :] + c[:, None], mask=j_ok[None, :] & c_ok[:, None], other=0.0)
+                dp = tl.dot(do, v, input_precision=PRECISION)
+            # Keys beyond the last are rows of zeros: whatever their dS is, it adds nothing.
+            if TEXT:
+                if WIDE:
+                    s = _scores(text_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+                else:
+                    s = tl.dot(qt, tl.trans(k), input_precision=PRECISION)
+                p = tl.exp2(tl.where(j_ok[None, :], s * scale - norm_t[:, None], float("-inf")))
+                ds = p * (dp - delta_t[:, None])
+                dq_t = tl.dot(ds.to(k.dtype), k, dq_t, input_precision=PRECISION)
+            if RATIONAL:
+                if WIDE:
+                    s = _scores(rational_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+                else:
+                    s = tl.dot(qr, tl.trans(k), input_precision=PRECISION)
+                p = tl.exp2(tl.where(j_ok[None, :], s * scale - norm_r[:, None], float("-inf")))
+                ds = p * (dp - delta_r[:, None])
+                dq_r = tl.dot(ds.to(k.dtype), k, dq_r, input_precision=PRECISION)
+        at = (first + i)[:, None] * D + mine[None, :]
+        if TEXT:
+            tl.store(d_q_text + at, (dq_t * natural).to(d_q_text.dtype.element_ty), mask=held)
+        if RATIONAL:
+            tl.store(d_q_rational + at, (dq_r * natural).to(d_q_rational.dtype.element_ty), mask=held)
+    elif IMAGE:
+        if group == 0:
+            c = tl.arange(0, HEAD_VECTOR)
+            c_ok = c < HEAD
+            row = b * D + column + c
+            do = tl.zeros((HEAD_VECTOR,), tl.float32)
+            for start in range(0, classes, BLOCK_I):
+                i = start + tl.arange(0, BLOCK_I)
+                ok = (i < classes)[:, None] & c_ok[None, :]
+                part = tl.load(d_attended + (first + i)[:, None] * D + (column + c)[None, :], mask=ok, other=0.0)
+                do += tl.sum(part.to(tl.float32), 0)
+            store_column_sums(d_attended_sum + row, do, c_ok, BLOCK_I, HEAD_VECTOR)
+            delta = tl.sum(do * tl.load(attended_image + row, mask=c_ok, other=0.0), 0)
+            q = tl.load(q_image + row, mask=c_ok, other=0.0) * scale
+            logsum = tl.load(image_logsums + b * heads + head)
+            dq = tl.zeros((HEAD_VECTOR,), tl.float32)
+            for start in range(0, classes, BLOCK_I):
+                j = start + tl.arange(0, BLOCK_I)
+                j_ok = j < classes
+                at = (first + j)[:, None] * D + (column + c)[None, :]
+                ok = j_ok[:, None] & c_ok[None, :]
+                k = tl.load(keys + at, mask=ok, other=0.0).to(tl.float32)
+                p = tl.exp2(tl.sum(k * q[None, :], 1) - logsum)
+                v = tl.load(values + at, mask=ok, other=0.0).to(tl.float32)
+                ds = p * (tl.sum(v * do[None, :], 1) - delta)
+                dq += tl.sum(ds[:, None] * k, 0)
+                there = (b * heads + head) * classes + j
+                tl.store(image_p + there, p * share, mask=j_ok)
+                tl.store(image_ds + there, ds * natural, mask=j_ok)
+            store_column_sums(d_q_image + row, dq * natural, c_ok, BLOCK_I, HEAD_VECTOR)
+
+
+@triton.jit
+def class_attention_bwd_keys(
+    q_image, q_text, q_rational, keys, values, d_attended, logsums, totals, deltas, image_p, image_ds, d_attended_sum,
+    d_keys, d_values,
+    batch, classes, tiles, images_per_text, scale, share,
+    D: tl.constexpr, HEAD: tl.constexpr, CHUNKS: tl.constexpr,
+    IMAGE: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, WIDE: tl.constexpr, MATRIX: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys over all queries. Scores are transposed, (keys, queries), so that no P is."""
+    heads: tl.constexpr = D // HEAD
+    groups: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
+    all_chunks: tl.constexpr = heads * CHUNKS
+    natural = scale * 0.6931471805599453 * share
+    program = tl.program_id(0)
+    tile, rest = program % tiles, program // tiles
+    group, rest = rest % groups, rest // groups
+    head, b = rest % heads, (rest // heads).to(tl.int64)
+    column = head * HEAD
+    first = b * classes
+    rows = batch * classes
+    j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    j_ok = j < classes
+    c = tl.arange(0, BLOCK_D)
+    c_ok = group * BLOCK_D + c < HEAD
+    mine = column + group * BLOCK_D + c
+    held = j_ok[:, None] & c_ok[None, :]
+    key_rows = keys + (first + j) * D + column
+    value_rows = values + (first + j) * D + column
+    if not WIDE:
+        k = tl.load(key_rows[:, None] + c[None, :], mask=held, other=0.0)
+        v = tl.load(value_rows[:, None] + c[None, :], mask=held, other=0.0)
+    dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    if TEXT or RATIONAL:
+        mean_t = 0.0
+        mean_r = 0.0
+        total_t = 0.0
+        total_r = 0.0
+        if MATRIX and TEXT:
+            mean_t = _mean_delta(deltas, first, classes, rows, head, CHUNKS, BLOCK_S)
+            total_t = tl.load(totals + head * batch + b)
+        if MATRIX and RATIONAL:
+            mean_r = _mean_delta(deltas + all_chunks * rows, first, classes, rows, head, CHUNKS, BLOCK_S)
+            total_r = tl.load(totals + (heads + head) * batch + b)
+        for start in range(0, classes, BLOCK_Q):
+            i = start + tl.arange(0, BLOCK_Q)
+            i_ok = i < classes
+            here = i_ok[:, None] & c_ok[None, :]
+            d_rows = d_attended + (first + i) * D + column
+            do = tl.load(d_attended + (first + i)[:, None] * D + mine[None, :], mask=here, other=0.0)
+            if WIDE:
+                dp = _scores(value_rows, d_rows, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
+            else:
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            both = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
+            if TEXT:
+                text_rows = q_text + ((b // images_per_text) * classes + i) * D
+                q = tl.load(text_rows[:, None] + mine[None, :], mask=here, other=0.0)
+                if WIDE:
+                    s = _scores(key_rows, text_rows + column, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
+                else:
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                if MATRIX:
+                    norm = tl.where(i_ok, total_t, float("inf"))
+                    delta = tl.where(i_ok, mean_t, 0.0)
+                else:
+                    norm = tl.load(logsums + head * rows + first + i, mask=i_ok, other=float("inf"))
+                    delta = _delta(
+                        deltas, totals, first, classes, i, i_ok, rows, head, CHUNKS, MATRIX, BLOCK_S, BLOCK_Q
+                    )
+                p = tl.exp2(s * scale - norm[None, :])
+                both += p
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            if RATIONAL:
+                rational_rows = q_rational + (first + i) * D
+                q = tl.load(rational_rows[:, None] + mine[None, :], mask=here, other=0.0)
+                if WIDE:
+                    s = _scores(
+                        key_rows, rational_rows + column, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION
+                    )
+                else:
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                if MATRIX:
+                    norm = tl.where(i_ok, total_r, float("inf"))
+                    delta = tl.where(i_ok, mean_r, 0.0)
+                else:
+                    norm = tl.load(logsums + (heads + head) * rows + first + i, mask=i_ok, other=float("inf"))
+                    delta = _delta(
+                        deltas + all_chunks * rows, totals, first, classes, i, i_ok, rows, head, CHUNKS, MATRIX,
+                        BLOCK_S, BLOCK_Q,
+                    )  # fmt: skip
+                p = tl.exp2(s * scale - norm[None, :])
+                both += p
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dv = tl.dot(both.to(do.dtype), do, dv, input_precision=PRECISION)
+    dk *= natural
+    dv *= share
+    if IMAGE:
+        there = (b * heads + head) * classes + j
+        p = tl.load(image_p + there, mask=j_ok, other=0.0)
+        ds = tl.load(image_ds + there, mask=j_ok, other=0.0)
+        dv += p[:, None] * tl.load(d_attended_sum + b * D + mine, mask=c_ok, other=0.0)[None, :]
+        dk += ds[:, None] * tl.load(q_image + b * D + mine, mask=c_ok, other=0.0)[None, :]
+    at = (first + j)[:, None] * D + mine[None, :]
+    tl.store(d_keys + at, dk.to(d_keys.dtype.element_ty), mask=held)
+    tl.store(d_values + at, dv.to(d_values.dtype.element_ty), mask=held)
+
+
+def class_attention_backward(
+    projections: Projections,
+    attended: Attended,
+    d_attended: Tensor,
+    deltas: Tensor,
+    *,
+    num_heads: int,
+    temperature: float,
+    matrix: bool,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> Projections:
+    """Gradients of every projection, in two launches; q_text's one for each image, (B, K, D).
+
+    d_attended: dO, (B, K, D); deltas: (2, D/g, B, K) float32, dO . w O^c over chunks of g columns, text query first.
+    """
+    keys, values = projections.keys, projections.values
+    batch, classes, width = keys.shape
+    head = width // num_heads
+    tile = tile or tile_of(keys.dtype, classes, head, backward=True)
+    text, rational, image = projections.q_text, projections.q_rational, projections.q_image
+    made = Projections(
+        torch.empty_like(keys),
+        torch.empty_like(keys),
+        None if rational is None else torch.empty_like(keys),
+        None if text is None else torch.empty_like(keys),
+        None if image is None else torch.empty_like(image),
+    )
+    if batch == 0:
+        return made
+    exact = {"dtype": torch.float32, "device": keys.device}
+    image_p = torch.empty((batch, num_heads, classes), **exact) if image is not None else None
+    image_ds = torch.empty((batch, num_heads, classes), **exact) if image is not None else None
+    d_sum = torch.empty((batch, width), **exact) if image is not None else None
+    kinds = [text is not None, rational is not None, image is not None]
+    tiles = cdiv(classes, tile.queries) if any(kinds[:2]) else 0
+    groups = cdiv(head, tile.columns)
+    vector = triton.next_power_of_2(head)
+    per_text = batch // (text.shape[0] if text is not None else 1)
+    scale, share = LOG2E / (math.sqrt(head) * temperature), 1 / sum(kinds)
+    chunks = deltas.shape[1] // num_heads
+    common = {
+        "D": width, "HEAD": head, "CHUNKS": chunks, "IMAGE": kinds[2], "TEXT": kinds[0], "RATIONAL": kinds[1],
+        "WIDE": head > tile.columns, "MATRIX": matrix,
+        "BLOCK_D": tile.columns, "BLOCK_C": block_of(head, 64),
+        "BLOCK_S": max(256, min(1024, triton.next_power_of_2(classes))),
+        "PRECISION": default_precision(keys.dtype, precision),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    class_attention_bwd_queries[(batch * num_heads * groups * (tiles + kinds[2]),)](
+        image, text, rational, keys, values, d_attended, attended.image, attended.logsums, attended.image_logsums,
+        attended.totals, deltas, made.q_image, made.q_text, made.q_rational, image_p, image_ds, d_sum,
+        batch, classes, tiles, per_text, scale, share,
+        HEAD_VECTOR=vector, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_I=max(1, min(64, 4096 // vector)), **common,
+    )  # fmt: skip
+    # Keys' tiles are as high as queries' tiles, so that either pass reads what the other owns in short strips.
+    key_tiles = cdiv(classes, tile.queries)
+    class_attention_bwd_keys[(batch * num_heads * groups * key_tiles,)](
+        image, text, rational, keys, values, d_attended, attended.logsums, attended.totals, deltas,
+        image_p, image_ds, d_sum, made.keys, made.values,
+        batch, classes, key_tiles, per_text, scale, share,
+        BLOCK_Q=tile.keys, BLOCK_K=tile.queries, **common,
+    )  # fmt: skip
+    return made
