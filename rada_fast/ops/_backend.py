@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+
+import torch
 
 from rada_fast import _env
 from rada_fast.errors import BackendUnavailableError
 
 BACKENDS = ("literal", "reference", "cpu", "triton", "cuda")
-COMPILED = ("cpu",)
-"""Backends that serve some calls only."""
+COMPILED = ("triton", "cpu")
+"""Backends that serve some calls only, in the order in which "auto" asks them."""
 
 _chosen: ContextVar[str | None] = ContextVar("rada_fast_backend", default=None)
 
@@ -48,7 +51,11 @@ def reason_unavailable(name: str) -> str | None:
         case "cuda":
             return "this version has no CUDA kernels"
         case "triton":
-            return "this version has no Triton kernels"
+            if importlib.util.find_spec("triton") is None:
+                return "Triton is not installed"
+            from rada_fast.ops import _triton
+
+            return _triton.reason_unavailable()
         case _:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
@@ -69,8 +76,12 @@ def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None
     if name is None:
         name = _chosen.get() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
     if _check_name(name, "backend") == "auto":
-        usable = reason_unavailable("cpu") is None and not (refusal and refusal("cpu"))
-        return "cpu" if usable else "reference"
+        # A simulator makes Triton usable without a device, but nobody's first choice.
+        candidates = COMPILED if torch.cuda.is_available() else ("cpu",)
+        for candidate in candidates:
+            if reason_unavailable(candidate) is None and not (refusal and refusal(candidate)):
+                return candidate
+        return "reference"
     if reason := reason_unavailable(name):
         raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}")
     if name in COMPILED and refusal and (reason := refusal(name)):

@@ -105,7 +105,10 @@ def rational_adapter(
     arguments = (image_features, text_features, logit_scale, parameters, config)
 
     def refusal(name: str) -> str | None:
-        from rada_fast.ops._compiled import reason_not_served
+        if name == "triton":
+            from rada_fast.ops._triton import reason_not_served
+        else:
+            from rada_fast.ops._compiled import reason_not_served
 
         return reason_not_served(config, image_features, text_features, parameters)
 
@@ -122,6 +125,10 @@ def rational_adapter(
             from rada_fast.ops._compiled import rational_adapter as compiled
 
             return compiled(*arguments, penalty=penalty, return_mask=return_mask)
+        case "triton":
+            from rada_fast.ops._triton import rational_adapter as fused
+
+            return fused(*arguments, penalty=penalty, return_mask=return_mask)
         case name:
             raise AssertionError(f"backend {name!r} resolved but not wired")
 
