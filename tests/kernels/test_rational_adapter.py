@@ -1,0 +1,140 @@
+"""The Triton backend against float64, by the error that plain PyTorch makes in the same type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rada_fast.config import AdapterConfig
+from rada_fast.errors import BackendUnavailableError
+from rada_fast.ops import rational_adapter
+from tests.ops.test_cpu_backend import problem, solve
+
+from .conftest import Simulated
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+CASES = {
+    "official": (AdapterConfig.official(128), 2, 37, BF16, "l2"),
+    "official-float32": (AdapterConfig.official(128), 2, 37, F32, "l2"),
+    "float16": (AdapterConfig.official(128), 2, 21, F16, "l2"),
+    "paper": (AdapterConfig.paper(64), 2, 37, BF16, "linf"),
+    "paper-float32": (AdapterConfig.paper(64), 2, 37, F32, "linf"),
+    "wide-head": (AdapterConfig.paper(512), 1, 33, BF16, "l2"),
+    "heads-32": (AdapterConfig.official(64, num_heads=2), 3, 101, BF16, "l1"),
+    "one-class": (AdapterConfig.paper(128), 1, 1, BF16, "l2"),
+    "row-temperature": (AdapterConfig.official(128, softmax="row", temperature=0.5), 2, 20, BF16, "l2"),
+    "no-relu": (AdapterConfig.official(128, mask_activation="none"), 2, 20, BF16, "l2"),
+    "no-input-scale": (AdapterConfig.official(128, input_scale="none"), 2, 20, BF16, "l2"),
+    "image": (AdapterConfig.official(128, queries=("image",)), 2, 20, F32, "l2"),
+    "text-no-bias": (AdapterConfig.official(128, queries=("text",), bias=False), 2, 20, BF16, "l2"),
+    "rational": (AdapterConfig.official(128, queries=("rational",)), 2, 20, BF16, "l2"),
+    "clip": (AdapterConfig.official(512), 2, 70, BF16, "l2"),
+    "heads-80": (AdapterConfig.official(640), 1, 40, BF16, "l2"),
+    "heads-96": (AdapterConfig.official(768), 1, 40, BF16, "linf"),
+    "several-tiles": (AdapterConfig.official(512), 3, 300, BF16, "l2"),
+}
+
+
+def assert_within_budget(
+    exact: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], fast: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    assert fast.keys() == exact.keys()
+    for name, value in exact.items():
+        error, allowed, size = (fast[name] - value).norm(), (plain[name] - value).norm(), value.norm()
+        if name == "penalty":
+            size = size + size.sqrt()
+        if name.startswith(("dq_proj", "dk_proj")):
+            size = size + exact["dv_proj." + name.rpartition(".")[2]].norm()
+        band = 2 * torch.finfo(dtype).eps * size
+        factor = 3 if name.startswith("d") else 2
+        assert error <= factor * allowed + band, f"{name}: {error:.2e}, reference's {allowed:.2e}, band {band:.1e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients(name: str, simulated: Simulated) -> None:
+    config, batch, classes, dtype, penalty = CASES[name]
+    inputs = problem(config, batch, classes, dtype)
+    exact = solve(config, inputs, torch.float64, "reference", penalty)
+    plain = solve(config, inputs, dtype, "reference", penalty)
+    with simulated() as log:
+        fast = solve(config, inputs, dtype, "triton", penalty)
+    # Two of them are the features' gradients.
+    assert len(log) <= 12
+    assert_within_budget(exact, plain, fast, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_on_a_device(name: str) -> None:
+    config, batch, classes, dtype, penalty = CASES[name]
+    inputs = problem(config, batch, classes, dtype)
+    exact = solve(config, inputs, torch.float64, "reference", penalty)
+    plain = solve(config, inputs, dtype, "reference", penalty)
+    image, text, parameters = inputs
+    moved = (image.cuda(), text.cuda(), {key: value.cuda() for key, value in parameters.items()})
+    fast = {key: value.cpu() for key, value in solve(config, moved, dtype, "triton", penalty).items()}
+    assert_within_budget(exact, plain, fast, dtype)
+
+
+@pytest.mark.parametrize("wanted", [{"out_proj.weight"}, {"k_proj.weight", "q_proj2.bias"}, {"text"}, set()])
+def test_only_what_is_asked_for_gets_a_gradient(wanted: set[str], simulated: Simulated) -> None:
+    config = AdapterConfig.official(128)
+    inputs = problem(config, 2, 20, F32)
+    everything = solve(config, inputs, torch.float64, "reference")
+    with simulated() as log:
+        some = solve(config, inputs, F32, "triton", wanted=wanted)
+    assert {key for key in some if key.startswith("d")} == {f"d{key}" for key in wanted}
+    for key, value in some.items():
+        assert (value - everything[key]).norm() <= 1e-4 * everything[key].norm() + 1e-6, key
+    assert len(log) <= (12 if wanted == {"text"} else 10 if wanted else 5)
+
+
+def test_episodes_are_adapters_of_their_own(simulated: Simulated) -> None:
+    from rada_fast.ops._triton import rational_adapter as fused
+
+    config, episodes = AdapterConfig.official(128), 3
+    problems = [problem(config, 2, 20, F32, scale=0.2 + 0.1 * episode) for episode in range(episodes)]
+    image = torch.cat([one[0] for one in problems])
+    text = problems[0][1]
+    stacked = {key: torch.stack([one[2][key] for one in problems]).requires_grad_() for key in problems[0][2]}
+    weights = torch.randn(len(image), len(text))
+    with simulated() as log:
+        output = fused(image, text, 20.0, stacked, config, penalty="l2", episodes=episodes)
+        assert output.penalty is not None
+        assert output.penalty.shape == (episodes,)
+        ((output.logits * weights).sum() + output.penalty.sum()).backward()
+    assert len(log) <= 10
+    for episode, (mine, _, parameters) in enumerate(problems):
+        leaves = {key: value.clone().requires_grad_() for key, value in parameters.items()}
+        alone = rational_adapter(mine, text, 20.0, leaves, config, penalty="l2", backend="reference")
+        assert alone.penalty is not None
+        here = slice(2 * episode, 2 * episode + 2)
+        ((alone.logits * weights[here]).sum() + alone.penalty).backward()
+        torch.testing.assert_close(output.logits[here], alone.logits, rtol=1e-4, atol=1e-4)
+        for key, value in leaves.items():
+            assert value.grad is not None
+            assert stacked[key].grad is not None
+            error = (stacked[key].grad[episode] - value.grad).norm()
+            assert error <= 1e-4 * (value.grad.norm() + leaves["v_proj." + key.rpartition(".")[2]].grad.norm()), key
+
+
+def test_two_runs_are_equal_bit_for_bit(simulated: Simulated) -> None:
+    config = AdapterConfig.official(128)
+    inputs = problem(config, 2, 20, BF16)
+    with simulated():
+        first, second = (solve(config, inputs, BF16, "triton") for _ in range(2))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_what_cannot_be_served_is_refused_by_name(simulated: Simulated) -> None:
+    config = AdapterConfig.official(128, num_layers=2)
+    image, text, parameters = problem(config, 2, 5, F32)
+    with simulated(), pytest.raises(BackendUnavailableError, match=r"'triton' cannot serve this call: .*num_layers 1"):
+        rational_adapter(image, text, 20.0, parameters, config, backend="triton")
+
+
+def test_cpu_tensors_are_refused_without_a_simulator() -> None:
+    config = AdapterConfig.official(128)
+    image, text, parameters = problem(config, 2, 5, F32)
+    with pytest.raises(BackendUnavailableError, match="triton"):
+        rational_adapter(image, text, 20.0, parameters, config, backend="triton")
