@@ -39,8 +39,13 @@ def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = Fal
     wide = head > 128
     columns = min(block_of(head, 128) if wide else triton.next_power_of_2(head), 128)
     if dtype == torch.float32:
-        # IEEE products hold their operands in registers: small tiles.
-        return Tile(32, 32, min(columns, 64) if wide else columns, 4, 1)
+        # IEEE products hold their operands in registers: small tiles, heads in pieces.
+        return Tile(32, 32, block_of(head, 16), 4, 1)
+    if backward and wide:
+        return Tile(32, 32, block_of(head, 64), 8, 2)
+    if backward and head > 64:
+        # dk and dv of 64 x 128 spill.
+        return Tile(32, 32, columns, 8, 2)
     if wide or head > 64:
         # Two accumulators of 64 x 128 take 128 registers of a thread at four warps: eight halve that.
         return Tile(64, 32, columns, 8, 2)
@@ -48,8 +53,8 @@ def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = Fal
         # Tails weigh: 200 classes are 7 blocks of 32 keys, 4 blocks of 64 would be 28 % more.
         return Tile(64, 32, columns, 4, 2)
     if backward:
-        # Two accumulators, three score tiles: 64 x 64 keeps them below 255 registers.
-        return Tile(64, 64, columns, 8, 2)
+        # Two accumulators, three score tiles: 64 x 64 spills.
+        return Tile(64, 32, columns, 8, 2)
     return Tile(128, 64, columns, 8, 2)
 
 
@@ -259,7 +264,8 @@ def class_attention(
         LOG2E / (math.sqrt(head) * temperature),
         D=width, HEAD=head, HEAD_VECTOR=vector,
         IMAGE=image is not None, TEXT=text is not None, RATIONAL=rational is not None, WIDE=head > tile.columns,
-        BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=tile.columns, BLOCK_C=block_of(head, 64),
+        BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=tile.columns,
+        BLOCK_C=block_of(head, 16 if keys.dtype == torch.float32 else 64),
         BLOCK_I=max(1, min(64, 4096 // vector)), PRECISION=default_precision(keys.dtype, precision),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -580,7 +586,7 @@ def class_attention_backward(
     common = {
         "D": width, "HEAD": head, "CHUNKS": chunks, "IMAGE": kinds[2], "TEXT": kinds[0], "RATIONAL": kinds[1],
         "WIDE": head > tile.columns, "MATRIX": matrix,
-        "BLOCK_D": tile.columns, "BLOCK_C": block_of(head, 64),
+        "BLOCK_D": tile.columns, "BLOCK_C": block_of(head, 16 if keys.dtype == torch.float32 else 64),
         "BLOCK_S": max(256, min(1024, triton.next_power_of_2(classes))),
         "PRECISION": default_precision(keys.dtype, precision),
         "num_warps": tile.warps, "num_stages": tile.stages,

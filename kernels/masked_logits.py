@@ -46,15 +46,18 @@ class Tile:
     stages: int
 
 
-def tile_of(dtype: torch.dtype, rows: int, width: int, head: int) -> Tile:
+def tile_of(dtype: torch.dtype, rows: int, width: int, head: int, *, backward: bool = False) -> Tile:
     """The table. rows: of one episode, n K. A step of the reduction stays inside a head, which has one factor."""
     depth = max(16, block_of(head, 64))
-    # Twice as high as wide: then each warp holds whole rows, and what is reduced along them crosses no warp.
     if dtype == torch.float32:
-        return Tile(64, block_of(width, 32), min(depth, 32), 4, 2)
+        return Tile(64, block_of(width, 32), 16, 4, 2)
     if rows <= 512:
         return Tile(64, block_of(width, 32), depth, 4, 3)
-    return Tile(128, block_of(width, 64), depth, 4, 3)
+    if backward:
+        # Four warps: with eight, Blackwell leaves 128 registers a thread, and the mask's backward spills.
+        return Tile(64, block_of(width, 64), depth, 4, 3)
+    # Eight warps: at four the epilogue, which holds A and R at once, spills.
+    return Tile(128, block_of(width, 64), depth, 8, 3)
 
 
 @triton.jit
@@ -404,7 +407,7 @@ def masked_logits_backward(
     head = width // num_heads
     images, rows = batch // episodes, batch * classes
     dtype = dtype or text.dtype
-    tile = tile or tile_of(dtype, images * classes, width, head)
+    tile = tile or tile_of(dtype, images * classes, width, head, backward=True)
     shape = (batch, classes, width)
     made = MaskedLogitsGradients(
         image.new_empty(shape, dtype=dtype),

@@ -310,7 +310,9 @@ def feature_gradients(
     gradients: of the projections, q_text one for each image (B, K, D). weighted: s dlogits M, (B, K, D).
     """
     (batch, width), classes = image.shape, text.shape[0]
-    block_m, block_n, block_c = 64, block_of(width, 64), block_of(width, 32)
+    # Two accumulators beside T: wider tiles spill.
+    exact = gradients.keys.dtype == torch.float32
+    block_m, block_n, block_c = 32 if exact else 64, block_of(width, 32), block_of(width, 16 if exact else 32)
     tiles = cdiv(classes, block_m)
     parts = tiles * (block_m // 16)
     image_parts = image.new_empty((parts, batch, width), dtype=torch.float32)
@@ -322,7 +324,7 @@ def feature_gradients(
         gradients.q_text, gradients.q_rational, gradients.keys, gradients.values, weighted, text_gradient, image_parts,
         batch, classes, D=width, FACTOR=scale_factor, TEXT="text" in weights, RATIONAL="rational" in weights,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
-        PRECISION=default_precision(gradients.keys.dtype, precision), num_warps=4, num_stages=2,
+        PRECISION=default_precision(gradients.keys.dtype, precision), num_warps=8, num_stages=2,
     )  # fmt: skip
     image_gradient_reduce[(cdiv(batch, 16), width // block_n)](
         image_parts, gradients.q_image, weights.get("image"), logit_scale, image_gradient, batch, parts,
