@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rada_fast import __version__
-from rada_fast.config import BuildConfig, DemoConfig, DoctorConfig, EfficientConfig, FullConfig, TestTimeConfig
+from rada_fast.config import (
+    BuildConfig,
+    DemoConfig,
+    DoctorConfig,
+    EfficientConfig,
+    FullConfig,
+    KernelsConfig,
+    TestTimeConfig,
+)
 from rada_fast.errors import BackendUnavailableError, UserError
 
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -19,6 +27,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "eft": (EfficientConfig, "efficient fine-tuning: train the adapter, encoders frozen"),
     "fft": (FullConfig, "full fine-tuning: adapter and classifier, then everything"),
     "build": (BuildConfig, "compile the C++ extension, once for this PyTorch"),
+    "kernels": (KernelsConfig, "what the Triton kernels compile to: registers, spills, shared memory, occupancy"),
     "doctor": (DoctorConfig, "what is installed, which backends are usable, and a self-test"),
 }
 
@@ -152,6 +161,10 @@ def _runner(command: str) -> Callable[[Any], int]:
         from rada_fast.doctor import run_doctor
 
         return run_doctor
+    if command == "kernels":
+        from rada_fast.kernel_report import run_kernels
+
+        return run_kernels
     if command == "build":
         from rada_fast.extension import build
 

@@ -460,6 +460,29 @@ class DoctorConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """What the Triton kernels of one training step compile to. Needs no device; takes about a minute.
+
+    The exit status is 1 where a kernel spills registers.
+    """
+
+    preset: Literal["official", "paper"] = "official"
+    """The adapter: heads of D/8 and the matrix softmax, or one wide head and the row softmax."""
+    embed_dim: int = 512
+    """D."""
+    batch: int = 6
+    """B, images."""
+    classes: int = 1000
+    """K."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of features and parameters."""
+    targets: tuple[Literal[80, 90, 100], ...] = (80, 90, 100)
+    """Compute capabilities: 80 is A100, 90 H100, 100 B200."""
+    json: bool = False
+    """Print one JSON line for each kernel and target."""
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """Compile the C++ extension once for this PyTorch, with ninja and the C++ compiler that is here.
 
