@@ -17,6 +17,7 @@ from rada_fast.config import (
     EfficientConfig,
     FullConfig,
     KernelsConfig,
+    SimulateConfig,
     TestTimeConfig,
 )
 from rada_fast.errors import BackendUnavailableError, UserError
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "fft": (FullConfig, "full fine-tuning: adapter and classifier, then everything"),
     "build": (BuildConfig, "compile the C++ extension, once for this PyTorch"),
     "kernels": (KernelsConfig, "what the Triton kernels compile to: registers, spills, shared memory, occupancy"),
+    "bench": (SimulateConfig, "'bench simulate': counts of the Triton kernels in a PTX simulator"),
     "doctor": (DoctorConfig, "what is installed, which backends are usable, and a self-test"),
 }
 
@@ -61,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         return _fail(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
+    if command == "bench":
+        if rest[:1] != ["simulate"] and not {"-h", "--help"} & set(rest):
+            return _fail("bench needs what to run: 'rada-fast bench simulate'")
+        rest = [option for option in rest if option != "simulate"]
     try:
         config = parse(command, rest)
         return _runner(command)(config)
@@ -165,6 +171,10 @@ def _runner(command: str) -> Callable[[Any], int]:
         from rada_fast.kernel_report import run_kernels
 
         return run_kernels
+    if command == "bench":
+        from rada_fast.kernel_counts import run_simulate
+
+        return run_simulate
     if command == "build":
         from rada_fast.extension import build
 

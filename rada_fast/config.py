@@ -483,6 +483,24 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
+class SimulateConfig:
+    """Counts of one forward and backward of the Triton kernels in a PTX simulator, beside the literal baseline's.
+
+    Operations over the least, bytes, efficiencies and a roofline's lower bound for A100-40GB: no timings. Needs the
+    package ptxsim on PYTHONPATH, and minutes for large sizes.
+    """
+
+    sizes: tuple[str, ...] = ("6x200", "6x1000", "1x500", "64x100", "8x6x200")
+    """Images x classes, or episodes x images x classes with weights of their own."""
+    preset: Literal["official", "paper"] = "official"
+    """The adapter's arithmetic."""
+    embed_dim: int = 512
+    """D."""
+    json: bool = False
+    """Print one JSON line for each kernel and pass."""
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """Compile the C++ extension once for this PyTorch, with ninja and the C++ compiler that is here.
 

@@ -47,7 +47,7 @@ def given(tmp_path: Path) -> Path:
 
 
 BAD: dict[str, tuple[str, str]] = {
-    "command": ("tt --data x", "unknown command 'tt'; the commands are demo, ttt, eft, fft, build, kernels, doctor"),
+    "command": ("tt --data x", "unknown command 'tt'; the commands are demo, ttt, eft, fft, build, kernels, bench, doctor"),
     "kind": ("ttt --data pictures:{0}/pictures", "data must be KIND:PATH with KIND one of imagefolder:DIR"),
     "folder": ("ttt --data imagefolder:{0}/nowhere", "data folder {0}/nowhere does not exist"),
     "empty folder": ("ttt --data imagefolder:{0}/empty", "must have one sub-folder a class, it has none"),
