@@ -49,12 +49,10 @@ def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = Fal
     if wide or head > 64:
         # Two accumulators of 64 x 128 take 128 registers of a thread at four warps: eight halve that.
         return Tile(64, 32, columns, 8, 2)
-    if classes <= 256:
-        # Tails weigh: 200 classes are 7 blocks of 32 keys, 4 blocks of 64 would be 28 % more.
+    if classes <= 256 or backward:
+        # Tails weigh: 200 classes are 7 blocks of 32 keys, 4 blocks of 64 would be 28 % more. Backward, two
+        # accumulators and three score tiles of 64 x 64 spill, and eight warps on 64 x 32 do every product twice.
         return Tile(64, 32, columns, 4, 2)
-    if backward:
-        # Two accumulators, three score tiles: 64 x 64 spills.
-        return Tile(64, 32, columns, 8, 2)
     return Tile(128, 64, columns, 8, 2)
 
 
