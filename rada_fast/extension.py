@@ -71,7 +71,7 @@ def build_parameters() -> BuildParameters:
         raise UserError("this installation has no C++ sources of the extension")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sources: list[tuple[Path, str, tuple[str, ...]]] = []
-    for source in sorted(folder.rglob("*.cpp")):
+    for source in sorted([*folder.glob("*.cpp"), *(folder / "cpu").glob("*.cpp")]):
         if source.name == "vector_math.cpp":
             # Kept apart from library headers, so that these flags cannot leak into code that runs everywhere.
             loops = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
