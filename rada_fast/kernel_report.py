@@ -106,22 +106,21 @@ def _specialised(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: int, case: str) -> Compiled:
     """Compile what a launch would run; ptxas says what it used."""
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     signature, constants, alignments, options = _specialised(kernel, args, kwargs)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=alignments)
     made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     ptx, warps, shared = made.asm["ptx"], made.metadata.num_warps, made.metadata.shared
-    tool = triton.knobs.nvidia.ptxas_blackwell if target >= 100 else triton.knobs.nvidia.ptxas
     named = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
     assert named
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx, encoding="utf-8")
-        said = subprocess.run(
-            [tool.path, "-v", f"-arch={named[1].split(',')[0]}", str(path), "-o", str(path.with_suffix(".cubin"))],
-            check=True, capture_output=True, text=True,
-        ).stderr  # fmt: skip
+        arch, made_of = named[1].split(",")[0], str(path.with_suffix(".cubin"))
+        command = [get_ptxas(target).path, "-v", f"-arch={arch}", str(path), "-o", made_of]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers = int(re.findall(r"Used (\d+) registers", said)[-1])
     spills = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", said))
     blocks = min(
