@@ -235,7 +235,7 @@ def rational_projections_bwd(
     from_query = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for b in range(batch):
-        at = (b.to(tl.int64) * classes + k)[:, None] * D
+        at = (b * classes + k.to(tl.int64))[:, None] * D
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for c in range(0, D, BLOCK_C):
             columns = c + tl.arange(0, BLOCK_C)
@@ -257,7 +257,7 @@ def rational_projections_bwd(
         gradient += rational * f[None, :]
         # Sixteen classes a part: they lie in one warp, so that nothing crosses shared memory.
         strips: tl.constexpr = BLOCK_M // 16
-        part = ((tile * strips + tl.arange(0, strips)) * batch + b).to(tl.int64)
+        part = (tile * strips + tl.arange(0, strips)).to(tl.int64) * batch + b
         sums = tl.sum(tl.reshape(rational * t, (strips, 16, BLOCK_N)), 1)
         spread = tl.broadcast_to(sums[:, None, :], (strips, 16, BLOCK_N))
         there = tl.broadcast_to(part[:, None, None] * D + n[None, None, :], (strips, 16, BLOCK_N))
@@ -286,7 +286,7 @@ def image_gradient_reduce(
             acc = tl.dot(x, w, acc, input_precision="ieee")
         acc *= tl.sqrt(input_scale(logit_scale, FACTOR))
     for part in range(parts):
-        there = (part.to(tl.int64) * batch) * D + at + n[None, :]
+        there = (part * batch + b.to(tl.int64))[:, None] * D + n[None, :]
         acc += tl.load(image_parts + there, mask=ok[:, None], other=0.0)
     tl.store(image_gradient + at + n[None, :], acc.to(image_gradient.dtype.element_ty), mask=ok[:, None])
 

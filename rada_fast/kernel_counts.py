@@ -82,11 +82,11 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
         import ptxsim
     except ImportError:
         raise UserError("bench simulate needs the package ptxsim on PYTHONPATH") from None
-    from rada_fast.ops._triton import rational_adapter as fused
-
     image, text, parameters = _tensors(config, episodes, batch, classes, "cpu")
     with ptxsim.simulated() as log:
-        output = fused(image, text, 100.0, parameters, config, penalty="l2", episodes=episodes)
+        output = rational_adapter(
+            image, text, 100.0, parameters, config, penalty="l2", episodes=episodes, backend="triton"
+        )
         forward = len(log)
         assert output.penalty is not None
         (output.logits.float().sum() + output.penalty.sum()).backward()

@@ -72,7 +72,11 @@ def reason_unavailable() -> str | None:
 
 
 def reason_not_served(
-    config: AdapterConfig, image_features: Tensor, text_features: Tensor, parameters: Mapping[str, Tensor]
+    config: AdapterConfig,
+    image_features: Tensor,
+    text_features: Tensor,
+    parameters: Mapping[str, Tensor],
+    episodes: int | None = None,
 ) -> str | None:
     """Why the Triton operator cannot serve a call, or None where it can."""
     device = image_features.device.type
@@ -96,6 +100,12 @@ def reason_not_served(
         return f"it serves image_features in the parameters' type {dtype}, not {image_features.dtype}"
     if any(value.dtype != weight.dtype for value in parameters.values()):
         return "it serves parameters of one type"
+    if (
+        (episodes or 1) > 1
+        and torch.is_grad_enabled()
+        and (image_features.requires_grad or text_features.requires_grad)
+    ):
+        return f"it serves gradients of the features with one episode, not {episodes}"
     return None
 
 
@@ -292,12 +302,9 @@ def rational_adapter(
     *,
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
-    episodes: int = 1,
+    episodes: int | None = None,
 ) -> AdapterOutput:
-    """Arguments and results as ops.rational_adapter; reason_not_served must be None.
-
-    episodes: E; image b belongs to episode b // (B/E). Weights may then be (E, D, D), biases (E, D); penalty (E,).
-    """
+    """Arguments and results as ops.rational_adapter; reason_not_served must be None."""
     scale = torch.as_tensor(logit_scale, dtype=torch.float32, device=image_features.device).reshape(())
     tensors: list[Tensor | None] = []
     for role, name in ROLES.items():
@@ -312,7 +319,7 @@ def rational_adapter(
         text_features,
         scale,
         *tensors,
-        episodes,
+        episodes or 1,
         config.num_heads,
         config.temperature,
         config.softmax == "matrix",
@@ -324,5 +331,5 @@ def rational_adapter(
         return_mask,
         keep,
     )
-    one = mask_penalty.reshape(()) if penalty and episodes == 1 else mask_penalty
+    one = mask_penalty.reshape(()) if penalty and episodes is None else mask_penalty
     return AdapterOutput(logits, one if penalty else None, mask if return_mask else None)

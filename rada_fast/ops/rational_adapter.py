@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ def check_inputs(
     parameters: Mapping[str, Tensor],
     config: AdapterConfig,
     penalty: str | None,
+    episodes: int | None = None,
 ) -> None:
     """Raise ValueError or TypeError naming the first argument that does not fit."""
     _check("image_features", image_features, "B", config.embed_dim)
@@ -63,11 +65,18 @@ def check_inputs(
         raise ValueError(f"logit_scale must be a single multiplier, got shape {tuple(logit_scale.shape)}")
     if penalty is not None and penalty not in MASK_PENALTIES:
         raise ValueError(f"penalty must be None or one of {', '.join(map(repr, MASK_PENALTIES))}, got {penalty!r}")
-    for name, shape in parameter_shapes(config).items():
+    if episodes is not None and (episodes < 1 or len(image_features) % episodes):
+        raise ValueError(f"episodes must be a positive divisor of B = {len(image_features)}, got {episodes}")
+    lead: tuple[int, ...] = ()
+    for at, (name, shape) in enumerate(parameter_shapes(config).items()):
         if name not in parameters:
             raise ValueError(f"parameters must hold {name!r} for this configuration")
-        if tuple(parameters[name].shape) != shape:
-            raise ValueError(f"parameter {name!r} must be {shape}, got {tuple(parameters[name].shape)}")
+        given = tuple(parameters[name].shape)
+        if at == 0 and episodes is not None and len(given) > len(shape):
+            # All have a leading axis of episodes, or none has.
+            lead = (episodes,)
+        if given != lead + shape:
+            raise ValueError(f"parameter {name!r} must be {lead + shape}, got {given}")
 
 
 def rational_adapter(
@@ -79,6 +88,7 @@ def rational_adapter(
     *,
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
+    episodes: int | None = None,
     backend: str | None = None,
 ) -> AdapterOutput:
     """Class logits under the adapter's learned mask, with the mask penalty and the mask if asked for.
@@ -95,42 +105,72 @@ def rational_adapter(
     config: the adapter's arithmetic.
     penalty: "l2", "l1", "linf" (Eq. 7) or None.
     return_mask: also return M, (B, K, D).
+    episodes: E, a divisor of B, or None. With E, image b belongs to episode b // (B/E), parameters are those of one
+        adapter for all or, with a leading axis of E on every one, an adapter for each episode, and the penalty is (E,),
+        each episode's own. One call is as E calls, one for each episode.
     backend: None for the one in force (see use_backend), or a backend's name.
 
-    Returns AdapterOutput(logits (B, K), penalty () or None, mask (B, K, D) or None), in image_features' dtype.
+    Returns AdapterOutput(logits (B, K), penalty (), (E,) or None, mask (B, K, D) or None), in image_features' dtype.
     Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend cannot serve.
     Equivalent to ``logit_scale * (mask * image_features[:, None] * text_features).sum(-1)``.
     """
-    check_inputs(image_features, text_features, logit_scale, parameters, config, penalty)
+    check_inputs(image_features, text_features, logit_scale, parameters, config, penalty, episodes)
     arguments = (image_features, text_features, logit_scale, parameters, config)
 
     def refusal(name: str) -> str | None:
         if name == "triton":
             from rada_fast.ops._triton import reason_not_served
-        else:
-            from rada_fast.ops._compiled import reason_not_served
 
-        return reason_not_served(config, image_features, text_features, parameters)
+            return reason_not_served(config, image_features, text_features, parameters, episodes)
+        from rada_fast.ops._compiled import reason_not_served as compiled_reason
 
+        return compiled_reason(config, image_features, text_features, parameters)
+
+    run: Callable[..., AdapterOutput]
     match resolve_backend(backend, refusal):
         case "reference":
-            from rada_fast.reference.rational_adapter import rational_adapter as reference
-
-            return reference(*arguments, penalty=penalty, return_mask=return_mask)
+            from rada_fast.reference.rational_adapter import rational_adapter as run
         case "literal":
-            from rada_fast.reference.literal import literal_adapter
-
-            return literal_adapter(*arguments, penalty=penalty, return_mask=return_mask)
+            from rada_fast.reference.literal import literal_adapter as run
         case "cpu":
-            from rada_fast.ops._compiled import rational_adapter as compiled
-
-            return compiled(*arguments, penalty=penalty, return_mask=return_mask)
+            from rada_fast.ops._compiled import rational_adapter as run
         case "triton":
             from rada_fast.ops._triton import rational_adapter as fused
 
-            return fused(*arguments, penalty=penalty, return_mask=return_mask)
+            return fused(*arguments, penalty=penalty, return_mask=return_mask, episodes=episodes)
         case name:
             raise AssertionError(f"backend {name!r} resolved but not wired")
+    if episodes is None:
+        return run(*arguments, penalty=penalty, return_mask=return_mask)
+    return _by_episode(run, *arguments, episodes, penalty=penalty, return_mask=return_mask)
+
+
+def _by_episode(
+    run: Callable[..., AdapterOutput],
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    parameters: Mapping[str, Tensor],
+    config: AdapterConfig,
+    episodes: int,
+    **options: Any,
+) -> AdapterOutput:
+    """One call for each episode, for backends that know one adapter only."""
+    shapes = parameter_shapes(config)
+    own = {
+        name: parameters[name].unbind() if parameters[name].ndim > len(shape) else (parameters[name],) * episodes
+        for name, shape in shapes.items()
+    }
+    parts = [
+        run(image, text_features, logit_scale, {name: own[name][episode] for name in shapes}, config, **options)
+        for episode, image in enumerate(image_features.unflatten(0, (episodes, -1)).unbind())
+    ]
+    logits, penalties, masks = zip(*parts, strict=True)
+    return AdapterOutput(
+        torch.cat(logits),
+        torch.stack(penalties) if penalties[0] is not None else None,
+        torch.cat(masks) if masks[0] is not None else None,
+    )
 
 
 def zero_shot_logits(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:

@@ -90,8 +90,6 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted: set[str], simulated: Sim
 
 
 def test_episodes_are_adapters_of_their_own(simulated: Simulated) -> None:
-    from rada_fast.ops._triton import rational_adapter as fused
-
     config, episodes = AdapterConfig.official(128), 3
     problems = [problem(config, 2, 20, F32, scale=0.2 + 0.1 * episode) for episode in range(episodes)]
     image = torch.cat([one[0] for one in problems])
@@ -99,7 +97,7 @@ def test_episodes_are_adapters_of_their_own(simulated: Simulated) -> None:
     stacked = {key: torch.stack([one[2][key] for one in problems]).requires_grad_() for key in problems[0][2]}
     weights = torch.randn(len(image), len(text))
     with simulated() as log:
-        output = fused(image, text, 20.0, stacked, config, penalty="l2", episodes=episodes)
+        output = rational_adapter(image, text, 20.0, stacked, config, penalty="l2", episodes=episodes, backend="triton")
         assert output.penalty is not None
         assert output.penalty.shape == (episodes,)
         ((output.logits * weights).sum() + output.penalty.sum()).backward()

@@ -95,3 +95,41 @@ from rada_fast import RationalAdapter, AdapterConfig
 RationalAdapter(AdapterConfig.official(16))
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own-adapters", "one-adapter"])
+@pytest.mark.parametrize("backend", ["reference", "literal", "auto"])
+def test_episodes_are_as_many_calls(own: bool, backend: str) -> None:
+    torch.manual_seed(0)
+    parameters = {name: torch.randn(*value.shape) for name, value in RationalAdapter(CONFIG).state_dict().items()}
+    stacked = {name: torch.stack([value, 0.5 * value]) if own else value for name, value in parameters.items()}
+    leaves = {name: value.clone().requires_grad_() for name, value in stacked.items()}
+    image, text = torch.randn(6, 16), torch.randn(5, 16)
+    output = rational_adapter(
+        image, text, 2.0, leaves, CONFIG, penalty="l2", return_mask=True, episodes=2, backend=backend
+    )
+    assert output.penalty is not None
+    assert output.mask is not None
+    for episode in range(2):
+        mine = {name: value[episode] if own else value for name, value in stacked.items()}
+        here = slice(3 * episode, 3 * episode + 3)
+        alone = rational_adapter(
+            image[here], text, 2.0, mine, CONFIG, penalty="l2", return_mask=True, backend="reference"
+        )
+        torch.testing.assert_close(output.logits[here], alone.logits, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(output.mask[here], alone.mask, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.penalty[episode], alone.penalty, rtol=1e-4, atol=1e-4)
+    (output.logits.sum() + output.penalty.sum()).backward()
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves.values())
+
+
+def test_a_wrong_number_of_episodes_is_named() -> None:
+    with pytest.raises(ValueError, match=r"episodes must be a positive divisor of B = 2, got 3"):
+        call(episodes=3)
+    with pytest.raises(ValueError, match=r"episodes must be a positive divisor of B = 2, got 0"):
+        call(episodes=0)
+    parameters = {name: value.expand(2, *value.shape) for name, value in RationalAdapter(CONFIG).named_parameters()}
+    with pytest.raises(ValueError, match=r"parameter 'k_proj.bias' must be \(2, 16\), got \(16,\)"):
+        call(episodes=2, parameters=parameters | {"k_proj.bias": torch.zeros(16)})
+    with pytest.raises(ValueError, match=r"parameter 'q_proj1.weight' must be \(16, 16\), got \(2, 16, 16\)"):
+        call(parameters=parameters)
