@@ -21,6 +21,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rada_fast"
 
 
+def tiles_from_table() -> bool:
+    """Whether RADA_FAST_TILES=table keeps the kernels to their own tables, whatever was measured."""
+    return os.environ.get("RADA_FAST_TILES") == "table"
+
+
 def has_module(name: str) -> bool:
     """Whether a module could be imported, without importing it."""
     try:

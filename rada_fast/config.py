@@ -478,6 +478,8 @@ class KernelsConfig:
     """Of features and parameters."""
     targets: tuple[Literal[80, 90, 100], ...] = (80, 90, 100)
     """Compute capabilities: 80 is A100, 90 H100, 100 B200."""
+    tune: bool = False
+    """Measure up to ten tiles of each launch on this machine's GPU instead, and keep the fastest for later calls."""
     json: bool = False
     """Print one JSON line for each kernel and target."""
 

@@ -136,10 +136,14 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], t
 
 
 def run_kernels(config: KernelsConfig) -> int:
-    """Print the report; returns 0 where no kernel spills, 1 otherwise."""
+    """Print the report, or measure tiles; returns 0 where no kernel spills, 1 otherwise."""
     adapter = (
         AdapterConfig.paper(config.embed_dim) if config.preset == "paper" else AdapterConfig.official(config.embed_dim)
     )
+    if config.tune:
+        from rada_fast.kernel_tuning import run_tuning
+
+        return run_tuning(config, adapter, TYPES[config.dtype])
     case = f"{config.preset} D {config.embed_dim}, B {config.batch}, K {config.classes}, {config.dtype}"
     rows = []
     console = Console()

@@ -6,7 +6,7 @@ or a simulator that has taken the place of its launcher.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from rada_fast.kernels.masked_logits import masked_logits, masked_logits_backwar
 from rada_fast.kernels.parameter_gradients import parameter_gradients
 from rada_fast.kernels.rational_projections import Projections, feature_gradients, rational_projections
 from rada_fast.ops._compiled import compute_dtype
+from rada_fast.ops._tiles import Sizes, chosen_tile
 from rada_fast.reference.rational_adapter import AdapterOutput
 
 ROLES = {
@@ -128,6 +129,15 @@ def _by_role(parameters: tuple[Tensor | None, ...]) -> tuple[dict[str, Tensor], 
     return weights, biases
 
 
+def _tile_of(
+    image: Tensor, text: Tensor, episodes: int, heads: int, compute: torch.dtype
+) -> Callable[[str], Any | None]:
+    """Of a launch's name, the tile measured on this device, or None."""
+    (batch, width), classes = image.shape, text.shape[0]
+    sizes = Sizes(compute, classes, batch // episodes * classes, width, width // heads)
+    return lambda launch: chosen_tile(image.device, launch, sizes)
+
+
 def _forward(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     parameters = rest[: 2 * len(ROLES)]
     episodes, heads, temperature, matrix, factor, relu, penalty, compute, precision, return_mask, keep = rest[
@@ -137,12 +147,18 @@ def _forward(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> tuple[Te
     output, bias = weights.pop("output"), biases.pop("output", None)
     image, text = image.contiguous(), text.contiguous()
     common = {"episodes": episodes, "dtype": compute, "precision": precision}
+    tile = _tile_of(image, text, episodes, heads, compute)
     with torch.cuda.device_of(image):
-        made = rational_projections(image, text, scale, weights, biases, scale_factor=factor, **common)
-        seen = class_attention(made, num_heads=heads, temperature=temperature, matrix=matrix, precision=precision)
+        made = rational_projections(
+            image, text, scale, weights, biases, scale_factor=factor, tile=tile("rational_projections"), **common
+        )
+        seen = class_attention(
+            made, num_heads=heads, temperature=temperature, matrix=matrix, precision=precision,
+            tile=tile("class_attention"),
+        )  # fmt: skip
         result = masked_logits(
             image, text, scale, seen, output, bias, num_heads=heads, relu=relu, penalty=penalty,
-            return_mask=return_mask, **common,
+            return_mask=return_mask, tile=tile("masked_logits"), **common,
         )  # fmt: skip
     kept: tuple[Tensor | None, ...] = (
         made.keys, made.values, made.q_rational, made.q_text, made.q_image, seen.text, seen.rational, seen.image,
@@ -212,18 +228,20 @@ def _backward_op(
     image, text = image.contiguous(), text.contiguous()
     gradients: dict[str, Tensor] = {}
     d_image = d_text = None
+    tile = _tile_of(image, text, episodes, heads, compute)
     with torch.cuda.device_of(image):
         made = masked_logits_backward(
             image, text, scale, attended, output, bias, *contiguous, _given(peaks), num_heads=heads, relu=relu,
             penalty=penalty, weighted=features, episodes=episodes, dtype=compute, precision=precision,
+            tile=tile("masked_logits_backward"),
         )  # fmt: skip
         inward = class_attention_backward(
             projections, attended, made.d_attended, made.deltas, num_heads=heads, temperature=temperature,
-            matrix=matrix, precision=precision,
+            matrix=matrix, precision=precision, tile=tile("class_attention_backward"),
         )  # fmt: skip
         d_weights, d_biases = parameter_gradients(
             image, text, scale, attended, inward, made.d_offset, wanted, num_heads=heads, bias=bool(biases),
-            scale_factor=factor, precision=precision,
+            scale_factor=factor, precision=precision, tile=tile("parameter_gradients"),
         )  # fmt: skip
         if features:
             assert made.weighted is not None

@@ -1,0 +1,164 @@
+"""Tiles measured on a device, kept on disk, in place of the kernels' tables.
+
+`rada-fast kernels --tune` measures; calls only look. One file for each device and Triton version holds, for each launch
+and range of sizes, the fastest of ten tiles at most. RADA_FAST_TILES=table turns it off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from rada_fast import _env
+from rada_fast.errors import UserError
+from rada_fast.kernels import class_attention, masked_logits, parameter_gradients, rational_projections
+
+TILES: dict[str, Any] = {
+    "rational_projections": rational_projections.Tile,
+    "class_attention": class_attention.Tile,
+    "class_attention_backward": class_attention.Tile,
+    "masked_logits": masked_logits.Tile,
+    "masked_logits_backward": masked_logits.Tile,
+    "parameter_gradients": parameter_gradients.Tile,
+}
+LEAST_GAIN = 1.02
+"""A tile takes the table's place where it is faster by more than a measurement's noise."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a choice depends on. classes and rows (of one episode) count by their power of two."""
+
+    dtype: torch.dtype
+    classes: int
+    rows: int
+    width: int
+    head: int
+
+    def key(self, launch: str) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        ranges = f"K{self.classes.bit_length()} rows{self.rows.bit_length()}"
+        return f"{launch} {dtype} {ranges} D{self.width} d{self.head}"
+
+
+def table_tile(launch: str, sizes: Sizes) -> Any:
+    """The kernels' own choice."""
+    match launch:
+        case "rational_projections":
+            return rational_projections.tile_of(sizes.dtype, sizes.rows, sizes.width)
+        case "class_attention" | "class_attention_backward":
+            backward = launch.endswith("backward")
+            return class_attention.tile_of(sizes.dtype, sizes.classes, sizes.head, backward=backward)
+        case "masked_logits" | "masked_logits_backward":
+            backward = launch.endswith("backward")
+            return masked_logits.tile_of(sizes.dtype, sizes.rows, sizes.width, sizes.head, backward=backward)
+        case "parameter_gradients":
+            return parameter_gradients.tile_of(sizes.dtype, sizes.width, sizes.head)
+    raise ValueError(f"launch must be one of {', '.join(TILES)}, got {launch!r}")
+
+
+def candidates(launch: str, sizes: Sizes) -> Iterator[Any]:
+    """The table's tile, then others: another number of warps or stages, rows halved or doubled."""
+    base = table_tile(launch, sizes)
+    extent = "outputs" if launch == "parameter_gradients" else "queries" if "attention" in launch else "rows"
+    whole, other = getattr(base, extent), 12 - base.warps
+    yield base
+    for size, warps, stages in (
+        (whole, base.warps, base.stages + 1), (whole, base.warps, base.stages - 1), (whole, other, base.stages),
+        (whole // 2, base.warps, base.stages), (whole // 2, other, base.stages), (whole // 2, 4, base.stages + 1),
+        (2 * whole, base.warps, base.stages), (2 * whole, other, base.stages), (2 * whole, 8, base.stages - 1),
+    ):  # fmt: skip
+        if 16 <= size <= 128 and stages >= 1 and (extent != "outputs" or sizes.width % size == 0):
+            yield replace(base, **{extent: size}, warps=warps, stages=stages)
+
+
+def cache_file(device: str) -> Path:
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower()
+    return _env.cache_dir() / "tiles" / f"{name}-triton{triton.__version__}.json"
+
+
+@cache
+def _measured(path: Path) -> dict[str, Any]:
+    """What a file holds; a file that does not fit is as none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            key: TILES[key.split()[0]](
+                **{field.name: int(value[field.name]) for field in fields(TILES[key.split()[0]])}
+            )
+            for key, value in found.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+@cache
+def _chosen(device: int, launch: str, sizes: Sizes) -> Any | None:
+    if _env.tiles_from_table():
+        return None
+    return _measured(cache_file(torch.cuda.get_device_name(device))).get(sizes.key(launch))
+
+
+def chosen_tile(device: torch.device, launch: str, sizes: Sizes) -> Any | None:
+    """The tile measured for such sizes on this device, or None for the table's. It reads the disk once a process."""
+    if device.type != "cuda":
+        return None
+    return _chosen(device.index if device.index is not None else torch.cuda.current_device(), launch, sizes)
+
+
+def forget() -> None:
+    """Read the files again at the next call."""
+    _measured.cache_clear()
+    _chosen.cache_clear()
+
+
+def tune(
+    launches: dict[str, Callable[[Any], Any]],
+    sizes: Sizes,
+    device: str,
+    measure: Callable[[Callable[[], Any]], float],
+    echo: Callable[[str], None] = print,
+) -> dict[str, dict[str, Any]]:
+    """Measure the candidates of every launch and write those that beat the table to the device's file.
+
+    launches: by name, what runs the launch with a tile; measure: seconds of a call, any unit.
+    Returns for each launch the table's tile, the fastest one and their ratio. Raises UserError while a CUDA graph is
+    being captured.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UserError("tiles cannot be tuned while a CUDA graph is being captured")
+    path = cache_file(device)
+    kept = {key: asdict(value) for key, value in _measured(path).items()}
+    report: dict[str, dict[str, Any]] = {}
+    for launch, run in launches.items():
+        times: list[tuple[float, Any]] = []
+        for tile in candidates(launch, sizes):
+            try:
+                times.append((measure(lambda run=run, tile=tile: run(tile)), tile))  # type: ignore[misc]
+            except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+                if not times:
+                    raise
+        base, fastest = times[0], min(times, key=lambda pair: pair[0])
+        ratio = base[0] / fastest[0] if fastest[0] else 1.0
+        key = sizes.key(launch)
+        kept.pop(key, None)
+        if ratio > LEAST_GAIN:
+            kept[key] = asdict(fastest[1])
+        report[launch] = {"table": asdict(base[1]), "fastest": asdict(fastest[1]), "ratio": ratio, "tried": len(times)}
+        echo(f"{launch}: {len(times)} tiles, the fastest {ratio:.2f} times the table's speed")
+        # What is measured is kept at once: a run that is stopped loses nothing.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    forget()
+    return report

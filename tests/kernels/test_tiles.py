@@ -1,0 +1,106 @@
+"""Tiles measured on a device: bounded, kept on disk, taken by later calls, turned off by a variable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rada_fast.cli import main
+from rada_fast.config import AdapterConfig
+from rada_fast.kernel_tuning import launches_of
+from rada_fast.ops import _tiles
+from rada_fast.ops._tiles import Sizes, cache_file, candidates, table_tile, tune
+
+from .conftest import Simulated
+
+SIZES = Sizes(torch.bfloat16, 200, 1200, 512, 64)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RADA_FAST_CACHE", str(tmp_path))
+    _tiles.forget()
+
+
+@pytest.mark.parametrize("launch", _tiles.TILES)
+def test_candidates_are_few_and_begin_with_the_table(launch: str) -> None:
+    for sizes in (SIZES, Sizes(torch.float32, 37, 37, 64, 64), Sizes(torch.bfloat16, 1000, 6000, 640, 80)):
+        tiles = list(candidates(launch, sizes))
+        assert tiles[0] == table_tile(launch, sizes)
+        assert 1 < len(tiles) <= 10
+        assert len(set(tiles)) == len(tiles)
+
+
+def test_the_fastest_tile_is_kept_and_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    # Of every launch the third tile is fastest; parameter_gradients has no better one than the table's.
+    times = {"class_attention": iter([2.0, 2.0, 1.0, *[3.0] * 7]), "parameter_gradients": iter([1.0] * 10)}
+
+    def run(launch: str) -> Any:
+        return lambda tile: (seen.append((launch, tile)), next(times[launch]))[1]
+
+    report = tune({launch: run(launch) for launch in times}, SIZES, "NVIDIA A100-SXM4-40GB", lambda call: call(), str)
+    assert report["class_attention"]["ratio"] == 2.0
+    assert len(seen) <= 20
+    path = cache_file("NVIDIA A100-SXM4-40GB")
+    assert list(json.loads(path.read_text())) == [SIZES.key("class_attention")]
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    device, near = torch.device("cuda", 0), Sizes(torch.bfloat16, 250, 1500, 512, 64)
+    assert (
+        _tiles.chosen_tile(device, "class_attention", near) == [t for name, t in seen if name == "class_attention"][2]
+    )
+    assert _tiles.chosen_tile(device, "parameter_gradients", near) is None
+    assert _tiles.chosen_tile(device, "class_attention", Sizes(torch.bfloat16, 1000, 6000, 512, 64)) is None
+    assert _tiles.chosen_tile(torch.device("cpu"), "class_attention", near) is None
+    monkeypatch.setenv("RADA_FAST_TILES", "table")
+    _tiles.forget()
+    assert _tiles.chosen_tile(device, "class_attention", near) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"class_attention x": {}}', '{"unknown x": {"rows": 1}}'])
+def test_a_broken_file_is_as_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "device")
+    path = cache_file("device")
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert _tiles.chosen_tile(torch.device("cuda", 0), "class_attention", SIZES) is None
+
+
+def test_a_tile_that_does_not_compile_is_passed_over() -> None:
+    import triton
+
+    def run(tile: Any) -> float:
+        if tile != table_tile("class_attention", SIZES):
+            raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+        return 1.0
+
+    assert tune({"class_attention": run}, SIZES, "device", lambda call: call(), str)["class_attention"]["tried"] == 1
+
+
+def test_every_launch_runs_with_another_tile(simulated: Simulated) -> None:
+    config = AdapterConfig.official(128)
+    sizes = Sizes(torch.bfloat16, 20, 40, 128, 16)
+    with simulated() as log:
+        for launch, run in launches_of(config, 2, 20, torch.bfloat16, "cpu").items():
+            before = len(log)
+            # A pipeline stage less than the table has: one more may not fit.
+            run(list(candidates(launch, sizes))[2])
+            assert len(log) > before
+
+
+def test_tuning_without_a_device_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    assert main(["kernels", "--tune"]) != 0
+    assert "--tune measures on a CUDA device and none is visible" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_tuning_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", "--tune", "--json", "--batch", "2", "--classes", "100"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(_tiles.TILES)
