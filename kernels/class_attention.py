@@ -37,10 +37,10 @@ class Tile:
 def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = False) -> Tile:
     """The table, for A100's 164 KB of shared memory and 255 registers a thread."""
     wide = head > 128
-    columns = min(block_of(head, 128) if wide else triton.next_power_of_2(head), 128)
+    columns = min(block_of(head, 128) if wide else max(16, triton.next_power_of_2(head)), 128)
     if dtype == torch.float32:
         # IEEE products hold their operands in registers: small tiles, heads in pieces.
-        return Tile(32, 32, block_of(head, 16), 4, 1)
+        return Tile(32, 32, max(16, block_of(head, 16)), 4, 1)
     if backward and wide:
         return Tile(32, 32, block_of(head, 64), 8, 2)
     if backward and head > 64:
@@ -263,7 +263,7 @@ def class_attention(
         D=width, HEAD=head, HEAD_VECTOR=vector,
         IMAGE=image is not None, TEXT=text is not None, RATIONAL=rational is not None, WIDE=head > tile.columns,
         BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=tile.columns,
-        BLOCK_C=block_of(head, 16 if keys.dtype == torch.float32 else 64),
+        BLOCK_C=max(16, block_of(head, 16 if keys.dtype == torch.float32 else 64)),
         BLOCK_I=max(1, min(64, 4096 // vector)), PRECISION=default_precision(keys.dtype, precision),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -584,7 +584,7 @@ def class_attention_backward(
     common = {
         "D": width, "HEAD": head, "CHUNKS": chunks, "IMAGE": kinds[2], "TEXT": kinds[0], "RATIONAL": kinds[1],
         "WIDE": head > tile.columns, "MATRIX": matrix,
-        "BLOCK_D": tile.columns, "BLOCK_C": block_of(head, 16 if keys.dtype == torch.float32 else 64),
+        "BLOCK_D": tile.columns, "BLOCK_C": max(16, block_of(head, 16 if keys.dtype == torch.float32 else 64)),
         "BLOCK_S": max(256, min(1024, triton.next_power_of_2(classes))),
         "PRECISION": default_precision(keys.dtype, precision),
         "num_warps": tile.warps, "num_stages": tile.stages,

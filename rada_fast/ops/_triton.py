@@ -87,9 +87,9 @@ def reason_not_served(
         return f"it serves mask_function 'attention', not {config.mask_function!r}"
     if config.num_layers != 1:
         return f"it serves num_layers 1, not {config.num_layers}"
-    if config.embed_dim % 32 or config.head_dim % 16:
+    if config.embed_dim % 32 or config.head_dim % 8:
         return (
-            "it serves widths that are multiples of 32 with heads that are multiples of 16, "
+            "it serves widths that are multiples of 32 with heads that are multiples of 8, "
             f"not {config.embed_dim} with {config.head_dim}"
         )
     weight = parameters["out_proj.weight"]

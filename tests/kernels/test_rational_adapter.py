@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.nn.functional import cross_entropy, normalize
 
 from rada_fast.config import AdapterConfig
 from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops import rational_adapter
-from tests.ops.test_cpu_backend import problem, solve
+from tests.ops.test_cpu_backend import problem, published, solve
 
 from .conftest import Simulated
 
@@ -20,6 +23,7 @@ CASES = {
     "paper": (AdapterConfig.paper(64), 2, 37, BF16, "linf"),
     "paper-float32": (AdapterConfig.paper(64), 2, 37, F32, "linf"),
     "wide-head": (AdapterConfig.paper(512), 1, 33, BF16, "l2"),
+    "heads-8": (AdapterConfig.official(64), 2, 20, BF16, "l2"),
     "heads-32": (AdapterConfig.official(64, num_heads=2), 3, 101, BF16, "l1"),
     "one-class": (AdapterConfig.paper(128), 1, 1, BF16, "l2"),
     "row-temperature": (AdapterConfig.official(128, softmax="row", temperature=0.5), 2, 20, BF16, "l2"),
@@ -61,6 +65,32 @@ def test_outputs_and_gradients(name: str, simulated: Simulated) -> None:
     # Two of them are the features' gradients.
     assert len(log) <= 12
     assert_within_budget(exact, plain, fast, dtype)
+
+
+@pytest.mark.parametrize("name", ["small_d64", "medium_d128", "hot_d64", "clip_d512"])
+def test_published_outputs_and_gradients(shared: Path, name: str, simulated: Simulated) -> None:
+    arrays, config = published(shared, name)
+    parameters = {
+        key.removeprefix("param."): value.float().requires_grad_()
+        for key, value in arrays.items()
+        if key.startswith("param.")
+    }
+    image, text = (normalize(arrays[key].float(), dim=-1) for key in ("image", "text"))
+    with simulated():
+        output = rational_adapter(
+            image, text, float(arrays["logit_scale"]), parameters, config, penalty="linf", return_mask=True,
+            backend="triton",
+        )  # fmt: skip
+        assert output.penalty is not None
+        (cross_entropy(output.logits, arrays["label"]) + 0.5 * output.penalty).backward()
+    assert output.mask is not None
+    # As of the compiled CPU backend in float32: sums of D and K terms in another order.
+    assert (output.logits - arrays["logits"]).abs().max() <= 2e-6 * max(float(arrays["logits"].abs().max()), 10)
+    assert (output.mask - arrays["mask"]).abs().max() <= 2e-5 * max(1.0, float(arrays["mask"].abs().max()))
+    for key, parameter in parameters.items():
+        wanted = arrays[f"grad.{key}"].double()
+        assert parameter.grad is not None
+        assert (parameter.grad - wanted).norm() <= 1e-5 * wanted.norm(), key
 
 
 @pytest.mark.gpu

@@ -53,6 +53,13 @@ def problem(
     return image.to(dtype), text.to(dtype), {name: tensor.to(dtype) for name, tensor in parameters.items()}
 
 
+def published(shared: Path, name: str) -> tuple[dict[str, Tensor], AdapterConfig]:
+    """What the published code was given and gave, in float64, and its configuration."""
+    with np.load(shared / "data" / "official_vectors" / f"{name}.npz") as file:
+        arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+    return arrays, AdapterConfig.official(arrays["image"].shape[1], temperature=float(arrays["temperature"]))
+
+
 def solve(
     config: AdapterConfig,
     inputs: tuple[Tensor, Tensor, dict[str, Tensor]],
@@ -139,14 +146,12 @@ def test_the_widths_of_real_models(embed_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["small_d64", "medium_d128", "hot_d64", "clip_d512"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_published_outputs_and_gradients(shared: Path, name: str, dtype: torch.dtype) -> None:
-    with np.load(shared / "data" / "official_vectors" / f"{name}.npz") as file:
-        arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+    arrays, config = published(shared, name)
     parameters = {
         key.removeprefix("param."): value.to(dtype).requires_grad_()
         for key, value in arrays.items()
         if key.startswith("param.")
     }
-    config = AdapterConfig.official(arrays["image"].shape[1], temperature=float(arrays["temperature"]))
     image, text = (normalize(arrays[key].to(dtype), dim=-1) for key in ("image", "text"))
     output = rational_adapter(
         image, text, float(arrays["logit_scale"]), parameters, config, penalty="linf", backend="cpu"
