@@ -178,7 +178,7 @@ def masked_logits_reduce(
             tl.store(peaks + b, first_of)
             mean += peak
         tl.store(penalty + episode, (mean / images).to(penalty.dtype.element_ty))
-    else:
+    elif PENALTY > 0:
         episode = program - batch
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, parts, BLOCK):
