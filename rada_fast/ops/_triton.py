@@ -66,6 +66,17 @@ def executes_on_cpu() -> bool:
     )
 
 
+def float32_precision() -> str:
+    """tl.dot's input_precision for float32, after torch.set_float32_matmul_precision."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# torch.compile takes the answers as they are when it traces, see extension.py.
+_functions: list[Any] = [executes_on_cpu, float32_precision]
+for _function in _functions:
+    _function._dynamo_marked_constant = True
+
+
 def reason_unavailable() -> str | None:
     if torch.cuda.is_available() or executes_on_cpu():
         return None
@@ -85,8 +96,8 @@ def reason_not_served(
         return f"it serves CUDA tensors, image_features are on {image_features.device}"
     if config.mask_function != "attention":
         return f"it serves mask_function 'attention', not {config.mask_function!r}"
-    if config.num_layers != 1:
-        return f"it serves num_layers 1, not {config.num_layers}"
+    if config.num_layers > 1 and episodes is not None:
+        return f"it serves episodes with num_layers 1, not {config.num_layers}"
     if config.embed_dim % 32 or config.head_dim % 8:
         return (
             "it serves widths that are multiples of 32 with heads that are multiples of 8, "
@@ -323,6 +334,13 @@ def rational_adapter(
     episodes: int | None = None,
 ) -> AdapterOutput:
     """Arguments and results as ops.rational_adapter; reason_not_served must be None."""
+    if config.num_layers > 1:
+        from rada_fast.ops._triton_layers import layered_adapter
+
+        return layered_adapter(
+            image_features, text_features, logit_scale, parameters, config, float32_precision(), penalty=penalty,
+            return_mask=return_mask,
+        )  # fmt: skip
     scale = torch.as_tensor(logit_scale, dtype=torch.float32, device=image_features.device).reshape(())
     tensors: list[Tensor | None] = []
     for role, name in ROLES.items():
@@ -345,7 +363,7 @@ def rational_adapter(
         config.mask_activation == "relu",
         penalty or "none",
         compute_dtype(image_features, parameters["out_proj.weight"]),
-        "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        float32_precision(),
         return_mask,
         keep,
     )
