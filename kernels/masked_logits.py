@@ -376,8 +376,8 @@ class MaskedLogitsGradients:
     """d_offset dA, d_attended dO: (B, K, D); deltas: (2, D/8, B, K) float32; weighted: s dlogits M, (B, K, D)."""
 
     d_offset: Tensor
-    d_attended: Tensor
-    deltas: Tensor
+    d_attended: Tensor | None
+    deltas: Tensor | None
     weighted: Tensor | None
 
 
@@ -397,12 +397,16 @@ def masked_logits_backward(
     relu: bool,
     penalty: str = "none",
     weighted: bool = False,
+    inner: bool = True,
     episodes: int = 1,
     dtype: torch.dtype | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> MaskedLogitsGradients:
-    """dA and dO in two launches; with weighted=True also s dlogits M, which the features' gradients need."""
+    """dA and dO in two launches; with weighted=True also s dlogits M, which the features' gradients need.
+
+    inner=False: dA alone, all that the output projection's own gradient needs, in one launch.
+    """
     (batch, width), classes = image.shape, text.shape[0]
     head = width // num_heads
     images, rows = batch // episodes, batch * classes
@@ -411,8 +415,8 @@ def masked_logits_backward(
     shape = (batch, classes, width)
     made = MaskedLogitsGradients(
         image.new_empty(shape, dtype=dtype),
-        image.new_empty(shape, dtype=dtype),
-        torch.empty((2, width // CHUNK, batch, classes), dtype=torch.float32, device=image.device),
+        image.new_empty(shape, dtype=dtype) if inner else None,
+        torch.empty((2, width // CHUNK, batch, classes), dtype=torch.float32, device=image.device) if inner else None,
         image.new_empty(shape, dtype=dtype) if weighted else None,
     )
     if batch == 0:
@@ -431,6 +435,8 @@ def masked_logits_backward(
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if not inner:
+        return made
     del options["BIAS"], options["IMAGE"]
     masked_logits_bwd_attended[grid](
         made.d_offset, attended.text, attended.rational, attended.factors, weight, made.d_attended, made.deltas,

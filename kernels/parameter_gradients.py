@@ -198,7 +198,7 @@ def parameter_gradients(
     text: Tensor,
     logit_scale: Tensor,
     attended: Attended,
-    gradients: Projections,
+    gradients: Projections | None,
     d_offset: Tensor,
     wanted: dict[str, Tensor],
     *,
@@ -210,7 +210,8 @@ def parameter_gradients(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of the weights in `wanted` and, with bias=True, of their biases, in one launch.
 
-    gradients: of the projections, as class_attention_backward makes them; d_offset: dA.
+    gradients: of the projections, as class_attention_backward makes them, None where the output's alone is wanted;
+    d_offset: dA.
     wanted: by role (see ROLES) the weight itself, (D, D) or (E, D, D), all alike; its gradient has its shape and dtype.
     """
     weights = {role: torch.empty_like(value, memory_format=torch.contiguous_format) for role, value in wanted.items()}
@@ -226,6 +227,7 @@ def parameter_gradients(
     episodes = one.shape[0] if one.ndim == 3 else 1
     images, dtype = batch // episodes, d_offset.dtype
     tile = tile or tile_of(dtype, width, width // num_heads)
+    inner = gradients or Projections(None, None, None, None, None)
     kinds = [attended.text is not None, attended.rational is not None, attended.image is not None]
     # Without biases their pointers are the weights', so that the kernel has something to choose from; none is written.
     pointers = [part.get(role) for role in ROLES for part in (weights, biases if bias else weights)]
@@ -234,7 +236,7 @@ def parameter_gradients(
         pointers[6], pointers[7] = one, next(iter(biases.values()), one)
     parameter_gradients_kernel[(len(weights) * (width // tile.outputs) * (width // tile.inputs), episodes)](
         image, text, logit_scale, attended.text, attended.rational, attended.image, attended.factors,
-        gradients.keys, gradients.values, gradients.q_rational, d_offset, gradients.q_text, gradients.q_image,
+        inner.keys, inner.values, inner.q_rational, d_offset, inner.q_text, inner.q_image,
         *pointers, images, classes, batch * classes, 1 / sum(kinds),
         **{f"{role.upper()}_ON": int(role in weights) for role in ROLES},
         D=width, HEAD=width // num_heads, TEXT=kinds[0], RATIONAL=kinds[1], IMAGE=kinds[2],

@@ -151,8 +151,8 @@ def rational_projections_fwd(
 class Projections:
     """keys, values, q_rational: (B, K, D); q_text: (1 or E, K, D); q_image: (B, D) float32. None where not in use."""
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | None
+    values: Tensor | None
     q_rational: Tensor | None
     q_text: Tensor | None
     q_image: Tensor | None

@@ -233,6 +233,8 @@ def _backward_op(
     )
     wanted = {role: weights[role] for at, role in enumerate(ROLES) if needed[2 + 2 * at] or needed[3 + 2 * at]}
     features = needed[0] or needed[1]
+    # Test-time training's first step, from a zero output projection, asks for that projection's gradient alone.
+    inner = features or any(role != "output" for role in wanted)
     if features and episodes > 1:
         raise NotImplementedError("features have gradients with one episode only (episodes=1)")
     contiguous = [None if value is None else value.contiguous() for value in (d_logits, d_penalty, d_mask)]
@@ -243,19 +245,24 @@ def _backward_op(
     with torch.cuda.device_of(image):
         made = masked_logits_backward(
             image, text, scale, attended, output, bias, *contiguous, _given(peaks), num_heads=heads, relu=relu,
-            penalty=penalty, weighted=features, episodes=episodes, dtype=compute, precision=precision,
+            penalty=penalty, weighted=features, inner=inner, episodes=episodes, dtype=compute, precision=precision,
             tile=tile("masked_logits_backward"),
         )  # fmt: skip
-        inward = class_attention_backward(
-            projections, attended, made.d_attended, made.deltas, num_heads=heads, temperature=temperature,
-            matrix=matrix, precision=precision, tile=tile("class_attention_backward"),
-        )  # fmt: skip
+        inward = None
+        if inner:
+            assert made.d_attended is not None
+            assert made.deltas is not None
+            inward = class_attention_backward(
+                projections, attended, made.d_attended, made.deltas, num_heads=heads, temperature=temperature,
+                matrix=matrix, precision=precision, tile=tile("class_attention_backward"),
+            )  # fmt: skip
         d_weights, d_biases = parameter_gradients(
             image, text, scale, attended, inward, made.d_offset, wanted, num_heads=heads, bias=bool(biases),
             scale_factor=factor, precision=precision, tile=tile("parameter_gradients"),
         )  # fmt: skip
         if features:
             assert made.weighted is not None
+            assert inward is not None
             d_image, d_text = feature_gradients(
                 image, text, scale, weights, inward, made.weighted, scale_factor=factor, precision=precision
             )

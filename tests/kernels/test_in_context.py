@@ -176,3 +176,16 @@ def test_nothing_of_classes_squared_is_held_on_a_device() -> None:
             peaks.append(torch.cuda.max_memory_allocated() - before)
     # A square would grow fourfold; a few MiB do not depend on K.
     assert peaks[1] <= 2.2 * peaks[0] + 2**21
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 36 * 2**30:
+        pytest.skip("needs 36 GiB of device memory")
+    adapter, _, text = module_and_inputs("cuda", 1, 1000)
+    # B K D is 2^31 and more.
+    image = torch.nn.functional.normalize(torch.randn(17000, 128, device="cuda"), dim=-1)
+    adapter, image, text = adapter.bfloat16(), image.bfloat16(), text.bfloat16()
+    with use_backend("triton"), torch.no_grad():
+        logits = adapter(image, text, 20.0)
+        assert torch.equal(logits[-2:], adapter(image[-2:], text, 20.0))
