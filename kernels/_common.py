@@ -35,6 +35,19 @@ def default_precision(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "ieee"
 
 
+# Triton's interpreter multiplies bfloat16 as the integers that hold it.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def product(left, right, total, PRECISION: tl.constexpr):
+    """left right, added to total where that is not None, accumulated in float32."""
+    if INTERPRETED:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)
+
+
 @triton.jit
 def image_rows(
     image, first_image, first, row, ok, rows, classes, columns,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from rada_fast.kernels._common import LOG2E, block_of, cdiv, default_precision, store_column_sums
+from rada_fast.kernels._common import LOG2E, block_of, cdiv, default_precision, product, store_column_sums
 from rada_fast.kernels.rational_projections import Projections
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def _scores(
         columns = c + tl.arange(0, BLOCK_C)
         x = tl.load(left[:, None] + columns[None, :], mask=left_ok[:, None], other=0.0)
         y = tl.load(right[None, :] + columns[:, None], mask=right_ok[None, :], other=0.0)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+        acc = product(x, y, acc, PRECISION)
     return acc
 
 
@@ -78,7 +78,7 @@ def _online(scores, top, total, out, v, PRECISION: tl.constexpr):
     p = tl.exp2(scores - new[:, None])
     fade = tl.exp2(top - new)
     total = total * fade + tl.sum(p, 1)
-    out = tl.dot(p.to(v.dtype), v, out * fade[:, None], input_precision=PRECISION)
+    out = product(p.to(v.dtype), v, out * fade[:, None], PRECISION)
     return new, total, out
 
 
@@ -136,14 +136,14 @@ def class_attention_fwd(
                 if WIDE:
                     s = _scores(text_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
                 else:
-                    s = tl.dot(qt, k, input_precision=PRECISION)
+                    s = product(qt, k, None, PRECISION)
                 s = tl.where(j_ok[None, :], s * scale, float("-inf"))
                 top_t, total_t, out_t = _online(s, top_t, total_t, out_t, v, PRECISION)
             if RATIONAL:
                 if WIDE:
                     s = _scores(rational_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
                 else:
-                    s = tl.dot(qr, k, input_precision=PRECISION)
+                    s = product(qr, k, None, PRECISION)
                 s = tl.where(j_ok[None, :], s * scale, float("-inf"))
                 top_r, total_r, out_r = _online(s, top_r, total_r, out_r, v, PRECISION)
         at = (first + i)[:, None] * D + mine[None, :]
@@ -373,24 +373,24 @@ def class_attention_bwd_queries(
                 dp = _scores(d_rows, value_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
             else:
                 v = tl.load(value_rows[None, :] + c[:, None], mask=j_ok[None, :] & c_ok[:, None], other=0.0)
-                dp = tl.dot(do, v, input_precision=PRECISION)
+                dp = product(do, v, None, PRECISION)
             # Keys beyond the last are rows of zeros: whatever their dS is, it adds nothing.
             if TEXT:
                 if WIDE:
                     s = _scores(text_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
                 else:
-                    s = tl.dot(qt, tl.trans(k), input_precision=PRECISION)
+                    s = product(qt, tl.trans(k), None, PRECISION)
                 p = tl.exp2(tl.where(j_ok[None, :], s * scale - norm_t[:, None], float("-inf")))
                 ds = p * (dp - delta_t[:, None])
-                dq_t = tl.dot(ds.to(k.dtype), k, dq_t, input_precision=PRECISION)
+                dq_t = product(ds.to(k.dtype), k, dq_t, PRECISION)
             if RATIONAL:
                 if WIDE:
                     s = _scores(rational_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
                 else:
-                    s = tl.dot(qr, tl.trans(k), input_precision=PRECISION)
+                    s = product(qr, tl.trans(k), None, PRECISION)
                 p = tl.exp2(tl.where(j_ok[None, :], s * scale - norm_r[:, None], float("-inf")))
                 ds = p * (dp - delta_r[:, None])
-                dq_r = tl.dot(ds.to(k.dtype), k, dq_r, input_precision=PRECISION)
+                dq_r = product(ds.to(k.dtype), k, dq_r, PRECISION)
         at = (first + i)[:, None] * D + mine[None, :]
         if TEXT:
             tl.store(d_q_text + at, (dq_t * natural).to(d_q_text.dtype.element_ty), mask=held)
@@ -483,7 +483,7 @@ def class_attention_bwd_keys(
             if WIDE:
                 dp = _scores(value_rows, d_rows, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
             else:
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                dp = product(v, tl.trans(do), None, PRECISION)
             both = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
             if TEXT:
                 text_rows = q_text + ((b // images_per_text) * classes + i) * D
@@ -491,7 +491,7 @@ def class_attention_bwd_keys(
                 if WIDE:
                     s = _scores(key_rows, text_rows + column, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
                 else:
-                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                    s = product(k, tl.trans(q), None, PRECISION)
                 if MATRIX:
                     norm = tl.where(i_ok, total_t, float("inf"))
                     delta = tl.where(i_ok, mean_t, 0.0)
@@ -503,7 +503,7 @@ def class_attention_bwd_keys(
                 p = tl.exp2(s * scale - norm[None, :])
                 both += p
                 ds = p * (dp - delta[None, :])
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                dk = product(ds.to(q.dtype), q, dk, PRECISION)
             if RATIONAL:
                 rational_rows = q_rational + (first + i) * D
                 q = tl.load(rational_rows[:, None] + mine[None, :], mask=here, other=0.0)
@@ -512,7 +512,7 @@ def class_attention_bwd_keys(
                         key_rows, rational_rows + column, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION
                     )
                 else:
-                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                    s = product(k, tl.trans(q), None, PRECISION)
                 if MATRIX:
                     norm = tl.where(i_ok, total_r, float("inf"))
                     delta = tl.where(i_ok, mean_r, 0.0)
@@ -525,8 +525,8 @@ def class_attention_bwd_keys(
                 p = tl.exp2(s * scale - norm[None, :])
                 both += p
                 ds = p * (dp - delta[None, :])
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-            dv = tl.dot(both.to(do.dtype), do, dv, input_precision=PRECISION)
+                dk = product(ds.to(q.dtype), q, dk, PRECISION)
+            dv = product(both.to(do.dtype), do, dv, PRECISION)
     dk *= natural
     dv *= share
     if IMAGE:

@@ -22,6 +22,7 @@ from rada_fast.kernels._common import (
     default_precision,
     episode_stride,
     kind_rows,
+    product,
     rational_rows,
     store_chunk_sums,
     store_chunks,
@@ -78,7 +79,7 @@ def _one_plus_offset(
             classes, total_rows, c, columns, share, D, HEAD, BLOCK_M, BLOCK_C, TWO, TEXT, RATIONAL, IMAGE, MATRIX,
         )  # fmt: skip
         w = tl.load(weight + n[None, :] * D + columns[:, None])
-        acc = tl.dot(o.to(COMPUTE), w.to(COMPUTE), acc, input_precision=PRECISION)
+        acc = product(o.to(COMPUTE), w.to(COMPUTE), acc, PRECISION)
     if BIAS:
         acc += tl.load(bias + n).to(tl.float32)[None, :]
     return 1.0 + acc
@@ -354,7 +355,7 @@ def masked_logits_bwd_attended(
         columns = c + tl.arange(0, BLOCK_C)
         x = tl.load(d_offset + at[:, None] * D + columns[None, :], mask=ok[:, None], other=0.0)
         w = tl.load(weight + columns[:, None] * D + n[None, :])
-        acc = tl.dot(x, w.to(COMPUTE), acc, input_precision=PRECISION)
+        acc = product(x, w.to(COMPUTE), acc, PRECISION)
     tl.store(d_attended + at[:, None] * D + n[None, :], acc.to(d_attended.dtype.element_ty), mask=ok[:, None])
     # Rounded as those who read it see it: the sums of P (dP - delta) then cancel as they should.
     acc = acc.to(d_attended.dtype.element_ty).to(tl.float32)

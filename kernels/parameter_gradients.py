@@ -19,6 +19,7 @@ from rada_fast.kernels._common import (
     block_of,
     default_precision,
     input_scale,
+    product,
     rational_rows,
     store_column_sums,
 )
@@ -90,7 +91,7 @@ def _block(
             dy = tl.load(gradient + (first_image + row)[:, None] * D + o[None, :], mask=ok[:, None], other=0.0)
         else:
             dy = tl.load(gradient + (first_row + row)[:, None] * D + o[None, :], mask=ok[:, None], other=0.0)
-        acc = tl.dot(tl.trans(dy.to(COMPUTE)), x.to(COMPUTE), acc, input_precision=PRECISION)
+        acc = product(tl.trans(dy.to(COMPUTE)), x.to(COMPUTE), acc, PRECISION)
     there = o[:, None] * D + i[None, :]
     tl.store(out_weight + there, (acc * scale).to(out_weight.dtype.element_ty))
     if BIAS:

@@ -21,6 +21,7 @@ from rada_fast.kernels._common import (
     default_precision,
     episode_stride,
     input_scale,
+    product,
     rational_rows,
 )
 from torch import Tensor
@@ -72,7 +73,7 @@ def _project(
         else:
             x = tl.load(text + row[:, None] * D + columns[None, :], mask=ok[:, None], other=0.0)
         w = tl.load(weight + n[None, :] * D + columns[:, None])
-        acc = tl.dot(x.to(COMPUTE), w.to(COMPUTE), acc, input_precision=PRECISION)
+        acc = product(x.to(COMPUTE), w.to(COMPUTE), acc, PRECISION)
     acc *= scale
     if BIAS:
         acc += tl.load(bias + n).to(tl.float32)[None, :]
@@ -242,16 +243,16 @@ def rational_projections_bwd(
             there = at + columns[None, :]
             weight = columns[:, None] * D + n[None, :]
             x = tl.load(d_key + there, mask=ok[:, None], other=0.0)
-            acc = tl.dot(x, tl.load(w_key + weight).to(compute), acc, input_precision=PRECISION)
+            acc = product(x, tl.load(w_key + weight).to(compute), acc, PRECISION)
             x = tl.load(d_value + there, mask=ok[:, None], other=0.0)
-            acc = tl.dot(x, tl.load(w_value + weight).to(compute), acc, input_precision=PRECISION)
+            acc = product(x, tl.load(w_value + weight).to(compute), acc, PRECISION)
             if RATIONAL:
                 x = tl.load(d_rational + there, mask=ok[:, None], other=0.0)
-                acc = tl.dot(x, tl.load(w_rational + weight).to(compute), acc, input_precision=PRECISION)
+                acc = product(x, tl.load(w_rational + weight).to(compute), acc, PRECISION)
             if TEXT:
                 x = tl.load(d_text + there, mask=ok[:, None], other=0.0)
                 w = tl.load(w_text + weight).to(compute)
-                from_query = tl.dot(x, w, from_query, input_precision=PRECISION)
+                from_query = product(x, w, from_query, PRECISION)
         rational = acc * scale + tl.load(weighted + at + n[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
         f = tl.load(image + b * D + n).to(tl.float32)
         gradient += rational * f[None, :]
@@ -283,7 +284,7 @@ def image_gradient_reduce(
             columns = c + tl.arange(0, BLOCK_C)
             x = tl.load(d_image + at + columns[None, :], mask=ok[:, None], other=0.0)
             w = tl.load(w_image + columns[:, None] * D + n[None, :]).to(tl.float32)
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+            acc = product(x, w, acc, "ieee")
         acc *= tl.sqrt(input_scale(logit_scale, FACTOR))
     for part in range(parts):
         there = (part * batch + b.to(tl.int64))[:, None] * D + n[None, :]

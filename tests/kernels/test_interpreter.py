@@ -1,0 +1,33 @@
+"""The kernels under Triton's interpreter, which reads its variable once: in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SMALL = """
+import torch
+from tests.kernels.test_rational_adapter import CASES, assert_within_budget
+from tests.ops.test_cpu_backend import problem, solve
+
+for name, (config, batch, classes, dtype, penalty) in CASES.items():
+    if config.embed_dim > 128:
+        continue
+    inputs = problem(config, batch, min(classes, 37), dtype)
+    exact = solve(config, inputs, torch.float64, "reference", penalty)
+    plain = solve(config, inputs, dtype, "reference", penalty)
+    assert_within_budget(exact, plain, solve(config, inputs, dtype, "triton", penalty), dtype)
+    print(name)
+"""
+
+
+def test_every_option_on_small_shapes() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL],
+        cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) >= 15
