@@ -42,6 +42,11 @@ VECTOR_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
 }
 """Flags of each copy of the vector loops. Everything else is compiled for the oldest processor of the family."""
+LOOP_FLAGS = {
+    # Its arithmetic rounds where torch.optim's does: which products are fused is written out, not left to the compiler.
+    "episodic_optimizer_loops": ["-ffp-contract=off"],
+}
+"""Flags of single sources of vector loops (vector_math.cpp and *_loops.cpp)."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,12 @@ def build_parameters() -> BuildParameters:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sources: list[tuple[Path, str, tuple[str, ...]]] = []
     for source in sorted([*folder.glob("*.cpp"), *(folder / "cpu").glob("*.cpp")]):
-        if source.name == "vector_math.cpp":
+        if source.stem == "vector_math" or source.stem.endswith("_loops"):
             # Kept apart from library headers, so that these flags cannot leak into code that runs everywhere.
-            loops = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+            loops = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", *LOOP_FLAGS.get(source.stem, ()))
             for name in VECTOR_FLAGS if x86 else ("baseline",):
                 own = (*loops, f"-DRADA_CAPABILITY={name}", *VECTOR_FLAGS[name])
-                sources.append((source, f"vector_math_{name}.o", own))
+                sources.append((source, f"{source.stem}_{name}.o", own))
         else:
             sources.append((source, f"{source.stem}.o", ("-O2", "-fopenmp")))
     root = Path(torch.__file__).resolve().parent
@@ -137,7 +142,9 @@ def _sources_key(folder: Path, cuda: bool = False) -> str:
 
 def _flags_key(cuda: bool = False) -> str:
     # The device code is not part of it: a library is found whatever TORCH_CUDA_ARCH_LIST says where it is loaded.
-    described = repr((VECTOR_FLAGS, _env.debug_build(), torch.compiled_with_cxx11_abi(), platform.machine()))
+    described = repr(
+        (VECTOR_FLAGS, LOOP_FLAGS, _env.debug_build(), torch.compiled_with_cxx11_abi(), platform.machine())
+    )
     described = repr((_env.debug_build(), platform.machine(), torch.version.cuda)) if cuda else described
     return hashlib.sha256(described.encode()).hexdigest()[:8]
 
