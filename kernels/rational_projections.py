@@ -235,8 +235,9 @@ def rational_projections_bwd(
     compute = d_key.dtype.element_ty
     from_query = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    stride = tl.full((), classes, tl.int64)
     for b in range(batch):
-        at = (b * classes + k.to(tl.int64))[:, None] * D
+        at = (b * stride + k)[:, None] * D
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for c in range(0, D, BLOCK_C):
             columns = c + tl.arange(0, BLOCK_C)
@@ -258,7 +259,7 @@ def rational_projections_bwd(
         gradient += rational * f[None, :]
         # Sixteen classes a part: they lie in one warp, so that nothing crosses shared memory.
         strips: tl.constexpr = BLOCK_M // 16
-        part = (tile * strips + tl.arange(0, strips)).to(tl.int64) * batch + b
+        part = ((tile * strips + tl.arange(0, strips)) * batch + b).to(tl.int64)
         sums = tl.sum(tl.reshape(rational * t, (strips, 16, BLOCK_N)), 1)
         spread = tl.broadcast_to(sums[:, None, :], (strips, 16, BLOCK_N))
         there = tl.broadcast_to(part[:, None, None] * D + n[None, None, :], (strips, 16, BLOCK_N))
