@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "prediction_loops.h"
 #include "vector_math.h"
 
 namespace rada_fast {
@@ -49,5 +50,18 @@ const VectorMath<T>& vector_math() {
 template const VectorMath<float>& vector_math<float>();
 template const VectorMath<double>& vector_math<double>();
 template const VectorMath<BF16>& vector_math<BF16>();
+
+template <typename T>
+const PredictionLoops<T>& prediction_loops() {
+#if defined(__x86_64__)
+  if (level() == Level::avx512) return avx512::prediction_loops<T>();
+  if (level() == Level::avx2) return avx2::prediction_loops<T>();
+#endif
+  return baseline::prediction_loops<T>();
+}
+template const PredictionLoops<float>& prediction_loops<float>();
+template const PredictionLoops<double>& prediction_loops<double>();
+template const PredictionLoops<BF16>& prediction_loops<BF16>();
+template const PredictionLoops<Half>& prediction_loops<Half>();
 
 }  // namespace rada_fast

@@ -39,6 +39,11 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def chosen_backend() -> str:
+    """The backend in force where a call names none: of ``use_backend``, else of RADA_FAST_BACKEND, else "auto"."""
+    return _chosen.get() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
+
+
 def reason_unavailable(name: str) -> str | None:
     """Why a backend cannot be used in this installation, or None where it can."""
     match name:
@@ -74,7 +79,7 @@ def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None
     Raises BackendUnavailableError where a named backend cannot be used.
     """
     if name is None:
-        name = _chosen.get() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
+        name = chosen_backend()
     if _check_name(name, "backend") == "auto":
         # A simulator makes Triton usable without a device, but nobody's first choice.
         candidates = COMPILED if torch.cuda.is_available() else ("cpu",)
