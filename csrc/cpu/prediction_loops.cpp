@@ -81,10 +81,12 @@ A cross_entropy(const T* logits, int64_t classes, int64_t label, A smoothing, A 
   const bool known = label >= 0 && label < classes;
   const A count = static_cast<A>(classes), uniform = smoothing / count;
   const A scale = (known ? factor : A(NAN)) / (1 + row.others), floor = factor * uniform;
+  // The target's own sum, so that a certain prediction of one class has gradient 0.
+  const A target = factor * (uniform + (1 - smoothing));
   if (gradient) {
 #pragma omp simd aligned(weight : 64)
     for (int64_t c = 0; c < classes; ++c) put(gradient[c], scale * weight[c] - floor);
-    if (known) put(gradient[label], scale * weight[label] - floor - factor * (1 - smoothing));
+    if (known) put(gradient[label], scale * weight[label] - target);
   }
   if (!known) return A(NAN);
   A value = log_of_sum(row) + (1 - smoothing) * distance[label];
@@ -97,19 +99,20 @@ A cross_entropy(const T* logits, int64_t classes, int64_t label, A smoothing, A 
   return value;
 }
 
-int64_t scratch_marginal(int64_t rows, int64_t classes) { return (rows + 2) * padded(classes); }
+int64_t scratch_marginal(int64_t rows, int64_t classes) { return (rows + 2) * padded(classes) + rows; }
 
 template <typename T, typename A>
 A marginal(const T* logits, int64_t rows, int64_t classes, A* scratch, T* gradient) {
   const int64_t ld = padded(classes);
-  A *log_mean = scratch + rows * ld, *distance = log_mean + ld;
-  const A share = A(1) / static_cast<A>(rows);
+  A *log_mean = scratch + rows * ld, *distance = log_mean + ld, *peak = distance + ld;
+  const A share = A(1) / static_cast<A>(rows), log_share = std::log(share);
   for (int64_t c = 0; c < classes; ++c) log_mean[c] = 0;
   for (int64_t r = 0; r < rows; ++r) {
     A* probability = scratch + r * ld;
     const A best = read(logits + r * classes, classes, distance);
     const Row<A> row = statistics<false>(best, classes, distance, probability);
     const A scale = A(1) / (1 + row.others);
+    peak[r] = scale;
 #pragma omp simd aligned(probability, log_mean : 64)
     for (int64_t c = 0; c < classes; ++c) {
       probability[c] *= scale;
@@ -119,22 +122,30 @@ A marginal(const T* logits, int64_t rows, int64_t classes, A* scratch, T* gradie
   A value = 0;
 #pragma omp simd reduction(+ : value) aligned(log_mean : 64)
   for (int64_t c = 0; c < classes; ++c) {
-    const A q = share * log_mean[c];
-    log_mean[c] = logarithm_of(q);
-    value -= q == 0 ? A(0) : q * log_mean[c];
+    // Of the sum, which is no smaller than any of its terms: their mean could be 0 where a probability is not.
+    const A total = log_mean[c];
+    log_mean[c] = logarithm_of(total) + log_share;
+    value -= total == 0 ? A(0) : share * total * log_mean[c];
   }
   if (!gradient) return value;
   for (int64_t r = 0; r < rows; ++r) {
     const A* probability = scratch + r * ld;
+    // sum_k p_k ln q_k - ln q_c, from the row's likeliest class on: beside its p near 1 the others' would drown.
+    A origin = -HUGE_VAL;
+#pragma omp simd reduction(max : origin) aligned(probability, log_mean : 64)
+    for (int64_t c = 0; c < classes; ++c) {
+      const A candidate = probability[c] == peak[r] ? log_mean[c] : -HUGE_VAL;
+      origin = origin < candidate ? candidate : origin;
+    }
     A centre = 0;
 #pragma omp simd reduction(+ : centre) aligned(probability, log_mean : 64)
     for (int64_t c = 0; c < classes; ++c)
-      centre += probability[c] == 0 ? A(0) : probability[c] * log_mean[c];
+      centre += probability[c] == 0 ? A(0) : probability[c] * (log_mean[c] - origin);
     T* out = gradient + r * classes;
 #pragma omp simd aligned(probability, log_mean : 64)
     for (int64_t c = 0; c < classes; ++c) {
       const A p = share * probability[c];
-      put(out[c], p == 0 ? A(0) : p * (centre - log_mean[c]));
+      put(out[c], p == 0 ? A(0) : p * ((origin - log_mean[c]) + centre));
     }
   }
   return value;
