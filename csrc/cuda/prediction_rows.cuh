@@ -81,6 +81,11 @@ __device__ inline Acc<T> element(const uint4& word, int i) {
   }
 }
 
+__device__ inline float exact(float x) { return x; }
+__device__ inline double exact(double x) { return x; }
+__device__ inline float exact(__half x) { return __half2float(x); }
+__device__ inline float exact(__nv_bfloat16 x) { return __bfloat162float(x); }
+
 template <typename T>
 __device__ inline uint32_t half_bits(float x) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
@@ -223,9 +228,10 @@ __device__ inline void store_part(T* row, int64_t classes, int64_t k0, uint4 (&w
   for (int c = 0; c < chunks; ++c) {
     const int word = c * kWarpSize + lane;
     if (word * kPack<T> >= ahead && (word + 1) * kPack<T> <= end) *reinterpret_cast<uint4*>(first + word * 16) = words[c];
-    if (cut && cut_word / kWarpSize == c) tail = shuffle(words[c], cut_word % kWarpSize);
+    tail = chosen(cut_word / kWarpSize == c, words[c], tail);
   }
-  if (cut && cut_word == chunks * kWarpSize) tail = beyond;
+  tail = chosen(cut_word == chunks * kWarpSize, beyond, tail);
+  tail = shuffle(tail, cut_word % kWarpSize);
   if (ahead) head = shuffle(words[0], 0);
   if (!ahead && !cut) return;
   // One store for both borders: lanes 0 .. 15 the first word's elements, lanes 16 .. 31 the last one's.
@@ -301,14 +307,22 @@ __device__ inline RowStatistics<A> warp_merged(RowStatistics<A> mine) {
           __shfl_sync(kAllLanes, mine.spread, 0)};
 }
 
-// Element (c, i) of the lane's words, -inf beyond the row. left: classes from the lane's first one to the row's end.
+// Classes from the lane's first one to the row's end, as far as the part reaches.
 template <typename T, int chunks>
-__device__ inline Acc<T> logit(const uint4 (&words)[chunks], int c, int i, int64_t left) {
+__device__ inline int lane_classes(int64_t classes, int64_t k0) {
+  const int64_t left = classes - k0;
+  return static_cast<int>(left < chunks * kChunk<T> ? left : chunks * kChunk<T>) -
+         static_cast<int>(threadIdx.x % kWarpSize) * kPack<T>;
+}
+
+// Element (c, i) of the lane's words, -inf beyond the row.
+template <typename T, int chunks>
+__device__ inline Acc<T> logit(const uint4 (&words)[chunks], int c, int i, int left) {
   return c * kChunk<T> + i < left ? element<T>(words[c], i) : -infinity<Acc<T>>();
 }
 
 template <typename T, int chunks>
-__device__ inline RowStatistics<Acc<T>> lane_statistics(const uint4 (&words)[chunks], int64_t left) {
+__device__ inline RowStatistics<Acc<T>> lane_statistics(const uint4 (&words)[chunks], int left) {
   using A = Acc<T>;
   A largest = -infinity<A>();
 #pragma unroll

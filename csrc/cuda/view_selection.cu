@@ -32,12 +32,11 @@ __device__ Acc<T> entropy_of(const T* row, int64_t classes, const Span<T>& span)
   using A = Acc<T>;
   constexpr int chunks = kViewChunks<T>;
   RowStatistics<A> mine = no_statistics<A>();
-  const int64_t own = static_cast<int64_t>(threadIdx.x % kWarpSize) * kPack<T>;
 #pragma unroll 1
   for (int64_t k0 = 0; k0 < classes; k0 += chunks * kChunk<T>) {
     uint4 words[chunks];
     load_part(row, classes, k0, span, words);
-    mine = merged(mine, lane_statistics<T>(words, classes - k0 - own));
+    mine = merged(mine, lane_statistics<T>(words, lane_classes<T, chunks>(classes, k0)));
   }
   const RowStatistics<A> all = warp_merged(mine);
   const A value = log_one_plus(all.others) + all.spread / (1 + all.others);
