@@ -1,12 +1,15 @@
 """Public ops: checks, choice of backend, autograd. One file per op."""
 
 from rada_fast.ops._backend import BACKENDS, backends, resolve_backend, use_backend
+from rada_fast.ops.episodic_optimizer import EpisodicOptimizer, episodic_optimizer_step
 from rada_fast.ops.rational_adapter import AdapterOutput, rational_adapter, zero_shot_logits
 
 __all__ = [
     "BACKENDS",
     "AdapterOutput",
+    "EpisodicOptimizer",
     "backends",
+    "episodic_optimizer_step",
     "rational_adapter",
     "resolve_backend",
     "use_backend",

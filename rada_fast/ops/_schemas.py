@@ -131,9 +131,14 @@ def _fake_device_architecture(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.int32)
 
 
+def _fake_episodic_optimizer_step(*_: Any) -> None:
+    return None
+
+
 def register() -> None:
     """Register fake kernels and gradients; call once, after the library that defines the schemas is loaded."""
     torch.library.register_fake("rada_fast::rational_adapter", _fake_forward)
     torch.library.register_fake("rada_fast::rational_adapter_backward", _fake_backward)
     torch.library.register_autograd("rada_fast::rational_adapter", _backward, setup_context=_save)
     torch.library.register_fake("rada_fast::device_architecture", _fake_device_architecture)
+    torch.library.register_fake("rada_fast::episodic_optimizer_step", _fake_episodic_optimizer_step)
