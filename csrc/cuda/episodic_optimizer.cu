@@ -31,75 +31,94 @@ struct Batch {
 static_assert(sizeof(Batch) <= 4096);
 
 template <int kElements>
-struct alignas(4 * kElements) Values {
+struct Values {
   float at[kElements];
 };
 
+// Stored by instruction: left to itself the compiler takes some of the vectors apart.
 template <int kElements>
-__device__ Values<kElements> load(const float* from) {
-  return *reinterpret_cast<const Values<kElements>*>(from);
+__device__ __forceinline__ Values<kElements> load(const float* from) {
+  if constexpr (kElements == 1) {
+    return {*from};
+  } else {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    return {four.x, four.y, four.z, four.w};
+  }
 }
 
 template <int kElements>
-__device__ void store(float* to, const Values<kElements>& values) {
-  *reinterpret_cast<Values<kElements>*>(to) = values;
+__device__ __forceinline__ void store(float* to, const Values<kElements>& values) {
+  if constexpr (kElements == 1)
+    *to = values.at[0];
+  else
+    __stwb(reinterpret_cast<float4*>(to), make_float4(values.at[0], values.at[1], values.at[2], values.at[3]));
+}
+
+__device__ __forceinline__ float widen(uint32_t bits, GradientType type) {
+  return type == GradientType::bfloat16 ? __uint_as_float(bits << 16)
+                                        : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 template <int kElements>
-struct alignas(2 * kElements) Halves {
-  uint16_t at[kElements];
-};
-
-template <int kElements>
-__device__ Values<kElements> load_gradient(const OptimizerTensor& t, int64_t at) {
+__device__ __forceinline__ Values<kElements> load_gradient(const OptimizerTensor& t, int64_t at) {
+  if (t.type == GradientType::none) return {};
   if (t.type == GradientType::float32) return load<kElements>(static_cast<const float*>(t.gradient) + at);
-  Values<kElements> values{};
-  if (t.type == GradientType::none) return values;
-  const auto narrow =
-      *reinterpret_cast<const Halves<kElements>*>(static_cast<const uint16_t*>(t.gradient) + at);
-#pragma unroll
-  for (int i = 0; i < kElements; ++i)
-    values.at[i] = t.type == GradientType::bfloat16 ? __uint_as_float(static_cast<uint32_t>(narrow.at[i]) << 16)
-                                                    : __half2float(__ushort_as_half(narrow.at[i]));
-  return values;
+  const uint16_t* from = static_cast<const uint16_t*>(t.gradient) + at;
+  if constexpr (kElements == 1) {
+    return {widen(*from, t.type)};
+  } else {
+    const uint2 two = *reinterpret_cast<const uint2*>(from);
+    return {widen(two.x & 0xffffu, t.type), widen(two.x >> 16, t.type), widen(two.y & 0xffffu, t.type),
+            widen(two.y >> 16, t.type)};
+  }
 }
 
 // The roundings of ../episodic_optimizer.h one by one, none left to the compiler.
-template <bool kSgd>
-__device__ void step(const OptimizerScalars& s, bool has_first, float g, bool fresh, float& p, float& m, float& v) {
+__device__ __forceinline__ void adam(const OptimizerScalars& s, float g, float& p, float& m, float& v) {
   if (s.weight_decay != 0.0f) g = __fmaf_rn(s.weight_decay, p, g);
-  if (kSgd) {
-    if (has_first) m = g = fresh ? g : __fadd_rn(__fmul_rn(m, s.momentum), g);
-    p = __fmaf_rn(s.step_size, g, p);
-    return;
-  }
-  p = __fmul_rn(p, s.decay);
-  if (!has_first) return;
   const float w = s.first_weight, change = __fsub_rn(g, m);
   m = w < 0.5f ? __fmaf_rn(w, change, m) : __fmaf_rn(__fsub_rn(w, 1.0f), change, g);
   v = __fmaf_rn(__fmul_rn(s.second_weight, g), g, __fmul_rn(v, s.beta2));
   const float denominator = __fadd_rn(__fdiv_rn(__fsqrt_rn(v), s.root_divisor), s.eps);
-  p = __fadd_rn(p, __fdiv_rn(__fmul_rn(s.step_size, m), denominator));
+  p = __fadd_rn(__fmul_rn(p, s.decay), __fdiv_rn(__fmul_rn(s.step_size, m), denominator));
+}
+
+__device__ __forceinline__ void sgd(const OptimizerScalars& s, bool has_momentum, bool fresh, float g, float& p,
+                                    float& m) {
+  if (s.weight_decay != 0.0f) g = __fmaf_rn(s.weight_decay, p, g);
+  if (has_momentum && !fresh) g = __fadd_rn(__fmul_rn(m, s.momentum), g);
+  m = g;
+  p = __fmaf_rn(s.step_size, g, p);
 }
 
 template <bool kSgd, int kElements>
-__device__ void step_elements(const OptimizerScalars& s, const OptimizerTensor& t, int64_t row_start, int64_t i) {
+__device__ __forceinline__ void step_elements(const OptimizerScalars& s, const OptimizerTensor& t, int64_t row_start,
+                                              int64_t i) {
   const int64_t at = row_start + i;
   const bool kept = t.first != nullptr, read = kept && !t.fresh;
   auto p = load<kElements>(t.source == t.parameter ? t.parameter + at : t.source + i);
+  if (!kSgd && !kept) {
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) p.at[e] = __fmul_rn(p.at[e], s.decay);
+    store<kElements>(t.parameter + at, p);
+    return;
+  }
   Values<kElements> m{}, v{};
   if (read) m = load<kElements>(t.first + at);
   if (read && !kSgd) v = load<kElements>(t.second + at);
   const auto g = load_gradient<kElements>(t, at);
 #pragma unroll
-  for (int e = 0; e < kElements; ++e) step<kSgd>(s, kept, g.at[e], t.fresh, p.at[e], m.at[e], v.at[e]);
+  for (int e = 0; e < kElements; ++e) {
+    if constexpr (kSgd) sgd(s, kept, t.fresh, g.at[e], p.at[e], m.at[e]);
+    else adam(s, g.at[e], p.at[e], m.at[e], v.at[e]);
+  }
   store<kElements>(t.parameter + at, p);
   if (kept) store<kElements>(t.first + at, m);
-  if (kept && !kSgd) store<kElements>(t.second + at, v);
+  if (!kSgd) store<kElements>(t.second + at, v);
 }
 
 template <bool kSgd>
-__global__ void __launch_bounds__(kThreads) episodic_optimizer(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(kThreads, 4) episodic_optimizer(const __grid_constant__ Batch batch) {
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   int low = 0, high = batch.count - 1;
   while (low < high) {
@@ -107,19 +126,20 @@ __global__ void __launch_bounds__(kThreads) episodic_optimizer(const __grid_cons
     if (block < batch.tensors[middle].last_block) high = middle;
     else low = middle + 1;
   }
-  const Descriptor& descriptor = batch.tensors[low];
-  const OptimizerTensor& t = descriptor.tensor;
+  // Copies, so that what every element asks for is in registers.
+  const OptimizerTensor t = batch.tensors[low].tensor;
+  const OptimizerScalars s = batch.scalars;
   const int64_t local = block - (low ? batch.tensors[low - 1].last_block : 0);
   const int64_t row_start = local % t.rows * t.row, begin = local / t.rows * kChunk;
   const int64_t end = begin + kChunk < t.row ? begin + kChunk : t.row;
   int64_t scalar_begin = begin;
-  if (descriptor.vectors) {
+  if (batch.tensors[low].vectors) {
     scalar_begin = end - (end - begin) % kWidth;
     for (int64_t i = begin + kWidth * threadIdx.x; i < scalar_begin; i += kWidth * kThreads)
-      step_elements<kSgd, kWidth>(batch.scalars, t, row_start, i);
+      step_elements<kSgd, kWidth>(s, t, row_start, i);
   }
   for (int64_t i = scalar_begin + threadIdx.x; i < end; i += kThreads)
-    step_elements<kSgd, 1>(batch.scalars, t, row_start, i);
+    step_elements<kSgd, 1>(s, t, row_start, i);
 }
 
 bool aligned(const OptimizerTensor& t) {

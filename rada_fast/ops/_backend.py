@@ -93,8 +93,8 @@ def resolve_device_backend(device: torch.device, name: str | None = None) -> str
     """The backend of an op with kernels in C++ and CUDA C++, chosen by where its tensors are: "cpu", "cuda" or
     "reference".
 
-    name: the call's own argument, if it has one. "auto" takes the compiled operator where it is usable. "literal" is the
-    reference here: the published code's arithmetic concerns the adapter.
+    name: the call's own argument, if it has one. "auto" takes the compiled operator where it is usable. "literal" is
+        the reference here: the published code's arithmetic concerns the adapter.
     Raises BackendUnavailableError where a named backend cannot be used or does not serve the device.
     """
     from rada_fast import extension

@@ -47,8 +47,8 @@ def episodic_optimizer_step(
     sources: where parameters are read instead of from themselves: one copy, float32, contiguous, of which the parameter
         holds a whole number one after the other; None for the parameter itself.
     fresh: whether the moments are zero; they are then written without being read, and may be uninitialised.
-    step: t, counted from 1. It is a number of the host's: a captured graph holds the step it was captured at, so capture
-        an episode's steps in order.
+    step: t, counted from 1. It is a number of the host's: a captured graph holds the step that it was captured at, so
+        capture an episode's steps in order.
 
     Returns nothing. Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend
     cannot serve. On CPU tensors the same bits as torch.optim's single-tensor form (foreach=False); on CUDA tensors the
@@ -130,6 +130,10 @@ class _Slot:
     own: Tensor | None = None
     first: Tensor | None = None
     second: Tensor | None = None
+
+
+# Parameter, first and second moment, gradient, source, fresh: one of each of the step's lists.
+_Entry = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool]
 
 
 class EpisodicOptimizer:
@@ -231,8 +235,7 @@ class EpisodicOptimizer:
         if unknown := set(gradients) - set(self._slots):
             raise ValueError(f"gradients hold {sorted(unknown)[0]!r}, which is no parameter")
         self.steps += 1
-        lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor | None], list[Tensor | None], list[bool]]
-        lists = ([], [], [], [], [], [])
+        entries: list[_Entry] = []
         for key, slot in self._slots.items():
             gradient = gradients.get(key)
             if gradient is not None:
@@ -242,16 +245,17 @@ class EpisodicOptimizer:
                 gradient = gradient.detach().contiguous()
             entry = self._entry(slot, gradient)
             if entry is not None:
-                for values, value in zip(lists, entry, strict=True):
-                    values.append(value)  # type: ignore[arg-type]
+                entries.append(entry)
+        if not entries:
+            return
+        parameters, first, second, given, sources, fresh = (list(values) for values in zip(*entries, strict=True))
         episodic_optimizer_step(
-            *lists, name=self.name, step=self.steps, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas,
+            parameters, first, second, given, sources, fresh,
+            name=self.name, step=self.steps, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas,
             eps=self.eps, momentum=self.momentum, backend=self.backend,
         )  # fmt: skip
 
-    def _entry(
-        self, slot: _Slot, gradient: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool] | None:
+    def _entry(self, slot: _Slot, gradient: Tensor | None) -> _Entry | None:
         """What the step works on for one parameter, or None where it changes nothing; the slot is as it leaves it."""
         nothing = slot.initial.new_empty(0)
         decoupled = self.name == "adamw"

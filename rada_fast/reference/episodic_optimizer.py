@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -26,8 +27,8 @@ def episodic_optimizer_step(
 
     Returns (parameter, first moment, second moment); a moment that the rule does not keep is None.
     """
-    grad = parameter.new_zeros(()).expand_as(parameter) if gradient is None else gradient.to(parameter.dtype)
-    parameter, grad = (value.clone() for value in parameter.broadcast_tensors(grad))
+    grad = torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
+    parameter, grad = (value.clone() for value in torch.broadcast_tensors(parameter, grad))
     if rule == "adamw" and weight_decay != 0:
         parameter.mul_(1 - lr * weight_decay)
     elif weight_decay != 0:

@@ -1,4 +1,4 @@
-"""The CUDA kernel: executed in the simulator against the same roundings in NumPy, and on a device against torch.optim."""
+"""The CUDA kernel: in the simulator against the same roundings in NumPy, on a device against torch.optim."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Case:
         offset: int = 0,
     ) -> None:
         def array(count: int) -> np.ndarray:
-            return np.random.randn(count + offset).astype(np.float32)[offset:]
+            return torch.randn(count + offset).numpy()[offset:]
 
         self.rows, self.row, self.fresh, self.moments = rows, row, fresh, moments
         self.parameter, self.first = array(rows * row), array(rows * row)
@@ -178,7 +178,6 @@ def check(library: Any, cases: list[Case], s: Scalars) -> Any:
 
 @pytest.fixture
 def library(launchers: Launchers) -> Any:
-    np.random.seed(0)
     return launchers("episodic_optimizer.cu")
 
 
@@ -246,8 +245,8 @@ def test_a_device_agrees_with_torch_optim(name: str) -> None:
                 value.grad = gradients[key]
             reference.step()
     for key, value in theirs.items():
-        # PyTorch's CUDA form divides by multiplying with a reciprocal and orders the last product otherwise: 3 ulp of an
-        # update of at most 2 lr, and the sum's rounding.
+        # PyTorch's CUDA form divides by multiplying with a reciprocal and orders the last product otherwise: 3 ulp of
+        # an update of at most 2 lr, and the sum's rounding.
         torch.testing.assert_close(ours.parameters[key], value, rtol=2**-23, atol=3 * 2 * 8e-4 * 2**-23)
 
 
