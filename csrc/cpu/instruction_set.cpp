@@ -3,13 +3,10 @@
 
 #include <string>
 
-#include "prediction_loops.h"
+#include "instruction_set.h"
 #include "vector_math.h"
 
 namespace rada_fast {
-namespace {
-
-enum class Level { baseline, avx2, avx512 };
 
 Level level() {
   static const Level found = [] {
@@ -28,8 +25,6 @@ Level level() {
   }();
   return found;
 }
-
-}  // namespace
 
 const char* vector_math_name() {
   switch (level()) {
@@ -50,18 +45,5 @@ const VectorMath<T>& vector_math() {
 template const VectorMath<float>& vector_math<float>();
 template const VectorMath<double>& vector_math<double>();
 template const VectorMath<BF16>& vector_math<BF16>();
-
-template <typename T>
-const PredictionLoops<T>& prediction_loops() {
-#if defined(__x86_64__)
-  if (level() == Level::avx512) return avx512::prediction_loops<T>();
-  if (level() == Level::avx2) return avx2::prediction_loops<T>();
-#endif
-  return baseline::prediction_loops<T>();
-}
-template const PredictionLoops<float>& prediction_loops<float>();
-template const PredictionLoops<double>& prediction_loops<double>();
-template const PredictionLoops<BF16>& prediction_loops<BF16>();
-template const PredictionLoops<Half>& prediction_loops<Half>();
 
 }  // namespace rada_fast

@@ -46,8 +46,4 @@ const PredictionLoops<T>& prediction_loops();
 }
 #endif
 
-// The copy for this processor, as vector_math().
-template <typename T>
-const PredictionLoops<T>& prediction_loops();
-
 }  // namespace rada_fast

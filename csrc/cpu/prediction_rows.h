@@ -4,12 +4,24 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <memory>
 #include <new>
 
+#include "instruction_set.h"
 #include "prediction_loops.h"
 
 namespace rada_fast {
+
+// The copy of the loops for this processor.
+template <typename T>
+const PredictionLoops<T>& prediction_loops() {
+#if defined(__x86_64__)
+  if (level() == Level::avx512) return avx512::prediction_loops<T>();
+  if (level() == Level::avx2) return avx2::prediction_loops<T>();
+#endif
+  return baseline::prediction_loops<T>();
+}
 
 // A logit costs about a nanosecond, and a task some microseconds to hand over.
 constexpr int64_t kLogitsPerTask = 16384;

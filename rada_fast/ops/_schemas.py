@@ -165,6 +165,10 @@ def _backward_prediction_loss(ctx: Any, dlosses: Tensor | None, _: Tensor | None
     return ((dlogits * dlosses[:, None, None]).to(dlogits.dtype), *nothing[1:])
 
 
+def _fake_episodic_optimizer_step(*_: Any) -> None:
+    return None
+
+
 def register() -> None:
     """Register fake kernels and gradients; call once, after the library that defines the schemas is loaded."""
     torch.library.register_fake("rada_fast::rational_adapter", _fake_forward)
@@ -176,3 +180,4 @@ def register() -> None:
     torch.library.register_autograd(
         "rada_fast::prediction_loss", _backward_prediction_loss, setup_context=_save_prediction_loss
     )
+    torch.library.register_fake("rada_fast::episodic_optimizer_step", _fake_episodic_optimizer_step)
