@@ -7,9 +7,26 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rada_fast.errors import BackendUnavailableError
+from rada_fast.ops._backend import chosen_backend
 from rada_fast.ops._predictions import check_logits, is_compiled
 
 LossKind = Literal["mean", "marginal", "cross_entropy"]
+
+
+MOST_CUDA_ROWS = 500
+"""kMostMarginalRows in csrc/cuda/prediction_losses.h: what a block's shared memory holds of a marginal entropy."""
+
+
+def _is_compiled(logits: Tensor, kind: str) -> bool:
+    if kind == "marginal" and logits.is_cuda and logits.shape[-2] > MOST_CUDA_ROWS:
+        if chosen_backend() == "cuda":
+            raise BackendUnavailableError(
+                f"backend 'cuda' cannot serve this call: it takes at most {MOST_CUDA_ROWS} predictions an episode for "
+                f"kind 'marginal', got {logits.shape[-2]}"
+            )
+        return False
+    return is_compiled(logits)
 
 
 def _check(logits: Tensor, kind: str, labels: Tensor | None, label_smoothing: float) -> None:
@@ -62,7 +79,7 @@ def prediction_loss(
     _check(logits, kind, labels, label_smoothing)
     batched = logits if logits.ndim == 3 else logits[None]
     targets = labels if labels is None or labels.ndim == 2 else labels[None]
-    if is_compiled(logits):
+    if _is_compiled(logits, kind):
         keep = torch.is_grad_enabled() and logits.requires_grad
         losses, _ = torch.ops.rada_fast.prediction_loss(batched, kind, targets, label_smoothing, keep)
     else:
@@ -83,7 +100,7 @@ def prediction_loss_and_gradient(
     _check(logits, kind, labels, label_smoothing)
     batched = logits.detach() if logits.ndim == 3 else logits.detach()[None]
     targets = labels if labels is None or labels.ndim == 2 else labels[None]
-    if is_compiled(logits):
+    if _is_compiled(logits, kind):
         losses, gradient = torch.ops.rada_fast.prediction_loss(batched, kind, targets, label_smoothing, True)
     else:
         from rada_fast.reference.prediction_losses import prediction_loss as reference
