@@ -171,7 +171,8 @@ __device__ inline void load_part(const T* row, int64_t classes, int64_t k0, cons
   const auto *begin = reinterpret_cast<const char*>(span.begin), *end = reinterpret_cast<const char*>(span.end);
   const char* first = reinterpret_cast<const char*>(row + k0) - shift;
   const char* stop = reinterpret_cast<const char*>(row + classes);
-  const char* whole = stop < end ? stop : end - misalignment(end);  // what words may be loaded up to
+  const char* filled = end - misalignment(end);
+  const char* whole = stop < filled ? stop : filled;  // words before it may be loaded
   constexpr int beyond = chunks * kWarpSize;
 #pragma unroll
   for (int c = 0; c < chunks; ++c) {

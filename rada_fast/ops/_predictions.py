@@ -13,7 +13,7 @@ SERVED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def is_compiled(logits: Tensor) -> bool:
     """Whether the compiled operator serves a call; else the reference does. Raises BackendUnavailableError.
 
-    "triton" is the adapter's backend alone: with it in force these ops, which belong to the same step, choose their own.
+    "triton" is the adapter's backend alone: with it in force these ops, parts of the same step, choose their own.
     """
     return resolve_device_backend(logits.device, "auto" if chosen_backend() == "triton" else None) != "reference"
 

@@ -64,11 +64,11 @@ def prediction_loss(
     one follows; the backward pass multiplies it by d_losses[e]. Where that is known to be 1, and the multiplication is
     worth saving, prediction_loss_and_gradient gives the gradient itself. There is no second derivative.
 
-    logits: (E, n, K), or (n, K) for one episode; float32|float64|bfloat16|float16, n >= 1, K >= 1, any stride. -inf is a
-        class of probability 0; +inf, NaN and a row of nothing but -inf give NaN.
+    logits: (E, n, K), or (n, K) for one episode; float32|float64|bfloat16|float16, n >= 1, K >= 1, any stride. -inf is
+        a class of probability 0; +inf, NaN and a row of nothing but -inf give NaN.
     kind: which loss.
-    labels: (E, n), or (n,), int64, for "cross_entropy". Outside 0 to K - 1 they raise IndexError on the CPU and give NaN
-        on CUDA, where raising would mean waiting for the device. There is no index to ignore.
+    labels: (E, n), or (n,), int64, for "cross_entropy". Outside 0 to K - 1 they raise IndexError on the CPU and give
+        NaN on CUDA, where raising would mean waiting for the device. There is no index to ignore.
     label_smoothing: from 0 to 1, for "cross_entropy".
 
     Returns losses (E,), or (), in nats: float32, float64 for float64. The gradient has the logits' dtype.

@@ -51,7 +51,7 @@ def solve(logits: Tensor, kind: str, backend: str) -> tuple[Tensor, Tensor]:
 def assert_within_budget(found: tuple[Tensor, ...], plain: tuple[Tensor, ...], exact: tuple[Tensor, ...],
                          eps: tuple[float, ...]) -> None:  # fmt: skip
     for value, low, wanted, rounding in zip(found, plain, exact, eps, strict=True):
-        band = 2 * rounding * wanted.norm() + 1e-14 * max(1.0, float(wanted.norm()))
+        band = 2 * rounding * wanted.norm() + 1e-13 * max(1.0, float(wanted.norm()))
         assert (value - wanted).norm() <= 2 * (low - wanted).norm() + band
 
 
@@ -60,7 +60,9 @@ def assert_within_budget(found: tuple[Tensor, ...], plain: tuple[Tensor, ...], e
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [0.1, 5.0, 1000.0])
 # Less than a vector, a tail, the sizes in use; one row, a few, more than a task's.
-@pytest.mark.parametrize(("episodes", "rows", "classes"), [(2, 1, 1), (3, 6, 7), (2, 6, 101), (8, 6, 200), (1, 40, 1000)])
+@pytest.mark.parametrize(
+    ("episodes", "rows", "classes"), [(2, 1, 1), (3, 6, 7), (2, 6, 101), (8, 6, 200), (1, 40, 1000)]
+)
 def test_losses_and_gradients(
     kind: str, dtype: torch.dtype, scale: float, episodes: int, rows: int, classes: int
 ) -> None:
@@ -108,7 +110,7 @@ def test_far_out_tied_and_infinite_logits_stay_finite(backend: str, kind: str) -
     assert bool(losses.isfinite().all())
     assert bool(gradient.isfinite().all())
     if kind == "mean":
-        assert float(losses[0]) == pytest.approx((math.log(2) + 2 * math.log(3)) / 4, rel=1e-6)
+        assert float(losses.detach()[0]) == pytest.approx((math.log(2) + 2 * math.log(3)) / 4, rel=1e-6)
         assert bool((gradient.abs() < 1e-7).all())
 
 

@@ -1,4 +1,4 @@
-"""The choice of confident views: order against float64, ties, far-out logits, errors, with and without the extension."""
+"""The choice of confident views: order against float64, ties, far-out logits, errors, no extension."""
 
 from __future__ import annotations
 
