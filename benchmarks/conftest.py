@@ -13,12 +13,19 @@ from rada_fast import _env
 from rada_fast.loops.run_folder import versions
 
 ROWS: list[dict[str, Any]] = []
+SMALL_ROWS: list[dict[str, Any]] = []
 
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
     """Where a benchmark puts its providers' figures."""
     return ROWS
+
+
+@pytest.fixture
+def small_rows() -> list[dict[str, Any]]:
+    """The same for benchmarks of small ops, as interleaved.measure gives them."""
+    return SMALL_ROWS
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
@@ -33,7 +40,24 @@ def pytest_report_header() -> str:
     return f"rada_fast {versions()['rada_fast']}, torch {torch.__version__}, {device}, {_env.cpu_capability()}"
 
 
+def small_table() -> Table:
+    table = Table(title="ratio: the baseline's median over this one's, interleaved; GB/s: of the least to be moved")
+    for name in ("case", "provider", "us 20 %", "us 50 %", "us 80 %", "ratio", "GB/s"):
+        table.add_column(name, justify="left" if name in ("case", "provider") else "right", no_wrap=True)
+    previous = None
+    for row in SMALL_ROWS:
+        if previous not in (None, row["case"]):
+            table.add_section()
+        figures = [f"{row[name]:.1f}" for name in ("us_20", "us_50", "us_80", "ratio", "gb_per_s")]
+        table.add_row(row["case"] if row["case"] != previous else "", row["provider"], *figures)
+        previous = row["case"]
+    return table
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if SMALL_ROWS:
+        terminalreporter.ensure_newline()
+        Console(width=120).print(small_table())
     if not ROWS:
         return
     table = Table(

@@ -23,6 +23,18 @@ TORCH_LIBRARY(rada_fast, library) {
               "Tensor dimage_weight, Tensor dimage_bias, Tensor dtext_weight, Tensor dtext_bias, "
               "Tensor drational_weight, Tensor drational_bias, Tensor dkey_weight, Tensor dkey_bias, "
               "Tensor dvalue_weight, Tensor dvalue_bias, Tensor doutput_weight, Tensor doutput_bias)");
+  // Indices of the `count` lowest prediction entropies of every episode of logits (E, V, K), ascending, ties by index; and
+  // the entropies (E, V).
+  library.def("select_views(Tensor logits, int count) -> (Tensor indices, Tensor entropies)");
+  // kind: "mean", "marginal" or "cross_entropy", over logits (E, n, K), labels (E, n); losses (E,), and each episode's
+  // gradient, empty where `keep` is false.
+  library.def("prediction_loss(Tensor logits, str kind, Tensor? labels, float label_smoothing, bool keep) -> "
+              "(Tensor losses, Tensor dlogits)");
+  // In place on what belongs to all episodes; see episodic_optimizer.h. An empty moment is zero and stays so; a gradient
+  // that is None is exactly zero; a source is one copy that the parameter's rows are read from; fresh: moments not read.
+  library.def("episodic_optimizer_step(Tensor(a!)[] parameters, Tensor(b!)[] first_moments, "
+              "Tensor(c!)[] second_moments, Tensor?[] gradients, Tensor?[] sources, bool[] fresh, str rule, int step, "
+              "float lr, float weight_decay, float beta1, float beta2, float eps, float momentum) -> ()");
   // How this build computes here: "vectors", "float32", "bfloat16" -> one word each; "" where a type cannot be served.
   library.def("cpu_paths() -> Dict(str, str)");
   // Ten times the compute capability of the code that a CUDA device runs of this build, () int32: 800 for sm_80.

@@ -3,12 +3,10 @@
 
 #include <string>
 
+#include "instruction_set.h"
 #include "vector_math.h"
 
 namespace rada_fast {
-namespace {
-
-enum class Level { baseline, avx2, avx512 };
 
 Level level() {
   static const Level found = [] {
@@ -27,8 +25,6 @@ Level level() {
   }();
   return found;
 }
-
-}  // namespace
 
 const char* vector_math_name() {
   switch (level()) {

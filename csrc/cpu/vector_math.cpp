@@ -4,53 +4,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "vector_scalars.h"
+
 namespace rada_fast::RADA_CAPABILITY {
 namespace {
-
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(BF16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Round to nearest even. The values are finite; a NaN stays one because its quiet bit survives the shift.
-inline uint32_t rounded(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t up = bits + 0x7fff + ((bits >> 16) & 1);
-  return x != x ? (bits | 0x400000u) : up;
-}
-inline void put(float& out, float x) { out = x; }
-inline void put(double& out, double x) { out = x; }
-inline void put(BF16& out, float x) { out.bits = static_cast<uint16_t>(rounded(x) >> 16); }
-
-// e^x with a relative error below 2 ulp; 0 below -87.3 and infinity above 88.7. Cephes' polynomial on [-ln2/2, ln2/2].
-inline float exponential_of(float x) {
-  const float clamped = x < -87.33f ? -87.33f : (x > 88.72f ? 88.72f : x);
-  const float shifted = clamped * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // Two factors, because 2^128 is no float while e^88.72 is one.
-  const int32_t whole = static_cast<int32_t>(n);
-  const int32_t half = whole >> 1;
-  const int32_t low_bits = (half + 127) << 23, high_bits = (whole - half + 127) << 23;
-  float low, high;
-  std::memcpy(&low, &low_bits, 4);
-  std::memcpy(&high, &high_bits, 4);
-  const float value = p * low * high;
-  return x < -87.33f ? 0.0f : (x > 88.72f ? HUGE_VALF : value);
-}
-inline double exponential_of(double x) { return std::exp(x); }
 
 template <typename T, typename A>
 inline A as_stored(A x) {

@@ -15,6 +15,9 @@ namespace rada_fast {
 struct BF16 {
   uint16_t bits;
 };
+struct Half {
+  uint16_t bits;
+};
 
 template <typename T>
 struct AccumulateType {

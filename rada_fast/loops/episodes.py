@@ -6,7 +6,6 @@ its neighbours, their number or their order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rada_fast.config import OptimizerName, TTTConfig
 from rada_fast.modules.rational_adapter import RationalAdapter
-from rada_fast.ops import rational_adapter, zero_shot_logits
+from rada_fast.ops import prediction_loss, rational_adapter, select_views, zero_shot_logits
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
@@ -29,10 +28,7 @@ def episode_loss(logits: Tensor, config: TTTConfig) -> Tensor:
 
     logits: (n, K). Returns a 0-dim tensor, in nats.
     """
-    if config.loss == "mean":
-        return prediction_entropy(logits).mean()
-    mean = logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))  # (K,) log of the mean
-    return prediction_entropy(mean)
+    return prediction_loss(logits, config.loss)
 
 
 def make_optimizer(
@@ -46,11 +42,6 @@ def make_optimizer(
             return Adam(parameters, lr=lr, weight_decay=weight_decay)
         case "sgd":
             return SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum)
-
-
-def select_views(logits: Tensor, count: int) -> Tensor:
-    """Indices of the count views of lowest prediction entropy, ties by index. logits: (V, K). Returns (count,)."""
-    return prediction_entropy(logits).argsort(stable=True)[:count]
 
 
 def adapt_episode(

@@ -131,9 +131,53 @@ def _fake_device_architecture(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.int32)
 
 
+def _fake_select_views(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    episodes, views, _ = logits.shape
+    indices = logits.new_empty((episodes, count), dtype=torch.int64)
+    return indices, logits.new_empty((episodes, views), dtype=_exact(logits.dtype))
+
+
+def _fake_prediction_loss(
+    logits: Tensor, kind: str, labels: Tensor | None, label_smoothing: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    losses = logits.new_empty((logits.shape[0],), dtype=_exact(logits.dtype))
+    return losses, logits.new_empty(logits.shape if keep else (0,))
+
+
+def _save_prediction_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, dlogits = output
+    ctx.kept = inputs[-1]
+    ctx.save_for_backward(dlogits)
+    ctx.mark_non_differentiable(dlogits)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_prediction_loss(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    nothing = (None,) * 5
+    if dlosses is None or not ctx.needs_input_grad[0]:
+        return nothing
+    if not ctx.kept:
+        raise RuntimeError("the forward was told that no gradient follows (keep=False)")
+    if torch.is_grad_enabled():
+        raise RuntimeError("prediction_loss has no second derivative; create_graph=True asks for one")
+    (dlogits,) = ctx.saved_tensors
+    # In the losses' type: a low-precision factor would round the product twice.
+    return ((dlogits * dlosses[:, None, None]).to(dlogits.dtype), *nothing[1:])
+
+
+def _fake_episodic_optimizer_step(*_: Any) -> None:
+    return None
+
+
 def register() -> None:
     """Register fake kernels and gradients; call once, after the library that defines the schemas is loaded."""
     torch.library.register_fake("rada_fast::rational_adapter", _fake_forward)
     torch.library.register_fake("rada_fast::rational_adapter_backward", _fake_backward)
     torch.library.register_autograd("rada_fast::rational_adapter", _backward, setup_context=_save)
     torch.library.register_fake("rada_fast::device_architecture", _fake_device_architecture)
+    torch.library.register_fake("rada_fast::select_views", _fake_select_views)
+    torch.library.register_fake("rada_fast::prediction_loss", _fake_prediction_loss)
+    torch.library.register_autograd(
+        "rada_fast::prediction_loss", _backward_prediction_loss, setup_context=_save_prediction_loss
+    )
+    torch.library.register_fake("rada_fast::episodic_optimizer_step", _fake_episodic_optimizer_step)

@@ -13,9 +13,9 @@ from torch.nn.functional import normalize
 
 from rada_fast import adapt_episodes
 from rada_fast.config import AdapterConfig, TTTConfig
-from rada_fast.loops.episodes import episode_loss, prediction_entropy, select_views
+from rada_fast.loops.episodes import episode_loss, prediction_entropy
 from rada_fast.modules import RationalAdapter
-from rada_fast.ops import zero_shot_logits
+from rada_fast.ops import select_views, zero_shot_logits
 
 
 def features(episodes: int, views: int, classes: int, width: int = 16) -> tuple[Tensor, Tensor]:

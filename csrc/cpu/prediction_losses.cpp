@@ -1,0 +1,104 @@
+// Losses over the predictions of every episode, with their gradients in the same pass.
+//
+// Mean entropy and cross-entropy: a task is some rows; a row is read once, and its gradient written while its
+// exponentials are still in the nearest cache. The episode's loss is the sum of its rows' in their order, so that the
+// threads' number does not show. Marginal entropy: a task is some episodes, since every class needs all their rows.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "prediction_rows.h"
+
+namespace rada_fast {
+namespace {
+
+using at::Tensor;
+
+enum class Kind { mean, marginal, cross_entropy };
+
+Kind kind_named(c10::string_view name) {
+  if (name == "mean") return Kind::mean;
+  if (name == "marginal") return Kind::marginal;
+  TORCH_CHECK(name == "cross_entropy", "kind must be 'mean', 'marginal' or 'cross_entropy', got '", name, "'");
+  return Kind::cross_entropy;
+}
+
+template <typename T>
+void row_losses(const Tensor& logits, const int64_t* labels, double smoothing, Tensor& losses, T* gradient) {
+  using A = Acc<T>;
+  const PredictionLoops<T>& loops = prediction_loops<T>();
+  const int64_t episodes = logits.size(0), n = logits.size(1), classes = logits.size(2), rows = episodes * n;
+  const T* in = static_cast<const T*>(logits.const_data_ptr());
+  const A share = A(1) / static_cast<A>(n);
+  std::vector<A> values(rows);
+  // Checked before, so that no exception has to leave a thread.
+  for (int64_t r = 0; labels && r < rows; ++r)
+    TORCH_CHECK_INDEX(labels[r] >= 0 && labels[r] < classes, "labels must be from 0 to K - 1 = ", classes - 1, ", got ",
+                      labels[r]);
+  at::parallel_for(0, rows, rows_per_task(classes), [&](int64_t begin, int64_t end) {
+    const Scratch<A> scratch(loops.scratch_row(classes));
+    for (int64_t r = begin; r < end; ++r) {
+      const T* row = in + r * classes;
+      T* out = gradient ? gradient + r * classes : nullptr;
+      values[r] = labels ? loops.cross_entropy(row, classes, labels[r], static_cast<A>(smoothing), share,
+                                               scratch.get(), out)
+                         : loops.entropy(row, classes, share, scratch.get(), out);
+    }
+  });
+  A* out = losses.mutable_data_ptr<A>();
+  for (int64_t e = 0; e < episodes; ++e) {
+    A total = 0;
+    for (int64_t r = 0; r < n; ++r) total += values[e * n + r];
+    out[e] = total * share;
+  }
+}
+
+template <typename T>
+void marginal_losses(const Tensor& logits, Tensor& losses, T* gradient) {
+  using A = Acc<T>;
+  const PredictionLoops<T>& loops = prediction_loops<T>();
+  const int64_t n = logits.size(1), classes = logits.size(2), size = n * classes;
+  const T* in = static_cast<const T*>(logits.const_data_ptr());
+  A* out = losses.mutable_data_ptr<A>();
+  at::parallel_for(0, logits.size(0), rows_per_task(size), [&](int64_t begin, int64_t end) {
+    const Scratch<A> scratch(loops.scratch_marginal(n, classes));
+    for (int64_t e = begin; e < end; ++e)
+      out[e] = loops.marginal(in + e * size, n, classes, scratch.get(), gradient ? gradient + e * size : nullptr);
+  });
+}
+
+std::tuple<Tensor, Tensor> prediction_loss(const Tensor& logits_, c10::string_view name,
+                                           const std::optional<Tensor>& labels_, double smoothing, bool keep) {
+  const Kind kind = kind_named(name);
+  TORCH_CHECK(logits_.dim() == 3 && logits_.size(1) > 0 && logits_.size(2) > 0,
+              "logits must be (E, n, K) with n >= 1 and K >= 1, got ", logits_.sizes());
+  TORCH_CHECK(labels_.has_value() == (kind == Kind::cross_entropy), "labels belong to kind 'cross_entropy' alone");
+  const Tensor logits = logits_.contiguous();
+  Tensor labels;
+  if (labels_) {
+    TORCH_CHECK(labels_->dim() == 2 && labels_->sizes() == logits.sizes().slice(0, 2) &&
+                    labels_->scalar_type() == at::kLong && labels_->device() == logits.device(),
+                "labels must be (E, n) int64 beside the logits, got ", labels_->sizes());
+    labels = labels_->contiguous();
+  }
+  Tensor losses = at::empty({logits.size(0)}, logits.options().dtype(exact_type(logits)));
+  Tensor dlogits = keep ? at::empty_like(logits) : at::empty({0}, logits.options());
+  with_loop_type(logits, [&]<typename T>() {
+    T* gradient = keep ? static_cast<T*>(dlogits.mutable_data_ptr()) : nullptr;
+    if (kind == Kind::marginal)
+      marginal_losses<T>(logits, losses, gradient);
+    else
+      row_losses<T>(logits, labels_ ? labels.const_data_ptr<int64_t>() : nullptr, smoothing, losses, gradient);
+  });
+  return {losses, dlogits};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rada_fast, CPU, library) { library.impl("prediction_loss", &prediction_loss); }
+
+}  // namespace rada_fast

@@ -1,0 +1,121 @@
+// One value at a time, for the loops that are compiled once per instruction set: conversions, e^x, ln x.
+//
+// Included inside a copy's translation unit only. Everything has internal linkage, so that no other unit can be given
+// this one's code; see vector_math.h.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "vector_math.h"
+
+namespace rada_fast::RADA_CAPABILITY {
+namespace {
+
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+inline float load(BF16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float load(Half x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  float value;
+  std::memcpy(&value, &magnitude, 4);
+  value *= 0x1p112f;  // the exponents' difference; exact for denormals too
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = sign | (magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : bits);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Round to nearest even. The values are finite; a NaN stays one because its quiet bit survives the shift.
+inline uint32_t rounded(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t up = bits + 0x7fff + ((bits >> 16) & 1);
+  return x != x ? (bits | 0x400000u) : up;
+}
+inline void put(float& out, float x) { out = x; }
+inline void put(double& out, double x) { out = x; }
+inline void put(BF16& out, float x) { out.bits = static_cast<uint16_t>(rounded(x) >> 16); }
+
+// Round to nearest even, overflow to infinity.
+inline void put(Half& out, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  // Below half's least normal number the addition's own rounding does the work.
+  float small;
+  std::memcpy(&small, &bits, 4);
+  small += 0.5f;
+  uint32_t denormal;
+  std::memcpy(&denormal, &small, 4);
+  denormal -= 0x3f000000u;
+  const uint32_t normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1)) >> 13;
+  const uint32_t huge = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = bits < 113u << 23 ? denormal : normal;
+  out.bits = static_cast<uint16_t>(sign | (bits >= 143u << 23 ? huge : finite));
+}
+
+// e^x with a relative error below 2 ulp; 0 below -87.3 and infinity above 88.7. Cephes' polynomial on [-ln2/2, ln2/2].
+inline float exponential_of(float x) {
+  const float clamped = x < -87.33f ? -87.33f : (x > 88.72f ? 88.72f : x);
+  const float shifted = clamped * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // Two factors, because 2^128 is no float while e^88.72 is one.
+  const int32_t whole = static_cast<int32_t>(n);
+  const int32_t half = whole >> 1;
+  const int32_t low_bits = (half + 127) << 23, high_bits = (whole - half + 127) << 23;
+  float low, high;
+  std::memcpy(&low, &low_bits, 4);
+  std::memcpy(&high, &high_bits, 4);
+  const float value = p * low * high;
+  return x < -87.33f ? 0.0f : (x > 88.72f ? HUGE_VALF : value);
+}
+inline double exponential_of(double x) { return std::exp(x); }
+// ln x with a relative error below 2 ulp for x > 0, denormals included; -infinity at 0. Cephes' polynomial.
+inline float logarithm_of(float x) {
+  const bool tiny = x < 0x1p-126f;
+  const float scaled = tiny ? x * 0x1p24f : x;
+  uint32_t bits;
+  std::memcpy(&bits, &scaled, 4);
+  // The mantissa in [sqrt(1/2), sqrt(2)).
+  const uint32_t shifted = bits - 0x3f3504f3u;
+  const int32_t exponent = static_cast<int32_t>(shifted) >> 23;
+  const uint32_t mantissa_bits = (shifted & 0x7fffffu) + 0x3f3504f3u;
+  float mantissa;
+  std::memcpy(&mantissa, &mantissa_bits, 4);
+  const float f = mantissa - 1.0f, n = static_cast<float>(exponent - (tiny ? 24 : 0));
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float square = f * f;
+  const float tail = p * f * square + n * -2.12194440e-4f - 0.5f * square;
+  const float value = (f + tail) + n * 0.693359375f;
+  return x > 0 && x < HUGE_VALF ? value : (x == 0 ? -HUGE_VALF : x);
+}
+inline double logarithm_of(double x) { return std::log(x); }
+
+}  // namespace
+}  // namespace rada_fast::RADA_CAPABILITY

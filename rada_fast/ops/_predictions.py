@@ -1,0 +1,28 @@
+"""What the ops over predictions share: which implementation serves a call on its tensors' device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rada_fast.ops._backend import chosen_backend, resolve_device_backend
+
+SERVED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_compiled(logits: Tensor) -> bool:
+    """Whether the compiled operator serves a call; else the reference does. Raises BackendUnavailableError.
+
+    "triton" is the adapter's backend alone: with it in force these ops, parts of the same step, choose their own.
+    """
+    return resolve_device_backend(logits.device, "auto" if chosen_backend() == "triton" else None) != "reference"
+
+
+def check_logits(logits: Tensor, shape: str) -> None:
+    """Raise TypeError or ValueError where logits are not what the ops take."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
+    if logits.dtype not in SERVED:
+        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+    if logits.ndim not in (2, 3) or logits.shape[-1] == 0 or logits.shape[-2] == 0:
+        raise ValueError(f"logits must be {shape}, got {tuple(logits.shape)}")
