@@ -1,6 +1,8 @@
-// One pass over all tensors of all episodes: chunks that stay in a core's cache through the moments, PyTorch's own square
-// root and the parameter. The root is PyTorch's because a vector mathematics library may stand behind it that does not
-// round as the processor's instruction does (measured: a fifth of the roots differ by one unit in the last place).
+// One pass over all tensors of all episodes, in chunks that stay in a core's cache.
+//
+// Square roots are the processor's, correctly rounded. PyTorch's own may come from a vector mathematics library that
+// rounds otherwise (measured: a fifth of the roots differ by one unit in the last place) and takes as long as all the
+// rest; with torch_roots they are taken from there, and with them every bit.
 #include "../episodic_optimizer.h"
 
 #include <ATen/Parallel.h>
@@ -53,8 +55,8 @@ const float* gradient_of(const OptimizerTensor& t, int64_t at, int64_t count, Th
   return buffer;
 }
 
-void step_chunk(const OptimizerScalars& s, const OptimizerTensor& t, int64_t row, int64_t begin, int64_t count,
-                ThreadBuffers& buffers) {
+void step_chunk(const OptimizerScalars& s, bool torch_roots, const OptimizerTensor& t, int64_t row, int64_t begin,
+                int64_t count, ThreadBuffers& buffers) {
   const int64_t at = row * t.row + begin;
   float* parameter = t.parameter + at;
   const float* source = t.source == t.parameter ? parameter : t.source + begin;
@@ -63,6 +65,8 @@ void step_chunk(const OptimizerScalars& s, const OptimizerTensor& t, int64_t row
     loops().descend(s, source, gradient_of(t, at, count, buffers), t.fresh, count, first, parameter);
   } else if (t.first == nullptr) {
     loops().scale(s.decay, source, count, parameter);
+  } else if (!torch_roots) {
+    loops().adam(s, source, gradient_of(t, at, count, buffers), t.fresh, count, t.first + at, t.second + at, parameter);
   } else {
     float *first = t.first + at, *second = t.second + at, *root = buffers.root.get();
     loops().moments(s, source, gradient_of(t, at, count, buffers), t.fresh, count, first, second);
@@ -72,7 +76,7 @@ void step_chunk(const OptimizerScalars& s, const OptimizerTensor& t, int64_t row
   }
 }
 
-void step_all(const OptimizerScalars& s, const std::vector<OptimizerTensor>& tensors) {
+void step_all(const OptimizerScalars& s, bool torch_roots, const std::vector<OptimizerTensor>& tensors) {
   std::vector<int64_t> ends;
   int64_t tasks = 0;
   for (const auto& t : tensors) ends.push_back(tasks += (t.row + kChunk - 1) / kChunk * t.rows);
@@ -87,7 +91,7 @@ void step_all(const OptimizerScalars& s, const std::vector<OptimizerTensor>& ten
       const int64_t local = task - (which ? ends[which - 1] : 0);
       // Rows change fastest: what all copies start from is read once.
       const int64_t row = local % t.rows, begin = local / t.rows * kChunk;
-      step_chunk(s, t, row, begin, std::min(kChunk, t.row - begin), buffers);
+      step_chunk(s, torch_roots, t, row, begin, std::min(kChunk, t.row - begin), buffers);
     }
   });
 }
@@ -96,7 +100,7 @@ void episodic_optimizer_step(at::TensorList parameters, at::TensorList first, at
                              const c10::List<std::optional<at::Tensor>>& gradients,
                              const c10::List<std::optional<at::Tensor>>& sources, const c10::List<bool>& fresh,
                              std::string_view name, int64_t step, double lr, double weight_decay, double beta1,
-                             double beta2, double eps, double momentum) {
+                             double beta2, double eps, double momentum, bool torch_roots) {
   OptimizerRule rule;
   TORCH_CHECK(optimizer_rule(std::string(name), rule), "rule must be 'adamw', 'adam' or 'sgd', got '", name, "'");
   const OptimizerScalars scalars = optimizer_scalars(rule, step, lr, weight_decay, beta1, beta2, eps, momentum);
@@ -105,7 +109,7 @@ void episodic_optimizer_step(at::TensorList parameters, at::TensorList first, at
       optimizer_tensors<at::Tensor>(scalars, step, parameters.vec(), first.vec(), second.vec(), gradients.vec(),
                                     sources.vec(), {fresh.begin(), fresh.end()}, tensors);
   TORCH_CHECK(refused.empty(), refused);
-  step_all(scalars, tensors);
+  step_all(scalars, torch_roots, tensors);
 }
 
 }  // namespace

@@ -55,40 +55,73 @@ inline float lerp(float start, float end, float weight) {
 }
 
 template <bool kCoupled, bool kFresh, bool kSmall>
-void moments_of_kind(const OptimizerScalars& s, const float* source, const float* gradient, int64_t count,
-                     float* __restrict first, float* __restrict second) {
-  const float weight_decay = s.weight_decay, w1 = s.first_weight, beta2 = s.beta2, w2 = s.second_weight;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const float g = kCoupled ? fma(weight_decay, source[i], gradient[i]) : gradient[i];
-    first[i] = lerp<kSmall>(kFresh ? 0.0f : first[i], g, w1);
-    const float kept = kFresh ? 0.0f : second[i] * beta2, scaled = w2 * g;
-    second[i] = kFused ? fma(scaled, g, kept) : scaled * g + kept;
-  }
+inline void next_moments(const OptimizerScalars& s, float p, float g, float& m, float& v) {
+  if (kCoupled) g = fma(s.weight_decay, p, g);
+  m = lerp<kSmall>(kFresh ? 0.0f : m, g, s.first_weight);
+  const float kept = kFresh ? 0.0f : v * s.beta2, scaled = s.second_weight * g;
+  v = kFused ? fma(scaled, g, kept) : scaled * g + kept;
 }
 
-template <bool kCoupled, bool kFresh>
-void moments_of_rule(const OptimizerScalars& s, const float* source, const float* gradient, int64_t count, float* first,
-                     float* second) {
-  const bool near = s.first_weight < 0.5f;
-  (near ? moments_of_kind<kCoupled, kFresh, true> : moments_of_kind<kCoupled, kFresh, false>)(
-      s, source, gradient, count, first, second);
+inline float next_parameter(const OptimizerScalars& s, float p, float m, float root) {
+  return p * s.decay + s.step_size * m / (root / s.root_divisor + s.eps);
+}
+
+template <bool kCoupled, bool kFresh, bool kSmall>
+struct Moments {
+  static void run(const OptimizerScalars& scalars, const float* source, const float* gradient, int64_t count,
+                  float* __restrict first, float* __restrict second, float*) {
+    const OptimizerScalars s = scalars;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      float m = kFresh ? 0.0f : first[i], v = kFresh ? 0.0f : second[i];
+      next_moments<kCoupled, kFresh, kSmall>(s, kCoupled ? source[i] : 0.0f, gradient[i], m, v);
+      first[i] = m;
+      second[i] = v;
+    }
+  }
+};
+
+template <bool kCoupled, bool kFresh, bool kSmall>
+struct Adam {
+  static void run(const OptimizerScalars& scalars, const float* source, const float* gradient, int64_t count,
+                  float* __restrict first, float* __restrict second, float* parameter) {
+    const OptimizerScalars s = scalars;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const float p = source[i];
+      float m = kFresh ? 0.0f : first[i], v = kFresh ? 0.0f : second[i];
+      next_moments<kCoupled, kFresh, kSmall>(s, p, gradient[i], m, v);
+      first[i] = m;
+      second[i] = v;
+      parameter[i] = next_parameter(s, p, m, __builtin_sqrtf(v));
+    }
+  }
+};
+
+template <template <bool, bool, bool> typename Loop, typename... Arguments>
+void choose(const OptimizerScalars& s, bool fresh, Arguments... arguments) {
+  const bool coupled = s.weight_decay != 0.0f, near = s.first_weight < 0.5f;
+  if (coupled && fresh) (near ? Loop<true, true, true>::run : Loop<true, true, false>::run)(s, arguments...);
+  if (coupled && !fresh) (near ? Loop<true, false, true>::run : Loop<true, false, false>::run)(s, arguments...);
+  if (!coupled && fresh) (near ? Loop<false, true, true>::run : Loop<false, true, false>::run)(s, arguments...);
+  if (!coupled && !fresh) (near ? Loop<false, false, true>::run : Loop<false, false, false>::run)(s, arguments...);
+}
+
+void adam(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
+          float* first, float* second, float* parameter) {
+  choose<Adam>(s, fresh, source, gradient, count, first, second, parameter);
 }
 
 void moments(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
              float* first, float* second) {
-  if (s.weight_decay != 0.0f)
-    (fresh ? moments_of_rule<true, true> : moments_of_rule<true, false>)(s, source, gradient, count, first, second);
-  else
-    (fresh ? moments_of_rule<false, true> : moments_of_rule<false, false>)(s, source, gradient, count, first, second);
+  choose<Moments>(s, fresh, source, gradient, count, first, second, static_cast<float*>(nullptr));
 }
 
-void update(const OptimizerScalars& s, const float* source, const float* first, const float* root, int64_t count,
+void update(const OptimizerScalars& scalars, const float* source, const float* first, const float* root, int64_t count,
             float* parameter) {
-  const float decay = s.decay, divisor = s.root_divisor, eps = s.eps, step_size = s.step_size;
+  const OptimizerScalars s = scalars;
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i)
-    parameter[i] = source[i] * decay + step_size * first[i] / (root[i] / divisor + eps);
+  for (int64_t i = 0; i < count; ++i) parameter[i] = next_parameter(s, source[i], first[i], root[i]);
 }
 
 template <bool kCoupled, bool kMomentum, bool kFresh>
@@ -129,7 +162,7 @@ void scale(float factor, const float* source, int64_t count, float* parameter) {
 }  // namespace
 
 const OptimizerLoops& optimizer_loops() {
-  static const OptimizerLoops loops{widen, moments, update, descend, scale};
+  static const OptimizerLoops loops{widen, adam, moments, update, descend, scale};
   return loops;
 }
 

@@ -11,7 +11,10 @@ namespace rada_fast {
 struct OptimizerLoops {
   // bfloat16 or float16 to float.
   void (*widen)(const void* gradient, GradientType type, int64_t count, float* out);
-  // Adam's moments; fresh: they are zero and not read.
+  // Adam in one pass, with the processor's square roots; fresh: the moments are zero and not read.
+  void (*adam)(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
+               float* first, float* second, float* parameter);
+  // The same in two, for square roots from elsewhere. Adam's moments.
   void (*moments)(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
                   float* first, float* second);
   // Adam's parameter from the first moment and the second's root.

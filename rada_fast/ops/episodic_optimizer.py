@@ -30,6 +30,7 @@ def episodic_optimizer_step(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     momentum: float = 0.0,
+    torch_roots: bool = False,
     backend: str | None = None,
 ) -> None:
     """One optimiser step on a list of tensors, in place, in one pass; EpisodicOptimizer keeps the lists.
@@ -49,10 +50,12 @@ def episodic_optimizer_step(
     fresh: whether the moments are zero; they are then written without being read, and may be uninitialised.
     step: t, counted from 1. It is a number of the host's: a captured graph holds the step that it was captured at, so
         capture an episode's steps in order.
+    torch_roots: take Adam's square roots from PyTorch, which on a CPU may have them from a library that rounds otherwise
+        in the last place: every bit is then torch.optim's, at about twice the time.
 
     Returns nothing. Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend
-    cannot serve. On CPU tensors the same bits as torch.optim's single-tensor form (foreach=False); on CUDA tensors the
-    same order of roundings with exact square roots.
+    cannot serve. The roundings are those of torch.optim's single-tensor form (foreach=False) on a CPU, one by one, with
+    square roots as the processor rounds them; on CUDA tensors too.
     """
     if name not in get_args(OptimizerName):
         raise ValueError(f"name must be one of {', '.join(map(repr, get_args(OptimizerName)))}, got {name!r}")
@@ -75,7 +78,7 @@ def episodic_optimizer_step(
                     raise TypeError(f"gradients[{index}] must be float32, bfloat16 or float16, got {gradient.dtype}")
             torch.ops.rada_fast.episodic_optimizer_step(
                 parameters, first_moments, second_moments, gradients, sources, fresh,
-                name, step, lr, weight_decay, *betas, eps, momentum,
+                name, step, lr, weight_decay, *betas, eps, momentum, torch_roots,
             )  # fmt: skip
 
 
@@ -159,11 +162,13 @@ class EpisodicOptimizer:
     episodes: E, at least 1.
     name: "adamw", "adam" or "sgd"; weight decay is decoupled in adamw, added to the gradient in the others.
     lr, weight_decay, betas, eps, momentum: as in torch.optim. lr may be changed between steps.
+    torch_roots: see episodic_optimizer_step.
     backend: None for the one in force (see use_backend), or a backend's name.
 
     Raises ValueError or TypeError naming the argument.
     Equivalent, for each episode, to ``torch.optim.AdamW([p.clone() for p in initial.values()], ..., foreach=False)``
-    with zeros in the place of gradients that are None; on CPU bit for bit.
+    with zeros in the place of gradients that are None; on a CPU the moments and all of SGD bit for bit, Adam's and
+    AdamW's parameters with ``torch_roots`` or where PyTorch's square roots are correctly rounded.
     """
 
     def __init__(
@@ -177,6 +182,7 @@ class EpisodicOptimizer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         momentum: float = 0.0,
+        torch_roots: bool = False,
         backend: str | None = None,
     ) -> None:
         if name not in get_args(OptimizerName):
@@ -199,7 +205,7 @@ class EpisodicOptimizer:
             raise ValueError("initial must be on one device")
         self.episodes, self.name = episodes, name
         self.lr, self.weight_decay, self.betas, self.eps, self.momentum = lr, weight_decay, betas, eps, momentum
-        self.backend = backend
+        self.torch_roots, self.backend = torch_roots, backend
         self.steps = 0
         """Steps taken since the reset."""
 
@@ -252,7 +258,7 @@ class EpisodicOptimizer:
         episodic_optimizer_step(
             parameters, first, second, given, sources, fresh,
             name=self.name, step=self.steps, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas,
-            eps=self.eps, momentum=self.momentum, backend=self.backend,
+            eps=self.eps, momentum=self.momentum, torch_roots=self.torch_roots, backend=self.backend,
         )  # fmt: skip
 
     def _entry(self, slot: _Slot, gradient: Tensor | None) -> _Entry | None:
