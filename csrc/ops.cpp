@@ -23,6 +23,12 @@ TORCH_LIBRARY(rada_fast, library) {
               "Tensor dimage_weight, Tensor dimage_bias, Tensor dtext_weight, Tensor dtext_bias, "
               "Tensor drational_weight, Tensor drational_bias, Tensor dkey_weight, Tensor dkey_bias, "
               "Tensor dvalue_weight, Tensor dvalue_bias, Tensor doutput_weight, Tensor doutput_bias)");
+  // A view is a row of 11 numbers: picture; top, left, height, width of its box; the size that the box is resized to;
+  // where the view lies in that (top, left); mirrored; bicubic (else bilinear). tall_first is Pillow's order of passes.
+  library.def("multi_view_crops(Tensor[] pictures, Tensor views, int size, float[] mean, float[] std, ScalarType dtype, "
+              "bool tall_first) -> Tensor");
+  library.def("random_views(int height, int width, int size, int count, float[] scale, float[] ratio, "
+              "Generator? generator) -> Tensor");
   // How this build computes here: "vectors", "float32", "bfloat16" -> one word each; "" where a type cannot be served.
   library.def("cpu_paths() -> Dict(str, str)");
 }

@@ -40,6 +40,13 @@ VECTOR_FLAGS = {
 }
 """Flags of each copy of the vector loops. Everything else is compiled for the oldest processor of the family."""
 
+VECTOR_SOURCES: dict[str, tuple[str, ...]] = {
+    "vector_math": (),
+    # Pillow's results to the bit: a contracted product and sum would round once where Pillow rounds twice.
+    "view_loops": ("-ffp-contract=off",),
+}
+"""Files compiled once per instruction set, with flags of their own."""
+
 
 @dataclass(frozen=True)
 class BuildParameters:
@@ -72,12 +79,12 @@ def build_parameters() -> BuildParameters:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sources: list[tuple[Path, str, tuple[str, ...]]] = []
     for source in sorted([*folder.glob("*.cpp"), *(folder / "cpu").glob("*.cpp")]):
-        if source.name == "vector_math.cpp":
+        if source.stem in VECTOR_SOURCES:
             # Kept apart from library headers, so that these flags cannot leak into code that runs everywhere.
-            loops = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+            loops = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", *VECTOR_SOURCES[source.stem])
             for name in VECTOR_FLAGS if x86 else ("baseline",):
                 own = (*loops, f"-DRADA_CAPABILITY={name}", *VECTOR_FLAGS[name])
-                sources.append((source, f"vector_math_{name}.o", own))
+                sources.append((source, f"{source.stem}_{name}.o", own))
         else:
             sources.append((source, f"{source.stem}.o", ("-O2", "-fopenmp")))
     root = Path(torch.__file__).resolve().parent
