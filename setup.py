@@ -1,9 +1,10 @@
-"""What pyproject.toml cannot say: the C++ sources go into the package, and a wheel may carry the compiled library.
+"""What pyproject.toml cannot say: the C++ sources go into the package, and a wheel may carry the compiled libraries.
 
-Nothing is compiled here. `make wheel` sets RADA_FAST_CARRY to a library that `rada-fast build` made, and
-RADA_FAST_CARRY_FOR to the PyTorch it was made for; see rada_fast/extension.py.
+Nothing is compiled here. `make wheel` sets RADA_FAST_CARRY to what `rada-fast build` made: a JSON table from the folder
+in the package, named after the PyTorch or CUDA version served, to the files; see rada_fast/extension.py.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-CARRIED = os.environ.get("RADA_FAST_CARRY")
+CARRIED = json.loads(os.environ.get("RADA_FAST_CARRY", "{}"))
 
 
 class BuildPackage(build_py):
@@ -22,10 +23,11 @@ class BuildPackage(build_py):
             return
         package = Path(self.build_lib) / "rada_fast"
         shutil.copytree("csrc", package / "csrc", dirs_exist_ok=True)
-        if CARRIED:
-            place = package / "lib" / os.environ["RADA_FAST_CARRY_FOR"]
+        for name, files in CARRIED.items():
+            place = package / "lib" / name
             place.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(CARRIED, place)
+            for file in files:
+                shutil.copy2(file, place)
 
 
 class Wheel(bdist_wheel):

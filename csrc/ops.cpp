@@ -1,4 +1,4 @@
-// The operators' schemas, one readable list; csrc/cpu implements them for CPU tensors.
+// The operators' schemas, one readable list; csrc/cpu implements them for CPU tensors, csrc/cuda for CUDA tensors.
 //
 // Names of parameters follow the query they make: image, text, rational, key, value, output. An input scale factor of 0
 // means no input scale. Saved tensors are empty where `keep` is false; a gradient is empty where it was not needed.
@@ -31,4 +31,6 @@ TORCH_LIBRARY(rada_fast, library) {
               "Generator? generator) -> Tensor");
   // How this build computes here: "vectors", "float32", "bfloat16" -> one word each; "" where a type cannot be served.
   library.def("cpu_paths() -> Dict(str, str)");
+  // Ten times the compute capability of the code that a CUDA device runs of this build, () int32: 800 for sm_80.
+  library.def("device_architecture(Tensor like) -> Tensor");
 }

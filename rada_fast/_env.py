@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from rada_fast.errors import UserError
+
 
 def backend_variable() -> str | None:
     """Value of RADA_FAST_BACKEND, or None where it is unset or empty."""
@@ -59,3 +61,27 @@ def available_memory() -> int:
 def debug_build() -> bool:
     """Whether DEBUG=1 asks for a build of the extension with symbols and assertions."""
     return os.environ.get("DEBUG") == "1"
+
+
+def use_cuda() -> bool | None:
+    """USE_CUDA: False leaves the CUDA kernels out of a build, True makes their absence an error, None takes what is."""
+    match os.environ.get("USE_CUDA"):
+        case None | "":
+            return None
+        case "0":
+            return False
+        case "1":
+            return True
+        case value:
+            raise UserError(f"USE_CUDA must be 0 or 1, got {value!r}")
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit that CUDA_HOME names, or None."""
+    value = os.environ.get("CUDA_HOME")
+    return Path(value) if value else None
+
+
+def cuda_arch_list() -> str | None:
+    """TORCH_CUDA_ARCH_LIST, the compute capabilities to build for, or None where it is unset or empty."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or None

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "eft": (EfficientConfig, "efficient fine-tuning: train the adapter, encoders frozen"),
     "fft": (FullConfig, "full fine-tuning: adapter and classifier, then everything"),
     "build": (BuildConfig, "compile the C++ extension, once for this PyTorch"),
-    "kernels": (KernelsConfig, "what the Triton kernels compile to: registers, spills, shared memory, occupancy"),
+    "kernels": (KernelsConfig, "what the GPU kernels compile to: registers, spills, shared memory, occupancy"),
     "bench": (SimulateConfig, "'bench simulate': counts of the Triton kernels in a PTX simulator"),
     "doctor": (DoctorConfig, "what is installed, which backends are usable, and a self-test"),
 }

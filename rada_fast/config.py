@@ -461,7 +461,9 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """What the Triton kernels of one training step compile to. Needs no device; takes about a minute.
+    """What the GPU kernels compile to: Triton's of one training step, and the CUDA C++ ones where nvcc is found.
+
+    Needs no device; takes about a minute.
 
     The exit status is 1 where a kernel spills registers.
     """

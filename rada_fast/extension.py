@@ -6,6 +6,7 @@ Nothing here runs at import. ``build`` is the only function that compiles; ``loa
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -23,10 +24,12 @@ from typing import Any
 
 import torch
 
-from rada_fast import _env
+from rada_fast import _env, cuda_toolkit
+from rada_fast.cuda_toolkit import Toolkit
 from rada_fast.errors import UserError
 
 LIBRARY = "rada_fast_ops.so"
+CUDA_LIBRARY = "rada_fast_cuda.so"
 PACKAGE = Path(__file__).resolve().parent
 LOCK_TIMEOUT = 600.0
 """Seconds to wait for another build of the same thing: a full build takes about one minute on two cores."""
@@ -39,13 +42,13 @@ VECTOR_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
 }
 """Flags of each copy of the vector loops. Everything else is compiled for the oldest processor of the family."""
-
-VECTOR_SOURCES: dict[str, tuple[str, ...]] = {
-    "vector_math": (),
-    # Pillow's results to the bit: a contracted product and sum would round once where Pillow rounds twice.
-    "view_loops": ("-ffp-contract=off",),
+LOOP_FLAGS = {
+    # Its arithmetic rounds where torch.optim's does: which products are fused is written out, not left to the compiler.
+    "episodic_optimizer_loops": ["-ffp-contract=off"],
+    # Pillow's results to the bit: a fused product and sum would round once where Pillow rounds twice.
+    "view_loops": ["-ffp-contract=off"],
 }
-"""Files compiled once per instruction set, with flags of their own."""
+"""Flags of single sources of vector loops (vector_math.cpp and *_loops.cpp)."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,18 @@ class BuildParameters:
     compiler: the C++ compiler's command.
     sources: (source, object name, flags of its own).
     flags: shared by all sources; link: the linker's arguments after the objects.
+    cuda: what compiles the CUDA library, or the reason why there is none.
+    cuda_sources, cuda_glue: of the kernels and of what calls them, (source, object name); cuda_link: as link.
     """
 
     compiler: str
     sources: tuple[tuple[Path, str, tuple[str, ...]], ...]
     flags: tuple[str, ...]
     link: tuple[str, ...]
+    cuda: Toolkit | str
+    cuda_sources: tuple[tuple[Path, str], ...]
+    cuda_glue: tuple[tuple[Path, str], ...]
+    cuda_link: tuple[str, ...]
 
 
 def source_dir() -> Path | None:
@@ -79,9 +88,9 @@ def build_parameters() -> BuildParameters:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sources: list[tuple[Path, str, tuple[str, ...]]] = []
     for source in sorted([*folder.glob("*.cpp"), *(folder / "cpu").glob("*.cpp")]):
-        if source.stem in VECTOR_SOURCES:
+        if source.stem == "vector_math" or source.stem.endswith("_loops"):
             # Kept apart from library headers, so that these flags cannot leak into code that runs everywhere.
-            loops = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", *VECTOR_SOURCES[source.stem])
+            loops = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", *LOOP_FLAGS.get(source.stem, ()))
             for name in VECTOR_FLAGS if x86 else ("baseline",):
                 own = (*loops, f"-DRADA_CAPABILITY={name}", *VECTOR_FLAGS[name])
                 sources.append((source, f"{source.stem}_{name}.o", own))
@@ -91,6 +100,11 @@ def build_parameters() -> BuildParameters:
     include = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     debug = ("-g",) if _env.debug_build() else ("-DNDEBUG",)
+    toolkit = cuda_toolkit.find_toolkit()
+    kernels, glue = (sorted((folder / "cuda").glob(pattern)) for pattern in ("*.cu", "*.cpp"))
+    # The static runtime needs no other CUDA library in the process, and its names stay its own.
+    runtime = f"-L{toolkit.runtime}" if isinstance(toolkit, Toolkit) else ""
+    cuda_link = (runtime, "-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread")
     return BuildParameters(
         compiler=os.environ.get("CXX")
         or shutil.which("c++")
@@ -101,6 +115,10 @@ def build_parameters() -> BuildParameters:
         flags=("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", abi, *debug, *include),
         # Without -fopenmp here: the OpenMP runtime is the one PyTorch has loaded, never a second one.
         link=("-shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"),
+        cuda=toolkit,
+        cuda_sources=tuple((source, f"cuda_{source.stem}.o") for source in kernels),
+        cuda_glue=tuple((source, f"cuda_{source.stem}.o") for source in glue),
+        cuda_link=("-shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch_cuda", *cuda_link),
     )
 
 
@@ -114,16 +132,22 @@ def _place_name() -> str:
 
 
 @cache
-def _sources_key(folder: Path) -> str:
+def _sources_key(folder: Path, cuda: bool = False) -> str:
+    """Of everything that a library may be made of: all folders but the other library's own."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.cpp"), *folder.rglob("*.h")]):
-        digest.update(f"{path.relative_to(folder)}\n".encode())
-        digest.update(path.read_bytes())
+    for path in sorted(path for pattern in ("*.cpp", "*.h", "*.cu", "*.cuh") for path in folder.rglob(pattern)):
+        if path.relative_to(folder).parts[0] != ("cpu" if cuda else "cuda"):
+            digest.update(f"{path.relative_to(folder)}\n".encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _flags_key() -> str:
-    described = repr((VECTOR_FLAGS, _env.debug_build(), torch.compiled_with_cxx11_abi(), platform.machine()))
+def _flags_key(cuda: bool = False) -> str:
+    # The device code is not part of it: a library is found whatever TORCH_CUDA_ARCH_LIST says where it is loaded.
+    described = repr(
+        (VECTOR_FLAGS, LOOP_FLAGS, _env.debug_build(), torch.compiled_with_cxx11_abi(), platform.machine())
+    )
+    described = repr((_env.debug_build(), platform.machine(), torch.version.cuda)) if cuda else described
     return hashlib.sha256(described.encode()).hexdigest()[:8]
 
 
@@ -138,22 +162,39 @@ def build_place() -> Path:
     return root / "extension" / _place_name()
 
 
-def _built_library() -> Path | None:
+def _built_library(cuda: bool = False) -> Path | None:
     folder = source_dir()
-    return None if folder is None else build_place() / f"{_sources_key(folder)}-{_flags_key()}" / LIBRARY
+    if folder is None:
+        return None
+    return build_place() / f"{_sources_key(folder, cuda)}-{_flags_key(cuda)}" / (CUDA_LIBRARY if cuda else LIBRARY)
 
 
-def carried_library() -> Path:
-    """Where a wheel carries the library for the PyTorch that is installed; it may not exist."""
+def carried_library(cuda: bool = False) -> Path:
+    """Where a wheel carries the library for the PyTorch that is installed; it may not exist.
+
+    The CUDA library stands on the stable ABI: one serves all PyTorch releases of a CUDA major version.
+    """
+    if cuda:
+        return PACKAGE / "lib" / _cuda_name() / CUDA_LIBRARY
     return PACKAGE / "lib" / _torch_name() / LIBRARY
 
 
-def find_library() -> Path | None:
+def _cuda_name() -> str:
+    return f"cuda{(torch.version.cuda or 'none').split('.')[0]}"
+
+
+def find_library(cuda: bool = False) -> Path | None:
     """The library that ``load`` would take: one built from the sources at hand, else the wheel's own; or None."""
-    for path in (_built_library(), carried_library()):
+    for path in (_built_library(cuda), carried_library(cuda)):
         if path is not None and path.is_file():
             return path
     return None
+
+
+def _said_of(library: Path) -> str:
+    """What a build wrote beside a CUDA library: its device code and compiler."""
+    note = library.with_suffix(".txt")
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else ""
 
 
 @contextmanager
@@ -199,7 +240,38 @@ def _ninja_text(parameters: BuildParameters, output: Path) -> str:
     for source, name, own in parameters.sources:
         lines += [f"build {name}: compile {escape(source)}", f"  own = {shlex.join(own)}"]
     objects = " ".join(name for _, name, _ in parameters.sources)
-    return "\n".join([*lines, f"build {escape(output)}: link {objects}", ""])
+    lines.append(f"build {escape(output)}: link {objects}")
+    if isinstance(toolkit := parameters.cuda, Toolkit):
+        version = f"-DTORCH_TARGET_VERSION=0x{cuda_toolkit.LEAST_TORCH[0]:02x}{cuda_toolkit.LEAST_TORCH[1]:02x}{0:012x}"
+        headers = shlex.join(f"-isystem{folder}" for folder in toolkit.include)
+        host = f"-ccbin={shutil.which(shlex.split(parameters.compiler)[0])}"
+        debug = "-lineinfo" if _env.debug_build() else "-DNDEBUG"
+        options = shlex.join(
+            ["-std=c++17", "-O3", debug, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", host, *toolkit.flags]
+        )
+        lines += [
+            "rule compile_cuda",
+            f"  command = {shlex.quote(str(toolkit.nvcc))} -MMD -MF $out.d {options} -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link_cuda",
+            f"  command = {parameters.compiler} $in {shlex.join(parameters.cuda_link)} -o $out",
+        ]
+        for source, name in parameters.cuda_sources:
+            lines.append(f"build {name}: compile_cuda {escape(source)}")
+        for source, name in parameters.cuda_glue:
+            lines += [f"build {name}: compile {escape(source)}", f"  own = -O2 -DUSE_CUDA {version} {headers}"]
+        objects = " ".join(name for _, name in (*parameters.cuda_sources, *parameters.cuda_glue))
+        lines.append(f"build {escape(output.with_name(CUDA_LIBRARY))}: link_cuda {objects}")
+    return "\n".join([*lines, ""])
+
+
+def _install(made: Path, library: Path) -> None:
+    """A library in use must not change under its readers: write beside it, then rename."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    fresh = library.with_suffix(f".{os.getpid()}")
+    shutil.copy2(made, fresh)
+    fresh.replace(library)
 
 
 def build(
@@ -207,20 +279,30 @@ def build(
 ) -> Path:
     """Compile the extension with ninja, once per PyTorch version, Python interface, sources and flags.
 
+    The CUDA kernels go into a library of their own, where nvcc is found and PyTorch is built with CUDA. Where they
+    cannot be made a line says why and the rest is built; USE_CUDA=1 makes that an error, USE_CUDA=0 leaves them out.
+
     jobs: compilers at once; None for as many as processors and memory allow.
     timeout: seconds to wait for another build of the same thing.
     echo: receives the messages, a line each.
     force: compile even where the library is there.
 
-    Returns the library's path. Raises UserError with the reason where it cannot be built.
+    Returns the CPU library's path. Raises UserError with the reason where it cannot be built.
     """
     if platform.system() != "Linux":
         raise UserError(f"the extension is built on Linux only, this is {platform.system()}; everything else works")
     parameters = build_parameters()
-    library = _built_library()
+    library, cuda_library = _built_library(), _built_library(cuda=True)
     assert library is not None
-    if library.is_file() and not force:
-        echo(f"extension: up to date for {_place_name()}: {library}")
+    assert cuda_library is not None
+    toolkit = parameters.cuda
+    with_cuda = isinstance(toolkit, Toolkit)
+    cuda_words = f"CUDA kernels for {toolkit}" if with_cuda else f"no CUDA kernels: {toolkit}"
+    if _env.use_cuda() and not with_cuda:
+        raise UserError(f"USE_CUDA=1 asks for CUDA kernels, which cannot be built: {toolkit}")
+    cuda_ready = not with_cuda or (cuda_library.is_file() and _said_of(cuda_library) == str(toolkit))
+    if library.is_file() and cuda_ready and not force:
+        echo(f"extension: up to date for {_place_name()}, {cuda_words}: {library}")
         return library
     # An environment that is used without being activated has its ninja beside its Python.
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
@@ -235,33 +317,45 @@ def build(
     copies = [name for _, name, _ in parameters.sources if name.startswith("vector_math_")]
     paths = ", ".join(name.removeprefix("vector_math_").removesuffix(".o") for name in copies)
     echo(f"extension: CPU kernels ({paths}) for {platform.machine()}, {_place_name()}, {compiler}, {jobs} jobs")
+    echo(f"extension: {cuda_words}")
     start = time.monotonic()
     with _lock(build_place() / "lock", timeout):
         (work / "build.ninja").write_text(_ninja_text(parameters, work / LIBRARY))
-        command = [ninja, "-C", str(work), "-j", str(jobs)]
+        command = [ninja, "-C", str(work), "-j", str(jobs), "-k", "0"]
         if force:
             subprocess.run([*command, "-t", "clean"], capture_output=True, check=False)
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             echo(result.stdout[-4000:])
-            raise UserError(f"the extension did not compile (ninja -C {work} shows why)")
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # A library in use must not change under its readers: write beside it, then rename.
-        fresh = library.with_suffix(f".{os.getpid()}")
-        shutil.copy2(work / LIBRARY, fresh)
-        fresh.replace(library)
+            # Broken CUDA kernels are no reason to go without the others: is it only them?
+            alone = [*command, str(work / LIBRARY)]
+            if subprocess.run(alone, capture_output=True, check=False).returncode or _env.use_cuda():
+                raise UserError(f"the extension did not compile (ninja -C {work} shows why)")
+            echo(f"extension: the CUDA kernels did not compile (ninja -C {work} shows why); the CPU kernels did")
+        elif with_cuda:
+            _install(work / CUDA_LIBRARY, cuda_library)
+            cuda_library.with_suffix(".txt").write_text(f"{toolkit}\n", encoding="utf-8")
+        _install(work / LIBRARY, library)
     echo(f"extension: built in {time.monotonic() - start:.0f} s: {library}")
     return library
 
 
 _outcome: list[str | None] = []
+_cuda_outcome: list[str | None] = []
 
 
 def load() -> str | None:
     """Load the extension's operators, once. Returns None where they are usable, else the reason; never raises."""
     if not _outcome:
         _outcome.append(_load())
+        _cuda_outcome.append(_load_cuda(_outcome[0]))
     return _outcome[0]
+
+
+def load_cuda() -> str | None:
+    """Whether the operators serve CUDA tensors: None, else the reason; never raises. A device need not be there."""
+    load()
+    return _cuda_outcome[0]
 
 
 def cpu_paths() -> dict[str, str]:
@@ -271,7 +365,7 @@ def cpu_paths() -> dict[str, str]:
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler: torch.compile takes the answer of a
 # call as it is instead of tracing files being looked for.
-_functions: list[Any] = [load, cpu_paths]
+_functions: list[Any] = [load, load_cuda, cpu_paths]
 for _function in _functions:
     _function._dynamo_marked_constant = True
 
@@ -294,6 +388,35 @@ def _load() -> str | None:
     return None
 
 
+def _load_cuda(reason: str | None) -> str | None:
+    if reason is not None:
+        return f"they need the rest of the extension: {reason}"
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    try:
+        library = find_library(cuda=True)
+        if library is None:
+            return "the CUDA kernels are not built; run `rada-fast build` where nvcc is found"
+        torch.ops.load_library(str(library))
+    except Exception as error:  # nor may it break the CPU's operators
+        cause = error.__cause__ or error
+        return f"the CUDA kernels do not load: {str(cause).splitlines()[0]}"
+    return None
+
+
+def _describe_cuda() -> dict[str, str]:
+    reason = load_cuda()
+    library = find_library(cuda=True)
+    facts = {"CUDA kernels": reason or "usable", "CUDA library": str(library or "none")}
+    if library is not None:
+        facts["CUDA device code"] = _said_of(library) or "not said"
+    if reason is None and _env.has_cuda():
+        taken = int(torch.ops.rada_fast.device_architecture(torch.empty(0, device="cuda"))) // 10
+        major, minor = torch.cuda.get_device_capability()
+        facts["CUDA device takes"] = f"code for sm_{taken}, being sm_{major}{minor}"
+    return facts
+
+
 def describe() -> dict[str, str]:
     """What `doctor` says about the extension: whether it is usable, where it is, which instruction paths it takes."""
     reason = load()
@@ -308,7 +431,7 @@ def describe() -> dict[str, str]:
             "float32 products": paths["float32"],
             "bfloat16 products": f"{low}, {native}" if low else "none: needs oneDNN and AVX-512",
         }
-    return facts
+    return facts | _describe_cuda()
 
 
 def build_wheel(output: Path | str = "dist", *, echo: Callable[[str], None] = print) -> Path:
@@ -321,7 +444,12 @@ def build_wheel(output: Path | str = "dist", *, echo: Callable[[str], None] = pr
     target.mkdir(parents=True, exist_ok=True)
     before = set(target.glob("*.whl"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(target), "."]
-    environment = os.environ | {"RADA_FAST_CARRY": str(library), "RADA_FAST_CARRY_FOR": _torch_name()}
+    carried = {_torch_name(): [library]}
+    cuda_library = _built_library(cuda=True)
+    if cuda_library is not None and cuda_library.is_file() and _env.use_cuda() is not False:
+        carried[_cuda_name()] = [cuda_library, cuda_library.with_suffix(".txt")]
+    listed = {name: [str(path) for path in paths] for name, paths in carried.items()}
+    environment = os.environ | {"RADA_FAST_CARRY": json.dumps(listed)}
     result = subprocess.run(command, cwd=PACKAGE.parent, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise UserError(f"the wheel was not made: {(result.stderr or result.stdout).strip().splitlines()[-1]}")

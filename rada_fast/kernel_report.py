@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, for any target on any machine: registers, spills, shared memory, occupancy."""
+"""What the GPU kernels compile to, for any target on any machine: registers, spills, shared memory, occupancy."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from rada_fast import cuda_toolkit, extension
 from rada_fast.config import AdapterConfig, KernelsConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
@@ -124,16 +125,41 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], t
         ).stderr  # fmt: skip
     registers = int(re.findall(r"Used (\d+) registers", said)[-1])
     spills = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", said))
+    return Compiled(
+        kernel.__name__, f"sm_{target}", case, warps, registers, spills, shared,
+        _occupancy(target, warps, registers, shared), len(_TENSOR.findall(ptx)),
+    )  # fmt: skip
+
+
+def _occupancy(target: int, warps: int, registers: int, shared: int) -> float:
     blocks = min(
         _MOST_BLOCKS,
         _MOST_WARPS // warps,
         _REGISTERS // ((registers + 7) // 8 * 8 * 32 * warps),
         _SHARED_KIB[target] * 1024 // (shared + 1024),
     )
-    return Compiled(
-        kernel.__name__, f"sm_{target}", case, warps, registers, spills, shared, blocks * warps / _MOST_WARPS,
-        len(_TENSOR.findall(ptx)),
-    )  # fmt: skip
+    return blocks * warps / _MOST_WARPS
+
+
+def compile_cuda(target: int) -> list[Compiled] | str:
+    """Every kernel of csrc/cuda for one target; or the reason why they cannot be compiled here.
+
+    Shared memory, and with it occupancy, is what is known when compiled: a launch may ask for more.
+    """
+    toolkit, folder = cuda_toolkit.find_toolkit(), extension.source_dir()
+    if isinstance(toolkit, str) or folder is None:
+        return toolkit if isinstance(toolkit, str) else "this installation has no C++ sources"
+    rows = []
+    for source in sorted((folder / "cuda").glob("*.cu")):
+        for found in cuda_toolkit.kernel_resources(toolkit, source, target):
+            warps = -(-found.threads // 32)
+            occupancy = _occupancy(target, warps, found.registers, found.shared)
+            row = Compiled(
+                found.kernel, f"sm_{target}", source.name, warps, found.registers, found.spills, found.shared,
+                occupancy, found.tensor_instructions,
+            )  # fmt: skip
+            rows.append(row)
+    return rows
 
 
 def run_kernels(config: KernelsConfig) -> int:
@@ -150,16 +176,25 @@ def run_kernels(config: KernelsConfig) -> int:
             if not config.json:
                 Console(stderr=True).print(f"sm_{target} {launch[0].__name__}", style="dim")
             rows.append(compile_launch(*launch, target, case))
+    cuda_rows = []
+    for target in config.targets:
+        made = compile_cuda(target)
+        if isinstance(made, str):
+            Console(stderr=True).print(f"no table of the CUDA C++ kernels: {made}", highlight=False)
+            break
+        cuda_rows += made
+    tables = {case: rows, "CUDA C++": cuda_rows} if cuda_rows else {case: rows}
+    rows = rows + cuda_rows
     if config.json:
         for row in rows:
             print(json.dumps(asdict(row)))
-    else:
-        table = Table(title=case)
+    for title, shown in {} if config.json else tables.items():
+        table = Table(title=title)
         for name in ("target", "kernel", "warps", "registers", "spilled B", "shared B", "occupancy", "tensor instr."):
             table.add_column(
                 name, justify="left" if name in ("target", "kernel") else "right", no_wrap=name == "kernel"
             )
-        for row in rows:
+        for row in shown:
             table.add_row(
                 row.target, row.kernel, str(row.warps), str(row.registers), str(row.spills), str(row.shared_bytes),
                 f"{row.occupancy:.2f}", str(row.tensor_instructions),

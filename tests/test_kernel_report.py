@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from rada_fast import cli
+from rada_fast import cli, kernel_report
 from rada_fast.config import AdapterConfig
-from rada_fast.kernel_report import TYPES, compile_launch, step_launches
+from rada_fast.kernel_report import TYPES, compile_cuda, compile_launch, step_launches
 
 
 @pytest.mark.parametrize("target", [80, 90, 100])
@@ -27,3 +27,21 @@ def test_the_report_prints_a_line_for_each_kernel(capsys: pytest.CaptureFixture[
     assert "class_attention_fwd" in names
     assert "parameter_gradients_kernel" in names
     assert {line["target"] for line in lines} == {"sm_80"}
+
+
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_no_cuda_kernel_spills(target: int) -> None:
+    rows = compile_cuda(target)
+    if isinstance(rows, str):
+        pytest.skip(f"no CUDA kernels: {rows}")
+    assert rows
+    for row in rows:
+        assert row.spills == 0, row
+        assert 0 < row.occupancy <= 1, row
+
+
+def test_without_nvcc_the_report_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USE_CUDA", "0")
+    monkeypatch.setattr(kernel_report, "step_launches", lambda *arguments: [])
+    assert cli.main(["kernels", "--targets", "80"]) == 0
+    assert "no table of the CUDA C++ kernels: USE_CUDA=0" in capsys.readouterr().err

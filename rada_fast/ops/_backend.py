@@ -49,7 +49,7 @@ def reason_unavailable(name: str) -> str | None:
 
             return extension.load()
         case "cuda":
-            return "this version has no CUDA kernels"
+            return "the adapter has Triton kernels on CUDA, no CUDA C++ ones; ask for 'triton'"
         case "triton":
             if importlib.util.find_spec("triton") is None:
                 return "Triton is not installed"

@@ -127,8 +127,13 @@ def _backward(
     return (gradients[0], gradients[1], dscale, *gradients[2:], *nothing[count:])
 
 
+def _fake_device_architecture(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.int32)
+
+
 def register() -> None:
     """Register fake kernels and gradients; call once, after the library that defines the schemas is loaded."""
     torch.library.register_fake("rada_fast::rational_adapter", _fake_forward)
     torch.library.register_fake("rada_fast::rational_adapter_backward", _fake_backward)
     torch.library.register_autograd("rada_fast::rational_adapter", _backward, setup_context=_save)
+    torch.library.register_fake("rada_fast::device_architecture", _fake_device_architecture)

@@ -1,0 +1,42 @@
+// What every *_torch.cpp of this folder needs, on the LibTorch stable ABI: no ATen, no c10, so that one library serves
+// every PyTorch from 2.10 on with the same CUDA major version.
+//
+// All that the glue needs is there, but for one call: the stream's cudaStream_t through torch::stable itself came with
+// 2.13 (Stream::nativeHandle); until then it is AOTInductor's C shim, which is stable too.
+//
+// A kernel's glue: take the tensors by value or as std::optional / std::vector of them, make a Launch from one of them,
+// call the launcher with pointers and launch.stream, and pass what it returns to check().
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+namespace rada_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// While it lives, the tensor's device is the current one; `stream` is PyTorch's current stream there.
+struct Launch {
+  explicit Launch(const Tensor& on) : guard(on.get_device_index()) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+};
+
+// Throws with CUDA's message where a launcher did not return cudaSuccess.
+inline void check(cudaError_t status) { STD_CUDA_CHECK(status); }
+
+}  // namespace rada_fast

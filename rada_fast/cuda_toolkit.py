@@ -1,0 +1,229 @@
+"""The CUDA toolkit of the extension's build: where nvcc is, which device code it makes, what the kernels use.
+
+A reason is a string: nothing here raises where CUDA is merely absent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rada_fast import _env
+
+DEFAULT_TARGETS = (80, 90, 100)
+"""Compute capabilities built for: A100, H100, B200, and PTX of the last for what comes after."""
+LEAST_TARGET = 80
+LEAST_TORCH = (2, 10)
+"""The glue is compiled against the LibTorch stable ABI as it is since this PyTorch, and runs on all later ones."""
+CONVENTIONAL = Path("/usr/local/cuda")
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """What compiles the CUDA kernels.
+
+    version: nvcc's own; include: folders of headers, best first; runtime: folder of libcudart_static.a;
+    targets: compute capabilities compiled for; ptx: those whose PTX goes along; note: what was left out and why.
+    """
+
+    nvcc: Path
+    version: str
+    include: tuple[Path, ...]
+    runtime: Path
+    targets: tuple[str, ...]
+    ptx: tuple[str, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.device_code} by nvcc {self.version}" + (f" ({self.note})" if self.note else "")
+
+    @property
+    def device_code(self) -> str:
+        return ", ".join([f"sm_{name}" for name in self.targets] + [f"PTX {name}" for name in self.ptx])
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """nvcc's options for the device code and the headers."""
+        code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in self.targets]
+        code += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in self.ptx]
+        return (*code, *(f"-isystem={folder}" for folder in self.include))
+
+
+def _asked(nvcc: Path, *question: str) -> str:
+    """What nvcc answers on both streams; empty where it does not run."""
+    try:
+        done = subprocess.run([str(nvcc), *question], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout + done.stderr if done.returncode == 0 else ""
+
+
+def _wheels() -> list[Path]:
+    """Folders of the installed nvidia packages: include, lib and, with the compiler's wheel, bin lie in them."""
+    spec = importlib.util.find_spec("nvidia") if _env.has_module("nvidia") else None
+    roots = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    return sorted((folder for root in roots for folder in root.glob("*") if folder.is_dir()), reverse=True)
+
+
+def _candidates() -> Iterator[Path]:
+    if home := _env.cuda_home():
+        # Whoever names a toolkit means that one, and wants to hear where it is not.
+        yield home / "bin" / "nvcc"
+        return
+    yield CONVENTIONAL / "bin" / "nvcc"
+    if found := shutil.which("nvcc"):
+        yield Path(found)
+    for folder in _wheels():
+        yield folder / "bin" / "nvcc"
+
+
+def find_nvcc() -> Path | None:
+    """The compiler itself: CUDA_HOME's, the conventional place's, PATH's, the nvidia-cuda-nvcc wheel's; or None.
+
+    A command on PATH may be a script that starts a compiler elsewhere, so each is asked where it really is.
+    """
+    for candidate in _candidates():
+        if not candidate.is_file():
+            continue
+        here = re.search(r"^#\$ _HERE_=(.+)$", _asked(candidate, "--dryrun", "-x", "cu", "/dev/null"), re.MULTILINE)
+        if here and (Path(here[1]) / "nvcc").is_file():
+            return Path(here[1]) / "nvcc"
+    return None
+
+
+def _wanted_targets(nvcc: Path) -> tuple[tuple[str, ...], tuple[str, ...], str] | str:
+    """Targets, PTX and a note of what was left out; or the reason why nothing is left."""
+    listed = _env.cuda_arch_list()
+    if listed is None:
+        able = _asked(nvcc, "--list-gpu-code").split()
+        targets = [str(target) for target in DEFAULT_TARGETS if not able or f"sm_{target}" in able]
+        missing = [f"sm_{target}" for target in DEFAULT_TARGETS if str(target) not in targets]
+        if not targets:
+            return f"{nvcc} compiles for none of {', '.join(missing)}"
+        return (
+            tuple(targets),
+            (targets[-1],),
+            f"not {', '.join(missing)}: this nvcc does not know it" if missing else "",
+        )
+    targets, ptx, old = [], [], []
+    for entry in re.split(r"[;,\s]+", listed.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match is None:
+            return f"TORCH_CUDA_ARCH_LIST must list capabilities as in '8.0;9.0+PTX', got {entry!r}"
+        if int(match[1] + match[2]) < LEAST_TARGET:
+            old.append(entry)
+            continue
+        name = match[1] + match[2] + match[3]
+        targets += [name] if name not in targets else []
+        ptx += [name] if match[4] and name not in ptx else []
+    if not targets:
+        return f"TORCH_CUDA_ARCH_LIST={listed} names none from 8.0, which the kernels need"
+    return tuple(targets), tuple(ptx), f"not {', '.join(old)}: the kernels need 8.0" if old else ""
+
+
+def find_toolkit() -> Toolkit | str:
+    """What the CUDA kernels are compiled with, or the reason why they are not."""
+    if _env.use_cuda() is False:
+        return "USE_CUDA=0"
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < LEAST_TORCH:
+        return f"they need PyTorch {'.'.join(map(str, LEAST_TORCH))} or newer, this is {torch.__version__}"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        home = _env.cuda_home()
+        return f"no nvcc in CUDA_HOME={home}" if home else "nvcc was not found (CUDA_HOME names its toolkit)"
+    version = re.search(r"\bV(\d+\.\d+\.\d+)", _asked(nvcc, "--version"))
+    if version is None:
+        return f"{nvcc} does not say its version"
+    # The runtime is linked in: one newer than PyTorch's could want a newer driver than PyTorch does.
+    if version[1].split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {version[1]}, PyTorch of {torch.version.cuda}"
+    roots = [nvcc.parent.parent, *(folder for folder in _wheels() if folder != nvcc.parent.parent)]
+    include = tuple(root / "include" for root in roots if (root / "include" / "cuda_runtime.h").is_file())
+    runtimes = [root / name for root in roots for name in ("lib64", "lib")]
+    runtime = next((folder for folder in runtimes if (folder / "libcudart_static.a").is_file()), None)
+    if not include or runtime is None:
+        return f"{nvcc} has no {'libcudart_static.a' if include else 'cuda_runtime.h'} with it"
+    wanted = _wanted_targets(nvcc)
+    return wanted if isinstance(wanted, str) else Toolkit(nvcc, version[1], include, runtime, *wanted)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel uses on one target, as ptxas says. threads: of a block, from __launch_bounds__, else 1024;
+    spills: bytes stored and loaded; shared: bytes known when compiled (a launch may ask for more)."""
+
+    kernel: str
+    threads: int
+    registers: int
+    spills: int
+    shared: int
+    tensor_instructions: int
+
+
+def _demangled(name: str) -> str:
+    """A kernel's name without its arguments; PyTorch has loaded the library that knows how."""
+    try:
+        demangle = ctypes.CDLL("libstdc++.so.6")["__cxa_demangle"]
+    except (OSError, AttributeError):
+        return name
+    demangle.restype = ctypes.c_void_p
+    status = ctypes.c_int()
+    made = demangle(name.encode(), None, None, ctypes.byref(status))
+    if status.value or not made:
+        return name
+    text = ctypes.string_at(made).decode()
+    ctypes.CDLL(None).free(ctypes.c_void_p(made))
+    text = text.replace("(anonymous namespace)::", "").replace("rada_fast::", "").removeprefix("void ")
+    depth = 0
+    for at, letter in enumerate(text):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and not depth and at:
+            return text[:at]
+    return text
+
+
+def kernel_resources(toolkit: Toolkit, source: Path, target: int) -> list[Resources]:
+    """Compile one source for one target and read what each of its kernels uses. Needs no device."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        include = [f"-isystem={place}" for place in toolkit.include]
+        options = ["-std=c++17", "-O3", "-DNDEBUG", *include]
+        command = [str(toolkit.nvcc), "-ptx", f"-arch=compute_{target}", *options, str(source), "-o", str(ptx)]
+        subprocess.run(command, check=True, capture_output=True)
+        text = ptx.read_text(encoding="utf-8")
+        command = [str(toolkit.nvcc.parent / "ptxas"), "-v", f"-arch=sm_{target}", str(ptx), "-o", f"{ptx}.cubin"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    bodies = {match[1]: match[0] for match in re.finditer(r"\.entry (\w+)\(.*?^}", text, re.MULTILINE | re.DOTALL)}
+    found = []
+    for part in re.split(r"Compiling entry function '", said)[1:]:
+        name = part.split("'")[0]
+        body = bodies[name]
+        bound = re.search(r"\.maxntid (\d+)(?:, (\d+))?(?:, (\d+))?", body)
+        threads = 1
+        for size in bound.groups() if bound else ("1024",):
+            threads *= int(size or 1)
+        registers = re.search(r"Used (\d+) registers", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        assert registers
+        found.append(
+            Resources(
+                _demangled(name),
+                threads,
+                int(registers[1]),
+                sum(int(size) for size in re.findall(r"(\d+) bytes spill", part)),
+                int(shared[1]) if shared else 0,
+                len(re.findall(r"\b(?:mma\.sync|wmma\.mma|wgmma\.mma_async|tcgen05\.mma)", body)),
+            )
+        )
+    return sorted(found, key=lambda one: one.kernel)

@@ -1,0 +1,39 @@
+"""Executes the CUDA C++ launchers without a device: from the PTX that nvcc makes of them, in the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+
+from rada_fast import cuda_toolkit, extension
+from tests.conftest import SHARED
+
+Launchers = Callable[..., Any]
+
+
+@cache
+def _library(*names: str) -> Any:
+    import ptxsim
+
+    folder = extension.source_dir()
+    assert folder is not None
+    return ptxsim.cuda_library(
+        [str(folder / "cuda" / name) for name in names], include=[str(folder / "cuda")], racecheck=True, initcheck=True
+    )
+
+
+@pytest.fixture
+def launchers(monkeypatch: pytest.MonkeyPatch) -> Launchers:
+    """Of the names of sources in csrc/cuda, their launchers: ``launchers("x.cu").call("rada_fast_x", ...)``.
+
+    Memory, initialisation and race checks are on; ``.log`` holds the counts of every launch.
+    """
+    if not (SHARED / "ptxsim").is_dir():
+        pytest.skip("no simulator beside this checkout")
+    if cuda_toolkit.find_nvcc() is None:
+        pytest.skip("the simulator compiles with nvcc, which was not found")
+    monkeypatch.syspath_prepend(str(SHARED))
+    return _library
