@@ -43,7 +43,7 @@ Tensor multi_view_crops(at::TensorList pictures, const Tensor& views, int64_t si
   const Tensor whole = views.contiguous();
   const View* rows = reinterpret_cast<const View*>(whole.const_data_ptr<int64_t>());
   const int64_t count = views.size(0);
-  Tensor out = at::empty({count, 3, size, size}, at::TensorOptions().dtype(dtype));
+  Tensor out = empty_in_large_pages({count, 3, size, size}, dtype);
   if (count == 0) return out;
   const Planes planes(pictures, loops, row_slack(rows, count));
   switch (dtype) {
@@ -52,7 +52,7 @@ Tensor multi_view_crops(at::TensorList pictures, const Tensor& views, int64_t si
       make(planes, loops, tables, rows, count, size, tall_first, out.mutable_data_ptr<at::BFloat16>());
       break;
     case at::kHalf: make(planes, loops, tables, rows, count, size, tall_first, out.mutable_data_ptr<at::Half>()); break;
-    default: TORCH_CHECK(false, "dtype must be float32, bfloat16 or float16, got ", dtype);
+    default: TORCH_CHECK_VALUE(false, "dtype must be float32, bfloat16 or float16, got ", dtype);
   }
   return out;
 }

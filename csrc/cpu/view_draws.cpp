@@ -79,9 +79,9 @@ class BoxDraws {
 };
 
 CropRange range_of(at::ArrayRef<double> scale, at::ArrayRef<double> ratio) {
-  TORCH_CHECK(scale.size() == 2 && ratio.size() == 2, "scale and ratio must be (low, high)");
-  TORCH_CHECK(0 < scale[0] && scale[0] <= scale[1], "scale must be 0 < low <= high, got ", scale);
-  TORCH_CHECK(0 < ratio[0] && ratio[0] <= ratio[1], "ratio must be 0 < low <= high, got ", ratio);
+  TORCH_CHECK_VALUE(scale.size() == 2 && ratio.size() == 2, "scale and ratio must be (low, high)");
+  TORCH_CHECK_VALUE(0 < scale[0] && scale[0] <= scale[1], "scale must be 0 < low <= high, got ", scale);
+  TORCH_CHECK_VALUE(0 < ratio[0] && ratio[0] <= ratio[1], "ratio must be 0 < low <= high, got ", ratio);
   const Tensor logs =
       at::tensor({static_cast<float>(ratio[0]), static_cast<float>(ratio[1])}, at::kFloat).log();
   const float* values = logs.const_data_ptr<float>();
@@ -90,7 +90,7 @@ CropRange range_of(at::ArrayRef<double> scale, at::ArrayRef<double> ratio) {
 
 Tensor random_views(int64_t height, int64_t width, int64_t size, int64_t count, at::ArrayRef<double> scale,
                     at::ArrayRef<double> ratio, std::optional<at::Generator> generator) {
-  TORCH_CHECK(height > 0 && width > 0 && size > 0 && count >= 0, "height, width and size must be at least 1 and count ",
+  TORCH_CHECK_VALUE(height > 0 && width > 0 && size > 0 && count >= 0, "height, width and size must be at least 1 and count ",
               "at least 0, got ", height, ", ", width, ", ", size, ", ", count);
   BoxDraws boxes(range_of(scale, ratio));
   Tensor out = at::empty({count, kViewColumns}, at::kLong);

@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <limits>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace rada_fast {
 
@@ -14,33 +17,45 @@ int64_t most_taps(int64_t in_size, int64_t out_size, bool bicubic) {
 }
 
 void check_views(at::TensorList pictures, const at::Tensor& views, int64_t size) {
-  TORCH_CHECK(size > 0, "size must be at least 1, got ", size);
-  TORCH_CHECK(views.dim() == 2 && views.size(1) == kViewColumns && views.scalar_type() == at::kLong,
+  TORCH_CHECK_VALUE(size > 0, "size must be at least 1, got ", size);
+  TORCH_CHECK_VALUE(views.dim() == 2 && views.size(1) == kViewColumns && views.scalar_type() == at::kLong,
               "views must be (N, ", kViewColumns, ") int64, got ", views.sizes(), " ", views.scalar_type());
   for (size_t i = 0; i < pictures.size(); ++i) {
     const at::Tensor& picture = pictures[i];
-    TORCH_CHECK(picture.dim() == 3 && picture.size(2) == 3 && picture.scalar_type() == at::kByte, "pictures[", i,
+    TORCH_CHECK_VALUE(picture.dim() == 3 && picture.size(2) == 3 && picture.scalar_type() == at::kByte, "pictures[", i,
                 "] must be (height, width, 3) uint8, got ", picture.sizes(), " ", picture.scalar_type());
-    TORCH_CHECK(picture.numel() > 0, "pictures[", i, "] has no pixels, its shape is ", picture.sizes());
+    TORCH_CHECK_VALUE(picture.numel() > 0, "pictures[", i, "] has no pixels, its shape is ", picture.sizes());
   }
   constexpr int64_t most = std::numeric_limits<int32_t>::max() / 2;
   const at::Tensor whole = views.contiguous();
   const View* rows = reinterpret_cast<const View*>(whole.const_data_ptr<int64_t>());
   for (int64_t i = 0; i < views.size(0); ++i) {
     const View& v = rows[i];
-    TORCH_CHECK(v.picture >= 0 && v.picture < static_cast<int64_t>(pictures.size()), "views[", i, "] names picture ",
+    TORCH_CHECK_VALUE(v.picture >= 0 && v.picture < static_cast<int64_t>(pictures.size()), "views[", i, "] names picture ",
                 v.picture, " of ", pictures.size());
     const int64_t height = pictures[v.picture].size(0), width = pictures[v.picture].size(1);
-    TORCH_CHECK(v.top >= 0 && v.left >= 0 && v.height > 0 && v.width > 0 && v.height <= height && v.width <= width &&
+    TORCH_CHECK_VALUE(v.top >= 0 && v.left >= 0 && v.height > 0 && v.width > 0 && v.height <= height && v.width <= width &&
                     v.top <= height - v.height && v.left <= width - v.width,
                 "views[", i, "] has a box (top, left, height, width) of (", v.top, ", ", v.left, ", ", v.height, ", ",
                 v.width, ") in a picture of ", height, " by ", width);
-    TORCH_CHECK(v.resized_height >= size && v.resized_width >= size && v.resized_height <= most &&
+    TORCH_CHECK_VALUE(v.resized_height >= size && v.resized_width >= size && v.resized_height <= most &&
                     v.resized_width <= most && v.window_top >= 0 && v.window_left >= 0 &&
                     v.window_top <= v.resized_height - size && v.window_left <= v.resized_width - size,
                 "views[", i, "] has a window of ", size, " by ", size, " at (", v.window_top, ", ", v.window_left,
                 ") in a resized box of ", v.resized_height, " by ", v.resized_width);
   }
+}
+
+at::Tensor empty_in_large_pages(at::IntArrayRef sizes, at::ScalarType dtype) {
+  at::Tensor out = at::empty(sizes, at::TensorOptions().dtype(dtype));
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr()), end = begin + out.nbytes();
+  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  // Only advice: where it is refused everything is as before.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return out;
 }
 
 int64_t row_slack(const View* views, int64_t count) {
@@ -58,7 +73,7 @@ Planes::Planes(at::TensorList pictures, const ViewLoops& loops, int64_t slack) {
     total += picture.numel();
     first_rows.push_back(first_rows.back() + picture.size(0));
   }
-  pixels_ = at::empty({total + slack}, at::kByte);
+  pixels_ = empty_in_large_pages({total + slack}, at::kByte);
   uint8_t* pixels = pixels_.mutable_data_ptr<uint8_t>();
   // What lies past the last plane is read, and multiplied by zero.
   std::fill_n(pixels + total, slack, uint8_t{0});
@@ -83,11 +98,11 @@ Planes::Planes(at::TensorList pictures, const ViewLoops& loops, int64_t slack) {
 }
 
 ChannelTables::ChannelTables(at::ArrayRef<double> mean, at::ArrayRef<double> std, const ViewLoops& loops) {
-  TORCH_CHECK(mean.size() == 3 && std.size() == 3, "mean and std must have 3 values, got ", mean.size(), " and ",
+  TORCH_CHECK_VALUE(mean.size() == 3 && std.size() == 3, "mean and std must have 3 values, got ", mean.size(), " and ",
               std.size());
   for (size_t channel = 0; channel < 3; ++channel) {
     const float m = static_cast<float>(mean[channel]), s = static_cast<float>(std[channel]);
-    TORCH_CHECK(s != 0.0f, "std must not be zero, got ", std);
+    TORCH_CHECK_VALUE(s != 0.0f, "std must not be zero, got ", std);
     for (int value = 0; value < 256; ++value) tables_[channel][value] = (static_cast<float>(value) / 255.0f - m) / s;
     normalisations_[channel] = {m, s, 1.0f / s, false, tables_[channel].data()};
     loops.prepare(normalisations_[channel]);

@@ -1,14 +1,19 @@
 """Public ops: checks, choice of backend, autograd. One file per op."""
 
 from rada_fast.ops._backend import BACKENDS, backends, resolve_backend, use_backend
+from rada_fast.ops.multi_view_crops import VIEW_COLUMNS, multi_view_crops, random_views, whole_view
 from rada_fast.ops.rational_adapter import AdapterOutput, rational_adapter, zero_shot_logits
 
 __all__ = [
     "BACKENDS",
+    "VIEW_COLUMNS",
     "AdapterOutput",
     "backends",
+    "multi_view_crops",
+    "random_views",
     "rational_adapter",
     "resolve_backend",
     "use_backend",
+    "whole_view",
     "zero_shot_logits",
 ]
