@@ -21,7 +21,7 @@ from rada_fast import extension
 from rada_fast.data.sources import Sample, UnreadableImageError, read_image
 from rada_fast.ops import multi_view_crops, random_views, whole_view
 from rada_fast.ops._backend import reference_asked
-from rada_fast.ops.multi_view_crops import CROP_SCALE
+from rada_fast.ops.multi_view_crops import CROP_SCALE as CROP_SCALE
 
 ViewKind = Literal["crop", "augmix"]
 

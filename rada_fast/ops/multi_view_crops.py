@@ -24,8 +24,8 @@ VIEW_COLUMNS = (
     "flip",
     "bicubic",
 )
-"""Of a table of views, int64: which picture; the box in it; the size that the box is resized to; where in that the view of
-S x S pixels lies; whether it is mirrored; whether the filter is bicubic or bilinear."""
+"""Of a table of views, int64: which picture; the box in it; the size that the box is resized to; where in that the view
+of S x S pixels lies; whether it is mirrored; whether the filter is bicubic or bilinear."""
 
 CROP_SCALE = (0.08, 1.0)
 """Share of the picture in a random crop, torchvision's default, which the test-time protocols use."""
@@ -33,8 +33,8 @@ CROP_RATIO = (3 / 4, 4 / 3)
 """Width over height of a random crop, torchvision's default."""
 
 TALL_FIRST = int(PIL.__version__.split(".")[0]) >= 13
-"""Pillow from version 13 on makes the vertical pass first where the height shrinks by more than twice what the width does.
-Both passes round to whole values, so the order shows; the compiled operators follow the Pillow that is installed."""
+"""Pillow from version 13 on makes the vertical pass first where the height shrinks by more than twice what the width
+does. Both passes round to whole values, so the order shows; the compiled operators follow the installed Pillow."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,7 +65,7 @@ def whole_view(
         # torchvision's rounding: the longer side down, the window's corner to the nearest even.
         long = int(size * max(height, width) / min(height, width))
         resized_height, resized_width = (long, size) if width <= height else (size, long)
-    top, left = (int(round((side - size) / 2.0)) for side in (resized_height, resized_width))
+    top, left = (round((side - size) / 2.0) for side in (resized_height, resized_width))
     bicubic = int(interpolation == "bicubic")
     return torch.tensor([[0, 0, 0, height, width, resized_height, resized_width, top, left, 0, bicubic]])
 
@@ -83,8 +83,8 @@ def random_views(
 ) -> Tensor:
     """Boxes and flips, drawn as torchvision's RandomResizedCrop and RandomHorizontalFlip draw them, view after view.
 
-    height, width: of the picture, in pixels; size: S; count: views N; generator: on the CPU, left where torchvision would
-    leave it; scale: least and largest share of the picture; ratio: least and largest width over height.
+    height, width: of the picture, in pixels; size: S; count: views N; generator: on the CPU, left where torchvision
+    would leave it; scale: least and largest share of the picture; ratio: least and largest width over height.
     Returns a table of views, (N, 11) int64 (VIEW_COLUMNS), of picture 0, bilinear.
     Raises ValueError for sizes below 1 or a negative count.
     """
@@ -165,12 +165,11 @@ def _check(
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     if not len(views):
         return
-    which, top, left, height, width, resized_height, resized_width, window_top, window_left, *_ = views.unbind(1)
-    if int(which.min()) < 0 or int(which.max()) >= len(pictures):
-        raise ValueError(
-            f"views must name pictures in 0..{len(pictures) - 1}, got {int(which.min())}..{int(which.max())}"
-        )
-    sides = torch.tensor([picture.shape[:2] for picture in pictures])[which]
+    named, top, left, height, width, resized_height, resized_width, window_top, window_left, *_ = views.unbind(1)
+    least, most = int(named.min()), int(named.max())
+    if least < 0 or most >= len(pictures):
+        raise ValueError(f"views must name pictures in 0..{len(pictures) - 1}, got {least}..{most}")
+    sides = torch.tensor([picture.shape[:2] for picture in pictures])[named]
     inside = (top >= 0) & (left >= 0) & (height > 0) & (width > 0)
     inside &= (top + height <= sides[:, 0]) & (left + width <= sides[:, 1])
     if not bool(inside.all()):

@@ -54,13 +54,13 @@ def random_views(
     """Arguments and result as ops.random_views, by torchvision's own transforms."""
     # get_params and RandomHorizontalFlip see sizes only; they draw from the global stream, which is put back.
     picture = torch.empty((1, height, width), device="meta")
-    marked = torch.tensor([0, 1])
+    marked = torch.tensor([[0, 1]])
     rows = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.set_state(generator.get_state())
         for _ in range(count):
             box = RandomResizedCrop.get_params(picture, list(scale), list(ratio))
-            flip = int(RandomHorizontalFlip()(marked)[0])
+            flip = int(RandomHorizontalFlip()(marked)[0, 0])
             rows.append([0, *box, size, size, 0, 0, flip, 0])
         generator.set_state(torch.default_generator.get_state())
     return torch.tensor(rows, dtype=torch.int64).reshape(count, 11)
