@@ -27,6 +27,14 @@ TORCH_LIBRARY(rada_fast, library) {
   // where the view lies in that (top, left); mirrored; bicubic (else bilinear). tall_first is Pillow's order of passes.
   library.def("multi_view_crops(Tensor[] pictures, Tensor views, int size, float[] mean, float[] std, ScalarType dtype, "
               "bool tall_first) -> Tensor");
+  // AugMix of views. operations: 0 none, 1 autocontrast, 2 equalize, 3 posterize, 4 solarize, 5 affine; matrices: of the
+  // last, and in their first place the bits to keep or the least value to invert; weights: of the chains, then of the
+  // plain view and of the chains' mix.
+  library.def("augmix(Tensor[] pictures, Tensor views, Tensor operations, Tensor matrices, Tensor weights, int size, "
+              "float[] mean, float[] std, ScalarType dtype, bool tall_first) -> Tensor");
+  library.def("random_augmix(int height, int width, int size, int count, float[] scale, float[] ratio, int chains, "
+              "int depth, float severity, Generator? generator) -> (Tensor views, Tensor operations, Tensor matrices, "
+              "Tensor weights)");
   library.def("random_views(int height, int width, int size, int count, float[] scale, float[] ratio, "
               "Generator? generator) -> Tensor");
   // How this build computes here: "vectors", "float32", "bfloat16" -> one word each; "" where a type cannot be served.

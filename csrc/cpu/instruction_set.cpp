@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "augmix_loops.h"
 #include "vector_math.h"
 #include "view_loops.h"
 
@@ -50,6 +51,14 @@ const VectorMath<T>& vector_math() {
 template const VectorMath<float>& vector_math<float>();
 template const VectorMath<double>& vector_math<double>();
 template const VectorMath<BF16>& vector_math<BF16>();
+
+const AugmixLoops& augmix_loops() {
+#if defined(__x86_64__)
+  if (level() == Level::avx512) return avx512::augmix_loops();
+  if (level() == Level::avx2) return avx2::augmix_loops();
+#endif
+  return baseline::augmix_loops();
+}
 
 const ViewLoops& view_loops() {
 #if defined(__x86_64__)
