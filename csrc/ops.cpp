@@ -37,6 +37,20 @@ TORCH_LIBRARY(rada_fast, library) {
               "Tensor(c!)[] second_moments, Tensor?[] gradients, Tensor?[] sources, bool[] fresh, str rule, int step, "
               "float lr, float weight_decay, float beta1, float beta2, float eps, float momentum, "
               "bool torch_roots) -> ()");
+  // A view is a row of 11 numbers: picture; top, left, height, width of its box; the size that the box is resized to;
+  // where the view lies in that (top, left); mirrored; bicubic (else bilinear). tall_first is Pillow's order of passes.
+  library.def("multi_view_crops(Tensor[] pictures, Tensor views, int size, float[] mean, float[] std, ScalarType dtype, "
+              "bool tall_first) -> Tensor");
+  // AugMix of views. operations: 0 none, 1 autocontrast, 2 equalize, 3 posterize, 4 solarize, 5 affine; matrices: of the
+  // last, and in their first place the bits to keep or the least value to invert; weights: of the chains, then of the
+  // plain view and of the chains' mix.
+  library.def("augmix(Tensor[] pictures, Tensor views, Tensor operations, Tensor matrices, Tensor weights, int size, "
+              "float[] mean, float[] std, ScalarType dtype, bool tall_first) -> Tensor");
+  library.def("random_augmix(int height, int width, int size, int count, float[] scale, float[] ratio, int chains, "
+              "int depth, float severity, Generator? generator) -> (Tensor views, Tensor operations, Tensor matrices, "
+              "Tensor weights)");
+  library.def("random_views(int height, int width, int size, int count, float[] scale, float[] ratio, "
+              "Generator? generator) -> Tensor");
   // How this build computes here: "vectors", "float32", "bfloat16" -> one word each; "" where a type cannot be served.
   library.def("cpu_paths() -> Dict(str, str)");
   // Ten times the compute capability of the code that a CUDA device runs of this build, () int32: 800 for sm_80.

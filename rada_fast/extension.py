@@ -45,6 +45,9 @@ VECTOR_FLAGS = {
 LOOP_FLAGS = {
     # Its arithmetic rounds where torch.optim's does: which products are fused is written out, not left to the compiler.
     "episodic_optimizer_loops": ["-ffp-contract=off"],
+    # Pillow's results to the bit: a fused product and sum would round once where Pillow rounds twice.
+    "augmix_loops": ["-ffp-contract=off"],
+    "view_loops": ["-ffp-contract=off"],
 }
 """Flags of single sources of vector loops (vector_math.cpp and *_loops.cpp)."""
 

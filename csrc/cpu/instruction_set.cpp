@@ -3,8 +3,10 @@
 
 #include <string>
 
+#include "augmix_loops.h"
 #include "instruction_set.h"
 #include "vector_math.h"
+#include "view_loops.h"
 
 namespace rada_fast {
 
@@ -45,5 +47,21 @@ const VectorMath<T>& vector_math() {
 template const VectorMath<float>& vector_math<float>();
 template const VectorMath<double>& vector_math<double>();
 template const VectorMath<BF16>& vector_math<BF16>();
+
+const AugmixLoops& augmix_loops() {
+#if defined(__x86_64__)
+  if (level() == Level::avx512) return avx512::augmix_loops();
+  if (level() == Level::avx2) return avx2::augmix_loops();
+#endif
+  return baseline::augmix_loops();
+}
+
+const ViewLoops& view_loops() {
+#if defined(__x86_64__)
+  if (level() == Level::avx512) return avx512::view_loops();
+  if (level() == Level::avx2) return avx2::view_loops();
+#endif
+  return baseline::view_loops();
+}
 
 }  // namespace rada_fast

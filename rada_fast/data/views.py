@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -16,12 +17,14 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from rada_fast import extension
 from rada_fast.data.sources import Sample, UnreadableImageError, read_image
+from rada_fast.ops import multi_view_crops, random_views, whole_view
+from rada_fast.ops._backend import reference_asked
+from rada_fast.ops.multi_view_crops import CROP_SCALE as CROP_SCALE
 
 ViewKind = Literal["crop", "augmix"]
 
-CROP_SCALE = (0.08, 1.0)
-"""Share of the picture in a random crop, torchvision's default, which the test-time protocols use."""
 AUGMIX_CHAINS, AUGMIX_MOST_DEPTH, AUGMIX_SEVERITY = 3, 3, 1
 """AugMix as test-time prompt tuning uses it: three chains of one to three operations at the lowest severity."""
 
@@ -47,6 +50,36 @@ def image_seed(seed: int, image_id: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def _compiled(image: Image.Image) -> bool:
+    """Whether the compiled operators serve: they give what Pillow and torchvision give here, sooner."""
+    return image.mode == "RGB" and not reference_asked() and extension.load() is None
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(height, width, 3) uint8."""
+    return torch.from_numpy(np.array(image))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _crops(image: Image.Image, preprocess: Preprocess, views: Tensor) -> Tensor:
+    return multi_view_crops(
+        [_pixels(image)], views, preprocess.image_size, preprocess.mean, preprocess.std, backend="cpu"
+    )
+
+
+def _original(image: Image.Image, preprocess: Preprocess) -> Tensor:
+    return whole_view(
+        image.height,
+        image.width,
+        preprocess.image_size,
+        resize=preprocess.resize,
+        interpolation=preprocess.interpolation,
+    )
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Draws on the CPU as after torch.manual_seed(seed); the state from before comes back."""
@@ -66,6 +99,8 @@ def center_view(image: Image.Image, preprocess: Preprocess) -> Tensor:
 
     Returns (3, S, S).
     """
+    if _compiled(image):
+        return _crops(image, preprocess, _original(image, preprocess))[0]
     size = preprocess.image_size
     mode = InterpolationMode(preprocess.interpolation)
     if preprocess.resize == "squash":
@@ -90,6 +125,11 @@ def make_views(
         raise ValueError(f"num_views must be at least 1, got {num_views}")
     if kind not in ("crop", "augmix"):
         raise ValueError(f"kind must be crop or augmix, got {kind!r}")
+    if kind == "crop" and _compiled(image):
+        drawn = random_views(
+            image.height, image.width, preprocess.image_size, num_views - 1, _generator(seed), backend="cpu"
+        )
+        return _crops(image, preprocess, torch.cat([_original(image, preprocess), drawn]))
     crop = RandomResizedCrop(preprocess.image_size, scale=CROP_SCALE)
     flip = RandomHorizontalFlip()
     views = [center_view(image, preprocess)]
@@ -102,6 +142,10 @@ def make_views(
 
 def crop_view(image: Image.Image, preprocess: Preprocess, seed: int, crop_scale: tuple[float, float]) -> Tensor:
     """One random crop with a random flip, for training. Returns (3, S, S)."""
+    if _compiled(image):
+        size = preprocess.image_size
+        view = random_views(image.height, image.width, size, 1, _generator(seed), scale=crop_scale, backend="cpu")
+        return _crops(image, preprocess, view)[0]
     with _seeded(seed):
         crop = RandomResizedCrop(preprocess.image_size, scale=crop_scale)
         return to_normalised(RandomHorizontalFlip()(crop(image)), preprocess)

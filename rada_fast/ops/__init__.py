@@ -2,21 +2,26 @@
 
 from rada_fast.ops._backend import BACKENDS, backends, resolve_backend, use_backend
 from rada_fast.ops.episodic_optimizer import EpisodicOptimizer, episodic_optimizer_step
+from rada_fast.ops.multi_view_crops import VIEW_COLUMNS, multi_view_crops, random_views, whole_view
 from rada_fast.ops.prediction_losses import prediction_loss, prediction_loss_and_gradient
 from rada_fast.ops.rational_adapter import AdapterOutput, rational_adapter, zero_shot_logits
 from rada_fast.ops.view_selection import select_views
 
 __all__ = [
     "BACKENDS",
+    "VIEW_COLUMNS",
     "AdapterOutput",
     "EpisodicOptimizer",
     "backends",
     "episodic_optimizer_step",
+    "multi_view_crops",
     "prediction_loss",
     "prediction_loss_and_gradient",
+    "random_views",
     "rational_adapter",
     "resolve_backend",
     "select_views",
     "use_backend",
+    "whole_view",
     "zero_shot_logits",
 ]

@@ -70,6 +70,11 @@ def backends() -> dict[str, str]:
     return {name: reason_unavailable(name) or "usable" for name in BACKENDS}
 
 
+def reference_asked() -> bool:
+    """Whether plain PyTorch was named, by ``use_backend`` or RADA_FAST_BACKEND."""
+    return (_chosen.get() or _env.backend_variable()) in ("literal", "reference")
+
+
 def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None] | None = None) -> str:
     """The backend to serve a call with.
 

@@ -13,6 +13,8 @@ from torch import Tensor
 CLASS_PADDING = 16
 QUERY_BLOCK = 128
 """kQueryBlock in csrc/cpu/problem.h: queries per tile, one factor each."""
+VIEW_COLUMNS = 11
+"""kViewColumns in csrc/cpu/view_frames.h: numbers that say what a view is."""
 
 PARAMETERS = tuple(
     f"{role}_{part}" for role in ("image", "text", "rational", "key", "value", "output") for part in ("weight", "bias")
@@ -169,6 +171,17 @@ def _fake_episodic_optimizer_step(*_: Any) -> None:
     return None
 
 
+def _fake_crops(
+    pictures: list[Tensor], views: Tensor, size: int, mean: Any, std: Any, dtype: torch.dtype, tall_first: bool
+) -> Tensor:
+    like = pictures[0] if pictures else views
+    return like.new_empty((views.shape[0], 3, size, size), dtype=dtype)
+
+
+def _fake_random_views(height: int, width: int, size: int, count: int, *_: Any) -> Tensor:
+    return torch.empty((count, VIEW_COLUMNS), dtype=torch.int64)
+
+
 def register() -> None:
     """Register fake kernels and gradients; call once, after the library that defines the schemas is loaded."""
     torch.library.register_fake("rada_fast::rational_adapter", _fake_forward)
@@ -181,3 +194,5 @@ def register() -> None:
         "rada_fast::prediction_loss", _backward_prediction_loss, setup_context=_save_prediction_loss
     )
     torch.library.register_fake("rada_fast::episodic_optimizer_step", _fake_episodic_optimizer_step)
+    torch.library.register_fake("rada_fast::multi_view_crops", _fake_crops)
+    torch.library.register_fake("rada_fast::random_views", _fake_random_views)

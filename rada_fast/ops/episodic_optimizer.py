@@ -50,8 +50,8 @@ def episodic_optimizer_step(
     fresh: whether the moments are zero; they are then written without being read, and may be uninitialised.
     step: t, counted from 1. It is a number of the host's: a captured graph holds the step that it was captured at, so
         capture an episode's steps in order.
-    torch_roots: take Adam's square roots from PyTorch, which on a CPU may have them from a library that rounds otherwise
-        in the last place: every bit is then torch.optim's, at about twice the time.
+    torch_roots: take Adam's square roots from PyTorch, which on a CPU may have them from a library that rounds
+        otherwise in the last place: every bit is then torch.optim's, at about twice the time.
 
     Returns nothing. Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend
     cannot serve. The roundings are those of torch.optim's single-tensor form (foreach=False) on a CPU, one by one, with

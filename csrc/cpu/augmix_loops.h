@@ -1,0 +1,56 @@
+// The loops over pixels behind AugMix: tables of values, affine transforms, the mix. Compiled once per instruction set, as
+// vector_math.h says, and rounded as Pillow and PyTorch round.
+//
+// An image is size x size pixels of four bytes (red, green, blue, 0) with a border of one pixel on every side: `image`
+// points to the first pixel inside it, rows are `stride` pixels apart, and eight bytes may be read at any pixel.
+#pragma once
+
+#include <cstdint>
+
+namespace rada_fast {
+
+inline int64_t bordered_stride(int64_t size) { return size + 2; }
+inline int64_t bordered_pixels(int64_t size) { return bordered_stride(size) * (size + 2) + 2; }
+
+// What one chain of operations, or the plain view, adds to a mix: values[channel * 256 + byte].
+struct MixTerm {
+  const uint32_t* image;
+  const float* values;
+};
+
+struct AugmixLoops {
+  // Rows of three channels in 16-bit words to pixels.
+  void (*join)(const uint16_t* const* rows, int64_t count, uint32_t* out);
+  // counts[channel * 256 + value]
+  void (*histogram)(const uint32_t* image, int64_t size, int64_t stride, uint32_t* counts);
+  // out = table[channel * 256 + value]
+  void (*look_up)(const uint32_t* image, int64_t size, int64_t stride, const uint8_t* table, uint32_t* out);
+  // The border repeats the image's edge.
+  void (*repeat_edge)(uint32_t* image, int64_t size, int64_t stride);
+  // out(x, y) = image, bilinear, at matrix * (x + 0.5, y + 0.5, 1); zero where that is outside. The border is read.
+  // Scratch: 5 * size doubles.
+  void (*transform)(const uint32_t* image, int64_t size, int64_t stride, const double* matrix, double* scratch,
+                    uint32_t* out);
+  // One row of one channel: out = plain + rest * (0 + term 0 + term 1 + ...).
+  void (*mix)(const MixTerm& plain, const MixTerm* terms, int64_t count, float rest, int64_t channel, int64_t row,
+              int64_t size, int64_t stride, float* out);
+  // The matrix of Pillow's rotate about the centre of a size x size image, counterclockwise.
+  void (*rotation)(double degrees, int64_t size, double* matrix);
+};
+
+namespace baseline {
+const AugmixLoops& augmix_loops();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const AugmixLoops& augmix_loops();
+}
+namespace avx512 {
+const AugmixLoops& augmix_loops();
+}
+#endif
+
+// The best of the above for this processor, as vector_math().
+const AugmixLoops& augmix_loops();
+
+}  // namespace rada_fast

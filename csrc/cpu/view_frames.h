@@ -1,0 +1,109 @@
+// Views of pictures on the CPU: what the tables of views mean, and a resize of one view row by row. See view_loops.h.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "view_loops.h"
+
+namespace rada_fast {
+
+// One row of the table of views, in the order of its columns: a box of a picture, the size that the box is resized to,
+// where the view lies in the result, mirrored or not, bicubic or bilinear.
+struct View {
+  int64_t picture, top, left, height, width, resized_height, resized_width, window_top, window_left, flip, bicubic;
+};
+constexpr int64_t kViewColumns = 11;
+static_assert(sizeof(View) == kViewColumns * sizeof(int64_t));
+
+// Raises an error where a view leaves its picture or its window the resized box.
+void check_views(at::TensorList pictures, const at::Tensor& views, int64_t size);
+
+// The pictures by planes, (3, height, width) each: a layout that every view of a picture shares.
+class Planes {
+ public:
+  Planes(at::TensorList pictures, const ViewLoops& loops, int64_t slack);
+  const uint8_t* row(int64_t picture, int64_t plane, int64_t y) const {
+    const Place& place = places_[picture];
+    return place.pixels + (plane * place.height + y) * place.width;
+  }
+
+ private:
+  struct Place {
+    const uint8_t* pixels;
+    int64_t height, width;
+  };
+  std::vector<Place> places_;
+  at::Tensor pixels_;
+};
+
+// An uninitialised tensor whose pages are asked for in 2 MiB pieces, where the system knows them: of 38 MB of views, as
+// many as 64 of 224 pixels have, the page faults of 4 KiB would cost more time than all arithmetic.
+at::Tensor empty_in_large_pages(at::IntArrayRef sizes, at::ScalarType dtype);
+
+// Bytes that a view's windows may be read past a row.
+int64_t row_slack(const View* views, int64_t count);
+
+// (v / 255 - mean) / std of the 256 values of three channels, as PyTorch computes them in float32.
+class ChannelTables {
+ public:
+  ChannelTables(at::ArrayRef<double> mean, at::ArrayRef<double> std, const ViewLoops& loops);
+  const Normalisation& operator[](int64_t channel) const { return normalisations_[channel]; }
+
+ private:
+  std::array<std::array<float, 256>, 3> tables_;
+  std::array<Normalisation, 3> normalisations_;
+};
+
+// One view after another, each row by row. The horizontal pass comes first, and its rows that the vertical one still needs
+// are kept in a ring; with `tall_first`, as in Pillow from version 13 on, the vertical pass comes first where the height
+// shrinks by more than twice what the width does. One object a thread.
+class Resizer {
+ public:
+  Resizer(const Planes& planes, const ViewLoops& loops, int64_t size, bool tall_first);
+
+  // row(y, words): three rows of `size` values 0..255, in 16-bit words.
+  template <typename Row>
+  void resize(const View& view, Row row) {
+    start(view);
+    for (int64_t y = 0; y < size_; ++y) row(y, next(view, y));
+  }
+
+ private:
+  struct Storage {
+    std::vector<int32_t> first, taps, weights;
+    AxisWeights fill(const Axis& axis, std::vector<double>& scratch, const ViewLoops& loops);
+  };
+  void start(const View& view);
+  const std::array<uint16_t*, 3>& next(const View& view, int64_t y) {
+    vertical_first_ ? down_then_across(view, y) : across_then_down(view, y);
+    return out_rows_;
+  }
+  void across_then_down(const View& view, int64_t y);
+  void down_then_across(const View& view, int64_t y);
+
+  const Planes& planes_;
+  const ViewLoops& loops_;
+  const int64_t size_, padded_;
+  const bool tall_first_;
+  bool vertical_first_;
+  Storage horizontal_, vertical_;
+  AxisWeights rows_;
+  Columns columns_;
+  std::vector<double> scratch_;
+  std::vector<int32_t> offsets_, weights_;
+  std::vector<uint8_t> shuffles_;
+  std::vector<int16_t> products_;
+  std::vector<uint16_t> ring_, out_;
+  std::vector<const uint16_t*> taps_;
+  std::vector<const uint8_t*> pixel_taps_;
+  std::vector<uint8_t> strip_;              // where the vertical pass is the first: a row of each plane
+  int64_t strip_begin_, strip_padded_;      // the columns of it that are needed
+  std::array<uint16_t*, 3> out_rows_;
+  int64_t ring_rows_, made_;  // rows below made_ have been through the horizontal pass
+};
+
+}  // namespace rada_fast

@@ -1,0 +1,337 @@
+"""Views of pictures equal Pillow's and torchvision's, bit for bit; see tests/cuda for the device's kernels."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from rada_fast import extension
+from rada_fast.data.sources import read_image
+from rada_fast.data.views import Preprocess, center_view, crop_view, make_views
+from rada_fast.errors import BackendUnavailableError
+from rada_fast.ops import multi_view_crops, random_views, use_backend, whole_view
+from rada_fast.reference import multi_view_crops as reference
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+needs_extension = pytest.mark.skipif(extension.load() is not None, reason=str(extension.load()))
+
+
+def picture(height: int, width: int, seed: int = 0) -> Tensor:
+    """Noise with full blocks of black and white: every rounding, and sums that bicubic weights take out of range."""
+    values = np.random.default_rng(seed).integers(-128, 384, (height, width, 3)).clip(0, 255)
+    return torch.from_numpy(values.astype(np.uint8))
+
+
+def view(pixels: Tensor, size: int, **changed: int) -> Tensor:
+    """A table of one view: the whole picture resized to size x size, but for what is changed."""
+    height, width, _ = pixels.shape
+    row = {"picture": 0, "top": 0, "left": 0, "height": height, "width": width}
+    row |= {"resized_height": size, "resized_width": size, "window_top": 0, "window_left": 0, "flip": 0, "bicubic": 0}
+    return torch.tensor([list((row | changed).values())])
+
+
+def equal(pictures: list[Tensor], views: Tensor, size: int) -> bool:
+    expected = reference.multi_view_crops(pictures, views, size, MEAN, STD)
+    return torch.equal(multi_view_crops(pictures, views, size, MEAN, STD, backend="cpu"), expected)
+
+
+sizes = st.integers(1, 90)
+
+
+@needs_extension
+@given(
+    shape=st.tuples(sizes, sizes),
+    resized=st.tuples(sizes, sizes),
+    seed=st.integers(0, 2**32 - 1),
+    flip=st.integers(0, 1),
+    bicubic=st.integers(0, 1),
+)
+def test_every_resize_is_pillows(
+    shape: tuple[int, int], resized: tuple[int, int], seed: int, flip: int, bicubic: int
+) -> None:
+    # Windows, boxes and both orders of the passes: sizes shrink in one direction and grow in the other.
+    rng = np.random.default_rng(seed)
+    pixels = picture(*shape, seed)
+    size = int(rng.integers(1, min(resized) + 1))
+    height, width = (int(rng.integers(1, side + 1)) for side in shape)
+    views = view(
+        pixels,
+        size,
+        top=int(rng.integers(0, shape[0] - height + 1)),
+        left=int(rng.integers(0, shape[1] - width + 1)),
+        height=height,
+        width=width,
+        resized_height=resized[0],
+        resized_width=resized[1],
+        window_top=int(rng.integers(0, resized[0] - size + 1)),
+        window_left=int(rng.integers(0, resized[1] - size + 1)),
+        flip=flip,
+        bicubic=bicubic,
+    )
+    assert equal([pixels], views, size)
+
+
+@needs_extension
+@pytest.mark.parametrize("bicubic", [0, 1])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    # One pixel; a line either way; more than four inputs between neighbours; widths around the vectors'; no change.
+    [((1, 1), 7), ((1, 4000), 8), ((4000, 1), 8), ((40, 2000), 33), ((2000, 40), 33), ((65, 63), 64), ((64, 64), 64)],
+)
+def test_extreme_shapes(shape: tuple[int, int], size: int, bicubic: int) -> None:
+    pixels = picture(*shape)
+    for flip in (0, 1):
+        assert equal([pixels], view(pixels, size, bicubic=bicubic, flip=flip), size)
+    # The original keeps its proportions: only the window of a very long picture is made.
+    assert equal([pixels], whole_view(*shape, size), size)
+
+
+@needs_extension
+def test_pictures_of_differing_sizes_and_strides() -> None:
+    pictures = [picture(31, 47, 1), picture(20, 60, 2), picture(5, 9, 3), picture(90, 80, 4)]
+    # By channels first, as every other pixel of a row, upside down in memory order, and contiguous.
+    pictures[0] = pictures[0].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    pictures[1] = pictures[1][:, ::2]
+    pictures[2] = pictures[2].permute(1, 0, 2).contiguous().permute(1, 0, 2)
+    tables = []
+    for index, pixels in enumerate(pictures):
+        drawn = random_views(*pixels.shape[:2], 24, 6, torch.Generator().manual_seed(index), backend="cpu")
+        drawn[:, 0] = index
+        tables.append(drawn)
+    views = torch.cat(tables)[torch.randperm(24)]
+    assert equal(pictures, views, 24)
+
+
+@needs_extension
+@given(
+    shape=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    seed=st.integers(0, 2**63 - 1),
+    scale=st.sampled_from([(0.08, 1.0), (0.5, 1.0), (1.0, 1.0), (0.9, 4.0)]),
+    ratio=st.sampled_from([(3 / 4, 4 / 3), (1.0, 1.0), (0.2, 0.3)]),
+)
+def test_draws_are_torchvisions(
+    shape: tuple[int, int], seed: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> None:
+    # Scales and ratios that no box of the picture has fall back to the centre.
+    ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
+    drawn = random_views(*shape, 32, 40, ours, scale=scale, ratio=ratio, backend="cpu")
+    assert torch.equal(drawn, reference.random_views(*shape, 32, 40, theirs, scale, ratio))
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+def test_a_picture_has_torchvisions_views_for_its_seed(backend: str) -> None:
+    image = Image.fromarray(picture(75, 100).numpy())
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(48),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    for seed in range(4):
+        torch.manual_seed(seed)
+        expected = torch.stack([transform(image) for _ in range(12)])
+        with use_backend(backend):
+            views = random_views(75, 100, 48, 12, torch.Generator().manual_seed(seed))
+            made = multi_view_crops([picture(75, 100)], views, 48, MEAN, STD)
+        assert torch.equal(made, expected)
+        assert torch.equal(make_views(image, Preprocess(48, MEAN, STD), 13, "crop", seed)[1:], expected)
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    for backend in ("reference", "cpu" if extension.load() is None else "reference"):
+        random_views(30, 40, 8, 5, torch.Generator().manual_seed(1), backend=backend)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_the_float32_result_rounded(dtype: torch.dtype) -> None:
+    pixels = picture(37, 50)
+    views = random_views(37, 50, 33, 5, torch.Generator().manual_seed(0))
+    made = multi_view_crops([pixels], views, 33, MEAN, STD, dtype=dtype, backend="cpu")
+    assert torch.equal(made, multi_view_crops([pixels], views, 33, MEAN, STD, backend="cpu").to(dtype))
+
+
+@needs_extension
+@pytest.mark.parametrize(("mean", "std"), [((0.5,) * 3, (0.5,) * 3), ((0.1, -3.0, 1e30), (1e-30, 7.3, 1e-3))])
+def test_any_normalisation_is_torchs(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).repeat_interleave(3).reshape(16, 16, 3)
+    views = view(pixels, 16)
+    made = multi_view_crops([pixels], views, 16, mean, std, backend="cpu")
+    assert torch.equal(made, reference.multi_view_crops([pixels], views, 16, mean, std))
+
+
+def file_of(mode: str, **options: Any) -> bytes:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG" if mode == "CMYK" else "PNG", **options)
+    return buffer.getvalue()
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(picture(40, 60).numpy()).save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", ["L", "RGBA", "CMYK", "P", "1", "exif"])
+def test_every_kind_of_file_gives_the_same_views(kind: str, tmp_path: Any) -> None:
+    path = tmp_path / "picture"
+    path.write_bytes(rotated() if kind == "exif" else file_of(kind))
+    image = read_image(path)
+    preprocess = Preprocess(24, MEAN, STD)
+    made = make_views(image, preprocess, 6, "crop", 3)
+    cropped, center = crop_view(image, preprocess, 5, (0.3, 1.0)), center_view(image, preprocess)
+    with use_backend("reference"):
+        assert torch.equal(made, make_views(image, preprocess, 6, "crop", 3))
+        assert torch.equal(cropped, crop_view(image, preprocess, 5, (0.3, 1.0)))
+        assert torch.equal(center, center_view(image, preprocess))
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(threads: int) -> None:
+    pixels = picture(60, 50)
+    views = random_views(60, 50, 20, 17, torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert equal([pixels], views, 20)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_extension
+def test_no_views_and_no_pictures() -> None:
+    none = torch.empty((0, 11), dtype=torch.int64)
+    for backend in ("cpu", "reference"):
+        assert multi_view_crops([], none, 8, MEAN, STD, backend=backend).shape == (0, 3, 8, 8)
+        assert random_views(5, 5, 8, 0, torch.Generator(), backend=backend).shape == (0, 11)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"picture": 1}, r"views must name pictures in 0\.\.0, got 1\.\.1"),
+        ({"top": -1}, r"views\[0\] has a box"),
+        ({"height": 0}, r"views\[0\] has a box"),
+        ({"left": 1}, r"views\[0\] has a box .* of \(0, 1, 20, 30\) in a picture of \(20, 30\)"),
+        ({"width": 31}, r"views\[0\] has a box"),
+        ({"window_top": 1}, r"views\[0\] has a window of 8 at \(1, 0\) in a resized box of \(8, 8\)"),
+        ({"resized_width": 7}, r"views\[0\] has a window"),
+    ],
+)
+def test_views_that_leave_their_picture(change: dict[str, int], message: str) -> None:
+    pixels = picture(20, 30)
+    views = view(pixels, 8, **change)
+    with pytest.raises(ValueError, match=message):
+        multi_view_crops([pixels], views, 8, MEAN, STD)
+    if extension.load() is None:
+        # The operator itself does not trust its caller either.
+        with pytest.raises(ValueError, match=r"views\[0\]"):
+            torch.ops.rada_fast.multi_view_crops([pixels], views, 8, MEAN, STD, torch.float32, True)
+
+
+def test_arguments_of_a_wrong_kind() -> None:
+    pixels = picture(20, 30)
+    views = view(pixels, 8)
+    for wrong, message in (
+        (
+            pixels.float(),
+            r"pictures\[0\] must be \(height, width, 3\) uint8 with pixels, got \(20, 30, 3\) torch.float32",
+        ),
+        (pixels[..., :1], r"pictures\[0\] must be .* got \(20, 30, 1\)"),
+        (pixels[:0], r"pictures\[0\] must be .* got \(0, 30, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            multi_view_crops([wrong], views, 8, MEAN, STD)
+    with pytest.raises(ValueError, match=r"views must be \(N, 11\) int64, got \(1, 10\) torch.int64"):
+        multi_view_crops([pixels], views[:, :10], 8, MEAN, STD)
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        multi_view_crops([pixels], views, 0, MEAN, STD)
+    with pytest.raises(ValueError, match="mean and std must have 3 values, got 2 and 3"):
+        multi_view_crops([pixels], views, 8, MEAN[:2], STD)
+    with pytest.raises(ValueError, match="std must not be zero"):
+        multi_view_crops([pixels], views, 8, MEAN, (1.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
+        multi_view_crops([pixels], views, 8, MEAN, STD, dtype=torch.float64)
+    with pytest.raises(ValueError, match="got 0, 5, 8 and 1"):
+        random_views(0, 5, 8, 1, torch.Generator())
+
+
+def test_a_backend_that_makes_no_views_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = picture(9, 9)
+    with pytest.raises(BackendUnavailableError):
+        multi_view_crops([pixels], view(pixels, 8), 8, MEAN, STD, backend="triton")
+    # Loops name a backend for the adapter; their pictures are made all the same.
+    image = Image.fromarray(pixels.numpy())
+    expected = make_views(image, Preprocess(8, MEAN, STD), 3, "crop", 0)
+    with use_backend("triton"):
+        assert torch.equal(make_views(image, Preprocess(8, MEAN, STD), 3, "crop", 0), expected)
+
+
+def test_without_the_extension_everything_is_made_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(picture(30, 20).numpy())
+    expected = make_views(image, Preprocess(16, MEAN, STD), 4, "crop", 0)
+    monkeypatch.setattr(extension, "_outcome", ["not built"])
+    assert torch.equal(make_views(image, Preprocess(16, MEAN, STD), 4, "crop", 0), expected)
+    pixels = picture(30, 20)
+    views = random_views(30, 20, 16, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(multi_view_crops([pixels], views, 16, MEAN, STD), expected[1:])
+    with pytest.raises(BackendUnavailableError, match="not built"):
+        multi_view_crops([pixels], views, 16, MEAN, STD, backend="cpu")
+
+
+@needs_extension
+def test_the_operator_is_registered_as_torch_wants() -> None:
+    pixels = picture(20, 30)
+    arguments = ([pixels], view(pixels, 8), 8, MEAN, STD, torch.bfloat16, True)
+    torch.library.opcheck(torch.ops.rada_fast.multi_view_crops.default, arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set_gives_the_same_bits(capability: str) -> None:
+    code = """
+import torch
+from rada_fast.ops import multi_view_crops, random_views, whole_view
+torch.manual_seed(0)
+total = []
+for height, width in ((37, 50), (300, 200), (30, 400), (400, 20)):
+    pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8)
+    views = random_views(height, width, 33, 6, torch.Generator().manual_seed(1), backend="cpu")
+    views = torch.cat([views, whole_view(height, width, 33)])
+    total.append(multi_view_crops([pixels], views, 33, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), backend="cpu"))
+print(torch.hash_tensor(torch.stack(total).view(torch.int32)).item())
+"""
+    found = []
+    for value in (capability, "avx512"):
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"ATEN_CPU_CAPABILITY": value, "PATH": "", "PYTHONPATH": "."},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append(result.stdout)
+    assert found[0] == found[1]
