@@ -50,8 +50,8 @@ def episodic_optimizer_step(
     fresh: whether the moments are zero; they are then written without being read, and may be uninitialised.
     step: t, counted from 1. It is a number of the host's: a captured graph holds the step that it was captured at, so
         capture an episode's steps in order.
-    torch_roots: take Adam's square roots from PyTorch, which on a CPU may have them from a library that rounds
-        otherwise in the last place: every bit is then torch.optim's, at about twice the time.
+    torch_roots: take Adam's square roots from PyTorch, which on a CPU may have them from a library that rounds the last
+        place otherwise: every bit is then torch.optim's, at about twice the time.
 
     Returns nothing. Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend
     cannot serve. The roundings are those of torch.optim's single-tensor form (foreach=False) on a CPU, one by one, with
@@ -236,20 +236,27 @@ class EpisodicOptimizer:
         """Take one step. A gradient that is None or not there is exactly zero for every episode.
 
         gradients: name to (E, ...), float32|bfloat16|float16, any stride.
-        Raises ValueError naming a gradient that belongs to no parameter or has another shape.
+        Raises ValueError or TypeError naming a gradient that belongs to no parameter or does not fit it; nothing has
+        happened then.
         """
         if unknown := set(gradients) - set(self._slots):
             raise ValueError(f"gradients hold {sorted(unknown)[0]!r}, which is no parameter")
+        for key, gradient in gradients.items():
+            if gradient is None:
+                continue
+            initial = self._slots[key].initial
+            expected = (self.episodes, *initial.shape)
+            if tuple(gradient.shape) != expected:
+                raise ValueError(f"gradients[{key!r}] must be {expected}, got {tuple(gradient.shape)}")
+            if gradient.dtype not in _GRADIENTS:
+                raise TypeError(f"gradients[{key!r}] must be float32, bfloat16 or float16, got {gradient.dtype}")
+            if gradient.device != initial.device:
+                raise ValueError(f"gradients[{key!r}] must be on {initial.device}, got {gradient.device}")
         self.steps += 1
         entries: list[_Entry] = []
         for key, slot in self._slots.items():
             gradient = gradients.get(key)
-            if gradient is not None:
-                expected = (self.episodes, *slot.initial.shape)
-                if tuple(gradient.shape) != expected:
-                    raise ValueError(f"gradients[{key!r}] must be {expected}, got {tuple(gradient.shape)}")
-                gradient = gradient.detach().contiguous()
-            entry = self._entry(slot, gradient)
+            entry = self._entry(slot, None if gradient is None else gradient.detach().contiguous())
             if entry is not None:
                 entries.append(entry)
         if not entries:
