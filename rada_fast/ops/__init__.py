@@ -1,6 +1,7 @@
 """Public ops: checks, choice of backend, autograd. One file per op."""
 
 from rada_fast.ops._backend import BACKENDS, backends, resolve_backend, use_backend
+from rada_fast.ops.augmix import AugmixPlan, augmix, random_augmix
 from rada_fast.ops.multi_view_crops import VIEW_COLUMNS, multi_view_crops, random_views, whole_view
 from rada_fast.ops.rational_adapter import AdapterOutput, rational_adapter, zero_shot_logits
 
@@ -8,8 +9,11 @@ __all__ = [
     "BACKENDS",
     "VIEW_COLUMNS",
     "AdapterOutput",
+    "AugmixPlan",
+    "augmix",
     "backends",
     "multi_view_crops",
+    "random_augmix",
     "random_views",
     "rational_adapter",
     "resolve_backend",
