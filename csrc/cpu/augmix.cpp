@@ -49,7 +49,7 @@ void equalize(const uint32_t* counts, uint8_t* table) {
   if (step == 0) return;
   int64_t sum = step / 2;
   for (int value = 0; value < 256; ++value) {
-    // As image.point clips; sums exceed 255 steps only past the last value that occurs.
+    // The last values may be 256, which image.point clips.
     table[value] = static_cast<uint8_t>(std::min<int64_t>(sum / step, 255));
     sum += counts[value];
   }

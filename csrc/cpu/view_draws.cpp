@@ -22,12 +22,19 @@ class Draws {
  public:
   explicit Draws(const std::optional<at::Generator>& generator)
       : generator_(generator.value_or(at::detail::getDefaultCPUGenerator())),
-        own_(at::check_generator<at::CPUGeneratorImpl>(generator_)) {}
+        own_(at::check_generator<at::CPUGeneratorImpl>(generator_)),
+        value_(at::empty({1}, at::kFloat)) {}
 
-  // torch.empty(1).uniform_(low, high)
+  // torch.empty(1).uniform_(low, high), by PyTorch itself: whether it fuses the product and the sum is for the
+  // processor to say, and the last bit with it.
   float uniform(double low, double high) {
+    value_.uniform_(low, high, generator_);
+    return *value_.const_data_ptr<float>();
+  }
+  // torch.rand(1)
+  float unit() {
     const std::lock_guard<std::mutex> lock(own_->mutex_);
-    return at::uniform_real_distribution<float>(static_cast<float>(low), static_cast<float>(high))(own_);
+    return static_cast<float>(at::uniform_real_distribution<float>(0.0f, 1.0f)(own_));
   }
   // torch.randint(begin, end, (1,))
   int64_t between(int64_t begin, int64_t end) {
@@ -44,6 +51,7 @@ class Draws {
  private:
   const at::Generator generator_;
   at::CPUGeneratorImpl* const own_;
+  Tensor value_;
 };
 
 struct CropRange {
@@ -110,7 +118,7 @@ void check_sizes(int64_t height, int64_t width, int64_t size, int64_t count) {
 void draw_view(Draws& draws, BoxDraws& boxes, int64_t height, int64_t width, int64_t size, View& view) {
   view = {0, 0, 0, 0, 0, size, size, 0, 0, 0, 0};
   boxes.draw(draws, height, width, view);
-  view.flip = draws.uniform(0, 1) < 0.5f;
+  view.flip = draws.unit() < 0.5f;
 }
 
 Tensor random_views(int64_t height, int64_t width, int64_t size, int64_t count, at::ArrayRef<double> scale,
@@ -133,7 +141,7 @@ constexpr int64_t kDrawn = 9;
 // One operation's strength: its number among csrc/cpu/augmix.cpp's, and its values.
 int64_t draw_operation(Draws& draws, Drawn operation, double severity, int64_t size, double* values) {
   const auto level = [&](double most) { return static_cast<double>(draws.uniform(0.1, severity)) * most / 10; };
-  const auto is_negative = [&] { return draws.uniform(0, 1) > 0.5f; };
+  const auto is_negative = [&] { return draws.unit() > 0.5f; };
   const auto signed_value = [&](double value) { return is_negative() ? -value : value; };
   std::fill_n(values, 6, 0.0);
   values[0] = values[4] = 1.0;
@@ -177,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> random_augmix(int64_t height, int64_t
     float* weight = weights.mutable_data_ptr<float>() + i * (chains + 2);
     const Tensor shares = draws.shares(chains);
     std::copy_n(shares.const_data_ptr<float>(), chains, weight);
-    const double share = draws.uniform(0, 1);
+    const double share = draws.unit();
     weight[chains] = static_cast<float>(share);
     weight[chains + 1] = static_cast<float>(1.0 - share);
     for (int64_t chain = 0; chain < chains; ++chain) {

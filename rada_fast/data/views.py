@@ -19,7 +19,7 @@ from torchvision.transforms import functional as F
 
 from rada_fast import extension
 from rada_fast.data.sources import Sample, UnreadableImageError, read_image
-from rada_fast.ops import multi_view_crops, random_views, whole_view
+from rada_fast.ops import augmix, multi_view_crops, random_augmix, random_views, whole_view
 from rada_fast.ops._backend import reference_asked
 from rada_fast.ops.multi_view_crops import CROP_SCALE as CROP_SCALE
 
@@ -130,6 +130,20 @@ def make_views(
             image.height, image.width, preprocess.image_size, num_views - 1, _generator(seed), backend="cpu"
         )
         return _crops(image, preprocess, torch.cat([_original(image, preprocess), drawn]))
+    if kind == "augmix" and AUGMIX_OPERATIONS is _COMPILED_OPERATIONS and _compiled(image):
+        size = preprocess.image_size
+        plan = random_augmix(
+            image.height,
+            image.width,
+            size,
+            num_views - 1,
+            _generator(seed),
+            chains=AUGMIX_CHAINS,
+            depth=AUGMIX_MOST_DEPTH,
+            severity=AUGMIX_SEVERITY,
+            backend="cpu",
+        ).with_plain(_original(image, preprocess))
+        return augmix([_pixels(image)], plan, size, preprocess.mean, preprocess.std, backend="cpu")
     crop = RandomResizedCrop(preprocess.image_size, scale=CROP_SCALE)
     flip = RandomHorizontalFlip()
     views = [center_view(image, preprocess)]
@@ -207,6 +221,8 @@ AUGMIX_OPERATIONS: tuple[Callable[[Image.Image], Image.Image], ...] = (
     _translate_x,
     _translate_y,
 )
+_COMPILED_OPERATIONS = AUGMIX_OPERATIONS
+"""Those that the compiled operator draws from, in the same order."""
 
 
 def _augmix(view: Image.Image, preprocess: Preprocess) -> Tensor:

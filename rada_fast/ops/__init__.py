@@ -1,6 +1,7 @@
 """Public ops: checks, choice of backend, autograd. One file per op."""
 
 from rada_fast.ops._backend import BACKENDS, backends, resolve_backend, use_backend
+from rada_fast.ops.augmix import AugmixPlan, augmix, random_augmix
 from rada_fast.ops.episodic_optimizer import EpisodicOptimizer, episodic_optimizer_step
 from rada_fast.ops.multi_view_crops import VIEW_COLUMNS, multi_view_crops, random_views, whole_view
 from rada_fast.ops.prediction_losses import prediction_loss, prediction_loss_and_gradient
@@ -11,12 +12,15 @@ __all__ = [
     "BACKENDS",
     "VIEW_COLUMNS",
     "AdapterOutput",
+    "AugmixPlan",
     "EpisodicOptimizer",
+    "augmix",
     "backends",
     "episodic_optimizer_step",
     "multi_view_crops",
     "prediction_loss",
     "prediction_loss_and_gradient",
+    "random_augmix",
     "random_views",
     "rational_adapter",
     "resolve_backend",

@@ -182,6 +182,32 @@ def _fake_random_views(height: int, width: int, size: int, count: int, *_: Any) 
     return torch.empty((count, VIEW_COLUMNS), dtype=torch.int64)
 
 
+def _fake_augmix(
+    pictures: list[Tensor],
+    views: Tensor,
+    operations: Tensor,
+    matrices: Tensor,
+    weights: Tensor,
+    size: int,
+    mean: Any,
+    std: Any,
+    dtype: torch.dtype,
+    tall_first: bool,
+) -> Tensor:
+    return _fake_crops(pictures, views, size, mean, std, dtype, tall_first)
+
+
+def _fake_random_augmix(
+    height: int, width: int, size: int, count: int, scale: Any, ratio: Any, chains: int, depth: int, *_: Any
+) -> tuple[Tensor, ...]:
+    return (
+        torch.empty((count, VIEW_COLUMNS), dtype=torch.int64),
+        torch.empty((count, chains, depth), dtype=torch.int64),
+        torch.empty((count, chains, depth, 6), dtype=torch.float64),
+        torch.empty((count, chains + 2)),
+    )
+
+
 def register() -> None:
     """Register fake kernels and gradients; call once, after the library that defines the schemas is loaded."""
     torch.library.register_fake("rada_fast::rational_adapter", _fake_forward)
@@ -196,3 +222,5 @@ def register() -> None:
     torch.library.register_fake("rada_fast::episodic_optimizer_step", _fake_episodic_optimizer_step)
     torch.library.register_fake("rada_fast::multi_view_crops", _fake_crops)
     torch.library.register_fake("rada_fast::random_views", _fake_random_views)
+    torch.library.register_fake("rada_fast::augmix", _fake_augmix)
+    torch.library.register_fake("rada_fast::random_augmix", _fake_random_augmix)

@@ -92,7 +92,7 @@ def random_views(
         raise ValueError(
             f"height, width and size must be at least 1 and count at least 0, got {height}, {width}, {size} and {count}"
         )
-    if _resolve(backend, torch.device("cpu")) == "cpu":
+    if resolve(backend, torch.device("cpu")) == "cpu":
         drawn: Tensor = torch.ops.rada_fast.random_views(height, width, size, count, scale, ratio, generator)
         return drawn
     from rada_fast.reference import multi_view_crops as reference
@@ -119,9 +119,9 @@ def multi_view_crops(
     Raises ValueError where an argument has a wrong shape or type, or a view leaves its picture.
     Equivalent to Normalize(mean, std)(ToTensor()(image.crop(box).resize(...).crop(window))) of torchvision and PIL.
     """
-    _check(pictures, views, size, mean, std, dtype)
+    check(pictures, views, size, mean, std, dtype)
     device = pictures[0].device if len(pictures) else torch.device("cpu")
-    if _resolve(backend, device) in ("cpu", "cuda"):
+    if resolve(backend, device) in ("cpu", "cuda"):
         made: Tensor = torch.ops.rada_fast.multi_view_crops(
             list(pictures), views, size, list(mean), list(std), dtype, TALL_FIRST
         )
@@ -131,11 +131,12 @@ def multi_view_crops(
     return reference.multi_view_crops(pictures, views, size, mean, std, dtype)
 
 
-def _resolve(backend: str | None, device: torch.device) -> str:
+def resolve(backend: str | None, device: torch.device) -> str:
+    """The backend that makes views of pictures on a device."""
     return resolve_backend(backend, lambda name: reason_not_served(name, device))
 
 
-def _check(
+def check(
     pictures: Sequence[Tensor],
     views: Tensor,
     size: int,
@@ -143,6 +144,7 @@ def _check(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> None:
+    """Raises ValueError where pictures, views and what is to be made of them do not go together."""
     for index, picture in enumerate(pictures):
         if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.numel() == 0:
             raise ValueError(

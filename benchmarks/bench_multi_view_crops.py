@@ -1,0 +1,123 @@
+"""64 views of one decoded picture of 500 x 375 pixels on one core, every provider in one interleaved run.
+
+Providers of crops: Pillow with ToTensor and Normalize (the reference path of make_views), torchvision's v2 transforms
+on a uint8 tensor, kornia where it is installed, the compiled operator, draws included everywhere. Of AugMix: Pillow and
+the compiled operator. What is equal by design is compared bit for bit before it is timed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from rada_fast import extension
+from rada_fast.data.views import Preprocess, make_views
+from rada_fast.ops import multi_view_crops, random_views, use_backend
+
+PREPROCESS = Preprocess(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+VIEWS, SEED, ROUNDS = 64, 3, 12
+
+pytestmark = pytest.mark.skipif(extension.load() is not None, reason=str(extension.load()))
+
+
+def picture() -> Image.Image:
+    """Blocks with noise: neither flat nor pure noise, so that histograms look like a photograph's."""
+    rng = np.random.default_rng(0)
+    blocks = np.kron(rng.integers(0, 256, (38, 50, 3)), np.ones((10, 10, 1)))[:375, :500]
+    return Image.fromarray((blocks + rng.integers(-20, 20, blocks.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def _one_core() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def by_pillow(kind: Any) -> Callable[[], Tensor]:
+    image = picture()
+
+    def run() -> Tensor:
+        with use_backend("reference"):
+            return make_views(image, PREPROCESS, VIEWS, kind, SEED)
+
+    return run
+
+
+def by_torchvision() -> Callable[[], Tensor]:
+    pixels = torch.from_numpy(np.array(picture())).permute(2, 0, 1).contiguous()
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(PREPROCESS.image_size, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(PREPROCESS.mean), list(PREPROCESS.std)),
+        ]
+    )
+    return lambda: torch.stack([transform(pixels) for _ in range(VIEWS)])
+
+
+def by_kornia() -> Callable[[], Tensor]:
+    import kornia.augmentation as augmentation
+
+    pixels = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None].float() / 255
+    transform = torch.nn.Sequential(
+        augmentation.RandomResizedCrop((PREPROCESS.image_size,) * 2, scale=(0.08, 1.0)),
+        augmentation.RandomHorizontalFlip(),
+        augmentation.Normalize(torch.tensor(PREPROCESS.mean), torch.tensor(PREPROCESS.std)),
+    )
+    return lambda: transform(pixels.expand(VIEWS, -1, -1, -1))
+
+
+def in_bfloat16() -> Callable[[], Tensor]:
+    pixels = torch.from_numpy(np.array(picture()))
+
+    def run() -> Tensor:
+        views = random_views(375, 500, PREPROCESS.image_size, VIEWS, torch.Generator().manual_seed(SEED))
+        return multi_view_crops(
+            [pixels], views, PREPROCESS.image_size, PREPROCESS.mean, PREPROCESS.std, dtype=torch.bfloat16
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["crop", "augmix"])
+def test_bench_views(benchmark: Any, kind: Any) -> None:
+    image = picture()
+    steps = {"pillow": by_pillow(kind), "ours": lambda: make_views(image, PREPROCESS, VIEWS, kind, SEED)}
+    assert torch.equal(steps["ours"](), steps["pillow"]())
+    if kind == "crop":
+        steps |= {"torchvision v2": by_torchvision(), "ours, bfloat16": in_bfloat16()}
+        if importlib.util.find_spec("kornia") is not None:
+            steps["kornia"] = by_kornia()
+    times = benchmark.pedantic(interleaved, args=(steps,), rounds=1)
+    best = {name: min(values) for name, values in times.items()}
+    for name, values in times.items():
+        median = sorted(values)[len(values) // 2]
+        figures = {"median_ms": median * 1e3, "best_ms": best[name] * 1e3, "over_ours": best[name] / best["ours"]}
+        benchmark.extra_info[name] = figures
+        print(
+            f"{kind} {name}: median {median * 1e3:.1f} ms, best {best[name] * 1e3:.1f} ms, "
+            f"{best[name] / best['ours']:.2f} times ours"
+        )
+
+
+def interleaved(steps: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
+    """Seconds of each step's calls, in turn, so that a machine that slows down slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    return times

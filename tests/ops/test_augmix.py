@@ -1,0 +1,202 @@
+"""AugMix of views equals Pillow's operations and PyTorch's mix and draws, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from rada_fast import extension
+from rada_fast.data import views as views_module
+from rada_fast.data.views import Preprocess, make_views
+from rada_fast.errors import BackendUnavailableError
+from rada_fast.ops import AugmixPlan, augmix, multi_view_crops, random_augmix, use_backend, whole_view
+from rada_fast.reference import augmix as reference
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+needs_extension = pytest.mark.skipif(extension.load() is not None, reason=str(extension.load()))
+
+
+def picture(height: int, width: int, seed: int = 0, low: int = 0, high: int = 256) -> Tensor:
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(low, high, (height, width, 3)).astype(np.uint8))
+
+
+def one_chain(pixels: Tensor, size: int, *steps: tuple[int, list[float]]) -> AugmixPlan:
+    """The chain alone, unmixed, of the whole picture."""
+    matrices = [values + [0.0] * (6 - len(values)) for _, values in steps]
+    return AugmixPlan(
+        whole_view(*pixels.shape[:2], size, resize="squash", interpolation="bilinear"),
+        torch.tensor([[[operation for operation, _ in steps]]]),
+        torch.tensor([[matrices]], dtype=torch.float64),
+        torch.tensor([[1.0, 0.0, 1.0]]),
+    )
+
+
+def assert_equal(pixels: Tensor, plan: AugmixPlan, size: int) -> None:
+    made = augmix([pixels], plan, size, MEAN, STD, backend="cpu")
+    assert torch.equal(made, reference.augmix([pixels], *plan, size, MEAN, STD))
+
+
+@needs_extension
+@given(
+    shape=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    size=st.sampled_from([1, 2, 7, 32, 45]),
+    seed=st.integers(0, 2**63 - 1),
+    severity=st.sampled_from([1.0, 10.0]),
+)
+def test_a_picture_has_pillows_views_for_its_seed(
+    shape: tuple[int, int], size: int, seed: int, severity: float
+) -> None:
+    ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
+    severe = severity if severity == 1.0 else 3.0  # posterize keeps no bit from severity 7.5 on, which Pillow refuses
+    plan = random_augmix(*shape, size, 4, ours, severity=severe, backend="cpu")
+    expected = random_augmix(*shape, size, 4, theirs, severity=severe, backend="reference")
+    for name, found, wanted in zip(plan._fields, plan, expected, strict=True):
+        assert torch.equal(found, wanted), name
+    assert torch.equal(ours.get_state(), theirs.get_state())
+    assert_equal(picture(*shape), plan, size)
+
+
+@needs_extension
+@pytest.mark.parametrize(("low", "high"), [(0, 256), (90, 130), (200, 201), (0, 2)])
+@pytest.mark.parametrize("first", [1, 2, 3, 4])
+@pytest.mark.parametrize("second", [1, 2, 3, 4])
+def test_operations_on_values(first: int, second: int, low: int, high: int) -> None:
+    # Few values, one value, and tables put together before any pixel is touched.
+    values = {1: [0.0], 2: [0.0], 3: [3.0], 4: [100.0]}
+    for size in (5, 40):
+        pixels = picture(40, 40, low=low, high=high)
+        assert_equal(pixels, one_chain(pixels, size, (first, values[first]), (second, values[second])), size)
+
+
+@needs_extension
+@pytest.mark.parametrize("size", [1, 2, 33])
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        [1.0, 0.03, 0.0, 0.0, 1.0, 0.0],
+        [1.0, 0.0, 0.0, -0.03, 1.0, 0.0],
+        [1.0, 0.0, 7.0, 0.0, 1.0, 0.0],
+        [1.0, 0.0, -7.0, 0.0, 1.0, 40.0],
+        [1.0, 0.0, 0.5, 0.0, 1.0, -0.25],
+        [-1.0, 0.0, 20.0, 0.0, 1.0, 0.0],
+        [0.3, 1.7, -3.0, -2.0, 0.1, 30.0],
+        [0.0, 0.0, 1e9, 0.0, 0.0, 0.0],
+    ],
+)
+def test_affine_transforms(matrix: list[float], size: int) -> None:
+    pixels = picture(40, 30)
+    assert_equal(pixels, one_chain(pixels, size, (5, matrix)), size)
+    # Tables before and after it, and two in a row.
+    assert_equal(pixels, one_chain(pixels, size, (1, [0.0]), (5, matrix), (2, [0.0])), size)
+    assert_equal(pixels, one_chain(pixels, size, (5, matrix), (5, matrix), (4, [9.0])), size)
+
+
+@needs_extension
+@pytest.mark.parametrize("degrees", [1.0, -1.0, 2.0, 3.0, -30.0, 90.0, 180.0, 359.5])
+@pytest.mark.parametrize("size", [8, 33, 224])
+def test_rotations_have_pillows_matrix(degrees: float, size: int) -> None:
+    matrix = reference._rotation(degrees, size)
+    pixels = picture(size, size)
+    rotated = Image.fromarray(pixels.numpy()).rotate(degrees, resample=Image.Resampling.BILINEAR)
+    if degrees not in (90.0, 180.0):
+        assert np.array_equal(np.asarray(reference.apply(Image.fromarray(pixels.numpy()), 5, matrix)), rotated)
+    assert_equal(pixels, one_chain(pixels, size, (5, matrix)), size)
+
+
+@needs_extension
+def test_views_of_a_picture_file_are_those_of_the_slow_way() -> None:
+    preprocess = Preprocess(32, MEAN, STD)
+    for height, width in ((75, 100), (1, 1), (1, 400), (33, 31)):
+        image = Image.fromarray(picture(height, width).numpy())
+        made = make_views(image, preprocess, 9, "augmix", 5)
+        with use_backend("reference"):
+            assert torch.equal(made, make_views(image, preprocess, 9, "augmix", 5))
+
+
+def test_other_operations_than_the_nine_go_the_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(views_module, "AUGMIX_OPERATIONS", (lambda image: called.append(1) or image,))
+    make_views(Image.fromarray(picture(9, 9).numpy()), Preprocess(8, MEAN, STD), 3, "augmix", 0)
+    assert called
+
+
+@needs_extension
+def test_a_view_without_a_share_for_the_chains_is_the_plain_one() -> None:
+    pixels = picture(30, 40)
+    plan = random_augmix(30, 40, 16, 2, torch.Generator().manual_seed(0)).with_plain(whole_view(30, 40, 16))
+    made = augmix([pixels], plan, 16, MEAN, STD, backend="cpu")
+    assert torch.equal(made[:1], multi_view_crops([pixels], plan.views[:1], 16, MEAN, STD))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_the_float32_result_rounded(dtype: torch.dtype) -> None:
+    pixels = picture(30, 40)
+    plan = random_augmix(30, 40, 17, 5, torch.Generator().manual_seed(0))
+    made = augmix([pixels], plan, 17, MEAN, STD, dtype=dtype, backend="cpu")
+    assert torch.equal(made, augmix([pixels], plan, 17, MEAN, STD, backend="cpu").to(dtype))
+
+
+@needs_extension
+def test_neighbours_order_and_threads_change_no_view() -> None:
+    pixels = picture(30, 40)
+    plan = random_augmix(30, 40, 24, 7, torch.Generator().manual_seed(0))
+    expected = augmix([pixels], plan, 24, MEAN, STD, backend="cpu")
+    order = torch.randperm(7)
+    shuffled = AugmixPlan(*(tensor[order] for tensor in plan))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(augmix([pixels], shuffled, 24, MEAN, STD, backend="cpu"), expected[order])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_plans_that_cannot_be() -> None:
+    pixels = picture(9, 9)
+    plan = random_augmix(9, 9, 8, 2, torch.Generator().manual_seed(0))
+    changes: list[tuple[AugmixPlan, str]] = [
+        (plan._replace(operations=plan.operations + 4), r"operations must be 0\.\.5"),
+        (plan._replace(operations=plan.operations[:1]), r"operations must be \(2, 3, 3\)"),
+        (plan._replace(matrices=plan.matrices.float()), r"matrices must be \(2, 3, 3, 6\) torch.float64"),
+        (plan._replace(weights=plan.weights[:, :4]), r"weights must be \(2, 5\)"),
+        (plan._replace(operations=torch.full((2, 3, 3), 3), matrices=plan.matrices * 0), "posterize keeps 1 to 8 bits"),
+    ]
+    for changed, message in changes:
+        with pytest.raises(ValueError, match=message):
+            augmix([pixels], changed, 8, MEAN, STD)
+        if extension.load() is None:
+            # The operator itself does not trust its caller either.
+            with pytest.raises(ValueError, match=r"must be|keeps"):
+                torch.ops.rada_fast.augmix([pixels], *changed, 8, MEAN, STD, torch.float32, True)
+    for change in ({"chains": 0}, {"depth": 0}, {"severity": 0.05}, {"severity": 11.0}):
+        with pytest.raises(ValueError, match="chains and depth must be at least 1 and severity"):
+            random_augmix(9, 9, 8, 2, torch.Generator(), **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got 0, 9, 8 and 1"):
+        random_augmix(0, 9, 8, 1, torch.Generator())
+
+
+def test_without_the_extension_everything_is_made_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = picture(30, 20)
+    image = Image.fromarray(pixels.numpy())
+    expected = make_views(image, Preprocess(16, MEAN, STD), 4, "augmix", 0)
+    monkeypatch.setattr(extension, "_outcome", ["not built"])
+    assert torch.equal(make_views(image, Preprocess(16, MEAN, STD), 4, "augmix", 0), expected)
+    plan = random_augmix(30, 20, 16, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(augmix([pixels], plan, 16, MEAN, STD), expected[1:])
+    with pytest.raises(BackendUnavailableError, match="not built"):
+        augmix([pixels], plan, 16, MEAN, STD, backend="cpu")
+
+
+@needs_extension
+def test_the_operator_is_registered_as_torch_wants() -> None:
+    plan = random_augmix(9, 9, 8, 2, torch.Generator().manual_seed(0))
+    arguments = ([picture(9, 9)], *plan, 8, MEAN, STD, torch.float32, True)
+    torch.library.opcheck(torch.ops.rada_fast.augmix.default, arguments)
