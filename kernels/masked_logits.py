@@ -55,8 +55,9 @@ def tile_of(dtype: torch.dtype, rows: int, width: int, head: int, *, backward: b
     if rows <= 512:
         return Tile(64, block_of(width, 32), depth, 4, 3)
     if backward:
-        # Four warps: with eight, Blackwell leaves 128 registers a thread, and the mask's backward spills.
-        return Tile(64, block_of(width, 64), depth, 4, 3)
+        # Four warps: with eight, Blackwell leaves 128 registers a thread, and the mask's backward spills. Heads of 128
+        # spill there at 64 columns too.
+        return Tile(64, block_of(width, 32 if head > 96 else 64), depth, 4, 3)
     # Eight warps: at four the epilogue, which holds A and R at once, spills.
     return Tile(128, block_of(width, 64), depth, 8, 3)
 
