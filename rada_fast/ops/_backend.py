@@ -105,12 +105,16 @@ def resolve_device_backend(device: torch.device, name: str | None = None) -> str
 
     name: the call's own argument, if it has one. "auto" takes the compiled operator where it is usable. "literal" is
         the reference here: the published code's arithmetic concerns the adapter.
+        "triton" is refused as an argument; in force, as "auto".
     Raises BackendUnavailableError where a named backend cannot be used or does not serve the device.
     """
     from rada_fast import extension
 
     if name is None:
         name = chosen_backend()
+        if name == "triton":
+            # The adapter's backend alone: with it in force the other parts of a step choose their own.
+            name = "auto"
     if _check_name(name, "backend") in ("reference", "literal"):
         return "reference"
     if name == "triton":

@@ -5,17 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rada_fast.ops._backend import chosen_backend, resolve_device_backend
+from rada_fast.ops._backend import resolve_device_backend
 
 SERVED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_compiled(logits: Tensor) -> bool:
-    """Whether the compiled operator serves a call; else the reference does. Raises BackendUnavailableError.
-
-    "triton" is the adapter's backend alone: with it in force these ops, parts of the same step, choose their own.
-    """
-    return resolve_device_backend(logits.device, "auto" if chosen_backend() == "triton" else None) != "reference"
+    """Whether the compiled operator serves a call; else the reference does. Raises BackendUnavailableError."""
+    return resolve_device_backend(logits.device) != "reference"
 
 
 def check_logits(logits: Tensor, shape: str) -> None:
