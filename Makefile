@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench scaling setup build wheel clean
+.PHONY: demo test lint format bench scaling sanitize setup build wheel clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -29,6 +29,18 @@ bench: setup
 
 scaling: setup
 	$(BIN)/python -m benchmarks.plot_scaling --output results/scaling
+
+# The CPU's operators compiled with the address and undefined-behaviour sanitizers, in a place of their own, and their
+# tests: minutes. Python and PyTorch are not instrumented, so the run-time library comes first, and leaks, which would be
+# theirs, are not looked for.
+# No thread sanitizer: the OpenMP runtime under PyTorch's parallel loops is not instrumented, so the sanitizer does not see
+# its barriers and reports a race wherever one loop reads what another wrote, in correct programs too.
+SANITIZE := RADA_FAST_SANITIZE=address,undefined USE_CUDA=0
+sanitize: $(READY)
+	$(SANITIZE) $(BIN)/rada-fast build
+	$(SANITIZE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest tests/ops -p no:cacheprovider
 
 setup: $(READY) build
 

@@ -90,3 +90,8 @@ def cuda_home() -> Path | None:
 def cuda_arch_list() -> str | None:
     """TORCH_CUDA_ARCH_LIST, the compute capabilities to build for, or None where it is unset or empty."""
     return os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or None
+
+
+def sanitizers() -> str | None:
+    """RADA_FAST_SANITIZE, the sanitizers to compile the CPU's operators with ("address,undefined"), or None."""
+    return os.environ.get("RADA_FAST_SANITIZE") or None

@@ -100,7 +100,12 @@ def build_parameters() -> BuildParameters:
     root = Path(torch.__file__).resolve().parent
     include = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    debug = ("-g",) if _env.debug_build() else ("-DNDEBUG",)
+    debug: tuple[str, ...] = ("-g",) if _env.debug_build() else ("-DNDEBUG",)
+    sanitized: tuple[str, ...] = ()
+    if sanitizers := _env.sanitizers():
+        # vptr asks for type information that PyTorch's libraries keep to themselves.
+        sanitized = (f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
+        debug = ("-g", "-fno-omit-frame-pointer")
     toolkit = cuda_toolkit.find_toolkit()
     kernels, glue = (sorted((folder / "cuda").glob(pattern)) for pattern in ("*.cu", "*.cpp"))
     # The static runtime needs no other CUDA library in the process, and its names stay its own.
@@ -113,9 +118,9 @@ def build_parameters() -> BuildParameters:
         or shutil.which("clang++")
         or "c++",
         sources=tuple(sources),
-        flags=("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", abi, *debug, *include),
+        flags=("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", abi, *debug, *sanitized, *include),
         # Without -fopenmp here: the OpenMP runtime is the one PyTorch has loaded, never a second one.
-        link=("-shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"),
+        link=("-shared", *sanitized, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"),
         cuda=toolkit,
         cuda_sources=tuple((source, f"cuda_{source.stem}.o") for source in kernels),
         cuda_glue=tuple((source, f"cuda_{source.stem}.o") for source in glue),
@@ -129,7 +134,9 @@ def _torch_name() -> str:
 
 
 def _place_name() -> str:
-    return f"{_torch_name()}-{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
+    # Objects of a sanitized build lie apart: neither it nor the next plain one compiles the other's again.
+    suffix = "-sanitized" if _env.sanitizers() else ""
+    return f"{_torch_name()}-{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}{suffix}"
 
 
 @cache
@@ -145,11 +152,9 @@ def _sources_key(folder: Path, cuda: bool = False) -> str:
 
 def _flags_key(cuda: bool = False) -> str:
     # The device code is not part of it: a library is found whatever TORCH_CUDA_ARCH_LIST says where it is loaded.
-    described = repr(
-        (VECTOR_FLAGS, LOOP_FLAGS, _env.debug_build(), torch.compiled_with_cxx11_abi(), platform.machine())
-    )
-    described = repr((_env.debug_build(), platform.machine(), torch.version.cuda)) if cuda else described
-    return hashlib.sha256(described.encode()).hexdigest()[:8]
+    common = (_env.debug_build(), _env.sanitizers(), platform.machine())
+    own = (torch.version.cuda,) if cuda else (VECTOR_FLAGS, LOOP_FLAGS, torch.compiled_with_cxx11_abi())
+    return hashlib.sha256(repr((*own, *common)).encode()).hexdigest()[:8]
 
 
 def build_place() -> Path:

@@ -197,6 +197,23 @@ def test_an_episode_does_not_depend_on_its_neighbours(backend: str) -> None:
 
 
 @needs_extension
+def test_threads_do_not_change_a_bit() -> None:
+    initial, threads = initial_values(), torch.get_num_threads()
+    steps, results = [draw(initial) for _ in range(2)], []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            optimizer = EpisodicOptimizer(initial, EPISODES, lr=LR, weight_decay=0.1, backend="cpu")
+            for gradients in steps:
+                optimizer.step(gradients)
+            results.append(optimizer.parameters)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert_equal(other, results[0])
+
+
+@needs_extension
 @pytest.mark.parametrize("offset", [1, 3])
 def test_views_off_every_alignment(offset: int) -> None:
     def view(count: int, fill: float | None = None) -> Tensor:
