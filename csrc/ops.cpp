@@ -37,6 +37,13 @@ TORCH_LIBRARY(rada_fast, library) {
               "Tensor weights)");
   library.def("random_views(int height, int width, int size, int count, float[] scale, float[] ratio, "
               "Generator? generator) -> Tensor");
+  // In place on what belongs to all episodes; see episodic_optimizer.h. An empty moment is zero and stays so; a gradient
+  // that is None is exactly zero; a source is one copy that the parameter's rows are read from; fresh: moments not read;
+  // torch_roots: PyTorch's square roots, which a library may round otherwise than the processor.
+  library.def("episodic_optimizer_step(Tensor(a!)[] parameters, Tensor(b!)[] first_moments, "
+              "Tensor(c!)[] second_moments, Tensor?[] gradients, Tensor?[] sources, bool[] fresh, str rule, int step, "
+              "float lr, float weight_decay, float beta1, float beta2, float eps, float momentum, "
+              "bool torch_roots) -> ()");
   // How this build computes here: "vectors", "float32", "bfloat16" -> one word each; "" where a type cannot be served.
   library.def("cpu_paths() -> Dict(str, str)");
   // Ten times the compute capability of the code that a CUDA device runs of this build, () int32: 800 for sm_80.

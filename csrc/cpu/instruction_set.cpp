@@ -4,13 +4,11 @@
 #include <string>
 
 #include "augmix_loops.h"
+#include "instruction_set.h"
 #include "vector_math.h"
 #include "view_loops.h"
 
 namespace rada_fast {
-namespace {
-
-enum class Level { baseline, avx2, avx512 };
 
 Level level() {
   static const Level found = [] {
@@ -29,8 +27,6 @@ Level level() {
   }();
   return found;
 }
-
-}  // namespace
 
 const char* vector_math_name() {
   switch (level()) {

@@ -2,6 +2,7 @@
 
 from rada_fast.ops._backend import BACKENDS, backends, resolve_backend, use_backend
 from rada_fast.ops.augmix import AugmixPlan, augmix, random_augmix
+from rada_fast.ops.episodic_optimizer import EpisodicOptimizer, episodic_optimizer_step
 from rada_fast.ops.multi_view_crops import VIEW_COLUMNS, multi_view_crops, random_views, whole_view
 from rada_fast.ops.rational_adapter import AdapterOutput, rational_adapter, zero_shot_logits
 
@@ -10,8 +11,10 @@ __all__ = [
     "VIEW_COLUMNS",
     "AdapterOutput",
     "AugmixPlan",
+    "EpisodicOptimizer",
     "augmix",
     "backends",
+    "episodic_optimizer_step",
     "multi_view_crops",
     "random_augmix",
     "random_views",

@@ -92,3 +92,34 @@ def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None
     if name in COMPILED and refusal and (reason := refusal(name)):
         raise BackendUnavailableError(f"backend {name!r} cannot serve this call: {reason}")
     return name
+
+
+def resolve_device_backend(device: torch.device, name: str | None = None) -> str:
+    """The backend of an op with kernels in C++ and CUDA C++, chosen by where its tensors are: "cpu", "cuda" or
+    "reference".
+
+    name: the call's own argument, if it has one. "auto" takes the compiled operator where it is usable. "literal" is
+        the reference here: the published code's arithmetic concerns the adapter.
+    Raises BackendUnavailableError where a named backend cannot be used or does not serve the device.
+    """
+    from rada_fast import extension
+
+    if name is None:
+        name = _chosen.get() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
+    if _check_name(name, "backend") in ("reference", "literal"):
+        return "reference"
+    if name == "triton":
+        raise BackendUnavailableError("backend 'triton' cannot serve this call: it has no kernel for this op")
+    if name != "auto" and device.type != name:
+        raise BackendUnavailableError(f"backend {name!r} cannot serve this call: its tensors are on {device}")
+    reason: str | None = f"no compiled operator serves tensors on {device}"
+    match device.type:
+        case "cpu":
+            reason = extension.load()
+        case "cuda":
+            reason = extension.load_cuda()
+    if reason is None:
+        return device.type
+    if name == "auto":
+        return "reference"
+    raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}")

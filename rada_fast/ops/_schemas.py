@@ -170,6 +170,10 @@ def _fake_random_augmix(
     )
 
 
+def _fake_episodic_optimizer_step(*_: Any) -> None:
+    return None
+
+
 def register() -> None:
     """Register fake kernels and gradients; call once, after the library that defines the schemas is loaded."""
     torch.library.register_fake("rada_fast::rational_adapter", _fake_forward)
@@ -180,3 +184,4 @@ def register() -> None:
     torch.library.register_fake("rada_fast::random_views", _fake_random_views)
     torch.library.register_fake("rada_fast::augmix", _fake_augmix)
     torch.library.register_fake("rada_fast::random_augmix", _fake_random_augmix)
+    torch.library.register_fake("rada_fast::episodic_optimizer_step", _fake_episodic_optimizer_step)

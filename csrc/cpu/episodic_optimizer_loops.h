@@ -1,0 +1,41 @@
+// The episodic optimiser's vector loops, compiled once per instruction set; see ../episodic_optimizer.h.
+//
+// Raw pointers and no library templates, for the reason in vector_math.h. Spans are contiguous; `source` may be the
+// parameter itself, and no two other arrays overlap.
+#pragma once
+
+#include "../episodic_optimizer.h"
+
+namespace rada_fast {
+
+struct OptimizerLoops {
+  // bfloat16 or float16 to float.
+  void (*widen)(const void* gradient, GradientType type, int64_t count, float* out);
+  // Adam in one pass, with the processor's square roots; fresh: the moments are zero and not read.
+  void (*adam)(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
+               float* first, float* second, float* parameter);
+  // The same in two, for square roots from elsewhere. Adam's moments.
+  void (*moments)(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
+                  float* first, float* second);
+  // Adam's parameter from the first moment and the second's root.
+  void (*update)(const OptimizerScalars& s, const float* source, const float* first, const float* root, int64_t count,
+                 float* parameter);
+  // SGD; first is null without momentum.
+  void (*descend)(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
+                  float* first, float* parameter);
+  void (*scale)(float factor, const float* source, int64_t count, float* parameter);
+};
+
+namespace baseline {
+const OptimizerLoops& optimizer_loops();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const OptimizerLoops& optimizer_loops();
+}
+namespace avx512 {
+const OptimizerLoops& optimizer_loops();
+}
+#endif
+
+}  // namespace rada_fast

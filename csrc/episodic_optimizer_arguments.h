@@ -1,0 +1,79 @@
+// Checks the operator's arguments and makes the kernels' descriptors of them, for ATen's tensors and for the stable ABI's.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "episodic_optimizer.h"
+
+namespace rada_fast {
+
+// Fills `tensors`, or returns what is wrong.
+template <typename Tensor>
+std::string optimizer_tensors(const OptimizerScalars& s, int64_t step, const std::vector<Tensor>& parameters,
+                              const std::vector<Tensor>& first, const std::vector<Tensor>& second,
+                              const std::vector<std::optional<Tensor>>& gradients,
+                              const std::vector<std::optional<Tensor>>& sources, const std::vector<bool>& fresh,
+                              std::vector<OptimizerTensor>& tensors) {
+  using Scalar = decltype(parameters[0].scalar_type());
+  const size_t count = parameters.size();
+  if (step < 1) return "step must be at least 1, got " + std::to_string(step);
+  if (first.size() != count || second.size() != count || gradients.size() != count || sources.size() != count ||
+      fresh.size() != count)
+    return "moments, gradients, sources and fresh must have an entry for each parameter";
+  const int moments = moments_of(s);
+  for (size_t i = 0; i < count; ++i) {
+    const std::string at = "[" + std::to_string(i) + "]";
+    const Tensor& p = parameters[i];
+    const auto fits = [&](const Tensor& other, int64_t elements) {
+      return other.get_device() == p.get_device() && other.is_contiguous() && other.numel() == elements;
+    };
+    if (p.scalar_type() != Scalar::Float || !p.is_contiguous()) return "parameters" + at + " must be contiguous float32";
+    const int64_t elements = p.numel();
+    OptimizerTensor t{};
+    t.parameter = static_cast<float*>(p.mutable_data_ptr());
+    t.source = t.parameter;
+    t.row = elements;
+    t.rows = 1;
+    t.fresh = fresh[i];
+    t.type = GradientType::none;
+    if (gradients[i]) {
+      const Tensor& g = *gradients[i];
+      if (!fits(g, elements)) return "gradients" + at + " must be like the parameter: contiguous, on its device";
+      switch (g.scalar_type()) {
+        case Scalar::Float: t.type = GradientType::float32; break;
+        case Scalar::BFloat16: t.type = GradientType::bfloat16; break;
+        case Scalar::Half: t.type = GradientType::float16; break;
+        default: return "gradients" + at + " must be float32, bfloat16 or float16";
+      }
+      t.gradient = g.const_data_ptr();
+    }
+    const bool kept = first[i].numel() != 0;
+    for (int moment = 0; moment < 2; ++moment) {
+      const Tensor& m = moment ? second[i] : first[i];
+      const std::string named = (moment ? "second_moments" : "first_moments") + at;
+      if (m.numel() == 0 && !(kept && moment < moments)) continue;
+      if (moment >= moments) return named + " must be empty: the rule keeps none";
+      if (m.scalar_type() != Scalar::Float || !fits(m, elements))
+        return named + " must be like the parameter: contiguous float32, on its device";
+      (moment ? t.second : t.first) = static_cast<float*>(m.mutable_data_ptr());
+    }
+    // Without moments they are zero, and must stay so.
+    if (moments && !kept && elements && (gradients[i] || s.weight_decay != 0.0f || !t.fresh))
+      return "first_moments" + at + " may be empty only where the moments are zero and stay so";
+    if (sources[i]) {
+      const Tensor& source = *sources[i];
+      const int64_t row = source.numel();
+      if (source.scalar_type() != Scalar::Float || !fits(source, row) || row == 0 || elements % row)
+        return "sources" + at + " must be contiguous float32 of one copy of the parameter, on its device";
+      t.source = static_cast<const float*>(source.const_data_ptr());
+      t.row = row;
+      t.rows = elements / row;
+    }
+    if (elements) tensors.push_back(t);
+  }
+  return "";
+}
+
+}  // namespace rada_fast

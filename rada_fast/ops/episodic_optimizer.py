@@ -1,0 +1,293 @@
+"""AdamW, Adam and SGD over the parameters of many episodes' adapters, one launch a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from rada_fast.config import OptimizerName
+from rada_fast.ops._backend import resolve_device_backend
+
+_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def episodic_optimizer_step(
+    parameters: Sequence[Tensor],
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    sources: Sequence[Tensor | None],
+    fresh: Sequence[bool],
+    *,
+    name: OptimizerName,
+    step: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.0,
+    torch_roots: bool = False,
+    backend: str | None = None,
+) -> None:
+    """One optimiser step on a list of tensors, in place, in one pass; EpisodicOptimizer keeps the lists.
+
+        adamw: p *= 1 - lr wd        adam, sgd: g += wd p
+        m = lerp(m, g, 1 - beta1);  v = beta2 v + (1 - beta2) g g
+        p -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+        sgd: m = momentum m + g;  p -= lr m
+
+    parameters: any shapes, float32, contiguous; written.
+    first_moments, second_moments: like the parameter, float32, contiguous; written. An empty tensor (no elements) where
+        the rule keeps no such moment (SGD's buffer is a first moment), or where it is zero and stays so: a gradient of
+        None, without weight decay added to it.
+    gradients: like the parameter, float32|bfloat16|float16, contiguous; None is a gradient of exact zeros.
+    sources: where parameters are read instead of from themselves: one copy, float32, contiguous, of which the parameter
+        holds a whole number one after the other; None for the parameter itself.
+    fresh: whether the moments are zero; they are then written without being read, and may be uninitialised.
+    step: t, counted from 1. It is a number of the host's: a captured graph holds the step that it was captured at, so
+        capture an episode's steps in order.
+    torch_roots: take Adam's square roots from PyTorch, which on a CPU may have them from a library that rounds the last
+        place otherwise: every bit is then torch.optim's, at about twice the time.
+
+    Returns nothing. Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend
+    cannot serve. The roundings are those of torch.optim's single-tensor form (foreach=False) on a CPU, one by one, with
+    square roots as the processor rounds them; on CUDA tensors too.
+    """
+    if name not in get_args(OptimizerName):
+        raise ValueError(f"name must be one of {', '.join(map(repr, get_args(OptimizerName)))}, got {name!r}")
+    if not len(parameters) == len(first_moments) == len(second_moments) == len(gradients) == len(sources) == len(fresh):
+        raise ValueError("moments, gradients, sources and fresh must have an entry for each parameter")
+    if step < 1:
+        raise ValueError(f"step must be at least 1, got {step}")
+    if not parameters:
+        return
+    device = parameters[0].device
+    match resolve_device_backend(device, backend):
+        case "reference":
+            _reference_step(
+                parameters, first_moments, second_moments, gradients, sources, fresh,
+                name, step, lr, weight_decay, betas, eps, momentum,
+            )  # fmt: skip
+        case _:
+            for index, gradient in enumerate(gradients):
+                if gradient is not None and gradient.dtype not in _GRADIENTS:
+                    raise TypeError(f"gradients[{index}] must be float32, bfloat16 or float16, got {gradient.dtype}")
+            torch.ops.rada_fast.episodic_optimizer_step(
+                parameters, first_moments, second_moments, gradients, sources, fresh,
+                name, step, lr, weight_decay, *betas, eps, momentum, torch_roots,
+            )  # fmt: skip
+
+
+def _reference_step(
+    parameters: Sequence[Tensor],
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    sources: Sequence[Tensor | None],
+    fresh: Sequence[bool],
+    name: str,
+    step: int,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    momentum: float,
+) -> None:
+    from rada_fast.reference.episodic_optimizer import episodic_optimizer_step as reference
+
+    for parameter, *moments, gradient, source, zero in zip(
+        parameters, first_moments, second_moments, gradients, sources, fresh, strict=True
+    ):
+        shape = parameter.shape
+        if source is not None:
+            # Whole copies one after the other, whatever the shapes: the parameter's own order of elements.
+            copies = parameter.numel() // max(source.numel(), 1)
+            source = source.reshape(1, -1).expand(copies, -1).reshape(shape)
+        made = reference(
+            parameter if source is None else source,
+            None if gradient is None else gradient.reshape(shape),
+            *(None if zero or not moment.numel() else moment for moment in moments),
+            rule=name, step=step, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum,
+        )  # fmt: skip
+        for target, value in zip((parameter, *moments), made, strict=True):
+            if value is not None and target.numel():
+                target.copy_(value)
+
+
+@dataclass
+class _Slot:
+    """One parameter of all episodes.
+
+    initial: one copy, never written. shared: one copy that only weight decay has changed. own: (E, ...).
+    current: which of the three holds the values. fresh: the moments are zero and hold nothing.
+    """
+
+    initial: Tensor
+    current: str
+    fresh: bool
+    shared: Tensor | None = None
+    own: Tensor | None = None
+    first: Tensor | None = None
+    second: Tensor | None = None
+
+
+# Parameter, first and second moment, gradient, source, fresh: one of each of the step's lists.
+_Entry = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool]
+
+
+class EpisodicOptimizer:
+    """AdamW, Adam or SGD for E episodes that all start from the same parameters, each with its own moments.
+
+    A parameter is stored once for all episodes until a gradient reaches it: the first step reads it there and writes
+    every episode's own copy, so that starting an episode copies nothing and ``reset`` is free. A parameter whose
+    gradient is None (exactly zero) stays shared, and weight decay changes one copy of it. Moments are zero until then
+    and take no memory.
+
+    ::
+
+        optimizer = EpisodicOptimizer(dict(adapter.named_parameters()), episodes=8, lr=8e-4)
+        for images in loader:
+            optimizer.reset()
+            for _ in range(3):
+                gradients = loss_gradients(optimizer.parameters, images)
+                optimizer.step(gradients)
+            predict(optimizer.parameters, images)
+
+    initial: name to tensor of any shape, float32, all on one device. Read at the first step of every episode and never
+        written, so that a change to it counts from the next reset on (a copy is taken of what is not contiguous).
+    episodes: E, at least 1.
+    name: "adamw", "adam" or "sgd"; weight decay is decoupled in adamw, added to the gradient in the others.
+    lr, weight_decay, betas, eps, momentum: as in torch.optim. lr may be changed between steps.
+    torch_roots: see episodic_optimizer_step.
+    backend: None for the one in force (see use_backend), or a backend's name.
+
+    Raises ValueError or TypeError naming the argument.
+    Equivalent, for each episode, to ``torch.optim.AdamW([p.clone() for p in initial.values()], ..., foreach=False)``
+    with zeros in the place of gradients that are None; on a CPU the moments and all of SGD bit for bit, Adam's and
+    AdamW's parameters with ``torch_roots`` or where PyTorch's square roots are correctly rounded.
+    """
+
+    def __init__(
+        self,
+        initial: Mapping[str, Tensor],
+        episodes: int,
+        name: OptimizerName = "adamw",
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        momentum: float = 0.0,
+        torch_roots: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        if name not in get_args(OptimizerName):
+            raise ValueError(f"name must be one of {', '.join(map(repr, get_args(OptimizerName)))}, got {name!r}")
+        if episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {episodes}")
+        for label, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps), ("momentum", momentum)):
+            if not value >= 0:
+                raise ValueError(f"{label} must not be negative, got {value}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), got {betas}")
+        if momentum and name != "sgd":
+            raise ValueError(f"momentum is SGD's, got {momentum} with {name!r}")
+        self._slots: dict[str, _Slot] = {}
+        for key, tensor in initial.items():
+            if tensor.dtype != torch.float32:
+                raise TypeError(f"initial[{key!r}] must be float32, got {tensor.dtype}")
+            self._slots[key] = _Slot(tensor.detach().contiguous(), "initial", True)
+        if len({slot.initial.device for slot in self._slots.values()}) > 1:
+            raise ValueError("initial must be on one device")
+        self.episodes, self.name = episodes, name
+        self.lr, self.weight_decay, self.betas, self.eps, self.momentum = lr, weight_decay, betas, eps, momentum
+        self.torch_roots, self.backend = torch_roots, backend
+        self.steps = 0
+        """Steps taken since the reset."""
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Name to (E, ...), for reading: the episodes' own storage, or one copy expanded (stride 0 along E) until then.
+
+        The next step may write into what this returned: ask again after it.
+        """
+        return {key: self._value(slot) for key, slot in self._slots.items()}
+
+    def _value(self, slot: _Slot) -> Tensor:
+        if slot.current == "own":
+            assert slot.own is not None
+            return slot.own
+        one = slot.initial if slot.current == "initial" else slot.shared
+        assert one is not None
+        return one.expand(self.episodes, *one.shape)
+
+    def reset(self) -> None:
+        """Put every episode back to the initial parameters, moments zero. Launches nothing and keeps the memory."""
+        self.steps = 0
+        for slot in self._slots.values():
+            slot.current, slot.fresh = "initial", True
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Take one step. A gradient that is None or not there is exactly zero for every episode.
+
+        gradients: name to (E, ...), float32|bfloat16|float16, any stride.
+        Raises ValueError or TypeError naming a gradient that belongs to no parameter or does not fit it; nothing has
+        happened then.
+        """
+        if unknown := set(gradients) - set(self._slots):
+            raise ValueError(f"gradients hold {sorted(unknown)[0]!r}, which is no parameter")
+        for key, gradient in gradients.items():
+            if gradient is None:
+                continue
+            initial = self._slots[key].initial
+            expected = (self.episodes, *initial.shape)
+            if tuple(gradient.shape) != expected:
+                raise ValueError(f"gradients[{key!r}] must be {expected}, got {tuple(gradient.shape)}")
+            if gradient.dtype not in _GRADIENTS:
+                raise TypeError(f"gradients[{key!r}] must be float32, bfloat16 or float16, got {gradient.dtype}")
+            if gradient.device != initial.device:
+                raise ValueError(f"gradients[{key!r}] must be on {initial.device}, got {gradient.device}")
+        self.steps += 1
+        entries: list[_Entry] = []
+        for key, slot in self._slots.items():
+            gradient = gradients.get(key)
+            entry = self._entry(slot, None if gradient is None else gradient.detach().contiguous())
+            if entry is not None:
+                entries.append(entry)
+        if not entries:
+            return
+        parameters, first, second, given, sources, fresh = (list(values) for values in zip(*entries, strict=True))
+        episodic_optimizer_step(
+            parameters, first, second, given, sources, fresh,
+            name=self.name, step=self.steps, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas,
+            eps=self.eps, momentum=self.momentum, torch_roots=self.torch_roots, backend=self.backend,
+        )  # fmt: skip
+
+    def _entry(self, slot: _Slot, gradient: Tensor | None) -> _Entry | None:
+        """What the step works on for one parameter, or None where it changes nothing; the slot is as it leaves it."""
+        nothing = slot.initial.new_empty(0)
+        decoupled = self.name == "adamw"
+        moments = 2 if self.name != "sgd" else int(self.momentum != 0)
+        source = {"initial": slot.initial, "shared": slot.shared, "own": None}[slot.current]
+        # Zero moments under a zero gradient stay zero, and nothing tells one episode from another yet.
+        stays_zero = decoupled or self.weight_decay == 0 or not moments
+        if gradient is None and slot.current != "own" and stays_zero:
+            if self.lr * self.weight_decay == 0:
+                return None
+            if slot.shared is None:
+                slot.shared = torch.empty_like(slot.initial)
+            slot.current = "shared"
+            return slot.shared, nothing, nothing, None, None if source is slot.shared else source, True
+        if slot.own is None:
+            slot.own = slot.initial.new_empty((self.episodes, *slot.initial.shape))
+            slot.first = torch.empty_like(slot.own) if moments else nothing
+            slot.second = torch.empty_like(slot.own) if moments > 1 else nothing
+        assert slot.first is not None
+        assert slot.second is not None
+        fresh, slot.fresh, slot.current = slot.fresh, False, "own"
+        return slot.own, slot.first, slot.second, gradient, source, fresh

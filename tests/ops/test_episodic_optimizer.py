@@ -1,0 +1,323 @@
+"""The episodic optimiser against torch.optim, and what is its own: sharing, resets, zero gradients."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rada_fast import extension
+from rada_fast.config import OptimizerName
+from rada_fast.errors import BackendUnavailableError
+from rada_fast.ops import EpisodicOptimizer, backends, episodic_optimizer_step, use_backend
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+EPISODES = 3
+LR = 8e-3
+# Every rule with and without weight decay and momentum; a small beta1 takes torch.lerp's other side.
+RULES: list[tuple[OptimizerName, dict[str, Any]]] = [
+    ("adamw", {"weight_decay": 0.01}),
+    ("adamw", {"weight_decay": 0.0}),
+    ("adam", {"weight_decay": 5e-4}),
+    ("adam", {"weight_decay": 0.0, "betas": (0.4, 0.9)}),
+    ("sgd", {"weight_decay": 0.0}),
+    ("sgd", {"weight_decay": 0.1, "momentum": 0.9}),
+    ("sgd", {"weight_decay": 0.0, "momentum": 0.9}),
+]
+needs_extension = pytest.mark.skipif(backends()["cpu"] != "usable", reason=f"cpu backend: {backends()['cpu']}")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+
+
+@pytest.fixture(autouse=True)
+def _memory_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was never written reads as NaN."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+
+        def filled(*args: Any, real: Any = real, **kwargs: Any) -> Tensor:
+            made: Tensor = real(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        monkeypatch.setattr(torch, name, filled)
+
+
+def initial_values() -> dict[str, Tensor]:
+    """Sizes around one vector and one chunk, and the zeros that output projections start from."""
+    shapes = {"one": (1,), "seven": (7,), "odd": (1023,), "chunk": (130, 127)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | {"zero": torch.zeros(33, 31)}
+
+
+def draw(initial: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor | None]:
+    """Gradients over many orders of magnitude."""
+    shapes = {name: (EPISODES, *value.shape) for name, value in initial.items()}
+    return {name: (torch.randn(shape) * 10 ** torch.randn(shape)).to(dtype) for name, shape in shapes.items()}
+
+
+class Theirs:
+    """One torch.optim optimiser for each episode, single-tensor."""
+
+    def __init__(self, initial: dict[str, Tensor], name: str, options: dict[str, Any]) -> None:
+        self.parameters = [{key: value.clone() for key, value in initial.items()} for _ in range(EPISODES)]
+        make = OPTIMIZERS[name]
+        self.optimizers = [make(list(p.values()), lr=LR, foreach=False, **options) for p in self.parameters]
+
+    def step(self, gradients: dict[str, Tensor | None]) -> None:
+        for episode, (parameters, optimizer) in enumerate(zip(self.parameters, self.optimizers, strict=True)):
+            for key, parameter in parameters.items():
+                given = gradients.get(key)
+                parameter.grad = torch.zeros_like(parameter) if given is None else given[episode].float()
+            optimizer.step()
+
+    def stacked(self) -> dict[str, Tensor]:
+        return {key: torch.stack([p[key] for p in self.parameters]) for key in self.parameters[0]}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "options"), RULES)
+def test_three_steps_are_torch_optims_bit_for_bit(
+    name: OptimizerName, options: dict[str, Any], backend: str, dtype: torch.dtype
+) -> None:
+    initial = initial_values()
+    theirs = Theirs(initial, name, options)
+    with use_backend(backend):
+        ours = EpisodicOptimizer(initial, EPISODES, name, lr=LR, torch_roots=True, **options)
+        for _ in range(3):
+            gradients = draw(initial, dtype)
+            ours.step(gradients)
+            theirs.step(gradients)
+            assert_equal(ours.parameters, theirs.stacked())
+
+
+@needs_extension
+@pytest.mark.parametrize(("name", "options"), RULES[:4])
+def test_the_processors_roots_change_the_last_place_alone(name: OptimizerName, options: dict[str, Any]) -> None:
+    initial = initial_values()
+    exact, ours = (
+        EpisodicOptimizer(initial, EPISODES, name, lr=LR, torch_roots=torch_roots, backend="cpu", **options)
+        for torch_roots in (True, False)
+    )
+    for step in range(3):
+        gradients = draw(initial)
+        before = {key: value.clone() for key, value in exact.parameters.items()}
+        # Each step by itself: from equal parameters.
+        for key, slot in ours._slots.items():
+            if step:
+                assert slot.own is not None
+                slot.own.copy_(before[key])
+        exact.step(gradients)
+        ours.step(gradients)
+        for key, wanted in exact.parameters.items():
+            # A root off by 2^-23 of itself and the roundings of both sides' quotient, sum and quotient after it, 2^-23
+            # each: 4 of the update. Then the last sum, rounded to the parameter's own place.
+            update = (wanted - before[key]).abs()
+            place = torch.from_numpy(np.spacing(torch.maximum(wanted.abs(), before[key].abs()).numpy()))
+            assert bool(((ours.parameters[key] - wanted).abs() <= 4 * 2**-23 * update + place).all()), key
+            for moment in ("first", "second"):
+                assert torch.equal(getattr(ours._slots[key], moment), getattr(exact._slots[key], moment))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "options"), RULES)
+def test_a_gradient_of_none_is_exactly_zero(name: OptimizerName, options: dict[str, Any], backend: str) -> None:
+    initial = initial_values()
+    theirs = Theirs(initial, name, options)
+    with use_backend(backend):
+        ours = EpisodicOptimizer(initial, EPISODES, name, lr=LR, torch_roots=True, **options)
+        # None at first, None later, one by one not there at all.
+        absent: list[tuple[str, ...]] = [("one", "odd", "chunk"), ("one", "odd"), ("chunk", "one"), ()]
+        for step, names in enumerate(absent):
+            gradients = draw(initial) | dict.fromkeys(names)
+            if step == 1:
+                del gradients["one"]
+            ours.step(gradients)
+            theirs.step(gradients)
+            assert_equal(ours.parameters, theirs.stacked())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_no_gradient_reached_is_kept_once(backend: str) -> None:
+    initial = initial_values()
+    before = {key: value.clone() for key, value in initial.items()}
+    optimizer = EpisodicOptimizer(initial, EPISODES, lr=LR, weight_decay=0.1, backend=backend)
+    assert all(value.stride(0) == 0 for value in optimizer.parameters.values())
+    assert optimizer.parameters["chunk"].data_ptr() == initial["chunk"].data_ptr()
+    optimizer.step({"zero": draw(initial)["zero"]})
+    shared = {key for key, value in optimizer.parameters.items() if value.stride(0) == 0}
+    assert shared == set(initial) - {"zero"}
+    assert torch.equal(optimizer.parameters["chunk"][1], initial["chunk"] * (1 - LR * 0.1))
+    assert optimizer.parameters["zero"].is_contiguous()
+    for key, value in before.items():
+        assert torch.equal(initial[key], value), "what episodes start from is never written"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "options"), RULES)
+def test_a_reset_restores_every_bit(name: OptimizerName, options: dict[str, Any], backend: str) -> None:
+    initial = initial_values()
+    optimizer = EpisodicOptimizer(initial, EPISODES, name, lr=LR, backend=backend, **options)
+    steps = [draw(initial), draw(initial) | {"seven": None}, draw(initial)]
+
+    def episode() -> dict[str, Tensor]:
+        optimizer.reset()
+        for gradients in steps:
+            optimizer.step(gradients)
+        return {key: value.clone() for key, value in optimizer.parameters.items()}
+
+    first = episode()
+    places = {key: value.data_ptr() for key, value in optimizer.parameters.items()}
+    optimizer.step(draw(initial))
+    assert_equal(episode(), first)
+    assert places == {key: value.data_ptr() for key, value in optimizer.parameters.items()}, "the memory is kept"
+    optimizer.reset()
+    assert_equal(optimizer.parameters, {key: value.expand(EPISODES, *value.shape) for key, value in initial.items()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_episode_does_not_depend_on_its_neighbours(backend: str) -> None:
+    initial = initial_values()
+    steps = [draw(initial) for _ in range(3)]
+    together = EpisodicOptimizer(initial, EPISODES, lr=LR, weight_decay=0.01, backend=backend)
+    alone = EpisodicOptimizer(initial, 1, lr=LR, weight_decay=0.01, backend=backend)
+    for gradients in steps:
+        together.step(gradients)
+        alone.step({key: value[1:2] for key, value in gradients.items() if value is not None})
+    assert_equal({key: value[1:2] for key, value in together.parameters.items()}, alone.parameters)
+
+
+@needs_extension
+@pytest.mark.parametrize("offset", [1, 3])
+def test_views_off_every_alignment(offset: int) -> None:
+    def view(count: int, fill: float | None = None) -> Tensor:
+        base = torch.randn(count + offset) if fill is None else torch.full((count + offset,), fill)
+        return base[offset:]
+
+    made = []
+    torch.manual_seed(1)
+    arguments = [view(1023), view(1023), view(1023).square(), view(1023)]
+    for backend in ("reference", "cpu"):
+        parameter, first, second, gradient = (torch.cat([torch.zeros(offset), x])[offset:] for x in arguments)
+        episodic_optimizer_step(
+            [parameter], [first], [second], [gradient], [None], [False],
+            name="adamw", step=2, lr=LR, weight_decay=0.1, torch_roots=True, backend=backend,
+        )  # fmt: skip
+        made.append((parameter, first, second))
+    for reference, compiled in zip(*made, strict=True):
+        assert torch.equal(reference, compiled)
+
+
+@needs_extension
+# opcheck itself looks at the gradients of inputs that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_the_operator_keeps_pytorchs_rules() -> None:
+    own, one = torch.randn(2, 5), torch.randn(7)
+    arguments = (
+        [own, one],
+        [torch.randn(2, 5), torch.zeros(0)],
+        [torch.rand(2, 5), torch.zeros(0)],
+        [torch.randn(2, 5), None],
+        [torch.randn(5), None],
+        [False, True],
+    )
+    torch.library.opcheck(
+        torch.ops.rada_fast.episodic_optimizer_step.default,
+        (*arguments, "adamw", 2, LR, 0.1, 0.9, 0.999, 1e-8, 0.0, False),
+    )
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: [torch.zeros(4, dtype=torch.float64)]}, r"parameters\[0\] must be contiguous float32"),
+        ({0: [torch.zeros(4, 2)[:, 0]]}, r"parameters\[0\] must be contiguous float32"),
+        ({1: [torch.zeros(5)]}, r"first_moments\[0\] must be like the parameter"),
+        ({2: [torch.zeros(0)]}, r"second_moments\[0\] must be like the parameter"),
+        ({1: [torch.zeros(0)], 2: [torch.zeros(0)]}, r"first_moments\[0\] may be empty only where"),
+        ({3: [torch.zeros(3)]}, r"gradients\[0\] must be like the parameter"),
+        ({3: [torch.zeros(4, dtype=torch.int32)]}, r"gradients\[0\] must be float32, bfloat16 or float16"),
+        ({4: [torch.zeros(3)]}, r"sources\[0\] must be contiguous float32 of one copy"),
+        ({5: []}, "must have an entry for each parameter"),
+        ({6: "lamb"}, "rule must be 'adamw', 'adam' or 'sgd', got 'lamb'"),
+        ({6: "sgd"}, r"first_moments\[0\] must be empty: the rule keeps none"),
+        ({7: 0}, "step must be at least 1, got 0"),
+    ],
+)
+def test_the_operator_refuses_what_does_not_fit(change: dict[int, Any], message: str) -> None:
+    arguments: list[Any] = [[torch.zeros(4)] for _ in range(4)]
+    arguments += [[None], [False], "adamw", 1, LR, 0.0, 0.9, 0.999, 1e-8, 0.0, False]
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.rada_fast.episodic_optimizer_step(*arguments)
+
+
+def test_errors_name_the_argument() -> None:
+    initial = {"w": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match="name must be one of 'adamw', 'adam', 'sgd', got 'lamb'"):
+        EpisodicOptimizer(initial, 2, "lamb", lr=LR)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
+        EpisodicOptimizer(initial, 0, lr=LR)
+    with pytest.raises(ValueError, match="lr must not be negative, got -1"):
+        EpisodicOptimizer(initial, 2, lr=-1)
+    with pytest.raises(ValueError, match=r"betas must be in \[0, 1\), got \(0.9, 1.0\)"):
+        EpisodicOptimizer(initial, 2, lr=LR, betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match=r"momentum is SGD's, got 0\.9 with 'adamw'"):
+        EpisodicOptimizer(initial, 2, lr=LR, momentum=0.9)
+    with pytest.raises(TypeError, match=r"initial\['w'\] must be float32, got torch.float64"):
+        EpisodicOptimizer({"w": torch.zeros(2, dtype=torch.float64)}, 2, lr=LR)
+    optimizer = EpisodicOptimizer(initial, 2, lr=LR)
+    with pytest.raises(ValueError, match=r"gradients\['w'\] must be \(2, 2, 3\), got \(2, 3\)"):
+        optimizer.step({"w": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match="gradients hold 'v', which is no parameter"):
+        optimizer.step({"v": torch.zeros(2, 3)})
+    assert optimizer.steps == 0
+
+
+def test_a_named_backend_serves_or_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(backend: str | None) -> EpisodicOptimizer:
+        optimizer = EpisodicOptimizer({"w": torch.ones(2)}, 2, lr=LR, backend=backend)
+        optimizer.step({"w": torch.ones(2, 2)})
+        return optimizer
+
+    with pytest.raises(BackendUnavailableError, match="'cuda' cannot serve this call: its tensors are on cpu"):
+        step("cuda")
+    with pytest.raises(BackendUnavailableError, match="'triton' cannot serve this call: it has no kernel for this op"):
+        step("triton")
+    monkeypatch.setattr(extension, "load", lambda: "it is not built")
+    assert torch.equal(step(None).parameters["w"], step("reference").parameters["w"])
+    with pytest.raises(BackendUnavailableError, match="backend 'cpu' cannot be used: it is not built"):
+        step("cpu")
+
+
+@needs_extension
+def test_every_copy_of_the_loops_follows_pytorchs_own() -> None:
+    code = """
+import torch
+from rada_fast.ops import EpisodicOptimizer
+torch.manual_seed(0)
+p = torch.randn(1023)
+ours = EpisodicOptimizer({"w": p}, 1, lr=8e-3, weight_decay=0.1, torch_roots=True, backend="cpu")
+q = p.clone()
+theirs = torch.optim.AdamW([q], lr=8e-3, weight_decay=0.1, foreach=False)
+for _ in range(3):
+    q.grad = torch.randn(1023)
+    ours.step({"w": q.grad[None]})
+    theirs.step()
+print(torch.equal(ours.parameters["w"][0], q))
+"""
+    for capability in ("default", "avx2", "avx512"):
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["True"], capability
