@@ -2,9 +2,6 @@
 // writes each output once. See view_resize.cuh.
 #include "multi_view_crops.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
 #include "view_resize.cuh"
@@ -12,28 +9,13 @@
 namespace rada_fast {
 namespace {
 
-struct Frames {
-  ViewFrame frame[kMostFrames];
-};
-static_assert(sizeof(Frames) + 64 <= 4096, "a kernel's arguments");
-
-struct Channels {
-  float mean[3], std[3];
-};
-
-__device__ inline void put(float* out, float value) { *out = value; }
-__device__ inline void put(__nv_bfloat16* out, float value) { *out = __float2bfloat16_rn(value); }
-__device__ inline void put(__half* out, float value) { *out = __float2half_rn(value); }
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     multi_view_crops(const __grid_constant__ Frames frames, Channels channels, int32_t size, T* out) {
   __shared__ ResizeTile tile;
   __shared__ float normalised[3][256];
   for (int channel = 0; channel < 3; ++channel)
-    normalised[channel][threadIdx.x] =
-        __fdiv_rn(__fsub_rn(__fdiv_rn(static_cast<float>(threadIdx.x), 255.0f), channels.mean[channel]),
-                  channels.std[channel]);
+    normalised[channel][threadIdx.x] = normalised_value(threadIdx.x, channels, channel);
   const int32_t top = blockIdx.y * kTile, left = blockIdx.x * kTile;
   uint8_t values[kRows][3];
   resize_tile(frames.frame[blockIdx.z], size, top, left, tile, values);

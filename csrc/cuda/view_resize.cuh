@@ -4,9 +4,31 @@
 // Nothing may be fused: every product and sum of weights is written as an instruction that rounds once.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "multi_view_crops.h"
 
 namespace rada_fast {
+
+struct Frames {
+  ViewFrame frame[kMostFrames];
+};
+static_assert(sizeof(Frames) + 64 <= 4096, "a kernel's arguments");
+
+struct Channels {
+  float mean[3], std[3];
+};
+
+__device__ inline void put(float* out, float value) { *out = value; }
+__device__ inline void put(__nv_bfloat16* out, float value) { *out = __float2bfloat16_rn(value); }
+__device__ inline void put(__half* out, float value) { *out = __float2half_rn(value); }
+
+// (value / 255 - mean) / std, each step rounded as PyTorch rounds it.
+__device__ inline float normalised_value(int value, const Channels& channels, int channel) {
+  const float share = __fdiv_rn(static_cast<float>(value), 255.0f);
+  return __fdiv_rn(__fsub_rn(share, channels.mean[channel]), channels.std[channel]);
+}
 
 // A block makes kTile x kTile pixels with kThreads threads: a thread kRows of them in one column, three channels each.
 constexpr int kTile = 32, kThreads = 256, kGroups = kThreads / kTile, kRows = kTile / kGroups;

@@ -20,7 +20,10 @@ from tests.ops.test_multi_view_crops import MEAN, STD, picture, view
 TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 FRAME = np.dtype(
     [("pixels", "u8"), *((f"{name}_stride", "i8") for name in ("row", "column", "channel"))]
-    + [(name, "i4") for name in ("height", "width", "resized_height", "resized_width", "top", "left", "flags", "unused")]
+    + [
+        (name, "i4")
+        for name in ("height", "width", "resized_height", "resized_width", "top", "left", "flags", "unused")
+    ]
 )
 
 
