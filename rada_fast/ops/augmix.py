@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rada_fast.ops.multi_view_crops import CROP_RATIO, CROP_SCALE, TALL_FIRST, check, resolve
+from rada_fast.ops._backend import resolve_device_backend
+from rada_fast.ops.multi_view_crops import CROP_RATIO, CROP_SCALE, TALL_FIRST, check, draws_compiled
 
 AUGMIX_OPERATIONS = ("none", "autocontrast", "equalize", "posterize", "solarize", "affine")
 """By number, what a step of a chain does to the view's pixels; the affine one covers rotations, shears and shifts."""
@@ -73,7 +74,7 @@ def random_augmix(
         raise ValueError(
             f"chains and depth must be at least 1 and severity in 0.1..10, got {chains}, {depth} and {severity}"
         )
-    if resolve(backend, torch.device("cpu")) == "cpu":
+    if draws_compiled(backend):
         drawn = torch.ops.rada_fast.random_augmix(
             height, width, size, count, scale, ratio, chains, depth, severity, generator
         )
@@ -123,7 +124,7 @@ def augmix(
     if bool(((bits < 1) | (bits > 8)).any()):
         raise ValueError(f"posterize keeps 1 to 8 bits, got {sorted(set(bits.tolist()))}")
     device = pictures[0].device if len(pictures) else torch.device("cpu")
-    if resolve(backend, device) in ("cpu", "cuda"):
+    if resolve_device_backend(device, backend) in ("cpu", "cuda"):
         made: Tensor = torch.ops.rada_fast.augmix(
             list(pictures), views, operations, matrices, weights, size, list(mean), list(std), dtype, TALL_FIRST
         )

@@ -9,7 +9,8 @@ import PIL
 import torch
 from torch import Tensor
 
-from rada_fast.ops._backend import resolve_backend
+from rada_fast import extension
+from rada_fast.ops._backend import reference_asked, resolve_device_backend
 
 VIEW_COLUMNS = (
     "picture",
@@ -37,13 +38,6 @@ TALL_FIRST = int(PIL.__version__.split(".")[0]) >= 13
 does. Both passes round to whole values, so the order shows; the compiled operators follow the installed Pillow."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def reason_not_served(backend: str, device: torch.device) -> str | None:
-    """Why a backend cannot make views of pictures on a device, or None where it can."""
-    if backend == device.type == "cpu":
-        return None
-    return f"views of pictures on {device.type} are made by the extension, not by {backend}"
 
 
 def whole_view(
@@ -92,7 +86,7 @@ def random_views(
         raise ValueError(
             f"height, width and size must be at least 1 and count at least 0, got {height}, {width}, {size} and {count}"
         )
-    if resolve(backend, torch.device("cpu")) == "cpu":
+    if draws_compiled(backend):
         drawn: Tensor = torch.ops.rada_fast.random_views(height, width, size, count, scale, ratio, generator)
         return drawn
     from rada_fast.reference import multi_view_crops as reference
@@ -121,7 +115,7 @@ def multi_view_crops(
     """
     check(pictures, views, size, mean, std, dtype)
     device = pictures[0].device if len(pictures) else torch.device("cpu")
-    if resolve(backend, device) in ("cpu", "cuda"):
+    if resolve_device_backend(device, backend) in ("cpu", "cuda"):
         made: Tensor = torch.ops.rada_fast.multi_view_crops(
             list(pictures), views, size, list(mean), list(std), dtype, TALL_FIRST
         )
@@ -131,9 +125,11 @@ def multi_view_crops(
     return reference.multi_view_crops(pictures, views, size, mean, std, dtype)
 
 
-def resolve(backend: str | None, device: torch.device) -> str:
-    """The backend that makes views of pictures on a device."""
-    return resolve_backend(backend, lambda name: reason_not_served(name, device))
+def draws_compiled(backend: str | None) -> bool:
+    """Whether the extension draws, which it does on the CPU whatever backend is named for tensors elsewhere."""
+    if backend is None:
+        return extension.load() is None and not reference_asked()
+    return resolve_device_backend(torch.device("cpu"), backend) == "cpu"
 
 
 def check(

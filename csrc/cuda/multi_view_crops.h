@@ -1,0 +1,32 @@
+// Views of pictures on CUDA: boxes resized as Pillow resizes them, mirrored, normalised.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace rada_fast {
+
+enum ViewFlags : int32_t { kFlip = 1, kBicubic = 2, kVerticalFirst = 4 };
+
+// One view: the first pixel of its box, the distances between rows, pixels and channels in bytes, the box's size, the size
+// it is resized to, where the view lies in that, and ViewFlags.
+struct ViewFrame {
+  const uint8_t* pixels;
+  int64_t row_stride, column_stride, channel_stride;
+  int32_t height, width, resized_height, resized_width, window_top, window_left, flags, unused;
+};
+static_assert(sizeof(ViewFrame) == 64, "tests write these as 64 bytes");
+
+// Frames travel as a kernel's argument, of which there are 4 KiB: no copy, and a graph keeps them.
+constexpr int kMostFrames = 56;
+
+enum ViewType : int { kViewFloat = 0, kViewBfloat16 = 2, kViewHalf = 3 };
+
+}  // namespace rada_fast
+
+// out: (count, 3, size, size) of `type`; frames: `count` of them in the host's memory; mean, std: 3 numbers each, in the
+// host's memory. out = (resized / 255 - mean) / std, in float32, then rounded to the type.
+extern "C" cudaError_t rada_fast_multi_view_crops(const rada_fast::ViewFrame* frames, int64_t count, int32_t size,
+                                                  const float* mean, const float* std, int32_t type, void* out,
+                                                  cudaStream_t stream);
