@@ -105,15 +105,15 @@ def resolve_device_backend(device: torch.device, name: str | None = None) -> str
 
     name: the call's own argument, if it has one. "auto" takes the compiled operator where it is usable. "literal" is
         the reference here: the published code's arithmetic concerns the adapter.
-        "triton" is refused as an argument; in force, as "auto".
+        "triton" and another device's name are refused as an argument; in force, they are as "auto".
     Raises BackendUnavailableError where a named backend cannot be used or does not serve the device.
     """
     from rada_fast import extension
 
     if name is None:
         name = chosen_backend()
-        if name == "triton":
-            # The adapter's backend alone: with it in force the other parts of a step choose their own.
+        if name == "triton" or (name in ("cpu", "cuda") and name != device.type):
+            # In force it is the adapter's backend: the other parts of a step choose their own.
             name = "auto"
     if _check_name(name, "backend") in ("reference", "literal"):
         return "reference"

@@ -132,8 +132,9 @@ def test_errors_name_the_argument() -> None:
         select_views(logits[..., :0], 1)
     with pytest.raises(TypeError, match=r"logits must be float32, .* got torch.int64"):
         select_views(logits.long(), 1)
-    with use_backend("cuda"), pytest.raises(BackendUnavailableError, match="tensors are on cpu"):
-        select_views(logits, 1)
+    with use_backend("cuda"):
+        # The adapter's backend, for a device that these tensors are not on.
+        assert select_views(logits, 1).tolist() == [[0], [0]]
 
 
 def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
