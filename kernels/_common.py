@@ -128,6 +128,12 @@ def input_scale(logit_scale, FACTOR: tl.constexpr):
 
 
 @triton.jit
+def quads(WIDTH: tl.constexpr):
+    """0 .. WIDTH, of which a thread takes four at most: bfloat16's rows then have float32's layout."""
+    return tl.max_contiguous(tl.arange(0, WIDTH), 4)
+
+
+@triton.jit
 def store_column_sums(out, sums, ok, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Store tl.sum(tile, 0), (BLOCK_N,), from the tile's own layout. Converted to a layout of its own, every warp would
     write its copy of the sums to the same place in shared memory."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from rada_fast.kernels._common import LOG2E, block_of, cdiv, default_precision, product, store_column_sums
+from rada_fast.kernels._common import LOG2E, block_of, cdiv, default_precision, product, quads, store_column_sums
 from rada_fast.kernels.rational_projections import Projections
 from torch import Tensor
 
@@ -161,12 +161,14 @@ def class_attention_fwd(
             tl.store(logsums + (heads + head) * rows + first + i, top_r + tl.log2(total_r), mask=tell)
     elif IMAGE:
         if group == 0:
-            c = tl.arange(0, HEAD_VECTOR)
+            c = quads(HEAD_VECTOR)
             c_ok = c < HEAD
             q = tl.load(q_image + b * D + column + c, mask=c_ok, other=0.0) * scale
-            top = tl.full((1,), float("-inf"), tl.float32)
-            total = tl.zeros((1,), tl.float32)
-            out = tl.zeros((HEAD_VECTOR,), tl.float32)
+            # Every row of the tile has a softmax of its own, so that nothing crosses warps before the end.
+            # -1e38: a maximum that is no NaN when two are subtracted.
+            top = tl.full((BLOCK_I,), -1e38, tl.float32)
+            total = tl.zeros((BLOCK_I,), tl.float32)
+            out = tl.zeros((BLOCK_I, HEAD_VECTOR), tl.float32)
             for start in range(0, classes, BLOCK_I):
                 j = start + tl.arange(0, BLOCK_I)
                 j_ok = j < classes
@@ -174,15 +176,19 @@ def class_attention_fwd(
                 ok = j_ok[:, None] & c_ok[None, :]
                 k = tl.load(keys + at, mask=ok, other=0.0).to(tl.float32)
                 s = tl.where(j_ok, tl.sum(k * q[None, :], 1), float("-inf"))
-                new = tl.maximum(top, tl.max(s, 0))
+                new = tl.maximum(top, s)
                 fade = tl.exp2(top - new)
                 p = tl.exp2(s - new)
                 v = tl.load(values + at, mask=ok, other=0.0).to(tl.float32)
-                total = total * fade + tl.sum(p, 0)
-                out = out * fade + tl.sum(p[:, None] * v, 0)
+                total = total * fade + p
+                out = out * fade[:, None] + p[:, None] * v
                 top = new
-            store_column_sums(attended_image + b * D + column + c, out / total, c_ok, BLOCK_I, HEAD_VECTOR)
-            tl.store(image_logsums + b * heads + head + tl.arange(0, 1), top + tl.log2(total))
+            best = tl.max(tl.broadcast_to(top[:, None], (BLOCK_I, HEAD_VECTOR)))
+            fade = tl.exp2(top - best)
+            whole = tl.sum(tl.where((c == 0)[None, :], (total * fade)[:, None], 0.0))
+            out = out * (fade / whole)[:, None]
+            store_column_sums(attended_image + b * D + column + c, tl.sum(out, 0), c_ok, BLOCK_I, HEAD_VECTOR)
+            tl.store(image_logsums + b * heads + head, best + tl.log2(whole))
 
 
 @triton.jit
@@ -279,16 +285,17 @@ def class_attention(
 
 
 @triton.jit
-def _delta(
-    deltas, totals_at, first, classes, i, i_ok, rows, head, CHUNKS: tl.constexpr, MATRIX: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """delta of each query: its own for the row softmax, the head's mean for the matrix softmax."""
-    out = tl.zeros((BLOCK_Q,), tl.float32)
-    if not MATRIX:
+def row_deltas(deltas, sums, batch, classes, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """sums[kind, head, b] = deltas' sum over a head's chunks, which the row softmax subtracts. Axis 0: kind, head,
+    image."""
+    program = tl.program_id(0).to(tl.int64)
+    first, b = program // batch * CHUNKS, program % batch
+    for start in range(0, classes, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
         for chunk in range(CHUNKS):
-            out += tl.load(deltas + (head * CHUNKS + chunk) * rows + first + i, mask=i_ok, other=0.0)
-    return out
+            total += tl.load(deltas + ((first + chunk) * batch + b) * classes + i, mask=i < classes, other=0.0)
+        tl.store(sums + program * classes + i, total, mask=i < classes)
 
 
 @triton.jit
@@ -306,7 +313,7 @@ def _mean_delta(deltas, first, classes, rows, head, CHUNKS: tl.constexpr, BLOCK:
 @triton.jit
 def class_attention_bwd_queries(
     q_image, q_text, q_rational, keys, values, d_attended, attended_image, logsums, image_logsums, totals, deltas,
-    d_q_image, d_q_text, d_q_rational, image_p, image_ds, d_attended_sum,
+    d_q_image, d_q_text, d_q_rational, image_pairs, d_attended_sum,
     batch, classes, tiles, images_per_text, scale, share,
     D: tl.constexpr, HEAD: tl.constexpr, HEAD_VECTOR: tl.constexpr, CHUNKS: tl.constexpr,
     IMAGE: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, WIDE: tl.constexpr, MATRIX: tl.constexpr,
@@ -348,19 +355,18 @@ def class_attention_bwd_queries(
                 delta_t += _mean_delta(deltas, first, classes, rows, head, CHUNKS, BLOCK_S)
             else:
                 norm_t = tl.load(logsums + head * rows + first + i, mask=i_ok, other=0.0)
-                delta_t = _delta(deltas, totals, first, classes, i, i_ok, rows, head, CHUNKS, MATRIX, BLOCK_S, BLOCK_Q)
+                delta_t = tl.load(deltas + head * rows + first + i, mask=i_ok, other=0.0)
         if RATIONAL:
             rational_rows = q_rational + (first + i) * D + column
             if not WIDE:
                 qr = tl.load(rational_rows[:, None] + c[None, :], mask=held, other=0.0)
-            own = deltas + all_chunks * rows
             if MATRIX:
                 norm_r = tl.zeros((BLOCK_Q,), tl.float32) + tl.load(totals + (heads + head) * batch + b)
                 delta_r = tl.zeros((BLOCK_Q,), tl.float32)
-                delta_r += _mean_delta(own, first, classes, rows, head, CHUNKS, BLOCK_S)
+                delta_r += _mean_delta(deltas + all_chunks * rows, first, classes, rows, head, CHUNKS, BLOCK_S)
             else:
                 norm_r = tl.load(logsums + (heads + head) * rows + first + i, mask=i_ok, other=0.0)
-                delta_r = _delta(own, totals, first, classes, i, i_ok, rows, head, CHUNKS, MATRIX, BLOCK_S, BLOCK_Q)
+                delta_r = tl.load(deltas + (heads + head) * rows + first + i, mask=i_ok, other=0.0)
         dq_t = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
         dq_r = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
         for start in range(0, classes, BLOCK_K):
@@ -398,20 +404,21 @@ def class_attention_bwd_queries(
             tl.store(d_q_rational + at, (dq_r * natural).to(d_q_rational.dtype.element_ty), mask=held)
     elif IMAGE:
         if group == 0:
-            c = tl.arange(0, HEAD_VECTOR)
+            c = quads(HEAD_VECTOR)
             c_ok = c < HEAD
             row = b * D + column + c
-            do = tl.zeros((HEAD_VECTOR,), tl.float32)
+            rows_of_do = tl.zeros((BLOCK_I, HEAD_VECTOR), tl.float32)
             for start in range(0, classes, BLOCK_I):
                 i = start + tl.arange(0, BLOCK_I)
                 ok = (i < classes)[:, None] & c_ok[None, :]
                 part = tl.load(d_attended + (first + i)[:, None] * D + (column + c)[None, :], mask=ok, other=0.0)
-                do += tl.sum(part.to(tl.float32), 0)
+                rows_of_do += part.to(tl.float32)
+            do = tl.sum(rows_of_do, 0)
             store_column_sums(d_attended_sum + row, do, c_ok, BLOCK_I, HEAD_VECTOR)
-            delta = tl.sum(do * tl.load(attended_image + row, mask=c_ok, other=0.0), 0)
+            delta = tl.sum(rows_of_do * tl.load(attended_image + row, mask=c_ok, other=0.0)[None, :])
             q = tl.load(q_image + row, mask=c_ok, other=0.0) * scale
             logsum = tl.load(image_logsums + b * heads + head)
-            dq = tl.zeros((HEAD_VECTOR,), tl.float32)
+            dq = tl.zeros((BLOCK_I, HEAD_VECTOR), tl.float32)
             for start in range(0, classes, BLOCK_I):
                 j = start + tl.arange(0, BLOCK_I)
                 j_ok = j < classes
@@ -421,16 +428,17 @@ def class_attention_bwd_queries(
                 p = tl.exp2(tl.sum(k * q[None, :], 1) - logsum)
                 v = tl.load(values + at, mask=ok, other=0.0).to(tl.float32)
                 ds = p * (tl.sum(v * do[None, :], 1) - delta)
-                dq += tl.sum(ds[:, None] * k, 0)
-                there = (b * heads + head) * classes + j
-                tl.store(image_p + there, p * share, mask=j_ok)
-                tl.store(image_ds + there, ds * natural, mask=j_ok)
-            store_column_sums(d_q_image + row, dq * natural, c_ok, BLOCK_I, HEAD_VECTOR)
+                dq += ds[:, None] * k
+                # P and dS of a key in turns, from the tile's own layout: one thread's four columns.
+                there = ((b * heads + head) * classes + j)[:, None] * 4 + c[None, :]
+                pair = tl.where((c % 2 == 0)[None, :], (p * share)[:, None], (ds * natural)[:, None])
+                tl.store(image_pairs + there, pair, mask=j_ok[:, None] & (c < 4)[None, :])
+            store_column_sums(d_q_image + row, tl.sum(dq, 0) * natural, c_ok, BLOCK_I, HEAD_VECTOR)
 
 
 @triton.jit
 def class_attention_bwd_keys(
-    q_image, q_text, q_rational, keys, values, d_attended, logsums, totals, deltas, image_p, image_ds, d_attended_sum,
+    q_image, q_text, q_rational, keys, values, d_attended, logsums, totals, deltas, image_pairs, d_attended_sum,
     d_keys, d_values,
     batch, classes, tiles, images_per_text, scale, share,
     D: tl.constexpr, HEAD: tl.constexpr, CHUNKS: tl.constexpr,
@@ -497,9 +505,7 @@ def class_attention_bwd_keys(
                     delta = tl.where(i_ok, mean_t, 0.0)
                 else:
                     norm = tl.load(logsums + head * rows + first + i, mask=i_ok, other=float("inf"))
-                    delta = _delta(
-                        deltas, totals, first, classes, i, i_ok, rows, head, CHUNKS, MATRIX, BLOCK_S, BLOCK_Q
-                    )
+                    delta = tl.load(deltas + head * rows + first + i, mask=i_ok, other=0.0)
                 p = tl.exp2(s * scale - norm[None, :])
                 both += p
                 ds = p * (dp - delta[None, :])
@@ -518,10 +524,7 @@ def class_attention_bwd_keys(
                     delta = tl.where(i_ok, mean_r, 0.0)
                 else:
                     norm = tl.load(logsums + (heads + head) * rows + first + i, mask=i_ok, other=float("inf"))
-                    delta = _delta(
-                        deltas + all_chunks * rows, totals, first, classes, i, i_ok, rows, head, CHUNKS, MATRIX,
-                        BLOCK_S, BLOCK_Q,
-                    )  # fmt: skip
+                    delta = tl.load(deltas + (heads + head) * rows + first + i, mask=i_ok, other=0.0)
                 p = tl.exp2(s * scale - norm[None, :])
                 both += p
                 ds = p * (dp - delta[None, :])
@@ -530,9 +533,9 @@ def class_attention_bwd_keys(
     dk *= natural
     dv *= share
     if IMAGE:
-        there = (b * heads + head) * classes + j
-        p = tl.load(image_p + there, mask=j_ok, other=0.0)
-        ds = tl.load(image_ds + there, mask=j_ok, other=0.0)
+        there = ((b * heads + head) * classes + j) * 4
+        p = tl.load(image_pairs + there, mask=j_ok, other=0.0)
+        ds = tl.load(image_pairs + there + 1, mask=j_ok, other=0.0)
         dv += p[:, None] * tl.load(d_attended_sum + b * D + mine, mask=c_ok, other=0.0)[None, :]
         dk += ds[:, None] * tl.load(q_image + b * D + mine, mask=c_ok, other=0.0)[None, :]
     at = (first + j)[:, None] * D + mine[None, :]
@@ -552,7 +555,7 @@ def class_attention_backward(
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Projections:
-    """Gradients of every projection, in two launches; q_text's one for each image, (B, K, D).
+    """Gradients of every projection, in two launches, for the row softmax three; q_text's one for each image, (B, K, D).
 
     d_attended: dO, (B, K, D); deltas: (2, D/g, B, K) float32, dO . w O^c over chunks of g columns, text query first.
     """
@@ -571,8 +574,7 @@ def class_attention_backward(
     if batch == 0:
         return made
     exact = {"dtype": torch.float32, "device": keys.device}
-    image_p = torch.empty((batch, num_heads, classes), **exact) if image is not None else None
-    image_ds = torch.empty((batch, num_heads, classes), **exact) if image is not None else None
+    image_pairs = torch.empty((batch, num_heads, classes, 4), **exact) if image is not None else None
     d_sum = torch.empty((batch, width), **exact) if image is not None else None
     kinds = [text is not None, rational is not None, image is not None]
     tiles = cdiv(classes, tile.queries) if any(kinds[:2]) else 0
@@ -581,6 +583,14 @@ def class_attention_backward(
     per_text = batch // (text.shape[0] if text is not None else 1)
     scale, share = LOG2E / (math.sqrt(head) * temperature), 1 / sum(kinds)
     chunks = deltas.shape[1] // num_heads
+    if not matrix and any(kinds[:2]):
+        # Only the kinds in use: their rows lie together.
+        used = slice(0 if kinds[0] else 1, 2 if kinds[1] else 1)
+        parts, deltas = deltas, torch.empty((2, num_heads, batch, classes), **exact)
+        row_deltas[(sum(kinds[:2]) * num_heads * batch,)](
+            parts[used], deltas[used], batch, classes,
+            CHUNKS=chunks, BLOCK=max(128, min(1024, triton.next_power_of_2(classes))), num_warps=4,
+        )  # fmt: skip
     common = {
         "D": width, "HEAD": head, "CHUNKS": chunks, "IMAGE": kinds[2], "TEXT": kinds[0], "RATIONAL": kinds[1],
         "WIDE": head > tile.columns, "MATRIX": matrix,
@@ -591,7 +601,7 @@ def class_attention_backward(
     }  # fmt: skip
     class_attention_bwd_queries[(batch * num_heads * groups * (tiles + kinds[2]),)](
         image, text, rational, keys, values, d_attended, attended.image, attended.logsums, attended.image_logsums,
-        attended.totals, deltas, made.q_image, made.q_text, made.q_rational, image_p, image_ds, d_sum,
+        attended.totals, deltas, made.q_image, made.q_text, made.q_rational, image_pairs, d_sum,
         batch, classes, tiles, per_text, scale, share,
         HEAD_VECTOR=vector, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_I=max(1, min(64, 4096 // vector)), **common,
     )  # fmt: skip
@@ -599,7 +609,7 @@ def class_attention_backward(
     key_tiles = cdiv(classes, tile.queries)
     class_attention_bwd_keys[(batch * num_heads * groups * key_tiles,)](
         image, text, rational, keys, values, d_attended, attended.logsums, attended.totals, deltas,
-        image_p, image_ds, d_sum, made.keys, made.values,
+        image_pairs, d_sum, made.keys, made.values,
         batch, classes, key_tiles, per_text, scale, share,
         BLOCK_Q=tile.keys, BLOCK_K=tile.queries, **common,
     )  # fmt: skip

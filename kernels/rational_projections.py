@@ -326,7 +326,7 @@ def feature_gradients(
         gradients.q_text, gradients.q_rational, gradients.keys, gradients.values, weighted, text_gradient, image_parts,
         batch, classes, D=width, FACTOR=scale_factor, TEXT="text" in weights, RATIONAL="rational" in weights,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
-        PRECISION=default_precision(gradients.keys.dtype, precision), num_warps=8, num_stages=2,
+        PRECISION=default_precision(gradients.keys.dtype, precision), num_warps=8 if exact else 4, num_stages=2,
     )  # fmt: skip
     image_gradient_reduce[(cdiv(batch, 16), width // block_n)](
         image_parts, gradients.q_image, weights.get("image"), logit_scale, image_gradient, batch, parts,
