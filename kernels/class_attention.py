@@ -44,11 +44,15 @@ def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = Fal
     if backward and wide:
         return Tile(32, 32, block_of(head, 64), 8, 2)
     if backward and head > 64:
-        # dk and dv of 64 x 128 spill.
-        return Tile(32, 32, columns, 8, 2)
-    if wide or head > 64:
+        # dk and dv of 64 x 128 spill. Scores that are wider than high have their warps side by side: 32 x 32 would lay
+        # eight over two strips of 16 rows, four times the same product.
+        return Tile(32, 64, columns, 8, 2)
+    if wide:
         # Two accumulators of 64 x 128 take 128 registers of a thread at four warps: eight halve that.
         return Tile(64, 32, columns, 8, 2)
+    if head > 64:
+        # A strip of 16 rows for each of eight warps: on 64 rows two would make the same scores.
+        return Tile(128, 32, columns, 8, 2)
     if classes <= 256 or backward:
         # Tails weigh: 200 classes are 7 blocks of 32 keys, 4 blocks of 64 would be 28 % more. Backward, two
         # accumulators and three score tiles of 64 x 64 spill, and eight warps on 64 x 32 do every product twice.
@@ -69,6 +73,25 @@ def _scores(
         y = tl.load(right[None, :] + columns[:, None], mask=right_ok[None, :], other=0.0)
         acc = product(x, y, acc, PRECISION)
     return acc
+
+
+@triton.jit
+def _both_scores(
+    left, right, other, left_ok, right_ok, HEAD: tl.constexpr, D: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left right^T and left other^T, as in _scores. Two products with one operand in common have all their warps side
+    by side, here over the right rows, so that a sum over left rows stays inside a warp."""
+    acc = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+    acc_other = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+    for c in range(0, HEAD, BLOCK_C):
+        columns = c + tl.arange(0, BLOCK_C)
+        x = tl.load(left[:, None] + columns[None, :], mask=left_ok[:, None], other=0.0)
+        y = tl.load(right[None, :] + columns[:, None], mask=right_ok[None, :], other=0.0)
+        acc = product(x, y, acc, PRECISION)
+        y = tl.load(other[None, :] + columns[:, None], mask=right_ok[None, :], other=0.0)
+        acc_other = product(x, y, acc_other, PRECISION)
+    return acc, acc_other
 
 
 @triton.jit
@@ -110,11 +133,11 @@ def class_attention_fwd(
         c_ok = group * BLOCK_D + c < HEAD
         mine = column + group * BLOCK_D + c
         if TEXT:
-            text_rows = q_text + ((b // images_per_text) * classes + i) * D + column
+            text_rows = q_text + ((b // images_per_text) * classes * D + column) + i * D
             if not WIDE:
                 qt = tl.load(text_rows[:, None] + c[None, :], mask=i_ok[:, None] & c_ok[None, :], other=0.0)
         if RATIONAL:
-            rational_rows = q_rational + (first + i) * D + column
+            rational_rows = q_rational + (first * D + column) + i * D
             if not WIDE:
                 qr = tl.load(rational_rows[:, None] + c[None, :], mask=i_ok[:, None] & c_ok[None, :], other=0.0)
         top_t = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -127,38 +150,50 @@ def class_attention_fwd(
             j = start + tl.arange(0, BLOCK_K)
             j_ok = j < classes
             v = tl.load(
-                values + (first + j)[:, None] * D + mine[None, :], mask=j_ok[:, None] & c_ok[None, :], other=0.0
+                values + first * D + (j[:, None] * D + mine[None, :]), mask=j_ok[:, None] & c_ok[None, :], other=0.0
             )
-            key_rows = keys + (first + j) * D + column
+            key_rows = keys + (first * D + column) + j * D
             if not WIDE:
                 k = tl.load(key_rows[None, :] + c[:, None], mask=j_ok[None, :] & c_ok[:, None], other=0.0)
+            if WIDE and TEXT and RATIONAL:
+                s_t, s_r = _both_scores(
+                    key_rows, text_rows, rational_rows, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION
+                )
             if TEXT:
-                if WIDE:
-                    s = _scores(text_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+                if WIDE and RATIONAL:
+                    s = tl.trans(s_t)
+                elif WIDE:
+                    s = tl.trans(
+                        _scores(key_rows, text_rows, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
+                    )
                 else:
                     s = product(qt, k, None, PRECISION)
                 s = tl.where(j_ok[None, :], s * scale, float("-inf"))
                 top_t, total_t, out_t = _online(s, top_t, total_t, out_t, v, PRECISION)
             if RATIONAL:
-                if WIDE:
-                    s = _scores(rational_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+                if WIDE and TEXT:
+                    s = tl.trans(s_r)
+                elif WIDE:
+                    s = tl.trans(
+                        _scores(key_rows, rational_rows, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
+                    )
                 else:
                     s = product(qr, k, None, PRECISION)
                 s = tl.where(j_ok[None, :], s * scale, float("-inf"))
                 top_r, total_r, out_r = _online(s, top_r, total_r, out_r, v, PRECISION)
-        at = (first + i)[:, None] * D + mine[None, :]
+        at = i[:, None] * D + mine[None, :]
         ok = i_ok[:, None] & c_ok[None, :]
         rows = batch * classes
         # Every group of columns has the same log-sums; the first one tells.
         tell = i_ok & (group == 0)
         if TEXT:
             out_t = out_t / total_t[:, None]
-            tl.store(attended_text + at, out_t.to(attended_text.dtype.element_ty), mask=ok)
-            tl.store(logsums + head * rows + first + i, top_t + tl.log2(total_t), mask=tell)
+            tl.store(attended_text + first * D + at, out_t.to(attended_text.dtype.element_ty), mask=ok)
+            tl.store(logsums + (head * rows + first) + i, top_t + tl.log2(total_t), mask=tell)
         if RATIONAL:
             out_r = out_r / total_r[:, None]
-            tl.store(attended_rational + at, out_r.to(attended_rational.dtype.element_ty), mask=ok)
-            tl.store(logsums + (heads + head) * rows + first + i, top_r + tl.log2(total_r), mask=tell)
+            tl.store(attended_rational + first * D + at, out_r.to(attended_rational.dtype.element_ty), mask=ok)
+            tl.store(logsums + ((heads + head) * rows + first) + i, top_r + tl.log2(total_r), mask=tell)
     elif IMAGE:
         if group == 0:
             c = quads(HEAD_VECTOR)
@@ -262,16 +297,19 @@ def class_attention(
     tiles = cdiv(classes, tile.queries) if wide_kinds else 0
     programs = batch * num_heads * cdiv(head, tile.columns) * (tiles + (image is not None))
     vector = triton.next_power_of_2(head)
+    wide = head > tile.columns
     class_attention_fwd[(programs,)](
         image, text, rational, keys, values, made.image, made.text, made.rational, made.logsums, made.image_logsums,
         batch, classes, tiles, batch // (text.shape[0] if text is not None else 1),
         LOG2E / (math.sqrt(head) * temperature),
         D=width, HEAD=head, HEAD_VECTOR=vector,
-        IMAGE=image is not None, TEXT=text is not None, RATIONAL=rational is not None, WIDE=head > tile.columns,
+        IMAGE=image is not None, TEXT=text is not None, RATIONAL=rational is not None, WIDE=wide,
         BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=tile.columns,
         BLOCK_C=max(16, block_of(head, 16 if keys.dtype == torch.float32 else 64)),
         BLOCK_I=max(1, min(64, 4096 // vector)), PRECISION=default_precision(keys.dtype, precision),
-        num_warps=tile.warps, num_stages=tile.stages,
+        # One kind's scores alone lie side by side over four warps, over eight in two layers (see _both_scores).
+        num_warps=min(tile.warps, 4) if wide and (text is None or rational is None) else tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     if matrix and wide_kinds:
         assert made.factors is not None
@@ -555,7 +593,7 @@ def class_attention_backward(
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Projections:
-    """Gradients of every projection, in two launches, for the row softmax three; q_text's one for each image, (B, K, D).
+    """Gradients of every projection, in two launches, for the row softmax in three; q_text's is (B, K, D).
 
     d_attended: dO, (B, K, D); deltas: (2, D/g, B, K) float32, dO . w O^c over chunks of g columns, text query first.
     """
