@@ -76,22 +76,40 @@ def _scores(
 
 
 @triton.jit
-def _both_scores(
-    left, right, other, left_ok, right_ok, HEAD: tl.constexpr, D: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+def _query_scores(
+    queries, keys, i_ok, j_ok, HEAD: tl.constexpr, D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """left right^T and left other^T, as in _scores. Two products with one operand in common have all their warps side
-    by side, here over the right rows, so that a sum over left rows stays inside a warp."""
-    acc = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
-    acc_other = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
-    for c in range(0, HEAD, BLOCK_C):
-        columns = c + tl.arange(0, BLOCK_C)
-        x = tl.load(left[:, None] + columns[None, :], mask=left_ok[:, None], other=0.0)
-        y = tl.load(right[None, :] + columns[:, None], mask=right_ok[None, :], other=0.0)
-        acc = product(x, y, acc, PRECISION)
-        y = tl.load(other[None, :] + columns[:, None], mask=right_ok[None, :], other=0.0)
-        acc_other = product(x, y, acc_other, PRECISION)
-    return acc, acc_other
+    """_scores of queries that leaves the warps side by side over the queries, so that a row's sum stays in one."""
+    if BLOCK_Q > BLOCK_K:
+        return tl.trans(_scores(keys, queries, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION))
+    else:
+        return _scores(queries, keys, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+
+
+@triton.jit
+def _both_scores(
+    queries, others, keys, i_ok, j_ok, HEAD: tl.constexpr, D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """_query_scores of two kinds. Keys are read once, and two products that share an operand keep eight warps side by
+    side, where one alone has them in two layers."""
+    if BLOCK_Q > BLOCK_K:
+        acc = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
+        other = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
+        for c in range(0, HEAD, BLOCK_C):
+            columns = c + tl.arange(0, BLOCK_C)
+            k = tl.load(keys[:, None] + columns[None, :], mask=j_ok[:, None], other=0.0)
+            q = tl.load(queries[None, :] + columns[:, None], mask=i_ok[None, :], other=0.0)
+            acc = product(k, q, acc, PRECISION)
+            q = tl.load(others[None, :] + columns[:, None], mask=i_ok[None, :], other=0.0)
+            other = product(k, q, other, PRECISION)
+        return tl.trans(acc), tl.trans(other)
+    else:
+        return (
+            _scores(queries, keys, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION),
+            _scores(others, keys, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION),
+        )
 
 
 @triton.jit
@@ -157,29 +175,21 @@ def class_attention_fwd(
                 k = tl.load(key_rows[None, :] + c[:, None], mask=j_ok[None, :] & c_ok[:, None], other=0.0)
             if WIDE and TEXT and RATIONAL:
                 s_t, s_r = _both_scores(
-                    key_rows, text_rows, rational_rows, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION
+                    text_rows, rational_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION
                 )
+            elif WIDE and TEXT:
+                s_t = _query_scores(text_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+            elif WIDE:
+                s_r = _query_scores(rational_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
             if TEXT:
-                if WIDE and RATIONAL:
-                    s = tl.trans(s_t)
-                elif WIDE:
-                    s = tl.trans(
-                        _scores(key_rows, text_rows, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
-                    )
-                else:
-                    s = product(qt, k, None, PRECISION)
-                s = tl.where(j_ok[None, :], s * scale, float("-inf"))
+                if not WIDE:
+                    s_t = product(qt, k, None, PRECISION)
+                s = tl.where(j_ok[None, :], s_t * scale, float("-inf"))
                 top_t, total_t, out_t = _online(s, top_t, total_t, out_t, v, PRECISION)
             if RATIONAL:
-                if WIDE and TEXT:
-                    s = tl.trans(s_r)
-                elif WIDE:
-                    s = tl.trans(
-                        _scores(key_rows, rational_rows, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
-                    )
-                else:
-                    s = product(qr, k, None, PRECISION)
-                s = tl.where(j_ok[None, :], s * scale, float("-inf"))
+                if not WIDE:
+                    s_r = product(qr, k, None, PRECISION)
+                s = tl.where(j_ok[None, :], s_r * scale, float("-inf"))
                 top_r, total_r, out_r = _online(s, top_r, total_r, out_r, v, PRECISION)
         at = i[:, None] * D + mine[None, :]
         ok = i_ok[:, None] & c_ok[None, :]
@@ -307,7 +317,7 @@ def class_attention(
         BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=tile.columns,
         BLOCK_C=max(16, block_of(head, 16 if keys.dtype == torch.float32 else 64)),
         BLOCK_I=max(1, min(64, 4096 // vector)), PRECISION=default_precision(keys.dtype, precision),
-        # One kind's scores alone lie side by side over four warps, over eight in two layers (see _both_scores).
+        # One kind alone has four warps side by side, eight in two layers (see _both_scores).
         num_warps=min(tile.warps, 4) if wide and (text is None or rational is None) else tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
