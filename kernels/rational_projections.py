@@ -221,7 +221,7 @@ def rational_projections(
 def rational_projections_bwd(
     image, text, logit_scale, w_text, w_rational, w_key, w_value,
     d_text, d_rational, d_key, d_value, weighted, text_gradient, image_parts,
-    batch, classes,
+    batch, images, classes, w_stride,
     D: tl.constexpr, FACTOR: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -238,11 +238,12 @@ def rational_projections_bwd(
     stride = tl.full((), classes, tl.int64)
     for b in range(batch):
         at = (b * stride + k)[:, None] * D
+        own = (b // images).to(tl.int64) * w_stride
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for c in range(0, D, BLOCK_C):
             columns = c + tl.arange(0, BLOCK_C)
             there = at + columns[None, :]
-            weight = columns[:, None] * D + n[None, :]
+            weight = own + columns[:, None] * D + n[None, :]
             x = tl.load(d_key + there, mask=ok[:, None], other=0.0)
             acc = product(x, tl.load(w_key + weight).to(compute), acc, PRECISION)
             x = tl.load(d_value + there, mask=ok[:, None], other=0.0)
@@ -270,25 +271,27 @@ def rational_projections_bwd(
 
 @triton.jit
 def image_gradient_reduce(
-    image_parts, d_image, w_image, logit_scale, image_gradient, batch, parts,
+    image_parts, d_image, w_image, logit_scale, image_gradient, batch, images, parts, w_stride,
     D: tl.constexpr, FACTOR: tl.constexpr, IMAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """df: the parts in their order, and what came through the image query."""
-    b = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ok = b < batch
+    """df: the parts in their order, and what came through the image query. Axes: images, columns, episodes."""
+    episode = tl.program_id(2).to(tl.int64)
+    own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ok = own < images
+    b = episode * images + own
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = b.to(tl.int64)[:, None] * D
+    at = b[:, None] * D
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if IMAGE:
         for c in range(0, D, BLOCK_C):
             columns = c + tl.arange(0, BLOCK_C)
             x = tl.load(d_image + at + columns[None, :], mask=ok[:, None], other=0.0)
-            w = tl.load(w_image + columns[:, None] * D + n[None, :]).to(tl.float32)
+            w = tl.load(w_image + episode * w_stride + columns[:, None] * D + n[None, :]).to(tl.float32)
             acc = product(x, w, acc, "ieee")
         acc *= tl.sqrt(input_scale(logit_scale, FACTOR))
     for part in range(parts):
-        there = (part * batch + b.to(tl.int64))[:, None] * D + n[None, :]
+        there = (part * batch + b)[:, None] * D + n[None, :]
         acc += tl.load(image_parts + there, mask=ok[:, None], other=0.0)
     tl.store(image_gradient + at + n[None, :], acc.to(image_gradient.dtype.element_ty), mask=ok[:, None])
 
@@ -302,9 +305,10 @@ def feature_gradients(
     weighted: Tensor,
     *,
     scale_factor: float,
+    episodes: int = 1,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """df (B, D) and dT (K, D) of one episode, in two launches.
+    """df (B, D) and dT (K, D), in two launches; weights are those of the image's episode.
 
         dR = scale (dqr Wr + dkk Wk + dvv Wv) + weighted,   df[b] = sum_k dR[b, k] * T[k] + sqrt(scale) dqi[b] Wi
         dT[k] = sum_b dR[b, k] * f[b] + sqrt(scale) sum_b dqt[b, k] Wt
@@ -312,6 +316,7 @@ def feature_gradients(
     gradients: of the projections, q_text one for each image (B, K, D). weighted: s dlogits M, (B, K, D).
     """
     (batch, width), classes = image.shape, text.shape[0]
+    images, stride = batch // episodes, episode_stride(weights["key"])
     # Two accumulators beside T: wider tiles spill.
     exact = gradients.keys.dtype == torch.float32
     block_m, block_n, block_c = 32 if exact else 64, block_of(width, 32), block_of(width, 16 if exact else 32)
@@ -324,12 +329,14 @@ def feature_gradients(
     rational_projections_bwd[(tiles, width // block_n)](
         image, text, logit_scale, weights.get("text"), weights.get("rational"), weights["key"], weights["value"],
         gradients.q_text, gradients.q_rational, gradients.keys, gradients.values, weighted, text_gradient, image_parts,
-        batch, classes, D=width, FACTOR=scale_factor, TEXT="text" in weights, RATIONAL="rational" in weights,
+        batch, images, classes, stride,
+        D=width, FACTOR=scale_factor, TEXT="text" in weights, RATIONAL="rational" in weights,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         PRECISION=default_precision(gradients.keys.dtype, precision), num_warps=8 if exact else 4, num_stages=2,
     )  # fmt: skip
-    image_gradient_reduce[(cdiv(batch, 16), width // block_n)](
-        image_parts, gradients.q_image, weights.get("image"), logit_scale, image_gradient, batch, parts,
+    image_gradient_reduce[(cdiv(images, 16), width // block_n, episodes)](
+        image_parts, gradients.q_image, weights.get("image"), logit_scale, image_gradient, batch, images,
+        parts, stride,
         D=width, FACTOR=scale_factor, IMAGE="image" in weights,
         BLOCK_M=16, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -112,12 +112,6 @@ def reason_not_served(
         return f"it serves image_features in the parameters' type {dtype}, not {image_features.dtype}"
     if any(value.dtype != weight.dtype for value in parameters.values()):
         return "it serves parameters of one type"
-    if (
-        (episodes or 1) > 1
-        and torch.is_grad_enabled()
-        and (image_features.requires_grad or text_features.requires_grad)
-    ):
-        return f"it serves gradients of the features with one episode, not {episodes}"
     return None
 
 
@@ -235,8 +229,6 @@ def _backward_op(
     features = needed[0] or needed[1]
     # Test-time training's first step, from a zero output projection, asks for that projection's gradient alone.
     inner = features or any(role != "output" for role in wanted)
-    if features and episodes > 1:
-        raise NotImplementedError("features have gradients with one episode only (episodes=1)")
     contiguous = [None if value is None else value.contiguous() for value in (d_logits, d_penalty, d_mask)]
     image, text = image.contiguous(), text.contiguous()
     gradients: dict[str, Tensor] = {}
@@ -264,8 +256,9 @@ def _backward_op(
             assert made.weighted is not None
             assert inward is not None
             d_image, d_text = feature_gradients(
-                image, text, scale, weights, inward, made.weighted, scale_factor=factor, precision=precision
-            )
+                image, text, scale, weights, inward, made.weighted, scale_factor=factor, episodes=episodes,
+                precision=precision,
+            )  # fmt: skip
     for at, role in enumerate(ROLES):
         if needed[2 + 2 * at]:
             gradients[f"{role}_weight"] = d_weights[role]

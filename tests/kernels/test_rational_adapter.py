@@ -23,6 +23,8 @@ CASES = {
     "paper": (AdapterConfig.paper(64), 2, 37, BF16, "linf"),
     "paper-float32": (AdapterConfig.paper(64), 2, 37, F32, "linf"),
     "wide-head": (AdapterConfig.paper(512), 1, 33, BF16, "l2"),
+    "wide-head-image": (AdapterConfig.paper(512, queries=("image",)), 1, 33, F16, "l1"),
+    "wide-head-text": (AdapterConfig.paper(256, queries=("text",)), 1, 40, BF16, "l1"),
     "heads-8": (AdapterConfig.official(64), 2, 20, BF16, "l2"),
     "heads-32": (AdapterConfig.official(64, num_heads=2), 3, 101, BF16, "l1"),
     "one-class": (AdapterConfig.paper(128), 1, 1, BF16, "l2"),
@@ -128,8 +130,8 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted: set[str], launches: int,
 def test_episodes_are_adapters_of_their_own(simulated: Simulated) -> None:
     config, episodes = AdapterConfig.official(128), 3
     problems = [problem(config, 2, 20, F32, scale=0.2 + 0.1 * episode) for episode in range(episodes)]
-    image = torch.cat([one[0] for one in problems])
-    text = problems[0][1]
+    image = torch.cat([one[0] for one in problems]).requires_grad_()
+    text = problems[0][1].requires_grad_()
     stacked = {key: torch.stack([one[2][key] for one in problems]).requires_grad_() for key in problems[0][2]}
     weights = torch.randn(len(image), len(text))
     with simulated() as log:
@@ -137,19 +139,25 @@ def test_episodes_are_adapters_of_their_own(simulated: Simulated) -> None:
         assert output.penalty is not None
         assert output.penalty.shape == (episodes,)
         ((output.logits * weights).sum() + output.penalty.sum()).backward()
-    assert len(log) <= 10
+    assert len(log) <= 12
+    d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
     for episode, (mine, _, parameters) in enumerate(problems):
         leaves = {key: value.clone().requires_grad_() for key, value in parameters.items()}
-        alone = rational_adapter(mine, text, 20.0, leaves, config, penalty="l2", backend="reference")
+        features = (mine.clone().requires_grad_(), text.detach().clone().requires_grad_())
+        alone = rational_adapter(*features, 20.0, leaves, config, penalty="l2", backend="reference")
         assert alone.penalty is not None
         here = slice(2 * episode, 2 * episode + 2)
         ((alone.logits * weights[here]).sum() + alone.penalty).backward()
+        d_image[here], d_text = features[0].grad, d_text + features[1].grad
         torch.testing.assert_close(output.logits[here], alone.logits, rtol=1e-4, atol=1e-4)
         for key, value in leaves.items():
             assert value.grad is not None
             assert stacked[key].grad is not None
             error = (stacked[key].grad[episode] - value.grad).norm()
             assert error <= 1e-4 * (value.grad.norm() + leaves["v_proj." + key.rpartition(".")[2]].grad.norm()), key
+    for feature, wanted in ((image, d_image), (text, d_text)):
+        assert feature.grad is not None
+        assert (feature.grad - wanted).norm() <= 1e-4 * wanted.norm()
 
 
 def test_tf32_is_as_exact_as_its_eleven_bits(simulated: Simulated) -> None:
