@@ -179,7 +179,7 @@ def class_attention_fwd(
                 )
             elif WIDE and TEXT:
                 s_t = _query_scores(text_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
-            elif WIDE:
+            elif WIDE and RATIONAL:
                 s_r = _query_scores(rational_rows, key_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
             if TEXT:
                 if not WIDE:
