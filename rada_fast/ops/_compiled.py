@@ -10,6 +10,7 @@ from torch import Tensor
 from rada_fast import extension
 from rada_fast.config import AdapterConfig, MaskPenalty
 from rada_fast.reference.rational_adapter import AdapterOutput
+from rada_fast.reference.rational_projections import as_scale
 
 _NAMES = {
     "image": "q_proj1",
@@ -74,7 +75,7 @@ def rational_adapter(
     assert extension.load() is None
     dtype = compute_dtype(image_features, parameters["out_proj.weight"])
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = torch.as_tensor(logit_scale, dtype=exact, device=image_features.device).reshape(())
+    scale = as_scale(logit_scale, image_features, exact)
     tensors: list[Tensor | None] = []
     for role, name in _NAMES.items():
         wanted = role in ("key", "value", "output") or role in config.queries

@@ -21,6 +21,7 @@ from rada_fast.kernels.rational_projections import Projections, feature_gradient
 from rada_fast.ops._compiled import compute_dtype
 from rada_fast.ops._tiles import Sizes, chosen_tile
 from rada_fast.reference.rational_adapter import AdapterOutput
+from rada_fast.reference.rational_projections import as_scale
 
 ROLES = {
     "image": "q_proj1",
@@ -341,7 +342,7 @@ def rational_adapter(
             image_features, text_features, logit_scale, parameters, config, float32_precision(), penalty=penalty,
             return_mask=return_mask,
         )  # fmt: skip
-    scale = torch.as_tensor(logit_scale, dtype=torch.float32, device=image_features.device).reshape(())
+    scale = as_scale(logit_scale, image_features, torch.float32)
     tensors: list[Tensor | None] = []
     for role, name in ROLES.items():
         used = role in ("key", "value", "output") or role in config.queries

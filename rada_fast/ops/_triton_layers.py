@@ -17,6 +17,7 @@ from rada_fast.config import AdapterConfig, MaskPenalty
 from rada_fast.kernels.class_attention import Attended, class_attention, class_attention_backward
 from rada_fast.kernels.rational_projections import Projections
 from rada_fast.reference.rational_adapter import AdapterOutput
+from rada_fast.reference.rational_projections import as_scale
 
 _INPUTS = "Tensor? q_image, Tensor? q_text, Tensor? q_rational, Tensor keys, Tensor values"
 _OPTIONS = "int heads, float temperature, bool matrix, str precision"
@@ -166,7 +167,7 @@ def layered_adapter(
     return_mask: bool = False,
 ) -> AdapterOutput:
     """Arguments and results as ops.rational_adapter, for any number of layers of attention."""
-    scale = torch.as_tensor(logit_scale, dtype=image_features.dtype, device=image_features.device).reshape(())
+    scale = as_scale(logit_scale, image_features)
     factor = config.input_scale_factor * scale.detach() if config.input_scale == "logit" else scale.new_ones(())
     rational = image_features[:, None] * text_features  # (B, K, D)
     scaled = factor * rational  # (B, K, D)

@@ -93,6 +93,11 @@ def layer_projections(
     return Projections({"offset": query}, keys, values)
 
 
-def as_scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
-    """The logit scale as a 0-dim tensor of like's device and dtype; a tensor keeps its gradient."""
-    return torch.as_tensor(logit_scale, dtype=like.dtype, device=like.device)
+def as_scale(logit_scale: Tensor | float, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The logit scale as a 0-dim tensor on like's device, of dtype or like's; a tensor keeps its gradient.
+
+    A number is filled in on the device: copied there from the host, it would wait for it, which a CUDA graph forbids.
+    """
+    if isinstance(logit_scale, Tensor):
+        return logit_scale.to(like.device, dtype or like.dtype).reshape(())
+    return like.new_full((), logit_scale, dtype=dtype or like.dtype)

@@ -138,12 +138,11 @@ def test_captured_in_a_graph_and_replayed() -> None:
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_device() -> None:
     adapter, image, text = module_and_inputs("cuda")
-    scale = torch.tensor(20.0, device="cuda")
     with use_backend("triton"):
         step(adapter, image, text)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            logits, penalty = adapter(image, text, scale, penalty="l2")
+            logits, penalty = adapter(image, text, 20.0, penalty="l2")
             (logits.sum() + penalty).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
