@@ -129,8 +129,12 @@ def input_scale(logit_scale, FACTOR: tl.constexpr):
 
 @triton.jit
 def quads(WIDTH: tl.constexpr):
-    """0 .. WIDTH, of which a thread takes four at most: bfloat16's rows then have float32's layout."""
-    return tl.max_contiguous(tl.arange(0, WIDTH), 4)
+    """0 .. WIDTH, of which a thread takes four at most where a warp does not hold them all: bfloat16's rows then have
+    float32's layout."""
+    if WIDTH > 128:
+        return tl.max_contiguous(tl.arange(0, WIDTH), 4)
+    else:
+        return tl.arange(0, WIDTH)
 
 
 @triton.jit

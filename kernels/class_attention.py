@@ -37,12 +37,13 @@ class Tile:
 def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = False) -> Tile:
     """The table, for A100's 164 KB of shared memory and 255 registers a thread."""
     wide = head > 128
-    columns = min(block_of(head, 128) if wide else max(16, triton.next_power_of_2(head)), 128)
+    columns = min(max(16, triton.next_power_of_2(head)), 128)
     if dtype == torch.float32:
         # IEEE products hold their operands in registers: small tiles, heads in pieces.
-        return Tile(32, 32, max(16, block_of(head, 16)), 4, 1)
+        return Tile(32, 32, 16, 4, 1)
     if backward and wide:
-        return Tile(32, 32, block_of(head, 64), 8, 2)
+        # Wider than high, so that eight warps lie side by side; a head's last piece may be masked in part.
+        return Tile(32, 32, 64, 8, 2)
     if backward and head > 64:
         # dk and dv of 64 x 128 spill. Scores that are wider than high have their warps side by side: 32 x 32 would lay
         # eight over two strips of 16 rows, four times the same product.
@@ -61,6 +62,24 @@ def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = Fal
 
 
 @triton.jit
+def _piece(rows, ok, columns, HEAD: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Some columns of a head's rows, (rows, columns). rows: pointers to them; the last piece may be one in part."""
+    if HEAD % BLOCK_C == 0:
+        return tl.load(rows[:, None] + columns[None, :], mask=ok[:, None], other=0.0)
+    else:
+        return tl.load(rows[:, None] + columns[None, :], mask=ok[:, None] & (columns < HEAD)[None, :], other=0.0)
+
+
+@triton.jit
+def _turned_piece(rows, ok, columns, HEAD: tl.constexpr, BLOCK_C: tl.constexpr):
+    """_piece as (columns, rows)."""
+    if HEAD % BLOCK_C == 0:
+        return tl.load(rows[None, :] + columns[:, None], mask=ok[None, :], other=0.0)
+    else:
+        return tl.load(rows[None, :] + columns[:, None], mask=ok[None, :] & (columns < HEAD)[:, None], other=0.0)
+
+
+@triton.jit
 def _scores(
     left, right, left_ok, right_ok, HEAD: tl.constexpr, D: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
@@ -69,8 +88,8 @@ def _scores(
     acc = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
     for c in range(0, HEAD, BLOCK_C):
         columns = c + tl.arange(0, BLOCK_C)
-        x = tl.load(left[:, None] + columns[None, :], mask=left_ok[:, None], other=0.0)
-        y = tl.load(right[None, :] + columns[:, None], mask=right_ok[None, :], other=0.0)
+        x = _piece(left, left_ok, columns, HEAD, BLOCK_C)
+        y = _turned_piece(right, right_ok, columns, HEAD, BLOCK_C)
         acc = product(x, y, acc, PRECISION)
     return acc
 
@@ -99,10 +118,10 @@ def _both_scores(
         other = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
         for c in range(0, HEAD, BLOCK_C):
             columns = c + tl.arange(0, BLOCK_C)
-            k = tl.load(keys[:, None] + columns[None, :], mask=j_ok[:, None], other=0.0)
-            q = tl.load(queries[None, :] + columns[:, None], mask=i_ok[None, :], other=0.0)
+            k = _piece(keys, j_ok, columns, HEAD, BLOCK_C)
+            q = _turned_piece(queries, i_ok, columns, HEAD, BLOCK_C)
             acc = product(k, q, acc, PRECISION)
-            q = tl.load(others[None, :] + columns[:, None], mask=i_ok[None, :], other=0.0)
+            q = _turned_piece(others, i_ok, columns, HEAD, BLOCK_C)
             other = product(k, q, other, PRECISION)
         return tl.trans(acc), tl.trans(other)
     else:
