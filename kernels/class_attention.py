@@ -18,7 +18,15 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from rada_fast.kernels._common import LOG2E, block_of, cdiv, default_precision, product, quads, store_column_sums
+from rada_fast.kernels._common import (
+    LOG2E,
+    block_of,
+    cdiv,
+    default_precision,
+    product,
+    quads,
+    store_column_sums,
+)
 from rada_fast.kernels.rational_projections import Projections
 from torch import Tensor
 
@@ -34,13 +42,18 @@ class Tile:
     stages: int
 
 
-def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = False) -> Tile:
+def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = False, precision: str = "ieee") -> Tile:
     """The table, for A100's 164 KB of shared memory and 255 registers a thread."""
     wide = head > 128
     columns = min(max(16, triton.next_power_of_2(head)), 128)
     if dtype == torch.float32:
-        # IEEE products hold their operands in registers: small tiles, heads in pieces.
-        return Tile(32, 32, 16, 4, 1)
+        # Products without tensor cores hold all of both operands in registers, those of three TF32 products each of
+        # them three times: short reductions, and one stage, since another sends the parts through shared memory.
+        if precision == "ieee":
+            return Tile(32, 16 if backward else 32, min(columns, 64), 8 if head > 64 else 4, 1)
+        # Eight warps side by side or four one above the other: elsewhere some would make the same products. Heads of
+        # 16 spill 32 bytes forward on sm_80, in the mask of the half of 32 columns that they do not have.
+        return Tile(16, 64, 64, 8, 1) if backward else Tile(64, 16, 32, 4, 1)
     if backward and wide:
         # Wider than high, so that eight warps lie side by side; a head's last piece may be masked in part.
         return Tile(32, 32, 64, 8, 2)
@@ -59,6 +72,16 @@ def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = Fal
         # accumulators and three score tiles of 64 x 64 spill, and eight warps on 64 x 32 do every product twice.
         return Tile(64, 32, columns, 4, 2)
     return Tile(128, 64, columns, 8, 2)
+
+
+def _is_wide(dtype: torch.dtype, head: int, tile: Tile) -> bool:
+    """Whether scores go through a head in pieces; float32's always do, see tile_of."""
+    return head > tile.columns or dtype == torch.float32
+
+
+def _depth(dtype: torch.dtype, head: int) -> int:
+    """Columns of such a piece."""
+    return 16 if dtype == torch.float32 else max(16, block_of(head, 64))
 
 
 @triton.jit
@@ -308,7 +331,7 @@ def class_attention(
     keys, values = projections.keys, projections.values
     batch, classes, width = keys.shape
     head = width // num_heads
-    tile = tile or tile_of(keys.dtype, classes, head)
+    tile = tile or tile_of(keys.dtype, classes, head, precision=precision)
     exact = {"dtype": torch.float32, "device": keys.device}
     text, rational, image = projections.q_text, projections.q_rational, projections.q_image
     made = Attended(
@@ -326,7 +349,7 @@ def class_attention(
     tiles = cdiv(classes, tile.queries) if wide_kinds else 0
     programs = batch * num_heads * cdiv(head, tile.columns) * (tiles + (image is not None))
     vector = triton.next_power_of_2(head)
-    wide = head > tile.columns
+    wide = _is_wide(keys.dtype, head, tile)
     class_attention_fwd[(programs,)](
         image, text, rational, keys, values, made.image, made.text, made.rational, made.logsums, made.image_logsums,
         batch, classes, tiles, batch // (text.shape[0] if text is not None else 1),
@@ -334,7 +357,7 @@ def class_attention(
         D=width, HEAD=head, HEAD_VECTOR=vector,
         IMAGE=image is not None, TEXT=text is not None, RATIONAL=rational is not None, WIDE=wide,
         BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_D=tile.columns,
-        BLOCK_C=max(16, block_of(head, 16 if keys.dtype == torch.float32 else 64)),
+        BLOCK_C=_depth(keys.dtype, head),
         BLOCK_I=max(1, min(64, 4096 // vector)), PRECISION=default_precision(keys.dtype, precision),
         # One kind alone has four warps side by side, eight in two layers (see _both_scores).
         num_warps=min(tile.warps, 4) if wide and (text is None or rational is None) else tile.warps,
@@ -629,7 +652,7 @@ def class_attention_backward(
     keys, values = projections.keys, projections.values
     batch, classes, width = keys.shape
     head = width // num_heads
-    tile = tile or tile_of(keys.dtype, classes, head, backward=True)
+    tile = tile or tile_of(keys.dtype, classes, head, backward=True, precision=precision)
     text, rational, image = projections.q_text, projections.q_rational, projections.q_image
     made = Projections(
         torch.empty_like(keys),
@@ -660,8 +683,8 @@ def class_attention_backward(
         )  # fmt: skip
     common = {
         "D": width, "HEAD": head, "CHUNKS": chunks, "IMAGE": kinds[2], "TEXT": kinds[0], "RATIONAL": kinds[1],
-        "WIDE": head > tile.columns, "MATRIX": matrix,
-        "BLOCK_D": tile.columns, "BLOCK_C": max(16, block_of(head, 16 if keys.dtype == torch.float32 else 64)),
+        "WIDE": _is_wide(keys.dtype, head, tile), "MATRIX": matrix,
+        "BLOCK_D": tile.columns, "BLOCK_C": _depth(keys.dtype, head),
         "BLOCK_S": max(256, min(1024, triton.next_power_of_2(classes))),
         "PRECISION": default_precision(keys.dtype, precision),
         "num_warps": tile.warps, "num_stages": tile.stages,
@@ -670,7 +693,9 @@ def class_attention_backward(
         image, text, rational, keys, values, d_attended, attended.image, attended.logsums, attended.image_logsums,
         attended.totals, deltas, made.q_image, made.q_text, made.q_rational, image_pairs, d_sum,
         batch, classes, tiles, per_text, scale, share,
-        HEAD_VECTOR=vector, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_I=max(1, min(64, 4096 // vector)), **common,
+        HEAD_VECTOR=vector, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, **common,
+        # The image query's two accumulators of 64 x 64 spill on Blackwell.
+        BLOCK_I=max(1, min(32, 4096 // vector)),
     )  # fmt: skip
     # Keys' tiles are as high as queries' tiles, so that either pass reads what the other owns in short strips.
     key_tiles = cdiv(classes, tile.queries)

@@ -49,9 +49,10 @@ class Tile:
 
 def tile_of(dtype: torch.dtype, rows: int, width: int, head: int, *, backward: bool = False) -> Tile:
     """The table. rows: of one episode, n K. A step of the reduction stays inside a head, which has one factor."""
-    depth = max(16, block_of(head, 64))
     if dtype == torch.float32:
-        return Tile(64, block_of(width, 32), 16, 4, 2)
+        # As in class_attention: short reductions, one stage.
+        return Tile(64, block_of(width, 64), 16, 4, 1)
+    depth = max(16, block_of(head, 64))
     if rows <= 512:
         return Tile(64, block_of(width, 32), depth, 4, 3)
     if backward:

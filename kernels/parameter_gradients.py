@@ -42,10 +42,12 @@ class Tile:
     stages: int
 
 
-def tile_of(dtype: torch.dtype, width: int, head: int) -> Tile:
+def tile_of(dtype: torch.dtype, width: int, head: int, precision: str = "ieee") -> Tile:
     """The table. Inputs stay inside a head where they can, so that O has one factor a row."""
     if dtype == torch.float32:
-        return Tile(block_of(width, 64), block_of(width, 64), 16, 4, 2)
+        # As in class_attention: short reductions; where products are TF32's one stage, a strip of 16 rows for each warp.
+        block = block_of(width, 64)
+        return Tile(block, block, 16, 4, 2) if precision == "ieee" else Tile(block, block, 16, block // 16, 1)
     # 128 x 64: at D 512 the four wide weights are 128 programs for 108 processors; 128 x 128 would be 64.
     return Tile(block_of(width, 128), block_of(width, 64), 64, 8, 3)
 
@@ -227,7 +229,7 @@ def parameter_gradients(
     one = next(iter(weights.values()))
     episodes = one.shape[0] if one.ndim == 3 else 1
     images, dtype = batch // episodes, d_offset.dtype
-    tile = tile or tile_of(dtype, width, width // num_heads)
+    tile = tile or tile_of(dtype, width, width // num_heads, precision)
     inner = gradients or Projections(None, None, None, None, None)
     kinds = [attended.text is not None, attended.rational is not None, attended.image is not None]
     # Without biases their pointers are the weights', so that the kernel has something to choose from; none is written.

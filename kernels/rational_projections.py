@@ -39,11 +39,11 @@ class Tile:
     stages: int
 
 
-def tile_of(dtype: torch.dtype, rows: int, width: int) -> Tile:
+def tile_of(dtype: torch.dtype, rows: int, width: int, precision: str = "ieee") -> Tile:
     """The table. rows: of one episode, n K."""
     if dtype == torch.float32:
-        # IEEE products run on the ordinary units, where a larger tile only costs registers.
-        return Tile(64, block_of(width, 64), block_of(width, 32), 16, 4, 2)
+        # As in class_attention: short reductions, one stage. Without tensor cores higher tiles read less of W.
+        return Tile(128 if precision == "ieee" and rows > 512 else 64, block_of(width, 64), 16, 16, 4, 1)
     if rows <= 512:
         # Few rows: smaller tiles fill more of the processors and waste less in the tail.
         return Tile(64, block_of(width, 64), block_of(width, 64), 16, 4, 3)
@@ -183,7 +183,7 @@ def rational_projections(
     (batch, width), classes = image.shape, text.shape[0]
     images = batch // episodes
     dtype = dtype or text.dtype
-    tile = tile or tile_of(dtype, images * classes, width)
+    tile = tile or tile_of(dtype, images * classes, width, precision)
     empty = partial(text.new_empty, dtype=dtype)
     key = weights["key"]
     shared = key.ndim == 2
@@ -319,7 +319,9 @@ def feature_gradients(
     images, stride = batch // episodes, episode_stride(weights["key"])
     # Two accumulators beside T: wider tiles spill.
     exact = gradients.keys.dtype == torch.float32
-    block_m, block_n, block_c = 32 if exact else 64, block_of(width, 32), block_of(width, 16 if exact else 32)
+    without_tensor_cores = exact and precision == "ieee"
+    block_m, block_n = 32 if without_tensor_cores else 64, block_of(width, 32)
+    block_c = block_of(width, 16 if exact else 32)
     tiles = cdiv(classes, block_m)
     parts = tiles * (block_m // 16)
     image_parts = image.new_empty((parts, batch, width), dtype=torch.float32)
@@ -332,7 +334,8 @@ def feature_gradients(
         batch, images, classes, stride,
         D=width, FACTOR=scale_factor, TEXT="text" in weights, RATIONAL="rational" in weights,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
-        PRECISION=default_precision(gradients.keys.dtype, precision), num_warps=8 if exact else 4, num_stages=2,
+        PRECISION=default_precision(gradients.keys.dtype, precision), num_warps=8 if without_tensor_cores else 4,
+        num_stages=2,
     )  # fmt: skip
     image_gradient_reduce[(cdiv(images, 16), width // block_n, episodes)](
         image_parts, gradients.q_image, weights.get("image"), logit_scale, image_gradient, batch, images,

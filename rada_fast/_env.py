@@ -28,6 +28,14 @@ def tiles_from_table() -> bool:
     return os.environ.get("RADA_FAST_TILES") == "table"
 
 
+def float32_products() -> str | None:
+    """RADA_FAST_FLOAT32: how the Triton kernels multiply float32, or None where it is unset or empty."""
+    value = os.environ.get("RADA_FAST_FLOAT32") or None
+    if value not in (None, "ieee", "tf32x3", "tf32"):
+        raise UserError(f"RADA_FAST_FLOAT32 must be ieee, tf32x3 or tf32, got {value!r}")
+    return value
+
+
 def has_module(name: str) -> bool:
     """Whether a module could be imported, without importing it."""
     try:

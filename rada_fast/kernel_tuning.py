@@ -18,7 +18,7 @@ from rada_fast.kernels.parameter_gradients import parameter_gradients
 from rada_fast.kernels.rational_projections import rational_projections
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops._tiles import Sizes, cache_file, tune
-from rada_fast.ops._triton import ROLES
+from rada_fast.ops._triton import ROLES, float32_precision
 
 
 def launches_of(
@@ -47,16 +47,20 @@ def launches_of(
     inner_biases = {role: value for role, value in biases.items() if role != "output"}
     scale = torch.tensor(100.0, device=device)
     heads, factor = adapter.num_heads, adapter.input_scale_factor if adapter.input_scale == "logit" else 0.0
+    precision = float32_precision()
     attention = {
+        "precision": precision,
         "num_heads": heads,
         "temperature": adapter.temperature,
         "matrix": adapter.softmax == "matrix",
     }
-    last = {"num_heads": heads, "relu": adapter.mask_activation == "relu", "penalty": "l2"}
+    last = {"precision": precision, "num_heads": heads, "relu": adapter.mask_activation == "relu", "penalty": "l2"}
     ones, one = draw(batch, classes), draw(1)
 
     def project(tile: Any) -> Any:
-        return rational_projections(image, text, scale, inner, inner_biases, scale_factor=factor, tile=tile)
+        return rational_projections(
+            image, text, scale, inner, inner_biases, scale_factor=factor, precision=precision, tile=tile
+        )
 
     made = project(None)
 
@@ -83,7 +87,7 @@ def launches_of(
     def parameters(tile: Any) -> Any:
         return parameter_gradients(
             image, text, scale, seen, gradients, outer.d_offset, weights, num_heads=heads, bias=bool(biases),
-            scale_factor=factor, tile=tile,
+            scale_factor=factor, precision=precision, tile=tile,
         )  # fmt: skip
 
     return {
@@ -103,7 +107,9 @@ def run_tuning(config: KernelsConfig, adapter: AdapterConfig, dtype: torch.dtype
     from triton.testing import do_bench
 
     device = torch.cuda.get_device_name()
-    sizes = Sizes(dtype, config.classes, config.batch * config.classes, adapter.embed_dim, adapter.head_dim)
+    sizes = Sizes(
+        dtype, config.classes, config.batch * config.classes, adapter.embed_dim, adapter.head_dim, float32_precision()
+    )
     launches = launches_of(adapter, config.batch, config.classes, dtype, "cuda")
     console = Console(stderr=True)
     report = tune(

@@ -43,9 +43,12 @@ class Sizes:
     rows: int
     width: int
     head: int
+    precision: str = "ieee"
 
     def key(self, launch: str) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
+        if self.dtype == torch.float32:
+            dtype += f"-{self.precision}"
         ranges = f"K{self.classes.bit_length()} rows{self.rows.bit_length()}"
         return f"{launch} {dtype} {ranges} D{self.width} d{self.head}"
 
@@ -54,15 +57,17 @@ def table_tile(launch: str, sizes: Sizes) -> Any:
     """The kernels' own choice."""
     match launch:
         case "rational_projections":
-            return rational_projections.tile_of(sizes.dtype, sizes.rows, sizes.width)
+            return rational_projections.tile_of(sizes.dtype, sizes.rows, sizes.width, sizes.precision)
         case "class_attention" | "class_attention_backward":
             backward = launch.endswith("backward")
-            return class_attention.tile_of(sizes.dtype, sizes.classes, sizes.head, backward=backward)
+            return class_attention.tile_of(
+                sizes.dtype, sizes.classes, sizes.head, backward=backward, precision=sizes.precision
+            )
         case "masked_logits" | "masked_logits_backward":
             backward = launch.endswith("backward")
             return masked_logits.tile_of(sizes.dtype, sizes.rows, sizes.width, sizes.head, backward=backward)
         case "parameter_gradients":
-            return parameter_gradients.tile_of(sizes.dtype, sizes.width, sizes.head)
+            return parameter_gradients.tile_of(sizes.dtype, sizes.width, sizes.head, sizes.precision)
     raise ValueError(f"launch must be one of {', '.join(TILES)}, got {launch!r}")
 
 

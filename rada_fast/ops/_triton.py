@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rada_fast import _env
 from rada_fast.config import AdapterConfig, MaskPenalty
 from rada_fast.kernels.class_attention import Attended, class_attention, class_attention_backward
 from rada_fast.kernels.masked_logits import masked_logits, masked_logits_backward
@@ -68,8 +69,10 @@ def executes_on_cpu() -> bool:
 
 
 def float32_precision() -> str:
-    """tl.dot's input_precision for float32, after torch.set_float32_matmul_precision."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """tl.dot's input_precision for float32: RADA_FAST_FLOAT32, else after torch.set_float32_matmul_precision."""
+    if asked := _env.float32_products():
+        return asked
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 # torch.compile takes the answers as they are when it traces, see extension.py.
@@ -136,11 +139,11 @@ def _by_role(parameters: tuple[Tensor | None, ...]) -> tuple[dict[str, Tensor], 
 
 
 def _tile_of(
-    image: Tensor, text: Tensor, episodes: int, heads: int, compute: torch.dtype
+    image: Tensor, text: Tensor, episodes: int, heads: int, compute: torch.dtype, precision: str
 ) -> Callable[[str], Any | None]:
     """Of a launch's name, the tile measured on this device, or None."""
     (batch, width), classes = image.shape, text.shape[0]
-    sizes = Sizes(compute, classes, batch // episodes * classes, width, width // heads)
+    sizes = Sizes(compute, classes, batch // episodes * classes, width, width // heads, precision)
     return lambda launch: chosen_tile(image.device, launch, sizes)
 
 
@@ -153,7 +156,7 @@ def _forward(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> tuple[Te
     output, bias = weights.pop("output"), biases.pop("output", None)
     image, text = image.contiguous(), text.contiguous()
     common = {"episodes": episodes, "dtype": compute, "precision": precision}
-    tile = _tile_of(image, text, episodes, heads, compute)
+    tile = _tile_of(image, text, episodes, heads, compute, precision)
     with torch.cuda.device_of(image):
         made = rational_projections(
             image, text, scale, weights, biases, scale_factor=factor, tile=tile("rational_projections"), **common
@@ -234,7 +237,7 @@ def _backward_op(
     image, text = image.contiguous(), text.contiguous()
     gradients: dict[str, Tensor] = {}
     d_image = d_text = None
-    tile = _tile_of(image, text, episodes, heads, compute)
+    tile = _tile_of(image, text, episodes, heads, compute, precision)
     with torch.cuda.device_of(image):
         made = masked_logits_backward(
             image, text, scale, attended, output, bias, *contiguous, _given(peaks), num_heads=heads, relu=relu,

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from rada_fast.config import AdapterConfig
-from rada_fast.errors import BackendUnavailableError
+from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.ops import rational_adapter
 from tests.ops.test_cpu_backend import problem, published, solve
 
@@ -161,6 +161,30 @@ def test_episodes_are_adapters_of_their_own(simulated: Simulated) -> None:
     for feature, wanted in ((image, d_image), (text, d_text)):
         assert feature.grad is not None
         assert (feature.grad - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize(("products", "on_tensor_cores"), [("ieee", False), ("tf32x3", True)])
+def test_float32_is_exact_with_and_without_tensor_cores(
+    products: str, on_tensor_cores: bool, simulated: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RADA_FAST_FLOAT32", products)
+    # Heads of 24: pieces of sixteen columns do not divide them.
+    config = AdapterConfig.official(96, num_heads=4)
+    inputs = problem(config, 2, 37, F32)
+    exact = solve(config, inputs, torch.float64, "reference")
+    plain = solve(config, inputs, F32, "reference")
+    with simulated() as log:
+        fast = solve(config, inputs, F32, "triton")
+    assert any(stats.tensor_flops for stats in log) == on_tensor_cores
+    assert_within_budget(exact, plain, fast, F32)
+
+
+def test_an_unknown_way_to_multiply_is_named(simulated: Simulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RADA_FAST_FLOAT32", "fp32")
+    config = AdapterConfig.official(128)
+    image, text, parameters = problem(config, 2, 5, F32)
+    with simulated(), pytest.raises(UserError, match=r"RADA_FAST_FLOAT32 must be ieee, tf32x3 or tf32, got 'fp32'"):
+        rational_adapter(image, text, 20.0, parameters, config, backend="triton")
 
 
 def test_tf32_is_as_exact_as_its_eleven_bits(simulated: Simulated) -> None:
