@@ -65,7 +65,8 @@ def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = Fal
         # Two accumulators of 64 x 128 take 128 registers of a thread at four warps: eight halve that.
         return Tile(64, 32, columns, 8, 2)
     if head > 64:
-        # A strip of 16 rows for each of eight warps: on 64 rows two would make the same scores.
+        # A strip of 16 rows for each of eight warps: on 64 rows two would make the same scores. Heads of 128 spill two
+        # registers on sm_80 there, between the query tiles, and more on every other tile.
         return Tile(128, 32, columns, 8, 2)
     if classes <= 256 or backward:
         # Tails weigh: 200 classes are 7 blocks of 32 keys, 4 blocks of 64 would be 28 % more. Backward, two

@@ -30,7 +30,8 @@ from rada_fast.kernels._common import (
 from rada_fast.kernels.class_attention import Attended
 from torch import Tensor
 
-CHUNK = 8
+CHUNK = 32
+"""Columns of which one part of a logit, or of a penalty's peak, is made: a block of columns holds whole ones."""
 """Columns that one part of a sum over columns covers: a tensor core's fragment, which lies in one warp."""
 
 PENALTIES = {"none": 0, "l2": 1, "l1": 2, "linf": 3}
@@ -142,42 +143,46 @@ def masked_logits_fwd(
 def masked_logits_reduce(
     logit_parts, penalty_parts, peak_values, peak_columns, logit_scale, logits, sums, penalty, peaks,
     batch, images, classes, total_rows, parts, elements,
-    D: tl.constexpr, BLOCKS: tl.constexpr, PENALTY: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BLOCKS: tl.constexpr, PENALTY: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0: an image's logits, then an episode's penalty. elements: that the penalty's mean is over."""
+    """Axis 0: an image's logits, then an episode's penalty. elements: that the penalty's mean is over.
+
+    BLOCK is four times the threads: they lie along the classes, so that a class's parts are added up in one of them.
+    """
     program = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
+    lane, part = tl.arange(0, BLOCK), tl.arange(0, PIECE)[:, None]
     if program < batch:
         scale = tl.load(logit_scale).to(tl.float32)
         first = program.to(tl.int64) * classes
         for start in range(0, classes, BLOCK):
             k = start + lane
-            ok = k < classes
             total = tl.zeros((BLOCK,), tl.float32)
-            for block in range(BLOCKS):
-                total += tl.load(logit_parts + block * total_rows + first + k, mask=ok, other=0.0)
-            tl.store(sums + first + k, total, mask=ok)
-            tl.store(logits + first + k, (total * scale).to(logits.dtype.element_ty), mask=ok)
+            for piece in range(0, BLOCKS, PIECE):
+                there = (piece + part) * total_rows + first + k[None, :]
+                ok = (piece + part < BLOCKS) & (k < classes)[None, :]
+                total += tl.sum(tl.load(logit_parts + there, mask=ok, other=0.0), 0)
+            tl.store(sums + first + k, total, mask=k < classes)
+            tl.store(logits + first + k, (total * scale).to(logits.dtype.element_ty), mask=k < classes)
     elif PENALTY == 3:
         episode = program - batch
         mean = 0.0
         for image in range(images):
             b = (episode * images + image).to(tl.int64)
-            best = tl.full((BLOCK,), -1.0, tl.float32)
-            where = tl.zeros((BLOCK,), tl.int64)
+            best = tl.full((PIECE, BLOCK), -1.0, tl.float32)
+            where = tl.zeros((PIECE, BLOCK), tl.int64)
             for start in range(0, classes, BLOCK):
-                k = start + lane
-                ok = k < classes
-                for block in range(BLOCKS):
-                    there = block * total_rows + b * classes + k
+                k = (start + lane)[None, :]
+                for piece in range(0, BLOCKS, PIECE):
+                    there = (piece + part) * total_rows + b * classes + k
+                    ok = (piece + part < BLOCKS) & (k < classes)
                     value = tl.load(peak_values + there, mask=ok, other=-1.0)
                     column = tl.load(peak_columns + there, mask=ok, other=0)
                     better = value > best
                     best = tl.where(better, value, best)
                     where = tl.where(better, k.to(tl.int64) * D + column, where)
-            peak = tl.max(best, 0)
+            peak = tl.max(best)
             # Of equal peaks the first counts, as in torch.max.
-            first_of = tl.min(tl.where(best == peak, where, 0x7FFFFFFFFFFFFFFF), 0)
+            first_of = tl.min(tl.where(best == peak, where, 0x7FFFFFFFFFFFFFFF))
             tl.store(peaks + b, first_of)
             mean += peak
         tl.store(penalty + episode, (mean / images).to(penalty.dtype.element_ty))
@@ -270,7 +275,9 @@ def masked_logits(
     masked_logits_reduce[(batch + (episodes if kind else 0),)](
         logit_parts, penalty_parts, peak_values, peak_columns, logit_scale, made.logits, made.sums, made.penalty,
         made.peaks, batch, images, classes, rows, tiles * blocks, float(images * classes * width),
-        D=width, BLOCKS=parts, PENALTY=kind, BLOCK=max(128, min(1024, triton.next_power_of_2(classes))), num_warps=4,
+        D=width, BLOCKS=parts, PENALTY=kind, BLOCK=512,
+        PIECE=max(2, min(8 if kind == 3 else 16, triton.next_power_of_2(parts))),
+        num_warps=4,
     )  # fmt: skip
     return made
 
@@ -376,7 +383,8 @@ def masked_logits_bwd_attended(
 
 @dataclass
 class MaskedLogitsGradients:
-    """d_offset dA, d_attended dO: (B, K, D); deltas: (2, D/8, B, K) float32; weighted: s dlogits M, (B, K, D)."""
+    """d_offset dA, d_attended dO: (B, K, D); deltas: (2, D/g, B, K) float32, g a divisor of a head's width; weighted:
+    s dlogits M, (B, K, D)."""
 
     d_offset: Tensor
     d_attended: Tensor | None
@@ -415,11 +423,11 @@ def masked_logits_backward(
     images, rows = batch // episodes, batch * classes
     dtype = dtype or text.dtype
     tile = tile or tile_of(dtype, images * classes, width, head, backward=True)
-    shape = (batch, classes, width)
+    shape, chunk = (batch, classes, width), block_of(head, CHUNK)
     made = MaskedLogitsGradients(
         image.new_empty(shape, dtype=dtype),
         image.new_empty(shape, dtype=dtype) if inner else None,
-        torch.empty((2, width // CHUNK, batch, classes), dtype=torch.float32, device=image.device) if inner else None,
+        torch.empty((2, width // chunk, batch, classes), dtype=torch.float32, device=image.device) if inner else None,
         image.new_empty(shape, dtype=dtype) if weighted else None,
     )
     if batch == 0:
@@ -444,7 +452,7 @@ def masked_logits_backward(
     masked_logits_bwd_attended[grid](
         made.d_offset, attended.text, attended.rational, attended.factors, weight, made.d_attended, made.deltas,
         images, classes, rows, episode_stride(weight),
-        **options, CHUNK=CHUNK, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+        **options, CHUNK=chunk, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
         BLOCK_C=block_of(width, 64 if dtype != torch.float32 else 32), PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

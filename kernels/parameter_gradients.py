@@ -45,7 +45,7 @@ class Tile:
 def tile_of(dtype: torch.dtype, width: int, head: int, precision: str = "ieee") -> Tile:
     """The table. Inputs stay inside a head where they can, so that O has one factor a row."""
     if dtype == torch.float32:
-        # As in class_attention: short reductions; where products are TF32's one stage, a strip of 16 rows for each warp.
+        # As in class_attention: short reductions. Products of TF32: one stage, a strip of 16 rows for each warp.
         block = block_of(width, 64)
         return Tile(block, block, 16, 4, 2) if precision == "ieee" else Tile(block, block, 16, block // 16, 1)
     # 128 x 64: at D 512 the four wide weights are 128 programs for 108 processors; 128 x 128 would be 64.
