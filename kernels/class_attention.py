@@ -686,7 +686,7 @@ def class_attention_backward(
         "D": width, "HEAD": head, "CHUNKS": chunks, "IMAGE": kinds[2], "TEXT": kinds[0], "RATIONAL": kinds[1],
         "WIDE": _is_wide(keys.dtype, head, tile), "MATRIX": matrix,
         "BLOCK_D": tile.columns, "BLOCK_C": _depth(keys.dtype, head),
-        "BLOCK_S": max(256, min(1024, triton.next_power_of_2(classes))),
+        "BLOCK_S": max(256, min(512, triton.next_power_of_2(classes))),
         "PRECISION": default_precision(keys.dtype, precision),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
