@@ -123,8 +123,9 @@ def _query_scores(
     queries, keys, i_ok, j_ok, HEAD: tl.constexpr, D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """_scores of queries that leaves the warps side by side over the queries, so that a row's sum stays in one."""
-    if BLOCK_Q > BLOCK_K:
+    """_scores of queries that leaves the warps side by side over the queries, so that a row's sum stays in one. A
+    single piece makes no loop, and the compiler lays it out for the product that follows, side by side anyway."""
+    if BLOCK_Q > BLOCK_K and HEAD > BLOCK_C:
         return tl.trans(_scores(keys, queries, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION))
     else:
         return _scores(queries, keys, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
@@ -137,7 +138,7 @@ def _both_scores(
 ):  # fmt: skip
     """_query_scores of two kinds. Keys are read once, and two products that share an operand keep eight warps side by
     side, where one alone has them in two layers."""
-    if BLOCK_Q > BLOCK_K:
+    if BLOCK_Q > BLOCK_K and HEAD > BLOCK_C:
         acc = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
         other = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
         for c in range(0, HEAD, BLOCK_C):

@@ -31,7 +31,10 @@ from rada_fast.kernels.class_attention import Attended
 from torch import Tensor
 
 CHUNK = 32
-"""Columns of which one part of a logit, or of a penalty's peak, is made: a block of columns holds whole ones."""
+"""Columns of which one part of a logit is made: a block of columns holds whole ones."""
+PEAK_CHUNK = 8
+"""Columns of which one candidate for the linf penalty's peak comes: of more than a tensor core's, each of several warps
+would hold the peak."""
 """Columns that one part of a sum over columns covers: a tensor core's fragment, which lies in one warp."""
 
 PENALTIES = {"none": 0, "l2": 1, "l1": 2, "linf": 3}
@@ -95,8 +98,8 @@ def masked_logits_fwd(
     images, classes, total_rows, w_stride, b_stride, share,
     D: tl.constexpr, HEAD: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, IMAGE: tl.constexpr,
     MATRIX: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PENALTY: tl.constexpr, MASK: tl.constexpr,
-    CHUNK: tl.constexpr, TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, PEAK_CHUNK: tl.constexpr, TWO: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: row tile and column block, neighbours share rows. Axis 1: episodes."""
     blocks: tl.constexpr = D // BLOCK_N
@@ -129,12 +132,12 @@ def masked_logits_fwd(
     elif PENALTY == 2:
         tl.store(penalty_parts + here, tl.sum(tl.abs(distance)))
     elif PENALTY == 3:
-        chunks: tl.constexpr = BLOCK_N // CHUNK
-        size = tl.reshape(tl.abs(distance), (BLOCK_M, chunks, CHUNK))
+        chunks: tl.constexpr = BLOCK_N // PEAK_CHUNK
+        size = tl.reshape(tl.abs(distance), (BLOCK_M, chunks, PEAK_CHUNK))
         value, place = tl.max(size, 2, return_indices=True, return_indices_tie_break_left=True)
-        place += block * BLOCK_N + (tl.arange(0, chunks) * CHUNK)[None, :]
-        store_chunks(peak_values, value, block * chunks, at, total_rows, ok, BLOCK_M, BLOCK_N, CHUNK)
-        store_chunks(peak_columns, place, block * chunks, at, total_rows, ok, BLOCK_M, BLOCK_N, CHUNK)
+        place += block * BLOCK_N + (tl.arange(0, chunks) * PEAK_CHUNK)[None, :]
+        store_chunks(peak_values, value, block * chunks, at, total_rows, ok, BLOCK_M, BLOCK_N, PEAK_CHUNK)
+        store_chunks(peak_columns, place, block * chunks, at, total_rows, ok, BLOCK_M, BLOCK_N, PEAK_CHUNK)
     if MASK:
         tl.store(mask + (first_row + row)[:, None] * D + n[None, :], m.to(mask.dtype.element_ty), mask=ok[:, None])
 
@@ -143,7 +146,8 @@ def masked_logits_fwd(
 def masked_logits_reduce(
     logit_parts, penalty_parts, peak_values, peak_columns, logit_scale, logits, sums, penalty, peaks,
     batch, images, classes, total_rows, parts, elements,
-    D: tl.constexpr, BLOCKS: tl.constexpr, PENALTY: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    D: tl.constexpr, BLOCKS: tl.constexpr, PEAKS: tl.constexpr, PENALTY: tl.constexpr,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: an image's logits, then an episode's penalty. elements: that the penalty's mean is over.
 
@@ -172,9 +176,9 @@ def masked_logits_reduce(
             where = tl.zeros((PIECE, BLOCK), tl.int64)
             for start in range(0, classes, BLOCK):
                 k = (start + lane)[None, :]
-                for piece in range(0, BLOCKS, PIECE):
+                for piece in range(0, PEAKS, PIECE):
                     there = (piece + part) * total_rows + b * classes + k
-                    ok = (piece + part < BLOCKS) & (k < classes)
+                    ok = (piece + part < PEAKS) & (k < classes)
                     value = tl.load(peak_values + there, mask=ok, other=-1.0)
                     column = tl.load(peak_columns + there, mask=ok, other=0)
                     better = value > best
@@ -257,25 +261,25 @@ def masked_logits(
     )
     if batch == 0:
         return made
-    parts = width // CHUNK
+    parts, candidates = width // CHUNK, width // PEAK_CHUNK
     logit_parts = torch.empty((parts, batch, classes), **exact)
     penalty_parts = torch.empty((episodes, tiles * blocks), **exact) if kind in (1, 2) else None
-    peak_values = torch.empty((parts, batch, classes), **exact) if kind == 3 else None
-    peak_columns = torch.empty((parts, batch, classes), dtype=torch.int32, device=image.device) if kind == 3 else None
+    peak_values = torch.empty((candidates, batch, classes), **exact) if kind == 3 else None
+    peak_columns = torch.empty_like(peak_values, dtype=torch.int32) if peak_values is not None else None
     options = _options(attended, num_heads, weight, bias, dtype)
     share = 1 / sum(part is not None for part in (attended.text, attended.rational, attended.image))
     masked_logits_fwd[(tiles * blocks, episodes)](
         image, text, attended.text, attended.rational, attended.image, attended.factors, weight, bias,
         logit_parts, penalty_parts, peak_values, peak_columns, made.mask,
         images, classes, rows, episode_stride(weight), width if episode_stride(weight) else 0, share,
-        **options, CHUNK=CHUNK, RELU=relu, PENALTY=kind, MASK=return_mask, TWO=classes >= tile.rows,
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
+        **options, CHUNK=CHUNK, PEAK_CHUNK=PEAK_CHUNK, RELU=relu, PENALTY=kind, MASK=return_mask,
+        TWO=classes >= tile.rows, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
         PRECISION=default_precision(dtype, precision), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     masked_logits_reduce[(batch + (episodes if kind else 0),)](
         logit_parts, penalty_parts, peak_values, peak_columns, logit_scale, made.logits, made.sums, made.penalty,
         made.peaks, batch, images, classes, rows, tiles * blocks, float(images * classes * width),
-        D=width, BLOCKS=parts, PENALTY=kind, BLOCK=512,
+        D=width, BLOCKS=parts, PEAKS=candidates, PENALTY=kind, BLOCK=512,
         PIECE=max(2, min(8 if kind == 3 else 16, triton.next_power_of_2(parts))),
         num_warps=4,
     )  # fmt: skip

@@ -26,6 +26,8 @@ CASES = {
     "wide-head-image": (AdapterConfig.paper(512, queries=("image",)), 1, 33, F16, "l1"),
     "wide-head-text": (AdapterConfig.paper(256, queries=("text",)), 1, 40, BF16, "l1"),
     "heads-8": (AdapterConfig.official(64), 2, 20, BF16, "l2"),
+    "heads-8-float32": (AdapterConfig.official(64), 2, 20, F32, "linf"),
+    "text-float32": (AdapterConfig.official(128, queries=("text",)), 2, 70, F32, "l2"),
     "heads-32": (AdapterConfig.official(64, num_heads=2), 3, 101, BF16, "l1"),
     "heads-24": (AdapterConfig.official(96, num_heads=4), 2, 20, F32, "l2"),
     "heads-160": (AdapterConfig.official(320, num_heads=2, softmax="row"), 1, 37, BF16, "l1"),
