@@ -49,7 +49,9 @@ def tile_of(dtype: torch.dtype, rows: int, width: int, precision: str = "ieee") 
         return Tile(64, block_of(width, 64), block_of(width, 64), 16, 4, 3)
     # 128 x 128 is the least tile at which an A100's L2 keeps up with its tensor cores; eight warps hold it in 64
     # registers each, three stages of 64 columns fill 96 KB.
-    return Tile(128, block_of(width, 128), block_of(width, 64), 16, 8, 3)
+    columns = block_of(width, 128)
+    # 16 x 32 is four tensor cores' tiles: with eight warps two would make each.
+    return Tile(128, columns, block_of(width, 64), 32 if columns == 32 else 16, 8, 3)
 
 
 @triton.jit
