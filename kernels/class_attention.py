@@ -66,7 +66,7 @@ def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = Fal
         return Tile(64, 32, columns, 8, 2)
     if head > 64:
         # A strip of 16 rows for each of eight warps: on 64 rows two would make the same scores. Heads of 128 spill two
-        # registers on sm_80 there, between the query tiles, and more on every other tile.
+        # registers on sm_80, on other tiles more.
         return Tile(128, 32, columns, 8, 2)
     if classes <= 256 or backward:
         # Tails weigh: 200 classes are 7 blocks of 32 keys, 4 blocks of 64 would be 28 % more. Backward, two
