@@ -12,7 +12,9 @@ from rada_fast.kernel_report import TYPES, compile_cuda, compile_launch, step_la
 
 
 @pytest.mark.parametrize("target", [80, 90, 100])
-@pytest.mark.parametrize(("classes", "dtype"), [(200, "bfloat16"), (1000, "bfloat16"), (1000, "float16")])
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(200, "bfloat16"), (1000, "bfloat16"), (1000, "float16"), (200, "float32")]
+)
 def test_nothing_spills(target: int, classes: int, dtype: str) -> None:
     for launch in step_launches(AdapterConfig.official(512), 6, classes, TYPES[dtype]):
         made = compile_launch(*launch, target, "")
