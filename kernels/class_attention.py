@@ -6,8 +6,8 @@
 Both forms share one online softmax by rows: O^c leaves normalised by its own row, beside the row's log-sum. The matrix
 form is the same times w[i] = K exp(logsum[i] - logsum of the whole head), one small launch that consumers multiply by.
 Text and rational queries walk the keys together, so that keys and values are read once for both; the image query is one
-row, an additional program of each head. Backward, dO . v is common to all kinds; a first launch owns queries, a second
-one owns keys, and nothing is added up by atomics.
+row, an additional program of each head. Backward, dO . v is common to all kinds; a launch owns queries, another
+one keys, before them a small one sums the row softmax's deltas, and nothing is added up by atomics.
 """
 
 from __future__ import annotations

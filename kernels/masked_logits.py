@@ -5,7 +5,7 @@
 
 A program owns a tile of rows and a block of columns of A; O is combined and R formed in the prologue and the epilogue.
 A and M never reach memory unless the mask is asked for: the backward makes A again. What is summed over columns leaves
-as one part for each block of columns; a second launch adds the parts in their order.
+as one part for each chunk of columns; a second launch adds the parts in their order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ CHUNK = 32
 PEAK_CHUNK = 8
 """Columns of which one candidate for the linf penalty's peak comes: of more than a tensor core's, each of several warps
 would hold the peak."""
-"""Columns that one part of a sum over columns covers: a tensor core's fragment, which lies in one warp."""
 
 PENALTIES = {"none": 0, "l2": 1, "l1": 2, "linf": 3}
 

@@ -42,8 +42,8 @@ class Tile:
     stages: int
 
 
-def tile_of(dtype: torch.dtype, width: int, head: int, precision: str = "ieee") -> Tile:
-    """The table. Inputs stay inside a head where they can, so that O has one factor a row."""
+def tile_of(dtype: torch.dtype, width: int, precision: str = "ieee") -> Tile:
+    """The table."""
     if dtype == torch.float32:
         # As in class_attention: short reductions. Products of TF32: one stage, a strip of 16 rows for each warp.
         block = block_of(width, 64)
@@ -229,7 +229,7 @@ def parameter_gradients(
     one = next(iter(weights.values()))
     episodes = one.shape[0] if one.ndim == 3 else 1
     images, dtype = batch // episodes, d_offset.dtype
-    tile = tile or tile_of(dtype, width, width // num_heads, precision)
+    tile = tile or tile_of(dtype, width, precision)
     inner = gradients or Projections(None, None, None, None, None)
     kinds = [attended.text is not None, attended.rational is not None, attended.image is not None]
     # Without biases their pointers are the weights', so that the kernel has something to choose from; none is written.

@@ -173,6 +173,8 @@ def run_kernels(config: KernelsConfig) -> int:
     case = f"{config.preset} D {config.embed_dim}, B {config.batch}, K {config.classes}, {config.dtype}"
     rows = []
     console = Console()
+    # Narrower, as where output goes to a file, every figure would be cut.
+    console.width = max(console.width, 120)
     launches = step_launches(adapter, config.batch, config.classes, TYPES[config.dtype])
     for target in config.targets:
         for launch in launches:

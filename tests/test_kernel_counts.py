@@ -25,6 +25,9 @@ def test_a_line_for_each_kernel_and_pass(
         assert totals[episodes, "forward"]["launches"] + totals[episodes, "backward"]["launches"] <= 10
         assert totals[episodes, "literal, both passes"]["launches"] > 50 * episodes
         assert totals[episodes, "forward"]["tensor_over_least"] >= 1
+        # What must be moved is moved, and a quarter more at most.
+        assert 1 <= totals[episodes, "forward"]["unique_over_least"] <= 1.25
+        assert 1 <= totals[episodes, "backward"]["unique_over_least"] <= 1.25
 
 
 def test_the_least_counts_products_only() -> None:

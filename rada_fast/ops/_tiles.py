@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def table_tile(launch: str, sizes: Sizes) -> Any:
             backward = launch.endswith("backward")
             return masked_logits.tile_of(sizes.dtype, sizes.rows, sizes.width, sizes.head, backward=backward)
         case "parameter_gradients":
-            return parameter_gradients.tile_of(sizes.dtype, sizes.width, sizes.head, sizes.precision)
+            return parameter_gradients.tile_of(sizes.dtype, sizes.width, sizes.precision)
     raise ValueError(f"launch must be one of {', '.join(TILES)}, got {launch!r}")
 
 
@@ -148,7 +148,7 @@ def tune(
         times: list[tuple[float, Any]] = []
         for tile in candidates(launch, sizes):
             try:
-                times.append((measure(lambda run=run, tile=tile: run(tile)), tile))  # type: ignore[misc]
+                times.append((measure(partial(run, tile)), tile))
             except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
                 if not times:
                     raise
