@@ -30,6 +30,8 @@ CASES = {
     "text-float32": (AdapterConfig.official(128, queries=("text",)), 2, 70, F32, "l2"),
     "heads-32": (AdapterConfig.official(64, num_heads=2), 3, 101, BF16, "l1"),
     "heads-24": (AdapterConfig.official(96, num_heads=4), 2, 20, F32, "l2"),
+    "heads-128": (AdapterConfig.official(256, num_heads=2), 2, 70, BF16, "l2"),
+    "heads-144": (AdapterConfig.official(288, num_heads=2), 1, 37, F16, "linf"),
     "heads-160": (AdapterConfig.official(320, num_heads=2, softmax="row"), 1, 37, BF16, "l1"),
     "heads-192": (AdapterConfig.official(384, num_heads=2), 1, 37, BF16, "l2"),
     "one-class": (AdapterConfig.paper(128), 1, 1, BF16, "l2"),
@@ -202,6 +204,25 @@ def test_an_unknown_way_to_multiply_is_named(simulated: Simulated, monkeypatch: 
     image, text, parameters = problem(config, 2, 5, F32)
     with simulated(), pytest.raises(UserError, match=r"RADA_FAST_FLOAT32 must be ieee, tf32x3 or tf32, got 'fp32'"):
         rational_adapter(image, text, 20.0, parameters, config, backend="triton")
+
+
+def test_episodes_that_share_one_adapter_add_up_its_gradients(simulated: Simulated) -> None:
+    config = AdapterConfig.official(128)
+    image, text, parameters = problem(config, 6, 20, F32)
+    weights = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for backend in ("triton", "reference"):
+        leaves = {key: value.clone().requires_grad_() for key, value in parameters.items()}
+        with simulated():
+            output = rational_adapter(image, text, 20.0, leaves, config, penalty="l1", episodes=3, backend=backend)
+            assert output.penalty is not None
+            ((output.logits * weights).sum() + (output.penalty * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
+        found[backend] = output.logits, output.penalty, {key: value.grad for key, value in leaves.items()}
+    torch.testing.assert_close(found["triton"][:2], found["reference"][:2], rtol=1e-4, atol=1e-4)
+    for key, wanted in found["reference"][2].items():
+        assert wanted is not None
+        largest = found["reference"][2]["v_proj." + key.rpartition(".")[2]]
+        assert (found["triton"][2][key] - wanted).norm() <= 1e-4 * (wanted.norm() + largest.norm()), key
 
 
 def test_tf32_is_as_exact_as_its_eleven_bits(simulated: Simulated) -> None:
