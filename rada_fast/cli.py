@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rada_fast import __version__
+from rada_fast import __version__, notices
 from rada_fast.config import (
     BuildConfig,
     DemoConfig,
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = [option for option in rest if option != "simulate"]
     try:
         config = parse(command, rest)
-        return _runner(command)(config)
+        with notices.collecting():
+            return _runner(command)(config)
     except (UserError, BackendUnavailableError) as error:
         return _fail(str(error))
     except OSError as error:

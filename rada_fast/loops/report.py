@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from rada_fast import notices
 from rada_fast.config import RunOptions
 from rada_fast.loops.run_folder import RunFolder, peak_memory, versions
 from rada_fast.models.vision_language import VisionLanguageModel
@@ -79,6 +80,7 @@ def finish(
         "preset": adapter.config.preset,
         **results,
         "resumed": resumed,
+        "warnings": notices.so_far(),
         "peak_memory": peak_memory(),
         "backend": resolve_backend(),
         "model": {"name": vlm.name, "pretrained": vlm.pretrained, "fingerprint": vlm.fingerprint} if vlm else None,
@@ -128,7 +130,7 @@ def show(summary: dict[str, Any], options: RunOptions) -> int:
     return 0
 
 
-_NOT_IN_TABLE = {"command", "config", "versions", "adapter", "model", "output"}
+_NOT_IN_TABLE = {"command", "config", "versions", "adapter", "model", "output", "warnings"}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

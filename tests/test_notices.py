@@ -1,0 +1,54 @@
+"""Warnings: said once in a run, one line each, kept for the summary, and never the end of a run."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from rada_fast import notices
+
+
+def test_a_warning_is_said_once_in_a_run_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    with notices.collecting():
+        notices.warn("the first\nof two")
+        notices.warn("another")
+        notices.warn("the first\nof two")
+        notices.note("good to know")
+        assert notices.so_far() == ["the first of two", "another"]
+        with notices.collecting():
+            assert notices.so_far() == []
+            notices.warn("another")
+            assert notices.so_far() == ["another"]
+        assert notices.so_far() == ["the first of two", "another"]
+    assert capsys.readouterr().err.splitlines() == [
+        "rada-fast: warning: the first of two",
+        "rada-fast: warning: another",
+        "rada-fast: note: good to know",
+        "rada-fast: warning: another",
+    ]
+
+
+def test_collecting_decorates_a_command() -> None:
+    @notices.collecting()
+    def command() -> list[str]:
+        notices.warn("something")
+        return notices.so_far()
+
+    assert command() == command() == ["something"]
+
+
+class Closed(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("stream", [None, Closed()])
+def test_a_closed_standard_error_costs_nothing_but_the_line(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with notices.collecting():
+        notices.warn("nobody reads this")
+        assert notices.so_far() == ["nobody reads this"]
