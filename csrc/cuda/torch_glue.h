@@ -29,7 +29,9 @@ using torch::stable::Tensor;
 struct Launch {
   explicit Launch(const Tensor& on) : guard(on.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &current));
+    // Spelt out: PyTorch's own macros for such a call changed their names between 2.11 and 2.14.
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &current) == AOTI_TORCH_SUCCESS,
+                    "PyTorch gives no current stream of CUDA device ", on.get_device_index());
     stream = static_cast<cudaStream_t>(current);
   }
   torch::stable::accelerator::DeviceGuard guard;
