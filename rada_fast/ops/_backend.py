@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,16 @@ COMPILED = ("triton", "cpu")
 """Backends that serve some calls only, in the order in which "auto" asks them."""
 
 _chosen: ContextVar[str | None] = ContextVar("rada_fast_backend", default=None)
+_traced = threading.local()
+"""What ``_chosen`` holds, once more for torch.compile, which before PyTorch 2.13 cannot trace a ContextVar's ``get``.
+Its attribute ``name`` is missing where nothing is chosen; compiled code is guarded by it, so another choice compiles
+anew."""
+
+
+def _in_force() -> str | None:
+    if torch.compiler.is_compiling():
+        return getattr(_traced, "name", None)
+    return _chosen.get()
 
 
 def _check_name(name: str, source: str) -> str:
@@ -33,15 +44,21 @@ def use_backend(name: str) -> Iterator[None]:
     it never falls back. Raises ValueError for an unknown name.
     """
     token = _chosen.set(_check_name(name, "backend"))
+    _traced.name = name
     try:
         yield
     finally:
         _chosen.reset(token)
+        if (outer := _chosen.get()) is None:
+            # Missing as before, so that what was compiled outside of the block serves again.
+            _traced.__dict__.pop("name", None)
+        else:
+            _traced.name = outer
 
 
 def chosen_backend() -> str:
     """The backend in force where a call names none: of ``use_backend``, else of RADA_FAST_BACKEND, else "auto"."""
-    return _chosen.get() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
+    return _in_force() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
 
 
 def reason_unavailable(name: str) -> str | None:
@@ -72,7 +89,7 @@ def backends() -> dict[str, str]:
 
 def reference_asked() -> bool:
     """Whether plain PyTorch was named, by ``use_backend`` or RADA_FAST_BACKEND."""
-    return (_chosen.get() or _env.backend_variable()) in ("literal", "reference")
+    return (_in_force() or _env.backend_variable()) in ("literal", "reference")
 
 
 def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None] | None = None) -> str:
