@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rada_fast.config import DemoConfig, EfficientConfig, RunOptions, TestTimeConfig
-from rada_fast.data.sources import ImageFolder, open_source, read_image
+from rada_fast.data.decode import read_image
+from rada_fast.data.sources import ImageFolder, open_source
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
 from rada_fast.loops import problem

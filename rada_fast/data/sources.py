@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from rada_fast.data.decode import UnreadableImageError as UnreadableImageError
+from rada_fast.data.decode import read_image as read_image
+from rada_fast.data.folders import (
+    Found,
+    Skipped,
+    class_folders,
+    deeper_classes,
+    existing_folder,
+    mention_empty,
+    mention_single_class,
+    mention_skipped,
+    pictures_below,
+)
 from rada_fast.errors import UserError
 
 KINDS = {
@@ -24,15 +35,9 @@ KINDS = {
     "images": "images:DIR (no labels)",
     "features": "features:FILE.npz (arrays features, labels)",
 }
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
 
 SMALLEST_FEATURE = 1e-12
 """A row whose every value is below this has no direction left: torch's normalize divides by at least as much."""
-
-
-class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,16 @@ class Sample:
 class ImageFolder:
     """Image files by class.
 
-    folders: the class folders' names in label order; samples: all images, sorted by id.
+    folders: the class folders' names in label order; samples: all images, readable or not, sorted by id; skipped: what
+    else lies there, by path and reason; fault: why its folders cannot name classes, where one of several holds all
+    pictures, and those only deeper; it may still be meant to have another folder's classes.
     """
 
     root: Path
     folders: tuple[str, ...]
     samples: tuple[Sample, ...]
+    skipped: tuple[Skipped, ...] = ()
+    fault: str | None = None
 
     @property
     def empty_folders(self) -> tuple[str, ...]:
@@ -68,7 +77,7 @@ class ImageFolder:
         """Only these classes, labelled 0, 1, ... in the order given."""
         new = {label: index for index, label in enumerate(labels)}
         samples = tuple(replace(s, label=new[s.label]) for s in self.samples if s.label in new)
-        return ImageFolder(self.root, tuple(self.folders[label] for label in labels), samples)
+        return replace(self, folders=tuple(self.folders[label] for label in labels), samples=samples)
 
     def few_shot(self, shots: int, seed: int) -> ImageFolder:
         """At most shots images a class, drawn by (seed, id) alone."""
@@ -145,61 +154,57 @@ def open_source(spec: str) -> ImageFolder | FeatureFile:
             return open_features(place)
 
 
-def _images_below(folder: Path) -> list[Path]:
-    """Image files at any depth, less hidden ones; linked folders are followed, but not back into themselves."""
-    found: list[Path] = []
-    pending = [(folder, frozenset({folder.resolve()}))]
-    while pending:
-        place, above = pending.pop()
-        try:
-            with os.scandir(place) as entries:
-                shown = [entry for entry in entries if not entry.name.startswith(".")]
-        except OSError as error:
-            raise UserError(f"data folder {place} cannot be read: {error.strerror}") from None
-        for entry in shown:
-            path = place / entry.name
-            if entry.is_dir():
-                if (real := path.resolve()) not in above:
-                    pending.append((path, above | {real}))
-            elif path.suffix.lower() in EXTENSIONS and entry.is_file():
-                found.append(path)
-    return sorted(found)
-
-
-def _existing_folder(root: Path) -> Path:
-    if not root.exists():
-        raise UserError(f"data folder {root} does not exist")
-    if not root.is_dir():
-        raise UserError(f"data folder {root} is a file, not a folder")
-    return root
-
-
 def open_image_folder(root: Path) -> ImageFolder:
-    """A folder with one sub-folder for each class, sorted by name; images may lie deeper."""
-    folders = sorted(
-        path.name for path in _existing_folder(root).iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    """A folder with one sub-folder for each class, in label_order; images may lie deeper.
+
+    Raises UserError where it holds no class, or surely others than its sub-folders; warns of what is not used.
+    """
+    folders, skipped = class_folders(root)
     if not folders:
-        hint = f"; for pictures without classes give images:{root}" if _images_below(root) else ""
+        pictures = pictures_below(root, root).pictures
+        hint = f"; for pictures without classes give images:{root}" if pictures else ""
         raise UserError(f"data folder {root} must have one sub-folder a class, it has none{hint}")
+    found = [pictures_below(root / folder, root) for folder in folders]
     samples = [
         Sample(path.relative_to(root).as_posix(), path, label)
-        for label, name in enumerate(folders)
-        for path in _images_below(root / name)
+        for label, here in enumerate(found)
+        for path in here.pictures
     ]
     if not samples:
-        raise UserError(
-            f"data folder {root} has {len(folders)} sub-folders but no image ({' '.join(sorted(EXTENSIONS))})"
-        )
-    return ImageFolder(root, tuple(folders), tuple(sorted(samples, key=lambda sample: sample.id)))
+        raise UserError(f"data folder {root} has {len(folders)} sub-folders but no image{_others(found)}")
+    by_folder = zip(folders, found, strict=True)
+    below = {
+        folder: [path.relative_to(root / folder).parts for path in here.pictures]
+        for folder, here in by_folder
+        if here.pictures
+    }
+    fault = deeper_classes(root, below)
+    if fault is not None:
+        fault = f"data folder {root} must have one sub-folder a class, {fault}"
+        if len(below) == len(folders):
+            raise UserError(fault)
+    skipped += tuple(entry for here in found for entry in here.skipped)
+    source = ImageFolder(root, folders, tuple(sorted(samples, key=lambda sample: sample.id)), skipped, fault)
+    mention_single_class(root, folders)
+    mention_empty(root, source.empty_folders)
+    mention_skipped(root, skipped)
+    return source
 
 
 def open_flat_images(root: Path) -> ImageFolder:
-    """All images below a folder, without labels."""
-    samples = [Sample(path.relative_to(root).as_posix(), path, -1) for path in _images_below(_existing_folder(root))]
-    if not samples:
-        raise UserError(f"data folder {root} holds no image ({' '.join(sorted(EXTENSIONS))})")
-    return ImageFolder(root, (), tuple(sorted(samples, key=lambda sample: sample.id)))
+    """All images below a folder, without labels; warns of what is not used."""
+    found = pictures_below(existing_folder(root), root)
+    if not found.pictures:
+        raise UserError(f"data folder {root} holds no image{_others([found])}")
+    samples = [Sample(path.relative_to(root).as_posix(), path, -1) for path in found.pictures]
+    mention_skipped(root, found.skipped)
+    return ImageFolder(root, (), tuple(sorted(samples, key=lambda sample: sample.id)), found.skipped)
+
+
+def _others(found: Sequence[Found]) -> str:
+    """What is there instead of images, in brackets."""
+    skipped = [entry for here in found for entry in here.skipped]
+    return f" (found {skipped[0][0]}, {skipped[0][1]}, and {len(skipped) - 1} more)" if skipped else ""
 
 
 def open_features(path: Path) -> FeatureFile:
@@ -264,25 +269,6 @@ def open_features(path: Path) -> FeatureFile:
         tuple(str(index) for index in range(len(labels))),
         None if names is None else tuple(np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names.tolist()),
     )
-
-
-def read_image(path: Path) -> Image.Image:
-    """A decoded RGB image; grey, palette, alpha and CMYK pictures are converted as torchvision's loader does.
-
-    Raises UnreadableImageError where the file is missing, damaged, of no known kind, or too large to be a picture.
-    """
-    try:
-        # A picture past PIL's pixel limit warns before it raises at twice the limit: both are refused here.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with path.open("rb") as file, Image.open(file) as image:
-                return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise UnreadableImageError(f"{path.name} cannot be read: not an image of a known kind") from None
-    except Exception as error:  # damaged files reach decoders' code paths that raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableImageError(f"{path.name} cannot be read: {reason}") from None
 
 
 def base_and_new(num_classes: int) -> tuple[list[int], list[int]]:

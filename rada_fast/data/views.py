@@ -18,7 +18,8 @@ from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, Rand
 from torchvision.transforms import functional as F
 
 from rada_fast import extension
-from rada_fast.data.sources import Sample, UnreadableImageError, read_image
+from rada_fast.data.decode import UnreadableImageError, read_image
+from rada_fast.data.sources import Sample
 from rada_fast.ops import augmix, multi_view_crops, random_augmix, random_views, whole_view
 from rada_fast.ops._backend import reference_asked
 from rada_fast.ops.multi_view_crops import CROP_SCALE as CROP_SCALE

@@ -69,6 +69,8 @@ def load_vision_language(options: ModelOptions, run: RunOptions) -> VisionLangua
 def class_names_of(source: Source, options: ClassOptions) -> tuple[str, ...]:
     """Names of a source's classes, in label order."""
     if isinstance(source, ImageFolder):
+        if source.fault is not None:
+            raise UserError(source.fault)
         return resolve_class_names(source.folders, options.classes)
     folders = source.class_names or [f"class {label}" for label in range(int(source.labels.max()) + 1)]
     return resolve_class_names(folders, options.classes)

@@ -1,0 +1,218 @@
+"""What lies in a folder of pictures: class folders in order, pictures at any depth, and whatever is neither."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rada_fast import notices
+from rada_fast.data.decode import is_picture, kind_of_entry, picture_extensions
+from rada_fast.errors import UserError
+
+SYSTEM_FOLDERS = frozenset(
+    {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
+)
+"""What archivers, file servers and systems leave behind; never a class."""
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+"""Folders that hold parts of a data set, in small letters."""
+EXAMPLES = 5
+"""Names in one message."""
+LOOP = "a link back to a folder that holds it"
+
+Skipped = tuple[str, str]
+"""An entry that is not used: its path below the data folder, and why not."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """pictures: files, readable or not, sorted; skipped: all else."""
+
+    pictures: tuple[Path, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def existing_folder(root: Path) -> Path:
+    """The folder itself. Raises UserError where it is none."""
+    try:
+        mode = root.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(f"data folder {root} does not exist") from None
+    except OSError as error:
+        raise UserError(f"data folder {root} cannot be read: {error.strerror}") from None
+    if not stat.S_ISDIR(mode):
+        kind = "a file" if stat.S_ISREG(mode) else kind_of_entry(mode)
+        raise UserError(f"data folder {root} is {kind}, not a folder")
+    return root
+
+
+def _entries(place: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """A folder's entries, and of each what it is: "folder", "file", or why it is neither."""
+    try:
+        with os.scandir(place) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"data folder {place} cannot be read: {error.strerror}") from None
+    return ((entry, _kind(entry)) for entry in found)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.name.startswith("."):
+        return "hidden"
+    try:
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "left by a system" if entry.name in SYSTEM_FOLDERS else "folder"
+        return kind_of_entry(entry.stat().st_mode)
+    except FileNotFoundError:
+        return "a link to nothing"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link round in a circle"
+        # What cannot be reached is counted as unreadable where its name says that it is a picture.
+        return "file" if Path(entry.name).suffix.lower() in picture_extensions() else error.strerror or "out of reach"
+
+
+def class_folders(root: Path) -> tuple[tuple[str, ...], tuple[Skipped, ...]]:
+    """The names of a data folder's class folders in label order, and its other entries."""
+    names, skipped = [], []
+    entries = _entries(existing_folder(root))
+    above = {_identity(folder) for folder in (root, *root.absolute().parents)}
+    for entry, kind in entries:
+        if kind == "folder" and _identity(root / entry.name) in above:
+            skipped.append((entry.name, LOOP))
+        elif kind == "folder":
+            names.append(entry.name)
+        else:
+            skipped.append((entry.name, "in no class folder" if kind == "file" else kind))
+    return label_order(names), tuple(skipped)
+
+
+def label_order(names: Sequence[str]) -> tuple[str, ...]:
+    """Class folders in the order of their labels.
+
+    It is text order, as in every published list of folders. Where all names are numbers, as ImageNet-V2's 0 ... 999,
+    it is the order of the numbers, in which their classes' names are listed; as texts, 10 comes before 2.
+    """
+    if all(is_number(name) for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def is_number(name: str) -> bool:
+    """Whether a name consists of the digits 0 to 9."""
+    return name.isascii() and name.isdigit()
+
+
+def pictures_below(folder: Path, root: Path) -> Found:
+    """Pictures at any depth below a folder of the data folder root, and what else is there.
+
+    Linked folders are followed, but not back into themselves.
+    """
+    pictures: list[Path] = []
+    skipped: list[Skipped] = []
+    pending = [(folder, frozenset({_identity(root)}))]
+    while pending:
+        place, above = pending.pop()
+        if place != root:
+            if (own := _identity(place)) in above:
+                skipped.append((place.relative_to(root).as_posix(), LOOP))
+                continue
+            above |= {own}
+        empty = True
+        for entry, kind in _entries(place):
+            empty = False
+            path = place / entry.name
+            if kind == "folder":
+                pending.append((path, above))
+            elif kind == "file" and is_picture(path):
+                pictures.append(path)
+            else:
+                name = path.relative_to(root).as_posix()
+                skipped.append((name, "not a picture" if kind == "file" else kind))
+        if empty and place not in (folder, root):
+            skipped.append((place.relative_to(root).as_posix(), "an empty folder"))
+    return Found(tuple(sorted(pictures)), tuple(sorted(skipped)))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    try:
+        found = folder.stat()
+    except OSError as error:
+        raise UserError(f"data folder {folder} cannot be read: {error.strerror}") from None
+    return found.st_dev, found.st_ino
+
+
+def mention_skipped(root: Path, skipped: Sequence[Skipped]) -> None:
+    """Warn once of everything below a data folder that is not used."""
+    if not skipped:
+        return
+    # One of each kind first: a hundred hidden files must not hide that a FIFO lay among them.
+    first = dict.fromkeys(reason for _, reason in skipped)
+    one_each = [next(entry for entry in skipped if entry[1] == reason) for reason in first]
+    shown = list(dict.fromkeys([*one_each, *skipped]))[:EXAMPLES]
+    names = ", ".join(f"{name} ({reason})" for name, reason in shown)
+    more = f" and {len(skipped) - len(shown)} more" if len(skipped) > len(shown) else ""
+    entries = "1 entry was" if len(skipped) == 1 else f"{len(skipped)} entries were"
+    notices.warn(f"data {root}: {entries} skipped: {names}{more}")
+
+
+def mention_empty(root: Path, empty: Sequence[str]) -> None:
+    """Warn of class folders without a picture, which stay classes."""
+    if empty:
+        one = len(empty) == 1
+        holds = "1 class folder holds" if one else f"{len(empty)} class folders hold"
+        stays = "stays a class" if one else "stay classes"
+        notices.warn(f"data {root}: {holds} no picture and {stays}: {_some(empty)}")
+
+
+def deeper_classes(root: Path, pictures: Mapping[str, Sequence[tuple[str, ...]]]) -> str | None:
+    """What is wrong with a data folder whose sub-folders are surely no classes, and what to give instead, or None.
+
+    pictures: of each class folder that holds any, the parts of its pictures' paths below it.
+
+    Warns where the sub-folders may be no classes.
+    """
+    direct = {folder for folder, paths in pictures.items() if any(len(parts) == 1 for parts in paths)}
+    below = {folder: sorted({parts[0] for parts in paths if len(parts) > 1}) for folder, paths in pictures.items()}
+    if len(pictures) > 1 and all(folder.lower() in SPLITS for folder in pictures):
+        look = f"its sub-folders {_some(list(pictures))} look like parts of a data set"
+        if direct:
+            return f"{look}; put each class's pictures into a folder of its own"
+        return f"{look}; give one of them: {' or '.join(f'imagefolder:{root / folder}' for folder in pictures)}"
+    if direct or not pictures:
+        return None
+    if len(pictures) == 1:
+        ((folder, paths),) = pictures.items()
+        levels = [sorted(set(names)) for names in zip(*(parts[:-1] for parts in paths), strict=False)]
+        depth = next((depth for depth, names in enumerate(levels) if len(names) > 1), None)
+        if depth is None:
+            return None
+        inner = root.joinpath(folder, *(names[0] for names in levels[:depth]))
+        return (
+            f"all its pictures lie in {len(levels[depth])} sub-folders ({_some(levels[depth])}) of one; did you mean "
+            f"imagefolder:{inner}?"
+        )
+    folder = max(below, key=lambda name: len(below[name]))
+    if len(below[folder]) > 1:
+        notices.warn(
+            f"data {root}: none of the {len(pictures)} class folders ({_some(list(pictures))}) holds a picture itself, "
+            f"{folder} has them in sub-folders ({_some(below[folder])}); if those are the classes, give "
+            f"imagefolder:{root / folder}"
+        )
+    return None
+
+
+def mention_single_class(root: Path, folders: Sequence[str]) -> None:
+    """Warn of a data folder with one class, on which no accuracy means anything."""
+    if len(folders) == 1:
+        notices.warn(f"data {root} has one class folder only, {folders[0]}: among its classes every answer is right")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", ... {names[-1]}" if len(names) > EXAMPLES else ""
+    return ", ".join(names[:EXAMPLES]) + more

@@ -1,0 +1,164 @@
+"""Pictures of every kind: scaled rightly, or unreadable with a reason; and nothing that would wait is ever opened."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rada_fast.data.decode import UnreadableImageError, is_picture, read_image
+
+RAMP = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+EIGHT = np.round(RAMP / 65535 * 255).astype(np.uint8)
+
+
+def grey_of(path: Path) -> np.ndarray:
+    pixels = np.asarray(read_image(path))
+    assert pixels.dtype == np.uint8
+    assert (pixels[..., :1] == pixels).all()
+    return pixels[..., 0]
+
+
+# PNG's own 16 bits, TIFF's in both byte orders, PGM's, which Pillow hands on as 32-bit numbers, and TIFF's 32 bits.
+@pytest.mark.parametrize("kind", ["a.png", "a.tif", "big.tif", "a.pgm", "wide.tif"])
+def test_16_bits_are_scaled_to_8(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    if kind == "big.tif":
+        Image.frombytes("I;16B", (64, 64), RAMP.astype(">u2").tobytes()).save(path)
+    else:
+        Image.fromarray(RAMP.astype(np.int32) if kind == "wide.tif" else RAMP).save(path)
+    assert np.array_equal(grey_of(path), EIGHT)
+
+
+def test_a_darker_greatest_value_of_a_pgm_is_white(tmp_path: Path) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 1000\n" + np.array([0, 500, 1000], ">u2").tobytes())
+    assert grey_of(tmp_path / "a.pgm").tolist() == [[0, 128, 255]]
+
+
+def test_16_bits_of_colour_are_scaled_too(tmp_path: Path) -> None:
+    pixels = np.array([[65535, 32896, 257]], ">u2")
+    (tmp_path / "a.ppm").write_bytes(b"P6 1 1 65535\n" + pixels.tobytes())
+    assert np.asarray(read_image(tmp_path / "a.ppm")).tolist() == [[[255, 128, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([0.0, 100.2, 255.0], [0, 100, 255]),
+        ([0.0, 0.0, 0.0], [0, 0, 0]),
+        ([-1.0, 0.0, 1.0], r"floating-point pixels must lie in 0 ... 1 or 0 ... 255 to be brightnesses, got -1 ... 1"),
+        ([0.0, 0.0, 4095.0], "got 0 ... 4095"),
+        ([0.0, np.nan, 1.0], "got nan"),
+    ],
+)
+def test_floats_are_scaled_by_a_rule_or_refused(tmp_path: Path, values: list[float], expected: list[int] | str) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.array([values], np.float32)).save(path)
+    if isinstance(expected, str):
+        with pytest.raises(UnreadableImageError, match=rf"a.tif cannot be read: .*{expected}"):
+            read_image(path)
+    else:
+        assert grey_of(path).tolist() == [expected]
+
+
+def test_wide_whole_numbers_are_8_or_16_bits_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.array([[0, 128, 255]], np.int32)).save(path)
+    assert grey_of(path).tolist() == [[0, 128, 255]]
+    for values in ([-1, 5], [0, 65536]):
+        Image.fromarray(np.array([values], np.int32)).save(path)
+        with pytest.raises(UnreadableImageError, match=r"must lie in 0 ... 65535 to be brightnesses"):
+            read_image(path)
+
+
+def test_other_endings_are_read_by_name_or_content(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (4, 4), (200, 100, 50))
+    saved = {"a.jfif": "JPEG", "a.jpe": "JPEG", "a.AVIF": "AVIF", "a.pgm": "PPM", "a.tga": "TGA", "a.jp2": "JPEG2000"}
+    by_content = {"none": "PNG", "a.jpg_original": "JPEG", "a.dat": "BMP", "b": "GIF", "c": "TIFF", "d.x": "WEBP"}
+    by_content |= {"e": "PPM", "f": "AVIF", "g": "JPEG2000"}
+    for name, kind in (saved | by_content).items():
+        (picture.convert("L") if name.endswith(".pgm") else picture).save(tmp_path / name, kind)
+        assert is_picture(tmp_path / name), name
+        assert read_image(tmp_path / name).size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"a note", b"BMW and others", b"P3 is a model", b"P1,2,3\n", b"name,label\na.jpg,1\n", b"\xd0\xcf\x11\xe0"],
+)
+def test_texts_and_other_files_are_no_pictures(tmp_path: Path, content: bytes) -> None:
+    for name in ("Thumbs.db", "README", "labels.csv"):
+        (tmp_path / name).write_bytes(content)
+        assert not is_picture(tmp_path / name)
+    assert not is_picture(tmp_path / "missing")
+
+
+def test_a_damaged_picture_without_an_ending_is_a_picture_still(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole", "PNG")
+    (tmp_path / "torn").write_bytes((tmp_path / "whole").read_bytes()[:20])
+    assert is_picture(tmp_path / "torn")
+    with pytest.raises(UnreadableImageError, match="torn cannot be read"):
+        read_image(tmp_path / "torn")
+
+
+def test_what_is_no_regular_file_is_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "round.jpg").symlink_to(tmp_path / "round.jpg")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "empty.jpg").touch()
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket.jpg"))
+        for name, reason in {
+            "pipe": "it is a FIFO, not a file",
+            "folder": "it is a folder, not a file",
+            "zero": "it is a device, not a file",
+            "socket": "it is a socket, not a file",
+            "round": "Too many levels of symbolic links",
+            "gone": "No such file or directory",
+            "empty": "the file is empty",
+        }.items():
+            with pytest.raises(UnreadableImageError) as caught:
+                read_image(tmp_path / f"{name}.jpg")
+            assert str(caught.value) == f"{name}.jpg cannot be read: {reason}"
+
+
+def test_a_picture_never_starts_another_program(tmp_path: Path) -> None:
+    # Pillow would hand an EPS file to Ghostscript, whatever the file's name says.
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n")
+    assert not is_picture(tmp_path / "a.eps")
+    with pytest.raises(UnreadableImageError, match=r"a.jpg cannot be read: not an image of a known kind"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_system_without_file_handles_is_not_the_pictures_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def none_left(*args: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "open", none_left)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_image(tmp_path / "a.png")
+
+
+def test_animations_orientations_and_transparency_are_as_torchvision_has_them(tmp_path: Path) -> None:
+    red, blue = (Image.new("P", (4, 2), 1) for _ in range(2))
+    red.putpalette([0, 0, 0, 255, 0, 0])
+    blue.putpalette([0, 0, 0, 0, 0, 255])
+    red.save(tmp_path / "a.gif", save_all=True, append_images=[blue], transparency=0)
+    assert read_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (4, 2)
+    Image.new("P", (4, 2), 1).save(tmp_path / "p.png", transparency=bytes([0, 128]))
+    assert read_image(tmp_path / "p.png").mode == "RGB"

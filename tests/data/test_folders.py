@@ -1,0 +1,193 @@
+"""Class folders: their order, what lies in them that is no picture, and folders given one level too high."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rada_fast import notices
+from rada_fast.data.folders import label_order
+from rada_fast.data.sources import ImageFolder, open_source
+from rada_fast.errors import UserError
+
+
+def draw(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2)).save(path, "PNG")
+
+
+def opened(root: Path, kind: str = "imagefolder") -> tuple[ImageFolder, list[str]]:
+    """The source, and what was warned of."""
+    with notices.collecting():
+        source = open_source(f"{kind}:{root}")
+        assert isinstance(source, ImageFolder)
+        return source, notices.so_far()
+
+
+def test_numbered_folders_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in range(12):
+        draw(tmp_path / str(number) / "a.png")
+    source, said = opened(tmp_path)
+    assert source.folders == tuple(str(number) for number in range(12))
+    assert {sample.id.split("/")[0]: sample.label for sample in source.samples} == {str(n): n for n in range(12)}
+    assert [sample.id for sample in source.samples] == sorted(sample.id for sample in source.samples)
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["10", "9", "2"], ("2", "9", "10")),
+        (["010", "009", "002"], ("002", "009", "010")),
+        # The same number twice: some order, but always the same.
+        (["1", "10", "01"], ("01", "1", "10")),
+        # One that is no number leaves text order, as published lists have it.
+        (["10", "9", "cat"], ("10", "9", "cat")),
+        (["c10", "c9"], ("c10", "c9")),
+        (["n01440764", "n00005787"], ("n00005787", "n01440764")),
+        # Digits of other scripts are texts: their numbers are nobody's labels.
+        (["\N{SUPERSCRIPT TWO}", "10"], ("10", "\N{SUPERSCRIPT TWO}")),
+        (["1" * 255, "9"], ("9", "1" * 255)),
+    ],
+)
+def test_the_order_of_labels(names: list[str], order: tuple[str, ...]) -> None:
+    assert label_order(names) == label_order(names[::-1]) == order
+
+
+def test_everything_in_a_class_folder_is_used_or_named(tmp_path: Path) -> None:
+    cat = tmp_path / "cat"
+    draw(cat / "a.png", cat / "b.jfif", cat / "c", cat / "d.jpg" / "e.png", tmp_path / "dog" / "a.png")
+    (cat / "torn.png").write_bytes(b"torn")
+    (cat / "empty.jpg").touch()
+    skipped = {
+        "__MACOSX": "left by a system",
+        ".git": "hidden",
+        "a.csv": "in no class folder",
+        "cat/.DS_Store": "hidden",
+        "cat/README": "not a picture",
+        "cat/Thumbs.db": "not a picture",
+        "cat/__MACOSX": "left by a system",
+        "cat/gone.png": "a link to nothing",
+        "cat/nothing.jpg": "an empty folder",
+        "cat/pipe.jpg": "a FIFO",
+        "cat/round.png": "a link round in a circle",
+        "cat/up": "a link back to a folder that holds it",
+        "cat/zero.jpg": "a device",
+        "loop": "a link back to a folder that holds it",
+    }
+    for folder in (".git", "__MACOSX/cat", "cat/__MACOSX", "cat/nothing.jpg"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("a.csv", "cat/.DS_Store", "cat/README", "cat/Thumbs.db", "cat/__MACOSX/._a.png"):
+        (tmp_path / file).write_text("x")
+    os.mkfifo(cat / "pipe.jpg")
+    for link, target in {"gone.png": "no.png", "round.png": "round.png", "up": "..", "zero.jpg": "/dev/zero"}.items():
+        (cat / link).symlink_to(target)
+    (tmp_path / "loop").symlink_to(".")
+
+    source, said = opened(tmp_path)
+    assert [sample.id for sample in source.samples if sample.label == 0] == [
+        "cat/a.png",
+        "cat/b.jfif",
+        "cat/c",
+        "cat/d.jpg/e.png",
+        "cat/empty.jpg",
+        "cat/torn.png",
+    ]
+    assert dict(source.skipped) == skipped
+    assert source.folders == ("cat", "dog")
+    (line,) = said
+    assert line.startswith(f"data {tmp_path}: 14 entries were skipped: ")
+    assert line.endswith(" and 9 more")
+
+
+def test_what_is_skipped_is_said_once_with_one_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(tmp_path / "cat" / "a.png", tmp_path / "dog" / "a.png")
+    for index in range(9):
+        (tmp_path / "cat" / f"{index}.txt").write_text("x")
+    os.mkfifo(tmp_path / "dog" / "pipe")
+    with notices.collecting():
+        open_source(f"imagefolder:{tmp_path}")
+        open_source(f"imagefolder:{tmp_path}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"rada-fast: warning: data {tmp_path}: 10 entries were skipped: cat/0.txt (not a picture), dog/pipe (a FIFO), "
+        "cat/1.txt (not a picture), cat/2.txt (not a picture), cat/3.txt (not a picture) and 5 more"
+    )
+    assert opened(tmp_path, "images")[1] == [line.removeprefix("rada-fast: warning: ")]
+
+
+def test_empty_class_folders_are_named(tmp_path: Path) -> None:
+    draw(tmp_path / "cat" / "a.png", tmp_path / "dog" / "a.png")
+    for index in range(7):
+        (tmp_path / f"empty{index}").mkdir()
+    assert opened(tmp_path)[1] == [
+        f"data {tmp_path}: 7 class folders hold no picture and stay classes: "
+        "empty0, empty1, empty2, empty3, empty4, ... empty6"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        (["inner/cat/a", "inner/dog/a"], "in 2 sub-folders (cat, dog) of one; did you mean imagefolder:{0}/inner?"),
+        (["a/b/c/cat/x", "a/b/c/dog/deep/x"], "sub-folders (cat, dog) of one; did you mean imagefolder:{0}/a/b/c?"),
+        (["train/cat/a", "Val/cat/a"], "give one of them: imagefolder:{0}/Val or imagefolder:{0}/train"),
+        (
+            ["train/a", "test/a"],
+            "sub-folders test, train look like parts of a data set; put each class's pictures into",
+        ),
+    ],
+)
+def test_a_folder_one_level_too_high_names_the_one_to_give(tmp_path: Path, pictures: list[str], message: str) -> None:
+    draw(*(tmp_path / name for name in pictures))
+    with pytest.raises(UserError) as caught:
+        opened(tmp_path)
+    assert message.format(tmp_path) in str(caught.value)
+
+
+def test_folders_beside_the_one_with_all_pictures_do_not_hide_it(tmp_path: Path) -> None:
+    draw(tmp_path / "images" / "cat" / "a.png", tmp_path / "images" / "dog" / "a.png")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "__MACOSX").mkdir()
+    source, said = opened(tmp_path)
+    # As test images of other classes the folder is refused for those; as classes of its own for this.
+    assert source.fault is not None
+    assert source.fault.endswith(f"did you mean imagefolder:{tmp_path}/images?")
+    assert len(said) == 2
+
+
+def test_classes_that_may_lie_deeper_are_warned_of(tmp_path: Path) -> None:
+    draw(*(tmp_path / domain / name / "a.png" for domain in ("photo", "sketch") for name in ("cat", "dog")))
+    source, (warning,) = opened(tmp_path)
+    assert source.folders == ("photo", "sketch")
+    assert "photo has them in sub-folders (cat, dog); if those are the classes, give imagefolder:" in warning
+    # A class may well have its pictures in one sub-folder, and some classes may have several.
+    draw(tmp_path / "photo" / "a.png")
+    assert opened(tmp_path)[1] == []
+
+
+def test_one_class_is_said_to_be_one(tmp_path: Path) -> None:
+    draw(tmp_path / "cat" / "images" / "a.png")
+    assert opened(tmp_path)[1] == [
+        f"data {tmp_path} has one class folder only, cat: among its classes every answer is right"
+    ]
+
+
+def test_folders_that_cannot_be_listed_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        open_source(f"imagefolder:{tmp_path / ('x' * 300)}")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a FIFO, not a folder"):
+        open_source(f"images:{tmp_path / 'pipe'}")
+
+    def denied(place: object) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "cat").mkdir()
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        open_source(f"imagefolder:{tmp_path}")
