@@ -17,8 +17,9 @@ from rada_fast.data.decode import read_image
 from rada_fast.data.sources import ImageFolder, open_source
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
-from rada_fast.loops import problem
 from rada_fast.loops.efficient import run_efficient
+from rada_fast.loops.features import encode_images, spread_limit
+from rada_fast.loops.problem import open_setup
 from rada_fast.loops.run_folder import write_json
 from rada_fast.loops.test_time import run_test_time
 from rada_fast.modules import load_adapter
@@ -99,19 +100,19 @@ def draw_picture(output: Path, test: Path) -> Path:
     """The trained adapter's mask on new-class images: one in detail, many in the histogram."""
     source = open_source(f"imagefolder:{test}")
     assert isinstance(source, ImageFolder)
-    config = TestTimeConfig(data="")
-    vlm = problem.load_vision_language(config.model, RunOptions())
-    names = problem.class_names_of(source, config.text)
+    setup = open_setup(TestTimeConfig(data=""), {"data": source})
+    names = setup.class_names(source)
     new = range(math.ceil(len(names) / 2), len(names))
     names = tuple(names[label] for label in new)
-    text = problem.text_features_of(config.text, names, vlm, training=None)
-    images = source.subset(list(new))
-    chosen = problem.spread_limit(images.samples, HISTOGRAM_IMAGES)
-    encoded = problem.encode_images(chosen, vlm, title="encode for the picture", workers=0)
+    text = setup.text_features(names, training=None)
+    chosen = spread_limit(source.subset(list(new)).samples, HISTOGRAM_IMAGES)
+    encoded = encode_images(chosen, setup.model, title="encode for the picture", workers=0)
     adapter = load_adapter(output / "eft" / "adapter.safetensors")
     parameters = dict(adapter.named_parameters())
     with torch.no_grad():
-        result = rational_adapter(encoded.features, text, vlm.logit_scale, parameters, adapter.config, return_mask=True)
+        result = rational_adapter(
+            encoded.features, text, setup.logit_scale, parameters, adapter.config, return_mask=True
+        )
     assert result.mask is not None
     first = encoded.features[0]
     rational = first[None] * text
@@ -127,7 +128,7 @@ def draw_picture(output: Path, test: Path) -> Path:
         mask=result.mask[0],
         rational=rational,
         class_names=names,
-        logit_scale=vlm.logit_scale,
+        logit_scale=setup.logit_scale,
         histogram=result.mask,
     )
     return path

@@ -5,31 +5,37 @@ Features are computed once when the training views are fixed, and once an epoch 
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
 
 from rada_fast.config import EfficientConfig
-from rada_fast.data.sources import ImageFolder, base_and_new
+from rada_fast.data.sources import FeatureFile, ImageFolder, base_and_new
 from rada_fast.data.views import image_seed
 from rada_fast.errors import UserError
-from rada_fast.loops import problem
 from rada_fast.loops.episodes import make_optimizer
-from rada_fast.loops.evaluate import evaluate
-from rada_fast.loops.problem import Features
+from rada_fast.loops.evaluate import evaluate, unreadable_records
+from rada_fast.loops.features import Features, class_means, encode_crops
+from rada_fast.loops.problem import Problem, Setup, Source, check_width, identity_of, open_setup, open_sources
 from rada_fast.loops.progress import progress
 from rada_fast.loops.report import accuracy_of, finish, harmonic_mean
 from rada_fast.loops.run_folder import RunFolder, reset_peak_memory
-from rada_fast.models.vision_language import VisionLanguageModel
+from rada_fast.loops.training import (
+    Batch,
+    Training,
+    shuffled,
+    step_loss,
+    train_epoch,
+    training_time,
+    warm_up_then_cosine,
+)
 from rada_fast.modules import RationalAdapter, save_adapter
 
-EPOCHS, IMAGES, STATE = "epochs.jsonl", "images.jsonl", "state.pt"
+IMAGES, STATE = "images.jsonl", "state.pt"
 WARMUP_LR = 1e-5
 """The published configurations' learning rate of the one warm-up epoch."""
 MOMENTUM = 0.9
@@ -42,9 +48,20 @@ class TestSet:
 
     name: str
     images: Features
-    text_features: Tensor  # (K, D)
+    text_features: Tensor  # (K, D), on the CPU
 
     __test__ = False
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The few-shot training images, the features of their centre views, and the classes they are of."""
+
+    source: Source
+    features: Features
+    names: tuple[str, ...]
+    base: list[int]  # labels of the trained classes among all, and of those kept for the test
+    new: list[int]
 
 
 def run_efficient(config: EfficientConfig) -> dict[str, Any]:
@@ -52,142 +69,110 @@ def run_efficient(config: EfficientConfig) -> dict[str, Any]:
 
     Raises UserError naming an option that cannot be used.
     """
-    sources = {"train": problem.open_data(config.train), "test": problem.open_data(config.test)}
-    if config.new_test is not None:
-        sources["new"] = problem.open_data(config.new_test)
-    needed = problem.needs_model(config.text, *sources.values())
-    vlm = problem.load_vision_language(config.model, config.run) if needed else None
-    logit_scale = vlm.logit_scale if vlm is not None else problem.DEFAULT_LOGIT_SCALE
+    specs = {"train": config.train, "test": config.test}
+    setup = open_setup(config, open_sources(specs | ({} if config.new_test is None else {"new": config.new_test})))
+    train = training_set(setup, config)
+    text_base, text_new = class_texts(setup, train, config)
+    tests = list(test_sets(setup, train, text_base, text_new, config))
+    problem = setup.problem([train.names[label] for label in train.base], text_base)
+    problem.check_width(train.features.features, config.train)
+    folder = RunFolder(config.run, identity_of("eft", problem))
 
-    train, text_features, tests, training_source = prepare(config, sources, vlm)
-    problem.check_width(train.features, text_features, config.train)
-    adapter = problem.make_adapter(config.adapter, text_features.shape[1], config.run.seed)
-    folder = RunFolder(config.run, problem.identity_of("eft", config, vlm, adapter, text_features))
-
-    device = problem.resolve_device(config.model.device)
-    adapter.to(device)
     reset_peak_memory()
     start = time.perf_counter()
-    optimizer = make_optimizer(
-        adapter.parameters(), config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=MOMENTUM
-    )
-    first = resume(folder, adapter, optimizer)
-    with progress("efficient fine-tuning", config.epochs - first) as advance:
-        for epoch in range(first, config.epochs):
-            if config.train_views == "crop":
-                assert vlm is not None
-                assert isinstance(training_source, ImageFolder)
-                train = encode_crops(training_source, vlm, config, epoch)
-            record = train_epoch(adapter, optimizer, train, text_features, logit_scale, config, epoch)
-            if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0:
-                for test in tests:
-                    records = test_records(adapter, test, logit_scale)
-                    record[f"{test.name}_top1"] = accuracy_of(records, before="zero_shot", after="adapted")[
-                        "adapted_top1"
-                    ]
-            folder.save_state(
-                STATE, {"epoch": epoch + 1, "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
-            )
-            folder.append(EPOCHS, record)
-            advance(note=f"loss {record['loss']:.4f}")
-    training_seconds = time.perf_counter() - start
-    save_adapter(adapter, folder.path / "adapter.safetensors")
+    training, resumed = train_adapter(problem, train, tests, config, folder)
+    save_adapter(problem.adapter, folder.path / "adapter.safetensors")
 
-    folder.remove(IMAGES)
-    results: dict[str, Any] = {"training_images": len(train.labels), "classes": len(text_features)}
+    results: dict[str, Any] = {"training_images": len(train.features.ids), "classes": len(problem.names)}
+    unreadable = list(training.unreadable.values())
+    lines = [{"split": "train"} | record for record in unreadable_records(unreadable)]
     for test in tests:
-        records = test_records(adapter, test, logit_scale)
-        for line in records:
-            folder.append(IMAGES, {"split": test.name} | line)
+        records = test_records(problem.adapter, test, problem.logit_scale)
+        lines += [{"split": test.name} | record for record in records]
         results[test.name] = {"classes": len(test.text_features)}
         results[test.name] |= accuracy_of(records, before="zero_shot", after="adapted")
+    folder.write_lines(IMAGES, lines)
     if {"base", "new"} <= set(results):
         for name in ("zero_shot", "adapted"):
             results[f"{name}_harmonic_mean"] = harmonic_mean(
                 results["base"][f"{name}_top1"], results["new"][f"{name}_top1"]
             )
-    results["unreadable"] = len(train.unreadable)
-    seen = (config.epochs - first) * len(train.labels)
-    results["time"] = {
-        "seconds": round(time.perf_counter() - start, 3),
-        "training_seconds": round(training_seconds, 3),
-        "images_per_second": round(seen / training_seconds, 3),
-    }
-    return finish(folder, "eft", config, adapter, vlm, results, resumed=first)
+    results["unreadable"] = len(unreadable)
+    results["time"] = {"seconds": round(time.perf_counter() - start, 3), **training_time(training.records)}
+    return finish(folder, "eft", problem, results, resumed=resumed)
 
 
-def prepare(
-    config: EfficientConfig, sources: dict[str, problem.Source], vlm: VisionLanguageModel | None
-) -> tuple[Features, Tensor, list[TestSet], problem.Source]:
-    """Training features, their classes' text features, the test sets, and the few-shot training source."""
-    training, testing = sources["train"], sources["test"]
-    names = problem.class_names_of(training, config.text)
+def training_set(setup: Setup, config: EfficientConfig) -> TrainingSet:
+    """The base classes' few-shot images and their features."""
+    training = setup.sources["train"]
+    names = setup.class_names(training)
+    base = list(range(len(names)))
+    new: list[int] = []
     if config.protocol == "base-to-new":
         base, new = base_and_new(len(names))
         if not new:
             raise UserError(f"protocol base-to-new needs at least two classes, {config.train} has {len(names)}")
-    else:
-        base, new = list(range(len(names))), []
-
+    check_same_classes(training, setup.sources["test"], config)
     few = training.subset(base)
     few = few if config.shots is None else few.few_shot(config.shots, config.run.seed)
     if config.train_views == "crop" and not isinstance(few, ImageFolder):
         raise UserError(f"train_views crop needs images, {config.train} holds features")
-    run = config.run
     # A limit is for the test images: the number of shots already bounds the training images.
-    train = problem.features_of(few, vlm, title="encode training images", run=replace(run, limit=None))
+    return TrainingSet(few, setup.features(few, title="encode training images"), names, base, new)
+
+
+def class_texts(setup: Setup, train: TrainingSet, config: EfficientConfig) -> tuple[Tensor, Tensor]:
+    """Text features of the trained classes, and of those kept for the test."""
+    options = config.text
+    if options.text_features not in (None, "class-means"):
+        # A file of text features has a row for every class of the training data.
+        every = setup.text_features(train.names, None)
+        return every[train.base], every[train.new]
 
     def text_of(labels: list[int], features: Features | None) -> Tensor:
-        return problem.text_features_of(config.text, [names[label] for label in labels], vlm, features)
+        return setup.text_features([train.names[label] for label in labels], features)
 
-    by_file = config.text.text_features is not None and config.text.text_features != "class-means"
-    if by_file:
-        # A file of text features has a row for every class of the training data.
-        every = problem.text_features_of(config.text, names, vlm, None)
-        text_base, text_new = every[base], every[new]
-    else:
-        text_base = text_of(base, train)
-        text_new = torch.empty(0)
-        if new:
-            rest = training.subset(new)
-            means = config.text.text_features == "class-means"
-            rest_features = (
-                problem.features_of(rest, vlm, title="encode new classes", run=replace(run, limit=None))
-                if means
-                else None
-            )
-            text_new = text_of(new, rest_features)
+    text_base = text_of(train.base, train.features)
+    if not train.new:
+        return text_base, torch.empty(0)
+    rest = None
+    if options.text_features == "class-means":
+        rest = setup.features(setup.sources["train"].subset(train.new), title="encode new classes")
+    return text_base, text_of(train.new, rest)
 
-    def test_set(name: str, source: problem.Source, text: Tensor) -> TestSet:
-        features = problem.features_of(source, vlm, title=f"encode {name} test images", run=run)
-        problem.check_width(features.features, text, name)
+
+def test_sets(
+    setup: Setup, train: TrainingSet, text_base: Tensor, text_new: Tensor, config: EfficientConfig
+) -> Iterator[TestSet]:
+    """The test images of the trained classes and of new ones, with their classes' text features."""
+    testing, limit = setup.sources["test"], config.run.limit
+
+    def test_set(name: str, source: Source, text: Tensor) -> TestSet:
+        features = setup.features(source, title=f"encode {name} test images", limit=limit)
+        check_width(features.features, text, name)
         if len(features.labels) and int(features.labels.max()) >= len(text):
             raise UserError(
                 f"test images of {name} have label {int(features.labels.max())}, but there are {len(text)} classes"
             )
         return TestSet(name, features, text)
 
-    check_same_classes(training, testing, config)
     if config.protocol == "base-to-new":
-        tests = [
-            test_set("base", testing.subset(base), text_base),
-            test_set("new", testing.subset(new), text_new),
-        ]
-    else:
-        tests = [test_set("base" if "new" in sources else "test", testing, text_base)]
-        if "new" in sources:
-            new_names = problem.class_names_of(sources["new"], config.text)
-            if config.text.text_features is None:
-                new_text = problem.text_features_of(config.text, new_names, vlm, None)
-            else:
-                # With no prompts, the new classes are described by their own images' means.
-                described = problem.features_of(sources["new"], vlm, title="encode new classes", run=run)
-                new_text = problem.class_means(described, len(new_names))
-            tests.append(test_set("new", sources["new"], new_text))
-    return train, text_base, tests, few
+        yield test_set("base", testing.subset(train.base), text_base)
+        yield test_set("new", testing.subset(train.new), text_new)
+        return
+    apart = setup.sources.get("new")
+    yield test_set("test" if apart is None else "base", testing, text_base)
+    if apart is not None:
+        new_names = setup.class_names(apart)
+        if config.text.text_features is None:
+            new_text = setup.text_features(new_names, None)
+        else:
+            # With no prompts, the new classes are described by their own images' means.
+            new_text = class_means(setup.features(apart, title="encode new classes", limit=limit), len(new_names))
+        yield test_set("new", apart, new_text)
 
 
-def check_same_classes(training: problem.Source, testing: problem.Source, config: EfficientConfig) -> None:
+def check_same_classes(training: Source, testing: Source, config: EfficientConfig) -> None:
     """Raise UserError where training and test folders are not the same classes."""
     if isinstance(training, ImageFolder) and isinstance(testing, ImageFolder) and training.folders != testing.folders:
         odd = sorted(set(training.folders) ^ set(testing.folders))
@@ -197,20 +182,42 @@ def check_same_classes(training: problem.Source, testing: problem.Source, config
         )
 
 
-def resume(folder: RunFolder, adapter: RationalAdapter, optimizer: Optimizer) -> int:
-    """Take up what the folder holds of this run; returns the number of finished epochs."""
-    state = folder.load_state(STATE)
-    if state is None:
-        folder.remove(EPOCHS)
-        return 0
-    adapter.load_state_dict(state["adapter"])
-    optimizer.load_state_dict(state["optimizer"])
-    # A crash between the state and its line leaves one line too few or none too many: the state decides.
-    lines = folder.read_lines(EPOCHS)[: state["epoch"]]
-    folder.remove(EPOCHS)
-    for line in lines:
-        folder.append(EPOCHS, line)
-    return int(state["epoch"])
+def train_adapter(
+    problem: Problem, train: TrainingSet, tests: list[TestSet], config: EfficientConfig, folder: RunFolder
+) -> tuple[Training, int]:
+    """Train, or what is left of it; returns the training and how many epochs an earlier run had finished."""
+    adapter = problem.adapter
+    optimizer = make_optimizer(
+        adapter.parameters(), config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=MOMENTUM
+    )
+    training = Training(folder, STATE, adapter, optimizer)
+    first = training.resume()
+    training.note_unreadable(train.features.unreadable)
+
+    def loss(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits, penalty = adapter(features, problem.text, problem.logit_scale, penalty=config.penalty)
+        return step_loss(logits, penalty, target, config.penalty_weight)
+
+    with progress("efficient fine-tuning", config.epochs - first) as advance:
+        for epoch in range(first, config.epochs):
+            features = epoch_features(problem, train, config, epoch)
+            training.note_unreadable(features.unreadable)
+            rate = learning_rate(config, epoch)
+            record = train_epoch(
+                training,
+                batches(features, config, epoch, problem.device),
+                loss,
+                lambda step, rate=rate: rate,  # type: ignore[misc]
+                lr=config.lr,
+            )
+            if config.evaluate_every and (epoch + 1) % config.evaluate_every == 0:
+                for test in tests:
+                    records = test_records(adapter, test, problem.logit_scale)
+                    accuracy = accuracy_of(records, before="zero_shot", after="adapted")
+                    record[f"{test.name}_top1"] = accuracy["adapted_top1"]
+            training.save(record)
+            advance(note=f"loss {record['loss']:.4f}")
+    return training, first
 
 
 def learning_rate(config: EfficientConfig, epoch: int) -> float:
@@ -219,71 +226,24 @@ def learning_rate(config: EfficientConfig, epoch: int) -> float:
         return config.lr
     if epoch == 0:
         return min(WARMUP_LR, config.lr)
-    return 0.5 * config.lr * (1 + math.cos(math.pi * epoch / config.epochs))
+    return warm_up_then_cosine(config.lr, epoch, config.epochs, warmup=0)
 
 
-def train_epoch(
-    adapter: RationalAdapter,
-    optimizer: Optimizer,
-    train: Features,
-    text_features: Tensor,
-    logit_scale: float,
-    config: EfficientConfig,
-    epoch: int,
-) -> dict[str, Any]:
-    """One pass over the training features, in an order drawn from (seed, epoch); returns the epoch's record."""
-    start = time.perf_counter()
-    device = next(adapter.parameters()).device
-    features, labels = train.features.to(device), train.labels.to(device)
-    text_features = text_features.to(device)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, epoch)
-    generator = torch.Generator().manual_seed(image_seed(config.run.seed, f"epoch {epoch}"))
-    order = torch.randperm(len(labels), generator=generator)
-
-    # Sums stay on the device and are read once an epoch: loss, cross-entropy, penalty, right answers.
-    sums = torch.zeros(4, device=device)
-    for batch in order.split(config.batch_size):
-        batch = batch.to(device)
-        target = labels[batch]
-        logits, penalty = adapter(features[batch], text_features, logit_scale, penalty=config.penalty)
-        entropy = cross_entropy(logits, target)
-        loss = entropy + config.penalty_weight * penalty
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            right = (logits.argmax(dim=-1) == target).sum()
-            sums += torch.stack([part.detach() for part in (loss, entropy, penalty)] + [right / len(batch)]) * len(
-                batch
-            )
-    loss_mean, entropy_mean, penalty_mean, accuracy = (sums / len(labels)).tolist()
-    if not math.isfinite(loss_mean):
-        raise UserError(f"lr {config.lr} made the loss {loss_mean} in epoch {epoch + 1}: give a smaller one")
-    return {
-        "epoch": epoch + 1,
-        "lr": learning_rate(config, epoch),
-        "loss": round(loss_mean, 6),
-        "cross_entropy": round(entropy_mean, 6),
-        "penalty": round(penalty_mean, 8),
-        "train_top1": round(100 * accuracy, 3),
-        "seconds": round(time.perf_counter() - start, 3),
-    }
-
-
-def encode_crops(source: ImageFolder, vlm: VisionLanguageModel, config: EfficientConfig, epoch: int) -> Features:
-    """Features of one random crop an image, drawn from (seed, epoch, image id)."""
+def epoch_features(problem: Problem, train: TrainingSet, config: EfficientConfig, epoch: int) -> Features:
+    """An epoch's training features: the same centre views, or new random crops drawn from (seed, epoch, image id)."""
+    if config.train_views == "center" or isinstance(train.source, FeatureFile):
+        return train.features
     seed = image_seed(config.run.seed, f"epoch {epoch}")
-    features, kept = [], []
-    stream = problem.iterate_views(source.samples, vlm, views=0, kind="crop", seed=seed, workers=config.run.workers)
-    with progress(f"encode epoch {epoch + 1}", len(source.samples)) as advance:
-        for index, views, _ in stream:
-            if views is not None:
-                features.append(vlm.encode_images(views).cpu())
-                kept.append(source.samples[index])
-            advance()
-    labels = torch.tensor([sample.label for sample in kept])
-    return Features(torch.cat(features), labels, tuple(sample.id for sample in kept))
+    title = f"encode epoch {epoch + 1}"
+    return encode_crops(train.source.samples, problem.model, title=title, seed=seed, workers=config.run.workers)
+
+
+def batches(features: Features, config: EfficientConfig, epoch: int, device: torch.device) -> Iterator[Batch]:
+    """An epoch's steps, in an order drawn from (seed, epoch)."""
+    inputs, labels = features.features.to(device), features.labels.to(device)
+    for batch in shuffled(len(labels), config.batch_size, config.run.seed, f"epoch {epoch}"):
+        batch = batch.to(device)
+        yield inputs[batch], labels[batch]
 
 
 def test_records(adapter: RationalAdapter, test: TestSet, logit_scale: float) -> list[dict[str, Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rada_fast.loops.problem import Features
+from rada_fast.loops.features import Features, Unreadable
 from rada_fast.loops.progress import progress
 from rada_fast.loops.report import image_record
 from rada_fast.ops import zero_shot_logits
@@ -49,7 +49,9 @@ def evaluate(
                 label = classes[int(images.labels[first + offset])]
                 records.append(image_record(images.ids[first + offset], label, "ok", before, after))
             advance(len(part))
-    return records + [
-        {"id": id, "label": classes[label], "status": "unreadable", "error": reason}
-        for id, label, reason in images.unreadable
-    ]
+    return records + [record | {"label": classes[record["label"]]} for record in unreadable_records(images.unreadable)]
+
+
+def unreadable_records(images: Iterable[Unreadable]) -> list[dict[str, Any]]:
+    """One record for each image that could not be read."""
+    return [{"id": id, "label": label, "status": "unreadable", "error": reason} for id, label, reason in images]

@@ -1,45 +1,127 @@
-"""What every loop starts from: model, data, classes, text features and adapter, from the options, checked."""
+"""What every loop starts from, opened once and checked: data, model, device, scale, then classes, T and adapter."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader
 
 from rada_fast import _env
-from rada_fast.config import AdapterConfig, AdapterOptions, ClassOptions, ModelOptions, RunOptions, ViewKind
-from rada_fast.data.sources import FeatureFile, ImageFolder, Sample, open_source
-from rada_fast.data.tensor_cache import read_tensors, write_tensors
-from rada_fast.data.views import CROP_SCALE, ViewDataset, as_it_is
+from rada_fast.config import (
+    AdapterConfig,
+    AdapterOptions,
+    ClassOptions,
+    EfficientConfig,
+    FullConfig,
+    ModelOptions,
+    RunOptions,
+    TestTimeConfig,
+)
+from rada_fast.data.sources import FeatureFile, ImageFolder, open_source
 from rada_fast.errors import UserError
+from rada_fast.loops.features import Features, class_means, encode_images, spread_limit
 from rada_fast.loops.progress import progress
 from rada_fast.models.class_features import class_features, resolve_class_names, resolve_templates
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter, load_adapter
 
 Source = ImageFolder | FeatureFile
+RunConfig = TestTimeConfig | EfficientConfig | FullConfig
 
 DEFAULT_LOGIT_SCALE = 100.0
 """CLIP's multiplier after training, for feature files that come without a model."""
 
 
 @dataclass(frozen=True)
-class Features:
-    """Encoded images: unit-norm features (N, D), labels (N,), ids; (id, label, reason) of what could not be read."""
+class Setup:
+    """Data and model of a run.
 
-    features: Tensor
-    labels: Tensor
-    ids: tuple[str, ...]
-    unreadable: tuple[tuple[str, int, str], ...] = ()
+    config: the run's options; sources: its data by the part they play ("train", "test", ...); vlm: the model, or None
+    where neither images nor prompts have to be encoded; device: where the adapter computes; logit_scale: the
+    multiplier s.
+    """
+
+    config: RunConfig
+    sources: Mapping[str, Source]
+    vlm: VisionLanguageModel | None
+    device: torch.device
+    logit_scale: float
+
+    @property
+    def model(self) -> VisionLanguageModel:
+        """The model, where one is needed. Raises UserError where the run has none."""
+        if self.vlm is None:
+            raise UserError("data must be images to be encoded by a model, got feature files")
+        return self.vlm
+
+    def class_names(self, source: Source) -> tuple[str, ...]:
+        """Names of a source's classes, in label order."""
+        return class_names_of(source, self.config.text)
+
+    def features(self, source: Source, *, title: str, limit: int | None = None, cached: bool = True) -> Features:
+        """Centre-view features of a source, or of at most limit of its images, unit norm, on the CPU.
+
+        cached: see encode_images.
+        """
+        if isinstance(source, ImageFolder):
+            samples = spread_limit(source.samples, limit)
+            return encode_images(samples, self.model, title=title, workers=self.config.run.workers, cached=cached)
+        features = source.normalised()
+        # Several views of an image: the first is the original.
+        features = features[:, 0] if features.ndim == 3 else features
+        return Features(features[:limit], source.labels[:limit], tuple(source.ids)[:limit])
+
+    def text_features(self, names: Sequence[str], training: Features | None) -> Tensor:
+        """T (K, D), unit norm, on the CPU. training: the images whose class means may be asked for."""
+        return text_features_of(self.config.text, names, self.vlm, training)
+
+    def problem(self, names: Sequence[str], text_features: Tensor) -> Problem:
+        """The same with its classes, and the adapter to start from at their width."""
+        adapter = make_adapter(self.config.adapter, text_features.shape[1], self.config.run.seed)
+        opened = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Problem(
+            **opened, names=tuple(names), text=text_features.to(self.device), adapter=adapter.to(self.device)
+        )
+
+
+@dataclass(frozen=True)
+class Problem(Setup):
+    """A set-up with its classes.
+
+    names: of the K classes; text: T (K, D), unit norm, on the device; adapter: where the run starts, on the device.
+    """
+
+    names: tuple[str, ...]
+    text: Tensor
+    adapter: RationalAdapter
+
+    def check_width(self, features: Tensor, data: str) -> None:
+        """Raise UserError where the features' width is not the text features'."""
+        check_width(features, self.text, data)
+
+
+def open_sources(specs: Mapping[str, str]) -> dict[str, Source]:
+    """The data behind each KIND:PATH, by the part that it plays. Raises UserError where one cannot be used."""
+    return {part: open_source(spec) for part, spec in specs.items()}
+
+
+def open_setup(config: RunConfig, sources: Mapping[str, Source]) -> Setup:
+    """The model, where data or prompts need one, beside the data.
+
+    Raises UserError naming the option that cannot be used.
+    """
+    images = any(isinstance(source, ImageFolder) for source in sources.values())
+    vlm = None
+    if images or config.text.text_features is None:
+        vlm = load_vision_language(config.model, config.run)
+    device = resolve_device(config.model.device) if vlm is None else vlm.device
+    return Setup(config, sources, vlm, device, DEFAULT_LOGIT_SCALE if vlm is None else vlm.logit_scale)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -53,11 +135,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not _env.has_cuda():
         raise UserError(f"device {name!r} was asked for, but PyTorch sees no CUDA device here")
     return device
-
-
-def open_data(spec: str) -> Source:
-    """The data behind KIND:PATH."""
-    return open_source(spec)
 
 
 def load_vision_language(options: ModelOptions, run: RunOptions) -> VisionLanguageModel:
@@ -104,14 +181,6 @@ def text_features_of(
     return normalize(source.features, dim=-1)
 
 
-def class_means(training: Features, num_classes: int) -> Tensor:
-    """Unit-norm mean feature of each class. Returns (K, D). Raises UserError where a class has no image."""
-    sums = torch.zeros(num_classes, training.features.shape[1]).index_add(0, training.labels, training.features)
-    if empty := [str(label) for label in range(num_classes) if not bool((training.labels == label).any())]:
-        raise UserError(f"text_features class-means needs an image of every class, none of {', '.join(empty[:8])}")
-    return normalize(sums, dim=-1)
-
-
 def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> RationalAdapter:
     """The adapter to start from: a file's, or a new one whose draws come from the seed alone."""
     if options.adapter is not None:
@@ -128,128 +197,6 @@ def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> Rational
         return RationalAdapter(config)
 
 
-def adapter_fingerprint(adapter: RationalAdapter) -> str:
-    """A short hash of an adapter's configuration and weights."""
-    digest = hashlib.sha256(repr(adapter.config).encode())
-    for name, tensor in adapter.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def tensor_fingerprint(tensor: Tensor) -> str:
-    """A short hash of a CPU tensor's values."""
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def spread_limit(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
-    """At most limit samples, taken in turn from every class, in the original order."""
-    if limit is None or limit >= len(samples):
-        return tuple(samples)
-    by_class: dict[int, list[int]] = {}
-    for index, sample in enumerate(samples):
-        by_class.setdefault(sample.label, []).append(index)
-    ranked = sorted((rank, index) for group in by_class.values() for rank, index in enumerate(group))
-    return tuple(samples[index] for index in sorted(index for _, index in ranked[:limit]))
-
-
-def iterate_views(
-    samples: Sequence[Sample],
-    vlm: VisionLanguageModel,
-    *,
-    views: int,
-    kind: ViewKind,
-    seed: int,
-    workers: int,
-    crop_scale: tuple[float, float] = CROP_SCALE,
-) -> Iterator[tuple[int, Tensor | None, str | None]]:
-    """(index, views (V, 3, S, S) or None, reason or None) for each sample, in order; see ViewDataset."""
-    dataset = ViewDataset(samples, vlm.preprocess, views, kind, seed, crop_scale)
-    yield from DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is)
-
-
-def encode_images(
-    samples: Sequence[Sample],
-    vlm: VisionLanguageModel,
-    *,
-    title: str,
-    workers: int,
-    cached: bool = True,
-    batch: int = 32,
-) -> Features:
-    """The centre view's features of every image, cached on disk under model, arithmetic, ids, sizes and times.
-
-    cached: False for a model whose weights are no longer those it was loaded with.
-    """
-    path = _features_path(samples, vlm)
-    if cached and (found := _read_features(path, samples)) is not None:
-        return found
-    features, kept, unreadable = [], [], []
-    pending: list[Tensor] = []
-
-    def flush() -> None:
-        if pending:
-            features.append(vlm.encode_images(torch.stack(pending)).cpu())
-            pending.clear()
-
-    with progress(title, len(samples)) as advance:
-        stream = iterate_views(samples, vlm, views=1, kind="crop", seed=0, workers=workers)
-        for index, view, reason in stream:
-            if view is None:
-                unreadable.append((samples[index].id, samples[index].label, reason or ""))
-            else:
-                kept.append(samples[index])
-                pending.append(view[0])
-                if len(pending) == batch:
-                    flush()
-            advance()
-        flush()
-    if not kept:
-        raise UserError(f"none of the {len(samples)} images could be read; the first: {unreadable[0][2]}")
-    result = Features(
-        torch.cat(features),
-        torch.tensor([sample.label for sample in kept]),
-        tuple(sample.id for sample in kept),
-        tuple(unreadable),
-    )
-    if cached and not unreadable:
-        write_tensors(path, {"features": result.features, "labels": result.labels})
-    return result
-
-
-def _features_path(samples: Sequence[Sample], vlm: VisionLanguageModel) -> Path:
-    digest = hashlib.sha256(f"{vlm.fingerprint} {vlm.precision} {vlm.device} {vlm.preprocess}".encode())
-    for sample in samples:
-        stat = sample.path.stat()
-        digest.update(os.fsencode(f"{sample.id} {sample.label} {stat.st_size} {stat.st_mtime_ns}\n"))
-    return _env.cache_dir() / "images" / f"{digest.hexdigest()[:32]}.safetensors"
-
-
-def _read_features(path: Path, samples: Sequence[Sample]) -> Features | None:
-    tensors = read_tensors(path)
-    if tensors is None or set(tensors) != {"features", "labels"} or len(tensors["features"]) != len(samples):
-        return None
-    return Features(tensors["features"], tensors["labels"], tuple(sample.id for sample in samples))
-
-
-def features_of(
-    source: Source, vlm: VisionLanguageModel | None, *, title: str, run: RunOptions, cached: bool = True
-) -> Features:
-    """Centre-view features of a source, unit norm, on the CPU. cached: see encode_images."""
-    if isinstance(source, FeatureFile):
-        features = source.normalised()
-        # Several views of an image: the first is the original.
-        features = features[:, 0] if features.ndim == 3 else features
-        result = Features(features, source.labels, tuple(source.ids))
-        if run.limit is not None and run.limit < len(result.ids):
-            result = replace(
-                result, features=features[: run.limit], labels=source.labels[: run.limit], ids=result.ids[: run.limit]
-            )
-        return result
-    assert vlm is not None
-    samples = spread_limit(source.samples, run.limit)
-    return encode_images(samples, vlm, title=title, workers=run.workers, cached=cached)
-
-
 def check_width(features: Tensor, text_features: Tensor, data: str) -> None:
     """Raise UserError where the data's width is not the text features'."""
     if features.shape[-1] != text_features.shape[-1]:
@@ -258,26 +205,33 @@ def check_width(features: Tensor, text_features: Tensor, data: str) -> None:
         )
 
 
-def needs_model(options: ClassOptions, *sources: Source) -> bool:
-    """Whether a model has to be loaded: to encode images, or prompts."""
-    return options.text_features is None or any(isinstance(source, ImageFolder) for source in sources)
+def adapter_fingerprint(adapter: RationalAdapter) -> str:
+    """A short hash of an adapter's configuration and weights."""
+    digest = hashlib.sha256(repr(adapter.config).encode())
+    for name, tensor in adapter.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def identity_of(
-    command: str, config: Any, vlm: VisionLanguageModel | None, adapter: RationalAdapter, text_features: Tensor
-) -> dict[str, Any]:
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """A short hash of a tensor's values."""
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def identity_of(command: str, problem: Problem) -> dict[str, Any]:
     """All that decides a run's results: its options, less where and how it runs, and what they resolved to."""
-    options = dataclasses.asdict(config)
+    options = dataclasses.asdict(problem.config)
     for name in ("output", "workers", "limit", "overwrite", "allow_unreadable", "json"):
         options["run"].pop(name, None)
     for name in ("episodes", "order_seed"):
         options.pop(name, None)
+    adapter = problem.adapter
     return {
         "command": command,
         "options": options,
         "adapter": {**adapter.config.to_dict(), "preset": adapter.config.preset},
         # A new adapter follows from the seed; one from a file is known by its weights.
-        "adapter_file": adapter_fingerprint(adapter) if config.adapter.adapter is not None else None,
-        "model": vlm.fingerprint if vlm is not None else None,
-        "text_features": tensor_fingerprint(text_features),
+        "adapter_file": adapter_fingerprint(adapter) if problem.config.adapter.adapter is not None else None,
+        "model": problem.vlm.fingerprint if problem.vlm is not None else None,
+        "text_features": tensor_fingerprint(problem.text),
     }

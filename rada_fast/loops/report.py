@@ -14,9 +14,8 @@ from torch import Tensor
 
 from rada_fast import notices
 from rada_fast.config import RunOptions
+from rada_fast.loops.problem import Problem
 from rada_fast.loops.run_folder import RunFolder, peak_memory, versions
-from rada_fast.models.vision_language import VisionLanguageModel
-from rada_fast.modules import RationalAdapter
 from rada_fast.ops import resolve_backend
 
 
@@ -67,14 +66,13 @@ def percent(right: int, total: int) -> float | None:
 def finish(
     folder: RunFolder,
     command: str,
-    config: Any,
-    adapter: RationalAdapter,
-    vlm: VisionLanguageModel | None,
+    problem: Problem,
     results: dict[str, Any],
     *,
     resumed: int,
 ) -> dict[str, Any]:
     """Write and return the summary: what ran, on what, and the results."""
+    adapter, vlm = problem.adapter, problem.vlm
     summary = {
         "command": command,
         "preset": adapter.config.preset,
@@ -85,7 +83,7 @@ def finish(
         "backend": resolve_backend(),
         "model": {"name": vlm.name, "pretrained": vlm.pretrained, "fingerprint": vlm.fingerprint} if vlm else None,
         "adapter": adapter.config.to_dict(),
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(problem.config),
         "versions": versions(),
         "output": str(folder.path),
     }

@@ -9,11 +9,14 @@ import resource
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 import rada_fast
 from rada_fast.config import RunOptions
@@ -90,6 +93,24 @@ class RunFolder:
         with (self.path / name).open("a", encoding="ascii") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
+    def write_lines(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        """Write a whole file of lines, or leave it as it is where it holds just these; ASCII, as append writes."""
+        content = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        path = self.path / name
+        if not path.is_file() or path.read_bytes() != content.encode("ascii"):
+            _write_text(path, content)
+
+    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write tensors as safetensors; the file appears whole or not at all."""
+        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
+        os.close(handle)
+        try:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
+            Path(temporary).replace(self.path / name)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
     def remove(self, *names: str) -> None:
         """Remove files of this run, where they exist."""
         for name in names:
@@ -123,11 +144,14 @@ class RunFolder:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON by way of a temporary file in the same folder."""
+    _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="ascii") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
+            file.write(text)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

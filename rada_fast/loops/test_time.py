@@ -13,13 +13,12 @@ from torch import Tensor
 from rada_fast.config import TestTimeConfig
 from rada_fast.data.sources import FeatureFile
 from rada_fast.data.views import image_seed
-from rada_fast.loops import problem
 from rada_fast.loops.episodes import adapt_episodes, prediction_entropy
+from rada_fast.loops.features import iterate_views, spread_limit
+from rada_fast.loops.problem import Problem, identity_of, open_setup, open_sources
 from rada_fast.loops.progress import progress
 from rada_fast.loops.report import accuracy_of, finish, image_record
 from rada_fast.loops.run_folder import RunFolder, reset_peak_memory
-from rada_fast.models.vision_language import VisionLanguageModel
-from rada_fast.modules import RationalAdapter
 from rada_fast.ops import zero_shot_logits
 
 IMAGES = "images.jsonl"
@@ -40,31 +39,27 @@ def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
 
     Raises UserError naming the option that cannot be used.
     """
-    source = problem.open_data(config.data)
-    vlm = problem.load_vision_language(config.model, config.run) if problem.needs_model(config.text, source) else None
-    names = problem.class_names_of(source, config.text)
-    text_features = problem.text_features_of(config.text, names, vlm, training=None)
-    logit_scale = vlm.logit_scale if vlm is not None else problem.DEFAULT_LOGIT_SCALE
-    adapter = problem.make_adapter(config.adapter, text_features.shape[1], config.run.seed)
+    setup = open_setup(config, open_sources({"data": config.data}))
+    source = setup.sources["data"]
+    names = setup.class_names(source)
+    problem = setup.problem(names, setup.text_features(names, training=None))
     if isinstance(source, FeatureFile):
-        problem.check_width(source.features, text_features, config.data)
-    folder = RunFolder(config.run, problem.identity_of("ttt", config, vlm, adapter, text_features))
+        problem.check_width(source.features, config.data)
+    folder = RunFolder(config.run, identity_of("ttt", problem))
 
-    device = vlm.device if vlm is not None else problem.resolve_device(config.model.device)
-    adapter, text_features = adapter.to(device), text_features.to(device)
     done = {record["id"] for record in folder.read_lines(IMAGES)}
     reset_peak_memory()
     clock = Clock()
     pending: list[Episode] = []
-    total, stream = episodes_of(config, source, vlm, done, clock)
+    total, stream = episodes_of(config, problem, done, clock)
     with progress("test-time training", total) as advance:
         for episode in stream:
             pending.append(episode)
             if len(pending) == config.episodes:
-                adapt_and_record(pending, folder, adapter, text_features, logit_scale, config, clock)
+                adapt_and_record(pending, folder, problem, config, clock)
                 advance(len(pending))
                 pending.clear()
-        adapt_and_record(pending, folder, adapter, text_features, logit_scale, config, clock)
+        adapt_and_record(pending, folder, problem, config, clock)
         advance(len(pending))
 
     records = folder.read_lines(IMAGES)
@@ -74,7 +69,7 @@ def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
         **accuracy_of(records, before="zero_shot", after="adapted"),
         "time": clock.report(total),
     }
-    return finish(folder, "ttt", config, adapter, vlm, summary, resumed=len(done))
+    return finish(folder, "ttt", problem, summary, resumed=len(done))
 
 
 class Clock:
@@ -92,25 +87,22 @@ class Clock:
 
 
 def episodes_of(
-    config: TestTimeConfig,
-    source: problem.Source,
-    vlm: VisionLanguageModel | None,
-    done: set[str],
-    clock: Clock,
+    config: TestTimeConfig, problem: Problem, done: set[str], clock: Clock
 ) -> tuple[int, Iterator[Episode]]:
     """How many images are left, and their episodes, in the order asked for."""
+    source = problem.sources["data"]
     if isinstance(source, FeatureFile):
         features = source.normalised()
         features = features if features.ndim == 3 else features[:, None]
         chosen = [i for i in visiting_order(len(features), config)[: config.run.limit] if source.ids[i] not in done]
         return len(chosen), (Episode(source.ids[i], int(source.labels[i]), features[i]) for i in chosen)
 
-    limited = problem.spread_limit(source.samples, config.run.limit)
+    limited = spread_limit(source.samples, config.run.limit)
     samples = [limited[i] for i in visiting_order(len(limited), config) if limited[i].id not in done]
-    assert vlm is not None
+    vlm = problem.model
 
     def encoded() -> Iterator[Episode]:
-        stream = problem.iterate_views(
+        stream = iterate_views(
             samples, vlm, views=config.views, kind=config.view_kind, seed=config.run.seed, workers=config.run.workers
         )
         for index, views, reason in stream:
@@ -139,9 +131,7 @@ def visiting_order(count: int, config: TestTimeConfig) -> list[int]:
 def adapt_and_record(
     episodes: list[Episode],
     folder: RunFolder,
-    adapter: RationalAdapter,
-    text_features: Tensor,
-    logit_scale: float,
+    problem: Problem,
     config: TestTimeConfig,
     clock: Clock,
 ) -> None:
@@ -154,11 +144,12 @@ def adapt_and_record(
     if not readable:
         return
     start = time.perf_counter()
+    text, scale = problem.text, problem.logit_scale
     views = torch.stack([episode.views for episode in readable if episode.views is not None])  # (E, V, D)
-    views = views.to(text_features.device)
-    adapted = adapt_episodes(adapter, views, text_features, logit_scale, config.episode).cpu()  # (E, K)
+    views = views.to(problem.device)
+    adapted = adapt_episodes(problem.adapter, views, text, scale, config.episode).cpu()  # (E, K)
     # Each original by itself, as its episode was, so that its bits do not depend on the group.
-    zero_shot = torch.cat([zero_shot_logits(view[:1], text_features, logit_scale) for view in views]).cpu()  # (E, K)
+    zero_shot = torch.cat([zero_shot_logits(view[:1], text, scale) for view in views]).cpu()  # (E, K)
     clock.parts["adapt"] += time.perf_counter() - start
     entropies = zip(prediction_entropy(zero_shot).tolist(), prediction_entropy(adapted).tolist(), strict=True)
     for episode, before, after, (entropy_before, entropy_after) in zip(

@@ -252,7 +252,7 @@ def test_eft_goes_on_to_the_same_weights(
     original = efficient.train_epoch
 
     def cut(*args: Any, **kwargs: Any) -> Any:
-        if args[-1] == 2:
+        if len(args[0].records) == 2:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 

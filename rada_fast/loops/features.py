@@ -1,0 +1,171 @@
+"""Features of images: read, viewed, encoded, cached on disk; each loop's images pass through here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader
+
+from rada_fast import _env
+from rada_fast.config import ViewKind
+from rada_fast.data.sources import Sample
+from rada_fast.data.tensor_cache import read_tensors, write_tensors
+from rada_fast.data.views import CROP_SCALE, ViewDataset, as_it_is
+from rada_fast.errors import UserError
+from rada_fast.loops.progress import progress
+from rada_fast.models.vision_language import VisionLanguageModel
+
+Unreadable = tuple[str, int, str]
+"""Id and label of an image that could not be read, and the reason."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Encoded images: unit-norm features (N, D), labels (N,), ids; and what could not be read."""
+
+    features: Tensor
+    labels: Tensor
+    ids: tuple[str, ...]
+    unreadable: tuple[Unreadable, ...] = ()
+
+
+def spread_limit(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
+    """At most limit samples, taken in turn from every class, in the original order."""
+    if limit is None or limit >= len(samples):
+        return tuple(samples)
+    by_class: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_class.setdefault(sample.label, []).append(index)
+    ranked = sorted((rank, index) for group in by_class.values() for rank, index in enumerate(group))
+    return tuple(samples[index] for index in sorted(index for _, index in ranked[:limit]))
+
+
+def iterate_views(
+    samples: Sequence[Sample],
+    vlm: VisionLanguageModel,
+    *,
+    views: int,
+    kind: ViewKind,
+    seed: int,
+    workers: int,
+    crop_scale: tuple[float, float] = CROP_SCALE,
+) -> Iterator[tuple[int, Tensor | None, str | None]]:
+    """(index, views (V, 3, S, S) or None, reason or None) for each sample, in order; see ViewDataset."""
+    dataset = ViewDataset(samples, vlm.preprocess, views, kind, seed, crop_scale)
+    yield from DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+
+
+def encode_images(
+    samples: Sequence[Sample],
+    vlm: VisionLanguageModel,
+    *,
+    title: str,
+    workers: int,
+    cached: bool = True,
+    batch: int = 32,
+) -> Features:
+    """The centre view's features of every image, cached on disk under model, arithmetic, ids, sizes and times.
+
+    cached: False for a model whose weights are no longer those it was loaded with.
+
+    Raises UserError where not one of the images can be read.
+    """
+    path = _features_path(samples, vlm)
+    if cached and (found := _read_features(path, samples)) is not None:
+        return found
+    features, kept, unreadable = [], [], []
+    pending: list[Tensor] = []
+
+    def flush() -> None:
+        if pending:
+            features.append(vlm.encode_images(torch.stack(pending)).cpu())
+            pending.clear()
+
+    with progress(title, len(samples)) as advance:
+        stream = iterate_views(samples, vlm, views=1, kind="crop", seed=0, workers=workers)
+        for index, view, reason in stream:
+            if view is None:
+                unreadable.append((samples[index].id, samples[index].label, reason or ""))
+            else:
+                kept.append(samples[index])
+                pending.append(view[0])
+                if len(pending) == batch:
+                    flush()
+            advance()
+        flush()
+    check_some_readable(unreadable, len(samples))
+    result = Features(
+        torch.cat(features),
+        torch.tensor([sample.label for sample in kept]),
+        tuple(sample.id for sample in kept),
+        tuple(unreadable),
+    )
+    if cached and not unreadable:
+        write_tensors(path, {"features": result.features, "labels": result.labels})
+    return result
+
+
+def encode_crops(
+    samples: Sequence[Sample], vlm: VisionLanguageModel, *, title: str, seed: int, workers: int
+) -> Features:
+    """Features of one random crop an image, drawn from (seed, image id).
+
+    Raises UserError where not one of the images can be read.
+    """
+    features, kept, unreadable = [], [], []
+    stream = iterate_views(samples, vlm, views=0, kind="crop", seed=seed, workers=workers)
+    with progress(title, len(samples)) as advance:
+        for index, views, reason in stream:
+            if views is None:
+                unreadable.append((samples[index].id, samples[index].label, reason or ""))
+            else:
+                features.append(vlm.encode_images(views).cpu())
+                kept.append(samples[index])
+            advance()
+    check_some_readable(unreadable, len(samples))
+    labels = torch.tensor([sample.label for sample in kept])
+    return Features(torch.cat(features), labels, tuple(sample.id for sample in kept), tuple(unreadable))
+
+
+def check_some_readable(unreadable: Sequence[Unreadable], count: int) -> None:
+    """Raise UserError where all of count images are unreadable."""
+    if unreadable and len(unreadable) == count:
+        raise UserError(f"none of the {count} images could be read; the first: {unreadable[0][2]}")
+
+
+def class_means(training: Features, num_classes: int) -> Tensor:
+    """Unit-norm mean feature of each class. Returns (K, D). Raises UserError where a class has no image."""
+    sums = torch.zeros(num_classes, training.features.shape[1]).index_add(0, training.labels, training.features)
+    if empty := [str(label) for label in range(num_classes) if not bool((training.labels == label).any())]:
+        raise UserError(f"text_features class-means needs an image of every class, none of {', '.join(empty[:8])}")
+    return normalize(sums, dim=-1)
+
+
+def _features_path(samples: Sequence[Sample], vlm: VisionLanguageModel) -> Path:
+    digest = hashlib.sha256(f"{vlm.fingerprint} {vlm.precision} {vlm.device} {vlm.preprocess}".encode())
+    for sample in samples:
+        digest.update(os.fsencode(f"{sample.id} {sample.label} {file_stamp(sample.path)}\n"))
+    return _env.cache_dir() / "images" / f"{digest.hexdigest()[:32]}.safetensors"
+
+
+def file_stamp(path: Path) -> str:
+    """Size in bytes and time of the last change in nanoseconds, by which a file is known to be the same one."""
+    try:
+        stat = path.stat()
+    except OSError:  # a link that leads nowhere; reading it says why
+        return "missing"
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _read_features(path: Path, samples: Sequence[Sample]) -> Features | None:
+    tensors = read_tensors(path)
+    if tensors is None or set(tensors) != {"features", "labels"} or len(tensors["features"]) != len(samples):
+        return None
+    return Features(tensors["features"], tensors["labels"], tuple(sample.id for sample in samples))

@@ -1,0 +1,182 @@
+"""Training as eft and fft share it: schedules, an epoch and its record, and the state from which a run goes on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from rada_fast.data.views import image_seed
+from rada_fast.errors import UserError
+from rada_fast.loops.features import Unreadable
+from rada_fast.loops.run_folder import RunFolder
+
+EPOCHS = "epochs.jsonl"
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs of a step, and their labels (B,)."""
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From inputs and labels to the loss, and to its parts as step_loss gives them."""
+
+
+@dataclass
+class Training:
+    """One training on its way, and where its state is kept.
+
+    name: the stage's, where a run has several; state_file: in the run's folder; trained: the modules whose weights are
+    saved; records: a line for every finished epoch; earlier: the lines of the stages before it; unreadable: training
+    images that could not be read, by id; kept: weights of an earlier epoch, for whatever starts from them.
+    """
+
+    folder: RunFolder
+    state_file: str
+    trained: nn.Module
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
+    name: str | None = None
+    earlier: Sequence[dict[str, Any]] = ()
+    records: list[dict[str, Any]] = field(default_factory=list)
+    unreadable: dict[str, Unreadable] = field(default_factory=dict)
+    kept: dict[str, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.trained.parameters()).device
+
+    def resume(self) -> int:
+        """Take up what the folder holds of this training; returns the number of finished epochs."""
+        state = self.folder.load_state(self.state_file)
+        if state is not None:
+            self.trained.load_state_dict(state["trained"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.records = list(state["records"])
+            self.unreadable = {id: (id, label, reason) for id, label, reason in state["unreadable"]}
+            self.kept = state["kept"]
+        # The state holds the lines too, so that a crash between the two leaves no line too few or too many.
+        self.folder.write_lines(EPOCHS, [*self.earlier, *self.records])
+        return len(self.records)
+
+    def save(self, record: dict[str, Any]) -> None:
+        """Save the state after an epoch, then add the epoch's line."""
+        self.records.append(record)
+        state = {
+            "trained": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "records": self.records,
+            "unreadable": list(self.unreadable.values()),
+            "kept": self.kept,
+        }
+        self.folder.save_state(self.state_file, state)
+        self.folder.append(EPOCHS, record)
+
+    def note_unreadable(self, images: Iterable[Unreadable]) -> None:
+        """Remember training images that could not be read, each once."""
+        self.unreadable |= {image[0]: image for image in images}
+
+
+def warm_up_then_cosine(lr: float, step: int, total: int, warmup: int) -> float:
+    """Linear warm-up to lr, then a cosine to zero. step: from 0, of total."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return 0.5 * lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def shuffled(count: int, batch_size: int, seed: int, name: str) -> list[Tensor]:
+    """Indices of each step's images, in an order drawn from (seed, name) alone."""
+    generator = torch.Generator().manual_seed(image_seed(seed, name))
+    return list(torch.randperm(count, generator=generator).split(batch_size))
+
+
+@contextmanager
+def drawing_from(seed: int, name: str, device: torch.device) -> Iterator[None]:
+    """PyTorch's own draws, such as an encoder's dropout, come from (seed, name) alone, wherever a run was cut off."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        drawn = image_seed(seed, f"{name} draws")
+        # torch.manual_seed would seed every CUDA device too, and nothing would put their states back.
+        torch.default_generator.manual_seed(drawn)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(drawn)
+        yield
+
+
+def step_loss(logits: Tensor, penalty: Tensor, target: Tensor, penalty_weight: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy plus weighted mask penalty; and (loss, cross-entropy, penalty, accuracy), detached, as one (4,)."""
+    entropy = cross_entropy(logits, target)
+    loss = entropy + penalty_weight * penalty if penalty_weight else entropy
+    accuracy = (logits.argmax(dim=-1) == target).float().mean()
+    return loss, torch.stack([part.detach() for part in (loss, entropy, penalty, accuracy)])
+
+
+def train_epoch(
+    training: Training,
+    batches: Iterable[Batch],
+    loss: Loss,
+    rate: Callable[[int], float],
+    *,
+    lr: float,
+    micro_batch: int | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> dict[str, Any]:
+    """Train for one epoch and return its record.
+
+    rate: the learning rate of a step; lr: the option that sets it; micro_batch: images at once, gradients accumulated;
+    on_step: called after every step.
+
+    Raises UserError where the loss is no number.
+    """
+    start = time.perf_counter()
+    device = training.device
+    # Sums stay on the device and are read once an epoch: loss, cross-entropy, penalty, accuracy.
+    sums, seen, last_rate = torch.zeros(4, device=device), 0, rate(0)
+    for step, (inputs, labels) in enumerate(batches):
+        last_rate = rate(step)
+        for group in training.optimizer.param_groups:
+            group["lr"] = last_rate
+        training.optimizer.zero_grad()
+        part = micro_batch or len(labels)
+        for some, target in zip(inputs.split(part), labels.split(part), strict=True):
+            value, parts = loss(some.to(device), target.to(device))
+            training.scaler.scale(value * (len(target) / len(labels))).backward()
+            sums += parts * len(target)
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
+        seen += len(labels)
+        if on_step is not None:
+            on_step()
+    mean, entropy, penalty, accuracy = (sums / max(seen, 1)).tolist()
+    epoch, seconds = len(training.records) + 1, time.perf_counter() - start
+    if not math.isfinite(mean):
+        stage = f" of {training.name}" if training.name else ""
+        raise UserError(f"lr {lr} made the loss {mean} in epoch {epoch}{stage}: give a smaller one")
+    return ({"stage": training.name} if training.name else {}) | {
+        "epoch": epoch,
+        "lr": last_rate,
+        "loss": round(mean, 6),
+        "cross_entropy": round(entropy, 6),
+        "penalty": round(penalty, 8),
+        "train_top1": round(100 * accuracy, 3),
+        "images": seen,
+        "images_per_second": round(seen / seconds, 3),
+        "seconds": round(seconds, 3),
+    }
+
+
+def training_time(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds of all epochs, those before an interruption included, and their images per second."""
+    seconds, images = (sum(record[name] for record in records) for name in ("seconds", "images"))
+    return {
+        "training_seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 3) if seconds else None,
+    }
