@@ -6,14 +6,34 @@ import importlib.util
 import os
 from pathlib import Path
 
-import torch
-
 from rada_fast.errors import UserError
+
+# PyTorch is imported where it is asked, so that the command line reads its variables before, and without, it.
+
+BACKEND_NAMES = ("auto", "literal", "reference", "cpu", "triton", "cuda")
+
+
+def check_variables(*, building: bool) -> None:
+    """Raise UserError where a variable of ours has a value that means nothing; a build has more of them."""
+    backend_variable()
+    tiles_from_table()
+    float32_products()
+    show_traceback()
+    if building:
+        use_cuda()
+
+
+def show_traceback() -> bool:
+    """Whether RADA_FAST_TRACEBACK=1 asks for the place in the source of whatever ends a command."""
+    return os.environ.get("RADA_FAST_TRACEBACK") not in (None, "", "0")
 
 
 def backend_variable() -> str | None:
     """Value of RADA_FAST_BACKEND, or None where it is unset or empty."""
-    return os.environ.get("RADA_FAST_BACKEND") or None
+    value = os.environ.get("RADA_FAST_BACKEND") or None
+    if value is not None and value not in BACKEND_NAMES:
+        raise UserError(f"RADA_FAST_BACKEND must be one of {', '.join(BACKEND_NAMES)}, got {value!r}")
+    return value
 
 
 def cache_dir() -> Path:
@@ -25,7 +45,10 @@ def cache_dir() -> Path:
 
 def tiles_from_table() -> bool:
     """Whether RADA_FAST_TILES=table keeps the kernels to their own tables, whatever was measured."""
-    return os.environ.get("RADA_FAST_TILES") == "table"
+    value = os.environ.get("RADA_FAST_TILES") or None
+    if value not in (None, "table"):
+        raise UserError(f"RADA_FAST_TILES must be table, got {value!r}")
+    return value == "table"
 
 
 def float32_products() -> str | None:
@@ -46,16 +69,22 @@ def has_module(name: str) -> bool:
 
 def has_cuda() -> bool:
     """Whether PyTorch sees a CUDA device."""
+    import torch
+
     return torch.cuda.is_available()
 
 
 def cpu_capability() -> str:
     """The instruction set PyTorch's own CPU kernels use, for instance AVX512."""
+    import torch
+
     return torch.backends.cpu.get_cpu_capability()
 
 
 def has_bf16_dot_products() -> bool:
     """Whether the processor multiplies bfloat16 pairs itself (AVX512_BF16 or AMX)."""
+    import torch
+
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

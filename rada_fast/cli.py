@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import difflib
+import io
+import os
+import select
 import sys
-import tomllib
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rada_fast import __version__, notices
+from rada_fast import __version__, _env, notices
+from rada_fast.arguments import check_file_kind, name_option, paths_of, read, shortened
 from rada_fast.config import (
     BuildConfig,
     DemoConfig,
@@ -20,7 +26,7 @@ from rada_fast.config import (
     SimulateConfig,
     TestTimeConfig,
 )
-from rada_fast.errors import BackendUnavailableError, UserError
+from rada_fast.errors import BackendUnavailableError, SystemFailureError, UserError
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoConfig, "see the method work on the small CLIP that is shipped, in about two minutes"),
@@ -46,13 +52,121 @@ Begin with 'rada-fast demo'. 'rada-fast COMMAND --help' explains a command's opt
 line wins over the file. 'rada-fast --version' prints the version.
 
 exit status: 0 done; 1 the system failed (a full disk, say); 2 something given cannot be used (one line says what);
-3 more images unreadable than allowed; 130 interrupted. After 1 and 130 the same command goes on where it stopped.
+3 more images unreadable than allowed; 70 a fault of this program (RADA_FAST_TRACEBACK=1 shows where); 130 interrupted;
+141 nobody reads the output. After 1, 70, 130 and 141 the same command goes on where it stopped.
 """
+
+DONE_NOT, REFUSED, OWN_FAULT, INTERRUPTED, READER_GONE = 1, 2, 70, 130, 141
+"""Exit statuses; 70 is what sysexits.h calls a fault of the software, 128 + N is a shell's for signal N."""
+GO_ON = "start the same command again to go on"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _ready_standard_streams()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    shown_by_python = warnings.formatwarning
+    # What other libraries warn of is a line as everything else is, without the place in their source.
+    warnings.formatwarning = lambda message, *_, **__: f"rada-fast: warning: {one_line(str(message))}\n"
+    try:
+        status = _guarded(lambda: _command(given))
+        # What is still held back is written here, where a full disk or a reader that has gone can be told.
+        return status if status == READER_GONE else max(status, _guarded(_flush_output))
+    finally:
+        warnings.formatwarning = shown_by_python
+
+
+def _flush_output() -> int:
+    sys.stdout.flush()
+    return 0
+
+
+def _guarded(action: Callable[[], int]) -> int:
+    """The status of an action; whatever it raises becomes one line and a status."""
+    try:
+        return action()
+    except (UserError, BackendUnavailableError) as error:
+        return _fail(str(error), REFUSED)
+    except SystemFailureError as error:
+        return _fail(f"{error}; {GO_ON}", DONE_NOT)
+    except KeyboardInterrupt:
+        return _fail(f"interrupted; {GO_ON}", INTERRUPTED)
+    except BrokenPipeError as error:
+        if not _reader_is_gone():
+            return _fail(f"{error}; {GO_ON}", DONE_NOT)
+        # As other commands do when 'head' has seen enough: say nothing, and let nothing more be written at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return READER_GONE
+    except OSError as error:
+        # A disk that fills, a folder that goes away: what was finished is kept, and the same command goes on from it.
+        return _fail(f"{error}; {GO_ON}", DONE_NOT)
+    except ImportError as error:
+        return _fail(f"this installation is incomplete: {error}", DONE_NOT)
+    except Exception as error:
+        if _is_lack_of_memory(error):
+            return _fail(f"the memory does not suffice: {_joined(error) or 'out of memory'}; {GO_ON}", DONE_NOT)
+        advice = "please report it with what RADA_FAST_TRACEBACK=1 adds"
+        return _fail(f"a fault of rada-fast itself, {advice}: {type(error).__name__}: {_joined(error)}", OWN_FAULT)
+
+
+def _joined(error: Exception) -> str:
+    """The beginning of what an error says, its lines joined."""
+    return " ".join(str(error).split())[:500]
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error says that no more memory was to be had, of the processor or of a GPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    asked = select.poll()
+    asked.register(1, 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
+
+
+def _ready_standard_streams() -> None:
+    """Open the standard streams that were closed by whoever started this, and let every text be written to them.
+
+    A file opened later would get a closed stream's number, and with it whatever is written to that stream.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (a descriptor; open to the end)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def one_line(text: str) -> str:
+    """A text on one line, what cannot be printed written out."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text
+    )
+
+
+def _fail(message: str, status: int) -> int:
+    """Say why a command ended, in one line. Returns the status."""
+    # Without a standard error that takes it, the status says what there is to say.
+    with suppress(OSError, ValueError):
+        if _env.show_traceback():
+            traceback.print_exc()
+        print(f"rada-fast: {one_line(message)}", file=sys.stderr, flush=True)
+    return status
+
+
+def _command(arguments: list[str]) -> int:
+    """What a command line asks for; whatever goes wrong is raised."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         listing = "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
         print(HELP.format(commands=listing), end="")
@@ -62,100 +176,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        return _fail(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
+        raise UserError(_unknown_command(command))
+    if {"-h", "--help", "help"} & set(rest[:1]) or {"-h", "--help"} & set(rest):
+        return _help(command)
     if command == "bench":
-        if rest[:1] != ["simulate"] and not {"-h", "--help"} & set(rest):
-            return _fail("bench needs what to run: 'rada-fast bench simulate'")
-        rest = [option for option in rest if option != "simulate"]
+        if rest[:1] != ["simulate"]:
+            raise UserError(f"bench needs what to run: 'rada-fast bench simulate', got {shortened(' '.join(rest))}")
+        rest = rest[1:]
+    config = parse(command, rest)
+    check_paths(config)
+    _env.check_variables(building=command == "build")
     try:
-        config = parse(command, rest)
         with notices.collecting():
             return _runner(command)(config)
-    except (UserError, BackendUnavailableError) as error:
-        return _fail(str(error))
-    except OSError as error:
-        # A disk that fills, a folder that goes away: what was finished is kept, and the same command goes on from it.
-        print(f"rada-fast: {error}; start the same command again to go on", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nrada-fast: interrupted; start the same command again to go on", file=sys.stderr)
-        return 130
+    except UserError as error:
+        raise UserError(name_option(str(error), config)) from error
+
+
+def _unknown_command(command: str) -> str:
+    close = difflib.get_close_matches(command, COMMANDS, n=1)
+    advice = f"did you mean {close[0]}? " if close else ""
+    return f"unknown command {shortened(command)}; {advice}the commands are {', '.join(COMMANDS)}"
+
+
+def _help(command: str) -> int:
+    """Print a command's options; tyro reads what they mean from the configuration's own source."""
+    import tyro
+
+    try:
+        tyro.cli(
+            COMMANDS[command][0], prog=f"rada-fast {command}", args=["--help"], config=(tyro.conf.OmitArgPrefixes,)
+        )
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def parse(command: str, arguments: Sequence[str]) -> Any:
     """The configuration of a command from its options, those of an options file first.
 
-    Raises UserError where a value is out of range, SystemExit 2 where an option is unknown or missing.
+    Raises UserError where an option is unknown or missing, or its value cannot be used.
     """
-    import tyro
-
-    config_type = COMMANDS[command][0]
-    arguments = _with_options_file(list(arguments))
-
-    def read(*, console_outputs: bool) -> Any:
-        return tyro.cli(
-            config_type,
-            prog=f"rada-fast {command}",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes,),
-            console_outputs=console_outputs,
-        )
-
-    try:
-        return read(console_outputs=False)
-    except SystemExit as end:
-        # A value that a configuration refused: its own line says more than the parser's box around it.
-        if (refused := _user_error_behind(end)) is not None:
-            raise refused from None
-    return read(console_outputs=True)
+    return read(COMMANDS[command][0], command, arguments)
 
 
-def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """The first UserError in what led to an exception."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
+def check_paths(config: Any) -> None:
+    """Look at the paths of a configuration before anything is loaded.
+
+    Raises UserError where one is of a kind that can never be what its option wants, or where the system does not let
+    it be looked at. What is not there is for its reader to refuse, who knows what it should hold.
+    """
+    for option, value in paths_of(config):
+        path = Path(value)
+        check_file_kind(option, path, pipes=option == "--classes")
+        if option == "--output":
+            check_output(path)
 
 
-def _with_options_file(arguments: list[str]) -> list[str]:
-    """Replace --options FILE by the file's options, put before all others so that those win."""
-    given: list[str] = []
-    from_file: list[str] = []
-    while arguments:
-        argument = arguments.pop(0)
-        if argument == "--options" or argument.startswith("--options="):
-            if argument == "--options" and not arguments:
-                raise UserError("--options needs a file")
-            path = Path(argument.partition("=")[2] or arguments.pop(0))
-            from_file += _options_of(path)
-        else:
-            given.append(argument)
-    return from_file + given
-
-
-def _options_of(path: Path) -> list[str]:
-    """An options file as command-line arguments."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise UserError(f"options file {path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"options file {path} is neither TOML nor JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"options file {path} must hold a table of options, got {type(values).__name__}")
-    arguments: list[str] = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, list):
-            arguments += [flag, *map(str, value)]
-        elif isinstance(value, dict):
-            raise UserError(f"options file {path} must be flat: {name} is a table")
-        else:
-            arguments += [flag, str(value)]
-    return arguments
+def check_output(path: Path) -> None:
+    """Raise UserError where a folder cannot be made or written in."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"--output {path} must be a folder, {place} is none")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path} cannot be written: {place} gives no permission to write, or is read-only")
 
 
 def _runner(command: str) -> Callable[[Any], int]:
@@ -187,8 +273,3 @@ def _runner(command: str) -> Callable[[Any], int]:
 
     loops: dict[str, Callable[[Any], dict[str, Any]]] = {"ttt": run_test_time, "eft": run_efficient, "fft": run_full}
     return lambda config: show(loops[command](config), config.run)
-
-
-def _fail(message: str) -> int:
-    print(f"rada-fast: {message}", file=sys.stderr)
-    return 2

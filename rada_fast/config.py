@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rada_fast.errors import UserError
@@ -26,6 +28,15 @@ Stages = Literal["both", "rada"]
 QUERY_KINDS: tuple[QueryKind, ...] = ("image", "text", "rational")
 MASK_PENALTIES: tuple[MaskPenalty, ...] = ("l2", "l1", "linf")
 
+MOST = 2**31 - 1
+"""The largest count of anything."""
+MOST_SEED = 2**63 - 1
+"""The largest seed that every generator takes."""
+MOST_REAL = 1e30
+"""The largest learning rate, weight or temperature: float32 holds it with room to spare."""
+MOST_WORKERS = 1024
+MOST_LAYERS = 1024
+
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -34,12 +45,53 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _check_positive(name: str, value: float, *, zero_ok: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (value >= 0 if zero_ok else value > 0):
-        raise UserError(f"{name} must be {'at least 0' if zero_ok else 'above 0'}, got {value!r}")
+        raise UserError(f"{name} must be {'at least 0' if zero_ok else 'above 0'}, got {_shown(value)}")
+    if value > MOST_REAL:
+        raise UserError(f"{name} must be at most {MOST_REAL:g}, got {_shown(value)}")
 
 
-def _check_whole(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+def _check_whole(name: str, value: int, least: int, most: int = MOST) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise UserError(f"{name} must be a whole number of at least {least}, got {_shown(value)}")
+    if value > most:
+        raise UserError(f"{name} must be a whole number of at most {most}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """A value as it was given; a whole number too long to be written out, by its length."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    return repr(value)
+
+
+def _check_text(name: str, value: str | None) -> None:
+    """A name or a path: some text, without the character that no path can hold."""
+    if value is not None and (not isinstance(value, str) or not value.strip() or "\0" in value):
+        raise UserError(f"{name} must be a text that is neither empty nor has a NUL character, got {value!r}")
+
+
+def _without_tilde(name: str, path: str) -> str:
+    """A path in which a leading ~ or ~user is written out; a KIND:PATH keeps its kind."""
+    kind, colon, place = path.partition(":")
+    if not path.startswith("~") and not (colon and place.startswith("~") and kind.isalpha()):
+        return path
+    before, home = ("", path) if path.startswith("~") else (kind + colon, place)
+    try:
+        return before + str(Path(home).expanduser())
+    except RuntimeError:
+        raise UserError(f"{name} begins with a home folder that is not known here, got {path!r}") from None
+
+
+def _check_paths(config: Any, *names: str) -> None:
+    """Check fields that hold a path, several or none, and write their home folders out."""
+    for name in names:
+        value = getattr(config, name)
+        paths = value if isinstance(value, tuple) else (value,)
+        for path in paths:
+            _check_text(name, path)
+        whole = tuple(path if path is None else _without_tilde(name, path) for path in paths)
+        object.__setattr__(config, name, whole if isinstance(value, tuple) else whole[0])
 
 
 @dataclass(frozen=True)
@@ -166,7 +218,7 @@ class TTTConfig:
     def __post_init__(self) -> None:
         _check_whole("steps", self.steps, 0)
         _check_positive("lr", self.lr)
-        if not 0 < self.selection <= 1:
+        if not (isinstance(self.selection, int | float) and 0 < self.selection <= 1):
             raise UserError(f"selection must be above 0 and at most 1, got {self.selection!r}")
         _check_choice("loss", self.loss, ("mean", "marginal"))
         _check_choice("penalty", self.penalty, MASK_PENALTIES)
@@ -194,6 +246,10 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         _check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
+        _check_text("model", self.model)
+        _check_paths(self, "pretrained")
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise UserError(f"device must be auto, cpu or cuda[:N], got {self.device!r}")
 
 
 @dataclass(frozen=True)
@@ -207,6 +263,14 @@ class ClassOptions:
     text_features: str | None = None
     """Use these as T instead of encoding prompts: a features:FILE.npz with one row a class, or "class-means": the mean
     of each class's training features."""
+
+    def __post_init__(self) -> None:
+        _check_text("templates", self.templates)
+        if "{" not in self.templates:
+            _check_paths(self, "templates")
+        elif not self.templates.isascii() and self.templates.encode("utf-8", "replace").decode() != self.templates:
+            raise UserError(f"templates must be text in UTF-8, got {self.templates!r}")
+        _check_paths(self, "classes", "text_features")
 
 
 @dataclass(frozen=True)
@@ -227,6 +291,15 @@ class AdapterOptions:
     """attention, or mlp: a two-layer MLP in its place (Table 4)."""
     adapter: str | None = None
     """Start from this adapter: our safetensors or a published checkpoint. Its configuration replaces the above."""
+
+    def __post_init__(self) -> None:
+        _check_positive("temperature", self.temperature)
+        if self.num_heads is not None:
+            _check_whole("num_heads", self.num_heads, 1)
+        _check_whole("num_layers", self.num_layers, 1, MOST_LAYERS)
+        # What does not depend on the width is refused before a model is loaded.
+        self.resolve(self.num_heads or 8)
+        _check_paths(self, "adapter")
 
     def resolve(self, embed_dim: int) -> AdapterConfig:
         """The full configuration at a model's width. Raises ValueError naming the field that does not fit."""
@@ -262,8 +335,9 @@ class RunOptions:
     """Print the summary as JSON on standard output instead of a table."""
 
     def __post_init__(self) -> None:
-        _check_whole("workers", self.workers, 0)
-        _check_whole("seed", self.seed, 0)
+        _check_paths(self, "output")
+        _check_whole("workers", self.workers, 0, MOST_WORKERS)
+        _check_whole("seed", self.seed, 0, MOST_SEED)
         if self.limit is not None:
             _check_whole("limit", self.limit, 1)
         _check_whole("allow_unreadable", self.allow_unreadable, 0)
@@ -300,8 +374,11 @@ class TestTimeConfig:
     __test__ = False  # not a test case, whatever pytest makes of the name
 
     def __post_init__(self) -> None:
+        _check_paths(self, "data")
         _check_whole("views", self.views, 1)
         _check_whole("episodes", self.episodes, 1)
+        if self.order_seed is not None:
+            _check_whole("order_seed", self.order_seed, 0, MOST_SEED)
         _check_choice("view_kind", self.view_kind, ("crop", "augmix"))
 
 
@@ -353,6 +430,7 @@ class EfficientConfig:
     adapter: AdapterOptions = AdapterOptions()
 
     def __post_init__(self) -> None:
+        _check_paths(self, "train", "test", "new_test")
         if self.shots is not None:
             _check_whole("shots", self.shots, 1)
         _check_whole("epochs", self.epochs, 1)
@@ -413,6 +491,9 @@ class FullConfig:
     adapter: AdapterOptions = AdapterOptions()
 
     def __post_init__(self) -> None:
+        if not self.test:
+            raise UserError("test must name at least one source, got none")
+        _check_paths(self, "train", "test")
         for name in ("epochs", "finetune_epochs", "batch_size", "finetune_from"):
             _check_whole(name, getattr(self, name), 1)
         if self.micro_batch is not None:
@@ -424,8 +505,6 @@ class FullConfig:
             _check_positive(name, getattr(self, name))
         _check_positive("weight_decay", self.weight_decay, zero_ok=True)
         _check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
-        if not self.test:
-            raise UserError("test must name at least one source, got none")
 
 
 @dataclass(frozen=True)
@@ -446,9 +525,11 @@ class DemoConfig:
     """Seed of the drawn images, the views and the training."""
 
     def __post_init__(self) -> None:
+        _check_paths(self, "output")
         _check_whole("images", self.images, 1)
         _check_whole("epochs", self.epochs, 1)
-        _check_whole("seed", self.seed, 0)
+        # The drawn worlds take three seeds each.
+        _check_whole("seed", self.seed, 0, MOST_SEED // 3 - 1)
 
 
 @dataclass(frozen=True)
@@ -457,6 +538,13 @@ class DoctorConfig:
 
     json: bool = False
     """Print JSON, for an issue report."""
+
+
+def _check_width(embed_dim: int, preset: str) -> None:
+    """Check a width whose kernels are compiled: the official preset has eight heads."""
+    _check_whole("embed_dim", embed_dim, 1, 2**16)
+    if preset == "official" and embed_dim % 8:
+        raise UserError(f"embed_dim must be a multiple of 8 with preset 'official', got {embed_dim}")
 
 
 @dataclass(frozen=True)
@@ -485,6 +573,13 @@ class KernelsConfig:
     json: bool = False
     """Print one JSON line for each kernel and target."""
 
+    def __post_init__(self) -> None:
+        _check_whole("batch", self.batch, 1)
+        _check_whole("classes", self.classes, 1)
+        _check_width(self.embed_dim, self.preset)
+        if not self.targets:
+            raise UserError("targets must name at least one compute capability, got none")
+
 
 @dataclass(frozen=True)
 class SimulateConfig:
@@ -503,6 +598,14 @@ class SimulateConfig:
     json: bool = False
     """Print one JSON line for each kernel and pass."""
 
+    def __post_init__(self) -> None:
+        _check_width(self.embed_dim, self.preset)
+        if not self.sizes:
+            raise UserError("sizes must be BxK or ExBxK, positive numbers, got none")
+        for size in self.sizes:
+            if not re.fullmatch(r"0*[1-9][0-9]{0,8}(x0*[1-9][0-9]{0,8}){1,2}", size):
+                raise UserError(f"sizes must be BxK or ExBxK, positive numbers, got {size!r}")
+
 
 @dataclass(frozen=True)
 class BuildConfig:
@@ -520,5 +623,5 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         if self.jobs is not None:
-            _check_whole("jobs", self.jobs, 1)
+            _check_whole("jobs", self.jobs, 1, 2**16)
         _check_positive("timeout", self.timeout)

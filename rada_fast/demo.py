@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from rada_fast.config import DemoConfig, EfficientConfig, RunOptions, TestTimeConfig
@@ -25,6 +24,7 @@ from rada_fast.loops.test_time import run_test_time
 from rada_fast.modules import load_adapter
 from rada_fast.ops import rational_adapter
 from rada_fast.pictures import mask_picture
+from rada_fast.terminal import PlainConsole
 
 SHOTS = 16
 TEST_IMAGES_PER_CLASS = 24
@@ -37,8 +37,8 @@ HISTOGRAM_IMAGES = 32
 def run_demo(config: DemoConfig) -> int:
     """Draw the images, run everything, show the table. Returns the exit status."""
     start = time.perf_counter()
-    console = Console()
-    output = Path(config.output).expanduser()
+    console = PlainConsole()
+    output = Path(config.output)
     folders = draw_images(output, config)
 
     ttt = run_test_time(
@@ -100,7 +100,7 @@ def draw_picture(output: Path, test: Path) -> Path:
     """The trained adapter's mask on new-class images: one in detail, many in the histogram."""
     source = open_source(f"imagefolder:{test}")
     assert isinstance(source, ImageFolder)
-    setup = open_setup(TestTimeConfig(data=""), {"data": source})
+    setup = open_setup(TestTimeConfig(data=f"imagefolder:{test}"), {"data": source})
     names = setup.class_names(source)
     new = range(math.ceil(len(names) / 2), len(names))
     names = tuple(names[label] for label in new)

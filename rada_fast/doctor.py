@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.nn.functional import normalize
 
 from rada_fast import _env, extension
 from rada_fast.config import AdapterConfig, DoctorConfig
-from rada_fast.loops.report import table
 from rada_fast.loops.run_folder import versions
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import BACKENDS, backends, rational_adapter, resolve_backend
+from rada_fast.terminal import PlainConsole, print_json, table
 
 SELF_TEST_BOUND = 1e-4
 """Largest relative error of float32 logits against float64: about 100 times what rounding gives at this size."""
@@ -26,9 +24,9 @@ def run_doctor(config: DoctorConfig) -> int:
     """Print the report. Returns 0, or 1 where a usable backend fails the self-test."""
     report = examine()
     if config.json:
-        print(json.dumps(report, indent=2))
+        print_json(report)
     else:
-        console = Console()
+        console = PlainConsole()
         console.print(table("versions", report["versions"].items()))
         console.print(table("machine", report["machine"].items()))
         console.print(table("backends", report["backends"].items()))
@@ -37,7 +35,7 @@ def run_doctor(config: DoctorConfig) -> int:
         console.print(f"auto takes: {report['auto']}")
     failed = [name for name, error in report["self_test"].items() if not float(error) <= SELF_TEST_BOUND]
     if failed and not config.json:
-        Console().print(f"self-test failed: {', '.join(failed)}", style="bold red")
+        PlainConsole().print(f"self-test failed: {', '.join(failed)}", style="bold red")
     return 1 if failed else 0
 
 

@@ -5,11 +5,9 @@ Everything here is a count or a lower bound that follows from counts; nothing is
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -20,6 +18,7 @@ from rada_fast.config import AdapterConfig, SimulateConfig
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
+from rada_fast.terminal import PlainConsole, print_json
 
 DEVICE = "a100-40gb"
 
@@ -174,19 +173,16 @@ def run_simulate(config: SimulateConfig) -> int:
     adapter = (
         AdapterConfig.paper(config.embed_dim) if config.preset == "paper" else AdapterConfig.official(config.embed_dim)
     )
-    console = Console()
-    # Narrower, as where output goes to a file, every figure would be cut.
+    console = PlainConsole()
+    # Narrower, every figure would be cut.
     console.width = max(console.width, 166)
     for size in config.sizes:
-        parts = size.split("x")
-        if len(parts) not in (2, 3) or not all(part.isdecimal() and int(part) for part in parts):
-            raise UserError(f"--sizes must be BxK or ExBxK, positive numbers, got {size!r}")
-        numbers = [int(part) for part in parts]
-        Console(stderr=True).print(f"simulating {size} (minutes for large ones)", style="dim")
+        numbers = [int(part) for part in size.split("x")]
+        PlainConsole(stderr=True).print(f"simulating {size} (minutes for large ones)", style="dim")
         rows = simulate(adapter, *([1] if len(numbers) == 2 else []), *numbers)
         if config.json:
             for row in rows:
-                print(json.dumps(row), flush=True)
+                print_json(row, indent=None)
             continue
         table = Table(
             title=f"{config.preset} D {config.embed_dim}, {size}, bfloat16: counts and lower bounds, no timings"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import tempfile
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 import triton
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from rada_fast.config import AdapterConfig, KernelsConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
 from rada_fast.ops._backend import use_backend
+from rada_fast.terminal import PlainConsole, print_json
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _POINTERS = {
@@ -172,27 +171,27 @@ def run_kernels(config: KernelsConfig) -> int:
         return run_tuning(config, adapter, TYPES[config.dtype])
     case = f"{config.preset} D {config.embed_dim}, B {config.batch}, K {config.classes}, {config.dtype}"
     rows = []
-    console = Console()
-    # Narrower, as where output goes to a file, every figure would be cut.
+    console = PlainConsole()
+    # Narrower, every figure would be cut.
     console.width = max(console.width, 120)
     launches = step_launches(adapter, config.batch, config.classes, TYPES[config.dtype])
     for target in config.targets:
         for launch in launches:
             if not config.json:
-                Console(stderr=True).print(f"sm_{target} {launch[0].__name__}", style="dim")
+                PlainConsole(stderr=True).print(f"sm_{target} {launch[0].__name__}", style="dim")
             rows.append(compile_launch(*launch, target, case))
     cuda_rows = []
     for target in config.targets:
         made = compile_cuda(target)
         if isinstance(made, str):
-            Console(stderr=True).print(f"no table of the CUDA C++ kernels: {made}", highlight=False)
+            PlainConsole(stderr=True).print(f"no table of the CUDA C++ kernels: {made}")
             break
         cuda_rows += made
     tables = {case: rows, "CUDA C++": cuda_rows} if cuda_rows else {case: rows}
     rows = rows + cuda_rows
     if config.json:
         for row in rows:
-            print(json.dumps(asdict(row)))
+            print_json(asdict(row), indent=None)
     for title, shown in {} if config.json else tables.items():
         table = Table(title=title)
         for name in ("target", "kernel", "warps", "registers", "spilled B", "shared B", "occupancy", "tensor instr."):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from rada_fast.config import AdapterConfig, KernelsConfig
@@ -19,6 +17,7 @@ from rada_fast.kernels.rational_projections import rational_projections
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops._tiles import Sizes, cache_file, tune
 from rada_fast.ops._triton import ROLES, float32_precision
+from rada_fast.terminal import PlainConsole, print_json
 
 
 def launches_of(
@@ -111,14 +110,14 @@ def run_tuning(config: KernelsConfig, adapter: AdapterConfig, dtype: torch.dtype
         dtype, config.classes, config.batch * config.classes, adapter.embed_dim, adapter.head_dim, float32_precision()
     )
     launches = launches_of(adapter, config.batch, config.classes, dtype, "cuda")
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     report = tune(
         launches, sizes, device, lambda run: float(do_bench(run, warmup=10, rep=50, return_mode="median")),
         echo=lambda line: console.print(line, style="dim"),
     )  # fmt: skip
     if config.json:
         for launch, found in report.items():
-            print(json.dumps({"launch": launch, "device": device, **found}))
+            print_json({"launch": launch, "device": device, **found}, indent=None)
         return 0
     table = Table(title=f"{device}: tiles, kept in {cache_file(device)}")
     for name in ("launch", "table", "fastest", "table's time / its time"):
@@ -126,5 +125,5 @@ def run_tuning(config: KernelsConfig, adapter: AdapterConfig, dtype: torch.dtype
     for launch, found in report.items():
         table.add_row(launch, *(" ".join(map(str, found[key].values())) for key in ("table", "fastest")),
                       f"{found['ratio']:.2f}")  # fmt: skip
-    Console().print(table)
+    PlainConsole().print(table)
     return 0

@@ -36,6 +36,8 @@ KINDS = {
     "features": "features:FILE.npz (arrays features, labels)",
 }
 
+MOST_CLASSES = 2**20
+"""A label above this is a mistake: names and text features are made for every class up to the largest."""
 SMALLEST_FEATURE = 1e-12
 """A row whose every value is below this has no direction left: torch's normalize divides by at least as much."""
 
@@ -240,6 +242,11 @@ def open_features(path: Path) -> FeatureFile:
         raise UserError(f"feature file {path}: features must not be empty, got shape {features.shape}")
     if labels.min() < 0:
         raise UserError(f"feature file {path}: labels must be at least 0, got {labels.min()} in row {labels.argmin()}")
+    if labels.max() >= MOST_CLASSES:
+        raise UserError(
+            f"feature file {path}: labels must be below {MOST_CLASSES}, they number the classes from 0, "
+            f"got {labels.max()} in row {labels.argmax()}"
+        )
     # Before the checks: a float64 value past float32's range becomes infinite, a tiny one zero.
     with np.errstate(over="ignore", under="ignore"):
         features = features.astype(np.float32)
@@ -291,7 +298,7 @@ def read_names(path: Path) -> list[str] | dict[str, str]:
     if path.suffix == ".json":
         try:
             names = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
             raise UserError(f"classes file {path} is not JSON: {error}") from None
         values = names.values() if isinstance(names, dict) else names
         if not isinstance(names, list | dict) or not all(isinstance(v, str) and v.strip() for v in values):

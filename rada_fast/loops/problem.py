@@ -107,8 +107,21 @@ class Problem(Setup):
 
 
 def open_sources(specs: Mapping[str, str]) -> dict[str, Source]:
-    """The data behind each KIND:PATH, by the part that it plays. Raises UserError where one cannot be used."""
-    return {part: open_source(spec) for part, spec in specs.items()}
+    """The data behind each KIND:PATH, by the part that it plays.
+
+    Raises UserError where one cannot be used, or is of images without classes and not the data to be predicted.
+    """
+    sources = {}
+    for part, spec in specs.items():
+        option = "--new-test" if part == "new" else f"--{part.partition(' ')[0]}"
+        try:
+            source = open_source(spec)
+        except UserError as error:
+            raise UserError(f"{option} {spec}: {error}") from None
+        if part != "data" and isinstance(source, ImageFolder) and not source.folders:
+            raise UserError(f"{option} must be imagefolder:DIR or features:FILE.npz, which have classes, got {spec}")
+        sources[part] = source
+    return sources
 
 
 def open_setup(config: RunConfig, sources: Mapping[str, Source]) -> Setup:
@@ -170,9 +183,10 @@ def text_features_of(
         if training is None:
             raise UserError("text_features class-means needs training images, which this command has none of")
         return class_means(training, len(names))
-    source = open_source(options.text_features)
+    given = options.text_features
+    source = open_source(given) if given.startswith("features:") else None
     if not isinstance(source, FeatureFile) or source.features.ndim != 2:
-        raise UserError(f"text_features must be class-means or features:FILE.npz, got {options.text_features!r}")
+        raise UserError(f"text_features must be class-means or features:FILE.npz with one row a class, got {given!r}")
     if len(source.features) != len(names):
         raise UserError(
             f"text_features {options.text_features} must hold one row for each of the {len(names)} classes, "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rada_fast.terminal import PlainConsole
 
 PLAIN_INTERVAL = 15.0
 """Seconds between two plain lines."""
@@ -24,12 +25,13 @@ class Advance(Protocol):
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
     """Show how far a loop of known length has come. total: steps in all."""
-    if sys.stderr.isatty():
+    # A command can run without a standard error, and then without telling how far it is.
+    if sys.stderr is not None and sys.stderr.isatty():
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
         )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with Progress(*columns, console=PlainConsole(stderr=True)) as bar:
             task = bar.add_task(title, total=total, note="")
 
             def on_terminal(steps: int = 1, note: str = "") -> None:
@@ -49,6 +51,8 @@ def progress(title: str, total: int) -> Iterator[Advance]:
         if now - last >= PLAIN_INTERVAL or finished:
             last = now
             left = (now - start) / max(done, 1) * (total - done)
-            print(f"{title}: {done}/{total}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)
+            # Nobody may read it any more: the work goes on.
+            with suppress(OSError, ValueError):
+                print(f"{title}: {done}/{total}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield on_log

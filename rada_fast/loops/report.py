@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rada_fast import notices
@@ -17,6 +14,7 @@ from rada_fast.config import RunOptions
 from rada_fast.loops.problem import Problem
 from rada_fast.loops.run_folder import RunFolder, peak_memory, versions
 from rada_fast.ops import resolve_backend
+from rada_fast.terminal import PlainConsole, print_json, table
 
 
 def image_record(id: str, label: int | None, status: str, before: Tensor, after: Tensor) -> dict[str, Any]:
@@ -98,22 +96,12 @@ def harmonic_mean(base: float | None, new: float | None) -> float | None:
     return round(2 * base * new / (base + new), 3) if base + new else 0.0
 
 
-def table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
-    """Two columns: what, and how much."""
-    result = Table(title=title, show_header=False, title_justify="left")
-    result.add_column(style="bold")
-    result.add_column(justify="right")
-    for name, value in rows:
-        result.add_row(name, "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value))
-    return result
-
-
 def show(summary: dict[str, Any], options: RunOptions) -> int:
     """Print a summary as a table or as JSON. Returns the command's exit status."""
     if options.json:
-        print(json.dumps(summary, indent=2))
+        print_json(summary)
     else:
-        console = Console()
+        console = PlainConsole()
         rows = [(name, value) for name, value in _flat(summary) if name.partition(" ")[0] not in _NOT_IN_TABLE]
         console.print(table(f"rada-fast {summary['command']}", rows))
         console.print(f"results in {summary['output']}", soft_wrap=True)

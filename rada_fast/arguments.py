@@ -1,0 +1,349 @@
+"""A command's arguments and options files as its configuration. What cannot be used is one line that names the option.
+
+The configuration's fields are the options; nothing else describes them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import difflib
+import json
+import stat
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rada_fast.errors import UserError
+
+PATHS = ("output", "pretrained", "adapter", "classes", "templates")
+"""Fields that hold a path; some may hold a name instead, and templates a template."""
+KINDS_AND_PATHS = ("data", "train", "test", "new_test", "text_features")
+"""Fields that hold KIND:PATH."""
+MOST_OPTIONS_BYTES = 2**24
+"""The largest options file that is read."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command.
+
+    name: the field's; kind: bool, int, float or str; choices: all that it may be, or nothing; many: whether it takes
+    several values; optional: whether it may be None; required: whether it has no default.
+    """
+
+    name: str
+    kind: type
+    choices: tuple[Any, ...] = ()
+    many: bool = False
+    optional: bool = False
+    required: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def expected(self) -> str:
+        """What a value must be."""
+        if self.choices:
+            one = f"one of {', '.join(map(str, self.choices))}"
+        else:
+            one = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
+        return one + (" or None" if self.optional else "")
+
+    def convert(self, value: Any) -> Any:
+        """A value of the command line, a text, or of an options file. Raises UserError where it is of another kind."""
+        if self.optional and (value is None or value in ("None", "none")):
+            return None
+        found = value
+        if isinstance(value, str) and self.kind in (int, float):
+            try:
+                found = self.kind(value)
+            except ValueError:  # also for a number of thousands of digits
+                found = None
+        elif self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            try:
+                found = float(value)
+            except OverflowError:
+                found = None
+        if type(found) is not self.kind or (self.choices and found not in self.choices):
+            raise UserError(f"{self.flag} must be {self.expected}, got {shortened(value)}")
+        if isinstance(found, str) and (not found.strip() or "\0" in found):
+            raise UserError(f"{self.flag} must neither be empty nor hold a NUL character, got {shortened(value)}")
+        return found
+
+    def convert_all(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Several values."""
+        if not values:
+            raise UserError(f"{self.flag} needs at least one value: {self.expected}")
+        return tuple(self.convert(value) for value in values)
+
+
+def shortened(value: Any) -> str:
+    """A value for a message."""
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or a list in a list in a list
+        return f"a very long {type(value).__name__}"
+    return shown if len(shown) <= 100 else f"{shown[:60]}... ({len(shown)} characters)"
+
+
+def options_of(config_type: type) -> dict[str, Option]:
+    """A configuration's options by field name, those of configurations inside it too."""
+    found: dict[str, Option] = {}
+    hints = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            found |= options_of(hint)
+            continue
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        parts = typing.get_args(hint)
+        optional = typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in parts
+        if optional:
+            (hint,) = (part for part in parts if part is not type(None))
+        many = typing.get_origin(hint) is tuple
+        if many:
+            hint = typing.get_args(hint)[0]
+        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        kind = type(choices[0]) if choices else hint
+        found[field.name] = Option(field.name, kind, choices, many, optional, required)
+    return found
+
+
+def read(config_type: type, command: str, arguments: Sequence[str]) -> Any:
+    """The configuration that a command line asks for, options files first, so that the command line wins.
+
+    Raises UserError, its message one line with the option's name.
+    """
+    options = options_of(config_type)
+    from_files, given = _split(options, command, arguments)
+    values: dict[str, Any] = {}
+    for path in from_files:
+        values |= _values_of_file(path, options, command)
+    values |= given
+    if missing := [option.flag for option in options.values() if option.required and option.name not in values]:
+        raise UserError(f"{' and '.join(missing)} must be given; 'rada-fast {command} --help' shows an example")
+    try:
+        return _build(config_type, values)
+    except UserError as error:
+        raise UserError(named_in(str(error), config_type)) from None
+
+
+def named_in(message: str, config_type: type) -> str:
+    """An error's line with the option's name as it is on the command line, where the line begins with a field's."""
+    options = options_of(config_type)
+    words = message.split()
+    flags = {"--options", *(option.flag for option in options.values())}
+    if any(word.strip(".,:;'\"()") in flags for word in words):
+        return message
+    first = words[0].rstrip(":") if words else ""
+    return options[first].flag + message[len(first) :] if first in options else message
+
+
+def name_option(message: str, config: Any) -> str:
+    """As named_in; where a message has the path alone, it begins with the option that gave the path."""
+    named = named_in(message, type(config))
+    if named == message and not message.startswith("--"):
+        for flag, path in paths_of(config):
+            if path in message:
+                return message if flag in message.split() else f"{flag}: {message}"
+    return named
+
+
+def paths_of(config: Any) -> list[tuple[str, str]]:
+    """The options of a configuration that name files or folders, as (option, path)."""
+    found: list[tuple[str, str]] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found += paths_of(value)
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str):
+                continue
+            if field.name in KINDS_AND_PATHS and ":" in text:
+                found.append((flag, text.partition(":")[2]))
+            elif field.name in PATHS and "{" not in text:
+                found.append((flag, text))
+    return found
+
+
+def _build(config_type: type, values: Mapping[str, Any]) -> Any:
+    """A configuration, and those inside it, each with the values of its own fields."""
+    hints = typing.get_type_hints(config_type)
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config_type):
+        inner = hints[field.name]
+        if dataclasses.is_dataclass(inner):
+            assert isinstance(inner, type)
+            names = {part.name for part in dataclasses.fields(inner)}
+            own = {name: value for name, value in values.items() if name in names}
+            # The outer configuration's default, which may differ from the inner one's own.
+            changes[field.name] = dataclasses.replace(field.default, **own)  # type: ignore[type-var]
+        elif field.name in values:
+            changes[field.name] = values[field.name]
+    return config_type(**changes)
+
+
+def _split(options: Mapping[str, Option], command: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The options files and the options' values on a command line."""
+    files: list[str] = []
+    values: dict[str, Any] = {}
+    tokens = list(arguments)
+    while tokens:
+        token = tokens.pop(0)
+        if not token.startswith("-") or token == "-":
+            raise UserError(
+                f"{shortened(token)} belongs to no option of 'rada-fast {command}'; an option begins with --"
+            )
+        flag, equals, value = token.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag == "--options":
+            if not equals and not tokens:
+                raise UserError("--options needs a file")
+            files.append(value if equals else tokens.pop(0))
+            continue
+        off = name.startswith("no_") and name[3:] in options and options[name[3:]].kind is bool
+        option = options.get(name[3:] if off else name) if flag.startswith("--") else None
+        if option is None:
+            raise UserError(_unknown(flag, options, command))
+        if option.kind is bool:
+            if equals:
+                raise UserError(f"{flag} takes no value, got {shortened(value)}; --no-{flag[2:]} says the contrary")
+            values[option.name] = not off
+        elif option.many:
+            several = [value] if equals else []
+            while tokens and not equals and not _is_option(tokens[0]):
+                several.append(tokens.pop(0))
+            values[option.name] = option.convert_all(several)
+        else:
+            if not equals:
+                if not tokens or _is_option(tokens[0]):
+                    raise UserError(f"{option.flag} needs a value: {option.expected}")
+                value = tokens.pop(0)
+            values[option.name] = option.convert(value)
+    return files, values
+
+
+def _is_option(token: str) -> bool:
+    """Whether a token begins an option; a value that looks so is given as --option=value."""
+    return token.startswith("--")
+
+
+def _unknown(flag: str, options: Mapping[str, Option], command: str) -> str:
+    flags = ["--options", *(option.flag for option in options.values())]
+    close = difflib.get_close_matches(flag.replace("_", "-").lower(), flags, n=1)
+    advice = f"; did you mean {close[0]}?" if close else f"; 'rada-fast {command} --help' lists them"
+    return f"{shortened(flag)[1:-1]} is no option of 'rada-fast {command}'{advice}"
+
+
+def check_file_kind(flag: str, path: Path, *, pipes: bool = False) -> None:
+    """Refuse what is there but can hold no file of an option: a device, a socket, a pipe that may never end.
+
+    pipes: whether a pipe that the shell made, as in <(command), may be read.
+
+    Raises UserError, also where the path cannot be looked at; a path that does not exist is for the reader to refuse.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path} cannot be read: {reason_of(error)}") from None
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return
+    of_shell = str(path).startswith(("/dev/fd/", "/proc/self/fd/", "/dev/stdin"))
+    if not (pipes and of_shell and stat.S_ISFIFO(mode)):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise UserError(f"{flag} {path} must be a file or a folder, got {kinds.get(stat.S_IFMT(mode), 'a device')}")
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """The system's words for why a path cannot be used."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _values_of_file(path: str, options: Mapping[str, Option], command: str) -> dict[str, Any]:
+    """The options of an options file, each checked as on the command line."""
+    content = _content_of_file(path)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        option = options.get(name)
+        if isinstance(value, dict):
+            raise UserError(f"--options file {path} must be flat: {key} is a table")
+        if option is None:
+            raise UserError(f"--options file {path}: {_unknown('--' + name.replace('_', '-'), options, command)}")
+        if name in values:
+            raise UserError(f"--options file {path} gives {option.flag} twice")
+        try:
+            if option.many:
+                values[name] = option.convert_all(value if isinstance(value, list) else [value])
+            else:
+                values[name] = option.convert(value)
+        except UserError as error:
+            raise UserError(f"--options file {path}: {error}") from None
+    return values
+
+
+def _content_of_file(name: str) -> dict[str, Any]:
+    """An options file's table."""
+    if "\0" in name or not name.strip():
+        raise UserError(f"--options must name a TOML or JSON file, got {shortened(name)}")
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"--options file {name} begins with a home folder that is not known here") from None
+    check_file_kind("--options file", path, pipes=True)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MOST_OPTIONS_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"--options file {path} cannot be read: {error.strerror}") from None
+    if len(raw) > MOST_OPTIONS_BYTES:
+        raise UserError(f"--options file {path} is larger than {MOST_OPTIONS_BYTES // 2**20} MiB")
+    try:
+        text = _decoded(raw)
+        is_json = path.suffix.lower() == ".json" or text.lstrip().startswith("{")
+        content = json.loads(text, object_pairs_hook=_without_doubles) if is_json else tomllib.loads(text)
+    except UserError as error:
+        raise UserError(f"--options file {path} {error}") from None
+    except RecursionError:
+        raise UserError(f"--options file {path} is nested too deeply: it must be flat") from None
+    except ValueError as error:  # not TOML, JSON or text, or a number of thousands of digits
+        raise UserError(f"--options file {path} is neither TOML nor JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--options file {path} must hold a table of options, got {type(content).__name__}")
+    return content
+
+
+def _decoded(raw: bytes) -> str:
+    """A text in UTF-8, or in whatever Unicode encoding its byte-order mark says, as some editors write."""
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if raw.startswith(mark):
+            return raw.decode(encoding)
+    return raw.decode("utf-8")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys TOML, but not JSON, requires to differ."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise UserError(f"gives {next(name for name in names if names.count(name) > 1)} twice")
+    return content

@@ -1,0 +1,100 @@
+"""Things to give the commands, good and bad, made once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from rada_fast.config import AdapterConfig
+from rada_fast.modules import RationalAdapter, save_adapter
+
+LABELS = np.array([0, 1, 0, 1])
+
+
+@pytest.fixture(scope="session")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files and folders to read; no test writes into it."""
+    root = tmp_path_factory.mktemp("things")
+    for index in range(2):
+        for name in ("red plain square", "blue plain ring"):
+            path = root / "pictures" / name / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), (40 * index, 9, 9)).save(path)
+    for name in ("green plain ring", "red plain square"):
+        (root / "other" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(root / "other" / name / "0.png")
+    (root / "flat").mkdir()
+    Image.new("RGB", (64, 64)).save(root / "flat" / "0.png")
+    (root / "empty").mkdir()
+    (root / "file").write_text("")
+    os.mkfifo(root / "pipe")
+    (root / "loop").symlink_to(root / "loop")
+
+    features = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+
+    def feature_file(name: str, **arrays: np.ndarray) -> None:
+        np.savez(root / f"{name}.npz", **arrays)
+
+    feature_file("good", features=features, labels=LABELS)
+    feature_file("text", features=features[:2], labels=LABELS[:2])
+    feature_file("wide", features=np.ones((2, 32), np.float32), labels=LABELS[:2])
+    feature_file("nan", features=np.where(np.eye(4, 16) > 0, np.nan, features), labels=LABELS)
+    feature_file("zero", features=np.zeros((4, 16), np.float32), labels=LABELS)
+    feature_file("whole", features=np.ones((4, 16), np.int64), labels=LABELS)
+    feature_file("flat", features=np.ones(16, np.float32), labels=LABELS)
+    feature_file("short", features=features, labels=LABELS[:3])
+    feature_file("negative", features=features, labels=np.array([0, 1, -1, 1]))
+    feature_file("huge", features=features, labels=np.array([0, 1, 2147483647, 1]))
+    feature_file("real", features=features, labels=LABELS.astype(np.float32))
+    feature_file("unlabelled", features=features)
+    feature_file("none", features=features[:0], labels=LABELS[:0])
+    feature_file("names", features=features, labels=LABELS, class_names=np.array(["one"]))
+    feature_file("objects", features=features, labels=LABELS, class_names=np.array(["a", 1], dtype=object))
+    (root / "torn.npz").write_bytes((root / "good.npz").read_bytes()[:300])
+
+    save_adapter(RationalAdapter(AdapterConfig.official(16)), root / "narrow.safetensors")
+    save_file({"a": torch.zeros(1)}, root / "other.safetensors")
+    (root / "torn.safetensors").write_bytes((root / "narrow.safetensors").read_bytes()[:500])
+
+    texts = {
+        "three.txt": "a\nb\nc\n",
+        "none.txt": "\n",
+        "numbers.json": "[1, 2]",
+        "torn.json": '["a", ',
+        "deep.json": "[" * 100_000,
+        "torn.toml": "steps = \n",
+        "unknown.toml": "stepz = 3\n",
+        "type.toml": 'steps = "three"\n',
+        "real.toml": "steps = 3.5\n",
+        "true.toml": "steps = true\n",
+        "number.toml": "overwrite = 1\n",
+        "text.toml": "model = 5\n",
+        "date.toml": "data = 2020-01-01\n",
+        "list.toml": "steps = [1, 2]\n",
+        "empty_list.toml": "queries = []\n",
+        "table.toml": "[run]\nseed = 1\n",
+        "double.toml": "view_kind = 'crop'\nview-kind = 'augmix'\n",
+        "double.json": '{"steps": 1, "steps": 2}',
+        "nan.json": '{"lr": NaN}',
+        "inf.json": '{"lr": Infinity}',
+        "null.json": '{"steps": null}',
+        "array.json": "[1]",
+        "long.json": '{"seed": ' + "9" * 5000 + "}",
+        "long.toml": "seed = " + "9" * 5000 + "\n",
+        "deep_options.json": '{"steps": ' + "[" * 100_000,
+        "deep_options.toml": "steps = " + "[" * 100_000,
+        "nul.json": '{"output": "a\\u0000b"}',
+        "empty_value.json": '{"output": ""}',
+        "range.toml": "steps = -1\n",
+    }
+    for name, text in texts.items():
+        (root / name).write_text(text)
+    (root / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    (root / "latin.toml").write_bytes("data = 'caf\xe9'\n".encode("latin-1"))
+    return root
