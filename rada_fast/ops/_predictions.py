@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rada_fast.ops._backend import resolve_device_backend
+from rada_fast.errors import BackendUnavailableError
+from rada_fast.ops._backend import chosen_backend, resolve_device_backend
+from rada_fast.ops._transforms import TRANSFORM_REASON, under_transform
 
 SERVED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_compiled(logits: Tensor) -> bool:
     """Whether the compiled operator serves a call; else the reference does. Raises BackendUnavailableError."""
+    if under_transform():
+        if (name := chosen_backend()) == logits.device.type:
+            raise BackendUnavailableError(f"backend {name!r} cannot serve this call: {TRANSFORM_REASON}")
+        return False
     return resolve_device_backend(logits.device) != "reference"
 
 

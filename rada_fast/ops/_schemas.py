@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rada_fast.ops._transforms import refuse_second_derivative
+
 CLASS_PADDING = 16
 QUERY_BLOCK = 128
 """kQueryBlock in csrc/cpu/problem.h: queries per tile, one factor each."""
@@ -118,6 +120,7 @@ def _backward(
     if any(needed):
         if not ctx.kept:
             raise RuntimeError("the forward was told that no gradient follows (keep=False)")
+        refuse_second_derivative("rational_adapter")
         result = torch.ops.rada_fast.rational_adapter_backward(
             dlogits, dpenalty, dmask, *inputs, *ctx.options, *kept, needed
         )
@@ -160,8 +163,7 @@ def _backward_prediction_loss(ctx: Any, dlosses: Tensor | None, _: Tensor | None
         return nothing
     if not ctx.kept:
         raise RuntimeError("the forward was told that no gradient follows (keep=False)")
-    if torch.is_grad_enabled():
-        raise RuntimeError("prediction_loss has no second derivative; create_graph=True asks for one")
+    refuse_second_derivative("prediction_loss")
     (dlogits,) = ctx.saved_tensors
     # In the losses' type: a low-precision factor would round the product twice.
     return ((dlogits * dlosses[:, None, None]).to(dlogits.dtype), *nothing[1:])

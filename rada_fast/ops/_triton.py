@@ -21,6 +21,7 @@ from rada_fast.kernels.parameter_gradients import parameter_gradients
 from rada_fast.kernels.rational_projections import Projections, feature_gradients, rational_projections
 from rada_fast.ops._compiled import compute_dtype
 from rada_fast.ops._tiles import Sizes, chosen_tile
+from rada_fast.ops._transforms import refuse_second_derivative
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
 
@@ -307,6 +308,7 @@ def _backward(
     if not ctx.kept:
         raise RuntimeError("the forward was told that no gradient follows (keep=False)")
     if any(needed):
+        refuse_second_derivative("rational_adapter")
         result = torch.ops.rada_fast.rational_adapter_triton_backward(
             d_logits, d_penalty, d_mask, *inputs, *ctx.options, *kept, needed
         )

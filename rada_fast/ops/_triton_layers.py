@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from rada_fast.config import AdapterConfig, MaskPenalty
 from rada_fast.kernels.class_attention import Attended, class_attention, class_attention_backward
 from rada_fast.kernels.rational_projections import Projections
+from rada_fast.ops._transforms import refuse_second_derivative
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
 
@@ -141,6 +142,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, dattended: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dattended is None:
         return (None,) * 9
+    refuse_second_derivative("rational_adapter")
     saved = ctx.saved_tensors
     result = torch.ops.rada_fast.class_attention_triton_backward(dattended, *saved, *ctx.options)
     found = [value if asked else None for value, asked in zip(result, ctx.needs_input_grad[:5], strict=True)]

@@ -105,8 +105,9 @@ def prediction_loss_and_gradient(
     else:
         from rada_fast.reference.prediction_losses import prediction_loss as reference
 
-        with torch.enable_grad():
-            leaf = batched.requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            # Tensors made in inference mode take no part in autograd; their copies do.
+            leaf = (batched.clone() if batched.is_inference() else batched).requires_grad_()
             losses = reference(leaf, kind, targets, label_smoothing)
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         losses = losses.detach()

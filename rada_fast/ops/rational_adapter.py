@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rada_fast.config import MASK_PENALTIES, AdapterConfig, MaskPenalty
 from rada_fast.ops._backend import resolve_backend
+from rada_fast.ops._transforms import TRANSFORM_REASON, under_transform
 from rada_fast.reference.rational_adapter import AdapterOutput as AdapterOutput
 
 
@@ -30,6 +31,16 @@ def parameter_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+class ProjectionCalls(NamedTuple):
+    """Projections that are more than a weight and a bias, for plain PyTorch to call.
+
+    call: of (a projection's name, rows (..., D)), the projected rows; reason: which projection that is, and why.
+    """
+
+    call: Callable[[str, Tensor], Tensor]
+    reason: str
+
+
 def _check(name: str, tensor: Tensor, rows: str, embed_dim: int) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -45,7 +56,7 @@ def check_inputs(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
-    parameters: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor] | ProjectionCalls,
     config: AdapterConfig,
     penalty: str | None,
     episodes: int | None = None,
@@ -67,6 +78,10 @@ def check_inputs(
         raise ValueError(f"penalty must be None or one of {', '.join(map(repr, MASK_PENALTIES))}, got {penalty!r}")
     if episodes is not None and (episodes < 1 or len(image_features) % episodes):
         raise ValueError(f"episodes must be a positive divisor of B = {len(image_features)}, got {episodes}")
+    if isinstance(parameters, ProjectionCalls):
+        if episodes is not None:
+            raise ValueError(f"episodes need parameters that are tensors, but {parameters.reason}")
+        return
     lead: tuple[int, ...] = ()
     for at, (name, shape) in enumerate(parameter_shapes(config).items()):
         if name not in parameters:
@@ -77,13 +92,18 @@ def check_inputs(
             lead = (episodes,)
         if given != lead + shape:
             raise ValueError(f"parameter {name!r} must be {lead + shape}, got {given}")
+        if parameters[name].device != image_features.device:
+            raise ValueError(
+                f"parameter {name!r} must be on {image_features.device} as image_features are, "
+                f"got {parameters[name].device}"
+            )
 
 
 def rational_adapter(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
-    parameters: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor] | ProjectionCalls,
     config: AdapterConfig,
     *,
     penalty: MaskPenalty | None = None,
@@ -101,7 +121,8 @@ def rational_adapter(
     image_features: (B, D), float32|float64|bfloat16|float16, unit norm, any stride.
     text_features: (K, D), same dtype and device, unit norm, K >= 1.
     logit_scale: the multiplier s itself, a number or a one-element tensor; the projections' inputs see it detached.
-    parameters: tensors under the published names; see parameter_shapes.
+    parameters: tensors under the published names, on the same device; see parameter_shapes. Or ProjectionCalls, which
+        plain PyTorch calls.
     config: the adapter's arithmetic.
     penalty: "l2", "l1", "linf" (Eq. 7) or None.
     return_mask: also return M, (B, K, D).
@@ -112,12 +133,18 @@ def rational_adapter(
 
     Returns AdapterOutput(logits (B, K), penalty (), (E,) or None, mask (B, K, D) or None), in image_features' dtype.
     Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend cannot serve.
+    The compiled backends have first derivatives in reverse mode. Under torch.func's transforms and in forward mode
+    "auto" takes the reference; a second derivative (create_graph=True) is refused with the way to have it.
     Equivalent to ``logit_scale * (mask * image_features[:, None] * text_features).sum(-1)``.
     """
     check_inputs(image_features, text_features, logit_scale, parameters, config, penalty, episodes)
-    arguments = (image_features, text_features, logit_scale, parameters, config)
+    transformed = under_transform()
 
     def refusal(name: str) -> str | None:
+        if isinstance(parameters, ProjectionCalls):
+            return f"{parameters.reason}; 'reference' serves it"
+        if transformed:
+            return TRANSFORM_REASON
         if name == "triton":
             from rada_fast.ops._triton import reason_not_served
 
@@ -127,6 +154,8 @@ def rational_adapter(
         return compiled_reason(config, image_features, text_features, parameters)
 
     run: Callable[..., AdapterOutput]
+    projections: Any = parameters.call if isinstance(parameters, ProjectionCalls) else parameters
+    arguments = (image_features, text_features, logit_scale, projections, config)
     match resolve_backend(backend, refusal):
         case "reference":
             from rada_fast.reference.rational_adapter import rational_adapter as run

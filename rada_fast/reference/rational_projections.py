@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch.nn.functional import linear
 
 from rada_fast.config import AdapterConfig
 
-Parameters = Mapping[str, Tensor]
+Parameters = Mapping[str, Tensor] | Callable[[str, Tensor], Tensor]
+"""Tensors under the published names, or a function that projects rows by the projection of a name."""
 
 
 class Projections(NamedTuple):
@@ -49,7 +51,11 @@ def split_heads(rows: Tensor, num_heads: int) -> Tensor:
 
 def project(rows: Tensor, parameters: Parameters, name: str) -> Tensor:
     """One linear projection, with its bias where it has one."""
-    return linear(rows, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+    if isinstance(parameters, FunctionType | MethodType):
+        projected: Tensor = parameters(name, rows)
+        return projected
+    tensors = cast(Mapping[str, Tensor], parameters)
+    return linear(rows, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
 
 
 def rational_projections(

@@ -1,0 +1,26 @@
+"""What the compiled operators do not differentiate: function transforms, forward mode, second derivatives."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+
+def under_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jacrev, ...) or forward-mode differentiation is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# torch.compile takes the answer as it is when it traces; it guards both states by itself.
+under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+TRANSFORM_REASON = "it serves no transform of torch.func and no forward-mode differentiation; 'reference' does"
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Called in a gradient formula: raises RuntimeError where that gradient is to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} has no second derivative on a compiled backend, and create_graph=True asks for one; "
+            "compute it inside rada_fast.use_backend('reference')"
+        )
