@@ -138,6 +138,8 @@ class AdapterConfig:
         _check_choice("mask_function", self.mask_function, ("attention", "mlp"))
         _check_positive("temperature", self.temperature)
         _check_positive("input_scale_factor", self.input_scale_factor)
+        if not isinstance(self.bias, bool):
+            raise UserError(f"bias must be true or false, got {self.bias!r}")
         if not isinstance(self.queries, tuple) or not self.queries:
             raise UserError(f"queries must be a non-empty tuple of {', '.join(QUERY_KINDS)}, got {self.queries!r}")
         for query in self.queries:

@@ -1,10 +1,16 @@
-"""Adapter checkpoints: safetensors of our own, and the published code's files, read without executing anything."""
+"""Adapter checkpoints: safetensors of our own, and the published code's files, read without executing anything.
+
+Nothing that a file says is believed before it is compared with what the file holds: not the sizes of its tensors, not
+its configuration. No memory is taken that the file does not fill.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import tempfile
+import re
+import secrets
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -12,80 +18,119 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from rada_fast.config import AdapterConfig
 from rada_fast.errors import UserError
-from rada_fast.modules.rational_adapter import RationalAdapter
+from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
 from rada_fast.ops.rational_adapter import parameter_shapes
 
 FORMAT = "rada_fast.adapter.v1"
+RUN_FILES = ("adapter.safetensors", "rada-ft-adapter.safetensors", "rada-adapter.safetensors")
+"""Where the runs of this package leave their adapter, the one that was trained last first."""
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_WIDTH = 2**14
+"""Widest embedding that is read, several times any vision-language model's."""
 
 
-def save_adapter(adapter: RationalAdapter, path: str | os.PathLike[str]) -> None:
+def save_adapter(adapter: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write an adapter as safetensors, its configuration in the header; the file appears whole or not at all.
 
-    adapter: any RationalAdapter; path: the file to write, whose folder must exist.
+    adapter: a RationalAdapter, or one inside DistributedDataParallel, AveragedModel (the average is written) or
+        torch.compile's wrapper. Of a projection whose weight is parametrised (torch.nn.utils.parametrize) the weight
+        that it computes with is written, and of tied projections every one.
+    path: the file to write, whose folder must exist.
+
+    Raises UserError where the file cannot be written, or where a projection is not its weight and bias alone (LoRA), is
+    on the meta device, or is sharded; TypeError where adapter is no RationalAdapter.
     """
-    path = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+    path, adapter = Path(path), unwrapped(adapter)
+    # A copy each: safetensors refuses tensors that share their memory, as tied projections do.
+    tensors = {name: value.detach().cpu().clone() for name, value in adapter.stored_parameters().items()}
     metadata = {"format": FORMAT, "config": json.dumps(adapter.config.to_dict())}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        Path(temporary).replace(path)
+        temporary.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}, metadata))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"adapter cannot be written to {path}: {error.strerror}") from None
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def load_adapter(path: str | os.PathLike[str], config: AdapterConfig | None = None) -> RationalAdapter:
     """Read an adapter from our own safetensors, or from a checkpoint of the published code.
 
-    path: a file, or a published run's output folder (its newest checkpoint is taken). Published files may be whole
-        model dictionaries with the adapter under a prefix such as "mha.", or the adapter's dictionary alone. Pickled
-        code in them is never executed: anything but tensors and plain containers loads as an inert object.
+    path: a file, or a run's output folder: one of ``rada-fast eft`` or ``fft`` (of the latter the adapter of the last
+        stage), or one of the published code (its newest checkpoint). Published files may be whole model dictionaries
+        with the adapter under a prefix such as "mha.", or the adapter's dictionary alone. Pickled code in them is never
+        executed: anything but tensors and plain containers loads as an inert object.
     config: the arithmetic; None takes the one in the file, or for published files the official preset at the file's
         width (the temperature is not stored there: give a configuration if it was not 1).
 
     Returns a RationalAdapter in the file's dtype (float16 and bfloat16 become float32).
     Raises UserError where the file is missing, damaged, or holds no adapter that fits.
     """
-    path = _newest_checkpoint(Path(path))
-    if _is_safetensors(path):
-        state, stored = _read_safetensors(path)
-    else:
-        state, stored = _read_published(path), None
-    state, factor = _adapter_entries(path, state)
-    embed_dim = state["out_proj.weight"].shape[0]
+    path = _adapter_file(Path(path))
+    try:
+        size = path.stat().st_size
+        if _is_safetensors(path, size):
+            state, stored = _read_safetensors(path)
+        else:
+            state, stored = _read_published(path, size), None
+    except OSError as error:
+        raise UserError(f"adapter checkpoint {path} cannot be read: {error.strerror or error}") from None
+    state, factor = _adapter_entries(path, state, size)
     if config is None:
-        config = stored or _official_config(path, embed_dim, bias="out_proj.bias" in state, factor=factor)
+        width = state["out_proj.weight"].shape[0]
+        config = stored or _official_config(path, width, bias="out_proj.bias" in state, factor=factor)
     return _build(path, state, config)
 
 
-def _newest_checkpoint(path: Path) -> Path:
-    """The file itself, or the newest checkpoint of a published run's folder."""
-    if path.is_dir():
-        for folder in (path, *sorted(child for child in path.iterdir() if child.is_dir())):
-            index = folder / "checkpoint"
-            if index.is_file():
-                named = folder / Path(index.read_text().strip()).name
-                if named.is_file():
-                    return named
-        raise UserError(f"adapter checkpoint folder {path} holds no file named 'checkpoint' that points to one")
-    if not path.is_file():
-        raise UserError(f"adapter checkpoint {path} does not exist")
-    return path
+def _adapter_file(path: Path) -> Path:
+    """The file itself, or the one that a run's folder holds or points to."""
+    if "\0" in str(path):
+        raise UserError(f"adapter checkpoint must be a path, got one with a NUL character: {str(path)!r}")
+    try:
+        path = path.expanduser()
+        if path.is_dir():
+            return _file_of_run(path)
+        if path.is_file():
+            return path
+        missing = not path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be read, an unknown ~user
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"adapter checkpoint {path} cannot be read: {reason}") from None
+    raise UserError(f"adapter checkpoint {path} {'does not exist' if missing else 'is not a regular file'}")
 
 
-def _is_safetensors(path: Path) -> bool:
+def _file_of_run(folder: Path) -> Path:
+    for name in RUN_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir())):
+        index = place / "checkpoint"
+        if index.is_file():
+            with index.open("rb") as file:
+                named = Path(file.read(4096).decode("utf-8", "replace").replace("\0", "").strip()).name
+            if named and (place / named).is_file():
+                return place / named
+    raise UserError(
+        f"adapter checkpoint folder {folder} holds no file named 'checkpoint' that points to one, and none of "
+        f"{', '.join(RUN_FILES)}"
+    )
+
+
+def _is_safetensors(path: Path, size: int) -> bool:
     """Whether the file begins like safetensors: the header's length, then a JSON object."""
     with path.open("rb") as file:
         head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < size
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], AdapterConfig | None]:
@@ -93,43 +138,69 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], AdapterConfig | None]
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"adapter checkpoint {path} is not readable safetensors: {error}") from None
+    except Exception as error:  # beside its own error: types that this PyTorch does not have, sizes past its integers
+        raise UserError(f"adapter checkpoint {path} is not readable safetensors: {_one_line(error)}") from None
     if "config" not in metadata:
         return state, None
     try:
-        return state, AdapterConfig.from_dict(json.loads(metadata["config"]))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"adapter checkpoint {path} has an unusable configuration: {error}") from None
+        values = json.loads(metadata["config"])
+        if not isinstance(values, dict):
+            raise UserError(f"it must be an object, got {type(values).__name__}")
+        layers = values.get("num_layers", 1)
+        held = len({name.split(".")[1] for name in state if re.fullmatch(r"layers\.\d+\..+", name)}) + 1
+        # Compared before a configuration is made, whose parameters are listed one by one.
+        if isinstance(layers, int) and layers > held:
+            raise UserError(f"num_layers must be what the file holds, {held}, got {_shown(layers)}")
+        for name, value in values.items():
+            if isinstance(value, int | float) and not abs(value) < 2**63:
+                raise UserError(f"{name} must be an ordinary number, got {value}")
+        return state, AdapterConfig.from_dict(values)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except (ValueError, TypeError, OverflowError) as error:
+        reason = "it is not JSON with ordinary numbers"
+        if isinstance(error, UserError):
+            reason = _one_line(error)
+    raise UserError(f"adapter checkpoint {path} has an unusable configuration: {reason}")
 
 
-def _read_published(path: Path) -> dict[str, Any]:
+def _read_published(path: Path, size: int) -> dict[Any, Any]:
     """A torch file, unpickled with every class but tensors and plain containers replaced by an inert one."""
     try:
         with warnings.catch_warnings():
             # torch warns of pickles it did not write; what matters is whether they load.
             warnings.simplefilter("ignore")
-            inert = [(type("Inert", (_Inert,), {}), name) for name in _named_classes(path)]
+            inert = [(type("Inert", (_Inert,), {}), name) for name in _named_classes(path, size)]
             with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
                 content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # a damaged or hostile file can make the unpickler fail in any way
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # PyTorch's own text advises loading without the safeguard, so only the name in it is quoted.
+        named = re.search(r"GLOBAL ([A-Za-z_][\w.]*\.\w+)", str(error))
+        reason = "it is damaged, or holds more than tensors and plain containers"
+        if named:
+            reason = f"it refers to {named[1][:100]}"
         raise UserError(
             f"adapter checkpoint {path} is not a file that can be read without executing code: {reason}"
         ) from None
     if not isinstance(content, dict):
-        raise UserError(f"adapter checkpoint {path} must hold a dictionary of tensors, got {type(content).__name__}")
+        raise UserError(f"adapter checkpoint {path} must hold a dictionary of tensors, got {_kind(content)}")
     inner = content.get("state_dict", content)
     if not isinstance(inner, dict):
-        raise UserError(f"adapter checkpoint {path} must hold tensors under 'state_dict', got {type(inner).__name__}")
+        raise UserError(f"adapter checkpoint {path} must hold tensors under 'state_dict', got {_kind(inner)}")
     return inner
 
 
-def _named_classes(path: Path) -> list[str]:
+def _named_classes(path: Path, size: int) -> list[str]:
     """Qualified names in the file's pickle that torch would not load by itself; none for torch's older, non-zip files,
     which the restricted unpickler takes or refuses as they are."""
     if not zipfile.is_zipfile(path):
         return []
+    with zipfile.ZipFile(path) as archive:
+        # torch packs nothing and lets no two records overlap; an archive that grows in memory is not its.
+        if sum(record.file_size for record in archive.infolist()) > size:
+            raise UserError(f"adapter checkpoint {path} would unpack to more than the file's {size} bytes")
     return torch.serialization.get_unsafe_globals_in_checkpoint(path)
 
 
@@ -146,21 +217,43 @@ class _Inert:
         pass
 
 
-def _adapter_entries(path: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], float]:
+def _one_line(error: Exception) -> str:
+    return _shown(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _shown(value: object) -> str:
+    """A value of the file's in a message: printable, and cut where it is long."""
+    try:
+        text = str(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number of thousands of digits"
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:201])
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _kind(value: object) -> str:
+    return "an object of a class" if isinstance(value, _Inert) else type(value).__name__
+
+
+def _adapter_entries(path: Path, state: Mapping[Any, Any], size: int) -> tuple[dict[str, Tensor], float]:
     """The adapter's own tensors under its own names, and the published variant's input scale factor."""
+    named = {name: value for name, value in state.items() if isinstance(name, str)}
     prefixes = {
         name.removesuffix(marker)
-        for name in state
+        for name in named
         for marker in ("q_proj3.weight", "fc.weight", "q_proj1.weight", "q_proj2.weight")
-        if isinstance(name, str) and name.endswith(marker) and f"{name.removesuffix(marker)}out_proj.weight" in state
+        if name.endswith(marker) and f"{name.removesuffix(marker)}out_proj.weight" in named
     }
     if len(prefixes) != 1:
-        found = "none" if not prefixes else ", ".join(repr(prefix) for prefix in sorted(prefixes))
+        found = "none" if not prefixes else _shown(", ".join(repr(prefix) for prefix in sorted(prefixes)))
         raise UserError(
             f"adapter checkpoint {path} must hold one rational adapter (q_proj1 ... out_proj), found prefixes: {found}"
         )
     prefix = prefixes.pop()
-    entries = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not prefix and len(named) < len(state):
+        odd = next(name for name in state if not isinstance(name, str))
+        raise UserError(f"adapter checkpoint {path} must name its tensors by texts, got {type(odd).__name__} {odd!r}")
+    entries = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
     factor = 1.0
     for leaf in ("weight", "bias"):
         if f"q_proj.{leaf}" in entries:  # the query-key variant's name for q_proj1; it scales its inputs by 4 s
@@ -169,19 +262,38 @@ def _adapter_entries(path: Path, state: Mapping[str, Any]) -> tuple[dict[str, Te
     if prefix:  # a whole model's dictionary: what else lies under the prefix (an unused "alpha") is not the adapter's
         entries = {name: value for name, value in entries.items() if name.endswith((".weight", ".bias"))}
     entries.pop("alpha", None)
-    tensors: dict[str, Tensor] = {}
-    for name, value in entries.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise UserError(f"adapter checkpoint {path}: {name} must be a floating-point tensor")
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"adapter checkpoint {path}: {name} holds NaN or infinity")
-        # Parameter subclasses and half precision end here: plain tensors of float32 or float64.
-        plain = value.detach().as_subclass(Tensor)
-        tensors[name] = plain.to(torch.promote_types(plain.dtype, torch.float32))
+    tensors = {name: _plain(path, name, value, size) for name, value in entries.items()}
+    exact = torch.float64 if any(value.dtype == torch.float64 for value in tensors.values()) else torch.float32
     weight = tensors.get("out_proj.weight")
     if weight is None or weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
         raise UserError(f"adapter checkpoint {path}: out_proj.weight must be a square matrix")
-    return tensors, factor
+    if not 0 < len(weight) <= _MOST_WIDTH:
+        raise UserError(f"adapter checkpoint {path}: its width must be from 1 to {_MOST_WIDTH}, got {len(weight)}")
+    return {name: value.to(exact) for name, value in tensors.items()}, factor
+
+
+def _plain(path: Path, name: str, value: object, size: int) -> Tensor:
+    """A tensor as the file holds it, without its class. Raises UserError where it is not dense, finite and there."""
+    problem = None
+    if not isinstance(value, Tensor):
+        problem = f"must be a floating-point tensor, got {_kind(value)}"
+    elif value.is_nested or value.layout != torch.strided:
+        problem = f"must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}"
+    elif value.is_meta:
+        problem = "must have values, got a tensor of the meta device"
+    elif value.is_quantized or value.dtype not in _FLOATING:
+        problem = f"must be a floating-point tensor of float16, bfloat16, float32 or float64, got {value.dtype}"
+    elif math.prod(value.shape) > _MOST_WIDTH**2:
+        problem = f"must have at most {_MOST_WIDTH} x {_MOST_WIDTH} elements, got the shape {tuple(value.shape)}"
+    elif math.prod(value.shape) * value.element_size() > size:
+        # A view with strides of zero, or past the end of its storage: its elements are not in the file.
+        problem = f"must be held by the file's {size} bytes, got the shape {tuple(value.shape)}"
+    elif not bool(torch.isfinite(value).all()):
+        problem = "holds NaN or infinity"
+    if problem is not None:
+        raise UserError(f"adapter checkpoint {path}: {_shown(name)} {problem}")
+    assert isinstance(value, Tensor)
+    return value.detach().as_subclass(Tensor)
 
 
 def _official_config(path: Path, embed_dim: int, *, bias: bool, factor: float) -> AdapterConfig:
@@ -191,6 +303,13 @@ def _official_config(path: Path, embed_dim: int, *, bias: bool, factor: float) -
 
 
 def _build(path: Path, state: dict[str, Tensor], config: AdapterConfig) -> RationalAdapter:
+    width, held = config.embed_dim, state["out_proj.weight"].shape[0]
+    if width != held:
+        raise UserError(f"adapter checkpoint {path} has width {held}, its configuration {_shown(width)}")
+    if config.num_layers > len(state):
+        raise UserError(
+            f"adapter checkpoint {path} lacks layers: it holds {len(state)} tensors for {config.num_layers}"
+        )
     wanted = parameter_shapes(config)
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     wrong = [
@@ -200,7 +319,7 @@ def _build(path: Path, state: dict[str, Tensor], config: AdapterConfig) -> Ratio
     ]
     for problem, names in (("lacks", missing), ("has unexpected", extra), ("has wrong shapes:", wrong)):
         if names:
-            raise UserError(f"adapter checkpoint {path} {problem} {', '.join(names[:4])}")
+            raise UserError(f"adapter checkpoint {path} {problem} {_shown(', '.join(names[:4]))}")
     adapter = RationalAdapter(config, device="meta")
     adapter.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return adapter.requires_grad_(True)

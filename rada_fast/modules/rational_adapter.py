@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from rada_fast.config import AdapterConfig, MaskPenalty
-from rada_fast.ops.rational_adapter import parameter_shapes, rational_adapter
+from rada_fast.modules.projections import (
+    GIVE_VALUES,
+    ZeroLinear,
+    has_hooks,
+    has_parametrisations,
+    reason_to_call,
+    stored_value,
+)
+from rada_fast.ops.rational_adapter import AdapterOutput, ProjectionCalls, parameter_shapes, rational_adapter
 
 
 class RationalAdapter(nn.Module):
@@ -17,6 +26,11 @@ class RationalAdapter(nn.Module):
     Parameters are named as in the published code (q_proj1 image, q_proj2 text, q_proj3 rational, k_proj, v_proj,
     out_proj; further layers under ``layers``). Output projections start at zero, so that the first prediction is the
     zero-shot one; the others start as torch.nn.Linear does.
+
+    The projections are torch.nn.Linear layers, to be tied, frozen, parametrised (torch.nn.utils.parametrize) or hooked,
+    or to be replaced by modules of your own (LoRA). Where one is more than its weight and bias (it has hooks, a forward
+    of its own, or a sharded or quantised weight), all are called as modules and plain PyTorch does the rest, the
+    "reference" backend: a compiled backend asked for by name says so.
 
     config: the arithmetic; see AdapterConfig.
     """
@@ -34,14 +48,80 @@ class RationalAdapter(nn.Module):
                 if parent not in owner._modules:
                     owner.add_module(parent, nn.Module())
                 owner = owner.get_submodule(parent)
-            linear = nn.Linear(config.embed_dim, config.embed_dim, bias=config.bias, device=device)
-            if last == "out_proj":
-                for parameter in linear.parameters():
-                    nn.init.zeros_(parameter)
-            owner.add_module(last, linear)
+            kind = ZeroLinear if last == "out_proj" else nn.Linear
+            owner.add_module(last, kind(config.embed_dim, config.embed_dim, bias=config.bias, device=device))
 
     def extra_repr(self) -> str:
         return f"config={self.config}"
+
+    def reset_parameters(self) -> None:
+        """Start all projections anew, the output projections at zero; for an adapter made on the meta device, after
+        ``to_empty``."""
+        for _, layer in self._projections():
+            layer.reset_parameters()  # type: ignore[operator]
+
+    def _projections(self) -> Iterator[tuple[str, nn.Module]]:
+        for name in parameter_shapes(self.config):
+            if name.endswith(".weight"):
+                path = name.removesuffix(".weight")
+                yield path, self.get_submodule(path) if "." in path else self._modules[path]  # type: ignore[misc]
+
+    def _project(self, name: str, rows: Tensor) -> Tensor:
+        projected: Tensor = self.get_submodule(name)(rows)
+        return projected
+
+    def _tensors_or_calls(self) -> dict[str, Tensor] | ProjectionCalls:
+        """Every projection's weight and bias, or the way to call the projections where they are more than these."""
+        layers = dict(self._projections())
+        for name, layer in layers.items():
+            if reason := reason_to_call(layer):
+                return ProjectionCalls(self._project, f"{name} {reason}")
+        tensors: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            # Attributes, not named_parameters: replicas, tied and parametrised layers have them too. Each is read once.
+            tensors[f"{name}.weight"] = layer.weight  # type: ignore[assignment]
+            if (bias := layer.bias) is not None:
+                tensors[f"{name}.bias"] = bias  # type: ignore[assignment]
+        return tensors
+
+    def is_plain(self) -> bool:
+        """Whether the adapter is rational_adapter of its named parameters and nothing more: no hooks, no parametrised,
+        tied or replaced projections, no forward of a subclass."""
+        if type(self).forward is not RationalAdapter.forward or "forward" in self.__dict__ or has_hooks(self):
+            return False
+        if any(reason_to_call(layer) for _, layer in self._projections()):
+            return False
+        return {name for name, _ in self.named_parameters()} == set(parameter_shapes(self.config))
+
+    def stored_parameters(self) -> dict[str, Tensor]:
+        """What a file holds: every projection's weight and bias as they are now, under the published names.
+
+        Raises UserError naming a projection that is more than its weight and bias, or has no values.
+        """
+        layers = dict(self._projections())
+        return {
+            name: stored_value(name.rsplit(".", 1)[0], layers[name.rsplit(".", 1)[0]], name.rsplit(".", 1)[1])
+            for name in parameter_shapes(self.config)
+        }
+
+    def _run(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        penalty: MaskPenalty | None = None,
+        return_mask: bool = False,
+    ) -> AdapterOutput:
+        return rational_adapter(
+            image_features,
+            text_features,
+            logit_scale,
+            self._tensors_or_calls(),
+            self.config,
+            penalty=penalty,
+            return_mask=return_mask,
+        )
 
     @overload
     def forward(
@@ -64,23 +144,43 @@ class RationalAdapter(nn.Module):
         image_features: (B, D), unit norm; text_features: (K, D), unit norm; logit_scale: the multiplier s.
         See rada_fast.ops.rational_adapter for the equation, dtypes and errors.
         """
-        output = rational_adapter(
-            image_features, text_features, logit_scale, dict(self.named_parameters()), self.config, penalty=penalty
-        )
+        output = self._run(image_features, text_features, logit_scale, penalty=penalty)
         return output.logits if output.penalty is None else (output.logits, output.penalty)
 
     def mask(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
         """The mask M, (B, K, D), for inspection; arguments as forward."""
-        output = rational_adapter(
-            image_features, text_features, logit_scale, dict(self.named_parameters()), self.config, return_mask=True
-        )
+        output = self._run(image_features, text_features, logit_scale, return_mask=True)
         assert output.mask is not None
         return output.mask
 
     def is_identity(self) -> bool:
         """Whether every output projection is exactly zero, so that the logits are the zero-shot ones.
 
-        It reads the parameters' values: on a GPU, call it once, not in a loop.
+        It reads the parameters' values: on a GPU, call it once, not in a loop. An output projection that is more than
+        its weight and bias (see the class), or parametrised, is not looked into: the answer is False.
         """
-        outputs = [p for name, p in self.named_parameters() if "out_proj." in name]
-        return not any(bool(parameter.any()) for parameter in outputs)
+        for name, layer in self._projections():
+            if name.rsplit(".", 1)[-1] != "out_proj":
+                continue
+            if reason_to_call(layer) or has_parametrisations(layer):
+                return False
+            for value in (layer.weight, layer.bias):
+                if isinstance(value, Tensor):
+                    if value.is_meta:
+                        raise ValueError(f"adapter's {name} is on the meta device: {GIVE_VALUES}")
+                    if bool(value.any()):
+                        return False
+        return True
+
+
+def unwrapped(adapter: nn.Module) -> RationalAdapter:
+    """The adapter inside the wrappers of torch.compile, data parallelism and weight averaging.
+
+    Raises TypeError where there is none.
+    """
+    inner: object = adapter
+    while isinstance(inner, nn.Module) and not isinstance(inner, RationalAdapter):
+        inner = inner._modules.get("_orig_mod") or inner._modules.get("module")
+    if not isinstance(inner, RationalAdapter):
+        raise TypeError(f"adapter must be a RationalAdapter, or one in a wrapper, got {type(adapter).__name__}")
+    return inner

@@ -1,0 +1,110 @@
+"""The projections of an adapter as what they are: linear layers that other code may wrap, hook or parametrise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wrapper
+
+from rada_fast.errors import UserError
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def is_no_ordinary_tensor(value: object) -> bool:
+    """Whether a tensor stands for others: sharded, quantised."""
+    return bool(_is_wrapper(value))
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero, also where ``reset_parameters`` starts it again (meta device, FSDP)."""
+
+    def reset_parameters(self) -> None:
+        # Drawn all the same: layers that are made after this one start as they did beside a torch.nn.Linear.
+        super().reset_parameters()
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module would call hooks as well: its own, or those registered for all modules."""
+    return any(getattr(module, name) or getattr(torch_module, f"_global{name}") for name in _HOOKS)
+
+
+def reason_to_call(layer: nn.Module) -> str | None:
+    """Why a projection has to be called as a module, or None where it is its weight and bias alone: x W^T + b.
+
+    A fused operator takes the weight and the bias themselves. It would pass over the forward of a subclass (LoRA) and
+    over hooks, and it cannot read a weight that is no ordinary tensor (sharded, quantised).
+    """
+    if reason := _own_forward(layer):
+        return reason
+    if has_hooks(layer):
+        return "has hooks"
+    if not has_parametrisations(layer):
+        for leaf in ("weight", "bias"):
+            if is_no_ordinary_tensor(getattr(layer, leaf)):
+                return f"has a {leaf} of the type {type(getattr(layer, leaf)).__name__}"
+    return None
+
+
+def has_parametrisations(layer: nn.Module) -> bool:
+    """Whether reading the layer's weight or bias computes it (torch.nn.utils.parametrize), which may change a state."""
+    return "parametrizations" in layer._modules
+
+
+def _own_forward(layer: nn.Module) -> str | None:
+    kind = type(layer)
+    if not isinstance(layer, nn.Linear):
+        return f"is a {kind.__name__}, not a torch.nn.Linear"
+    if kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Module.__call__ or "forward" in layer.__dict__:
+        return f"is a {kind.__name__} with a forward of its own"
+    return None
+
+
+def stored_value(name: str, layer: nn.Module, leaf: str) -> Tensor:
+    """The weight or bias that a projection computes with, of a parametrised one as it is now, for a file.
+
+    Raises UserError, naming the projection, where it is more than that, or has no values here.
+    """
+    layer = getattr(layer, "_orig_mod", layer)  # torch.compile's wrapper
+    if reason := _own_forward(layer):
+        raise UserError(
+            f"adapter's {name} {reason}: merge it into a torch.nn.Linear before saving (peft: merge_and_unload)"
+        )
+    if leaf not in layer._parameters and not is_parametrized(layer, leaf):
+        raise UserError(
+            f"adapter's {name} has a {leaf} that is made anew at every call (torch.nn.utils.weight_norm, prune, "
+            "spectral_norm): make it permanent before saving (remove_weight_norm, remove_spectral_norm, prune.remove)"
+        )
+    with _evaluating(layer):
+        value = getattr(layer, leaf)
+    if not isinstance(value, Tensor):
+        raise UserError(f"adapter's {name} has no {leaf}, which its configuration wants")
+    if is_no_ordinary_tensor(value):
+        raise UserError(
+            f"adapter's {name} has a {leaf} of the type {type(value).__name__}: gather or dequantise it before saving"
+        )
+    if value.is_meta:
+        raise UserError(f"adapter's {name} has a {leaf} on the meta device: {GIVE_VALUES}")
+    return value
+
+
+@contextmanager
+def _evaluating(layer: nn.Module) -> Iterator[None]:
+    """Parametrisations that learn from being read, as spectral norm's power iteration does, learn nothing."""
+    training = [module for module in layer.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+GIVE_VALUES = "give it values first, by to_empty and reset_parameters, or by load_state_dict(..., assign=True)"

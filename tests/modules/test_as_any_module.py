@@ -1,0 +1,293 @@
+"""The adapter under what PyTorch code does to modules: hooks, LoRA, parametrisations, ties, wrappers, no values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+from torch.nn.utils import parametrizations, prune
+
+import rada_fast
+from rada_fast import BackendUnavailableError, UserError, load_adapter, save_adapter
+from rada_fast.config import AdapterConfig
+from rada_fast.modules import RationalAdapter
+from rada_fast.ops import rational_adapter
+
+CONFIG = AdapterConfig.official(16)
+PROJECTIONS = ("q_proj1", "q_proj2", "q_proj3", "k_proj", "v_proj", "out_proj")
+
+
+class LoRA(nn.Module):
+    """What peft puts in a projection's place: the layer and a low-rank term."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.down, self.up = nn.Linear(layer.in_features, 2, bias=False), nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(rows) + self.up(self.down(rows))
+        return result
+
+
+class LoRALinear(nn.Linear):
+    """The other form: a subclass that adds the term in its forward."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+        self.load_state_dict(layer.state_dict())
+        self.down, self.up = nn.Parameter(torch.randn(2, self.in_features)), nn.Parameter(torch.randn(16, 2))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return super().forward(rows) + linear(linear(rows, self.down), self.up)
+
+
+def adapter_of(config: AdapterConfig = CONFIG) -> RationalAdapter:
+    made = RationalAdapter(config)
+    nn.init.normal_(made.get_parameter("out_proj.weight"), std=0.1)
+    return made.double()
+
+
+def inputs() -> tuple[Tensor, Tensor, float]:
+    image, text = torch.randn(2, 16, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    return normalize(image, dim=-1), normalize(text, dim=-1), 30.0
+
+
+def replaced(kind: Callable[[Any], nn.Module]) -> Callable[[RationalAdapter], object]:
+    return lambda adapter: setattr(adapter, "k_proj", kind(adapter.k_proj).double())
+
+
+def tied(adapter: RationalAdapter) -> None:
+    adapter.get_submodule("v_proj").weight = adapter.get_parameter("k_proj.weight")
+
+
+def own_forward(adapter: RationalAdapter) -> None:
+    layer: Any = adapter.v_proj
+    layer.forward = lambda rows: linear(rows, layer.weight, layer.bias).tanh()
+
+
+WAYS: dict[str, Callable[[Any], object]] = {
+    "lora": replaced(LoRA),
+    "lora-subclass": replaced(LoRALinear),
+    "sequential": replaced(lambda layer: nn.Sequential(layer, nn.Tanh())),
+    "weight-norm": lambda adapter: parametrizations.weight_norm(adapter.k_proj),
+    "weight-norm-by-hooks": lambda adapter: torch.nn.utils.weight_norm(adapter.k_proj),
+    "spectral-norm": lambda adapter: parametrizations.spectral_norm(adapter.eval().v_proj),
+    "pruned": lambda adapter: prune.random_unstructured(adapter.v_proj, "weight", 0.5),
+    "tied": tied,
+    "hook": lambda adapter: adapter.k_proj.register_forward_hook(lambda *given: 2 * given[-1]),
+    "pre-hook": lambda adapter: adapter.q_proj1.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
+    "own-forward": own_forward,
+}
+
+
+def by_calls(adapter: RationalAdapter, image: Tensor, text: Tensor, scale: float) -> Tensor:
+    """The official preset written out, every projection called as a module, all in (B, K, D)."""
+    rational = scale * image[:, None] * text
+    rows = {
+        "q_proj1": scale**0.5 * image[:, None].expand_as(rational),
+        "q_proj2": scale**0.5 * text.expand_as(rational),
+        "q_proj3": rational, "k_proj": rational, "v_proj": rational,
+    }  # fmt: skip
+    batch, classes, width = rational.shape
+    heads = {
+        name: adapter.get_submodule(name)(value).view(batch, classes, 8, width // 8).transpose(1, 2)
+        for name, value in rows.items()
+    }
+    attended = torch.zeros_like(heads["v_proj"])
+    for name in ("q_proj1", "q_proj2", "q_proj3"):
+        scores = heads[name] @ heads["k_proj"].mT / (width // 8) ** 0.5
+        attended = attended + classes / 3 * scores.flatten(2).softmax(-1).view_as(scores) @ heads["v_proj"]
+    offset = adapter.get_submodule("out_proj")(attended.transpose(1, 2).flatten(2))
+    return ((1 + offset).relu() * rational).sum(-1)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_changed_projection_computes_what_it_is(way: str) -> None:
+    adapter = adapter_of()
+    plain = adapter(*inputs())
+    WAYS[way](adapter)
+    given = inputs()
+    logits = adapter(*given)
+    torch.testing.assert_close(logits, by_calls(adapter, *given), rtol=1e-9, atol=1e-9)
+    assert logits.shape == plain.shape
+    # Gradients reach whatever the projections are made of.
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
+def test_hooks_of_every_kind_are_called() -> None:
+    adapter, given, called = adapter_of(), inputs(), []
+    given[0].requires_grad_()  # PyTorch warns of backward hooks on layers whose inputs carry no gradient
+    for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        getattr(adapter.k_proj, f"register_{kind}_hook")(lambda *_, kind=kind: called.append(kind))
+    adapter(*given).sum().backward()
+    assert sorted(called) == ["forward", "forward_pre", "full_backward", "full_backward_pre"]
+
+    adapter = adapter_of()
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        adapter(*given)
+    finally:
+        handle.remove()
+    assert {adapter.get_submodule(name) for name in PROJECTIONS} <= set(seen)
+
+
+def test_a_named_backend_says_that_it_does_not_serve_changed_projections() -> None:
+    adapter = adapter_of()
+    WAYS["lora"](adapter)
+    if rada_fast.backends()["cpu"] != "usable":
+        pytest.skip("no compiled extension")
+    with (
+        rada_fast.use_backend("cpu"),
+        pytest.raises(
+            BackendUnavailableError, match=r"k_proj is a LoRA, not a torch\.nn\.Linear; 'reference' serves it"
+        ),
+    ):
+        adapter(*inputs())
+    with rada_fast.use_backend("literal"):
+        torch.testing.assert_close(adapter(*inputs()).shape, torch.Size([2, 5]))
+
+
+def test_replicas_have_no_parameters_but_attributes() -> None:
+    """torch.nn.parallel.replicate leaves a replica's tensors as attributes, none of them a parameter."""
+    adapter, given = adapter_of(), inputs()
+    replica = adapter._replicate_for_data_parallel()
+    for name in PROJECTIONS:
+        layer = adapter.get_submodule(name)._replicate_for_data_parallel()
+        for leaf, value in adapter.get_submodule(name).named_parameters():
+            setattr(layer, leaf, value.clone())
+        replica._modules[name] = layer
+    assert not list(replica.parameters())
+    torch.testing.assert_close(replica(*given), adapter(*given), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("config", [CONFIG, AdapterConfig.paper(16, num_layers=3)], ids=["official", "layers"])
+def test_the_meta_device_and_starting_anew(config: AdapterConfig) -> None:
+    adapter = RationalAdapter(config, device="meta")
+    image, text = torch.ones(2, 16, device="meta"), torch.ones(5, 16, device="meta")
+    assert adapter(image, text, 100.0).shape == (2, 5)
+    with pytest.raises(ValueError, match="must be on cpu as image_features are, got meta"):
+        adapter(torch.ones(2, 16), torch.ones(5, 16), 100.0)
+    with pytest.raises(ValueError, match="on the meta device: give it values first, by to_empty and reset_parameters"):
+        adapter.is_identity()
+    with pytest.raises(UserError, match="on the meta device: give it values first"):
+        save_adapter(adapter, "nowhere")
+    adapter.to_empty(device="cpu")
+    torch.manual_seed(7)
+    adapter.reset_parameters()
+    torch.manual_seed(7)
+    fresh = RationalAdapter(config)
+    assert adapter.is_identity()
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in adapter.state_dict().items())
+    # As FSDP's deferred initialisation does: layer by layer.
+    for layer in adapter.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    assert adapter.is_identity()
+
+
+@pytest.mark.parametrize("way", ["lora", "hook", "weight-norm"])
+def test_an_output_projection_that_is_more_is_no_identity(way: str) -> None:
+    adapter = RationalAdapter(CONFIG)
+    assert adapter.is_identity()
+    match way:
+        case "lora":
+            adapter.out_proj = LoRA(adapter.get_submodule("out_proj"))  # type: ignore[arg-type]
+        case "hook":
+            adapter.get_submodule("out_proj").register_forward_hook(lambda *given: given[-1] + 1)
+        case _:
+            nn.init.normal_(adapter.get_parameter("out_proj.weight"))
+            parametrizations.weight_norm(adapter.get_submodule("out_proj"))
+    assert not adapter.is_identity()
+
+
+def wrapped(kind: str, adapter: RationalAdapter) -> nn.Module:
+    match kind:
+        case "data-parallel":
+            return nn.DataParallel(adapter)
+        case "average":
+            return torch.optim.swa_utils.AveragedModel(adapter)
+        case "compiled":
+            return torch.compile(adapter, backend="eager")  # type: ignore[return-value]
+        case _:
+            return torch.compile(nn.DataParallel(adapter), backend="eager")  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", ["data-parallel", "average", "compiled", "both"])
+def test_wrapped_copies_are_saved_and_their_dictionaries_read(tmp_path: Path, kind: str) -> None:
+    adapter = RationalAdapter(CONFIG)
+    nn.init.normal_(adapter.get_parameter("out_proj.weight"))
+    wrapper = wrapped(kind, adapter)
+    save_adapter(wrapper, tmp_path / "a.safetensors")
+    torch.save(wrapper.state_dict(), tmp_path / "dictionary.pt")
+    for name in ("a.safetensors", "dictionary.pt"):
+        loaded = load_adapter(tmp_path / name)
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in adapter.state_dict().items())
+    if kind == "average":
+        wrapper.update_parameters(adapter)  # type: ignore[operator]
+        assert wrapper(*(value.float() for value in inputs()[:2]), 30.0).shape == (2, 5)
+
+
+@pytest.mark.parametrize("way", ["weight-norm", "tied", "hook", "compiled"])
+def test_a_file_holds_what_the_adapter_computes_with(tmp_path: Path, way: str) -> None:
+    adapter = adapter_of()
+    if way == "compiled":
+        adapter.k_proj = torch.compile(adapter.k_proj, backend="eager")  # type: ignore[assignment]
+    else:
+        WAYS[way](adapter)
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    loaded = load_adapter(tmp_path / "a.safetensors")
+    assert torch.equal(loaded.get_parameter("v_proj.weight"), adapter.v_proj.weight)  # type: ignore[arg-type]
+    if way != "hook":  # a hook is no part of a module's state
+        given = inputs()
+        torch.testing.assert_close(loaded(*given), adapter(*given), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("lora", "k_proj is a LoRA, not a torch.nn.Linear: merge it .*merge_and_unload"),
+        ("lora-subclass", "k_proj is a LoRALinear with a forward of its own: merge it"),
+        ("weight-norm-by-hooks", "k_proj has a weight that is made anew at every call .*remove_weight_norm"),
+        ("pruned", "v_proj has a weight that is made anew at every call .*prune.remove"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_said_with_the_way_out(tmp_path: Path, way: str, message: str) -> None:
+    adapter = adapter_of()
+    WAYS[way](adapter)
+    with pytest.raises(UserError, match=message):
+        save_adapter(adapter, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_module_is_no_adapter() -> None:
+    with pytest.raises(TypeError, match="adapter must be a RationalAdapter, or one in a wrapper, got Linear"):
+        save_adapter(nn.Linear(2, 2), "nowhere")
+
+
+def test_copies_of_a_changed_adapter_are_their_own() -> None:
+    adapter, given = adapter_of(), inputs()
+    WAYS["lora"](adapter)
+    twin = copy.deepcopy(adapter)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.zero_()
+    assert not torch.allclose(twin(*given), adapter(*given))
+
+
+def test_projections_as_functions_need_one_adapter_for_all_episodes() -> None:
+    adapter = adapter_of()
+    WAYS["lora"](adapter)
+    image, text, scale = inputs()
+    with pytest.raises(ValueError, match="episodes need parameters that are tensors, but k_proj is a LoRA"):
+        rational_adapter(image, text, scale, adapter._tensors_or_calls(), CONFIG, episodes=2)
