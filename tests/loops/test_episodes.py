@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rada_fast import adapt_episodes
@@ -135,3 +136,145 @@ def test_a_bad_image_spoils_only_itself() -> None:
     dirty = adapt_episodes(start, views, text, 100.0)
     assert bool(dirty[1].isnan().all())
     assert torch.equal(dirty[[0, 2]], clean[[0, 2]])
+
+
+def config_of(optimizer: str = "adamw") -> TTTConfig:
+    return TTTConfig(optimizer=optimizer, lr=1e-3, selection=0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("start", ["zero", "pretrained"])
+def test_low_precision_adapts_as_float32_does(dtype: torch.dtype, optimizer: str, start: str) -> None:
+    views, text = features(2, 12, 7)
+    half = adapter(start).to(dtype)
+    # The same numbers in float32: what is left between the two is the arithmetic of the episode.
+    exact = RationalAdapter(half.config)
+    exact.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+    views, text = views.to(dtype), text.to(dtype)
+    wanted = adapt_episodes(exact, views.float(), text.float(), 100.0, config_of(optimizer))
+    got = adapt_episodes(half, views, text, 100.0, config_of(optimizer))
+    assert got.dtype == dtype
+    assert bool(got.isfinite().all())
+    error = (got.float() - wanted).abs().max() / wanted.abs().max()
+    assert float(error) <= 4 * torch.finfo(dtype).eps
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+
+
+def test_mixed_precision_is_computed_in_the_wider_type() -> None:
+    views, text = features(1, 8, 5)
+    start = adapter("pretrained")
+    wanted = adapt_episodes(start, views, text, 100.0)
+    assert adapt_episodes(start, views.double(), text.double(), 100.0).dtype == torch.float64
+    half = adapt_episodes(start, views.half(), text.half(), 100.0)
+    torch.testing.assert_close(half.float(), wanted, rtol=1e-2, atol=0.5)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_episodes_run_inside_inference_mode_as_outside(mode: type) -> None:
+    views, text = features(2, 8, 5)
+    start = adapter("pretrained")
+    wanted = adapt_episodes(start, views, text, torch.tensor(100.0))
+    with mode():
+        assert torch.equal(adapt_episodes(start, views, text, 100.0), wanted)
+        # Features, text and parameters that were made in it as well, as a test loop's are.
+        made = RationalAdapter(start.config)
+        made.load_state_dict(start.state_dict())
+        got = adapt_episodes(made, views * 1, text * 1, torch.tensor(100.0))
+        assert adapt_episodes(made, views[:0], text, 100.0).shape == (0, 5)
+    assert torch.equal(got, wanted)
+    assert torch.equal(adapt_episodes(made, views, text, 100.0), wanted)
+
+
+def test_frozen_parameters_stay() -> None:
+    """As if the optimiser had been given the others alone."""
+    views, text = features(1, 10, 7)
+    start = adapter("pretrained")
+    free = adapt_episodes(start, views, text, 100.0, config_of())
+    for name in ("q_proj1", "k_proj"):
+        start.get_submodule(name).requires_grad_(False)
+    frozen = adapt_episodes(start, views, text, 100.0, config_of())
+    assert not torch.equal(frozen, free)
+    twin = RationalAdapter(start.config)
+    twin.load_state_dict(start.state_dict())
+    for name in ("q_proj1", "k_proj"):
+        twin.get_submodule(name).requires_grad_(False)
+    kept = views[0][select_views(twin(views[0], text, 100.0), 5)]
+    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        logits, penalty = twin(kept, text, 100.0, penalty="l2")
+        (prediction_entropy(logits).mean() + penalty).backward()
+        optimizer.step()
+    torch.testing.assert_close(frozen[0], twin(views[0, :1], text, 100.0)[0].detach(), rtol=1e-4, atol=1e-3)
+    assert torch.equal(twin.get_parameter("k_proj.weight"), start.get_parameter("k_proj.weight"))
+
+
+def test_an_adapter_that_is_frozen_whole_is_refused_unless_no_step_is_taken() -> None:
+    views, text = features(1, 4, 5)
+    start = adapter("pretrained").requires_grad_(False)
+    with pytest.raises(ValueError, match="adapter must have a parameter to train, all 12 are frozen"):
+        adapt_episodes(start, views, text, 100.0)
+    predicted = adapt_episodes(start, views, text, 100.0, TTTConfig(steps=0))
+    torch.testing.assert_close(predicted, start(views[:, 0], text, 100.0))
+
+
+class Doubled(RationalAdapter):
+    """A subclass with a forward of its own."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:  # type: ignore[override]
+        result = super().forward(*given, **named)
+        return result if isinstance(result, tuple) else 2 * result
+
+
+def changed(way: str) -> nn.Module:
+    torch.manual_seed(3)
+    made = adapter("pretrained")
+    match way:
+        case "tied":
+            made.get_submodule("v_proj").weight = made.get_parameter("k_proj.weight")
+        case "spectral-norm":
+            nn.utils.parametrizations.spectral_norm(made.get_submodule("k_proj"))
+        case "hook":
+            made.register_forward_pre_hook(lambda _, given: (-given[0], *given[1:]))
+        case "projection-hook":
+            made.get_submodule("v_proj").register_forward_hook(lambda *given: 2 * given[-1])
+        case "subclass":
+            twin = Doubled(made.config)
+            twin.load_state_dict(made.state_dict())
+            return twin
+        case "wrapped":
+            return nn.DataParallel(made)
+    return made
+
+
+@pytest.mark.parametrize("way", ["tied", "spectral-norm", "hook", "projection-hook", "subclass", "wrapped"])
+def test_episodes_of_an_adapter_that_is_more_than_its_parameters(way: str) -> None:
+    views, text = features(1, 8, 5)
+    config = TTTConfig(steps=2, weight_decay=0.1)
+    start = changed(way)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    result = adapt_episodes(start, views, text, 100.0, config)
+    assert torch.equal(adapt_episodes(start, views, text, 100.0, config), result)
+    assert all(torch.equal(value, before[name]) for name, value in start.state_dict().items())
+
+    twin = changed(way)
+    chosen = select_views(twin(views[0], text, 100.0).detach(), 1)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=config.lr, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        logits, penalty = twin(views[0][chosen], text, 100.0, penalty="l2")
+        (prediction_entropy(logits).mean() + penalty).backward()
+        optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(result[0], twin(views[0, :1], text, 100.0)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_an_adapter_without_values_is_refused() -> None:
+    views, text = features(1, 4, 5)
+    with pytest.raises(ValueError, match=r"adapter's q_proj1\.weight is on the meta device: give it values first"):
+        adapt_episodes(RationalAdapter(AdapterConfig.official(16), device="meta"), views, text, 100.0)
+    with pytest.raises(TypeError, match="adapter must be a RationalAdapter, or one in a wrapper, got Linear"):
+        adapt_episodes(nn.Linear(2, 2), views, text, 100.0)
+    with pytest.raises(TypeError, match=r"view_features must be floating point, got torch.int64"):
+        adapt_episodes(adapter(), views.long(), text, 100.0)
