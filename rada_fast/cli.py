@@ -26,7 +26,7 @@ from rada_fast.config import (
     SimulateConfig,
     TestTimeConfig,
 )
-from rada_fast.errors import BackendUnavailableError, SystemFailureError, UserError
+from rada_fast.errors import BackendUnavailableError, UserError
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoConfig, "see the method work on the small CLIP that is shipped, in about two minutes"),
@@ -87,8 +87,6 @@ def _guarded(action: Callable[[], int]) -> int:
         return action()
     except (UserError, BackendUnavailableError) as error:
         return _fail(str(error), REFUSED)
-    except SystemFailureError as error:
-        return _fail(f"{error}; {GO_ON}", DONE_NOT)
     except KeyboardInterrupt:
         return _fail(f"interrupted; {GO_ON}", INTERRUPTED)
     except BrokenPipeError as error:
@@ -105,6 +103,11 @@ def _guarded(action: Callable[[], int]) -> int:
     except Exception as error:
         if _is_lack_of_memory(error):
             return _fail(f"the memory does not suffice: {_joined(error) or 'out of memory'}; {GO_ON}", DONE_NOT)
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
+            reason = (
+                "the system ended a process that reads images, for want of memory perhaps (fewer --workers need less)"
+            )
+            return _fail(f"{reason}: {_joined(error)}; {GO_ON}", DONE_NOT)
         advice = "please report it with what RADA_FAST_TRACEBACK=1 adds"
         return _fail(f"a fault of rada-fast itself, {advice}: {type(error).__name__}: {_joined(error)}", OWN_FAULT)
 

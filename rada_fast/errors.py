@@ -11,10 +11,3 @@ class UserError(ValueError):
 
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot serve the call; the message gives the reason."""
-
-
-class SystemFailureError(RuntimeError):
-    """The system ended something that a run needs, a process that reads images, say; the message is one line.
-
-    What was finished is kept: the command line exits with status 1, and the same command goes on from there.
-    """

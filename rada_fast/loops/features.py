@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
-from rada_fast import _env
+from rada_fast import _env, notices
 from rada_fast.config import ViewKind
 from rada_fast.data.sources import Sample
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
@@ -57,9 +60,38 @@ def iterate_views(
     workers: int,
     crop_scale: tuple[float, float] = CROP_SCALE,
 ) -> Iterator[tuple[int, Tensor | None, str | None]]:
-    """(index, views (V, 3, S, S) or None, reason or None) for each sample, in order; see ViewDataset."""
+    """(index, views (V, 3, S, S) or None, reason or None) for each sample, in order; see ViewDataset.
+
+    workers: processes that make them; where the system lets none be started, this process makes them, with a warning.
+    Where the system ends a worker, PyTorch raises RuntimeError at whatever this process does then.
+    """
     dataset = ViewDataset(samples, vlm.preprocess, views, kind, seed, crop_scale)
-    yield from DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+    if workers:
+        try:
+            # The first thing to fail where /dev/shm cannot be written; a half-made loader would complain again later.
+            multiprocessing.Lock()
+            stream = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=ready_to_send))
+        except OSError as error:  # no semaphores without a writable /dev/shm, no more processes, no more memory
+            notices.warn(f"--workers {workers} cannot be started ({error}); the images are read without them")
+        else:
+            for index, sent, reason in stream:
+                yield index, torch.from_numpy(sent) if isinstance(sent, np.ndarray) else sent, reason
+            return
+    yield from DataLoader(dataset, batch_size=None, collate_fn=as_it_is)
+
+
+def ready_to_send(item: Any) -> tuple[int, Tensor | np.ndarray[Any, Any] | None, str | None]:
+    """In a worker: an Item with its views in shared memory or, where that is full, as an array for the pipe.
+
+    A tensor left to the loader is shared in a thread whose failure nobody hears of: the main process waits for ever.
+    """
+    index, views, reason = item
+    if views is None:
+        return index, None, reason
+    try:
+        return index, views.share_memory_(), reason
+    except RuntimeError:
+        return index, views.numpy(), reason
 
 
 def encode_images(

@@ -1,0 +1,94 @@
+"""Processes that read images: with little or no shared memory, without permission to start, and ended by the system."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rada_fast import cli
+from rada_fast.data import views
+from rada_fast.data.sources import ImageFolder, open_source, read_image
+from rada_fast.loops import features
+from rada_fast.models.vision_language import load_model
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for index, name in enumerate(("red plain square", "blue plain ring", "green plain ring")):
+        path = tmp_path / "pictures" / name / "0.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64), (90 * index, 9, 9)).save(path)
+    return tmp_path / "pictures"
+
+
+def views_of(pictures: Path, workers: int) -> list[Tensor]:
+    source = open_source(f"imagefolder:{pictures}")
+    assert isinstance(source, ImageFolder)
+    stream = features.iterate_views(
+        source.samples, load_model("embedded"), views=3, kind="crop", seed=0, workers=workers
+    )
+    made = [made for _, made, _ in stream]
+    assert all(one is not None for one in made)
+    return [one for one in made if one is not None]
+
+
+def no_room(tensor: Tensor) -> Tensor:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_views_come_through_the_pipe_where_shared_memory_is_full(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = views_of(pictures, workers=0)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    _, sent, _ = features.ready_to_send((0, torch.ones(2), None))
+    assert not isinstance(sent, Tensor)
+    for expected, found in zip(alone, views_of(pictures, workers=1), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_images_are_read_here_where_no_process_can_be_started(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = views_of(pictures, workers=0)
+
+    class Refused(features.DataLoader):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            if self.num_workers:
+                raise OSError(38, "Function not implemented")
+            return super().__iter__()
+
+    monkeypatch.setattr(features, "DataLoader", Refused)
+    found = views_of(pictures, workers=2)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert "warning: --workers 2 cannot be started" in capsys.readouterr().err
+
+
+def test_a_worker_that_the_system_ends_is_one_line_and_the_run_goes_on_later(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = os.getpid()
+
+    def killed(path: Path) -> Image.Image:
+        if os.getpid() != main and path.parent.name.startswith("red"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_image(path)
+
+    command = ["ttt", "--data", f"imagefolder:{pictures}", "--views", "2", "--steps", "1", "--episodes", "1"]
+    command += ["--output", str(tmp_path / "out"), "--workers", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(views, "read_image", killed)
+        assert cli.main(command) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("rada-fast: the system ended a process that reads images")
+    assert line.endswith("start the same command again to go on")
+    assert cli.main(command) == 0
+    assert len((tmp_path / "out" / "images.jsonl").read_text().splitlines()) == 3
