@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zipfile
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from rada_fast.data.folders import (
     mention_skipped,
     pictures_below,
 )
+from rada_fast.data.names import read_names as read_names
 from rada_fast.errors import UserError
 
 KINDS = {
@@ -282,34 +282,3 @@ def base_and_new(num_classes: int) -> tuple[list[int], list[int]]:
     """Labels of the base classes, the first half rounded up, and of the new ones."""
     middle = (num_classes + 1) // 2
     return list(range(middle)), list(range(middle, num_classes))
-
-
-def read_names(path: Path) -> list[str] | dict[str, str]:
-    """Class names from a file: JSON (a list, or folder to name), lines of names, or lines of "n01440764 tench".
-
-    Raises UserError where it cannot be read or is empty.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"classes file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"classes file {path} is not a text file") from None
-    if path.suffix == ".json":
-        try:
-            names = json.loads(text)
-        except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
-            raise UserError(f"classes file {path} is not JSON: {error}") from None
-        values = names.values() if isinstance(names, dict) else names
-        if not isinstance(names, list | dict) or not all(isinstance(v, str) and v.strip() for v in values):
-            raise UserError(f"classes file {path} must hold a list of names, or an object of folder to name")
-    else:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        synsets = [line.split(maxsplit=1) for line in lines]
-        if lines and all(len(p) == 2 and p[0][0] == "n" and p[0][1:].isdigit() and len(p[0]) == 9 for p in synsets):
-            names = dict(synsets)
-        else:
-            names = lines
-    if not names:
-        raise UserError(f"classes file {path} holds no class name (K = 0)")
-    return names

@@ -27,7 +27,13 @@ from rada_fast.data.sources import FeatureFile, ImageFolder, open_source
 from rada_fast.errors import UserError
 from rada_fast.loops.features import Features, class_means, encode_images, spread_limit
 from rada_fast.loops.progress import progress
-from rada_fast.models.class_features import class_features, resolve_class_names, resolve_templates
+from rada_fast.models.class_features import (
+    class_features,
+    resolve_templates,
+    warn_of_cut_names,
+    warn_of_equal_features,
+)
+from rada_fast.models.class_names import names_of_labels, resolve_class_names
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter, load_adapter
 
@@ -62,6 +68,11 @@ class Setup:
 
     def class_names(self, source: Source) -> tuple[str, ...]:
         """Names of a source's classes, in label order."""
+        if isinstance(source, FeatureFile) and self.vlm is not None and self.config.text.text_features is None:
+            # Before names are asked for: no names make prompts of this model fit other features.
+            width, wanted = source.features.shape[-1], self.vlm.embed_dim
+            if width != wanted:
+                raise UserError(f"data {source.path} has features of width {width}, the text features have {wanted}")
         return class_names_of(source, self.config.text)
 
     def features(self, source: Source, *, title: str, limit: int | None = None, cached: bool = True) -> Features:
@@ -158,12 +169,16 @@ def load_vision_language(options: ModelOptions, run: RunOptions) -> VisionLangua
 
 def class_names_of(source: Source, options: ClassOptions) -> tuple[str, ...]:
     """Names of a source's classes, in label order."""
+    prompts = options.text_features is None
     if isinstance(source, ImageFolder):
         if source.fault is not None:
             raise UserError(source.fault)
-        return resolve_class_names(source.folders, options.classes)
-    folders = source.class_names or [f"class {label}" for label in range(int(source.labels.max()) + 1)]
-    return resolve_class_names(folders, options.classes)
+        return resolve_class_names(source.folders, options.classes, prompts=prompts)
+    if source.class_names is None:
+        count = int(source.labels.max()) + 1
+        return names_of_labels(count, options.classes, prompts=prompts, data=f"feature file {source.path}")
+    where = f"names in the array class_names of {source.path}"
+    return resolve_class_names(source.class_names, options.classes, prompts=prompts, where=where)
 
 
 def text_features_of(
@@ -177,12 +192,15 @@ def text_features_of(
                 "prompts can fit them; or name the --model whose features they are"
             )
         templates = resolve_templates(options.templates)
+        warn_of_cut_names(vlm, names, templates)
         with progress("encode prompts", len(set(names)) * len(templates)) as advance:
             return class_features(vlm, names, templates, cache_dir=_env.cache_dir() / "text", progress=advance)
     if options.text_features == "class-means":
         if training is None:
             raise UserError("text_features class-means needs training images, which this command has none of")
-        return class_means(training, len(names))
+        means = class_means(training, len(names))
+        warn_of_equal_features(names, means)
+        return means
     given = options.text_features
     source = open_source(given) if given.startswith("features:") else None
     if not isinstance(source, FeatureFile) or source.features.ndim != 2:
@@ -192,7 +210,9 @@ def text_features_of(
             f"text_features {options.text_features} must hold one row for each of the {len(names)} classes, "
             f"got {len(source.features)}"
         )
-    return normalize(source.features, dim=-1)
+    features = normalize(source.features, dim=-1)
+    warn_of_equal_features(names, features)
+    return features
 
 
 def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> RationalAdapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rada_fast.data.sources import read_names
+from rada_fast import notices
+from rada_fast.data.folders import EXAMPLES
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.errors import UserError
+from rada_fast.models.class_names import resolve_class_names as resolve_class_names
 from rada_fast.models.vision_language import VisionLanguageModel
 
 PHOTO = "a photo of a {}."
@@ -34,6 +37,8 @@ DATASET_TEMPLATES = {
 }
 
 TEXTS_AT_ONCE = 256
+EQUAL = 1e-6
+"""Rounding of one prompt's feature: a unit-norm row's values are far larger."""
 
 
 def resolve_templates(spec: str) -> tuple[str, ...]:
@@ -73,43 +78,23 @@ def resolve_templates(spec: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def resolve_class_names(folders: Sequence[str], spec: str | None) -> tuple[str, ...]:
-    """Names of the classes, in the folders' order.
-
-    folders: class folders' names; none where the data have no classes of their own and a file has to name them.
-    spec: None takes open_clip's names for ImageNet's folders (n01440764, ...), else the folder's name with spaces for
-        underscores; otherwise a file (see read_names): as many names as folders, or a name for each folder.
-
-    Raises UserError naming the file, what was expected and what it holds.
-    """
-    if spec is None:
-        if not folders:
-            raise UserError("classes must be given (--classes FILE): these data have no class folders")
-        return _imagenet_names(folders) or tuple(folder.replace("_", " ") for folder in folders)
-    names = read_names(Path(spec).expanduser())
-    if isinstance(names, dict):
-        if not folders:
-            return tuple(names.values())
-        if missing := [folder for folder in folders if folder not in names]:
-            raise UserError(
-                f"classes file {spec} must name every class folder, {len(missing)} of {len(folders)} are missing: "
-                f"{', '.join(missing[:5])}"
-            )
-        return tuple(names[folder] for folder in folders)
-    if folders and len(names) != len(folders):
-        raise UserError(f"classes file {spec} must hold {len(folders)} names, one a class folder, got {len(names)}")
-    return tuple(names)
-
-
-def _imagenet_names(folders: Sequence[str]) -> tuple[str, ...] | None:
-    """ImageNet's names, where every folder is one of its synsets."""
-    if not all(len(folder) == 9 and folder[0] == "n" and folder[1:].isdigit() for folder in folders):
-        return None
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-    from timm.data import ImageNetInfo
-
-    names = dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
-    return tuple(names[folder] for folder in folders) if all(folder in names for folder in folders) else None
+def warn_of_cut_names(vlm: VisionLanguageModel, names: Sequence[str], templates: Sequence[str]) -> None:
+    """Warn of names that are longer than what the model's tokenizer keeps of a prompt."""
+    template = max(templates, key=len)
+    length = int(vlm.tokenizer(["a"]).shape[-1])
+    # A token has a byte or more, and two tokens stand at the ends: shorter prompts cannot be cut.
+    prompts = {name: prompt for name in names if len((prompt := template.replace("{}", name)).encode()) > length - 2}
+    shorter = {name: found[1] for name, prompt in prompts.items() if (found := re.fullmatch(r"(.*\W)\w+\W*", prompt))}
+    if not shorter:
+        return
+    whole, without = (vlm.tokenizer([texts[name] for name in shorter]) for texts in (prompts, shorter))
+    cut = [name for name, same in zip(shorter, (whole == without).all(dim=-1).tolist(), strict=True) if same]
+    if cut:
+        shown = ", ".join(repr(_short(name)) for name in cut[:EXAMPLES])
+        notices.warn(
+            f"{len(cut)} of {len(names)} class names are too long: of a prompt such as {template!r} the model reads "
+            f"{length} tokens, and what lies beyond changes nothing: {shown}"
+        )
 
 
 def class_features(
@@ -136,6 +121,7 @@ def class_features(
         key = json.dumps([vlm.fingerprint, vlm.precision, vlm.device.type, list(names), list(templates)])
         path = cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if (found := _read(path, len(names), vlm.embed_dim)) is not None:
+            warn_of_equal_features(names, found)
             return found
     # A name that occurs twice is encoded once: matrix products may round equal rows of a batch differently.
     rows = {name: row for row, name in enumerate(dict.fromkeys(names))}
@@ -150,9 +136,38 @@ def class_features(
     # One template's feature is taken as it is: normalising twice would move its last digits.
     distinct = (features[:, 0] if len(templates) == 1 else normalize(features.mean(dim=1), dim=-1)).cpu()
     result = distinct[[rows[name] for name in names]]
+    warn_of_equal_features(names, result)
     if path is not None:
         write_tensors(path, {"features": result})
     return result
+
+
+def warn_of_equal_features(names: Sequence[str], features: Tensor) -> None:
+    """Say which different names have the same feature, whatever the cause. features: (K, D), unit norm, on the CPU."""
+    first = {name: index for index, name in reversed(list(enumerate(names)))}
+    shown = list(first)
+    distinct = features[list(first.values())]
+    order = distinct[:, 0].argsort()
+    distinct = distinct[order]
+    alike: set[str] = set()
+    # Equal rows lie side by side in the order of one column, few others between them.
+    for offset in range(1, min(9, len(shown))):
+        # Equal prompts at different places of a batch may differ in their last bits.
+        equal = (distinct[offset:] - distinct[:-offset]).abs().amax(dim=-1) < EQUAL
+        for place in equal.nonzero().flatten().tolist():
+            alike |= {shown[order[place]], shown[order[place + offset]]}
+    if alike:
+        some = [name for name in names if name in alike][:EXAMPLES]
+        notices.warn(
+            f"{len(alike)} of {len(names)} classes have the same text feature as another and cannot be told apart, "
+            f"such as {' and '.join(repr(_short(name)) for name in some[:2])} (a tokenizer may ignore letter case, cut "
+            "long names or not know their words)"
+        )
+
+
+def _short(name: str) -> str:
+    """A name with its end, which may be all that it differs in."""
+    return name if len(name) < 60 else f"{name[:30]} ... {name[-20:]}"
 
 
 def _read(path: Path, num_classes: int, embed_dim: int) -> Tensor | None:

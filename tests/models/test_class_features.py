@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from safetensors.torch import load_file, save_file
-from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from rada_fast import notices
 from rada_fast.errors import UserError
 from rada_fast.models import class_features as module
-from rada_fast.models.class_features import DATASET_TEMPLATES, class_features, resolve_class_names, resolve_templates
+from rada_fast.models.class_features import DATASET_TEMPLATES, class_features, resolve_templates, warn_of_cut_names
 
 
 class Encoder:
@@ -137,30 +136,55 @@ def test_templates_that_are_none(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_imagenets_folders_have_open_clips_names() -> None:
-    synsets = ImageNetInfo().label_names()
-    assert list(resolve_class_names(synsets, None)) == list(IMAGENET_CLASSNAMES)
-    # A subset keeps its own names, as the 200 folders of ImageNet-A and -R need.
-    assert resolve_class_names(synsets[7:9], None) == tuple(IMAGENET_CLASSNAMES[7:9])
-    assert resolve_class_names(["n01440764", "n99999999"], None) == ("n01440764", "n99999999")
+def test_names_that_the_model_cannot_tell_apart_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    class Deaf(Encoder):
+        def encode_texts(self, texts: list[str]) -> Tensor:
+            return super().encode_texts([text.lower()[:40] for text in texts])
+
+    names = ["crane", "Crane", "x" * 100 + "a", "x" * 100 + "b", "missile", "missile"]
+    with notices.collecting():
+        features_of(Deaf(), names, ["a photo of a {}."])
+        (warning,) = notices.so_far()
+    assert warning.startswith("4 of 6 classes have the same text feature as another and cannot be told apart, such as")
+    assert "'crane' and 'Crane'" in warning
+    with notices.collecting():
+        features_of(Encoder(), names, ["a photo of a {}."])
+        assert notices.so_far() == []
 
 
-def test_class_names_from_published_and_odd_files(tmp_path: Path) -> None:
-    path = tmp_path / "classnames.txt"
-    path.write_text("n01440764 tench\nn01443537 gold fish\nn01484850 great white shark\n")
-    # More names than folders is normal: one such file serves every ImageNet variant.
-    assert resolve_class_names(["n01484850", "n01440764"], str(path)) == ("great white shark", "tench")
-    with pytest.raises(UserError, match=r"must name every class folder, 1 of 2 are missing: cat"):
-        resolve_class_names(["n01440764", "cat"], str(path))
-    # Written by an editor that marks its files.
-    path.write_text("cat\ndog\n", encoding="utf-8-sig")
-    assert resolve_class_names(["a", "b"], str(path)) == ("cat", "dog")
-    deep = tmp_path / "deep.json"
-    for text, message in (
-        ("[" * 100_000, "is not JSON"),
-        ('["cat", " "]', "must hold a list of names"),
-        ("[]", "K = 0"),
-    ):
-        deep.write_text(text)
-        with pytest.raises(UserError, match=message):
-            resolve_class_names(["a", "b"], str(deep))
+def test_equal_features_are_said_again_from_the_cache(tmp_path: Path) -> None:
+    class Mute(Encoder):
+        def encode_texts(self, texts: list[str]) -> Tensor:
+            return super().encode_texts(["" for _ in texts])
+
+    for _ in range(2):
+        with notices.collecting():
+            features_of(Mute(), [f"name {index}" for index in range(40)], ["{}."], cache_dir=tmp_path)
+            (warning,) = notices.so_far()
+            assert warning.startswith("40 of 40 classes have the same text feature")
+
+
+@pytest.mark.parametrize("model", ["embedded", "ViT-B-32"])
+def test_names_longer_than_a_prompt_are_said(model: str) -> None:
+    import open_clip
+
+    from rada_fast.embedded.model import WordTokenizer
+
+    class Tokenizing(Encoder):
+        tokenizer = WordTokenizer() if model == "embedded" else open_clip.get_tokenizer(model)
+
+    def said(names: list[str], template: str = "a photo of a {}.") -> list[str]:
+        with notices.collecting():
+            warn_of_cut_names(Tokenizing(), names, [template])  # type: ignore[arg-type]
+            return notices.so_far()
+
+    words = " ".join(["word"] * 100)
+    (warning,) = said(["cat", f"{words} one", f"{words} two"])
+    assert warning.startswith("2 of 3 class names are too long: of a prompt such as 'a photo of a {}.' the model reads")
+    assert "word one'" in warning
+    # As long as it can be: 20 or 77 tokens, two of which stand at the ends, and four or, with the dot, five for the
+    # template. The first word too many costs open_clip's tokenizer the dot alone.
+    longest = " ".join(["word"] * (14 if model == "embedded" else 70))
+    assert said([longest, "great white shark", "*" * 30]) == []
+    assert len(said([f"{longest} word word"])) == 1
+    assert len(said(["cat"], "{}, " + words)) == 1

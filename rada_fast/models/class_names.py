@@ -1,0 +1,192 @@
+"""Names of the classes: from folders, ImageNet's ids and numbers, or a file, with a word on what cannot be right."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from rada_fast import notices
+from rada_fast.data.folders import EXAMPLES, is_number
+from rada_fast.data.names import WNID, read_names, readable_names, warn_of_numbers
+from rada_fast.errors import UserError
+
+
+def resolve_class_names(
+    folders: Sequence[str], spec: str | None, *, prompts: bool = True, where: str = "class folders"
+) -> tuple[str, ...]:
+    """Names of the classes, in the folders' order.
+
+    folders: class folders' names; none where the data have no classes of their own and a file has to name them.
+    spec: None takes open_clip's names for ImageNet's folders (n01440764, ..., or all numbers from 0 to 999), else the
+        folder's name made readable; otherwise a file (see read_names): as many names as folders, or a name for each.
+    prompts: whether the names will stand in prompts: then numbers are refused, and odd or equal names are warned of.
+    where: what folders are, in a message.
+
+    Raises UserError naming the file, what was expected and what it holds.
+    """
+    if spec is None:
+        if not folders:
+            raise UserError("classes must be given (--classes FILE): these data have no class folders")
+        return _names_of_folders(folders, prompts, where)
+    given = read_names(Path(spec).expanduser(), folders)
+    names = _names_of_file(given, folders, spec, where)
+    if prompts:
+        _warn_of_shuffled(folders, names, spec)
+        warn_of_numbers(names, f"in {spec}")
+        _warn_of_equal(names)
+    return names
+
+
+def names_of_labels(count: int, spec: str | None, *, prompts: bool, data: str) -> tuple[str, ...]:
+    """Names of the classes of data that are labels 0 ... count - 1 without names.
+
+    spec: a file (see read_names) with at least as many; prompts: whether the names will stand in prompts; data: where
+    the labels are from.
+
+    Raises UserError where prompts need names and there are none, or too few.
+    """
+    if spec is None:
+        if prompts:
+            raise UserError(
+                f"classes must be given (--classes FILE, a name a line in the order of the labels): {data} has no "
+                "array class_names, and a prompt needs names"
+            )
+        return tuple(f"class {label}" for label in range(count))
+    names = resolve_class_names((), spec, prompts=prompts)
+    if len(names) < count:
+        raise UserError(f"classes file {spec} must hold {count} names, one a label of {data}, got {len(names)}")
+    return names
+
+
+def _names_of_folders(folders: Sequence[str], prompts: bool, where: str) -> tuple[str, ...]:
+    """The folders' own names, or ImageNet's where they are its folders."""
+    if all(is_number(folder) for folder in folders):
+        if [int(folder) for folder in folders] == list(range(1000)):
+            if prompts:
+                notices.note(f"{where} 0 ... 999 are taken for ImageNet's classes, as ImageNet-V2 numbers them")
+            return tuple(_imagenet_names().values())
+        if prompts:
+            raise UserError(
+                f"{where} are numbers ({', '.join(folders[:EXAMPLES])}), which say nothing in a prompt such as "
+                f"'a photo of a {folders[0]}.'; give --classes FILE, a name a line in the order of the numbers"
+            )
+        return tuple(folders)
+    ids = [folder for folder in folders if WNID.fullmatch(folder)]
+    if not ids:
+        names = readable_names(folders)
+        if prompts:
+            warn_of_numbers(names, f"from {where}")
+            _warn_of_equal(names)
+        return names
+    known = _imagenet_names()
+    foreign = [folder for folder in ids if folder.lower() not in known]
+    if prompts and foreign:
+        wordnet = _wordnet_names()
+        told = ", ".join(f"{id} ({wordnet.get(id.lower(), 'unknown to WordNet, too')})" for id in foreign[:EXAMPLES])
+        more = f" and {len(foreign) - EXAMPLES} more" if len(foreign) > EXAMPLES else ""
+        message = (
+            f"{len(foreign)} of {len(folders)} {where} are not among ImageNet's 1000 classes, and their ids say "
+            f"nothing in a prompt: {told}{more}; give --classes FILE with lines such as '{foreign[0]} NAME'"
+        )
+        if len(foreign) == len(folders):
+            raise UserError(message)
+        notices.warn(message)
+    readable = dict(zip(folders, readable_names(folders), strict=True))
+    names = tuple(known.get(folder.lower(), readable[folder]) for folder in folders)
+    if prompts:
+        _warn_of_equal(names)
+    return names
+
+
+def _names_of_file(given: list[str] | dict[str, str], folders: Sequence[str], spec: str, where: str) -> tuple[str, ...]:
+    """A file's names in the folders' order, as they can stand in a prompt."""
+    if isinstance(given, dict):
+        names = readable_names(list(given.values()))
+        by_key = {key.lower() if WNID.fullmatch(key) else key: name for key, name in zip(given, names, strict=True)}
+        if not folders:
+            return names
+        keys = {folder: folder.lower() if WNID.fullmatch(folder) else folder for folder in folders}
+        if missing := [folder for folder, key in keys.items() if key not in by_key]:
+            raise UserError(
+                f"classes file {spec} must name every class folder, {len(missing)} of {len(folders)} are missing: "
+                f"{', '.join(missing[:EXAMPLES])}"
+            )
+        return tuple(by_key[keys[folder]] for folder in folders)
+    if any(WNID.fullmatch(name) for name in given):
+        known = _imagenet_names()
+        given = [known.get(name.lower(), name) for name in given]
+    names = readable_names(given)
+    # Names that are the folders' own are theirs wherever they stand, and whatever else the file lists.
+    by_name = {name.casefold(): name for name in names}
+    own = [name.casefold() for name in readable_names(folders)]
+    if folders and len(by_name) == len(names) and len(set(own)) == len(own) and by_name.keys() >= set(own):
+        if [name.casefold() for name in names] != own:
+            notices.note(
+                f"classes file {spec} lists the {where} in another order or among others; each has its own name"
+            )
+        return tuple(by_name[name] for name in own)
+    if folders and len(names) != len(folders):
+        raise UserError(f"classes file {spec} must hold {len(folders)} names, one a class folder, got {len(names)}")
+    return names
+
+
+def _warn_of_shuffled(folders: Sequence[str], names: Sequence[str], spec: str) -> None:
+    """Warn where names were given in another order than the folders', by what both have in common."""
+    own = {name.casefold(): index for index, name in enumerate(readable_names(folders))}
+    for index, name in enumerate(names):
+        if own.get(name.casefold(), index) != index:
+            notices.warn(
+                f"classes file {spec} names class folder {folders[index]!r} {name!r}, which is what class folder "
+                f"{folders[own[name.casefold()]]!r} is called: names must be in the order of the sorted folders"
+            )
+            return
+    natural = sorted(folders, key=_natural)
+    if list(folders) != natural and not all(is_number(folder) for folder in folders):
+        first = next(index for index, folder in enumerate(folders) if folder != natural[index])
+        if _natural(folders[first])[0::2] == _natural(natural[first])[0::2]:
+            notices.warn(
+                f"classes file {spec} names class folders in text order, in which {folders[first]!r} comes before "
+                f"{natural[first]!r}; check that its names are in that order, or give 'folder,name' lines"
+            )
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key that sorts the numbers in names as numbers: texts at even places, numbers between them."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def _warn_of_equal(names: Sequence[str]) -> None:
+    """Say which names occur twice: their classes cannot be told apart."""
+    counts = Counter(" ".join(name.casefold().split()) for name in names)
+    twice = [name for name, count in counts.items() if count > 1]
+    if not twice:
+        return
+    shown = ", ".join(map(repr, twice[:EXAMPLES])) + (", ..." if len(twice) > EXAMPLES else "")
+    message = f"class names occur more than once, and their classes cannot be told apart: {shown}"
+    imagenet = Counter(_imagenet_names().values())
+    if all(imagenet[name] == counts[name] for name in twice):
+        # Its own list has two names twice: everybody's results are with these ties.
+        notices.note(message)
+    else:
+        notices.warn(message)
+
+
+@cache
+def _imagenet_names() -> dict[str, str]:
+    """open_clip's names of ImageNet's classes by WordNet id, in label order."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo
+
+    return dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
+
+
+@cache
+def _wordnet_names() -> dict[str, str]:
+    """WordNet's own names of what the large ImageNet has pictures of."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-22k")
+    return {name: info.label_name_to_description(name, detailed=False) for name in info.label_names()}
