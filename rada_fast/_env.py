@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import stat
+import tempfile
 from pathlib import Path
 
 from rada_fast.errors import UserError
@@ -37,10 +40,72 @@ def backend_variable() -> str | None:
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again: RADA_FAST_CACHE, else the user's cache folder."""
-    if value := os.environ.get("RADA_FAST_CACHE"):
+    """Folder for what can be made again: RADA_FAST_CACHE, else the user's cache folder.
+
+    A user without a home folder, or with one that cannot be written to (a container may run as any user), gets a folder
+    of their own under the temporary one. Raises UserError where none is to be had.
+    """
+    folder = _named_cache() or _user_cache()
+    return folder if folder and (_named_cache() or is_writable(folder)) else _temporary_cache()
+
+
+def cache_dirs() -> list[Path]:
+    """Every folder that ``cache_dir`` may have been: what was made there earlier is still of use."""
+    if named := _named_cache():
+        return [named]
+    user, temporary = _user_cache(), _temporary_name()
+    return [folder for folder in (user, temporary if temporary and _is_own(temporary) else None) if folder]
+
+
+def _named_cache() -> Path | None:
+    if not (value := os.environ.get("RADA_FAST_CACHE")):
+        return None
+    try:
         return Path(value).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rada_fast"
+    except RuntimeError:
+        raise UserError(f"RADA_FAST_CACHE must name a folder, got {value!r}: there is no such user") from None
+
+
+def _user_cache() -> Path | None:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # no HOME, and no entry in the system's list of users
+        return None
+    return folder / "rada_fast" if folder.is_absolute() else None
+
+
+def _temporary_name() -> Path | None:
+    try:
+        return Path(tempfile.gettempdir()) / f"rada_fast-{os.getuid()}"
+    except FileNotFoundError:
+        return None
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether nobody else can put files there: compiled libraries are loaded from it."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _temporary_cache() -> Path:
+    folder = _temporary_name()
+    if folder is None:
+        raise UserError("no folder for the cache can be written to; RADA_FAST_CACHE names one")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not _is_own(folder):
+        raise UserError(f"the cache folder {folder} can be written to by others; RADA_FAST_CACHE names another")
+    return folder
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be put into a folder, or the folder be made first."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def tiles_from_table() -> bool:
@@ -72,6 +137,14 @@ def has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def device_capabilities() -> list[int]:
+    """Compute capabilities of the CUDA devices that PyTorch sees, each once, 80 for 8.0; smallest first."""
+    if not torch.cuda.is_available():
+        return []
+    found = (torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+    return sorted({10 * major + minor for major, minor in found})
 
 
 def cpu_capability() -> str:
@@ -106,7 +179,8 @@ def debug_build() -> bool:
 
 
 def use_cuda() -> bool | None:
-    """USE_CUDA: False leaves the CUDA kernels out of a build, True makes their absence an error, None takes what is."""
+    """USE_CUDA: False leaves the CUDA kernels out of a build, True makes their absence an error, None builds them where
+    a device is there or TORCH_CUDA_ARCH_LIST asks for them."""
     match os.environ.get("USE_CUDA"):
         case None | "":
             return None

@@ -266,7 +266,7 @@ def _runner(command: str) -> Callable[[Any], int]:
 
         return run_simulate
     if command == "build":
-        from rada_fast.extension import build
+        from rada_fast.extension_build import build
 
         return lambda config: 0 if build(jobs=config.jobs, timeout=config.timeout, force=config.force) else 1
     from rada_fast.loops.efficient import run_efficient

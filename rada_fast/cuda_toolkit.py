@@ -20,7 +20,7 @@ import torch
 from rada_fast import _env
 
 DEFAULT_TARGETS = (80, 90, 100)
-"""Compute capabilities built for: A100, H100, B200, and PTX of the last for what comes after."""
+"""Compute capabilities built for without a device: A100, H100, B200, and PTX of the last for what comes after."""
 LEAST_TARGET = 80
 LEAST_TORCH = (2, 10)
 """The glue is compiled against the LibTorch stable ABI as it is since this PyTorch, and runs on all later ones."""
@@ -100,9 +100,32 @@ def find_nvcc() -> Path | None:
     return None
 
 
+def _targets_for(nvcc: Path, devices: list[int]) -> tuple[tuple[str, ...], tuple[str, ...], str] | str:
+    """As _wanted_targets, for the devices that are there. One that nvcc does not know yet gets the newest PTX."""
+    words = ", ".join(f"sm_{device}" for device in devices)
+    served = [device for device in devices if device >= LEAST_TARGET]
+    if not served:
+        return f"the kernels need compute capability 8.0 or newer, the devices here are {words}"
+    able = {int(number) for number in re.findall(r"sm_(\d+)\b", _asked(nvcc, "--list-gpu-code"))}
+    known = [device for device in served if device in able or not able]
+    newest = max((target for target in able if LEAST_TARGET <= target <= served[-1]), default=0)
+    needs_ptx = known != served
+    if needs_ptx and not newest:
+        return f"{nvcc} compiles for none of {words}"
+    old = [f"sm_{device}" for device in devices if device < LEAST_TARGET]
+    targets = known or [newest]
+    return (
+        tuple(map(str, targets)),
+        (str(newest),) if needs_ptx else (),
+        f"not {', '.join(old)}: the kernels need 8.0" if old else "",
+    )
+
+
 def _wanted_targets(nvcc: Path) -> tuple[tuple[str, ...], tuple[str, ...], str] | str:
     """Targets, PTX and a note of what was left out; or the reason why nothing is left."""
     listed = _env.cuda_arch_list()
+    if listed is None and (devices := _env.device_capabilities()):
+        return _targets_for(nvcc, devices)
     if listed is None:
         able = _asked(nvcc, "--list-gpu-code").split()
         targets = [str(target) for target in DEFAULT_TARGETS if not able or f"sm_{target}" in able]
@@ -130,14 +153,32 @@ def _wanted_targets(nvcc: Path) -> tuple[tuple[str, ...], tuple[str, ...], str] 
     return tuple(targets), tuple(ptx), f"not {', '.join(old)}: the kernels need 8.0" if old else ""
 
 
-def find_toolkit() -> Toolkit | str:
-    """What the CUDA kernels are compiled with, or the reason why they are not."""
-    if _env.use_cuda() is False:
-        return "USE_CUDA=0"
+def torch_refusal() -> str | None:
+    """Why the installed PyTorch cannot take the CUDA kernels, or None where it can."""
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA"
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < LEAST_TORCH:
-        return f"they need PyTorch {'.'.join(map(str, LEAST_TORCH))} or newer, this is {torch.__version__}"
+        return f"the CUDA kernels need PyTorch {'.'.join(map(str, LEAST_TORCH))} or newer, this is {torch.__version__}"
+    return None
+
+
+def asked_toolkit() -> Toolkit | str:
+    """What a build compiles the CUDA kernels with, or the reason why it leaves them out.
+
+    Minutes of compiling are of no use on a machine without a device, so there they are made only where asked for.
+    """
+    found = find_toolkit()
+    if isinstance(found, str) or _env.use_cuda() or _env.cuda_arch_list() or _env.device_capabilities():
+        return found
+    return "no CUDA device is here (USE_CUDA=1 or TORCH_CUDA_ARCH_LIST builds them all the same)"
+
+
+def find_toolkit() -> Toolkit | str:
+    """What CUDA kernels can be compiled with here, or the reason why they cannot."""
+    if _env.use_cuda() is False:
+        return "USE_CUDA=0"
+    if refusal := torch_refusal():
+        return refusal
     nvcc = find_nvcc()
     if nvcc is None:
         home = _env.cuda_home()
@@ -146,7 +187,7 @@ def find_toolkit() -> Toolkit | str:
     if version is None:
         return f"{nvcc} does not say its version"
     # The runtime is linked in: one newer than PyTorch's could want a newer driver than PyTorch does.
-    if version[1].split(".")[0] != torch.version.cuda.split(".")[0]:
+    if version[1].split(".")[0] != str(torch.version.cuda).split(".")[0]:
         return f"{nvcc} is of CUDA {version[1]}, PyTorch of {torch.version.cuda}"
     roots = [nvcc.parent.parent, *(folder for folder in _wheels() if folder != nvcc.parent.parent)]
     include = tuple(root / "include" for root in roots if (root / "include" / "cuda_runtime.h").is_file())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch.nn.functional import normalize
 
 from rada_fast import _env, extension
 from rada_fast.config import AdapterConfig, DoctorConfig
+from rada_fast.errors import UserError
 from rada_fast.loops.run_folder import versions
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import BACKENDS, backends, rational_adapter, resolve_backend
-from rada_fast.terminal import PlainConsole, print_json, table
+from rada_fast.terminal import print_json
 
 SELF_TEST_BOUND = 1e-4
 """Largest relative error of float32 logits against float64: about 100 times what rounding gives at this size."""
@@ -26,17 +28,32 @@ def run_doctor(config: DoctorConfig) -> int:
     if config.json:
         print_json(report)
     else:
-        console = PlainConsole()
-        console.print(table("versions", report["versions"].items()))
-        console.print(table("machine", report["machine"].items()))
-        console.print(table("backends", report["backends"].items()))
-        console.print(table("C++ extension", report["extension"].items()))
-        console.print(table("self-test: relative error of float32 logits against float64", report["self_test"].items()))
-        console.print(f"auto takes: {report['auto']}")
+        _show("versions", report["versions"])
+        _show("machine", report["machine"])
+        _show("backends", report["backends"])
+        _show("C++ extension", report["extension"])
+        _show("self-test: relative error of float32 logits against float64", report["self_test"])
+        print(f"auto takes: {report['auto']}")
     failed = [name for name, error in report["self_test"].items() if not float(error) <= SELF_TEST_BOUND]
     if failed and not config.json:
-        PlainConsole().print(f"self-test failed: {', '.join(failed)}", style="bold red")
+        print(f"self-test failed: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+def _show(title: str, facts: dict[str, Any]) -> None:
+    """A line a fact, never cut or wrapped: paths and reasons are there to be copied."""
+    width = max(map(len, facts), default=0)
+    print(title)
+    for name, value in facts.items():
+        print(f"  {name:<{width}}  {'-' if value is None else value}")
+    print()
+
+
+def _said(ask: Callable[[], object]) -> str:
+    try:
+        return str(ask())
+    except UserError as error:
+        return str(error)
 
 
 def examine() -> dict[str, Any]:
@@ -50,7 +67,7 @@ def examine() -> dict[str, Any]:
             "cpu_capability": _env.cpu_capability(),
             "cuda": torch.cuda.get_device_name() if _env.has_cuda() else "no device",
             "cuda_build": torch.version.cuda or "none",
-            "cache": str(_env.cache_dir()),
+            "cache": _said(_env.cache_dir),
         },
         "backends": backends(),
         "extension": extension.describe(),

@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from rada_fast import cuda_toolkit, extension
-from rada_fast.cuda_toolkit import Toolkit, find_nvcc, find_toolkit
+from rada_fast import _env, cuda_toolkit, extension, extension_build
+from rada_fast.cuda_toolkit import Toolkit, asked_toolkit, find_nvcc, find_toolkit
 from rada_fast.errors import UserError
 
 VARIABLES = ("USE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
 
 
 @pytest.fixture(autouse=True)
-def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_variables(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(_env, "device_capabilities", lambda: [])
 
 
 @pytest.fixture
@@ -106,6 +108,36 @@ def test_device_code_follows_the_list(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("nowhere", "cuda_13")
+def test_a_build_makes_code_for_the_devices_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = compiler(tmp_path / "cuda")
+    nothing = "no CUDA device is here (USE_CUDA=1 or TORCH_CUDA_ARCH_LIST builds them all the same)"
+    assert asked_toolkit() == nothing
+    assert str(find_toolkit()).startswith("sm_80, sm_90, sm_100"), "other commands compile for any device"
+    monkeypatch.setenv("USE_CUDA", "1")
+    assert str(asked_toolkit()).startswith("sm_80, sm_90, sm_100, PTX 100 by")
+    monkeypatch.delenv("USE_CUDA")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert str(asked_toolkit()).startswith("sm_90 by")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+
+    for devices, made in (
+        ([90], "sm_90 by nvcc 13.0.88"),
+        ([75, 80, 90], "sm_80, sm_90 by nvcc 13.0.88 (not sm_75: the kernels need 8.0)"),
+        # Not known to this compiler: its newest PTX that the device takes.
+        ([103], "sm_100, PTX 100 by nvcc 13.0.88"),
+        ([80, 120], "sm_80, PTX 100 by nvcc 13.0.88"),
+        ([86], "sm_80, PTX 80 by nvcc 13.0.88"),
+        ([75], "the kernels need compute capability 8.0 or newer, the devices here are sm_75"),
+    ):
+        monkeypatch.setattr(_env, "device_capabilities", lambda devices=devices: devices)
+        assert str(asked_toolkit()) == made
+    monkeypatch.setattr(_env, "device_capabilities", lambda: [80])
+    compiler_knows_nothing_new = nvcc.read_text().replace("sm_80 sm_90 sm_100", "sm_75")
+    nvcc.write_text(compiler_knows_nothing_new)
+    assert asked_toolkit() == f"{nvcc} compiles for none of sm_80"
+
+
+@pytest.mark.usefixtures("nowhere", "cuda_13")
 def test_an_older_compiler_makes_what_it_knows(tmp_path: Path) -> None:
     compiler(tmp_path / "cuda", knows="sm_75 sm_80 sm_90")
     found = find_toolkit()
@@ -118,7 +150,7 @@ def test_what_does_not_fit_is_a_reason(tmp_path: Path, monkeypatch: pytest.Monke
     nvcc = compiler(tmp_path / "cuda", version="V12.8.93")
     assert find_toolkit() == f"{nvcc} is of CUDA 12.8.93, PyTorch of 13.0"
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu130")
-    assert find_toolkit() == "they need PyTorch 2.10 or newer, this is 2.9.1+cu130"
+    assert find_toolkit() == "the CUDA kernels need PyTorch 2.10 or newer, this is 2.9.1+cu130"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert find_toolkit() == "this PyTorch is built without CUDA"
     monkeypatch.setenv("USE_CUDA", "0")
@@ -133,24 +165,40 @@ def test_the_build_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> N
         pytest.skip("the extension is not built")
     said: list[str] = []
     monkeypatch.setenv("USE_CUDA", "0")
-    extension.build(echo=said.append)
+    extension_build.build(echo=said.append)
     assert len(said) == 1
-    assert "no CUDA kernels: USE_CUDA=0" in said[0]
+    library = extension.find_library(cuda=True)
+    before = library and f"CUDA kernels as built before, for {extension.said_of(library)}"
+    assert (before or "no CUDA kernels: USE_CUDA=0") in said[0]
     monkeypatch.setenv("USE_CUDA", "1")
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match="USE_CUDA=1 asks for CUDA kernels, which cannot be built: this PyTorch"):
-        extension.build(echo=said.append)
+        extension_build.build(echo=said.append)
 
 
 def test_broken_kernels_leave_the_rest_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / extension.CUDA_LIBRARY
     broken.write_bytes(b"no library")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(extension, "find_library", lambda cuda=False: broken)
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cu130")
+    monkeypatch.setattr(extension, "search", lambda cuda=False: (broken, []))
     assert "the CUDA kernels do not load" in str(extension._load_cuda(None))
-    assert "they need the rest of the extension: it is not built" in str(extension._load_cuda("it is not built"))
-    monkeypatch.setattr(extension, "find_library", lambda cuda=False: None)
-    assert "run `rada-fast build` where nvcc is found" in str(extension._load_cuda(None))
+    needs = "the CUDA kernels need the rest of the extension: it is not built"
+    assert extension._load_cuda("it is not built") == needs
+    monkeypatch.setattr(extension, "search", lambda cuda=False: (None, []))
+    assert "run `rada-fast build` where nvcc and a device are found" in str(extension._load_cuda(None))
+    monkeypatch.setattr(extension, "search", lambda cuda=False: (None, ["the library is damaged"]))
+    assert extension._load_cuda(None) == "the library is damaged; run `rada-fast build`"
+
+
+def test_an_older_pytorch_goes_without_the_cuda_kernels_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch, "__version__", "2.8.0+cu128")
+    monkeypatch.setattr(extension, "_cuda_outcome", [extension._load_cuda(None)])
+    needs = "the CUDA kernels need PyTorch 2.10 or newer, this is 2.8.0+cu128"
+    assert extension.describe()["CUDA kernels"] == needs
 
 
 def test_the_library_is_named_after_its_own_sources(tmp_path: Path) -> None:
@@ -167,9 +215,9 @@ def test_the_library_is_named_after_its_own_sources(tmp_path: Path) -> None:
     assert keys[2][1] != keys[3][1]
 
 
-def test_where_it_can_be_built_it_is_and_loads_without_a_device(toolkit: Toolkit) -> None:
-    if extension.load() is not None:
-        pytest.skip(f"cpu backend: {extension.load()}")
+def test_the_cuda_library_loads_without_a_device() -> None:
+    if extension.search(cuda=True) == (None, []):
+        pytest.skip(f"no CUDA library: {extension.load_cuda()}")
     assert extension.load_cuda() is None
     facts = extension.describe()
     assert facts["CUDA kernels"] == "usable"

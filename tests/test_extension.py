@@ -1,8 +1,7 @@
-"""The extension's build, how it is found, and its operators as PyTorch sees them."""
+"""How the extension is named and loaded, and its operators as PyTorch sees them."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from torch.nn.functional import normalize
 
 from rada_fast import extension
 from rada_fast.config import AdapterConfig
-from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import backends
 
@@ -23,42 +21,18 @@ USABLE = backends()["cpu"] == "usable"
 needs_extension = pytest.mark.skipif(not USABLE, reason=f"cpu backend: {backends()['cpu']}")
 
 
-@needs_extension
-def test_a_second_build_compiles_nothing() -> None:
-    said: list[str] = []
-    library = extension.build(echo=said.append)
-    assert library == extension.find_library()
-    assert len(said) == 1
-    assert "up to date" in said[0]
-
-
-def test_a_build_waits_for_another_and_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "build_place", lambda: tmp_path)
-    with (tmp_path / "lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"another build holds .*lock for more than 0 s"):
-            extension.build(timeout=0.1, echo=lambda line: None)
-
-
-def test_without_a_compiler_the_build_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "build_place", lambda: tmp_path)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"needs a C\+\+ compiler and found none \(no-such-compiler\)"):
-        extension.build(echo=lambda line: None)
-
-
 def test_the_library_is_named_after_what_decides_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = extension._built_library()
+    before = extension.library_in(Path("place"))
     monkeypatch.setenv("DEBUG", "1")
-    assert extension._built_library() != before
+    assert extension.library_in(Path("place")) != before
 
 
 def test_a_missing_or_broken_library_is_a_reason_not_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "find_library", lambda: None)
+    monkeypatch.setattr(extension, "search", lambda cuda=False: (None, []))
     assert "run `rada-fast build`" in str(extension._load())
     broken = tmp_path / extension.LIBRARY
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(extension, "find_library", lambda: broken)
+    monkeypatch.setattr(extension, "search", lambda cuda=False: (broken, []))
     assert "does not load" in str(extension._load())
 
 
