@@ -6,6 +6,7 @@ The public names load on first use, so that ``import rada_fast`` and the command
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from rada_fast.ops import backends, use_backend
 
 __version__ = "0.1.0"
+
+# A checkout that is imported without being installed has the Triton kernels beside the package, not in it.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).resolve().parents[1]))
 
 _HOMES = {
     "AdapterConfig": "config",
