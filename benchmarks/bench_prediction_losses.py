@@ -18,7 +18,6 @@ from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, use_bac
 
 from . import interleaved
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = 6
 
 
@@ -38,11 +37,18 @@ def plain_loss(logits: Tensor, kind: str, labels: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("episodes", [1, 8, 64])
 @pytest.mark.parametrize("kind", ["mean", "marginal", "cross_entropy"])
 def test_bench_prediction_losses(
-    benchmark: Any, kind: Any, episodes: int, classes: int, dtype: torch.dtype, small_rows: list[dict[str, Any]]
+    benchmark: Any,
+    kind: Any,
+    episodes: int,
+    classes: int,
+    dtype: torch.dtype,
+    small_rows: list[dict[str, Any]],
+    compiled_device: str,
 ) -> None:
+    device = compiled_device
     torch.manual_seed(0)
-    logits = (3 * torch.randn(episodes, ROWS, classes, device=DEVICE)).to(dtype).requires_grad_()
-    labels = torch.randint(classes, (episodes, ROWS), device=DEVICE) if kind == "cross_entropy" else None
+    logits = (3 * torch.randn(episodes, ROWS, classes, device=device)).to(dtype).requires_grad_()
+    labels = torch.randint(classes, (episodes, ROWS), device=device) if kind == "cross_entropy" else None
     given = {} if labels is None else {"labels": labels, "label_smoothing": 0.1}
 
     def plain() -> Tensor:
@@ -50,12 +56,12 @@ def test_bench_prediction_losses(
         return gradient
 
     def through_autograd() -> Tensor:
-        with use_backend(DEVICE):
+        with use_backend(device):
             (gradient,) = torch.autograd.grad(prediction_loss(logits, kind, **given).sum(), logits)
         return gradient
 
     def direct() -> Tensor:
-        with use_backend(DEVICE):
+        with use_backend(device):
             return prediction_loss_and_gradient(logits, kind, **given)[1]
 
     steps: dict[str, Callable[[], Any]] = {"pytorch": plain, "rada_fast": through_autograd, "no node": direct}
@@ -63,9 +69,9 @@ def test_bench_prediction_losses(
     for step in (through_autograd, direct):
         error = float((step().float() - expected).norm() / expected.norm())
         assert error <= (1e-5 if dtype == torch.float32 else 1e-2), error
-    case = f"{kind} E={episodes} K={classes} {str(dtype).removeprefix('torch.')} {DEVICE}"
+    case = f"{kind} E={episodes} K={classes} {str(dtype).removeprefix('torch.')} {device}"
     found = benchmark.pedantic(
-        interleaved.measure, args=(case, steps, "pytorch"), kwargs={"least_bytes": 2 * logits.nbytes}
+        interleaved.measure, args=(case, steps, "pytorch"), kwargs={"least_bytes": 2 * logits.nbytes, "device": device}
     )
     benchmark.extra_info["providers"] = found
     small_rows.extend(found)

@@ -1,7 +1,8 @@
 """The whole adapter, forward and forward+backward, every provider in one interleaved run.
 
 Providers: the literal float32 baseline, the reference, torch.compile of the reference, and every compiled backend that
-is usable here. pytest-benchmark times the whole case; each provider's figures are in its extra_info and in the table.
+serves the device; --providers names some of them. pytest-benchmark times the whole case; each provider's figures are in
+its extra_info and in the table.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from rada_fast.ops import backends
-
 from . import harness
 from .harness import Case
 
@@ -19,12 +18,16 @@ SHAPES = [(1, 50), (1, 500), (6, 200), (6, 1000), (64, 100), (32, 1000)]
 MOST_BASELINE_BYTES = 8 * 2**30
 """The literal baseline is left out where its K x K tensors alone would need more."""
 
-COMPILED_BACKENDS = [name for name in ("cpu", "triton", "cuda") if backends()[name] == "usable"]
-
 
 def baseline_bytes(case: Case) -> int:
     heads = 8 if case.preset == "official" else 1
     return 6 * 4 * case.batch * heads * case.classes**2
+
+
+def providers(case: Case) -> list[str]:
+    """All of a case, the baseline first where it fits."""
+    names = [harness.BASELINE] if baseline_bytes(case) <= MOST_BASELINE_BYTES else []
+    return [*names, "reference", harness.COMPILED, *harness.compiled_backends(case.device)]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
@@ -32,11 +35,20 @@ def baseline_bytes(case: Case) -> int:
 @pytest.mark.parametrize("preset", ["official", "paper"])
 @pytest.mark.parametrize(("batch", "classes"), SHAPES, ids=[f"B{batch}-K{classes}" for batch, classes in SHAPES])
 def test_bench_rational_adapter(
-    benchmark: Any, batch: int, classes: int, preset: str, dtype: str, backward: bool, rows: list[dict[str, Any]]
+    benchmark: Any,
+    batch: int,
+    classes: int,
+    preset: str,
+    dtype: str,
+    backward: bool,
+    rows: list[dict[str, Any]],
+    device: str,
+    wanted: list[str] | None,
 ) -> None:
-    case = Case(batch, classes, preset, dtype, backward)
-    names = [harness.BASELINE] if baseline_bytes(case) <= MOST_BASELINE_BYTES else []
-    names += ["reference", harness.COMPILED, *COMPILED_BACKENDS]
+    case = Case(batch, classes, preset, dtype, backward, device=device)
+    names = providers(case)
+    if wanted is not None:
+        names = [name for name in names if name in wanted]
     figures = benchmark.pedantic(harness.measure, args=(case, names), rounds=1)
     found = harness.as_rows(case, figures)
     benchmark.extra_info["providers"] = found

@@ -12,7 +12,6 @@ from rada_fast.ops import select_views, use_backend
 
 from . import interleaved
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VIEWS, COUNT = 64, 6
 
 
@@ -20,10 +19,16 @@ VIEWS, COUNT = 64, 6
 @pytest.mark.parametrize("classes", [200, 1000])
 @pytest.mark.parametrize("episodes", [1, 8, 64])
 def test_bench_view_selection(
-    benchmark: Any, episodes: int, classes: int, dtype: torch.dtype, small_rows: list[dict[str, Any]]
+    benchmark: Any,
+    episodes: int,
+    classes: int,
+    dtype: torch.dtype,
+    small_rows: list[dict[str, Any]],
+    compiled_device: str,
 ) -> None:
+    device = compiled_device
     torch.manual_seed(0)
-    logits = (10 * torch.randn(episodes, VIEWS, classes, device=DEVICE)).to(dtype)
+    logits = (10 * torch.randn(episodes, VIEWS, classes, device=device)).to(dtype)
 
     def plain() -> torch.Tensor:
         log_probabilities = logits.log_softmax(dim=-1, dtype=torch.float32)
@@ -31,13 +36,15 @@ def test_bench_view_selection(
         return entropies.argsort(dim=-1, stable=True)[:, :COUNT]
 
     def compiled() -> torch.Tensor:
-        with use_backend(DEVICE):
+        with use_backend(device):
             return select_views(logits, COUNT)
 
     assert torch.equal(plain(), compiled())
     steps: dict[str, Callable[[], Any]] = {"pytorch": plain, "rada_fast": compiled}
     least = logits.nbytes + episodes * (VIEWS * 4 + COUNT * 8)
-    case = f"select views E={episodes} K={classes} {str(dtype).removeprefix('torch.')} {DEVICE}"
-    found = benchmark.pedantic(interleaved.measure, args=(case, steps, "pytorch"), kwargs={"least_bytes": least})
+    case = f"select views E={episodes} K={classes} {str(dtype).removeprefix('torch.')} {device}"
+    found = benchmark.pedantic(
+        interleaved.measure, args=(case, steps, "pytorch"), kwargs={"least_bytes": least, "device": device}
+    )
     benchmark.extra_info["providers"] = found
     small_rows.extend(found)

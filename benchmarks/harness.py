@@ -1,12 +1,14 @@
 """Shared by the benchmarks: interleaved timing, the machine's own matrix-product peak, peak extra memory.
 
 Providers of one case run in turn, round after round, so that a machine that slows down slows all of them; each
-provider's figures are over its own rounds. Times are wall seconds of calls that were checked against the reference.
+provider's figures are over its own rounds. Times are of calls that were checked against the reference: wall time on a
+CPU, on a CUDA device the device's own with a flushed L2 cache, beside the host's and the wall's (see device_timing).
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import sys
 import time
@@ -22,7 +24,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from rada_fast.config import AdapterConfig
 from rada_fast.modules import RationalAdapter
-from rada_fast.ops import use_backend
+from rada_fast.ops import backends, use_backend
+
+from . import device_timing
 
 BASELINE = "literal"
 COMPILED = "compile"
@@ -46,10 +50,12 @@ class Case:
     dtype: str
     backward: bool
     width: int = 512
+    device: str = "cpu"
 
     def __str__(self) -> str:
         passes = "forward+backward" if self.backward else "forward"
-        return f"{self.preset} B={self.batch} K={self.classes} {self.dtype} {passes}"
+        place = "" if self.device == "cpu" else f" {self.device}"
+        return f"{self.preset} B={self.batch} K={self.classes} {self.dtype} {passes}{place}"
 
     @property
     def operations(self) -> float:
@@ -57,11 +63,25 @@ class Case:
         forward = self.batch * (8 * self.classes * self.width**2 + 6 * self.classes**2 * self.width)
         return forward * (STEP_IN_FORWARDS if self.backward else 1)
 
+    @property
+    def least_bytes(self) -> float:
+        """Weights, biases and features read once and logits written; with the backward pass the weights' gradients too.
+
+        A step whose tensors all stayed on chip would move no less.
+        """
+        parameters = 6 * (self.width**2 + (self.width if self.preset == "official" else 0))
+        elements = parameters * (2 if self.backward else 1) + (self.batch + self.classes) * self.width
+        return (elements + self.batch * self.classes) * getattr(torch, self.dtype).itemsize
+
 
 @dataclass(frozen=True)
 class Figures:
-    """One provider's figures. Times in ms; ratio: the baseline's best time over this one's; share: of the measured
-    matrix-product peak, from the best time; extra_mib: peak memory beyond what stood before the call."""
+    """One provider's figures. Times in ms; ratio: the baseline's best time over this one's; extra_mib: peak memory
+    beyond what stood before the call.
+
+    share: of the measured matrix-product peak, from the best time; on a device, floor_ms over the best time, where the
+        floor is the greater of the least operations at that peak and the least bytes at the measured bandwidth.
+    host_ms, wall_ms, floor_ms: on a device only; medians of the call until it returns and until it has finished."""
 
     median_ms: float
     best_ms: float
@@ -70,6 +90,19 @@ class Figures:
     ratio: float
     share: float
     extra_mib: float
+    host_ms: float | None = None
+    wall_ms: float | None = None
+    floor_ms: float | None = None
+
+
+def default_device() -> str:
+    """Where the benchmarks run that are told nothing: on the CUDA device, where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compiled_backends(device: str) -> list[str]:
+    """The compiled backends of the adapter that are usable here and serve the device."""
+    return [name for name in {"cpu": ("cpu",), "cuda": ("triton",)}[device] if backends()[name] == "usable"]
 
 
 def make_step(case: Case, backend: str) -> Step:
@@ -82,7 +115,8 @@ def make_step(case: Case, backend: str) -> Step:
     torch.nn.init.normal_(adapter.get_parameter("out_proj.weight"), std=0.02)
     image, text = (normalize(torch.randn(rows, case.width), dim=-1).to(dtype) for rows in (case.batch, case.classes))
     labels = torch.arange(case.batch) % case.classes
-    adapter = adapter.to(dtype)
+    labels, image, text = (value.to(case.device) for value in (labels, image, text))
+    adapter = adapter.to(case.device, dtype)
     call: Any = torch.compile(adapter, fullgraph=True, dynamic=False) if backend == COMPILED else adapter
 
     def step() -> Tensor:
@@ -99,32 +133,33 @@ def make_step(case: Case, backend: str) -> Step:
     return step
 
 
-def measure(case: Case, backends: list[str]) -> dict[str, Figures]:
-    """Figures of every backend on one case, from interleaved rounds. Raises AssertionError where one is wrong."""
+def measure(case: Case, names: list[str]) -> dict[str, Figures]:
+    """Figures of every provider on one case, from interleaved rounds. Raises AssertionError where one is wrong."""
     # Each case compiles for its own sizes, none inherits another's guards.
     torch.compiler.reset()
-    steps: Mapping[str, Step] = {name: make_step(case, name) for name in backends}
-    expected = make_step(Case(case.batch, case.classes, case.preset, "float32", False, case.width), "reference")()
+    steps: Mapping[str, Step] = {name: make_step(case, name) for name in names}
+    expected = make_step(dataclasses.replace(case, dtype="float32", backward=False), "reference")()
+    on_device = case.device != "cpu"
     costs = {}
     for name, step in steps.items():
-        start = time.perf_counter()
         error = float((step().float() - expected).norm() / expected.norm())
         # bfloat16 keeps 8 bits: logits of order s agree to about a hundredth of their norm.
         bound = 1e-4 if case.dtype == "float32" or name == BASELINE else 5e-2
         assert error <= bound, f"{name} on {case}: relative error {error:.1e}"
-        start = time.perf_counter()
-        step()
-        costs[name] = time.perf_counter() - start
+        costs[name] = device_timing.host_and_wall_ms(step)[1] / 1e3 if on_device else _seconds(step)
 
     left = {name: min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS_PER_CASE / cost))) for name, cost in costs.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
+    waits: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     while any(left.values()):
         for name, step in steps.items():
             if left[name]:
                 left[name] -= 1
-                start = time.perf_counter()
-                step()
-                times[name].append(time.perf_counter() - start)
+                if on_device:
+                    waits[name].append(device_timing.host_and_wall_ms(step))
+                    times[name].append(device_timing.device_ms(step, waits[name][-1][0]) / 1e3)
+                else:
+                    times[name].append(_seconds(step))
     figures = {}
     for name, values in times.items():
         ordered = torch.tensor(sorted(values), dtype=torch.float64) * 1e3
@@ -132,16 +167,33 @@ def measure(case: Case, backends: list[str]) -> dict[str, Figures]:
             torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
         ).tolist()
         best = min(values)
+        dtype = "float32" if name == BASELINE else case.dtype
+        device: dict[str, float] = {}
+        if on_device:
+            floor = max(
+                case.operations / device_timing.matrix_peak(dtype), case.least_bytes / device_timing.bandwidth()
+            )
+            host, wall = (sorted(pair[at] for pair in waits[name])[len(values) // 2] for at in range(2))
+            device = {"host_ms": host, "wall_ms": wall, "floor_ms": 1e3 * floor}
+        else:
+            floor = case.operations / matrix_peak(dtype)
         figures[name] = Figures(
             median_ms=median,
             best_ms=best * 1e3,
             spread_ms=three_quarters - quarter,
             rounds=len(values),
             ratio=min(times[BASELINE]) / best if BASELINE in times else float("nan"),
-            share=case.operations / best / matrix_peak("float32" if name == BASELINE else case.dtype),
-            extra_mib=extra_memory(steps[name]),
+            share=floor / best,
+            extra_mib=(device_timing.extra_mib if on_device else extra_memory)(steps[name]),
+            **device,
         )
     return figures
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 @cache

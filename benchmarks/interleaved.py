@@ -8,32 +8,40 @@ from typing import Any
 
 import torch
 
+from . import device_timing
+
 ROUNDS, SECONDS = 2000, 1.0
 """At most so many rounds of a case, and about so many seconds for a provider."""
 
 
 def measure(
-    case: str, steps: Mapping[str, Callable[[], Any]], baseline: str, *, least_bytes: int
+    case: str, steps: Mapping[str, Callable[[], Any]], baseline: str, *, least_bytes: int, device: str
 ) -> list[dict[str, Any]]:
     """A record a provider: microseconds at the 20th, 50th and 80th percentile, ratio of the baseline's median to its
-    own, GB/s of the bytes that have to be read and written. Device time where there is a device: a step is waited for.
+    own, GB/s of the bytes that have to be read and written. On a CUDA device the device's own time with a flushed L2
+    cache, and host_us, the median until the call returns; see device_timing.
     """
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    on_device = device != "cpu"
     costs = []
     for step in steps.values():
         for _ in range(3):
             start = time.perf_counter()
-            step()
-            wait()
+            if on_device:
+                device_timing.device_ms(step, device_timing.host_and_wall_ms(step)[0])
+            else:
+                step()
         costs.append(time.perf_counter() - start)
     times: dict[str, list[float]] = {name: [] for name in steps}
+    hosts: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(max(5, min(ROUNDS, int(SECONDS * len(steps) / sum(costs))))):
         for name, step in steps.items():
-            wait()
-            start = time.perf_counter()
-            step()
-            wait()
-            times[name].append(1e6 * (time.perf_counter() - start))
+            if on_device:
+                hosts[name].append(1e3 * device_timing.host_and_wall_ms(step)[0])
+                times[name].append(1e3 * device_timing.device_ms(step, hosts[name][-1] / 1e3))
+            else:
+                start = time.perf_counter()
+                step()
+                times[name].append(1e6 * (time.perf_counter() - start))
     quantiles = {
         name: torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist() for name, values in times.items()
     }
@@ -47,6 +55,7 @@ def measure(
             "ratio": quantiles[baseline][1] / median,
             "gb_per_s": least_bytes / median / 1e3,
             "rounds": len(times[name]),
+            "host_us": sorted(hosts[name])[len(hosts[name]) // 2] if on_device else None,
         }
         for name, (low, median, high) in quantiles.items()
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from . import harness
-from .bench_rational_adapter import COMPILED_BACKENDS, MOST_BASELINE_BYTES, baseline_bytes
+from .bench_rational_adapter import providers
 from .harness import Case
 
 CLASSES = (50, 100, 200, 400, 800, 1600, 4000)
@@ -30,9 +30,10 @@ def main() -> None:
 
     rows = []
     for classes in CLASSES:
-        case = Case(options.batch, classes, options.preset, options.dtype, backward=True)
-        names = [harness.BASELINE] if baseline_bytes(case) <= MOST_BASELINE_BYTES else []
-        figures = harness.measure(case, [*names, "reference", harness.COMPILED, *COMPILED_BACKENDS])
+        case = Case(
+            options.batch, classes, options.preset, options.dtype, backward=True, device=harness.default_device()
+        )
+        figures = harness.measure(case, providers(case))
         rows += harness.as_rows(case, figures)
         print(classes, {name: round(value.best_ms, 2) for name, value in figures.items()}, flush=True)
     (options.output / "scaling.json").write_text(json.dumps(rows, indent=2) + "\n")
