@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import pytest
@@ -21,3 +21,14 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
     import ptxsim
 
     return lambda: ptxsim.simulated(racecheck=True, initcheck=True)
+
+
+@pytest.fixture(params=["simulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Tensors of this device run the kernels: "cpu" inside the simulator, "cuda" on a device."""
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    simulated: Simulated = request.getfixturevalue("simulated")
+    with simulated():
+        yield "cpu"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,20 +11,7 @@ from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter, use_backend
 from tests.ops.test_cpu_backend import problem
 
-from .conftest import Simulated
-
 CONFIG = AdapterConfig.official(128)
-
-
-@pytest.fixture(params=["simulator", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Tensors of this device run the kernels: "cpu" inside the simulator, "cuda" on a device."""
-    if request.param == "cuda":
-        yield "cuda"
-        return
-    simulated: Simulated = request.getfixturevalue("simulated")
-    with simulated():
-        yield "cpu"
 
 
 def module_and_inputs(device: str, batch: int = 2, classes: int = 20) -> tuple[RationalAdapter, Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""First contact with a GPU: what tells most in ten minutes, see README.md beside this file."""

@@ -1,0 +1,92 @@
+"""``python -m benchmarks.device [STAGE or STEP...]``: see README.md beside this file; run.sh prepares for it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import signal
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .plan import PLAN, chosen
+from .report import summary
+from .runner import Runner
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("rada_fast", "kernels", "csrc", "tests", "benchmarks")
+STATE = ("run.json", "facts.json", "steps.jsonl", "tests.jsonl", "figures.jsonl", "failures.txt", "summary.txt", "logs")
+
+
+def identity() -> dict[str, str]:
+    """What an earlier run's results hold for: these sources, these versions. Another device is another folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".ini") and path.is_file():
+            digest.update(f"{path.relative_to(ROOT)}\n".encode())
+            digest.update(path.read_bytes())
+    found = {"sources": digest.hexdigest()[:16], "python": sys.version.split()[0]}
+    for name in ("torch", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def set_aside(output: Path, now: dict[str, str], afresh: bool) -> str | None:
+    """Move the results of other sources or versions into a folder of their own. Returns what was done, or None."""
+    said = output / "run.json"
+    before = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else None
+    message = None
+    if before is not None and (before != now or afresh):
+        place = next(place for at in range(1, 10**6) if not (place := output / f"earlier-{at}").exists())
+        place.mkdir()
+        for name in STATE:
+            if (output / name).exists():
+                shutil.move(output / name, place / name)
+        changed = ", ".join(name for name in now if before.get(name) != now[name]) or "nothing, but --fresh was given"
+        message = f"what was there is in {place}; changed since: {changed}"
+    output.mkdir(parents=True, exist_ok=True)
+    said.write_text(json.dumps(now) + "\n", encoding="utf-8")
+    return message
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description="First contact with a GPU.")
+    parser.add_argument("names", nargs="*", metavar="STAGE|STEP", help="all of them without any, in the plan's order")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "results" / "device", help="folder of all that is written"
+    )
+    parser.add_argument("--budget", type=float, default=540, help="seconds; what is left over waits for the next run")
+    parser.add_argument("--fresh", action="store_true", help="do not go on from what the folder holds; nothing is lost")
+    parser.add_argument("--again", action="store_true", help="run what is named again, whatever became of it before")
+    parser.add_argument("--plan", action="store_true", help="list the steps and end")
+    options = parser.parse_args(arguments)
+    try:
+        steps = chosen(options.names)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.plan:
+        for step in PLAN:
+            print(f"{step.name:16} {step.limit:4.0f} s at most  {step.about}")
+        return 0
+    if message := set_aside(options.output, identity(), options.fresh):
+        print(message)
+    # Whoever ends this run ends the step in progress with it, not only the process that waits for it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    runner = Runner(ROOT, options.output, options.budget, lambda line: print(line, flush=True))
+    if options.again:
+        runner.forget(steps)
+    results = runner.run(steps)
+    text = summary(results, runner.read("tests.jsonl"), runner.read("figures.jsonl"))
+    (options.output / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\nfiles: {options.output}")
+    states = {result.state for result in results}
+    return 1 if "failed" in states else 3 if "unfinished" in states else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""A pytest plugin that writes what becomes of each test as it happens, and leaves a process whose device is broken.
+
+After an illegal access every later CUDA call of a process fails: its other tests would tell nothing. The session ends
+there, and the runner starts another one with the tests that are left.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OUTCOMES = {"setup": "error", "call": "failed", "teardown": "error"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("each test")
+    group.addoption("--events", type=Path, help="a file that receives a JSON line as a test starts and as it ends")
+    group.addoption("--without", type=Path, help="a file with the ids of tests to leave out, one a line")
+
+
+def first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def device_error() -> str | None:
+    """The error that stays with this process's device, or None. Nothing is started that was not in use."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:  # whatever it is, the device does not answer
+        return first_line(str(error)) or type(error).__name__
+    return None
+
+
+class Writer:
+    def __init__(self, config: pytest.Config) -> None:
+        self.file = config.getoption("events").open("a", encoding="utf-8", buffering=1)
+        left_out: Path | None = config.getoption("without")
+        self.left_out = set(left_out.read_text(encoding="utf-8").splitlines()) if left_out else set()
+        self.started = 0.0
+        self.found: dict[str, Any] = {}
+        self.stop: str | None = None
+
+    def write(self, event: str, **fields: Any) -> None:
+        self.file.write(json.dumps({"event": event, **fields}) + "\n")
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        done = [item for item in items if item.nodeid in self.left_out]
+        if done:
+            config.hook.pytest_deselected(items=done)
+            items[:] = [item for item in items if item.nodeid not in self.left_out]
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.write("uncollected", test=report.nodeid, **self.error_of(report))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.write("start", test=item.nodeid)
+        self.started, self.found = time.perf_counter(), {"outcome": "passed"}
+        result = yield
+        milliseconds = round(1e3 * (time.perf_counter() - self.started), 1)
+        if self.found["outcome"] in ("failed", "error") and (broken := device_error()):
+            self.stop = f"the device of this process is broken: {broken}"
+        self.write("end", test=item.nodeid, ms=milliseconds, **self.found)
+        if self.stop:
+            item.session.shouldstop = self.stop
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            if self.found["outcome"] == "passed":
+                self.found = {"outcome": OUTCOMES[report.when or "call"], **self.error_of(report)}
+        elif report.skipped and self.found["outcome"] == "passed":
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self.found = {"outcome": "skipped", "error": first_line(reason).removeprefix("Skipped: ")}
+
+    def pytest_sessionfinish(self) -> None:
+        self.write("broken" if self.stop else "finished")
+
+    @staticmethod
+    def error_of(report: pytest.TestReport | pytest.CollectReport) -> dict[str, str]:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        details = str(report.longrepr)
+        last = next((line for line in reversed(details.splitlines()) if line.startswith("E ")), "")
+        return {"error": first_line(crash.message if crash else last.removeprefix("E ") or details), "details": details}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("events"):
+        config.pluginmanager.register(Writer(config), "rada_fast_each_test")

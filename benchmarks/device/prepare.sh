@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Fetch what a GPU machine without a network lacks into .whl/: run this where there is a network, in the project's root.
+#
+#   bash benchmarks/device/prepare.sh [PYTHON_VERSION]      (3.12 without one; the GPU machine's)
+#
+# That machine's own Python is taken to hold torch, torchvision, triton, timm, pytest, pytest-benchmark, hypothesis,
+# safetensors and matplotlib. Git ignores .whl/; a way to copy that leaves out ignored files must name it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+version=${1:-3.12}
+mkdir -p .whl
+python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version "$version" --implementation cp \
+  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest .whl \
+  'open_clip_torch>=3.3,<4' ftfy wcwidth regex 'tyro>=1.0,<2' docstring-parser typeguard 'rich>=13' \
+  markdown-it-py mdurl ninja 'pytest-timeout>=2.3'
+ls -sh .whl

@@ -1,0 +1,270 @@
+"""Runs steps as processes of their own, so that none fails by another's fault; goes on where an earlier run stopped.
+
+A test that crashes its process, hangs or breaks the device is recorded as such, and a new process runs the tests after
+it. Everything is written as it happens: a run that is cut off has lost the test in progress alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .plan import Step
+
+MOST_PROCESSES = 8
+"""Of one step. Where so many tests break their process the rest would tell no more."""
+LEAST_SECONDS = 10.0
+"""A step is not started with less than this left: importing PyTorch takes most of it."""
+SECONDS_TO_START = 60.0
+"""Until the first test: importing PyTorch and the tests, on a machine whose disk is cold."""
+COUNTED = ("passed", "failed", "error", "crashed", "hung", "skipped")
+BAD = ("failed", "error", "crashed", "hung")
+
+
+@dataclass
+class Result:
+    """What became of a step. state: passed, failed, skipped (all its tests), no device, or unfinished (out of time)."""
+
+    step: str
+    state: str = "passed"
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    said: str = ""
+    """The first error's first line, or what a command tells of itself."""
+
+
+class Runner:
+    """output: folder of everything that is written; budget: seconds for all steps of this run."""
+
+    def __init__(self, root: Path, output: Path, budget: float, echo: Callable[[str], None] = print) -> None:
+        self.root, self.output, self.echo = root, output.resolve(), echo
+        self.deadline = time.monotonic() + budget
+        (self.output / "logs").mkdir(parents=True, exist_ok=True)
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The records of a file of JSON lines, but for a last one that was cut off."""
+        path = self.output / name
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        with (self.output / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def forget(self, steps: Sequence[Step]) -> None:
+        """Take the steps' records out, so that they run again; their figures and logs stay beside the new ones."""
+        names = {step.name for step in steps}
+        for file in ("steps.jsonl", "tests.jsonl"):
+            kept = [record for record in self.read(file) if record["step"] not in names]
+            fresh = self.output / f"{file}.new"
+            fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            fresh.replace(self.output / file)
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    @property
+    def has_device(self) -> bool:
+        """False only where the facts say so: without them a step finds out by itself."""
+        path = self.output / "facts.json"
+        return not path.is_file() or bool(json.loads(path.read_text(encoding="utf-8"))["devices"])
+
+    def environment(self) -> dict[str, str]:
+        """Ours, with device code for the device that is here unless something else is asked for."""
+        environment = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | os.environ
+        path = self.output / "facts.json"
+        devices = json.loads(path.read_text(encoding="utf-8"))["devices"] if path.is_file() else []
+        if devices:
+            capabilities = sorted({device["capability"] for device in devices})
+            environment.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(capabilities))
+        return environment
+
+    def run(self, steps: Sequence[Step]) -> list[Result]:
+        """Run what no earlier run has finished. A step's result is written once it is final."""
+        known = {record["step"]: Result(**record) for record in self.read("steps.jsonl")}
+        results = []
+        for step in steps:
+            if step.name in known:
+                results.append(known[step.name])
+                self.echo(f"-- {step.name}: {known[step.name].state} in an earlier run")
+                continue
+            if self.left < LEAST_SECONDS:
+                results.append(Result(step.name, "unfinished", said="no time was left; the same command goes on"))
+                continue
+            self.echo(f"-- {step.name}: {step.about}")
+            start = time.monotonic()
+            if step.stage == "bench" and not self.has_device:
+                result = Result(step.name, "no device", said="it measures a CUDA device and none is visible")
+            elif step.uses_pytest:
+                result = self.tests(step)
+            else:
+                result = self.command(step)
+            result.seconds = round(time.monotonic() - start, 1)
+            if result.state != "unfinished":
+                self.append("steps.jsonl", asdict(result))
+            self.echo(f"   {result.state} in {result.seconds:.0f} s {words(result.counts)} {result.said}".rstrip())
+            results.append(result)
+        return results
+
+    def start(self, step: Step, *more: str) -> subprocess.Popen[bytes]:
+        arguments = [part.replace("{output}", str(self.output)) for part in (*step.arguments, *more)]
+        with (self.output / "logs" / f"{step.name}.log").open("ab") as log:
+            # A session of its own: what it has started ends with it.
+            return subprocess.Popen(
+                [sys.executable, "-m", *arguments], cwd=self.root, env=self.environment(),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def log(self, step: Step) -> str:
+        path = self.output / "logs" / f"{step.name}.log"
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+    def command(self, step: Step) -> Result:
+        limit = min(step.limit, self.left)
+        (self.output / "logs" / f"{step.name}.log").unlink(missing_ok=True)
+        process = self.start(step)
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            if limit < step.limit:
+                return Result(step.name, "unfinished", said="out of time")
+            return Result(step.name, "failed", said=f"hung: killed after {limit:.0f} s")
+        finally:
+            end(process)
+        text = self.log(step)
+        if status:
+            return Result(step.name, "failed", said=f"{ended(status)}: {last_line(text)}")
+        shown = [match.group().strip() for match in re.finditer(step.shows, text, re.MULTILINE)] if step.shows else []
+        return Result(step.name, said=", ".join(dict.fromkeys(shown)))
+
+    def tests(self, step: Step) -> Result:
+        """One process after the other until every test has an outcome, or the time of the step is over."""
+        events, without = self.output / "events.jsonl", self.output / "without.txt"
+        until = time.monotonic() + min(step.limit, self.left)
+        short_of_time = self.left < step.limit
+        for _ in range(MOST_PROCESSES):
+            done = {record["test"] for record in self.read("tests.jsonl") if same_run(record["step"], step)}
+            without.write_text("".join(f"{name}\n" for name in sorted(done)), encoding="utf-8")
+            events.unlink(missing_ok=True)
+            process = self.start(step, "--events", str(events), "--without", str(without))
+            try:
+                ending, trouble = self.watch(step, process, events, until)
+            finally:
+                end(process)
+            if ending != "broken":
+                break
+        else:
+            ending, trouble = "dead", f"the rest was left after {MOST_PROCESSES} processes that broke"
+        unfinished = ending == "out of time" and short_of_time
+        return self.verdict(step, trouble, unfinished)
+
+    def watch(self, step: Step, process: subprocess.Popen[bytes], events: Path, until: float) -> tuple[str, str]:
+        """Record what the process's tests do until it ends. Returns how it ended, and what is to be said of it:
+        finished; broken, and a new process can run the other tests; dead, and a new one would be too; out of time."""
+        seen, running, since, ending = 0, "", time.monotonic(), ""
+        while True:
+            # Asked before the file is read: what an ended process wrote is all there.
+            status = process.poll()
+            lines = events.read_text(encoding="utf-8").split("\n")[:-1] if events.is_file() else []
+            for line in lines[seen:]:
+                event = json.loads(line)
+                kind = event.pop("event")
+                seen, since, running = seen + 1, time.monotonic(), event["test"] if kind == "start" else ""
+                if kind == "end":
+                    self.outcome(step, **event)
+                elif kind == "uncollected":
+                    self.outcome(step, outcome="error", **event)
+                elif kind in ("finished", "broken"):
+                    ending = kind
+            now = time.monotonic()
+            patience = step.quiet if seen else max(step.quiet, SECONDS_TO_START)
+            if status is not None or now > until or now - since > patience:
+                break
+            time.sleep(0.05)
+        if status is None:
+            end(process)
+        if running:
+            if status is None and now > until:
+                return "out of time", "out of time"
+            if status is None:
+                self.outcome(step, running, "hung", f"killed after {step.quiet:.0f} s", ms=1e3 * step.quiet)
+            else:
+                self.outcome(step, running, "crashed", ended(status), self.log(step)[-3000:])
+            return "broken", ""
+        if ending:
+            return ending, ""
+        if status is None:
+            return ("out of time",) * 2 if now > until else ("dead", f"hung outside of a test for {patience:.0f} s")
+        return "dead", f"{ended(status)}: {last_line(self.log(step))}"
+
+    def outcome(self, step: Step, test: str, outcome: str, error: str = "", details: str = "", ms: float = 0.0) -> None:
+        self.append("tests.jsonl", {"step": step.name, "test": test, "outcome": outcome, "ms": ms, "error": error})
+        if details and outcome in BAD:
+            with (self.output / "failures.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{'=' * 100}\n{step.name}: {test}: {outcome}\n{details}\n\n")
+
+    def verdict(self, step: Step, trouble: str, unfinished: bool) -> Result:
+        # Of a file that does not import there is a record for each process that tried.
+        records = list({one["test"]: one for one in self.read("tests.jsonl") if one["step"] == step.name}.values())
+        counts = {name: sum(record["outcome"] == name for record in records) for name in COUNTED}
+        counts = {name: count for name, count in counts.items() if count}
+        first = next((record for record in records if record["outcome"] in BAD), None)
+        said = f"{short(first['test'])}: {first['error']}" if first else trouble
+        if unfinished:
+            return Result(step.name, "unfinished", counts=counts, said=said)
+        if first or trouble:
+            return Result(step.name, "failed", counts=counts, said=said)
+        if not counts:
+            return Result(step.name, "skipped", said="no test is left for it")
+        if set(counts) == {"skipped"}:
+            reasons = sorted({record["error"] for record in records})
+            return Result(step.name, "skipped", counts=counts, said="; ".join(reasons))
+        return Result(step.name, counts=counts)
+
+
+def same_run(recorded: str, step: Step) -> bool:
+    """Whether a test of a recorded step need not run again in this one. A benchmark may, with other providers."""
+    return recorded == step.name or (step.stage == "tests" and recorded.startswith("tests."))
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process with all that it has started, also what outlived it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    # A driver that does not answer may keep a killed process for a while: the others need not wait for it.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+
+
+def ended(status: int | None) -> str:
+    if status is not None and status < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
+
+
+def last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+
+
+def short(test: str) -> str:
+    """A test's name without its folders."""
+    return test.rpartition("/")[2]
+
+
+def words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())

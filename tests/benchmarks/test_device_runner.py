@@ -1,0 +1,206 @@
+"""The runner of a first contact with a GPU, without one: crashes, hangs and broken devices are made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.device import __main__ as program
+from benchmarks.device import plan, runner
+from benchmarks.device.plan import PLAN, Step
+from benchmarks.device.report import summary
+from benchmarks.device.runner import Result, Runner
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = {
+    "test_a.py": """
+import os, signal, sys, time, types
+
+def test_before(): pass
+def test_crash(): os.kill(os.getpid(), signal.SIGSEGV)
+def test_after_a_crash(): pass
+def test_hang(): time.sleep(60)
+def test_failure(): assert 1 == 2, "one is not two"
+
+class Broken:
+    def is_initialized(self): return True
+    def synchronize(self): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_breaks_the_device():
+    sys.modules["torch"] = types.SimpleNamespace(cuda=Broken())
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\\nmore of it")
+def test_with_a_device_of_its_own(): assert "torch" not in sys.modules
+""",
+    "test_b.py": "import missing_module_of_this_test\n",
+    "test_c.py": """
+import pytest
+
+def test_skipped(): pytest.skip("needs a CUDA device")
+def test_last(): pass
+""",
+}
+
+
+def step_of(*files: str, quiet: float = 60, limit: float = 60, name: str = "tests.sample") -> Step:
+    ini = str(ROOT / "benchmarks/device/pytest.ini")
+    arguments = tuple(ini if part == "benchmarks/device/pytest.ini" else part for part in plan.PYTEST)
+    return Step(name, "a sample", (*arguments, *files), limit, quiet)
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run samples in."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # The samples use none, and each costs a process its time.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
+    for name, text in SAMPLES.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_no_test_fails_by_anothers_fault(here: Path, lines: list[str]) -> None:
+    made = Runner(here, here / "out", 60, lines.append)
+    (result,) = made.run([step_of("test_a.py", "test_b.py", "test_c.py", quiet=2)])
+    found = {runner.short(record["test"]).split("::")[-1]: record for record in made.read("tests.jsonl")}
+    assert {name: record["outcome"] for name, record in found.items()} == {
+        "test_before": "passed",
+        "test_crash": "crashed",
+        "test_after_a_crash": "passed",
+        "test_hang": "hung",
+        "test_failure": "failed",
+        "test_breaks_the_device": "failed",
+        "test_with_a_device_of_its_own": "passed",
+        "test_b.py": "error",
+        "test_skipped": "skipped",
+        "test_last": "passed",
+    }
+    assert result.state == "failed"
+    assert result.counts == {"passed": 4, "failed": 2, "error": 1, "crashed": 1, "hung": 1, "skipped": 1}
+    assert found["test_crash"]["error"] == "killed by SIGSEGV"
+    assert "one is not two" in found["test_failure"]["error"]
+    assert found["test_breaks_the_device"]["error"].endswith("an illegal memory access was encountered")
+    assert "missing_module_of_this_test" in found["test_b.py"]["error"]
+    details = (here / "out" / "failures.txt").read_text()
+    assert "assert 1 == 2" in details
+    assert "more of it" in details
+    text = summary([result], made.read("tests.jsonl"), [])
+    assert "test_a.py::test_crash" in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_a_run_that_was_out_of_time_goes_on(here: Path, lines: list[str]) -> None:
+    (here / "test_d.py").write_text(
+        "import time\nfrom pathlib import Path\n"
+        "def test_quick(): Path('count').open('a').write('x')\n"
+        "def test_slow(): Path('quick').exists() or time.sleep(60)\n"
+    )
+    step = step_of("test_d.py")
+    after = Step("see.after", "a command", ("this",), 10)
+    first = Runner(here, here / "out", 4, lines.append).run([step, after])
+    assert [result.state for result in first] == ["unfinished", "unfinished"]
+    (here / "quick").touch()
+    (second,) = Runner(here, here / "out", 60, lines.append).run([step])
+    assert second.state == "passed"
+    assert second.counts == {"passed": 2}
+    assert (here / "count").read_text() == "x"
+    (third,) = Runner(here, here / "out", 60, lines.append).run([step])
+    assert third == second
+
+
+def test_commands_fail_hang_and_tell(here: Path, lines: list[str]) -> None:
+    (here / "good.py").write_text("print('noise')\nprint('device: fine')\n")
+    (here / "bad.py").write_text("raise SystemExit('no compiler')\n")
+    (here / "slow.py").write_text("import time\ntime.sleep(60)\n")
+    steps = [
+        Step("see.good", "", ("good",), 20, shows="^device: .*"),
+        Step("see.bad", "", ("bad",), 20),
+        Step("see.slow", "", ("slow",), 1),
+    ]
+    good, bad, slow = Runner(here, here / "out", 60, lines.append).run(steps)
+    assert (good.state, good.said) == ("passed", "device: fine")
+    assert (bad.state, bad.said) == ("failed", "ended with status 1: no compiler")
+    assert (slow.state, slow.said) == ("failed", "hung: killed after 1 s")
+
+    (here / "bad.py").write_text("print('mended')\n")
+    made = Runner(here, here / "out", 60, lines.append)
+    assert made.run([steps[1]]) == [bad]
+    made.forget([steps[1]])
+    assert made.run([steps[0], steps[1]])[1].state == "passed"
+    assert {record["step"] for record in made.read("steps.jsonl")} == {"see.good", "see.bad", "see.slow"}
+
+
+def test_benchmarks_say_that_there_is_no_device(here: Path, lines: list[str]) -> None:
+    made = Runner(here, here / "out", 60, lines.append)
+    (here / "out" / "facts.json").write_text('{"devices": []}')
+    (result,) = made.run([next(step for step in PLAN if step.stage == "bench")])
+    assert (result.state, result.said) == ("no device", "it measures a CUDA device and none is visible")
+    # Nothing of it was started.
+    assert not list((here / "out" / "logs").iterdir())
+
+
+def test_device_code_is_made_for_the_devices_that_are_here(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    made = Runner(here, here / "out", 60)
+    assert "TORCH_CUDA_ARCH_LIST" not in made.environment()
+    facts = {"devices": [{"capability": "9.0"}, {"capability": "8.0"}, {"capability": "9.0"}]}
+    (here / "out" / "facts.json").write_text(json.dumps(facts))
+    assert made.environment()["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0"
+
+
+def test_the_plan_names_files_that_are_there() -> None:
+    for step in PLAN:
+        assert step.stage in plan.STAGES
+        for part in step.arguments:
+            if part.startswith(("tests/", "benchmarks/")):
+                assert (ROOT / part).exists(), part
+    stages = [step.stage for step in PLAN]
+    assert stages.index("build") < stages.index("tests") < stages.index("bench")
+    # What no other step has is run too.
+    assert any(step.arguments[-1] == "tests" for step in PLAN)
+
+
+def test_stages_and_steps_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [step.name for step in plan.chosen(["tests.graphs", "see"])] == ["see.device", "see.doctor", "tests.graphs"]
+    with pytest.raises(SystemExit):
+        program.main(["test"])
+    assert "no stage or step 'test'; there are see, build, tests, bench, see.device" in capsys.readouterr().err
+    assert program.main(["--plan"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(PLAN)
+
+
+def test_results_of_other_sources_are_set_aside(tmp_path: Path) -> None:
+    old, new = {"sources": "1", "torch": "2"}, {"sources": "3", "torch": "2"}
+    assert program.set_aside(tmp_path, old, afresh=False) is None
+    (tmp_path / "tests.jsonl").write_text("{}\n")
+    assert program.set_aside(tmp_path, old, afresh=False) is None
+    assert (tmp_path / "tests.jsonl").is_file()
+    message = program.set_aside(tmp_path, new, afresh=False)
+    assert message is not None
+    assert message.endswith("changed since: sources")
+    assert not (tmp_path / "tests.jsonl").exists()
+    assert (tmp_path / "earlier-1" / "tests.jsonl").is_file()
+
+
+def test_the_summary_shows_figures_in_few_columns() -> None:
+    adapter = {
+        "benchmark": "b", "case": "official B=6 K=1000 bfloat16 forward+backward cuda", "provider": "triton",
+        "median_ms": 1.5, "ratio": None, "share": 0.25, "host_ms": 0.9, "wall_ms": 1.75, "extra_mib": 100.0,
+    }  # fmt: skip
+    small = {
+        "benchmark": "s", "case": "select views E=64", "provider": "ours", "us_50": 5.25, "ratio": 2.0,
+        "gb_per_s": 900.0, "host_us": 12.0,
+    }  # fmt: skip
+    limit = {"benchmark": "test_bench_floor_bandwidth", "case": "copy", "value": 2990.123, "unit": "GB/s"}
+    text = summary([Result("bench.adapter", said="x" * 300)], [], [adapter, small, limit])
+    assert "measured limits: copy 2990 GB/s" in text
+    row = next(line for line in text.splitlines() if line.startswith("official B=6"))
+    assert row.split()[-6:] == ["triton", "1.500", "0.25", "0.900", "1.750", "100"]
+    assert all(len(line) <= 120 for line in text.splitlines())

@@ -1,0 +1,185 @@
+"""Every Triton launch by itself: what each makes of the last one's results, against plain PyTorch in float64.
+
+The first launch that fails here is the one at fault: those after it are given its results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rada_fast.config import AdapterConfig
+from rada_fast.ops import _triton
+from rada_fast.reference import class_attention, masked_logits, rational_projections
+from tests.ops.test_cpu_backend import problem
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+CONFIGS = {"matrix": AdapterConfig.official(64, num_heads=2), "row": AdapterConfig.paper(32, bias=True)}
+BATCH, CLASSES, SCALE = 2, 20, 20.0
+LAUNCHES = {
+    "rational_projections": ("keys", "values", "q_rational", "q_text", "q_image"),
+    "class_attention": ("attended",),
+    "masked_logits": ("logits", "penalty", "mask"),
+    "masked_logits_backward": ("d_offset", "d_attended"),
+    "class_attention_backward": ("d_keys", "d_values", "d_q_rational", "d_q_text", "d_q_image"),
+    "parameter_gradients": tuple(f"d{name}.{part}" for name in _triton.ROLES.values() for part in ("weight", "bias")),
+    "feature_gradients": ("dimage", "dtext"),
+}
+
+
+def merged(heads: Tensor) -> Tensor:
+    """(N, H, K, d) to (N, K, D)."""
+    return heads.transpose(-3, -2).flatten(-2)
+
+
+@cache
+def by_pytorch(name: str, dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
+    """What every launch should make, in dtype, of inputs that are exact in the stored type; in float64."""
+    config = CONFIGS[name]
+    image, text, parameters = problem(config, BATCH, CLASSES, stored)
+    leaves = {
+        key: value.to(dtype).clone().requires_grad_()
+        for key, value in {"image": image, "text": text, **parameters}.items()
+    }
+    scale = torch.tensor(SCALE, dtype=dtype)
+    made = rational_projections.rational_projections(leaves["image"], leaves["text"], scale, leaves, config)
+    inner = {"keys": made.keys, "values": made.values, **{f"q_{kind}": query for kind, query in made.queries.items()}}
+    attended = class_attention.class_attention(
+        made.queries.values(), made.keys, made.values, temperature=config.temperature, softmax=config.softmax
+    )
+    offset = rational_projections.project(attended, leaves, "out_proj")
+    mask = masked_logits.rational_mask(offset, config.mask_activation)
+    rational = rational_projections.rational_matrix(leaves["image"], leaves["text"])
+    logits, penalty = masked_logits.masked_logits(mask, rational, scale), masked_logits.mask_penalty(mask, "l2")
+    for value in (*inner.values(), attended, offset):
+        value.retain_grad()
+    # Both outputs' gradients are one.
+    (logits.sum() + penalty).backward()
+    found = {key: merged(value) for key, value in inner.items()}
+    found |= {"attended": attended, "logits": logits, "penalty": penalty, "mask": mask}
+    found |= {f"d_{key}": merged(value.grad) for key, value in inner.items() if value.grad is not None}
+    found |= {"d_offset": offset.grad, "d_attended": attended.grad}
+    found |= {f"d{key}": value.grad for key, value in leaves.items()}
+    return {key: value.detach().double() for key, value in found.items()}
+
+
+def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str, Tensor]]:
+    """The launches of a step, one after the other; what each makes, as LAUNCHES names it."""
+    config = CONFIGS[name]
+    image, text, parameters = problem(config, BATCH, CLASSES, dtype)
+    image, text = image.to(device), text.to(device)
+    moved = {key: value.to(device) for key, value in parameters.items()}
+    weights, biases = (
+        {role: moved[f"{key}.{part}"] for role, key in _triton.ROLES.items()} for part in ("weight", "bias")
+    )
+    inner, inner_biases = (
+        {role: value for role, value in every.items() if role != "output"} for every in (weights, biases)
+    )
+    scale = torch.tensor(SCALE, device=device)
+    factor = config.input_scale_factor if config.input_scale == "logit" else 0.0
+    common: dict[str, Any] = {"precision": _triton.float32_precision()}
+    heads: dict[str, Any] = common | {"num_heads": config.num_heads}
+    attention = heads | {"temperature": config.temperature, "matrix": config.softmax == "matrix"}
+    last = heads | {"relu": config.mask_activation == "relu", "penalty": "l2"}
+
+    made = _triton.rational_projections(image, text, scale, inner, inner_biases, scale_factor=factor, **common)
+    yield {
+        "keys": made.keys, "values": made.values, "q_rational": made.q_rational, "q_text": made.q_text,
+        "q_image": made.q_image.unsqueeze(1),
+    }  # fmt: skip
+    seen = _triton.class_attention(made, **attention)
+    # The parts of each query kind, put together as the next launch does.
+    parts = [seen.text.double(), seen.rational.double()]
+    if seen.factors is not None:
+        spread = seen.factors.double().permute(0, 2, 3, 1).repeat_interleave(config.head_dim, dim=-1)
+        parts = [part * factors for part, factors in zip(parts, spread, strict=True)]
+    yield {"attended": (sum(parts) + seen.image.double().unsqueeze(1)) / 3}
+    output, bias = weights["output"], biases["output"]
+    result = _triton.masked_logits(image, text, scale, seen, output, bias, return_mask=True, **last)
+    yield {"logits": result.logits, "penalty": result.penalty.reshape(()), "mask": result.mask}
+    ones = torch.ones_like(result.logits)
+    outer = _triton.masked_logits_backward(
+        image, text, scale, seen, output, bias, ones, ones.new_ones(1), None, None, weighted=True, **last
+    )
+    yield {"d_offset": outer.d_offset, "d_attended": outer.d_attended}
+    found = _triton.class_attention_backward(made, seen, outer.d_attended, outer.deltas, **attention)
+    yield {
+        "d_keys": found.keys, "d_values": found.values, "d_q_rational": found.q_rational,
+        # One for each image; plain PyTorch has their sum.
+        "d_q_text": found.q_text.double().sum(0, keepdim=True), "d_q_image": found.q_image.unsqueeze(1),
+    }  # fmt: skip
+    gradients = _triton.parameter_gradients(
+        image, text, scale, seen, found, outer.d_offset, weights, bias=True, scale_factor=factor, **heads
+    )
+    yield {
+        f"d{_triton.ROLES[role]}.{part}": value
+        for part, values in zip(("weight", "bias"), gradients, strict=True)
+        for role, value in values.items()
+    }
+    d_image, d_text = _triton.feature_gradients(
+        image, text, scale, weights, found, outer.weighted, scale_factor=factor, **common
+    )
+    yield {"dimage": d_image, "dtext": d_text}
+
+
+@cache
+def steps(name: str, dtype: torch.dtype, device: str) -> tuple[Iterator[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """The launches that are still to come, and what those before them have made."""
+    return by_kernels(name, dtype, device), []
+
+
+def made_by(name: str, dtype: torch.dtype, device: str, launch: str) -> dict[str, Tensor]:
+    """What one launch makes, in float64 on the CPU; no launch after it is started."""
+    coming, made = steps(name, dtype, device)
+    while len(made) <= list(LAUNCHES).index(launch):
+        found = next(coming, None)
+        assert found is not None, f"a launch before {launch} failed"
+        made.append({key: value.cpu().double() for key, value in found.items()})
+    return made[list(LAUNCHES).index(launch)]
+
+
+TYPES = {"float32": F32, "bfloat16": BF16, "float16": F16}
+# On a device every combination; the simulator needs seconds for one, and runs the others in test_rational_adapter.py.
+RUNS = [pytest.param("simulator", *run, id="-".join(run)) for run in (("matrix", "bfloat16"), ("row", "float32"))]
+RUNS += [
+    pytest.param("cuda", name, dtype, id=f"cuda-{name}-{dtype}", marks=pytest.mark.gpu)
+    for name in CONFIGS
+    for dtype in TYPES
+]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize(("device", "name", "dtype"), RUNS, indirect=["device"])
+def test_each_launch(device: str, name: str, dtype: str, launch: str) -> None:
+    stored = TYPES[dtype]
+    fast = made_by(name, stored, device, launch)
+    exact, plain = by_pytorch(name, torch.float64, stored), by_pytorch(name, stored, stored)
+    assert set(fast) == set(LAUNCHES[launch])
+    for key, value in fast.items():
+        assert value.shape == exact[key].shape, key
+        error, allowed = (value - exact[key]).norm(), (plain[key] - exact[key]).norm()
+        size = exact[key].norm()
+        if key.startswith(("dq_proj", "dk_proj", "d_q", "d_k")):
+            # They are differences that nearly cancel, of terms as large as what the values get.
+            size = size + exact["d_values" if key[1] == "_" else "dv_proj." + key.rpartition(".")[2]].norm()
+        band = 2 * torch.finfo(stored).eps * size
+        assert error <= 3 * allowed + band, f"{key}: {error:.2e}, plain PyTorch's {allowed:.2e}, band {band:.1e}"
+
+
+def test_they_are_the_launches_of_the_adapter(device: str) -> None:
+    # What the whole backend gives is what they give one after the other, bit for bit.
+    config = CONFIGS["matrix"]
+    image, text, parameters = problem(config, BATCH, CLASSES, BF16)
+    moved = {key: value.to(device) for key, value in parameters.items()}
+    output = _triton.rational_adapter(
+        image.to(device), text.to(device), SCALE, moved, config, penalty="l2", return_mask=True
+    )
+    found = made_by("matrix", BF16, device, "masked_logits")
+    assert output.mask is not None
+    assert torch.equal(output.logits.cpu().double(), found["logits"])
+    assert torch.equal(output.mask.cpu().double(), found["mask"])
