@@ -141,6 +141,8 @@ def has_cuda() -> bool:
 
 def device_capabilities() -> list[int]:
     """Compute capabilities of the CUDA devices that PyTorch sees, each once, 80 for 8.0; smallest first."""
+    import torch
+
     if not torch.cuda.is_available():
         return []
     found = (torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
