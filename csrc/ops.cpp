@@ -1,7 +1,7 @@
 // The operators' schemas, one readable list; csrc/cpu implements them for CPU tensors, csrc/cuda for CUDA tensors.
 //
 // Names of parameters follow the query they make: image, text, rational, key, value, output. An input scale factor of 0
-// means no input scale. Saved tensors are empty where `keep` is false; a gradient is empty where it was not needed.
+// means no input scale. widened: bfloat16 is multiplied as float32. Saved tensors are empty where `keep` is false; a gradient is empty where it was not needed.
 #include <torch/library.h>
 
 #define RADA_PARAMETERS                                                                                            \
@@ -10,7 +10,8 @@
   "Tensor? key_bias, Tensor value_weight, Tensor? value_bias, Tensor output_weight, Tensor? output_bias, "
 
 #define RADA_OPTIONS                                                                                               \
-  "int num_heads, float temperature, bool matrix_softmax, float input_scale_factor, bool relu, str penalty"
+  "int num_heads, float temperature, bool matrix_softmax, float input_scale_factor, bool relu, str penalty, "     \
+  "bool widened"
 
 TORCH_LIBRARY(rada_fast, library) {
   library.def("rational_adapter(" RADA_PARAMETERS RADA_OPTIONS

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import platform
 import stat
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from rada_fast.errors import UserError
@@ -21,6 +23,7 @@ def check_variables(*, building: bool) -> None:
     backend_variable()
     tiles_from_table()
     float32_products()
+    bfloat16_products()
     show_traceback()
     if building:
         use_cuda()
@@ -124,6 +127,14 @@ def float32_products() -> str | None:
     return value
 
 
+def bfloat16_products() -> str | None:
+    """RADA_FAST_BFLOAT16: how the CPU operator multiplies bfloat16, or None where it is unset or empty."""
+    value = os.environ.get("RADA_FAST_BFLOAT16") or None
+    if value not in (None, "native", "float32"):
+        raise UserError(f"RADA_FAST_BFLOAT16 must be native or float32, got {value!r}")
+    return value
+
+
 def has_module(name: str) -> bool:
     """Whether a module could be imported, without importing it."""
     try:
@@ -156,12 +167,37 @@ def cpu_capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def has_bf16_dot_products() -> bool:
-    """Whether the processor multiplies bfloat16 pairs itself (AVX512_BF16 or AMX)."""
-    import torch
+def multiplies(dtype: str) -> bool:
+    """Whether the processor multiplies this type with instructions of its own and PyTorch's libraries may use them.
 
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    dtype: "bfloat16" or "float16"; every other type is.
+    What keeps PyTorch (ATEN_CPU_CAPABILITY) or oneDNN (ONEDNN_MAX_CPU_ISA) to an older instruction set counts as an
+    older processor.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        return True
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ("bf16" if dtype == "bfloat16" else "asimdhp") in _processor_flags()
+    allowed = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT").upper()
+    least = {"bfloat16": ("BF16", "FP16", "AMX", "AVX10"), "float16": ("FP16", "AMX", "AVX10")}
+    if allowed not in ("DEFAULT", "ALL") and not any(word in allowed for word in least[dtype]):
+        return False
+    names = {"bfloat16": {"avx512_bf16", "amx_bf16"}, "float16": {"avx512_fp16", "amx_fp16"}}
+    return cpu_capability().startswith("AVX512") and bool(names[dtype] & _processor_flags())
+
+
+@cache
+def _processor_flags() -> frozenset[str]:
+    """Instruction sets of the processor by the system's names; empty where it does not say.
+
+    PyTorch's own list is not in every release, and its names change.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    words = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(words, "").split())
 
 
 def available_memory() -> int:

@@ -264,13 +264,25 @@ def load_cuda() -> str | None:
 
 
 def cpu_paths() -> dict[str, str]:
-    """How the loaded extension computes here: "vectors", "float32", "bfloat16"; an empty word is a type not served."""
+    """How the loaded extension computes here: "vectors", "float32", "bfloat16"; an empty word is no product of it."""
     return dict(torch.ops.rada_fast.cpu_paths())
+
+
+def bfloat16_products() -> str:
+    """How the loaded extension multiplies bfloat16 here: "native", or as "float32" after widening its tiles.
+
+    RADA_FAST_BFLOAT16 decides; raises UserError where it asks for native products and there are none.
+    """
+    asked, possible = _env.bfloat16_products(), bool(cpu_paths()["bfloat16"])
+    if asked == "native" and not possible:
+        raise UserError("RADA_FAST_BFLOAT16=native: this processor or build of PyTorch has no products of bfloat16")
+    # oneDNN takes bfloat16 on every AVX-512 processor, and emulates the instructions where these are missing.
+    return asked or ("native" if possible and _env.multiplies("bfloat16") else "float32")
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler: torch.compile takes the answer of a
 # call as it is instead of tracing files being looked for.
-_functions: list[Any] = [load, load_cuda, cpu_paths]
+_functions: list[Any] = [load, load_cuda, cpu_paths, bfloat16_products]
 for _function in _functions:
     _function._dynamo_marked_constant = True
 
@@ -335,11 +347,11 @@ def describe() -> dict[str, str]:
         facts["not taken"] = "; ".join(faults)
     if reason is None:
         paths = cpu_paths()
-        low = paths["bfloat16"]
-        native = "processor's own bf16 dot products" if _env.has_bf16_dot_products() else "bf16 emulated in float32"
+        own = "the processor's own" if _env.multiplies("bfloat16") else "emulated, as RADA_FAST_BFLOAT16 asks"
+        low = f"{paths['bfloat16']}, {own}" if bfloat16_products() == "native" else "as float32, tiles widened"
         facts |= {
             "vector loops": paths["vectors"],
             "float32 products": paths["float32"],
-            "bfloat16 products": f"{low}, {native}" if low else "none: needs oneDNN and AVX-512",
+            "bfloat16 products": low,
         }
     return facts | _describe_cuda()

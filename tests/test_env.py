@@ -1,8 +1,9 @@
-"""Where the cache is, for every kind of user."""
+"""Where the cache is, for every kind of user; and what the processor is taken to multiply, whichever it is."""
 
 from __future__ import annotations
 
 import os
+import platform
 import pwd
 import tempfile
 from pathlib import Path
@@ -82,3 +83,69 @@ def test_the_cache_of_a_user_who_does_not_exist_is_one_line(temporary: Path, mon
     monkeypatch.setenv("RADA_FAST_CACHE", "~no-such-user/cache")
     with pytest.raises(UserError, match=r"^RADA_FAST_CACHE must name a folder, got '~no-such-user/cache': .*$"):
         _env.cache_dir()
+
+
+AVX2 = frozenset({"avx2", "fma"})
+SKYLAKE = AVX2 | {"avx512f", "avx512bw"}
+ZEN4 = SKYLAKE | {"avx512_bf16"}
+SAPPHIRE_RAPIDS = ZEN4 | {"amx_bf16", "avx512_fp16"}
+ARM = frozenset({"fp", "asimd"})
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "capability", "onednn", "bfloat16", "float16"),
+    [
+        ("x86_64", AVX2, "AVX2", None, False, False),
+        ("x86_64", SKYLAKE, "AVX512", None, False, False),
+        ("x86_64", ZEN4, "AVX512", None, True, False),
+        ("x86_64", SAPPHIRE_RAPIDS, "AVX512", None, True, True),
+        # Kept to an older instruction set from outside.
+        ("x86_64", ZEN4, "AVX2", None, False, False),
+        ("x86_64", ZEN4, "AVX512", "AVX2", False, False),
+        ("x86_64", ZEN4, "AVX512", "avx512_core", False, False),
+        ("x86_64", ZEN4, "AVX512", "AVX512_CORE_BF16", True, False),
+        ("x86_64", SAPPHIRE_RAPIDS, "AVX512", "AVX512_CORE_BF16", True, False),
+        ("x86_64", SAPPHIRE_RAPIDS, "AVX512", "AVX512_CORE_AMX", True, True),
+        ("x86_64", SAPPHIRE_RAPIDS, "AVX512", "ALL", True, True),
+        ("aarch64", ARM, "DEFAULT", None, False, False),
+        ("aarch64", ARM | {"asimdhp"}, "DEFAULT", None, False, True),
+        ("aarch64", ARM | {"asimdhp", "bf16"}, "SVE256", None, True, True),
+        # A system that does not say.
+        ("x86_64", frozenset(), "AVX512", None, False, False),
+    ],
+)
+def test_which_types_the_processor_multiplies(
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    flags: frozenset[str],
+    capability: str,
+    onednn: str | None,
+    bfloat16: bool,
+    float16: bool,
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(_env, "_processor_flags", lambda: flags)
+    monkeypatch.setattr(_env, "cpu_capability", lambda: capability)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if onednn:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", onednn)
+    assert _env.multiplies("bfloat16") == bfloat16
+    assert _env.multiplies("float16") == float16
+    assert _env.multiplies("float32")
+    assert _env.multiplies("float64")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx2 avx512_bf16\nbugs : none\n", {"fpu", "avx2", "avx512_bf16"}),
+        ("processor : 0\nFeatures\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
+        ("cpu : 0\n", set()),
+    ],
+)
+def test_the_processors_instructions_are_read_from_the_system(
+    monkeypatch: pytest.MonkeyPatch, text: str, flags: set[str]
+) -> None:
+    monkeypatch.setattr(_env.Path, "read_text", lambda *_: text)
+    assert _env._processor_flags.__wrapped__() == flags

@@ -33,6 +33,7 @@ void image_forward(const Problem& p, const AttentionState<T>& state, int64_t b, 
 template <typename T>
 void class_attention_forward(const Problem& p, int64_t images, const AttentionState<T>& state) {
   using A = Acc<T>;
+  using F = Factor<T>;
   const auto& math = vector_math<T>();
   const int64_t d = p.head_width, parts = splits(p, images), wide = p.wide_kinds();
   const int64_t heads = images * p.heads, blocks = p.query_blocks;
@@ -46,23 +47,24 @@ void class_attention_forward(const Problem& p, int64_t images, const AttentionSt
   at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch& scratch = Scratch::rewound();
     const int64_t most = wide * kQueryBlock;
-    T* key_rows = scratch.take<T>(p.padded * d);
-    T* queries = scratch.take<T>(even<T>(d) * most);
+    F *key_rows = scratch.take<F>(p.padded * d), *widened = scratch.take<F>(left_factor_size<T>(p.padded * d));
+    F* queries = scratch.take<F>(even<F>(d) * most);
     A* scores = scratch.take<A>(std::max(kKeyBlock * most, p.padded));
-    T* probabilities = sizeof(T) == 2 ? scratch.take<T>(kKeyBlock * most) : reinterpret_cast<T*>(scores);
+    F* probabilities = sizeof(F) == 2 ? scratch.take<F>(kKeyBlock * most) : reinterpret_cast<F*>(scores);
     A* output = scratch.take<A>(d * most);
     A *maximum = scratch.take<A>(most), *next = scratch.take<A>(most), *sum = scratch.take<A>(most);
-    A* stored_sum = sizeof(T) == 2 ? scratch.take<A>(most) : sum;
+    A* stored_sum = sizeof(F) == 2 ? scratch.take<A>(most) : sum;
     double* exact = scratch.take<double>(p.image ? p.padded : 0);
+    const F* values = nullptr;
     int64_t transposed = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, part = task % parts, b = head / p.heads, h = head % p.heads;
       const T* keys = state.keys + b * p.image_size() + h * d * p.padded;
-      const T* values = state.values + b * p.image_size() + h * d * p.padded;
       if (p.image && part == 0) image_forward(p, state, b, h, scores, exact);
       if (wide == 0) continue;
       if (transposed != head) {
         math.transpose(keys, p.padded, d, p.classes, key_rows, d);
+        values = left_factor(state.values + b * p.image_size() + h * d * p.padded, p.padded, d, widened);
         transposed = head;
       }
       for (int64_t block = part * blocks / parts; block < (part + 1) * blocks / parts; ++block) {
@@ -73,7 +75,7 @@ void class_attention_forward(const Problem& p, int64_t images, const AttentionSt
         std::fill(stored_sum, stored_sum + columns, A(0));
         for (int64_t n0 = 0; n0 < p.classes; n0 += kKeyBlock) {
           const int64_t rows = std::min(kKeyBlock, p.classes - n0);
-          matrix_product<T>(rows, columns, d, key_rows + n0 * d, d, queries, columns, scores, columns, false);
+          matrix_product<F>(rows, columns, d, key_rows + n0 * d, d, queries, columns, scores, columns, false);
           std::copy(maximum, maximum + columns, next);
           math.column_maximum(scores, columns, rows, columns, static_cast<A>(p.score_scale), next);
           if (p.matrix_softmax)
@@ -84,12 +86,12 @@ void class_attention_forward(const Problem& p, int64_t images, const AttentionSt
             math.exponential(maximum, columns);
             math.scale_columns(output, columns, d, columns, maximum);
             math.scale_columns(sum, columns, 1, columns, maximum);
-            if (sizeof(T) == 2) math.scale_columns(stored_sum, columns, 1, columns, maximum);
+            if (sizeof(F) == 2) math.scale_columns(stored_sum, columns, 1, columns, maximum);
           }
           std::swap(maximum, next);
           math.exponentials(scores, columns, rows, columns, static_cast<A>(p.score_scale), maximum, sum, stored_sum,
                             probabilities);
-          matrix_product<T>(d, columns, even<T>(rows), values + n0, p.padded, probabilities, columns, output, columns,
+          matrix_product<F>(d, columns, even<F>(rows), values + n0, p.padded, probabilities, columns, output, columns,
                             n0 > 0);
         }
         const int64_t padding = q0 + width == p.classes ? p.padded - q0 : width;
@@ -134,17 +136,17 @@ void class_attention_forward(const Problem& p, int64_t images, const AttentionSt
     }
 }
 
-template <typename T>
-void combine_attended(const Problem& p, int64_t b, int64_t first_class, int64_t columns, const AttentionState<T>& state,
-                      Acc<T>* out, int64_t ldo) {
-  const auto& math = vector_math<T>();
+template <typename A>
+void combine_attended(const Problem& p, int64_t b, int64_t first_class, int64_t columns, const Attended<A>& state,
+                      A* out, int64_t ldo) {
+  const auto& math = vector_math<A>();
   const int64_t d = p.head_width;
   for (int64_t h = 0; h < p.heads; ++h)
     for (int64_t c = 0, width = 0; c < columns; c += width) {
       const int64_t k0 = first_class + c;
       width = std::min(kQueryBlock - k0 % kQueryBlock, columns - c);
-      const Acc<T>* constant = p.image ? state.image_attended + b * p.width + h * d : nullptr;
-      Acc<T>* to = out + h * d * ldo + c;
+      const A* constant = p.image ? state.image_attended + b * p.width + h * d : nullptr;
+      A* to = out + h * d * ldo + c;
       if (p.wide_kinds() == 0) math.combine(nullptr, 0, 0, constant, d, width, to, ldo, true);
       for (int64_t kind = 0; kind < p.wide_kinds(); ++kind)
         math.combine(state.attended[kind] + b * p.image_size() + h * d * p.padded + k0, p.padded,
@@ -153,13 +155,13 @@ void combine_attended(const Problem& p, int64_t b, int64_t first_class, int64_t 
     }
 }
 
-#define RADA_INSTANTIATE(T)                                                                                      \
-  template void class_attention_forward<T>(const Problem&, int64_t, const AttentionState<T>&);                   \
-  template void combine_attended<T>(const Problem&, int64_t, int64_t, int64_t, const AttentionState<T>&, Acc<T>*, \
-                                    int64_t);
-RADA_INSTANTIATE(float)
-RADA_INSTANTIATE(double)
-RADA_INSTANTIATE(BF16)
-#undef RADA_INSTANTIATE
+template void class_attention_forward<float>(const Problem&, int64_t, const AttentionState<float>&);
+template void class_attention_forward<double>(const Problem&, int64_t, const AttentionState<double>&);
+template void class_attention_forward<BF16>(const Problem&, int64_t, const AttentionState<BF16>&);
+template void class_attention_forward<WideBF16>(const Problem&, int64_t, const AttentionState<WideBF16>&);
+template void combine_attended<float>(const Problem&, int64_t, int64_t, int64_t, const Attended<float>&, float*,
+                                      int64_t);
+template void combine_attended<double>(const Problem&, int64_t, int64_t, int64_t, const Attended<double>&, double*,
+                                       int64_t);
 
 }  // namespace rada_fast

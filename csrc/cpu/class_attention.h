@@ -11,21 +11,27 @@
 
 namespace rada_fast {
 
-// Of `images` images; a null pointer is a query kind not in use.
+// What attention gave, of `images` images; a null pointer is a query kind not in use. Kind 0 is the text query where it
+// is in use.
+template <typename A>
+struct Attended {
+  A* attended[2];              // (images, D, padded), each block normalised by itself; exact, for delta
+  A* factors[2];               // (images, H, query_blocks): O = factor * attended, 1 / |Q| included
+  A* image_attended;           // (images, D), 1 / |Q| included
+};
+
+// What it is made of, and in the base what the forward writes.
 template <typename T>
-struct AttentionState {
+struct AttentionState : Attended<Acc<T>> {
   const T* keys;               // (images, D, padded)
   const T* values;             // (images, D, padded)
   const Acc<T>* image_query;   // (images, D)
   const T* text_query;         // (D, padded), shared by the images
   const T* rational_query;     // (images, D, padded)
-  // Written by the forward. Kind 0 is the text query where it is in use.
-  Acc<T>* attended[2];         // (images, D, padded), each block normalised by itself; exact, for delta
-  Acc<T>* factors[2];          // (images, H, query_blocks): O = factor * attended, 1 / |Q| included
-  // P / |Q| = weight * exp(S - maximum). Kept apart: the logarithm of the sum would round at the scores' size.
+  // Written by the forward: P / |Q| = weight * exp(S - maximum). Kept apart: the logarithm of the sum would round at the
+  // scores' size.
   Acc<T>* maxima[2];           // (images, H, padded), or (images, H) with the matrix softmax
   Acc<T>* weights[2];          // likewise
-  Acc<T>* image_attended;      // (images, D), 1 / |Q| included
 };
 
 template <typename T>
@@ -34,10 +40,10 @@ void class_attention_forward(const Problem& problem, int64_t images, const Atten
 // What is not asked for is null. Gradients of the attention's output are per image (D, padded), zero in the padding.
 template <typename T>
 struct AttentionGradients {
-  const T* doutput;            // dO: (images, D, padded)
-  T* dkeys;                    // (images, D, padded)
-  T* dvalues;
-  T* drational_query;
+  const Factor<T>* doutput;    // dO: (images, D, padded)
+  Factor<T>* dkeys;            // (images, D, padded)
+  Factor<T>* dvalues;
+  Factor<T>* drational_query;
   Acc<T>* dtext_query;         // (images, D, padded)
   Acc<T>* dimage_query;        // (images, D)
 };
@@ -47,8 +53,8 @@ void class_attention_backward(const Problem& problem, int64_t images, const Atte
                               const AttentionGradients<T>& gradients);
 
 // O^T of some classes of one image from its parts: (D, columns) into out.
-template <typename T>
+template <typename A>
 void combine_attended(const Problem& problem, int64_t b, int64_t first_class, int64_t columns,
-                      const AttentionState<T>& state, Acc<T>* out, int64_t ldo);
+                      const Attended<A>& state, A* out, int64_t ldo);
 
 }  // namespace rada_fast

@@ -18,10 +18,12 @@ namespace {
 template <typename T>
 struct Backward {
   using A = Acc<T>;
+  using F = Factor<T>;
   const Problem& p;
   const AttentionState<T>& state;
   const AttentionGradients<T>& out;
   const VectorMath<T>& math = vector_math<T>();
+  const VectorMath<F>& factors = vector_math<F>();  // the same, of what is in a product's type already
   const int64_t d = p.head_width, wide = p.wide_kinds();
   const bool need_scores = out.dkeys || out.drational_query || out.dtext_query || out.dimage_query;
 
@@ -43,28 +45,31 @@ struct Backward {
   void wide_queries(int64_t b, int64_t h, int64_t first, int64_t last, A* dkeys, A* dvalues, Scratch& scratch) const {
     const int64_t head = b * p.heads + h, at = offset(b, h), most = wide * kQueryBlock;
     const A scale = static_cast<A>(p.score_scale);
-    T *key_rows = scratch.take<T>(p.padded * d), *value_rows = scratch.take<T>(p.padded * d);
-    T *queries = scratch.take<T>(d * most), *query_rows = scratch.take<T>(d * most);
-    T *doutput = scratch.take<T>(d * kQueryBlock), *doutput_rows = scratch.take<T>(d * kQueryBlock);
+    F *key_rows = scratch.take<F>(p.padded * d), *value_rows = scratch.take<F>(p.padded * d);
+    F *queries = scratch.take<F>(d * most), *query_rows = scratch.take<F>(d * most);
+    F *doutput = scratch.take<F>(d * kQueryBlock), *doutput_rows = scratch.take<F>(d * kQueryBlock);
     A *scores = scratch.take<A>(kKeyBlock * most), *dprobabilities = scratch.take<A>(kKeyBlock * kQueryBlock);
     A *total = scratch.take<A>(kKeyBlock * kQueryBlock), *dqueries = scratch.take<A>(d * most);
     A *delta = scratch.take<A>(2 * p.padded), *shift = scratch.take<A>(most), *weight = scratch.take<A>(most);
-    T *dscores_rows = reinterpret_cast<T*>(scores), *dscores = dscores_rows, *total_rows = reinterpret_cast<T*>(total);
-    if (sizeof(T) == 2) {
-      dscores_rows = scratch.take<T>(kKeyBlock * most);
-      dscores = scratch.take<T>(kKeyBlock * most);
-      total_rows = scratch.take<T>(kKeyBlock * kQueryBlock);
+    F *dscores_rows = reinterpret_cast<F*>(scores), *dscores = dscores_rows, *total_rows = reinterpret_cast<F*>(total);
+    if (sizeof(F) == 2) {
+      dscores_rows = scratch.take<F>(kKeyBlock * most);
+      dscores = scratch.take<F>(kKeyBlock * most);
+      total_rows = scratch.take<F>(kKeyBlock * kQueryBlock);
     }
     math.transpose(state.keys + at, p.padded, d, p.classes, key_rows, d);
     math.transpose(state.values + at, p.padded, d, p.classes, value_rows, d);
+    const F* keys = nullptr;
+    if (out.dtext_query || out.drational_query)
+      keys = left_factor(state.keys + at, p.padded, d, scratch.take<F>(left_factor_size<T>(p.padded * d)));
     for (int64_t kind = 0; kind < wide; ++kind) deltas(b, h, kind, delta + kind * p.padded);
 
     for (int64_t block = first; block < last; ++block) {
-      const int64_t q0 = block * kQueryBlock, exact = std::min(kQueryBlock, p.classes - q0), width = even<T>(exact);
+      const int64_t q0 = block * kQueryBlock, exact = std::min(kQueryBlock, p.classes - q0), width = even<F>(exact);
       const int64_t columns = wide * width;
       pack_queries(p, state, b, h, q0, width, queries, columns);
-      math.pack_stored(out.doutput + at + q0, p.padded, d, width, doutput, width);
-      math.pack_transposed(out.doutput + at + q0, p.padded, d, width, doutput_rows, d);
+      factors.pack_stored(out.doutput + at + q0, p.padded, d, width, doutput, width);
+      factors.pack_transposed(out.doutput + at + q0, p.padded, d, width, doutput_rows, d);
       for (int64_t kind = 0; kind < wide; ++kind) {
         const T* query = kind == 0 && p.text ? state.text_query + h * d * p.padded : state.rational_query + at;
         math.pack_transposed(query + q0, p.padded, d, width, query_rows + kind * width * d, d);
@@ -80,24 +85,24 @@ struct Backward {
       }
       for (int64_t n0 = 0; n0 < p.classes; n0 += kKeyBlock) {
         const int64_t rows = std::min(kKeyBlock, p.classes - n0);
-        matrix_product<T>(rows, columns, d, key_rows + n0 * d, d, queries, columns, scores, columns, false);
-        matrix_product<T>(rows, width, d, value_rows + n0 * d, d, doutput, width, dprobabilities, width, false);
+        matrix_product<F>(rows, columns, d, key_rows + n0 * d, d, queries, columns, scores, columns, false);
+        matrix_product<F>(rows, width, d, value_rows + n0 * d, d, doutput, width, dprobabilities, width, false);
         for (int64_t kind = 0; kind < wide; ++kind)
           math.score_gradients(scores + kind * width, columns, dprobabilities, total, width, rows, width, scale,
                                shift + kind * width, weight + kind * width, delta + kind * p.padded + q0, kind == 0);
         if (dvalues) {
-          if (sizeof(T) == 2) math.store(total, width, nullptr, rows, width, width, total_rows, width);
-          matrix_product<T>(rows, d, width, total_rows, width, doutput_rows, d, dvalues + n0 * d, d, block > first);
+          if (sizeof(F) == 2) factors.store(total, width, nullptr, rows, width, width, total_rows, width);
+          matrix_product<F>(rows, d, width, total_rows, width, doutput_rows, d, dvalues + n0 * d, d, block > first);
         }
         if (!need_scores) continue;
-        if (sizeof(T) == 2) {
-          math.store(scores, columns, nullptr, rows, columns, columns, dscores_rows, columns);
-          math.pack_stored(dscores_rows, columns, rows, columns, dscores, columns);
+        if (sizeof(F) == 2) {
+          factors.store(scores, columns, nullptr, rows, columns, columns, dscores_rows, columns);
+          factors.pack_stored(dscores_rows, columns, rows, columns, dscores, columns);
         }
         if (dkeys)
-          matrix_product<T>(rows, d, columns, dscores_rows, columns, query_rows, d, dkeys + n0 * d, d, block > first);
+          matrix_product<F>(rows, d, columns, dscores_rows, columns, query_rows, d, dkeys + n0 * d, d, block > first);
         if (out.dtext_query || out.drational_query)
-          matrix_product<T>(d, columns, even<T>(rows), state.keys + at + n0, p.padded, dscores, columns, dqueries,
+          matrix_product<F>(d, columns, even<F>(rows), keys + n0, p.padded, dscores, columns, dqueries,
                             columns, n0 > 0);
       }
       const int64_t padding = q0 + exact == p.classes ? p.padded - q0 : exact;
@@ -108,7 +113,7 @@ struct Backward {
           std::fill(to + exact, to + padding, A(0));
         }
       if (out.drational_query)
-        math.store(dqueries + (wide - 1) * width, columns, nullptr, d, exact, padding,
+        factors.store(dqueries + (wide - 1) * width, columns, nullptr, d, exact, padding,
                    out.drational_query + at + q0, p.padded);
     }
   }
@@ -145,10 +150,10 @@ struct Backward {
   void finish(int64_t b, int64_t h, A* dkeys, A* dvalues, Scratch& scratch) const {
     if (p.image) image_query(b, h, dkeys, dvalues, scratch);
     A* turned = scratch.take<A>(d * p.padded);
-    const auto put = [&](const A* sums, T* to) {
+    const auto put = [&](const A* sums, F* to) {
       if (!to) return;
       math.transpose_exact(sums, d, p.classes, d, turned, p.padded);
-      math.store(turned, p.padded, nullptr, d, p.classes, p.padded, to + offset(b, h), p.padded);
+      factors.store(turned, p.padded, nullptr, d, p.classes, p.padded, to + offset(b, h), p.padded);
     };
     put(dkeys, out.dkeys);
     put(dvalues, out.dvalues);
@@ -198,6 +203,7 @@ void class_attention_backward(const Problem& p, int64_t images, const AttentionS
 RADA_INSTANTIATE(float)
 RADA_INSTANTIATE(double)
 RADA_INSTANTIATE(BF16)
+RADA_INSTANTIATE(WideBF16)
 #undef RADA_INSTANTIATE
 
 }  // namespace rada_fast

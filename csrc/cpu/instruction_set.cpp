@@ -47,6 +47,7 @@ const VectorMath<T>& vector_math() {
 template const VectorMath<float>& vector_math<float>();
 template const VectorMath<double>& vector_math<double>();
 template const VectorMath<BF16>& vector_math<BF16>();
+template const VectorMath<WideBF16>& vector_math<WideBF16>();
 
 const AugmixLoops& augmix_loops() {
 #if defined(__x86_64__)

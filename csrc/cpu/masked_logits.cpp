@@ -15,9 +15,9 @@ int64_t tile_width(const Problem& p, int64_t images, int64_t most) {
 
 // O^T of a tile as an operand; the exact tile is left in `exact`, which float and double use as the operand itself.
 template <typename T>
-void attended_operand(const Problem& p, int64_t b, int64_t k0, int64_t columns, const AttentionState<T>& state,
+void attended_operand(const Problem& p, int64_t b, int64_t k0, int64_t columns, const Attended<Acc<T>>& state,
                       Acc<T>* exact, T* operand) {
-  combine_attended(p, b, k0, columns, state, exact, columns);
+  combine_attended<Acc<T>>(p, b, k0, columns, state, exact, columns);
   if (sizeof(T) == 2) vector_math<T>().pack(exact, columns, nullptr, nullptr, p.width, columns, operand, columns);
 }
 
@@ -43,7 +43,7 @@ struct Peak {
 }  // namespace
 
 template <typename T>
-void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<T>& in, const AttentionState<T>& state,
+void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<T>& in, const Attended<Acc<T>>& state,
                            Acc<T>* logits, double* penalty, int64_t* peak, Acc<T>* mask) {
   using A = Acc<T>;
   const auto& math = vector_math<T>();
@@ -99,7 +99,7 @@ void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<
 }
 
 template <typename T>
-void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs<T>& in, const AttentionState<T>& state,
+void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs<T>& in, const Attended<Acc<T>>& state,
                             const OutputGradients<T>& out) {
   using A = Acc<T>;
   const auto& math = vector_math<T>();
@@ -178,9 +178,9 @@ void output_weight_gradients(const Problem& p, int64_t images, const T* doffset,
 }
 
 #define RADA_INSTANTIATE(T)                                                                                         \
-  template void masked_logits_forward<T>(const Problem&, int64_t, const OutputInputs<T>&, const AttentionState<T>&, \
+  template void masked_logits_forward<T>(const Problem&, int64_t, const OutputInputs<T>&, const Attended<Acc<T>>&,  \
                                          Acc<T>*, double*, int64_t*, Acc<T>*);                                      \
-  template void masked_logits_backward<T>(const Problem&, int64_t, const OutputInputs<T>&, const AttentionState<T>&, \
+  template void masked_logits_backward<T>(const Problem&, int64_t, const OutputInputs<T>&, const Attended<Acc<T>>&,  \
                                           const OutputGradients<T>&);                                               \
   template void output_weight_gradients<T>(const Problem&, int64_t, const T*, const T*, Acc<T>*, Acc<T>*, bool);
 RADA_INSTANTIATE(float)

@@ -18,7 +18,7 @@ struct OutputInputs {
 // which lies at peak[image] = k D + c (the first of equal ones). mask: (images, D, K) or null.
 template <typename T>
 void masked_logits_forward(const Problem& problem, int64_t images, const OutputInputs<T>& in,
-                           const AttentionState<T>& state, Acc<T>* logits, double* penalty, int64_t* peak,
+                           const Attended<Acc<T>>& state, Acc<T>* logits, double* penalty, int64_t* peak,
                            Acc<T>* mask);
 
 template <typename T>
@@ -37,7 +37,7 @@ struct OutputGradients {
 
 template <typename T>
 void masked_logits_backward(const Problem& problem, int64_t images, const OutputInputs<T>& in,
-                            const AttentionState<T>& state, const OutputGradients<T>& out);
+                            const Attended<Acc<T>>& state, const OutputGradients<T>& out);
 
 // dWo = dA^T O, added to what dweight holds if `add`; dbo += sum dA; either may be null.
 template <typename T>

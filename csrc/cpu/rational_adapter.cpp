@@ -30,6 +30,7 @@ struct Arguments {
   double input_scale_factor;
   bool relu;
   Penalty penalty;
+  bool widened;  // bfloat16 is multiplied as float32
 };
 
 Penalty penalty_named(c10::string_view name) {
@@ -74,6 +75,7 @@ int64_t chunk_of(const Problem& p) {
 template <typename T>
 struct Types {
   static constexpr at::ScalarType stored = sizeof(T) == 2 ? at::kBFloat16 : (sizeof(T) == 4 ? at::kFloat : at::kDouble);
+  static constexpr at::ScalarType factor = sizeof(Factor<T>) == 4 ? at::kFloat : stored;
   static constexpr at::ScalarType exact = sizeof(T) == 8 ? at::kDouble : at::kFloat;
 };
 
@@ -97,6 +99,7 @@ Tensor transpose(const Tensor& matrix) {
 template <typename T>
 struct Operands {
   using A = Acc<T>;
+  using F = Factor<T>;
   Tensor image, text_rows, text, ones;
   std::array<Tensor, kRoles> weights, biases;
 
@@ -107,14 +110,14 @@ struct Operands {
     text.narrow(1, 0, p.classes).copy_(text_rows.t());
     ones = at::ones({p.width}, text_rows.options());
     for (size_t role = 0; role < kRoles; ++role) {
-      if (in.weights[role]) weights[role] = in.weights[role]->contiguous();
+      if (in.weights[role]) weights[role] = in.weights[role]->to(Types<T>::factor).contiguous();
       if (in.biases[role]) biases[role] = in.biases[role]->to(Types<T>::exact).contiguous();
     }
   }
 
-  Projection<T> projection(Role role, T* out) const { return {data<T>(weights[role]), data<A>(biases[role]), out}; }
-  OutputInputs<T> output(int64_t first, int64_t width) const {
-    return {data<A>(image) + first * width, data<A>(text), data<T>(weights[kOutput]), data<A>(biases[kOutput])};
+  Projection<T> projection(Role role, T* out) const { return {data<F>(weights[role]), data<A>(biases[role]), out}; }
+  OutputInputs<F> output(int64_t first, int64_t width) const {
+    return {data<A>(image) + first * width, data<A>(text), data<F>(weights[kOutput]), data<A>(biases[kOutput])};
   }
 };
 
@@ -170,6 +173,7 @@ using ForwardResult =
 template <typename T>
 ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
   using A = Acc<T>;
+  using F = Factor<T>;
   const Problem p = problem_of(in);
   const Operands<T> operands(p, in);
   const auto options = in.image_features.options();
@@ -190,8 +194,9 @@ ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
   }
   Tensor image_query;
   if (p.image)
-    image_query = at::linear((operands.image * p.query_scale).to(Types<T>::stored), operands.weights[kImage],
-                             in.biases[kImage]).to(Types<T>::exact).contiguous();
+    image_query = at::linear((operands.image * p.query_scale).to(Types<T>::factor), operands.weights[kImage],
+                             in.biases[kImage] ? in.biases[kImage]->to(Types<T>::factor) : OptionalTensor())
+                      .to(Types<T>::exact).contiguous();
 
   for (int64_t first = 0; first < p.batch; first += step) {
     const int64_t images = std::min(step, p.batch - first);
@@ -204,7 +209,7 @@ ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
     if (p.image)
       std::copy_n(data<A>(image_query) + first * p.width, images * p.width, const_cast<A*>(state.image_query));
     class_attention_forward<T>(p, images, state);
-    masked_logits_forward<T>(p, images, operands.output(first, p.width), state, data<A>(sums) + first * p.classes,
+    masked_logits_forward<F>(p, images, operands.output(first, p.width), state, data<A>(sums) + first * p.classes,
                              data<double>(penalties) + first, data<int64_t>(peak) + first,
                              return_mask ? data<A>(mask) + first * p.width * p.classes : nullptr);
   }
@@ -242,9 +247,10 @@ BackwardResult backward_of(const OptionalTensor& dlogits_in, const OptionalTenso
                            const OptionalTensor& dmask_in, const Arguments& in, const Saved& saved, const Tensor& peak,
                            const Needed& needed) {
   using A = Acc<T>;
+  using F = Factor<T>;
   const Problem p = problem_of(in);
   const Operands<T> operands(p, in);
-  const auto exact = in.image_features.options().dtype(Types<T>::exact), stored = exact.dtype(Types<T>::stored);
+  const auto exact = in.image_features.options().dtype(Types<T>::exact), factor = exact.dtype(Types<T>::factor);
   const int64_t step = chunk_of(p), size = p.image_size();
 
   const Tensor dlogits = dlogits_in ? dlogits_in->to(Types<T>::exact).mul(p.logit_scale).contiguous()
@@ -263,7 +269,7 @@ BackwardResult backward_of(const OptionalTensor& dlogits_in, const OptionalTenso
     if (needed.biases[role]) dbiases[role] = at::zeros({p.width}, exact);
     // The features' gradients come through every projection.
     if (in.weights[role] && (needed.features() || role == kOutput))
-      transposed[role] = transpose<T>(operands.weights[role]);
+      transposed[role] = transpose<F>(operands.weights[role]);
   }
   const bool features = needed.features(), need_image = p.image && (needed.role(kImage) || needed.image_features);
   const bool need_text = p.text && (needed.role(kText) || needed.text_features);
@@ -277,10 +283,10 @@ BackwardResult backward_of(const OptionalTensor& dlogits_in, const OptionalTenso
     const std::array<int64_t, 3> shape{step, p.width, p.padded};
     return !wanted ? Tensor() : alone ? at::zeros(shape, type) : at::empty(shape, type);
   };
-  const Tensor doffset = buffer(needed.role(kOutput), stored), attended = buffer(needed.weights[kOutput], stored);
-  const Tensor dattended = buffer(attention, stored), weighted = buffer(features, exact);
-  const Tensor dkeys = buffer(need_keys, stored), dvalues = buffer(need_values, stored);
-  const Tensor drational = buffer(need_rational, stored), dtext_queries = buffer(need_text, exact);
+  const Tensor doffset = buffer(needed.role(kOutput), factor), attended = buffer(needed.weights[kOutput], factor);
+  const Tensor dattended = buffer(attention, factor), weighted = buffer(features, exact);
+  const Tensor dkeys = buffer(need_keys, factor), dvalues = buffer(need_values, factor);
+  const Tensor drational = buffer(need_rational, factor), dtext_queries = buffer(need_text, exact);
   const Tensor dtext_query = need_text ? at::zeros({p.width, p.padded}, exact) : Tensor();
   const Tensor dimage_query = need_image ? at::zeros({p.batch, p.width}, exact) : Tensor();
   Tensor dimage = features ? at::zeros({p.batch, p.width}, exact) : Tensor();
@@ -290,20 +296,20 @@ BackwardResult backward_of(const OptionalTensor& dlogits_in, const OptionalTenso
     const int64_t images = std::min(step, p.batch - first);
     const AttentionState<T> state = state_of<T>(p, saved, first);
     const A* image = data<A>(operands.image) + first * p.width;
-    const OutputGradients<T> output{data<A>(dlogits) + first * p.classes,
+    const OutputGradients<F> output{data<A>(dlogits) + first * p.classes,
                                     dmask.defined() ? data<A>(dmask) + first * p.width * p.classes : nullptr,
-                                    data<int64_t>(peak) + first, static_cast<A>(dpenalty), data<T>(doffset),
-                                    data<T>(attended), data<T>(transposed[kOutput]), data<T>(dattended),
+                                    data<int64_t>(peak) + first, static_cast<A>(dpenalty), data<F>(doffset),
+                                    data<F>(attended), data<F>(transposed[kOutput]), data<F>(dattended),
                                     data<A>(weighted)};
-    masked_logits_backward<T>(p, images, operands.output(first, p.width), state, output);
+    masked_logits_backward<F>(p, images, operands.output(first, p.width), state, output);
     if (needed.role(kOutput))
-      output_weight_gradients<T>(p, images, data<T>(doffset), data<T>(attended), data<A>(dweights[kOutput]),
+      output_weight_gradients<F>(p, images, data<F>(doffset), data<F>(attended), data<A>(dweights[kOutput]),
                                  data<A>(dbiases[kOutput]), first > 0);
     if (attention) {
-      AttentionGradients<T> gradients{data<T>(dattended), nullptr, data<T>(dvalues), nullptr, nullptr, nullptr};
+      AttentionGradients<T> gradients{data<F>(dattended), nullptr, data<F>(dvalues), nullptr, nullptr, nullptr};
       if (!alone) {
-        gradients.dkeys = data<T>(dkeys);
-        gradients.drational_query = data<T>(drational);
+        gradients.dkeys = data<F>(dkeys);
+        gradients.drational_query = data<F>(drational);
         gradients.dtext_query = data<A>(dtext_queries);
         gradients.dimage_query = need_image ? data<A>(dimage_query) + first * p.width : nullptr;
       }
@@ -316,23 +322,23 @@ BackwardResult backward_of(const OptionalTensor& dlogits_in, const OptionalTenso
           for (int64_t i = begin; i < end; ++i) to[i] += from[b * size + i];
       });
     }
-    std::array<ProjectionGradient<T>, 3> projections{};
+    std::array<ProjectionGradient<F>, 3> projections{};
     int64_t count = 0;
     const auto add = [&](Role role, const Tensor& gradient) {
       if (needed.role(role))
-        projections[count++] = {data<T>(gradient), data<A>(dweights[role]), data<A>(dbiases[role]), first > 0};
+        projections[count++] = {data<F>(gradient), data<A>(dweights[role]), data<A>(dbiases[role]), first > 0};
     };
     add(kKey, dkeys);
     // A row's probabilities do not see a shift of all keys: this bias has no gradient, and rounding shall not give one.
     if (needed.role(kKey) && (!p.matrix_softmax || p.wide_kinds() == 0)) projections[0].dbias = nullptr;
     add(kValue, dvalues);
     if (p.rational) add(kRational, drational);
-    rational_projection_gradients<T>(p, images, image, data<A>(operands.text_rows), projections.data(), count);
+    rational_projection_gradients<F>(p, images, image, data<A>(operands.text_rows), projections.data(), count);
     if (features) {
-      const std::array<const T*, 3> turned{data<T>(transposed[kKey]), data<T>(transposed[kValue]),
-                                           data<T>(transposed[kRational])};
-      const std::array<const T*, 3> through{data<T>(dkeys), data<T>(dvalues), data<T>(drational)};
-      rational_matrix_gradients<T>(p, images, image, data<A>(operands.text), turned.data(), through.data(),
+      const std::array<const F*, 3> turned{data<F>(transposed[kKey]), data<F>(transposed[kValue]),
+                                           data<F>(transposed[kRational])};
+      const std::array<const F*, 3> through{data<F>(dkeys), data<F>(dvalues), data<F>(drational)};
+      rational_matrix_gradients<F>(p, images, image, data<A>(operands.text), turned.data(), through.data(),
                                    2 + p.rational, data<A>(weighted), data<A>(dimage) + first * p.width,
                                    data<A>(dtext));
     }
@@ -341,9 +347,9 @@ BackwardResult backward_of(const OptionalTensor& dlogits_in, const OptionalTenso
   if (needed.role(kText) && p.batch > 0) {
     Problem shared = p;
     shared.rational_scale = p.query_scale;
-    const Tensor rounded = dtext_query.to(Types<T>::stored);
-    const ProjectionGradient<T> gradient{data<T>(rounded), data<A>(dweights[kText]), data<A>(dbiases[kText]), false};
-    rational_projection_gradients<T>(shared, 1, data<A>(operands.ones), data<A>(operands.text_rows), &gradient, 1);
+    const Tensor rounded = dtext_query.to(Types<T>::factor);
+    const ProjectionGradient<F> gradient{data<F>(rounded), data<A>(dweights[kText]), data<A>(dbiases[kText]), false};
+    rational_projection_gradients<F>(shared, 1, data<A>(operands.ones), data<A>(operands.text_rows), &gradient, 1);
   }
   if (needed.weights[kImage] && p.batch > 0) {
     const Tensor scaled = dimage_query.mul(p.query_scale);
@@ -379,13 +385,14 @@ ForwardResult rational_adapter(const Tensor& image_features, const Tensor& text_
                                const Tensor& wk, const OptionalTensor& bk, const Tensor& wv, const OptionalTensor& bv,
                                const Tensor& wo, const OptionalTensor& bo, int64_t num_heads, double temperature,
                                bool matrix_softmax, double input_scale_factor, bool relu, c10::string_view penalty,
-                               bool return_mask, bool keep) {
+                               bool widened, bool return_mask, bool keep) {
   const Arguments in{image_features, text_features, logit_scale, {wi, wt, wr, wk, wv, wo}, {bi, bt, br, bk, bv, bo},
-                     num_heads, temperature, matrix_softmax, input_scale_factor, relu, penalty_named(penalty)};
+                     num_heads, temperature, matrix_softmax, input_scale_factor, relu, penalty_named(penalty), widened};
   switch (wo.scalar_type()) {
     case at::kFloat: return forward_of<float>(in, return_mask, keep);
     case at::kDouble: return forward_of<double>(in, return_mask, keep);
-    case at::kBFloat16: return forward_of<BF16>(in, return_mask, keep);
+    case at::kBFloat16:
+      return widened ? forward_of<WideBF16>(in, return_mask, keep) : forward_of<BF16>(in, return_mask, keep);
     default: TORCH_CHECK(false, "parameters must be float32, float64 or bfloat16, got ", wo.scalar_type());
   }
 }
@@ -396,18 +403,20 @@ BackwardResult rational_adapter_backward(
     const OptionalTensor& bi, const OptionalTensor& wt, const OptionalTensor& bt, const OptionalTensor& wr,
     const OptionalTensor& br, const Tensor& wk, const OptionalTensor& bk, const Tensor& wv, const OptionalTensor& bv,
     const Tensor& wo, const OptionalTensor& bo, int64_t num_heads, double temperature, bool matrix_softmax,
-    double input_scale_factor, bool relu, c10::string_view penalty, const Tensor& projections, const Tensor& attended,
-    const Tensor& factors, const Tensor& statistics, const Tensor& image_state, const Tensor& text_query,
+    double input_scale_factor, bool relu, c10::string_view penalty, bool widened, const Tensor& projections,
+    const Tensor& attended, const Tensor& factors, const Tensor& statistics, const Tensor& image_state, const Tensor& text_query,
     const Tensor& peak, c10::List<bool> needed) {
   const Arguments in{image_features, text_features, logit_scale, {wi, wt, wr, wk, wv, wo}, {bi, bt, br, bk, bv, bo},
-                     num_heads, temperature, matrix_softmax, input_scale_factor, relu, penalty_named(penalty)};
+                     num_heads, temperature, matrix_softmax, input_scale_factor, relu, penalty_named(penalty), widened};
   const Saved saved{projections, attended, factors, statistics, image_state, text_query};
   c10::SmallVector<bool, 16> flags(needed.begin(), needed.end());
   const Needed asked{at::ArrayRef<bool>(flags.data(), flags.size())};
   switch (wo.scalar_type()) {
     case at::kFloat: return backward_of<float>(dlogits, dpenalty, dmask, in, saved, peak, asked);
     case at::kDouble: return backward_of<double>(dlogits, dpenalty, dmask, in, saved, peak, asked);
-    case at::kBFloat16: return backward_of<BF16>(dlogits, dpenalty, dmask, in, saved, peak, asked);
+    case at::kBFloat16:
+      return widened ? backward_of<WideBF16>(dlogits, dpenalty, dmask, in, saved, peak, asked)
+                     : backward_of<BF16>(dlogits, dpenalty, dmask, in, saved, peak, asked);
     default: TORCH_CHECK(false, "parameters must be float32, float64 or bfloat16, got ", wo.scalar_type());
   }
 }

@@ -10,6 +10,7 @@ template <typename T>
 void rational_projections(const Problem& p, int64_t images, const Acc<T>* image, const Acc<T>* text,
                           const Projection<T>* projections, int64_t count) {
   using A = Acc<T>;
+  using F = Factor<T>;
   const auto& math = vector_math<T>();
   const int64_t D = p.width, tiles = divide_up(p.classes, kClassTile), blocks = divide_up(D, kFeatureBlock);
   // Few tiles, as for one image with few classes: the features are split too, and each part forms R again.
@@ -18,7 +19,7 @@ void rational_projections(const Problem& p, int64_t images, const Acc<T>* image,
 
   at::parallel_for(0, images * tiles * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch& scratch = Scratch::rewound();
-    T* rational = scratch.take<T>(round_up(D, 2) * kClassTile);
+    F* rational = scratch.take<F>(round_up(D, 2) * kClassTile);
     A* product = scratch.take<A>(kFeatureBlock * kClassTile);
     A* scale = scratch.take<A>(D);
     int64_t formed = -1;
@@ -34,7 +35,7 @@ void rational_projections(const Problem& p, int64_t images, const Acc<T>* image,
       for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
         const Projection<T>& projection = projections[unit / blocks];
         const int64_t r0 = unit % blocks * kFeatureBlock, rows = std::min(kFeatureBlock, D - r0);
-        matrix_product<T>(rows, columns, D, projection.weight + r0 * D, D, rational, columns, product, columns, false);
+        matrix_product<F>(rows, columns, D, projection.weight + r0 * D, D, rational, columns, product, columns, false);
         math.store(product, columns, projection.bias ? projection.bias + r0 : nullptr, rows, columns, padded,
                    projection.out + b * p.image_size() + r0 * p.padded + k0, p.padded);
       }
@@ -112,8 +113,6 @@ void rational_matrix_gradients(const Problem& p, int64_t images, const Acc<T>* i
 }
 
 #define RADA_INSTANTIATE(T)                                                                                          \
-  template void rational_projections<T>(const Problem&, int64_t, const Acc<T>*, const Acc<T>*, const Projection<T>*, \
-                                        int64_t);                                                                    \
   template void rational_projection_gradients<T>(const Problem&, int64_t, const Acc<T>*, const Acc<T>*,              \
                                                  const ProjectionGradient<T>*, int64_t);                             \
   template void rational_matrix_gradients<T>(const Problem&, int64_t, const Acc<T>*, const Acc<T>*, const T* const*, \
@@ -121,6 +120,14 @@ void rational_matrix_gradients(const Problem& p, int64_t images, const Acc<T>* i
 RADA_INSTANTIATE(float)
 RADA_INSTANTIATE(double)
 RADA_INSTANTIATE(BF16)
+#undef RADA_INSTANTIATE
+#define RADA_INSTANTIATE(T)                                                                                          \
+  template void rational_projections<T>(const Problem&, int64_t, const Acc<T>*, const Acc<T>*, const Projection<T>*, \
+                                        int64_t);
+RADA_INSTANTIATE(float)
+RADA_INSTANTIATE(double)
+RADA_INSTANTIATE(BF16)
+RADA_INSTANTIATE(WideBF16)
 #undef RADA_INSTANTIATE
 
 }  // namespace rada_fast

@@ -7,7 +7,7 @@ namespace rada_fast {
 
 template <typename T>
 struct Projection {
-  const T* weight;        // (D, D)
+  const Factor<T>* weight;  // (D, D)
   const Acc<T>* bias;     // (D) or null
   T* out;                 // (images, D, padded)
 };

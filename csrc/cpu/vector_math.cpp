@@ -9,6 +9,19 @@
 namespace rada_fast::RADA_CAPABILITY {
 namespace {
 
+// Whether values are wider in products than in memory.
+template <typename T>
+constexpr bool kWidened = sizeof(Factor<T>) > sizeof(T);
+
+// A stored value as products see it.
+template <typename T>
+inline Factor<T> factor_of(T x) {
+  if constexpr (kWidened<T>)
+    return load(x);
+  else
+    return x;
+}
+
 template <typename T, typename A>
 inline A as_stored(A x) {
   if constexpr (sizeof(T) != 2) {
@@ -67,8 +80,15 @@ void pack(const A* source, int64_t ld, const A* row_scale, const A* column_scale
 }
 
 template <typename T>
-void pack_stored(const T* source, int64_t ld, int64_t rows, int64_t columns, T* operand, int64_t ldo) {
-  if constexpr (sizeof(T) == 2) {
+void pack_stored(const T* source, int64_t ld, int64_t rows, int64_t columns, Factor<T>* operand, int64_t ldo) {
+  if constexpr (kWidened<T>) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = source + r * ld;
+      float* to = operand + r * ldo;
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) to[c] = load(from[c]);
+    }
+  } else if constexpr (sizeof(T) == 2) {
     for (int64_t r = 0; r < rows; r += 2) {
       const T* even = source + r * ld;
       const T* odd = r + 1 < rows ? even + ld : even;
@@ -84,28 +104,28 @@ void pack_stored(const T* source, int64_t ld, int64_t rows, int64_t columns, T* 
 }
 
 template <typename T>
-void transpose(const T* source, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ldo) {
+void transpose(const T* source, int64_t ld, int64_t rows, int64_t columns, Factor<T>* out, int64_t ldo) {
   constexpr int64_t edge = 16;
   int64_t r = 0;
   for (; r + edge <= rows; r += edge) {
     int64_t c = 0;
     for (; c + edge <= columns; c += edge) {
-      T tile[edge][edge];
+      Factor<T> tile[edge][edge];
       for (int64_t i = 0; i < edge; ++i)
-        for (int64_t j = 0; j < edge; ++j) tile[i][j] = source[(r + i) * ld + c + j];
+        for (int64_t j = 0; j < edge; ++j) tile[i][j] = factor_of(source[(r + i) * ld + c + j]);
       for (int64_t j = 0; j < edge; ++j)
         for (int64_t i = 0; i < edge; ++i) out[(c + j) * ldo + r + i] = tile[i][j];
     }
     for (; c < columns; ++c)
-      for (int64_t i = 0; i < edge; ++i) out[c * ldo + r + i] = source[(r + i) * ld + c];
+      for (int64_t i = 0; i < edge; ++i) out[c * ldo + r + i] = factor_of(source[(r + i) * ld + c]);
   }
   for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) out[c * ldo + r] = source[r * ld + c];
+    for (int64_t c = 0; c < columns; ++c) out[c * ldo + r] = factor_of(source[r * ld + c]);
 }
 
 template <typename T>
-void pack_transposed(const T* source, int64_t ld, int64_t rows, int64_t columns, T* operand, int64_t ldo) {
-  if constexpr (sizeof(T) == 2)
+void pack_transposed(const T* source, int64_t ld, int64_t rows, int64_t columns, Factor<T>* operand, int64_t ldo) {
+  if constexpr (sizeof(Factor<T>) == 2)
     // Neighbours in a row become an interleaved pair: a transpose of 32-bit words.
     transpose(reinterpret_cast<const uint32_t*>(source), ld / 2, rows, columns / 2, reinterpret_cast<uint32_t*>(operand),
               ldo);
@@ -431,8 +451,9 @@ void feature_gradients(const A* drational, int64_t ld, A scale, const A* weighte
 template <typename T>
 VectorMath<T> table() {
   using A = Acc<T>;
-  return {pack<T, A>, pack_stored<T>, pack_transposed<T>, transpose<T>, transpose<A>, store<T, A>, store<A, A>, column_maximum<A>,
-          exponentials<T, A>, score_gradients<A>, scale_columns<A>, combine<A>, column_dots<T, A>, row_sums<T, A>,
+  using F = Factor<T>;
+  return {pack<F, A>, pack_stored<T>, pack_transposed<T>, transpose<T>, transpose<A>, store<T, A>, store<A, A>, column_maximum<A>,
+          exponentials<F, A>, score_gradients<A>, scale_columns<A>, combine<A>, column_dots<F, A>, row_sums<F, A>,
           add_scaled_rows<T, A>, row_dots<T, A>, add_outer<A>, softmax<A>, exponential<A>, mask_forward<A>,
           mask_find<A>, mask_backward<A>, feature_gradients<A>};
 }
@@ -447,5 +468,6 @@ const VectorMath<T>& vector_math() {
 template const VectorMath<float>& vector_math<float>();
 template const VectorMath<double>& vector_math<double>();
 template const VectorMath<BF16>& vector_math<BF16>();
+template const VectorMath<WideBF16>& vector_math<WideBF16>();
 
 }  // namespace rada_fast::RADA_CAPABILITY

@@ -18,6 +18,22 @@ struct BF16 {
 struct Half {
   uint16_t bits;
 };
+// bfloat16 in memory only, for processors that do not multiply it: every product sees it widened to float.
+struct WideBF16 {
+  uint16_t bits;
+};
+
+// What a product multiplies: the stored type itself, or float for widened bfloat16.
+template <typename T>
+struct FactorType {
+  using type = T;
+};
+template <>
+struct FactorType<WideBF16> {
+  using type = float;
+};
+template <typename T>
+using Factor = typename FactorType<T>::type;
 
 template <typename T>
 struct AccumulateType {
@@ -48,15 +64,16 @@ struct MaskRows {
 template <typename T>
 struct VectorMath {
   using A = Acc<T>;
+  using F = Factor<T>;
 
   // operand = source * row_scale[r] * column_scale[c]; either scale may be null.
   void (*pack)(const A* source, int64_t ld, const A* row_scale, const A* column_scale, int64_t rows, int64_t columns,
-               T* operand, int64_t ldo);
-  void (*pack_stored)(const T* source, int64_t ld, int64_t rows, int64_t columns, T* operand, int64_t ldo);
+               F* operand, int64_t ldo);
+  void (*pack_stored)(const T* source, int64_t ld, int64_t rows, int64_t columns, F* operand, int64_t ldo);
   // The operand of the transpose of source (rows, columns); bfloat16 wants an even number of columns.
-  void (*pack_transposed)(const T* source, int64_t ld, int64_t rows, int64_t columns, T* operand, int64_t ldo);
+  void (*pack_transposed)(const T* source, int64_t ld, int64_t rows, int64_t columns, F* operand, int64_t ldo);
 
-  void (*transpose)(const T* source, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ldo);
+  void (*transpose)(const T* source, int64_t ld, int64_t rows, int64_t columns, F* out, int64_t ldo);
   void (*transpose_exact)(const A* source, int64_t ld, int64_t rows, int64_t columns, A* out, int64_t ldo);
   // out = source + bias[r], then zeros up to `padded` columns; bias may be null.
   void (*store)(const A* source, int64_t ld, const A* bias, int64_t rows, int64_t columns, int64_t padded, T* out,
@@ -70,7 +87,7 @@ struct VectorMath {
   // those of P as stored to stored_sum: where all P are alike, so are their roundings, and only the second normalises
   // what the operand gives. (Float and double: not written.)
   void (*exponentials)(A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, const A* shift, A* sum,
-                       A* stored_sum, T* operand);
+                       A* stored_sum, F* operand);
   // Of one query kind: P = weight[c] * exp(scale * S - shift[c]); dS = scale * P * (dP - delta[c]), in place of the
   // scores; total (+)= P.
   void (*score_gradients)(A* scores, int64_t ld, const A* dprobabilities, A* total, int64_t ldp, int64_t rows,
@@ -82,8 +99,8 @@ struct VectorMath {
   void (*combine)(const A* source, int64_t ld, A factor, const A* row_constant, int64_t rows, int64_t columns, A* out,
                   int64_t ldo, bool first);
   // sum[c] += sum_r a[r][c] * b[r][c]
-  void (*column_dots)(const T* a, const A* b, int64_t ld, int64_t rows, int64_t columns, A* sum);
-  void (*row_sums)(const T* source, int64_t ld, int64_t rows, int64_t columns, A* sum);  // adds
+  void (*column_dots)(const F* a, const A* b, int64_t ld, int64_t rows, int64_t columns, A* sum);
+  void (*row_sums)(const F* source, int64_t ld, int64_t rows, int64_t columns, A* sum);  // adds
   // out[c] += sum_r factor[r] * source[r][c], in double: a single row is cheap, and what follows may cancel.
   void (*add_scaled_rows)(const T* source, int64_t ld, const A* factor, int64_t rows, int64_t columns, double* out);
   void (*row_dots)(const T* source, int64_t ld, const A* weights, int64_t rows, int64_t columns, A* out);  // adds

@@ -20,6 +20,7 @@ inline float load(BF16 x) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline float load(WideBF16 x) { return load(BF16{x.bits}); }
 
 inline float load(Half x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
@@ -44,6 +45,7 @@ inline uint32_t rounded(float x) {
 inline void put(float& out, float x) { out = x; }
 inline void put(double& out, double x) { out = x; }
 inline void put(BF16& out, float x) { out.bits = static_cast<uint16_t>(rounded(x) >> 16); }
+inline void put(WideBF16& out, float x) { out.bits = static_cast<uint16_t>(rounded(x) >> 16); }
 
 // Round to nearest even, overflow to infinity.
 inline void put(Half& out, float x) {

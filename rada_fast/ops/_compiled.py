@@ -31,6 +31,13 @@ def compute_dtype(image_features: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+def widens(config: AdapterConfig, dtype: torch.dtype) -> bool:
+    """Whether tiles of this type are widened and multiplied as float32: bfloat16 without products of its own, or with
+    heads of an odd width, which the pairs that those products take do not fill.
+    """
+    return dtype == torch.bfloat16 and (config.head_dim % 2 == 1 or extension.bfloat16_products() == "float32")
+
+
 def reason_not_served(
     config: AdapterConfig, image_features: Tensor, text_features: Tensor, parameters: Mapping[str, Tensor]
 ) -> str | None:
@@ -53,11 +60,6 @@ def reason_not_served(
             return f"it serves {name} in the parameters' type {dtype}, not {features.dtype}"
     if any(value.dtype != parameters["out_proj.weight"].dtype for value in parameters.values()):
         return "it serves parameters of one type"
-    if dtype == torch.bfloat16:
-        if config.head_dim % 2:
-            return f"it serves bfloat16 with an even head width, not {config.head_dim}"
-        if not extension.cpu_paths()["bfloat16"]:
-            return "bfloat16 needs oneDNN's products, which this processor or build of PyTorch lacks"
     return None
 
 
@@ -95,6 +97,7 @@ def rational_adapter(
         config.input_scale_factor if config.input_scale == "logit" else 0.0,
         config.mask_activation == "relu",
         penalty or "none",
+        widens(config, dtype),
         return_mask,
         keep,
     )

@@ -23,7 +23,7 @@ PARAMETERS = tuple(
 )
 """The operators' parameters in the order of their schemas, after image features, text features and the scale."""
 
-_OPTIONS = 6
+_OPTIONS = 7
 _FIRST_PARAMETER = 3
 
 
@@ -66,7 +66,7 @@ def _nothing_kept(image_features: Tensor, stored: torch.dtype) -> tuple[Tensor, 
 
 def _fake_forward(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     parameters = rest[: len(PARAMETERS)]
-    num_heads, _, matrix, _, _, _, return_mask, keep = rest[len(PARAMETERS) :]
+    num_heads, _, matrix, _, _, _, _, return_mask, keep = rest[len(PARAMETERS) :]
     (batch, width), classes = image_features.shape, text_features.shape[0]
     empty = image_features.new_empty
     kept = (

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from rada_fast import _env
+from rada_fast import _env, extension
 from rada_fast.config import AdapterConfig
+from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import backends, rational_adapter, use_backend
 
@@ -132,6 +133,67 @@ def assert_within_budget(
 @pytest.mark.parametrize(("batch", "classes"), SIZES)
 def test_outputs_and_gradients(name: str, dtype: torch.dtype, batch: int, classes: int) -> None:
     assert_within_budget(CONFIGS[name], batch, classes, dtype)
+
+
+@pytest.fixture
+def _widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 as on a processor that does not multiply it."""
+    monkeypatch.setenv("RADA_FAST_BFLOAT16", "float32")
+    assert extension.bfloat16_products() == "float32"
+
+
+# K = 2: a tile of its own; 101: tails; 397: more than one tile of queries and of keys.
+@pytest.mark.usefixtures("_widened")
+@pytest.mark.parametrize(
+    ("name", "batch", "classes"), [*((name, 3, 101) for name in CONFIGS), ("official", 3, 2), ("paper", 2, 397)]
+)
+def test_bfloat16_without_instructions_for_it(name: str, batch: int, classes: int) -> None:
+    assert_within_budget(CONFIGS[name], batch, classes, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("_widened")
+def test_bfloat16_widened_is_float32_of_16_bit_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One chunk of images, so that all of them are kept: 16 bits for what a product gave, float32's error in the rest.
+    config = CONFIGS["official"]
+    image, text, parameters = problem(config, 2, 37, torch.bfloat16)
+    logits = rational_adapter(image, text, 20.0, parameters, config, backend="cpu").logits
+    wide = {name: tensor.float() for name, tensor in parameters.items()}
+    exact = rational_adapter(image.float(), text.float(), 20.0, wide, config, backend="cpu").logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), exact, rtol=2**-7, atol=2**-9 * float(exact.abs().max()))
+    # Not what the products of bfloat16 give, which this test is here to keep out.
+    if extension.cpu_paths()["bfloat16"]:
+        monkeypatch.setenv("RADA_FAST_BFLOAT16", "native")
+        native = rational_adapter(image, text, 20.0, parameters, config, return_mask=True, backend="cpu")
+        monkeypatch.setenv("RADA_FAST_BFLOAT16", "float32")
+        widened = rational_adapter(image, text, 20.0, parameters, config, return_mask=True, backend="cpu")
+        assert not torch.equal(native.mask, widened.mask)
+
+
+@pytest.mark.parametrize("classes", [1, 37])
+def test_bfloat16_with_heads_of_an_odd_width(classes: int) -> None:
+    assert_within_budget(AdapterConfig.official(60, num_heads=4), 2, classes, torch.bfloat16)
+    assert_within_budget(AdapterConfig.official(35, num_heads=1), 2, classes, torch.bfloat16)
+
+
+def test_which_products_bfloat16_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RADA_FAST_BFLOAT16", raising=False)
+    monkeypatch.setattr(_env, "multiplies", lambda dtype: False)
+    # oneDNN may offer products that it emulates; they are slower than float32's.
+    assert extension.bfloat16_products() == "float32"
+    assert "tiles widened" in extension.describe()["bfloat16 products"]
+    monkeypatch.setattr(_env, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(extension, "cpu_paths", lambda: {"vectors": "AVX512", "float32": "a", "bfloat16": "b"})
+    assert extension.bfloat16_products() == "native"
+    assert "processor's own" in extension.describe()["bfloat16 products"]
+    monkeypatch.setattr(extension, "cpu_paths", lambda: {"vectors": "AVX2", "float32": "a", "bfloat16": ""})
+    assert extension.bfloat16_products() == "float32"
+    monkeypatch.setenv("RADA_FAST_BFLOAT16", "native")
+    with pytest.raises(UserError, match="RADA_FAST_BFLOAT16=native: this processor"):
+        extension.bfloat16_products()
+    monkeypatch.setenv("RADA_FAST_BFLOAT16", "bf16")
+    with pytest.raises(UserError, match="RADA_FAST_BFLOAT16 must be native or float32, got 'bf16'"):
+        extension.bfloat16_products()
 
 
 @pytest.mark.parametrize("penalty", ["l1", "linf"])
