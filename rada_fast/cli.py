@@ -190,7 +190,7 @@ def _command(arguments: list[str]) -> int:
     check_paths(config)
     _env.check_variables(building=command == "build")
     try:
-        with notices.collecting():
+        with notices.collecting(hold=True):
             return _runner(command)(config)
     except UserError as error:
         raise UserError(name_option(str(error), config)) from error

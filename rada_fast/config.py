@@ -265,6 +265,9 @@ class ClassOptions:
     text_features: str | None = None
     """Use these as T instead of encoding prompts: a features:FILE.npz with one row a class, or "class-means": the mean
     of each class's training features."""
+    logit_scale: float | None = None
+    """Multiplier s of the logits. Default: the model's; without a model, the array logit_scale of the feature files, or
+    CLIP's 100."""
 
     def __post_init__(self) -> None:
         _check_text("templates", self.templates)
@@ -273,48 +276,80 @@ class ClassOptions:
         elif not self.templates.isascii() and self.templates.encode("utf-8", "replace").decode() != self.templates:
             raise UserError(f"templates must be text in UTF-8, got {self.templates!r}")
         _check_paths(self, "classes", "text_features")
+        if self.logit_scale is not None:
+            _check_positive("logit_scale", self.logit_scale)
 
 
 @dataclass(frozen=True)
 class AdapterOptions:
     """The rational adapter."""
 
-    preset: Literal["official", "paper"] = "official"
-    """The published code's arithmetic, or the paper's."""
-    temperature: float = 1.0
-    """Divides the attention scores."""
+    preset: Literal["official", "paper"] | None = None
+    """The published code's arithmetic, which is the default, or the paper's."""
+    temperature: float | None = None
+    """Divides the attention scores. Default: 1."""
     num_heads: int | None = None
     """Attention heads. Default: the preset's (official 8, paper 1)."""
-    queries: tuple[QueryKind, ...] = QUERY_KINDS
-    """Query kinds in use."""
-    num_layers: int = 1
-    """Attention layers."""
-    mask_function: MaskFunction = "attention"
-    """attention, or mlp: a two-layer MLP in its place (Table 4)."""
+    queries: tuple[QueryKind, ...] = ()
+    """Query kinds in use. Default: all three."""
+    num_layers: int | None = None
+    """Attention layers. Default: 1."""
+    mask_function: MaskFunction | None = None
+    """attention, the default, or mlp: a two-layer MLP in its place (Table 4)."""
     adapter: str | None = None
-    """Start from this adapter: our safetensors or a published checkpoint. Its configuration replaces the above."""
+    """Start from this adapter: our safetensors, a published checkpoint, or a run's folder. It decides all of the above,
+    less --temperature and --num-heads of a published checkpoint, which does not hold them; an option that contradicts
+    it is refused."""
 
     def __post_init__(self) -> None:
-        _check_positive("temperature", self.temperature)
+        if self.preset is not None:
+            _check_choice("preset", self.preset, ("official", "paper"))
+        if self.temperature is not None:
+            _check_positive("temperature", self.temperature)
         if self.num_heads is not None:
             _check_whole("num_heads", self.num_heads, 1)
-        _check_whole("num_layers", self.num_layers, 1, MOST_LAYERS)
+        if self.num_layers is not None:
+            _check_whole("num_layers", self.num_layers, 1, MOST_LAYERS)
         # What does not depend on the width is refused before a model is loaded.
         self.resolve(self.num_heads or 8)
         _check_paths(self, "adapter")
 
+    def _given(self) -> dict[str, Any]:
+        """The fields of the configuration that were given, less the preset."""
+        names = ("temperature", "num_heads", "queries", "num_layers", "mask_function")
+        return {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
+
     def resolve(self, embed_dim: int) -> AdapterConfig:
         """The full configuration at a model's width. Raises ValueError naming the field that does not fit."""
-        make = AdapterConfig.official if self.preset == "official" else AdapterConfig.paper
-        changes: dict[str, Any] = {} if self.num_heads is None else {"num_heads": self.num_heads}
-        return make(
-            embed_dim,
-            temperature=self.temperature,
-            queries=self.queries,
-            num_layers=self.num_layers,
-            mask_function=self.mask_function,
-            **changes,
-        )
+        make = AdapterConfig.paper if self.preset == "paper" else AdapterConfig.official
+        return make(embed_dim, **self._given())
+
+    def applied_to(self, config: AdapterConfig, *, stated: bool) -> AdapterConfig:
+        """The configuration of the adapter's file, with the options that it leaves open.
+
+        config: the file's; stated: whether the file says it all. Published ones hold no temperature and no number of
+        heads, so config is then the published code's.
+
+        Raises UserError naming an option that contradicts the file.
+        """
+        if self.preset is not None:
+            wanted = (AdapterConfig.paper if self.preset == "paper" else AdapterConfig.official)(8)
+            for name in ("softmax", "input_scale", "mask_activation"):
+                if getattr(wanted, name) != (own := getattr(config, name)):
+                    raise UserError(
+                        f"preset must fit adapter {self.adapter}, whose {name} is {own!r}, or be left out; "
+                        f"got {self.preset!r}"
+                    )
+        given = self._given()
+        if "queries" in given:
+            given["queries"] = tuple(kind for kind in QUERY_KINDS if kind in given["queries"])
+        for name, value in given.items():
+            own = getattr(config, name)
+            if value != own and (stated or name not in ("temperature", "num_heads")):
+                raise UserError(
+                    f"{name} must be {own!r}, as adapter {self.adapter} has it, or be left out; got {value!r}"
+                )
+        return dataclasses.replace(config, **given)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
-_said: ContextVar[list[str] | None] = ContextVar("rada_fast_notices", default=None)
-_outside: list[str] = []
-"""What was said outside of any collecting()."""
+from rada_fast.errors import UserError
+
+
+@dataclass
+class _Said:
+    """warnings: those of a run; held: lines to be printed later, or None where they are printed at once."""
+
+    warnings: list[str] = field(default_factory=list)
+    held: list[str] | None = None
+
+
+_outside = _Said()
+_said: ContextVar[_Said] = ContextVar("rada_fast_notices", default=_outside)
 
 
 def warn(message: str) -> None:
@@ -22,35 +33,55 @@ def warn(message: str) -> None:
     message: one line that names the argument or file, what is the matter with it, and what to do.
     """
     message = " ".join(message.splitlines())
-    said = _current()
-    if message not in said:
-        said.append(message)
-        _print(f"rada-fast: warning: {message}")
+    said = _said.get()
+    if message not in said.warnings:
+        said.warnings.append(message)
+        _say(f"rada-fast: warning: {message}")
 
 
 def note(message: str) -> None:
     """Say what is good to know and is as it should be; the summary does not hold it."""
-    _print(f"rada-fast: note: {' '.join(message.splitlines())}")
+    _say(f"rada-fast: note: {' '.join(message.splitlines())}")
 
 
 def so_far() -> list[str]:
     """The warnings of this run, in the order in which they were first said."""
-    return list(_current())
+    return list(_said.get().warnings)
 
 
 @contextmanager
-def collecting() -> Iterator[None]:
-    """Begin a run that has not warned of anything yet; what an outer run has said comes back at the end."""
-    token = _said.set([])
+def collecting(*, hold: bool = False) -> Iterator[None]:
+    """Begin a run that has not warned of anything yet; what an outer run has said comes back at the end.
+
+    hold: print nothing before release() or the end. A run that is refused with a UserError then says that alone: what
+    was noticed on the way there is of no use to who has to change the command.
+    """
+    said = _Said(held=[] if hold else None)
+    token = _said.set(said)
     try:
         yield
+    except UserError:
+        said.held = None
+        raise
     finally:
+        release()
         _said.reset(token)
 
 
-def _current() -> list[str]:
+def release() -> None:
+    """Print what was held back, and from now on everything at once: the run is about to take long, or has begun."""
     said = _said.get()
-    return _outside if said is None else said
+    lines, said.held = said.held or [], None
+    for line in lines:
+        _print(line)
+
+
+def _say(line: str) -> None:
+    held = _said.get().held
+    if held is None:
+        _print(line)
+    else:
+        held.append(line)
 
 
 def _print(line: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from rada_fast import notices
+from rada_fast.errors import UserError
 
 
 def test_a_warning_is_said_once_in_a_run_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +38,28 @@ def test_collecting_decorates_a_command() -> None:
         return notices.so_far()
 
     assert command() == command() == ["something"]
+
+
+def test_what_is_held_back_is_printed_once_the_run_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    with notices.collecting(hold=True):
+        notices.warn("first")
+        assert capsys.readouterr().err == ""
+        notices.release()
+        assert capsys.readouterr().err == "rada-fast: warning: first\n"
+        notices.note("second")
+        assert capsys.readouterr().err == "rada-fast: note: second\n"
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt, OSError])
+def test_a_refused_run_says_why_alone(error: type[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
+    @notices.collecting(hold=True)
+    def command() -> None:
+        notices.warn("noticed on the way")
+        raise error
+
+    with pytest.raises(error):
+        command()
+    assert capsys.readouterr().err == ("" if error is UserError else "rada-fast: warning: noticed on the way\n")
 
 
 class Closed(io.StringIO):

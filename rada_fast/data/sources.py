@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +94,8 @@ class FeatureFile:
     """Extracted image features.
 
     features: (N, D), or (N, V, D) with the original view first, float32, as stored; labels: (N,) int64; ids: N names;
-    class_names: names in label order, where the file has them.
+    class_names, logit_scale: names in label order, and the multiplier s of the model whose features these are, where
+    the file has them.
     """
 
     path: Path
@@ -100,6 +103,7 @@ class FeatureFile:
     labels: Tensor
     ids: tuple[str, ...]
     class_names: tuple[str, ...] | None = None
+    logit_scale: float | None = None
 
     def normalised(self) -> Tensor:
         """The features at unit norm."""
@@ -210,7 +214,7 @@ def _others(found: Sequence[Found]) -> str:
 
 
 def open_features(path: Path) -> FeatureFile:
-    """An npz file with the arrays features (N, D) or (N, V, D), labels (N,), and perhaps class_names (K,).
+    """An npz file with the arrays features (N, D) or (N, V, D), labels (N,), and perhaps class_names (K,), logit_scale.
 
     Raises UserError where the file or one of its arrays cannot be used.
     """
@@ -223,7 +227,7 @@ def open_features(path: Path) -> FeatureFile:
         # Opened here: NumPy leaves a file that it cannot read open.
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             held = sorted(file.files)
-            arrays = {name: file[name] for name in ("features", "labels", "class_names") if name in held}
+            arrays = {name: file[name] for name in ("features", "labels", "class_names", "logit_scale") if name in held}
     except Exception as error:  # a damaged archive fails in any of zipfile's, zlib's and NumPy's ways
         raise UserError(f"feature file {path} is not a readable npz file: {error}") from None
     if not {"features", "labels"} <= arrays.keys():
@@ -275,7 +279,18 @@ def open_features(path: Path) -> FeatureFile:
         torch.from_numpy(labels.astype(np.int64)),
         tuple(str(index) for index in range(len(labels))),
         None if names is None else tuple(np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names.tolist()),
+        _logit_scale(path, arrays.get("logit_scale")),
     )
+
+
+def _logit_scale(path: Path, array: np.ndarray[Any, Any] | None) -> float | None:
+    """The multiplier that a feature file states. Raises UserError where it is none."""
+    if array is None:
+        return None
+    value = float(array.item()) if array.size == 1 and array.dtype.kind in "fiu" else math.nan
+    if not 0 < value < math.inf:
+        raise UserError(f"feature file {path}: logit_scale must be one number above 0, got {array.dtype} {array.shape}")
+    return value
 
 
 def base_and_new(num_classes: int) -> tuple[list[int], list[int]]:

@@ -112,6 +112,7 @@ def encode_images(
     path = _features_path(samples, vlm)
     if cached and (found := _read_features(path, samples)) is not None:
         return found
+    notices.release()
     features, kept, unreadable = [], [], []
     pending: list[Tensor] = []
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rada_fast import _env
+from rada_fast import _env, notices
 from rada_fast.config import (
-    AdapterConfig,
     AdapterOptions,
     ClassOptions,
     EfficientConfig,
@@ -36,12 +36,15 @@ from rada_fast.models.class_features import (
 from rada_fast.models.class_names import names_of_labels, resolve_class_names
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter, load_adapter
+from rada_fast.modules.checkpoint import states_configuration
 
 Source = ImageFolder | FeatureFile
 RunConfig = TestTimeConfig | EfficientConfig | FullConfig
 
 DEFAULT_LOGIT_SCALE = 100.0
 """CLIP's multiplier after training, for feature files that come without a model."""
+LEAST_LOGIT_SCALE = 5.0
+"""Multipliers of trained models are far above this, their logarithms below: CLIP's are 100 and 4.6052."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Setup:
     """Data and model of a run.
 
     config: the run's options; sources: its data by the part they play ("train", "test", ...); vlm: the model, or None
-    where neither images nor prompts have to be encoded; device: where the adapter computes; logit_scale: the
-    multiplier s.
+    where neither images nor prompts have to be encoded; device: where the adapter computes; logit_scale,
+    logit_scale_from: the multiplier s, and what says so.
     """
 
     config: RunConfig
@@ -58,6 +61,7 @@ class Setup:
     vlm: VisionLanguageModel | None
     device: torch.device
     logit_scale: float
+    logit_scale_from: str
 
     @property
     def model(self) -> VisionLanguageModel:
@@ -72,7 +76,9 @@ class Setup:
             # Before names are asked for: no names make prompts of this model fit other features.
             width, wanted = source.features.shape[-1], self.vlm.embed_dim
             if width != wanted:
-                raise UserError(f"data {source.path} has features of width {width}, the text features have {wanted}")
+                raise UserError(
+                    f"data features:{source.path} has features of width {width}, the text features have {wanted}"
+                )
         return class_names_of(source, self.config.text)
 
     def features(self, source: Source, *, title: str, limit: int | None = None, cached: bool = True) -> Features:
@@ -145,7 +151,48 @@ def open_setup(config: RunConfig, sources: Mapping[str, Source]) -> Setup:
     if images or config.text.text_features is None:
         vlm = load_vision_language(config.model, config.run)
     device = resolve_device(config.model.device) if vlm is None else vlm.device
-    return Setup(config, sources, vlm, device, DEFAULT_LOGIT_SCALE if vlm is None else vlm.logit_scale)
+    return Setup(config, sources, vlm, device, *logit_scale_of(config.text, vlm, sources.values()))
+
+
+def logit_scale_of(
+    options: ClassOptions, vlm: VisionLanguageModel | None, sources: Iterable[Source]
+) -> tuple[float, str]:
+    """The multiplier s, and what says so: the option, the model, feature files, or nothing.
+
+    Raises UserError where two of them differ, or a file states what must be a logarithm.
+    """
+    if options.logit_scale is not None:
+        return options.logit_scale, "--logit-scale"
+    stated = [] if vlm is None else [(vlm.logit_scale, f"model {vlm.name}")]
+    for file in (*sources, text_file(options)):
+        if isinstance(file, FeatureFile) and file.logit_scale is not None:
+            stated.append((file.logit_scale, f"array logit_scale of {file.path}"))
+    for value, where in stated:
+        if value < LEAST_LOGIT_SCALE and vlm is None:
+            raise UserError(
+                f"logit_scale must be the multiplier itself, the {where} holds {value:g}, which looks like the "
+                f"logarithm that CLIP stores: give --logit-scale {math.exp(value):.6g}, or {value:g} if it is meant"
+            )
+        if not math.isclose(value, stated[0][0], rel_tol=1e-3):
+            raise UserError(
+                f"logit_scale must be given, the {stated[0][1]} has {stated[0][0]:g} and the {where} {value:g}"
+            )
+    if not stated:
+        notices.note(
+            f"no file states a logit_scale: CLIP's {DEFAULT_LOGIT_SCALE:g} is taken (--logit-scale changes it)"
+        )
+    return stated[0] if stated else (DEFAULT_LOGIT_SCALE, "default, as nothing states it")
+
+
+def text_file(options: ClassOptions) -> FeatureFile | None:
+    """The file of text features, where one is given. Raises UserError where it is none."""
+    given = options.text_features
+    if given is None or given == "class-means":
+        return None
+    source = open_source(given) if given.startswith("features:") else None
+    if not isinstance(source, FeatureFile) or source.features.ndim != 2:
+        raise UserError(f"text_features must be class-means or features:FILE.npz with one row a class, got {given!r}")
+    return source
 
 
 def resolve_device(name: str) -> torch.device:
@@ -201,10 +248,8 @@ def text_features_of(
         means = class_means(training, len(names))
         warn_of_equal_features(names, means)
         return means
-    given = options.text_features
-    source = open_source(given) if given.startswith("features:") else None
-    if not isinstance(source, FeatureFile) or source.features.ndim != 2:
-        raise UserError(f"text_features must be class-means or features:FILE.npz with one row a class, got {given!r}")
+    source = text_file(options)
+    assert source is not None
     if len(source.features) != len(names):
         raise UserError(
             f"text_features {options.text_features} must hold one row for each of the {len(names)} classes, "
@@ -218,13 +263,14 @@ def text_features_of(
 def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> RationalAdapter:
     """The adapter to start from: a file's, or a new one whose draws come from the seed alone."""
     if options.adapter is not None:
-        adapter = load_adapter(options.adapter).float()
+        adapter = load_adapter(options.adapter)
         if adapter.config.embed_dim != embed_dim:
             raise UserError(
                 f"adapter {options.adapter} has width {adapter.config.embed_dim}, the features have {embed_dim}"
             )
-        return adapter
-    config: AdapterConfig = options.resolve(embed_dim)
+        config = options.applied_to(adapter.config, stated=states_configuration(options.adapter))
+        return (adapter if config == adapter.config else load_adapter(options.adapter, config)).float()
+    config = options.resolve(embed_dim)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed every CUDA device too, and nothing would put their states back.
         torch.default_generator.manual_seed(seed)

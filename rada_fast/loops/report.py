@@ -80,6 +80,7 @@ def finish(
         "peak_memory": peak_memory(),
         "backend": resolve_backend(),
         "model": {"name": vlm.name, "pretrained": vlm.pretrained, "fingerprint": vlm.fingerprint} if vlm else None,
+        "logit_scale": {"value": problem.logit_scale, "from": problem.logit_scale_from},
         "adapter": adapter.config.to_dict(),
         "config": dataclasses.asdict(problem.config),
         "versions": versions(),

@@ -92,6 +92,15 @@ def load_adapter(path: str | os.PathLike[str], config: AdapterConfig | None = No
     return _build(path, state, config)
 
 
+def states_configuration(path: str | os.PathLike[str]) -> bool:
+    """Whether an adapter's file says what its arithmetic is, as those of save_adapter do and published ones do not.
+
+    path: as load_adapter takes it. Raises UserError where the file is missing or damaged.
+    """
+    file = _adapter_file(Path(path))
+    return _is_safetensors(file, file.stat().st_size) and _read_safetensors(file)[1] is not None
+
+
 def _adapter_file(path: Path) -> Path:
     """The file itself, or the one that a run's folder holds or points to."""
     if "\0" in str(path):

@@ -1,0 +1,152 @@
+"""What a run starts from: the adapter's options beside a file, the scale of the logits, names for labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rada_fast import notices
+from rada_fast.config import AdapterConfig, AdapterOptions, ClassOptions, TestTimeConfig
+from rada_fast.data.sources import open_source
+from rada_fast.errors import UserError
+from rada_fast.loops.problem import class_names_of, logit_scale_of, make_adapter, open_setup, open_sources
+from rada_fast.modules import RationalAdapter, save_adapter
+
+
+def ours(path: Path, **changes: Any) -> str:
+    save_adapter(RationalAdapter(AdapterConfig.official(16, **changes)), path)
+    return str(path)
+
+
+def published(path: Path, **changes: Any) -> str:
+    """A checkpoint as the published code writes it: without a word on its arithmetic."""
+    state = RationalAdapter(AdapterConfig.official(16, **changes)).state_dict()
+    torch.save({"state_dict": {f"mha.{name}": tensor for name, tensor in state.items()}}, path)
+    return str(path)
+
+
+def test_a_published_adapter_takes_the_temperature_that_it_does_not_hold(tmp_path: Path) -> None:
+    file = published(tmp_path / "model.pth.tar-13")
+    plain = make_adapter(AdapterOptions(adapter=file), 16, 0)
+    warm = make_adapter(AdapterOptions(adapter=file, temperature=4.0, num_heads=2), 16, 0)
+    assert plain.config == AdapterConfig.official(16)
+    assert warm.config == AdapterConfig.official(16, temperature=4.0, num_heads=2)
+    assert all(torch.equal(tensor, warm.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_an_adapter_takes_options_that_agree_with_it(tmp_path: Path) -> None:
+    file = ours(tmp_path / "a.safetensors", temperature=4.0, queries=("image", "text"), num_layers=2)
+    options = AdapterOptions(
+        adapter=file, preset="official", temperature=4.0, num_heads=8, queries=("text", "image"), num_layers=2,
+        mask_function="attention",
+    )  # fmt: skip
+    assert make_adapter(options, 16, 0).config == make_adapter(AdapterOptions(adapter=file), 16, 0).config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # The default, too, contradicts where it was given.
+        ({"temperature": 1.0}, "temperature must be 4.0, as adapter .* has it, or be left out; got 1.0"),
+        ({"num_heads": 2}, "num_heads must be 8, as adapter"),
+        ({"queries": ("image",)}, r"queries must be \('image', 'text', 'rational'\), as adapter"),
+        ({"num_layers": 2}, "num_layers must be 1, as adapter"),
+        ({"mask_function": "mlp"}, "mask_function must be 'attention', as adapter"),
+        ({"preset": "paper"}, "preset must fit adapter .*, whose softmax is 'matrix', or be left out; got 'paper'"),
+    ],
+)
+def test_options_that_contradict_the_adapters_file_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_adapter(AdapterOptions(adapter=ours(tmp_path / "a.safetensors", temperature=4.0), **options), 16, 0)
+    if not {"temperature", "num_heads"} & set(options):
+        with pytest.raises(UserError, match=message):
+            make_adapter(AdapterOptions(adapter=published(tmp_path / "b.pth"), **options), 16, 0)
+
+
+def test_without_a_file_the_options_are_the_presets(tmp_path: Path) -> None:
+    assert make_adapter(AdapterOptions(), 16, 0).config == AdapterConfig.official(16)
+    assert make_adapter(AdapterOptions(preset="paper", temperature=2.0), 16, 0).config == AdapterConfig.paper(16, 2.0)
+
+
+def features(path: Path, **arrays: Any) -> str:
+    generator = np.random.default_rng(0)
+    np.savez(path, **({"features": generator.normal(size=(3, 16)), "labels": np.arange(3)} | arrays))
+    return f"features:{path}"
+
+
+def scale(tmp_path: Path, data: float | None, text: float | None, option: float | None = None) -> tuple[float, str]:
+    specs = [
+        features(tmp_path / f"{name}.npz", **({} if value is None else {"logit_scale": np.float32(value)}))
+        for name, value in (("data", data), ("text", text))
+    ]
+    return logit_scale_of(ClassOptions(text_features=specs[1], logit_scale=option), None, [open_source(specs[0])])
+
+
+def test_the_scale_is_the_files_or_the_options_or_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scale(tmp_path, 50.0, None) == (50.0, f"array logit_scale of {tmp_path / 'data.npz'}")
+    assert scale(tmp_path, None, 117.5) == (117.5, f"array logit_scale of {tmp_path / 'text.npz'}")
+    assert scale(tmp_path, 50.0, 50.01)[0] == 50.0
+    assert scale(tmp_path, 50.0, 60.0, option=2.0) == (2.0, "--logit-scale")
+    assert capsys.readouterr().err == ""
+    assert scale(tmp_path, None, None) == (100.0, "default, as nothing states it")
+    assert "no file states a logit_scale: CLIP's 100 is taken (--logit-scale changes it)" in capsys.readouterr().err
+
+
+def test_scales_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"logit_scale must be given, the array logit_scale of .*data.npz has 50 and"):
+        scale(tmp_path, 50.0, 60.0)
+    with pytest.raises(
+        UserError, match=r"holds 4.60517, which looks like the logarithm .*: give --logit-scale 100, or"
+    ):
+        scale(tmp_path, None, 4.60517)
+    for bad in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(UserError, match=r"data.npz: logit_scale must be one number above 0, got float32 \(\)"):
+            scale(tmp_path, bad, None)
+    with pytest.raises(UserError, match=r"logit_scale must be one number above 0, got float64 \(2,\)"):
+        open_source(features(tmp_path / "two.npz", logit_scale=np.ones(2)))
+
+
+def test_the_models_scale_must_be_its_features(tmp_path: Path) -> None:
+    width = {"features": np.random.default_rng(0).normal(size=(3, 128)), "class_names": ["a", "b", "c"]}
+
+    def opened(**changes: Any) -> tuple[float, str]:
+        config = TestTimeConfig(data=features(tmp_path / "f.npz", **width, **changes))
+        setup = open_setup(config, open_sources({"data": config.data}))
+        return setup.logit_scale, setup.logit_scale_from
+
+    value, source = opened()
+    assert source == "model embedded"
+    assert opened(logit_scale=value) == (value, source)
+    with pytest.raises(UserError, match="logit_scale must be given, the model embedded has"):
+        opened(logit_scale=2 * value)
+
+
+def test_labels_without_names_make_no_prompts(tmp_path: Path) -> None:
+    source = open_source(features(tmp_path / "f.npz"))
+    with pytest.raises(UserError, match=r"classes must be given .*f.npz has no array class_names"):
+        class_names_of(source, ClassOptions())
+    assert class_names_of(source, ClassOptions(text_features="class-means")) == ("class 0", "class 1", "class 2")
+    numbered = open_source(features(tmp_path / "g.npz", class_names=["0", "1", "2"]))
+    with pytest.raises(UserError, match=r"names in the array class_names of .*g.npz are numbers \(0, 1, 2\)"):
+        class_names_of(numbered, ClassOptions())
+    ids = open_source(features(tmp_path / "h.npz", class_names=["n01440764", "n01443537", "n01484850"]))
+    with notices.collecting():
+        assert class_names_of(ids, ClassOptions()) == ("tench", "goldfish", "great white shark")
+        assert notices.so_far() == []
+
+
+def test_a_folder_that_holds_no_classes_of_its_own_names_the_one_that_does(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / "images" / name / "a.png")
+    (tmp_path / "annotations").mkdir()
+    with pytest.raises(UserError, match=rf"did you mean imagefolder:{tmp_path}/images\?"):
+        class_names_of(open_source(f"imagefolder:{tmp_path}"), ClassOptions())
