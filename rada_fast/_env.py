@@ -29,6 +29,27 @@ def check_variables(*, building: bool) -> None:
         use_cuda()
 
 
+def place_other_caches() -> None:
+    """Give the libraries below a place for what they keep, where this user has no home or one that cannot be written.
+
+    They would make a folder named "~" where the command runs, warn, or stop.
+    """
+    try:
+        home: Path | None = Path.home()
+    except RuntimeError:  # neither HOME nor an entry in the system's list of users
+        home = None
+    if home is not None and is_writable(home):
+        return
+    try:
+        place = cache_dir()
+    except UserError:  # nothing can be written anywhere, which whatever needs a place says itself
+        return
+    if home is None:
+        os.environ["HOME"] = str(place)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(place / "triton"))
+    os.environ.setdefault("MPLCONFIGDIR", str(place / "matplotlib"))
+
+
 def show_traceback() -> bool:
     """Whether RADA_FAST_TRACEBACK=1 asks for the place in the source of whatever ends a command."""
     return os.environ.get("RADA_FAST_TRACEBACK") not in (None, "", "0")

@@ -189,6 +189,7 @@ def _command(arguments: list[str]) -> int:
     config = parse(command, rest)
     check_paths(config)
     _env.check_variables(building=command == "build")
+    _env.place_other_caches()
     try:
         with notices.collecting(hold=True):
             return _runner(command)(config)

@@ -1,0 +1,176 @@
+"""What surrounds a command: streams that are closed or full, users without a home, errors that nobody foresaw."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rada_fast import _env, cli, ops
+from rada_fast.terminal import PlainConsole, finite, print_json, table
+
+COMMAND = [sys.executable, "-m", "rada_fast"]
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*COMMAND, "ttt", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_under_standard_output_is_told() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("rada-fast: ")
+    assert "No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_run_without_standard_streams_is_complete(things: Path, tmp_path: Path) -> None:
+    arguments = f"ttt --data imagefolder:{things}/pictures --views 2 --steps 1 --output out"
+    shell = f"{sys.executable} -m rada_fast {arguments} <&- >&- 2>&-"
+    assert subprocess.run(shell, shell=True, cwd=tmp_path).returncode == 0
+    lines = (tmp_path / "out" / "images.jsonl").read_text().splitlines()
+    assert len([json.loads(line) for line in lines]) == 4
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["images"] == 4
+
+
+def failing_with(error: BaseException) -> Any:
+    def run(config: Any) -> int:
+        raise error
+
+    return lambda command: run
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyError("x"), 70, "a fault of rada-fast itself, please report it with what RADA_FAST_TRACEBACK=1 adds: KeyError"),
+        (RuntimeError("two\nlines"), 70, "RuntimeError: two lines"),
+        (ZeroDivisionError(), 70, "ZeroDivisionError"),
+        (MemoryError(), 1, "the memory does not suffice: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 1, "the memory does not suffice"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 1, "the memory does not suffice"),
+        (ModuleNotFoundError("No module named 'triton'"), 1, "this installation is incomplete: No module named 'triton'"),
+        (OSError(28, "No space left on device", "/x/y"), 1, "No space left on device: '/x/y'; start the same command again"),
+        (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe"),
+        (KeyboardInterrupt(), 130, "interrupted; start the same command again to go on"),
+    ],
+)  # fmt: skip
+def test_whatever_is_raised_is_one_line_and_a_status(
+    error: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_runner", failing_with(error))
+    assert cli.main(["doctor"]) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("rada-fast: ")
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_the_place_of_an_error_is_shown_where_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_runner", failing_with(KeyError("x")))
+    monkeypatch.setenv("RADA_FAST_TRACEBACK", "1")
+    assert cli.main(["doctor"]) == 70
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in said
+    assert "in run\n" in said
+
+
+def test_the_variables_backends_are_the_ops() -> None:
+    assert set(_env.BACKEND_NAMES) == {"auto", *ops.BACKENDS}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("suffix", [".toml", ".json", ""])
+def test_options_files_in_any_unicode_encoding_are_read(tmp_path: Path, encoding: str, suffix: str) -> None:
+    text = '{"steps": 7, "data": "imagefolder:é"}' if suffix == ".json" else 'steps = 7\r\ndata = "imagefolder:é"\r\n'
+    mark = b"\xff\xfe" if encoding == "utf-16-le" else b""
+    (tmp_path / f"options{suffix}").write_bytes(mark + text.encode(encoding))
+    config = cli.parse("ttt", ["--options", str(tmp_path / f"options{suffix}")])
+    assert (config.episode.steps, config.data) == (7, "imagefolder:é")
+
+
+def test_homes_are_written_out_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "o.toml").write_text("")
+    command = """
+        --train imagefolder:~/a --test features:~/b --options ~/o.toml --output ~/c --adapter ~/d --classes ~/e
+        --templates ~/f --text-features features:~/g --pretrained ~/h
+    """
+    config = cli.parse("eft", command.split())
+    assert (config.train, config.test) == (f"imagefolder:{tmp_path}/a", f"features:{tmp_path}/b")
+    assert (config.run.output, config.adapter.adapter) == (f"{tmp_path}/c", f"{tmp_path}/d")
+    assert (config.text.classes, config.text.templates) == (f"{tmp_path}/e", f"{tmp_path}/f")
+    assert (config.text.text_features, config.model.pretrained) == (f"features:{tmp_path}/g", f"{tmp_path}/h")
+    config = cli.parse("fft", ["--train", "x:a~b", "--test", "imagefolder:~/a", "imagefolder:b"])
+    assert (config.train, config.test) == ("x:a~b", (f"imagefolder:{tmp_path}/a", "imagefolder:b"))
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(
+    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "x [v2] y[/b] :smile: \udcff"
+    command = ["ttt", "--data", f"imagefolder:{things}/pictures", "--views", "1", "--steps", "0", "--output", name]
+    assert cli.main(command) == 0
+    assert f"results in {name.replace(chr(0xDCFF), chr(92) + 'udcff')}\n" in capsys.readouterr().out
+    PlainConsole().print(table("[red]title[/blue] :smile:", [("[/]", "a [link=x]b" + "c" * 200), ("b", None)]))
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[red]title[/blue] :smile:", "[/]", "a [link=x]b" + "c" * 200))
+
+
+def test_json_holds_only_what_json_can_say(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": (-float("inf"),), "d": "x"}, indent=None)
+    assert capsys.readouterr().out == '{"a": null, "b": [null, 1.5], "c": [null], "d": "x"}\n'
+    assert finite(True) is True
+
+
+def test_libraries_get_a_place_where_there_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRITON_CACHE_DIR", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, "mine")
+    monkeypatch.setenv("RADA_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _env.place_other_caches()
+    assert os.environ["HOME"] == str(tmp_path)
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(_env.Path, "home", unknown)
+    _env.place_other_caches()
+    assert os.environ["HOME"] == str(tmp_path / "cache")
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("MPLCONFIGDIR")
+    _env.place_other_caches()
+    assert os.environ["MPLCONFIGDIR"] == str(tmp_path / "cache" / "matplotlib")
+
+
+def test_a_backend_that_fails_the_self_test_is_told_beside_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rada_fast import doctor
+
+    right = doctor.rational_adapter
+
+    def adapter(*arguments: Any, backend: str, **options: Any) -> Any:
+        if backend == "literal":
+            raise RuntimeError("no kernel image\nis available")
+        return right(*arguments, backend=backend, **options)
+
+    monkeypatch.setattr(doctor, "rational_adapter", adapter)
+    assert cli.main(["doctor", "--json"]) == 1
+    tested = json.loads(capsys.readouterr().out)["self_test"]
+    assert tested["literal"] == "failed: RuntimeError: no kernel image is available"
+    assert float(tested["reference"]) < 1e-5
