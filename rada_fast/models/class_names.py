@@ -29,7 +29,7 @@ def resolve_class_names(
     """
     if spec is None:
         if not folders:
-            raise UserError("classes must be given (--classes FILE): these data have no class folders")
+            raise UserError("--classes must be given, a file with a name a line: these data have no class folders")
         return _names_of_folders(folders, prompts, where)
     given = read_names(Path(spec).expanduser(), folders)
     names = _names_of_file(given, folders, spec, where)
@@ -51,8 +51,8 @@ def names_of_labels(count: int, spec: str | None, *, prompts: bool, data: str) -
     if spec is None:
         if prompts:
             raise UserError(
-                f"classes must be given (--classes FILE, a name a line in the order of the labels): {data} has no "
-                "array class_names, and a prompt needs names"
+                f"--classes must be given, a file with a name a line in the order of the labels: {data} has no array "
+                "class_names, and a prompt needs names"
             )
         return tuple(f"class {label}" for label in range(count))
     names = resolve_class_names((), spec, prompts=prompts)
@@ -70,8 +70,8 @@ def _names_of_folders(folders: Sequence[str], prompts: bool, where: str) -> tupl
             return tuple(_imagenet_names().values())
         if prompts:
             raise UserError(
-                f"{where} are numbers ({', '.join(folders[:EXAMPLES])}), which say nothing in a prompt such as "
-                f"'a photo of a {folders[0]}.'; give --classes FILE, a name a line in the order of the numbers"
+                f"--classes must be given, a file with a name a line in the order of the numbers: {where} are numbers "
+                f"({', '.join(folders[:EXAMPLES])}), which say nothing in a prompt such as 'a photo of a {folders[0]}.'"
             )
         return tuple(folders)
     ids = [folder for folder in folders if WNID.fullmatch(folder)]
@@ -85,15 +85,16 @@ def _names_of_folders(folders: Sequence[str], prompts: bool, where: str) -> tupl
     foreign = [folder for folder in ids if folder.lower() not in known]
     if prompts and foreign:
         wordnet = _wordnet_names()
+        line = f"{foreign[0]} NAME"
         told = ", ".join(f"{id} ({wordnet.get(id.lower(), 'unknown to WordNet, too')})" for id in foreign[:EXAMPLES])
         more = f" and {len(foreign) - EXAMPLES} more" if len(foreign) > EXAMPLES else ""
-        message = (
+        fault = (
             f"{len(foreign)} of {len(folders)} {where} are not among ImageNet's 1000 classes, and their ids say "
-            f"nothing in a prompt: {told}{more}; give --classes FILE with lines such as '{foreign[0]} NAME'"
+            f"nothing in a prompt: {told}{more}"
         )
         if len(foreign) == len(folders):
-            raise UserError(message)
-        notices.warn(message)
+            raise UserError(f"--classes must be given, a file with lines such as {line!r}: {fault}")
+        notices.warn(f"{fault}; give --classes FILE with lines such as {line!r}")
     readable = dict(zip(folders, readable_names(folders), strict=True))
     names = tuple(known.get(folder.lower(), readable[folder]) for folder in folders)
     if prompts:

@@ -129,7 +129,7 @@ def test_the_models_scale_must_be_its_features(tmp_path: Path) -> None:
 
 def test_labels_without_names_make_no_prompts(tmp_path: Path) -> None:
     source = open_source(features(tmp_path / "f.npz"))
-    with pytest.raises(UserError, match=r"classes must be given .*f.npz has no array class_names"):
+    with pytest.raises(UserError, match=r"classes must be given.*f.npz has no array class_names"):
         class_names_of(source, ClassOptions())
     assert class_names_of(source, ClassOptions(text_features="class-means")) == ("class 0", "class 1", "class 2")
     numbered = open_source(features(tmp_path / "g.npz", class_names=["0", "1", "2"]))
