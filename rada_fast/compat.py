@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import types
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rada_fast.config import AdapterConfig
 from rada_fast.errors import UserError
+from rada_fast.modules.projections import ZeroLinear, tensors_or_calls
+from rada_fast.modules.published import ARGUMENTS, PROJECTIONS, adapter_config, projections_of, reason_against
 from rada_fast.ops import rational_adapter
+from rada_fast.ops._transforms import under_transform
 from rada_fast.reference.class_attention import attention_probabilities
 from rada_fast.reference.rational_projections import split_heads
-
-_PROJECTIONS = ("q_proj2", "q_proj3", "k_proj", "v_proj", "out_proj")
 
 
 class SimpleMultiheadAttention(nn.Module):
@@ -44,10 +45,9 @@ class SimpleMultiheadAttention(nn.Module):
         self.temprature = t  # the published spelling
         self.dropout = nn.Dropout(dropout)
         self.batch_first = batch_first
-        for name in ("q_proj1", *_PROJECTIONS):
-            self.add_module(name, nn.Linear(embed_dim, embed_dim, bias=bias))
-        for parameter in self.get_submodule("out_proj").parameters():
-            nn.init.zeros_(parameter)
+        for name in PROJECTIONS:
+            kind = ZeroLinear if name == "out_proj" else nn.Linear
+            self.add_module(name, kind(embed_dim, embed_dim, bias=bias))
 
     def forward(
         self,
@@ -82,11 +82,16 @@ class SimpleMultiheadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, K) and mask (B, K, D), straight from unit-norm features, through the backend in force.
 
-        image_features: (B, D); text_features: (K, D); logit_scale: the multiplier s.
+        image_features: (B, D); text_features: (K, D); logit_scale: the multiplier s. Raises ValueError while dropout is
+        active, which only forward applies.
         """
-        config = _config(self, input_scale="logit", mask_activation="relu")
+        if self.training and self.dropout.p > 0:
+            raise ValueError(f"dropout {self.dropout.p} is applied by forward alone: call eval() first, or forward")
+        layers = dict(_layers(self))
+        width, bias = self.embed_dim, getattr(layers["out_proj"], "bias", None) is not None
+        config = AdapterConfig(width, self.num_heads, temperature=float(self.temprature), bias=bias)
         output = rational_adapter(
-            image_features, text_features, logit_scale, _parameters(self), config, return_mask=True
+            image_features, text_features, logit_scale, tensors_or_calls(layers), config, return_mask=True
         )
         assert output.mask is not None
         return output.logits, output.mask
@@ -95,10 +100,19 @@ class SimpleMultiheadAttention(nn.Module):
 def patch(model: nn.Module) -> list[str]:
     """Serve the rational adapters inside a live published model through rada_fast's backends.
 
-    Every module with the published projections gets a new forward; parameter objects, buffers, hooks and the
-    optimiser's hold on the parameters stay. The published model hands its adapter repeated rows; the patched forward
-    takes them back to one row per image and per class, which it verifies on its first call: where they are anything
-    else, or with an attention mask or active dropout, the module's own forward runs (with a warning the first time).
+    Every module with the published projections gets a new forward, by way of its class: parameter objects, buffers,
+    hooks and the optimiser's hold on the parameters stay, and copies, pickles and replicas are patched as it is. The
+    published model hands its adapter repeated rows; the patched forward takes them back to one row per image and per
+    class. It verifies on every call that this computes what the module's own forward does, and leaves the call to that
+    one, with a warning the first time, where it does not or cannot tell:
+
+    - a projection that is more than its weight and bias (LoRA, hooks, sharded), a module with parameters, children or a
+      forward that are not the published ones (its own forward is tried on drawn weights);
+    - an attention mask, active dropout, an empty batch;
+    - inputs that are not one row per image, one row per class and their product, such as text conditioned on the image;
+    - inputs whose gradients flow in another way than from those two;
+    - silently, a call that is traced by torch.compile or transformed by torch.func, whose values cannot be verified.
+
     The second value a patched adapter returns, an attention map no published model uses, is None.
 
     model: any module that holds a published adapter, at any depth. Returns the patched modules' names; patching twice
@@ -109,102 +123,107 @@ def patch(model: nn.Module) -> list[str]:
         raise UserError(
             f"model must hold a published rational adapter (q_proj1 ... out_proj), {type(model).__name__} has none"
         )
-    for _, module in found:
-        if not isinstance(module.__dict__.get("forward"), _PatchedForward):
-            module.__dict__["_rada_fast_forward"] = module.__dict__.get("forward")
-            module.forward = _PatchedForward(module)
-    return [name for name, _ in found]
+    names = []
+    for name, module in found:
+        if "forward" in module.__dict__:
+            # It would not be asked: an instance's forward goes before its class's.
+            warnings.warn(
+                f"rada_fast leaves the adapter {name!r} to its own forward: it was replaced on the instance",
+                stacklevel=2,
+            )
+            continue
+        if isinstance(module, _Patched):
+            module.__dict__.pop(_OFF, None)
+        else:
+            module.__class__ = _patched_class(cast(Any, type(module)))
+            # What was found, shared with the replicas that data parallelism makes for every call.
+            module.__dict__[_STATE] = {}
+        names.append(name)
+    return names
 
 
 def unpatch(model: nn.Module) -> list[str]:
     """Give every patched adapter inside a model its own forward back. Returns the names of those it had patched."""
     names = []
     for name, module in _adapters(model):
-        if isinstance(module.__dict__.get("forward"), _PatchedForward):
-            del module.__dict__["forward"]
-            own = module.__dict__.pop("_rada_fast_forward")
-            if own is not None:
-                module.forward = own
-            names.append(name)
+        if not isinstance(module, _Patched) or _OFF in module.__dict__:
+            continue
+        kind = type(module)
+        if kind.__bases__[0] is _Patched:
+            module.__class__ = kind.__bases__[1]
+            del module.__dict__[_STATE]
+        else:  # another library has put its own class on top
+            module.__dict__[_OFF] = True
+        names.append(name)
     return names
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        projections = [getattr(module, part, None) for part in _PROJECTIONS]
-        projections.append(getattr(module, "q_proj1", getattr(module, "q_proj", None)))
-        if all(isinstance(projection, nn.Linear) for projection in projections) and hasattr(module, "temprature"):
+        if hasattr(module, "temprature") and len(_layers(module)) == len(PROJECTIONS):
             yield name, module
 
 
-def _parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The projections' own parameter objects under the standard names."""
-    parameters: dict[str, Tensor] = {}
-    first = "q_proj1" if hasattr(module, "q_proj1") else "q_proj"
-    for name in ("q_proj1", *_PROJECTIONS):
-        linear = module.get_submodule(first if name == "q_proj1" else name)
-        parameters |= {f"{name}.{leaf}": tensor for leaf, tensor in linear.named_parameters()}
-    return parameters
+def _layers(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: layer for name, layer in projections_of(module).items() if layer is not None}
 
 
-def _config(module: Any, **changes: Any) -> AdapterConfig:
-    return AdapterConfig(
-        embed_dim=module.out_proj.in_features,
-        num_heads=module.num_heads,
-        temperature=float(module.temprature),
-        bias=module.out_proj.bias is not None,
-        **changes,
-    )
+_STATE, _OFF = "_rada_fast_state", "_rada_fast_off"
 
 
-class _PatchedForward:
+@cache
+def _patched_class(kind: type) -> Any:
+    """The class with the patched forward, under its own name."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (_Patched, kind), names)
+
+
+def _new_patched(kind: type) -> Any:
+    """An empty patched module, for unpickling and copying."""
+    return object.__new__(_patched_class(kind))
+
+
+def _own_forward(kind: type) -> Any:
+    """The forward that a patched class has taken the place of, as a function of the module and its arguments."""
+    above = kind.__mro__[kind.__mro__.index(_Patched) + 1]
+    return above.forward  # type: ignore[attr-defined]
+
+
+class _Patched:
     """The patched module's forward: the published arguments in, the mask offset out."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.verified = False
-        self.warned = False
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind = type(self)
+        if kind.__bases__[0] is not _Patched:
+            return super().__reduce_ex__(protocol)
+        # The class is made at run time: its name leads to the one it was made of.
+        # What was found about this module holds functions, and is found again about the copy.
+        return _new_patched, (kind.__bases__[1],), {**self.__dict__, _STATE: {}}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        module = self.module
-        own = module.__dict__["_rada_fast_forward"] or types.MethodType(type(module).forward, module)
-        names = ["query1", "query2", "query3", "key", "value", "attn_mask"]
-        if hasattr(module, "q_proj") and not hasattr(module, "q_proj1"):
-            names.remove("query3")  # the query-key variant asks with its key
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        module = cast(nn.Module, self)
+        own = super().forward  # type: ignore[misc]
+        # Traced or transformed, the values that have to be compared are not there.
+        if torch.compiler.is_compiling() or under_transform() or _OFF in module.__dict__:
+            return own(*args, **kwargs)
+        names = [name for name in ARGUMENTS if name != "query3" or "q_proj1" in module._modules]
         given = dict(zip(names, args, strict=False)) | kwargs
-        reason = self._reason_against(given)
+        state = module.__dict__[_STATE]
+        reason: str | None = "it is called with other arguments than the published module"
+        if len(args) <= len(names):
+            reason = reason_against(module, _own_forward(type(self)), given, state)
         if reason is not None:
-            if not self.warned:
+            if "warned" not in state:
+                state["warned"] = True
                 warnings.warn(f"rada_fast leaves this adapter to its own forward: {reason}", stacklevel=2)
-                self.warned = True
-            result: tuple[Tensor, Tensor | None] = own(*args, **kwargs)
-            return result
+            return own(*args, **kwargs)
         # The inputs are already scaled: sqrt(s) f and sqrt(s) T, whose product is s R.
-        config = _config(module, input_scale="none", mask_activation="none")
+        config = adapter_config(module, input_scale="none", mask_activation="none")
         image, text = given["query1"][:, 0], given["query2"][0]
-        output = rational_adapter(image, text, 1.0, _parameters(module), config, return_mask=True)
+        output = rational_adapter(image, text, 1.0, tensors_or_calls(_layers(module)), config, return_mask=True)
         assert output.mask is not None
-        return output.mask - 1, None
-
-    def _reason_against(self, given: dict[str, Any]) -> str | None:
-        if given.get("attn_mask") is not None:
-            return "attn_mask is given"
-        dropout = getattr(self.module, "dropout", None)
-        if self.module.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-            return "dropout is active"
-        if given["query1"].shape[0] == 0:
-            return "the batch is empty"
-        if not self.verified:
-            with torch.no_grad():
-                image, text = given["query1"][:, :1], given["query2"][:1]
-                rational = image * text
-                rows = [given[name] for name in ("query3", "key", "value") if name in given]
-                # s R computed as (sqrt(s) f) (sqrt(s) T) or as s (f T): three roundings apart, plus the square root's.
-                tolerance = 8 * torch.finfo(rational.dtype).eps
-                floor = tolerance * float(rational.abs().max())
-                if not bool((given["query1"] == image).all()) or not bool((given["query2"] == text).all()):
-                    return "its queries are not one row per image and one row per class"
-                if not all(torch.allclose(part, rational, rtol=tolerance, atol=floor) for part in rows):
-                    return "its keys are not the product of its image and text queries"
-            self.verified = True
-        return None
+        offset = output.mask - 1
+        device = offset.device.type
+        if torch.is_autocast_enabled(device):
+            offset = offset.to(torch.get_autocast_dtype(device))  # as the output projection's own product
+        return offset, None

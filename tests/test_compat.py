@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +220,346 @@ def test_the_drop_in_class_from_features_is_the_adapter() -> None:
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ValueError, match="num_heads must divide embed_dim 16, got 3"):
         SimpleMultiheadAttention(16, 3, t=1.0)
+
+
+def published_rows(
+    batch: int = 2, classes: int = 5, width: int = 16, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    """What the published model hands its adapter."""
+    image, text = torch.randn(batch, 1, width, dtype=dtype), torch.randn(1, classes, width, dtype=dtype)
+    scaled = [10.0 * (image * text) for _ in range(3)]
+    return (10**0.5 * image.repeat(1, classes, 1), 10**0.5 * text.repeat(batch, 1, 1), *scaled)
+
+
+class LowRank(nn.Linear):
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+        self.load_state_dict(layer.state_dict())
+        self.down, self.up = nn.Parameter(torch.randn(2, 16)), nn.Parameter(torch.randn(16, 2))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return super().forward(rows) + rows @ self.down.T @ self.up.T
+
+
+class NoLinear(nn.Module):
+    """peft's form: no nn.Linear at all."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.term = layer, nn.Linear(16, 16)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(rows) + self.term(rows)
+        return result
+
+
+class Gated(PublishedAttention):
+    """A subclass that does as the published one until its gate opens."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, *rows: Tensor, **named: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        offset, first = super().forward(*rows, **named)
+        return offset + self.gate * rows[0], first
+
+
+class Doubling(PublishedAttention):
+    def forward(self, *rows: Tensor, **named: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        offset, first = super().forward(*rows, **named)
+        return 2 * offset, first
+
+
+class Switched(PublishedAttention):
+    """Its arithmetic depends on a setting that changes later, and on training."""
+
+    factor = 1.0
+
+    def forward(self, *rows: Tensor, **named: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        offset, first = super().forward(*rows, **named)
+        return self.factor * (3 if self.training else 1) * offset, first
+
+
+def replace(name: str, kind: Any) -> Any:
+    return lambda module: setattr(module, name, kind(getattr(module, name)).to(torch.float64))
+
+
+CHANGES: dict[str, Any] = {
+    "low-rank subclass": replace("k_proj", LowRank),
+    "low-rank query": replace("q_proj1", LowRank),
+    "no linear layer": replace("k_proj", NoLinear),
+    "forward hook": lambda module: module.v_proj.register_forward_hook(lambda *given: 2 * given[-1]),
+    "pre-hook": lambda module: module.v_proj.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
+    "backward hook": lambda module: module.out_proj.register_full_backward_hook(lambda *given: (2 * given[1][0],)),
+    "backward pre-hook": lambda module: module.out_proj.register_full_backward_pre_hook(lambda _, g: (2 * g[0],)),
+    "forward on the instance": lambda module: setattr(module.v_proj, "forward", torch.tanh),
+    "another child": lambda module: module.add_module("norm", nn.LayerNorm(16)),
+    "a buffer": lambda module: module.register_buffer("shift", torch.ones(16)),
+    "a tensor": lambda module: setattr(module, "shift", torch.ones(16)),
+    "dropout": lambda module: setattr(module.dropout, "p", 0.5),
+}
+
+
+def same_as_own(module: Any, own: Any, rows: tuple[Tensor, ...], **named: Any) -> None:
+    """Output and every gradient equal those of an unpatched twin."""
+    outputs = []
+    for one in (module, own):
+        leaves = [row.clone().requires_grad_(row.requires_grad) for row in rows]
+        torch.manual_seed(5)
+        offset = one(*leaves, **named)[0]
+        parameters = [parameter for parameter in one.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(offset.square().sum(), parameters, allow_unused=True)
+        outputs.append([offset.detach(), *gradients])
+    for got, wanted in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_module_computes_what_its_own_forward_does(change: str, when: str) -> None:
+    torch.manual_seed(0)
+    module = PublishedAttention(16, 4, 1.0).double()
+    rows = published_rows()
+    if when == "after":
+        patch(module)
+        assert module(*rows)[1] is None  # served until then
+    torch.manual_seed(1)
+    CHANGES[change](module)
+    if when == "before":
+        assert patch(module) == [""]
+    own = copy.deepcopy(module)
+    unpatch(own)
+    with pytest.warns(UserWarning, match="rada_fast leaves this adapter to its own forward: "):
+        same_as_own(module, own, rows)
+    same_as_own(module, own, rows)  # warned once
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_parametrised_projections_are_served(norm: str) -> None:
+    module = PublishedAttention(16, 4, 1.0).double().eval()
+    getattr(nn.utils.parametrizations, norm)(module.k_proj)
+    own = copy.deepcopy(module)
+    patch(module)
+    rows = published_rows()
+    assert module(*rows)[1] is None
+    same_as_own(module, own, rows)
+
+
+@pytest.mark.parametrize("kind", [Gated, Doubling])
+def test_a_subclass_with_a_forward_of_its_own_keeps_it(kind: type) -> None:
+    module = kind(16, 4, 1.0).double()
+    nn.init.zeros_(module.out_proj.weight)  # where the published adapter starts, all forwards look alike
+    nn.init.zeros_(module.out_proj.bias)
+    patch(module)
+    rows = published_rows()
+    with pytest.warns(UserWarning, match=r"it holds gate|its own forward computes something else"):
+        module(*rows)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    own = copy.deepcopy(module)
+    unpatch(own)
+    same_as_own(module, own, rows)
+
+
+def test_settings_that_change_later_are_noticed() -> None:
+    module = Switched(16, 4, 1.0).double().eval()
+    patch(module)
+    rows = published_rows()
+    assert module(*rows)[1] is None
+    own = copy.deepcopy(module)
+    unpatch(own)
+    module.factor = own.factor = 2.0
+    with pytest.warns(UserWarning, match="its own forward computes something else"):
+        same_as_own(module, own, rows)
+    module.factor = own.factor = 1.0
+    same_as_own(module, own, rows)
+    assert module(*rows)[1] is None
+    same_as_own(module.train(), own.train(), rows)
+    module.temprature = own.temprature = 0.5  # one that the op knows
+    same_as_own(module.eval(), own.eval(), rows)
+    assert module(*rows)[1] is None
+
+
+def test_a_forward_on_the_instance_or_put_into_the_class_later_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced = PublishedAttention(16, 4, 1.0).double()
+    replaced.forward = lambda *rows: (rows[0], rows[1])  # type: ignore[method-assign,assignment]
+    with pytest.warns(UserWarning, match="leaves the adapter '' to its own forward: it was replaced on the instance"):
+        assert patch(replaced) == []
+    rows = published_rows()
+    assert torch.equal(replaced(*rows)[0], rows[0])
+
+    later = PublishedAttention(16, 4, 1.0).double()
+    patch(later)
+    assert later(*rows)[1] is None
+    monkeypatch.setattr(PublishedAttention, "forward", lambda self, *rows: (rows[0], rows[1]))
+    with pytest.warns(UserWarning, match="its own forward computes something else"):
+        assert torch.equal(later(*rows)[0], rows[0])
+
+
+def test_every_call_is_looked_at_not_the_first_alone() -> None:
+    module = PublishedAttention(16, 4, 1.0).double()
+    own = copy.deepcopy(module)
+    patch(module)
+    same_as_own(module, own, published_rows(1))
+    assert module(*published_rows(1))[1] is None
+    image, text = torch.randn(4, 1, 16).double(), torch.randn(4, 5, 16).double()
+    conditioned = (image.repeat(1, 5, 1), text, *[image * text for _ in range(3)])
+    with pytest.warns(UserWarning, match="not one row per image and one row per class"):
+        same_as_own(module, own, conditioned)
+    for position in range(5):
+        rows = list(published_rows(3))
+        rows[position] = rows[position].clone()
+        rows[position][1, 2, 3] += 1e-3
+        same_as_own(module, own, tuple(rows))
+        rows[position][1, 2, 3] = torch.nan
+        assert bool(module(*rows)[0].isnan().any())
+    same_as_own(module, own, published_rows(3))
+    assert module(*published_rows(3))[1] is None
+    # One image far smaller than the others: its own rows decide.
+    rows = list(published_rows(2))
+    for position, factor in ((0, 1e-6), (2, 1e-6), (3, 1e-6), (4, 1e-6)):
+        rows[position][0] *= factor
+    rows[3][0, 0, 0] *= 1.5
+    same_as_own(module, own, tuple(rows))
+
+
+@pytest.mark.parametrize(
+    "way", ["published", "text detached", "keys detached", "queries detached", "another leaf", "scale trained"]
+)
+@pytest.mark.parametrize("leaf", ["image", "text", "both"])
+def test_gradients_reach_the_inputs_as_they_do_without_patching(way: str, leaf: str) -> None:
+    torch.manual_seed(2)
+    module = PublishedAttention(16, 4, 1.0).double()
+    patched = copy.deepcopy(module)
+    patch(patched)
+    start = [torch.randn(3, 16).double(), torch.randn(5, 16).double(), torch.tensor(10.0).double()]
+
+    def gradients(adapter: nn.Module) -> list[Tensor | None]:
+        image, text, scale = (value.clone() for value in start)
+        image.requires_grad_(leaf != "text")
+        text.requires_grad_(leaf != "image")
+        scale.requires_grad_(way == "scale trained")
+        unit_image = (image / image.norm(dim=-1, keepdim=True)).unsqueeze(1)
+        unit_text = (text / text.norm(dim=-1, keepdim=True)).unsqueeze(0)
+        queries = [scale.sqrt() * unit_image.repeat(1, 5, 1), scale.sqrt() * unit_text.repeat(3, 1, 1)]
+        rational = unit_image * (unit_text.detach() if way == "text detached" else unit_text)
+        if way == "another leaf":
+            rational = (1 * unit_image.relu() - (-unit_image).relu()) * (unit_text + 0)
+        keys = [scale * rational for _ in range(3)]
+        if way == "keys detached":
+            keys = [key.detach() for key in keys]
+        if way == "queries detached":
+            queries = [query.detach() for query in queries]
+        adapter(*queries, *keys)[0].square().sum().backward()
+        return [image.grad, text.grad, scale.grad]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got, wanted = gradients(patched), gradients(module)
+    for left, right in zip(got, wanted, strict=True):
+        assert (left is None) == (right is None)
+        if left is not None:
+            torch.testing.assert_close(left, right, rtol=1e-7, atol=1e-9)
+
+
+def test_the_published_flow_of_gradients_is_served_without_a_warning() -> None:
+    model = small_model()
+    patch(model)
+    image = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    model.class_features = model.class_features.clone().requires_grad_()
+    served = []
+    model.mha.register_forward_hook(lambda *given: served.append(given[-1][1] is None))
+    model(image).sum().backward()
+    assert served == [True]
+
+
+@pytest.mark.parametrize("copier", ["deepcopy", "copy", "pickle", "replica"])
+def test_copies_are_patched_and_compute_with_their_own_parameters(copier: str) -> None:
+    module = PublishedAttention(16, 4, 1.0).double()
+    patch(module)
+    rows = published_rows()
+    module(*rows)
+    match copier:
+        case "deepcopy":
+            twin: Any = copy.deepcopy(module)
+        case "copy":
+            twin = copy.copy(module)
+            twin._modules = copy.deepcopy(module._modules)
+        case "pickle":
+            twin = pickle.loads(pickle.dumps(module))
+        case _:
+            twin = module._replicate_for_data_parallel()
+            for name in NAMES:
+                layer = getattr(module, name)._replicate_for_data_parallel()
+                for leaf, value in getattr(module, name).named_parameters():
+                    setattr(layer, leaf, value.detach().clone())
+                twin._modules[name] = layer
+    before = module(*rows)[0]
+    with torch.no_grad():
+        twin.v_proj.weight.mul_(2)
+    torch.testing.assert_close(module(*rows)[0], before, rtol=0, atol=0)
+    own = PublishedAttention(16, 4, 1.0).double()
+    own.load_state_dict({f"{n}.{leaf}": getattr(getattr(twin, n), leaf) for n in NAMES for leaf in ("weight", "bias")})
+    torch.testing.assert_close(twin(*rows)[0], own(*rows)[0], rtol=1e-9, atol=1e-10)
+    assert twin(*rows)[1] is None
+    assert isinstance(twin, PublishedAttention)
+    assert type(twin).__name__ == "PublishedAttention"
+
+
+def test_compiled_and_transformed_calls_are_the_modules_own() -> None:
+    module = PublishedAttention(16, 4, 1.0).double()
+    rows = published_rows()
+    wanted = module(*rows)[0]
+    patch(module)
+    torch._dynamo.reset()
+    for backend in ("eager", "aot_eager"):
+        got = torch.compile(module, backend=backend, fullgraph=True)(*rows)[0]
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
+    torch._dynamo.reset()
+    batched = torch.func.vmap(lambda *one: module(*(row[None] for row in one))[0][0])(*rows)
+    torch.testing.assert_close(batched, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_low_precision_is_near_and_of_the_same_type(dtype: torch.dtype, autocast: bool) -> None:
+    module = PublishedAttention(16, 4, 1.0)
+    exact = module(*published_rows(dtype=torch.float32))[0].detach().abs().max()
+    module = module if autocast else module.to(dtype)
+    own = copy.deepcopy(module)
+    patch(module)
+    rows = published_rows(dtype=torch.float32 if autocast else dtype)
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        got, wanted = module(*rows)[0], own(*rows)[0]
+        assert module(*rows)[1] is None
+    assert got.dtype == wanted.dtype == dtype
+    assert float((got - wanted).detach().abs().max()) <= 8 * torch.finfo(dtype).eps * max(1.0, float(exact))
+
+
+def test_types_that_differ_are_the_modules_own_affair() -> None:
+    module = PublishedAttention(16, 4, 1.0)
+    patch(module)
+    with (
+        pytest.warns(UserWarning, match=r"its inputs are torch.float64, its parameters torch.float32"),
+        pytest.raises(RuntimeError, match="dtype"),
+    ):
+        module(*published_rows())
+    with pytest.raises(TypeError):
+        module(published_rows()[0])
+
+
+def test_the_drop_in_class_from_features_takes_its_projections_as_they_are() -> None:
+    drop_in = SimpleMultiheadAttention(16, 8, t=1.0, dropout=0.5).double().eval()
+    nn.init.normal_(drop_in.get_parameter("out_proj.weight"))
+    image, text = torch.randn(2, 16).double(), torch.randn(5, 16).double()
+    plain, _ = drop_in.forward_features(image, text, 4.0)
+    handle = drop_in.get_submodule("v_proj").register_forward_hook(lambda *given: 2 * given[-1])
+    hooked_logits, _ = drop_in.forward_features(image, text, 4.0)
+    rows = (2 * image[:, None].repeat(1, 5, 1), 2 * text.repeat(2, 1, 1), *[4 * image[:, None] * text] * 3)
+    mask = torch.relu(1 + drop_in(*rows)[0])
+    torch.testing.assert_close(hooked_logits, 4 * (mask * image[:, None] * text).sum(-1), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(hooked_logits, plain)
+    handle.remove()
+    with pytest.raises(ValueError, match=r"dropout 0.5 is applied by forward alone: call eval\(\) first"):
+        drop_in.train().forward_features(image, text, 4.0)

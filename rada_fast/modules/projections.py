@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -11,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wrapper
 
 from rada_fast.errors import UserError
+from rada_fast.ops.rational_adapter import ProjectionCalls
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -55,6 +57,25 @@ def reason_to_call(layer: nn.Module) -> str | None:
 def has_parametrisations(layer: nn.Module) -> bool:
     """Whether reading the layer's weight or bias computes it (torch.nn.utils.parametrize), which may change a state."""
     return "parametrizations" in layer._modules
+
+
+def tensors_or_calls(layers: Mapping[str, nn.Module]) -> dict[str, Tensor] | ProjectionCalls:
+    """The weight and bias of every projection, under its name, or the way to call them where one is more than that."""
+    for name, layer in layers.items():
+        if reason := reason_to_call(layer):
+
+            def project(name: str, rows: Tensor) -> Tensor:
+                projected: Tensor = layers[name](rows)
+                return projected
+
+            return ProjectionCalls(project, f"{name} {reason}")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        # Attributes, not named_parameters: replicas, tied and parametrised layers have them too. Each is read once.
+        tensors[f"{name}.weight"] = cast(Tensor, layer.weight)
+        if (bias := layer.bias) is not None:
+            tensors[f"{name}.bias"] = cast(Tensor, bias)
+    return tensors
 
 
 def _own_forward(layer: nn.Module) -> str | None:

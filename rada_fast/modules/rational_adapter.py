@@ -16,8 +16,9 @@ from rada_fast.modules.projections import (
     has_parametrisations,
     reason_to_call,
     stored_value,
+    tensors_or_calls,
 )
-from rada_fast.ops.rational_adapter import AdapterOutput, ProjectionCalls, parameter_shapes, rational_adapter
+from rada_fast.ops.rational_adapter import AdapterOutput, parameter_shapes, rational_adapter
 
 
 class RationalAdapter(nn.Module):
@@ -66,24 +67,6 @@ class RationalAdapter(nn.Module):
                 path = name.removesuffix(".weight")
                 yield path, self.get_submodule(path) if "." in path else self._modules[path]  # type: ignore[misc]
 
-    def _project(self, name: str, rows: Tensor) -> Tensor:
-        projected: Tensor = self.get_submodule(name)(rows)
-        return projected
-
-    def _tensors_or_calls(self) -> dict[str, Tensor] | ProjectionCalls:
-        """Every projection's weight and bias, or the way to call the projections where they are more than these."""
-        layers = dict(self._projections())
-        for name, layer in layers.items():
-            if reason := reason_to_call(layer):
-                return ProjectionCalls(self._project, f"{name} {reason}")
-        tensors: dict[str, Tensor] = {}
-        for name, layer in layers.items():
-            # Attributes, not named_parameters: replicas, tied and parametrised layers have them too. Each is read once.
-            tensors[f"{name}.weight"] = layer.weight  # type: ignore[assignment]
-            if (bias := layer.bias) is not None:
-                tensors[f"{name}.bias"] = bias  # type: ignore[assignment]
-        return tensors
-
     def is_plain(self) -> bool:
         """Whether the adapter is rational_adapter of its named parameters and nothing more: no hooks, no parametrised,
         tied or replaced projections, no forward of a subclass."""
@@ -117,7 +100,7 @@ class RationalAdapter(nn.Module):
             image_features,
             text_features,
             logit_scale,
-            self._tensors_or_calls(),
+            tensors_or_calls(dict(self._projections())),
             self.config,
             penalty=penalty,
             return_mask=return_mask,

@@ -17,6 +17,7 @@ import rada_fast
 from rada_fast import BackendUnavailableError, UserError, load_adapter, save_adapter
 from rada_fast.config import AdapterConfig
 from rada_fast.modules import RationalAdapter
+from rada_fast.modules.projections import tensors_or_calls
 from rada_fast.ops import rational_adapter
 
 CONFIG = AdapterConfig.official(16)
@@ -290,4 +291,4 @@ def test_projections_as_functions_need_one_adapter_for_all_episodes() -> None:
     WAYS["lora"](adapter)
     image, text, scale = inputs()
     with pytest.raises(ValueError, match="episodes need parameters that are tensors, but k_proj is a LoRA"):
-        rational_adapter(image, text, scale, adapter._tensors_or_calls(), CONFIG, episodes=2)
+        rational_adapter(image, text, scale, tensors_or_calls(dict(adapter.named_children())), CONFIG, episodes=2)
