@@ -165,7 +165,7 @@ def test_unreadable_images_end_with_status_3_unless_allowed(given: Path, capsys:
 def test_another_runs_folder_is_one_line(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_ttt(given) == 0
     assert run_ttt(given, "--seed", "5") == 2
-    assert "holds another run's results (differing: options.run.seed)" in capsys.readouterr().err
+    assert "holds another run's results (differing: --seed 0 there, 5 here)" in capsys.readouterr().err
     assert run_ttt(given, "--seed", "5", "--overwrite") == 0
 
 

@@ -20,9 +20,10 @@ from rada_fast.errors import UserError
 from rada_fast.loops.episodes import make_optimizer
 from rada_fast.loops.evaluate import evaluate, unreadable_records
 from rada_fast.loops.features import Features, class_means, encode_crops
-from rada_fast.loops.problem import Problem, Setup, Source, check_width, identity_of, open_setup, open_sources
+from rada_fast.loops.identity import open_folder
+from rada_fast.loops.problem import Problem, Setup, Source, check_width, open_setup, open_sources
 from rada_fast.loops.progress import progress
-from rada_fast.loops.report import accuracy_of, finish, harmonic_mean
+from rada_fast.loops.report import accuracy_of, already_finished, finish, harmonic_mean
 from rada_fast.loops.run_folder import RunFolder, reset_peak_memory
 from rada_fast.loops.training import (
     Batch,
@@ -33,7 +34,7 @@ from rada_fast.loops.training import (
     training_time,
     warm_up_then_cosine,
 )
-from rada_fast.modules import RationalAdapter, save_adapter
+from rada_fast.modules import RationalAdapter
 
 IMAGES, STATE = "images.jsonl", "state.pt"
 WARMUP_LR = 1e-5
@@ -73,17 +74,52 @@ def run_efficient(config: EfficientConfig) -> dict[str, Any]:
     setup = open_setup(config, open_sources(specs | ({} if config.new_test is None else {"new": config.new_test})))
     train = training_set(setup, config)
     text_base, text_new = class_texts(setup, train, config)
-    tests = list(test_sets(setup, train, text_base, text_new, config))
     problem = setup.problem([train.names[label] for label in train.base], text_base)
     problem.check_width(train.features.features, config.train)
-    folder = RunFolder(config.run, identity_of("eft", problem))
+    with open_run_folder(problem, train, text_base, text_new, config) as folder:
+        covers = {"limit": config.run.limit}
+        if (summary := folder.finished(covers)) is not None:
+            return already_finished(folder, summary, resumed=config.epochs)
+        reset_peak_memory()
+        start = time.perf_counter()
+        tests = list(test_sets(setup, train, text_base, text_new, config))
+        training, resumed = train_adapter(problem, train, tests, config, folder)
+        folder.accept_inputs()
+        folder.save_adapter("adapter.safetensors", problem.adapter)
+        results = test_all(problem, train, tests, training, folder)
+        results["time"] = {"seconds": round(time.perf_counter() - start, 3), **training_time(training.records)}
+        return finish(folder, "eft", problem, results, covers=covers, resumed=resumed)
 
-    reset_peak_memory()
-    start = time.perf_counter()
-    training, resumed = train_adapter(problem, train, tests, config, folder)
-    save_adapter(problem.adapter, folder.path / "adapter.safetensors")
 
-    results: dict[str, Any] = {"training_images": len(train.features.ids), "classes": len(problem.names)}
+def open_run_folder(
+    problem: Problem, train: TrainingSet, text_base: Tensor, text_new: Tensor, config: EfficientConfig
+) -> RunFolder:
+    """The run's folder: training images decide the adapter, and test images only where epochs are tested too."""
+    read = {part: source for part, source in problem.sources.items() if part != "train"} | {"train": train.source}
+    deciding = set(read) if config.evaluate_every else {"train"}
+    if train.new and config.text.text_features == "class-means":
+        read["train, new classes"] = problem.sources["train"].subset(train.new)
+        deciding.add("train, new classes")
+    apart = problem.sources.get("new")
+    return open_folder(
+        "eft",
+        problem,
+        read,
+        deciding=deciding,
+        names=[*train.names, *(problem.class_names(apart) if apart is not None else ())],
+        text=torch.cat([text_base, text_new]) if train.new else text_base,
+        limit=config.run.limit if config.evaluate_every else None,
+    )
+
+
+def test_all(
+    problem: Problem, train: TrainingSet, tests: list[TestSet], training: Training, folder: RunFolder
+) -> dict[str, Any]:
+    """The results on every test set; writes images.jsonl."""
+    results: dict[str, Any] = {
+        "training_images": len(train.source.samples if isinstance(train.source, ImageFolder) else train.source.ids),
+        "classes": len(problem.names),
+    }
     unreadable = list(training.unreadable.values())
     lines = [{"split": "train"} | record for record in unreadable_records(unreadable)]
     for test in tests:
@@ -97,9 +133,8 @@ def run_efficient(config: EfficientConfig) -> dict[str, Any]:
             results[f"{name}_harmonic_mean"] = harmonic_mean(
                 results["base"][f"{name}_top1"], results["new"][f"{name}_top1"]
             )
-    results["unreadable"] = len(unreadable)
-    results["time"] = {"seconds": round(time.perf_counter() - start, 3), **training_time(training.records)}
-    return finish(folder, "eft", problem, results, resumed=resumed)
+    results["unreadable"] = sum(line["status"] == "unreadable" for line in lines)
+    return results
 
 
 def training_set(setup: Setup, config: EfficientConfig) -> TrainingSet:

@@ -194,7 +194,7 @@ def file_stamp(path: Path) -> str:
         stat = path.stat()
     except OSError:  # a link that leads nowhere; reading it says why
         return "missing"
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+    return f"{stat.st_size} {stat.st_mtime_ns}{'' if os.access(path, os.R_OK) else ' locked'}"
 
 
 def _read_features(path: Path, samples: Sequence[Sample]) -> Features | None:

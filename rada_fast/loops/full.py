@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from rada_fast.config import FullConfig
-from rada_fast.data.sources import FeatureFile, ImageFolder
+from rada_fast.data.sources import FeatureFile, ImageFolder, Sample
 from rada_fast.data.views import image_seed
 from rada_fast.errors import UserError
 from rada_fast.loops.evaluate import evaluate, unreadable_records
 from rada_fast.loops.features import Features, check_some_readable, iterate_views, spread_limit
-from rada_fast.loops.problem import Problem, Source, identity_of, open_setup, open_sources
+from rada_fast.loops.identity import open_folder
+from rada_fast.loops.problem import Problem, Source, open_setup, open_sources
 from rada_fast.loops.progress import progress
-from rada_fast.loops.report import accuracy_of, finish
+from rada_fast.loops.report import accuracy_of, already_finished, finish
 from rada_fast.loops.run_folder import RunFolder, reset_peak_memory
 from rada_fast.loops.training import (
     Batch,
@@ -35,7 +36,6 @@ from rada_fast.loops.training import (
     training_time,
     warm_up_then_cosine,
 )
-from rada_fast.modules import save_adapter
 from rada_fast.modules.rational_classifier import RationalClassifier
 
 IMAGES = "images.jsonl"
@@ -76,13 +76,38 @@ def run_full(config: FullConfig) -> dict[str, Any]:
     problem = setup.problem(names, setup.text_features(names, features))
     if features is not None:
         problem.check_width(features.features, config.train)
-    folder = RunFolder(config.run, identity_of("fft", problem))
-
-    model = RationalClassifier(problem.text, problem.adapter, problem.logit_scale).to(problem.device)
     batches = Batches(config, problem, features)
+    with open_run_folder(problem, batches, config) as folder:
+        covers = {"limit": config.run.limit}
+        if (summary := folder.finished(covers)) is not None:
+            return already_finished(folder, summary, resumed=sum(stage.epochs for stage in stages))
+        results, resumed = train_and_test(stages, problem, batches, tests, folder)
+        return finish(folder, "fft", problem, results, covers=covers, resumed=resumed)
+
+
+def open_run_folder(problem: Problem, batches: Batches, config: FullConfig) -> RunFolder:
+    """The run's folder: the images that are trained on decide the weights."""
+    train = batches.source
+    limit = config.run.limit
+    return open_folder(
+        "fft",
+        problem,
+        {**problem.sources, "train": train},
+        deciding=["train"],
+        names=problem.names,
+        text=problem.text,
+        limit=limit if limit is not None and len(batches) < batches.available else None,
+    )
+
+
+def train_and_test(
+    stages: list[Stage], problem: Problem, batches: Batches, tests: dict[str, Source], folder: RunFolder
+) -> tuple[dict[str, Any], int]:
+    """Every stage's training and test; returns the results and how many epochs an earlier run had finished."""
     reset_peak_memory()
     start = time.perf_counter()
-    results: dict[str, Any] = {"training_images": len(batches), "classes": len(names)}
+    model = RationalClassifier(problem.text, problem.adapter, problem.logit_scale).to(problem.device)
+    results: dict[str, Any] = {"training_images": len(batches), "classes": len(problem.names)}
     done: list[Training] = []
     lines, resumed = [], 0
     for stage in stages:
@@ -92,12 +117,15 @@ def run_full(config: FullConfig) -> dict[str, Any]:
         save_weights(stage, model, problem, folder)
         results[stage.name], records = test_stage(stage, model, problem, tests)
         lines += records
+    folder.accept_inputs()
     unreadable = {image[0]: image for training in done for image in training.unreadable.values()}
-    folder.write_lines(IMAGES, [{"train": config.train} | r for r in unreadable_records(unreadable.values())] + lines)
-    results["unreadable"] = len(unreadable)
+    folder.write_lines(IMAGES, [{"train": True} | record for record in unreadable_records(unreadable.values())] + lines)
+    # An image is tested after every stage, and counts once.
+    torn = {(line["test"], line["id"]) for line in lines if line["status"] == "unreadable"}
+    results["unreadable"] = len(unreadable) + len(torn)
     epochs = [record for training in done for record in training.records]
     results["time"] = {"seconds": round(time.perf_counter() - start, 3), **training_time(epochs)}
-    return finish(folder, "fft", problem, results, resumed=resumed)
+    return results, resumed
 
 
 def check_classes(config: FullConfig, train: Source, tests: dict[str, Source]) -> None:
@@ -121,7 +149,12 @@ class Batches:
         self.config = config
         self.problem = problem
         self.features = features
-        self.samples = spread_limit(train.samples, config.run.limit) if isinstance(train, ImageFolder) else ()
+        self.source = train
+        self.samples: tuple[Sample, ...] = ()
+        self.available = len(train.ids) if isinstance(train, FeatureFile) else len(train.samples)
+        if isinstance(train, ImageFolder):
+            self.samples = spread_limit(train.samples, config.run.limit)
+            self.source = replace(train, samples=self.samples)
 
     def __len__(self) -> int:
         return len(self.samples) if self.samples else len(self.features.ids) if self.features else 0
@@ -247,7 +280,7 @@ def train_stage(
 
 def save_weights(stage: Stage, model: RationalClassifier, problem: Problem, folder: RunFolder) -> None:
     """The stage's adapter, classifier and, where it was trained, image encoder, as safetensors."""
-    save_adapter(model.adapter, folder.path / f"{stage.name}-adapter.safetensors")
+    folder.save_adapter(f"{stage.name}-adapter.safetensors", model.adapter)
     tensors: dict[str, Tensor] = {"classifier.weight": model.weight}
     if stage.trains_encoder:
         visual = problem.model.model.visual.state_dict()

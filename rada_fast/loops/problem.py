@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -283,35 +281,3 @@ def check_width(features: Tensor, text_features: Tensor, data: str) -> None:
         raise UserError(
             f"data {data} has features of width {features.shape[-1]}, the text features have {text_features.shape[-1]}"
         )
-
-
-def adapter_fingerprint(adapter: RationalAdapter) -> str:
-    """A short hash of an adapter's configuration and weights."""
-    digest = hashlib.sha256(repr(adapter.config).encode())
-    for name, tensor in adapter.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def tensor_fingerprint(tensor: Tensor) -> str:
-    """A short hash of a tensor's values."""
-    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def identity_of(command: str, problem: Problem) -> dict[str, Any]:
-    """All that decides a run's results: its options, less where and how it runs, and what they resolved to."""
-    options = dataclasses.asdict(problem.config)
-    for name in ("output", "workers", "limit", "overwrite", "allow_unreadable", "json"):
-        options["run"].pop(name, None)
-    for name in ("episodes", "order_seed"):
-        options.pop(name, None)
-    adapter = problem.adapter
-    return {
-        "command": command,
-        "options": options,
-        "adapter": {**adapter.config.to_dict(), "preset": adapter.config.preset},
-        # A new adapter follows from the seed; one from a file is known by its weights.
-        "adapter_file": adapter_fingerprint(adapter) if problem.config.adapter.adapter is not None else None,
-        "model": problem.vlm.fingerprint if problem.vlm is not None else None,
-        "text_features": tensor_fingerprint(problem.text),
-    }

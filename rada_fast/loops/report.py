@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -67,9 +67,10 @@ def finish(
     problem: Problem,
     results: dict[str, Any],
     *,
+    covers: Mapping[str, Any],
     resumed: int,
 ) -> dict[str, Any]:
-    """Write and return the summary: what ran, on what, and the results."""
+    """Write and return the summary: what ran, on what, and the results. covers: what of the inputs these are about."""
     adapter, vlm = problem.adapter, problem.vlm
     summary = {
         "command": command,
@@ -85,9 +86,16 @@ def finish(
         "config": dataclasses.asdict(problem.config),
         "versions": versions(),
         "output": str(folder.path),
+        "run": folder.digest(covers),
     }
     folder.write_summary(summary)
     return summary
+
+
+def already_finished(folder: RunFolder, summary: dict[str, Any], *, resumed: int) -> dict[str, Any]:
+    """Say that the run has ended before, and return its summary as it was written, with its times."""
+    notices.note(f"this run is finished: {folder.path} holds its results, and nothing was computed again")
+    return summary | {"resumed": resumed}
 
 
 def harmonic_mean(base: float | None, new: float | None) -> float | None:
@@ -106,7 +114,7 @@ def show(summary: dict[str, Any], options: RunOptions) -> int:
         rows = [(name, value) for name, value in _flat(summary) if name.partition(" ")[0] not in _NOT_IN_TABLE]
         console.print(table(f"rada-fast {summary['command']}", rows))
         console.print(f"results in {summary['output']}", soft_wrap=True)
-    unreadable = _count_unreadable(summary)
+    unreadable = summary["unreadable"]
     if unreadable > options.allow_unreadable:
         print(
             f"rada-fast: {unreadable} images could not be read; images.jsonl names them and they count as wrong "
@@ -117,7 +125,7 @@ def show(summary: dict[str, Any], options: RunOptions) -> int:
     return 0
 
 
-_NOT_IN_TABLE = {"command", "config", "versions", "adapter", "model", "output", "warnings"}
+_NOT_IN_TABLE = {"command", "config", "versions", "adapter", "model", "output", "warnings", "run"}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -128,11 +136,3 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from _flat(entry, title)
         else:
             yield title, entry
-
-
-def _count_unreadable(value: Any) -> int:
-    """All unreadable images that a summary counts."""
-    if not isinstance(value, dict):
-        return 0
-    own = value.get("unreadable", 0)
-    return (own if isinstance(own, int) else 0) + sum(_count_unreadable(entry) for entry in value.values())

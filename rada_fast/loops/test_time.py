@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rada_fast import notices
 from rada_fast.config import TestTimeConfig
 from rada_fast.data.sources import FeatureFile
 from rada_fast.data.views import image_seed
 from rada_fast.loops.episodes import adapt_episodes, prediction_entropy
 from rada_fast.loops.features import iterate_views, spread_limit
-from rada_fast.loops.problem import Problem, identity_of, open_setup, open_sources
+from rada_fast.loops.identity import open_folder
+from rada_fast.loops.problem import Problem, Source, open_setup, open_sources
 from rada_fast.loops.progress import progress
-from rada_fast.loops.report import accuracy_of, finish, image_record
-from rada_fast.loops.run_folder import RunFolder, reset_peak_memory
+from rada_fast.loops.report import accuracy_of, already_finished, finish, image_record
+from rada_fast.loops.run_folder import SUPERSEDED, RunFolder, describe_change, reset_peak_memory
 from rada_fast.ops import zero_shot_logits
 
 IMAGES = "images.jsonl"
@@ -45,11 +47,61 @@ def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
     problem = setup.problem(names, setup.text_features(names, training=None))
     if isinstance(source, FeatureFile):
         problem.check_width(source.features, config.data)
-    folder = RunFolder(config.run, identity_of("ttt", problem))
+    # A line is of its image alone: one whose picture has changed is made anew, and all others stay. A feature file's
+    # rows have no times of their own, so another file is another run.
+    deciding = ["data"] if isinstance(source, FeatureFile) else []
+    with open_folder("ttt", problem, {"data": source}, deciding=deciding, names=names, text=problem.text) as folder:
+        drop_superseded(folder)
+        ids = images_of(source, config.run.limit)
+        records = [record for record in folder.read_lines(IMAGES) if record["id"] in ids]
+        done = {record["id"] for record in records}
+        covers = {"images": len(ids)}
+        if len(done) == len(ids) and (summary := folder.finished(covers)) is not None:
+            return already_finished(folder, summary, resumed=len(done))
+        clock = Clock()
+        total = adapt_to_all(config, problem, folder, done, clock)
+        records = [record for record in folder.read_lines(IMAGES) if record["id"] in ids]
+        accuracy = accuracy_of(records, before="zero_shot", after="adapted")
+        results = {
+            "classes": len(names),
+            "views": config.views,
+            **accuracy,
+            "unreadable": accuracy["status"]["unreadable"],
+            "time": clock.report(total),
+        }
+        return finish(folder, "ttt", problem, results, covers=covers, resumed=len(done))
 
-    done = {record["id"] for record in folder.read_lines(IMAGES)}
+
+def drop_superseded(folder: RunFolder) -> None:
+    """Take the lines of images that have changed or gone since out of images.jsonl."""
+    before, now = folder.before.get("data", {}), folder.inputs.parts["data"]
+    kept: dict[str, dict[str, Any]] = {}
+    old = []
+    for record in folder.read_lines(IMAGES):
+        id = str(record.get("id"))
+        if id in now and before.get(id) == now[id] and id not in kept:
+            kept[id] = record
+        else:
+            old.append(record)
+    if old:
+        notices.note(
+            f"{len(old)} lines are of images that have changed or gone ({describe_change(before, now)}); they were "
+            f"moved to {folder.path / SUPERSEDED}"
+        )
+    folder.supersede(IMAGES, list(kept.values()), old)
+    folder.accept_inputs()
+
+
+def images_of(source: Source, limit: int | None) -> frozenset[str]:
+    """Ids of the images that the run covers."""
+    if isinstance(source, FeatureFile):
+        return frozenset(source.ids[:limit])
+    return frozenset(sample.id for sample in spread_limit(source.samples, limit))
+
+
+def adapt_to_all(config: TestTimeConfig, problem: Problem, folder: RunFolder, done: set[str], clock: Clock) -> int:
+    """Adapt to and record every image that is not done yet; returns how many those were."""
     reset_peak_memory()
-    clock = Clock()
     pending: list[Episode] = []
     total, stream = episodes_of(config, problem, done, clock)
     with progress("test-time training", total) as advance:
@@ -61,15 +113,7 @@ def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
                 pending.clear()
         adapt_and_record(pending, folder, problem, config, clock)
         advance(len(pending))
-
-    records = folder.read_lines(IMAGES)
-    summary = {
-        "classes": len(names),
-        "views": config.views,
-        **accuracy_of(records, before="zero_shot", after="adapted"),
-        "time": clock.report(total),
-    }
-    return finish(folder, "ttt", problem, summary, resumed=len(done))
+    return total
 
 
 class Clock:
@@ -79,11 +123,15 @@ class Clock:
         self.start = time.perf_counter()
         self.parts = {"encode": 0.0, "adapt": 0.0}
 
-    def report(self, images: int) -> dict[str, float]:
-        """Seconds in all and by part, and images per second; reading and view making are the rest."""
+    def report(self, images: int) -> dict[str, float | None]:
+        """Of the images done since the start: how many, seconds in all and by part, and images per second.
+
+        Reading and view making are what the parts leave over.
+        """
         seconds = time.perf_counter() - self.start
         parts = {f"{name}_seconds": round(value, 3) for name, value in self.parts.items()}
-        return {"seconds": round(seconds, 3), **parts, "images_per_second": round(images / seconds, 3)}
+        speed = round(images / seconds, 3) if images else None
+        return {"images": images, "seconds": round(seconds, 3), **parts, "images_per_second": speed}
 
 
 def episodes_of(
@@ -94,7 +142,8 @@ def episodes_of(
     if isinstance(source, FeatureFile):
         features = source.normalised()
         features = features if features.ndim == 3 else features[:, None]
-        chosen = [i for i in visiting_order(len(features), config)[: config.run.limit] if source.ids[i] not in done]
+        count = len(features[: config.run.limit])
+        chosen = [i for i in visiting_order(count, config) if source.ids[i] not in done]
         return len(chosen), (Episode(source.ids[i], int(source.labels[i]), features[i]) for i in chosen)
 
     limited = spread_limit(source.samples, config.run.limit)

@@ -54,17 +54,23 @@ class Training:
 
     def resume(self) -> int:
         """Take up what the folder holds of this training; returns the number of finished epochs."""
-        state = self.folder.load_state(self.state_file)
-        if state is not None:
-            self.trained.load_state_dict(state["trained"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.records = list(state["records"])
-            self.unreadable = {id: (id, label, reason) for id, label, reason in state["unreadable"]}
-            self.kept = state["kept"]
+        self.folder.load_state(self.state_file, self._take)
         # The state holds the lines too, so that a crash between the two leaves no line too few or too many.
         self.folder.write_lines(EPOCHS, [*self.earlier, *self.records])
         return len(self.records)
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Go on from a state. Raises whatever comes where it is not this training's, before anything is changed."""
+        records, kept = list(state["records"]), state["kept"]
+        unreadable = {id: (id, label, reason) for id, label, reason in state["unreadable"]}
+        scaler, optimizer, trained = state["scaler"], state["optimizer"], state["trained"]
+        wanted = {name: tensor.shape for name, tensor in self.trained.state_dict().items()}
+        if {name: tensor.shape for name, tensor in trained.items()} != wanted:
+            raise ValueError("it holds other weights")
+        self.optimizer.load_state_dict(optimizer)
+        self.scaler.load_state_dict(scaler)
+        self.trained.load_state_dict(trained)
+        self.records, self.kept, self.unreadable = records, kept, unreadable
 
     def save(self, record: dict[str, Any]) -> None:
         """Save the state after an epoch, then add the epoch's line."""

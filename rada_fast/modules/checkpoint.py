@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import secrets
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -19,9 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from rada_fast import files
 from rada_fast.config import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
@@ -47,20 +46,18 @@ def save_adapter(adapter: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises UserError where the file cannot be written, or where a projection is not its weight and bias alone (LoRA), is
     on the meta device, or is sharded; TypeError where adapter is no RationalAdapter.
     """
-    path, adapter = Path(path), unwrapped(adapter)
+    try:
+        files.write_tensors(Path(path), *stored_form(adapter))
+    except OSError as error:
+        raise UserError(f"adapter cannot be written to {path}: {error.strerror}") from None
+
+
+def stored_form(adapter: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of an adapter's file; see save_adapter for what it takes and raises."""
+    adapter = unwrapped(adapter)
     # A copy each: safetensors refuses tensors that share their memory, as tied projections do.
     tensors = {name: value.detach().cpu().clone() for name, value in adapter.stored_parameters().items()}
-    metadata = {"format": FORMAT, "config": json.dumps(adapter.config.to_dict())}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}, metadata))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"adapter cannot be written to {path}: {error.strerror}") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    return tensors, {"format": FORMAT, "config": json.dumps(adapter.config.to_dict())}
 
 
 def load_adapter(path: str | os.PathLike[str], config: AdapterConfig | None = None) -> RationalAdapter:
