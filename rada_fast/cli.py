@@ -27,6 +27,7 @@ from rada_fast.config import (
     TestTimeConfig,
 )
 from rada_fast.errors import BackendUnavailableError, UserError
+from rada_fast.notices import one_line
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoConfig, "see the method work on the small CLIP that is shipped, in about two minutes"),
@@ -65,15 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
     _ready_standard_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    shown_by_python = warnings.formatwarning
+    shown_by_python = warnings.showwarning
     # What other libraries warn of is a line as everything else is, without the place in their source.
-    warnings.formatwarning = lambda message, *_, **__: f"rada-fast: warning: {one_line(str(message))}\n"
+    warnings.showwarning = lambda message, *_, **__: notices.warn(str(message))
     try:
         status = _guarded(lambda: _command(given))
         # What is still held back is written here, where a full disk or a reader that has gone can be told.
         return status if status == READER_GONE else max(status, _guarded(_flush_output))
     finally:
-        warnings.formatwarning = shown_by_python
+        warnings.showwarning = shown_by_python
 
 
 def _flush_output() -> int:
@@ -149,13 +150,6 @@ def _ready_standard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def one_line(text: str) -> str:
-    """A text on one line, what cannot be printed written out."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text
-    )
 
 
 def _fail(message: str, status: int) -> int:

@@ -32,7 +32,7 @@ def warn(message: str) -> None:
 
     message: one line that names the argument or file, what is the matter with it, and what to do.
     """
-    message = " ".join(message.splitlines())
+    message = one_line(" ".join(message.splitlines()))
     said = _said.get()
     if message not in said.warnings:
         said.warnings.append(message)
@@ -41,7 +41,7 @@ def warn(message: str) -> None:
 
 def note(message: str) -> None:
     """Say what is good to know and is as it should be; the summary does not hold it."""
-    _say(f"rada-fast: note: {' '.join(message.splitlines())}")
+    _say(f"rada-fast: note: {one_line(' '.join(message.splitlines()))}")
 
 
 def so_far() -> list[str]:
@@ -74,6 +74,13 @@ def release() -> None:
     lines, said.held = said.held or [], None
     for line in lines:
         _print(line)
+
+
+def one_line(text: str) -> str:
+    """A text on one line, what cannot be printed written out."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text
+    )
 
 
 def _say(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 
 import pytest
 
@@ -14,18 +15,18 @@ from rada_fast.errors import UserError
 def test_a_warning_is_said_once_in_a_run_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     with notices.collecting():
         notices.warn("the first\nof two")
-        notices.warn("another")
+        notices.warn("a file \x1b[31m\udc80")
         notices.warn("the first\nof two")
         notices.note("good to know")
-        assert notices.so_far() == ["the first of two", "another"]
+        assert notices.so_far() == ["the first of two", r"a file \x1b[31m\udc80"]
         with notices.collecting():
             assert notices.so_far() == []
             notices.warn("another")
             assert notices.so_far() == ["another"]
-        assert notices.so_far() == ["the first of two", "another"]
+        assert notices.so_far() == ["the first of two", r"a file \x1b[31m\udc80"]
     assert capsys.readouterr().err.splitlines() == [
         "rada-fast: warning: the first of two",
-        "rada-fast: warning: another",
+        r"rada-fast: warning: a file \x1b[31m\udc80",
         "rada-fast: note: good to know",
         "rada-fast: warning: another",
     ]
@@ -75,3 +76,24 @@ def test_a_closed_standard_error_costs_nothing_but_the_line(
     with notices.collecting():
         notices.warn("nobody reads this")
         assert notices.so_far() == ["nobody reads this"]
+
+
+def test_what_python_warns_of_in_a_command_is_said_and_kept_likewise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rada_fast import cli
+
+    kept: list[str] = []
+
+    @notices.collecting()
+    def command(arguments: object) -> int:
+        warnings.warn("of some library:\nbeware", UserWarning, stacklevel=1)
+        kept.extend(notices.so_far())
+        return 0
+
+    monkeypatch.setattr(cli, "_command", command)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["ttt"]) == 0
+    assert kept == ["of some library: beware"]
+    assert capsys.readouterr().err == "rada-fast: warning: of some library: beware\n"
