@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +60,14 @@ def chosen_backend() -> str:
     return _in_force() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
 
 
+def _has_triton() -> bool:
+    return _env.has_module("triton")
+
+
+# torch.compile before PyTorch 2.11 does not trace a module being looked for, and the answer stays the same.
+_has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def reason_unavailable(name: str) -> str | None:
     """Why a backend cannot be used in this installation, or None where it can."""
     match name:
@@ -73,7 +80,7 @@ def reason_unavailable(name: str) -> str | None:
         case "cuda":
             return "the adapter has Triton kernels on CUDA, no CUDA C++ ones; ask for 'triton'"
         case "triton":
-            if importlib.util.find_spec("triton") is None:
+            if not _has_triton():
                 return "Triton is not installed"
             from rada_fast.ops import _triton
 
@@ -106,12 +113,12 @@ def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None
         # A simulator makes Triton usable without a device, but nobody's first choice.
         candidates = COMPILED if torch.cuda.is_available() else ("cpu",)
         for candidate in candidates:
-            if reason_unavailable(candidate) is None and not (refusal and refusal(candidate)):
+            if reason_unavailable(candidate) is None and (refusal is None or refusal(candidate) is None):
                 return candidate
         return "reference"
     if reason := reason_unavailable(name):
         raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}")
-    if name in COMPILED and refusal and (reason := refusal(name)):
+    if name in COMPILED and refusal is not None and (reason := refusal(name)):
         raise BackendUnavailableError(f"backend {name!r} cannot serve this call: {reason}")
     return name
 

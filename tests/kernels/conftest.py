@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.conftest import SHARED
@@ -19,7 +22,10 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
         pytest.skip("no simulator beside this checkout")
     monkeypatch.syspath_prepend(str(SHARED))
     import ptxsim
+    import triton
 
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        _allow_equal_writes(monkeypatch)
     return lambda: ptxsim.simulated(racecheck=True, initcheck=True)
 
 
@@ -32,3 +38,35 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     simulated: Simulated = request.getfixturevalue("simulated")
     with simulated():
         yield "cpu"
+
+
+def _allow_equal_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept that several warps store the same value to the same place with one instruction, and nothing else.
+
+    Where an operand's layout holds every element in several warps, Triton before 3.7 converts it through shared memory
+    with all of them writing. The kernels do not choose these layouts. Equal values make it harmless: that is checked.
+    """
+    from ptxsim.memory import SharedSpace
+
+    report = SharedSpace.report
+
+    def report_unless_equal(self: Any, ins: Any, m: Any, n: int, b: Any, bad: Any, why: str, lines: Any = None) -> None:
+        if why != "write-after-write hazard (same instruction)" or not _writes_are_equal():
+            report(self, ins, m, n, b, bad, why, lines)
+
+    monkeypatch.setattr(SharedSpace, "report", report_unless_equal)
+
+
+def _writes_are_equal() -> bool:
+    # The checker sees addresses only; the values are with the store instruction's own function, some calls further out.
+    frame = sys._getframe()
+    while frame is not None and not {"vals", "mm", "idx"} <= frame.f_locals.keys():
+        frame = frame.f_back
+    if frame is None:
+        return False
+    store = frame.f_locals
+    lanes = [value if value.ndim == 0 or store["mm"] is None else value[store["mm"]] for value in store["vals"]]
+    values = np.stack([np.broadcast_to(value, store["idx"].shape) for value in lanes], axis=-1)
+    bits = np.ascontiguousarray(values).view(np.uint8).reshape(len(store["idx"]), -1)
+    _, first, place = np.unique(store["idx"], return_index=True, return_inverse=True)
+    return bool((bits == bits[first[place]]).all())
