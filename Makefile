@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench scaling sanitize setup build wheel clean
+.PHONY: demo test lint format bench scaling sanitize matrix setup build wheel clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -41,6 +41,11 @@ sanitize: $(READY)
 	$(SANITIZE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest tests/ops -p no:cacheprovider
+
+# The promised versions of Python, PyTorch and Triton, each set in a fresh environment: hours. See .ci/matrix.py for parts.
+MATRIX ?=
+matrix:
+	$(PYTHON) .ci/matrix.py $(MATRIX)
 
 setup: $(READY) build
 
