@@ -259,7 +259,8 @@ class ClassOptions:
     """The classes and their text features."""
 
     classes: str | None = None
-    """Class names: a text file (a name a line) or JSON. Default: folder names; ImageNet's folders are recognised."""
+    """Class names: a text file (a name a line, or a table with a number or folder beside it) or JSON. Default: the
+    folders' names; ImageNet's folders are recognised."""
     templates: str = "photo"
     """A template with {}, photo, simple (7), openai (80), a CoOp data set's name such as dtd, or a file."""
     text_features: str | None = None

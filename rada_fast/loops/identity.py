@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from rada_fast import notices
 from rada_fast.data.sources import ImageFolder
 from rada_fast.loops.features import file_stamp
 from rada_fast.loops.problem import Problem, Source
@@ -41,7 +42,10 @@ def open_folder(
     """
     inputs = Inputs({part: stamps(source) for part, source in read.items()}, frozenset(deciding))
     data = [source.root for source in problem.sources.values() if isinstance(source, ImageFolder)]
-    return RunFolder(problem.config.run, identity_of(command, problem, names, text, limit), inputs, data)
+    folder = RunFolder(problem.config.run, identity_of(command, problem, names, text, limit), inputs, data)
+    # Nothing that was given can be refused any more.
+    notices.release()
+    return folder
 
 
 def identity_of(

@@ -43,6 +43,7 @@ def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
     """
     setup = open_setup(config, open_sources({"data": config.data}))
     source = setup.sources["data"]
+    mention_fixed_views(config, source)
     names = setup.class_names(source)
     problem = setup.problem(names, setup.text_features(names, training=None))
     if isinstance(source, FeatureFile):
@@ -64,12 +65,29 @@ def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
         accuracy = accuracy_of(records, before="zero_shot", after="adapted")
         results = {
             "classes": len(names),
-            "views": config.views,
+            "views": views_of(config, source),
             **accuracy,
             "unreadable": accuracy["status"]["unreadable"],
             "time": clock.report(total),
         }
         return finish(folder, "ttt", problem, results, covers=covers, resumed=len(done))
+
+
+def views_of(config: TestTimeConfig, source: Source) -> int:
+    """How many views of an image the run has: those that a feature file holds, otherwise as many as are asked for."""
+    if not isinstance(source, FeatureFile):
+        return config.views
+    return source.features.shape[1] if source.features.ndim == 3 else 1
+
+
+def mention_fixed_views(config: TestTimeConfig, source: Source) -> None:
+    """Say where the views of a feature file are not those that were asked for."""
+    views = views_of(config, source)
+    if views != config.views:
+        say = notices.note if config.views == TestTimeConfig.views else notices.warn
+        say(f"--views {config.views} makes no views of a feature file: {config.data} holds {views} of each image")
+    if isinstance(source, FeatureFile) and config.view_kind != TestTimeConfig.view_kind:
+        notices.warn(f"--view-kind {config.view_kind} makes no views of a feature file: {config.data} holds its own")
 
 
 def drop_superseded(folder: RunFolder) -> None:

@@ -150,3 +150,39 @@ def test_a_folder_that_holds_no_classes_of_its_own_names_the_one_that_does(tmp_p
     (tmp_path / "annotations").mkdir()
     with pytest.raises(UserError, match=rf"did you mean imagefolder:{tmp_path}/images\?"):
         class_names_of(open_source(f"imagefolder:{tmp_path}"), ClassOptions())
+
+
+def test_a_feature_files_views_are_those_that_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rada_fast.loops.test_time import mention_fixed_views, views_of
+
+    spec = features(tmp_path / "f.npz", features=np.random.default_rng(0).normal(size=(3, 10, 16)))
+    single = open_source(features(tmp_path / "g.npz"))
+    source = open_source(spec)
+    config = TestTimeConfig(data=spec)
+    assert (views_of(config, source), views_of(config, single)) == (10, 1)
+    with notices.collecting():
+        mention_fixed_views(config, source)
+        mention_fixed_views(TestTimeConfig(data=spec, views=10), source)
+        assert notices.so_far() == []
+        assert f"--views 64 makes no views of a feature file: {spec} holds 10 of each" in capsys.readouterr().err
+        mention_fixed_views(TestTimeConfig(data=spec, views=8, view_kind="augmix"), source)
+        assert [warning.split(" makes")[0] for warning in notices.so_far()] == ["--views 8", "--view-kind augmix"]
+
+
+def test_the_summary_says_what_was_used(tmp_path: Path) -> None:
+    from rada_fast.config import RunOptions, TTTConfig
+    from rada_fast.loops.test_time import run_test_time
+
+    data = features(tmp_path / "f.npz", features=np.random.default_rng(0).normal(size=(3, 10, 16)))
+    config = TestTimeConfig(
+        data=data,
+        view_kind="augmix",
+        text=ClassOptions(text_features=features(tmp_path / "t.npz", logit_scale=np.array(50))),
+        episode=TTTConfig(steps=1),
+        run=RunOptions(output=str(tmp_path / "run")),
+    )
+    with notices.collecting():
+        summary = run_test_time(config)
+    assert summary["views"] == 10
+    assert summary["logit_scale"] == {"value": 50.0, "from": f"array logit_scale of {tmp_path / 't.npz'}"}
+    assert summary["warnings"] == [f"--view-kind augmix makes no views of a feature file: {data} holds its own"]
