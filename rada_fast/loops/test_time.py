@@ -54,14 +54,14 @@ def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
     with open_folder("ttt", problem, {"data": source}, deciding=deciding, names=names, text=problem.text) as folder:
         drop_superseded(folder)
         ids = images_of(source, config.run.limit)
-        records = [record for record in folder.read_lines(IMAGES) if record["id"] in ids]
+        records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
         done = {record["id"] for record in records}
         covers = {"images": len(ids)}
         if len(done) == len(ids) and (summary := folder.finished(covers)) is not None:
             return already_finished(folder, summary, resumed=len(done))
         clock = Clock()
         total = adapt_to_all(config, problem, folder, done, clock)
-        records = [record for record in folder.read_lines(IMAGES) if record["id"] in ids]
+        records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
         accuracy = accuracy_of(records, before="zero_shot", after="adapted")
         results = {
             "classes": len(names),
@@ -91,7 +91,9 @@ def mention_fixed_views(config: TestTimeConfig, source: Source) -> None:
 
 
 def drop_superseded(folder: RunFolder) -> None:
-    """Take the lines of images that have changed or gone since out of images.jsonl."""
+    """Take the lines of pictures that have changed or gone since out of images.jsonl."""
+    if "data" in folder.inputs.deciding:
+        return  # a run with other data has been refused
     before, now = folder.before.get("data", {}), folder.inputs.parts["data"]
     kept: dict[str, dict[str, Any]] = {}
     old = []

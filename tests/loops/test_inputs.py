@@ -1,0 +1,272 @@
+"""Old results never come back as new ones: whatever a run reads is part of what it is, in every command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rada_fast import notices
+from rada_fast.config import (
+    ClassOptions,
+    EfficientConfig,
+    FullConfig,
+    RunOptions,
+    TestTimeConfig,
+    TTTConfig,
+)
+from rada_fast.errors import UserError
+from rada_fast.loops import features, test_time
+from rada_fast.loops.efficient import run_efficient
+from rada_fast.loops.full import run_full
+from rada_fast.loops.report import show
+from rada_fast.loops.test_time import run_test_time
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+def lines(folder: Path, name: str = "images.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def tear(picture: Path) -> None:
+    picture.write_bytes(picture.read_bytes()[:40])
+
+
+def ttt(data: Path, output: Path, **run: Any) -> TestTimeConfig:
+    options = RunOptions(output=str(output), **run)
+    return TestTimeConfig(data=f"imagefolder:{data}", views=2, episode=TTTConfig(steps=1), run=options)
+
+
+def eft(train: Path, test: Path, output: Path, **changes: Any) -> EfficientConfig:
+    options = RunOptions(output=str(output), **changes.pop("run", {}))
+    return EfficientConfig(
+        train=f"imagefolder:{train}", test=f"imagefolder:{test}", epochs=2, batch_size=1, run=options, **changes
+    )
+
+
+def fft(train: Path, test: Path, output: Path, **changes: Any) -> FullConfig:
+    options = RunOptions(output=str(output), **changes.pop("run", {}))
+    return FullConfig(
+        train=f"imagefolder:{train}", test=(f"imagefolder:{test}",), epochs=1, finetune_from=1, finetune_epochs=1,
+        batch_size=2, run=options, **changes,
+    )  # fmt: skip
+
+
+def features_file(path: Path, turn: int = 0) -> str:
+    """Three features of each of three classes; turn: by which the labels are wrong."""
+    drawn = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+    labels = np.arange(9) % 3
+    np.savez(path, features=drawn[labels], labels=(labels + turn) % 3, class_names=np.array(["a", "b", "c"]))
+    return f"features:{path}"
+
+
+def text_file(path: Path, seed: int = 0) -> str:
+    drawn = np.random.default_rng(seed).normal(size=(3, 16)).astype(np.float32)
+    np.savez(path, features=drawn, labels=np.arange(3))
+    return f"features:{path}"
+
+
+def test_the_output_may_not_be_the_data(specks: Path, tmp_path: Path) -> None:
+    before = sorted(specks.rglob("*"))
+    for output in (specks, specks / "cat", specks / "results"):
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="output"):
+                run_test_time(ttt(specks, output, overwrite=overwrite))
+    # The folder around the data holds something that no run made.
+    with pytest.raises(UserError, match="it holds specks"):
+        run_test_time(ttt(specks, tmp_path, overwrite=True))
+    assert sorted(specks.rglob("*")) == before
+
+
+def test_other_arrays_under_the_same_names_are_another_run(tmp_path: Path) -> None:
+    def configs(output: str) -> list[Any]:
+        data, run = f"features:{tmp_path / 'f.npz'}", RunOptions(output=str(tmp_path / output))
+        text = ClassOptions(text_features=f"features:{tmp_path / 't.npz'}", logit_scale=100.0)
+        means = ClassOptions(text_features="class-means", logit_scale=100.0)
+        common: dict[str, Any] = {"run": run, "train": data, "test": data}
+        if output == "ttt":
+            return [TestTimeConfig(data=data, text=text, run=run)]
+        if output == "eft":
+            return [EfficientConfig(protocol="all", text=text, epochs=2, batch_size=9, **common)]
+        return [FullConfig(test=(data,), train=data, stages="rada", text=means, run=run, epochs=1, finetune_from=1)]
+
+    runs: dict[str, Any] = {"ttt": run_test_time, "eft": run_efficient, "fft": run_full}
+    for name, run in runs.items():
+        (config,) = configs(name)
+        features_file(tmp_path / "f.npz")
+        text_file(tmp_path / "t.npz")
+        run(config)
+        again = run(config)
+        assert again["resumed"] > 0
+        features_file(tmp_path / "f.npz", turn=1)
+        part = "data" if name == "ttt" else "train"
+        with pytest.raises(UserError, match=rf"differing: {part}, replaced: labels\)"):
+            run(config)
+        features_file(tmp_path / "f.npz")
+        assert run(config) == again  # the same arrays, whatever the file's time
+        if name != "fft":
+            text_file(tmp_path / "t.npz", seed=1)
+            with pytest.raises(UserError, match=r"differing: text features\)"):
+                run(config)
+    turned = features_file(tmp_path / "f.npz", turn=1)
+    (config,) = configs("ttt")
+    text_file(tmp_path / "t.npz")
+    anew = run_test_time(dataclasses.replace(config, data=turned, run=dataclasses.replace(config.run, overwrite=True)))
+    assert (anew["zero_shot_top1"], anew["resumed"]) == (0.0, 0)
+
+
+def test_ttt_goes_on_with_added_pictures_and_does_changed_ones_anew(
+    specks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torn, output = specks / "cat" / "0.png", tmp_path / "run"
+    whole = torn.read_bytes()
+    tear(torn)
+    first = run_test_time(ttt(specks, output))
+    assert (first["images"], first["unreadable"]) == (4, 1)
+
+    torn.write_bytes(whole)  # repaired
+    shutil.copy(specks / "dog" / "1.png", specks / "dog" / "2.png")  # added
+    shutil.copy(specks / "cat" / "0.png", specks / "dog" / "0.png")  # replaced
+    (specks / "cat" / "1.png").unlink()  # removed
+    adapted: list[int] = []
+    original = test_time.adapt_episodes
+
+    def count(adapter: Any, views: Any, *args: Any, **more: Any) -> Any:
+        adapted.append(len(views))
+        return original(adapter, views, *args, **more)
+
+    monkeypatch.setattr(test_time, "adapt_episodes", count)
+    second = run_test_time(ttt(specks, output))
+    assert sum(adapted) == 3
+    assert (second["images"], second["unreadable"], second["resumed"]) == (4, 0, 1)
+    assert sorted(line["id"] for line in lines(output)) == ["cat/0.png", "dog/0.png", "dog/1.png", "dog/2.png"]
+    superseded = lines(output, "images-superseded.jsonl")
+    assert sorted(line["id"] for line in superseded) == ["cat/0.png", "cat/1.png", "dog/0.png"]
+    fresh = run_test_time(ttt(specks, tmp_path / "fresh"))
+    assert sorted(lines(output), key=str) == sorted(lines(tmp_path / "fresh"), key=str)
+    assert (second["zero_shot_top1"], second["adapted_top1"]) == (fresh["zero_shot_top1"], fresh["adapted_top1"])
+
+
+def test_ttt_with_a_new_class_is_another_run(specks: Path, tmp_path: Path) -> None:
+    run_test_time(ttt(specks, tmp_path / "run"))
+    shutil.copytree(specks / "dog", specks / "emu")
+    with pytest.raises(UserError, match=r"differing: class names\)"):
+        run_test_time(ttt(specks, tmp_path / "run"))
+
+
+def test_a_summary_is_of_the_images_that_the_command_covers(specks: Path, tmp_path: Path) -> None:
+    assert run_test_time(ttt(specks, tmp_path / "run"))["images"] == 4
+    some = run_test_time(ttt(specks, tmp_path / "run", limit=2))
+    assert (some["images"], some["resumed"], some["time"]["images_per_second"]) == (2, 2, None)
+    assert len(lines(tmp_path / "run")) == 4
+    assert run_test_time(ttt(specks, tmp_path / "run"))["images"] == 4
+
+
+def test_a_finished_command_keeps_its_summary(specks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs: dict[str, tuple[Any, Any]] = {
+        "ttt": (run_test_time, ttt(specks, tmp_path / "ttt")),
+        "eft": (run_efficient, eft(specks, specks, tmp_path / "eft")),
+        "fft": (run_full, fft(specks, specks, tmp_path / "fft")),
+    }
+    for name, (run, config) in runs.items():
+        first = run(config)
+        assert first["time"]["images_per_second"] > 0
+        kept = {path: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name != "run.lock"}
+        second = run(config)
+        assert second["time"] == first["time"]
+        assert "is finished" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_fft_with_another_limit_is_another_run(specks: Path, tmp_path: Path) -> None:
+    run_full(fft(specks, specks, tmp_path / "run", run={"limit": 2}))
+    with pytest.raises(UserError, match=r"differing: --limit 2 there, null here; train, added: cat/1.png, dog/1.png"):
+        run_full(fft(specks, specks, tmp_path / "run"))
+    # A limit that leaves nothing out changes nothing.
+    assert run_full(fft(specks, specks, tmp_path / "all"))["training_images"] == 4
+    assert run_full(fft(specks, specks, tmp_path / "all", run={"limit": 4}))["resumed"] == 2
+
+
+@pytest.mark.parametrize("command", ["eft", "fft"])
+def test_changed_training_pictures_are_another_run_and_changed_test_pictures_are_tested_anew(
+    specks: Path, tmp_path: Path, command: str
+) -> None:
+    train, test = tmp_path / "train", tmp_path / "test"
+    shutil.copytree(specks, train)
+    shutil.copytree(specks, test)
+    run: Any = run_efficient if command == "eft" else run_full
+    config: Any = (eft if command == "eft" else fft)(train, test, tmp_path / "run")
+    tear(test / "cat" / "0.png")
+    first = run(config)
+    assert first["unreadable"] == 1
+    weights = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")}
+
+    shutil.copy(specks / "cat" / "0.png", test / "cat" / "0.png")
+    shutil.copy(specks / "cat" / "0.png", test / "cat" / "9.png")
+    second = run(config)
+    assert second["unreadable"] == 0
+    assert len([line for line in lines(tmp_path / "run") if line["id"] == "cat/9.png"]) == (
+        1 if command == "eft" else 2
+    )
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.pt")} == weights
+    assert second["time"]["training_seconds"] == first["time"]["training_seconds"]
+
+    os.utime(train / "cat" / "0.png", (1, 1))
+    with pytest.raises(UserError, match=r"differing: train, replaced: cat/0.png\)"):
+        run(config)
+    if command == "eft":
+        # Where epochs are tested too, test pictures decide what epochs.jsonl holds.
+        each = dataclasses.replace(config, evaluate_every=1, run=RunOptions(output=str(tmp_path / "each")))
+        run(each)
+        (test / "cat" / "9.png").unlink()
+        with pytest.raises(UserError, match=r"differing: test, removed: cat/9.png\)"):
+            run(each)
+
+
+@pytest.mark.parametrize("views", ["center", "crop"])
+@pytest.mark.parametrize("command", ["eft", "fft"])
+def test_unreadable_training_pictures_are_recorded_and_end_with_status_3(
+    specks: Path, tmp_path: Path, command: str, views: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = tmp_path / "test"
+    shutil.copytree(specks, test)
+    tear(specks / "cat" / "0.png")
+    run: Any = run_efficient if command == "eft" else run_full
+    config: Any = (eft if command == "eft" else fft)(specks, test, tmp_path / "run", train_views=views)
+    for _ in range(2):  # and a finished run says so again
+        summary = run(config)
+        assert summary["unreadable"] == 1
+        (record,) = [line for line in lines(tmp_path / "run") if line["status"] == "unreadable"]
+        assert record["id"] == "cat/0.png"
+        assert "cannot be read" in record["error"]
+        assert show(summary, config.run) == 3
+        assert "1 images could not be read" in capsys.readouterr().err
+    assert show(summary, dataclasses.replace(config.run, allow_unreadable=1)) == 0
+
+    for picture in specks.rglob("*.png"):
+        tear(picture)
+    for output in ("all", "again"):
+        torn: Any = dataclasses.replace(config, run=RunOptions(output=str(tmp_path / output)))
+        with pytest.raises(UserError, match=r"none of the \d images could be read; the first: .*png cannot be read"):
+            run(torn)
+
+
+def test_what_is_said_on_the_way_is_in_the_summary(specks: Path, tmp_path: Path) -> None:
+    run_efficient(eft(specks, specks, tmp_path / "run"))
+    (tmp_path / "run" / "state.pt").write_bytes(b"PK")
+    (tmp_path / "run" / "summary.json").unlink()
+    with notices.collecting():
+        summary = run_efficient(eft(specks, specks, tmp_path / "run"))
+    assert any("state.pt is damaged" in line for line in summary["warnings"])
+
+
+def test_a_dangling_link_has_a_stamp(tmp_path: Path) -> None:
+    (tmp_path / "x.png").symlink_to(tmp_path / "nowhere")
+    assert features.file_stamp(tmp_path / "x.png") == "missing"
