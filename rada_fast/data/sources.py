@@ -7,6 +7,7 @@ import math
 import os
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,10 @@ def open_image_folder(root: Path) -> ImageFolder:
     if not folders:
         pictures = pictures_below(root, root).pictures
         hint = f"; for pictures without classes give images:{root}" if pictures else ""
+        with suppress(OSError):
+            above = root.absolute().parent
+            if pictures and sum(path.is_dir() for path in above.iterdir()) > 1:
+                hint += f", for the folders beside it as classes imagefolder:{above}"
         raise UserError(f"data folder {root} must have one sub-folder a class, it has none{hint}")
     found = [pictures_below(root / folder, root) for folder in folders]
     samples = [

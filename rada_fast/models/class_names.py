@@ -58,6 +58,11 @@ def names_of_labels(count: int, spec: str | None, *, prompts: bool, data: str) -
     names = resolve_class_names((), spec, prompts=prompts)
     if len(names) < count:
         raise UserError(f"classes file {spec} must hold {count} names, one a label of {data}, got {len(names)}")
+    if len(names) > count and prompts:
+        notices.warn(
+            f"classes file {spec} holds {len(names)} names, the labels of {data} end at {count - 1}: check that they "
+            "number these names"
+        )
     return names
 
 
@@ -110,6 +115,10 @@ def _names_of_file(given: list[str] | dict[str, str], folders: Sequence[str], sp
         if not folders:
             return names
         keys = {folder: folder.lower() if WNID.fullmatch(folder) else folder for folder in folders}
+        if all(is_number(folder) for folder in folders) and all(WNID.fullmatch(key) for key in given):
+            # ImageNet's classes are numbered in the order of their ids.
+            ids = sorted(by_key)
+            keys = {folder: ids[int(folder)] if int(folder) < len(ids) else folder for folder in folders}
         if missing := [folder for folder, key in keys.items() if key not in by_key]:
             raise UserError(
                 f"classes file {spec} must name every class folder, {len(missing)} of {len(folders)} are missing: "

@@ -149,6 +149,12 @@ def test_a_folder_one_level_too_high_names_the_one_to_give(tmp_path: Path, pictu
     assert message.format(tmp_path) in str(caught.value)
 
 
+def test_a_class_folder_itself_names_the_one_above(tmp_path: Path) -> None:
+    draw(tmp_path / "cat" / "a.png", tmp_path / "dog" / "a.png")
+    with pytest.raises(UserError, match=rf"give images:{tmp_path}/cat, for the folders .* imagefolder:{tmp_path}$"):
+        opened(tmp_path / "cat")
+
+
 def test_folders_beside_the_one_with_all_pictures_do_not_hide_it(tmp_path: Path) -> None:
     draw(tmp_path / "images" / "cat" / "a.png", tmp_path / "images" / "dog" / "a.png")
     (tmp_path / "annotations").mkdir()

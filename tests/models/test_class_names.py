@@ -106,6 +106,11 @@ def test_numbered_folders_take_names_by_number(tmp_path: Path) -> None:
     path.write_text('{"21": "fire lily", "3": "canterbury bells", "1": "pink primrose"}')
     assert resolve_class_names(["1", "3", "21"], str(path)) == ("pink primrose", "canterbury bells", "fire lily")
     assert resolve_class_names(["0001", "0021"], str(path)) == ("pink primrose", "fire lily")
+    path = tmp_path / "classnames.txt"
+    path.write_text("n01484850 great white shark\nn01440764 tench\nn01443537 gold fish\n")
+    assert resolve_class_names(["0", "1", "2"], str(path)) == ("tench", "gold fish", "great white shark")
+    with pytest.raises(UserError, match="1 of 2 are missing: 3"):
+        resolve_class_names(["2", "3"], str(path))
 
 
 def test_the_folders_own_names_stay_theirs_in_any_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +148,9 @@ def test_labels_without_names(tmp_path: Path) -> None:
     assert names_of_labels(3, None, prompts=False, data="f.npz") == ("class 0", "class 1", "class 2")
     path = tmp_path / "names.txt"
     path.write_text("a\nb\nc\nd\n")
-    assert names_of_labels(3, str(path), prompts=True, data="f.npz") == ("a", "b", "c", "d")
+    with notices.collecting():
+        assert names_of_labels(3, str(path), prompts=True, data="f.npz") == ("a", "b", "c", "d")
+        (warning,) = notices.so_far()
+    assert "holds 4 names, the labels of f.npz end at 2: check that they number these names" in warning
     with pytest.raises(UserError, match=r"must hold 5 names, one a label of f.npz, got 4"):
         names_of_labels(5, str(path), prompts=True, data="f.npz")
