@@ -215,6 +215,10 @@ def learning_rate(stage: Stage, config: FullConfig, step: int, total: int) -> fl
     return warm_up_then_cosine(stage.lr, step, total, min(config.warmup_steps, total // 5))
 
 
+def _scales(stage: Stage, problem: Problem) -> bool:
+    return stage.trains_encoder and problem.model.precision == "float16"
+
+
 def train_stage(
     stage: Stage,
     model: RationalClassifier,
@@ -240,7 +244,9 @@ def train_stage(
         f"{stage.name}.pt",
         trained,
         AdamW(trained.parameters(), lr=stage.lr, weight_decay=config.weight_decay),
-        torch.amp.GradScaler(problem.device.type, enabled=stage.trains_encoder and config.model.precision == "float16"),
+        torch.amp.GradScaler(
+            problem.device.type, enabled=stage.trains_encoder and problem.model.precision == "float16"
+        ),
         name=stage.name,
         earlier=[record for earlier in done for record in earlier.records],
     )

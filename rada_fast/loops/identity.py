@@ -56,6 +56,9 @@ def identity_of(
     options = _deciding_options(dataclasses.asdict(config))
     # Another device of the same kind computes the same.
     options["model"]["device"] = problem.device.type
+    if problem.vlm is not None:
+        # What was used: another processor may compute otherwise what the same option asks for.
+        options["model"]["precision"] = problem.vlm.precision
     if limit is not None:
         options["run"]["limit"] = limit
     given = config.text.text_features

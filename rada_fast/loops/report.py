@@ -13,6 +13,7 @@ from rada_fast import notices
 from rada_fast.config import RunOptions
 from rada_fast.loops.problem import Problem
 from rada_fast.loops.run_folder import RunFolder, peak_memory, versions
+from rada_fast.models.vision_language import VisionLanguageModel
 from rada_fast.ops import resolve_backend
 from rada_fast.terminal import PlainConsole, print_json, table
 
@@ -80,7 +81,7 @@ def finish(
         "warnings": notices.so_far(),
         "peak_memory": peak_memory(),
         "backend": resolve_backend(),
-        "model": {"name": vlm.name, "pretrained": vlm.pretrained, "fingerprint": vlm.fingerprint} if vlm else None,
+        "model": _of_model(vlm) if vlm else None,
         "logit_scale": {"value": problem.logit_scale, "from": problem.logit_scale_from},
         "adapter": adapter.config.to_dict(),
         "config": dataclasses.asdict(problem.config),
@@ -90,6 +91,11 @@ def finish(
     }
     folder.write_summary(summary)
     return summary
+
+
+def _of_model(vlm: VisionLanguageModel) -> dict[str, Any]:
+    names = ("name", "pretrained", "fingerprint", "precision", "precision_asked")
+    return {name: getattr(vlm, name) for name in names}
 
 
 def already_finished(folder: RunFolder, summary: dict[str, Any], *, resumed: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from rada_fast import _env, notices
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
 
@@ -27,12 +28,27 @@ _QUICK_GELU = "-quickgelu"
 """What open_clip adds to a model's name for its twin with the other activation."""
 
 
+def precision_on(device: torch.device, asked: Precision) -> Precision:
+    """The precision that a device computes in: float32, with a warning, for a type that a CPU has no instructions for.
+
+    PyTorch's own products of such a type are hundreds of times slower than float32's, and less exact.
+    """
+    if device.type != "cpu" or _env.multiplies(asked):
+        return asked
+    notices.warn(
+        f"--precision {asked}: this processor has no instructions for {asked} products, so the encoders compute in "
+        "float32, which is faster here"
+    )
+    return "float32"
+
+
 class VisionLanguageModel:
     """A frozen image and text encoder pair.
 
     name, pretrained: what was loaded; model: the open_clip module; tokenizer: texts to token ids; preprocess: how the
     image encoder wants its images; embed_dim: D; device, precision: where and how the encoders compute;
-    fingerprint: hash of name and weights as loaded.
+    precision_asked: how they were to, which differs where precision_on says so; fingerprint: hash of name and weights
+    as loaded.
     """
 
     def __init__(
@@ -54,7 +70,8 @@ class VisionLanguageModel:
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.device = device
-        self.precision: Precision = precision
+        self.precision_asked: Precision = precision
+        self.precision: Precision = precision_on(device, precision)
         with torch.no_grad():
             # Asked of the model itself: no table of widths can fall behind open_clip.
             probe = self.model.encode_text(tokenizer(["a"]).to(device))

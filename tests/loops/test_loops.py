@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from rada_fast import _env, notices
 from rada_fast.config import (
     AdapterOptions,
     ClassOptions,
@@ -180,6 +181,25 @@ def test_ttt_starts_from_a_trained_adapter_and_from_the_paper_preset(pictures: P
     paper = run_test_time(ttt(pictures, tmp_path / "paper", adapter=AdapterOptions(preset="paper")))
     assert (trained["preset"], paper["preset"]) == ("official", "paper")
     assert lines(tmp_path / "trained") != lines(tmp_path / "paper")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_precision_that_the_processor_does_not_multiply_is_float32(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    run_test_time(ttt(pictures, tmp_path / "plain", run={"limit": 2}))
+    low = ModelOptions(precision=precision)  # type: ignore[arg-type]
+    monkeypatch.setattr(_env, "multiplies", lambda dtype: dtype == "float32")
+    with notices.collecting():
+        summary = run_test_time(ttt(pictures, tmp_path / "low", model=low, run={"limit": 2}))
+    assert lines(tmp_path / "low") == lines(tmp_path / "plain")
+    assert (summary["model"]["precision_asked"], summary["model"]["precision"]) == (precision, "float32")
+    (said,) = (line for line in summary["warnings"] if "--precision" in line)
+    assert said.startswith(f"--precision {precision}: this processor has no instructions for {precision} products")
+    # The same option on another processor is another run, and the features kept here are float32's.
+    monkeypatch.setattr(_env, "multiplies", lambda dtype: True)
+    with pytest.raises(UserError, match="precision"):
+        run_test_time(ttt(pictures, tmp_path / "low", model=low, run={"limit": 2}))
 
 
 @pytest.mark.gpu

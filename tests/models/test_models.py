@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -12,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
+from rada_fast import _env, notices
 from rada_fast.errors import UserError
 from rada_fast.models.class_features import class_features, resolve_class_names, resolve_templates
-from rada_fast.models.vision_language import VisionLanguageModel, load_model
+from rada_fast.models.vision_language import VisionLanguageModel, load_model, precision_on
 
 TINY = {
     "embed_dim": 24,
@@ -66,6 +68,27 @@ def test_features_have_unit_norm_in_float32(tiny: VisionLanguageModel) -> None:
     # bfloat16 has 8 significant bits: unit-norm features agree to a few of its units.
     torch.testing.assert_close(low.encode_images(images), tiny.encode_images(images), rtol=0, atol=3e-2)
     assert tiny.logit_scale == pytest.approx(1 / 0.07)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_processor_without_instructions_for_a_precision_computes_in_float32(
+    tiny: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
+    monkeypatch.setattr(_env, "multiplies", lambda dtype: dtype == "float32")
+    with notices.collecting():
+        low = load_model("Tiny", "random", precision=precision)
+        load_model("Tiny", "random", precision=precision)
+        assert len(notices.so_far()) == 1
+    assert (low.precision_asked, low.precision) == (precision, "float32")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(low.encode_images(images), tiny.encode_images(images))
+    # Whoever asks for float32, and whoever has a device for it, is told nothing.
+    with notices.collecting():
+        assert precision_on(torch.device("cpu"), "float32") == "float32"
+        assert precision_on(torch.device("cuda"), precision) == precision
+        monkeypatch.setattr(_env, "multiplies", lambda dtype: True)
+        assert precision_on(torch.device("cpu"), precision) == precision
+        assert notices.so_far() == []
 
 
 def test_local_weights_of_both_kinds(tmp_path: Path) -> None:
