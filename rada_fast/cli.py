@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rada_fast import __version__, _env, notices
+from rada_fast import __version__, _env, notices, termination
 from rada_fast.arguments import check_file_kind, name_option, paths_of, read, shortened
 from rada_fast.config import (
     BuildConfig,
@@ -54,7 +54,7 @@ line wins over the file. 'rada-fast --version' prints the version.
 
 exit status: 0 done; 1 the system failed (a full disk, say); 2 something given cannot be used (one line says what);
 3 more images unreadable than allowed; 70 a fault of this program (RADA_FAST_TRACEBACK=1 shows where); 130 interrupted;
-141 nobody reads the output. After 1, 70, 130 and 141 the same command goes on where it stopped.
+141 nobody reads the output; 143 terminated. After 1, 70, 130, 141 and 143 the same command goes on where it stopped.
 """
 
 DONE_NOT, REFUSED, OWN_FAULT, INTERRUPTED, READER_GONE = 1, 2, 70, 130, 141
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What other libraries warn of is a line as everything else is, without the place in their source.
     warnings.showwarning = lambda message, *_, **__: notices.warn(str(message))
     try:
-        status = _guarded(lambda: _command(given))
+        status = _guarded(lambda: termination.raising_terminated()(_command)(given))
         # What is still held back is written here, where a full disk or a reader that has gone can be told.
         return status if status == READER_GONE else max(status, _guarded(_flush_output))
     finally:
@@ -88,6 +88,8 @@ def _guarded(action: Callable[[], int]) -> int:
         return action()
     except (UserError, BackendUnavailableError) as error:
         return _fail(str(error), REFUSED)
+    except termination.Terminated:
+        return _fail(f"terminated; {GO_ON}", termination.STATUS)
     except KeyboardInterrupt:
         return _fail(f"interrupted; {GO_ON}", INTERRUPTED)
     except BrokenPipeError as error:
