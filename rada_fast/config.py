@@ -240,7 +240,8 @@ class ModelOptions:
     model: str = "embedded"
     """An open_clip model's name, such as ViT-B-16-quickgelu, or "embedded", the small CLIP that is shipped."""
     pretrained: str | None = None
-    """A hub tag such as openai, a local weights file, or "random" to try the machinery without weights."""
+    """A hub tag such as openai, a local weights file, the folder of an fft, whose image encoder is taken, or "random"
+    to try the machinery without weights."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
     precision: Precision = "float32"
@@ -264,8 +265,8 @@ class ClassOptions:
     templates: str = "photo"
     """A template with {}, photo, simple (7), openai (80), a CoOp data set's name such as dtd, or a file."""
     text_features: str | None = None
-    """Use these as T instead of encoding prompts: a features:FILE.npz with one row a class, or "class-means": the mean
-    of each class's training features."""
+    """Use these as T instead of encoding prompts: a features:FILE.npz with one row a class, classifier:RUN, the
+    classifier that an fft in that folder has trained, or "class-means": the mean of each class's training features."""
     logit_scale: float | None = None
     """Multiplier s of the logits. Default: the model's; without a model, the array logit_scale of the feature files, or
     CLIP's 100."""

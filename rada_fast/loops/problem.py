@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from rada_fast.models.class_features import (
     warn_of_equal_features,
 )
 from rada_fast.models.class_names import names_of_labels, resolve_class_names
+from rada_fast.models.trained import read_classifier
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter, load_adapter
 from rada_fast.modules.checkpoint import states_configuration
@@ -185,11 +187,14 @@ def logit_scale_of(
 def text_file(options: ClassOptions) -> FeatureFile | None:
     """The file of text features, where one is given. Raises UserError where it is none."""
     given = options.text_features
-    if given is None or given == "class-means":
+    if given is None or given == "class-means" or given.startswith("classifier:"):
         return None
     source = open_source(given) if given.startswith("features:") else None
     if not isinstance(source, FeatureFile) or source.features.ndim != 2:
-        raise UserError(f"text_features must be class-means or features:FILE.npz with one row a class, got {given!r}")
+        raise UserError(
+            "text_features must be class-means, features:FILE.npz with one row a class or classifier:RUN of an fft, "
+            f"got {given!r}"
+        )
     return source
 
 
@@ -229,13 +234,17 @@ def class_names_of(source: Source, options: ClassOptions) -> tuple[str, ...]:
 def text_features_of(
     options: ClassOptions, names: Sequence[str], vlm: VisionLanguageModel | None, training: Features | None
 ) -> Tensor:
-    """T (K, D), unit norm, on the CPU: prompts encoded, given in a file, or the training features' class means."""
+    """T (K, D), unit norm, on the CPU: prompts encoded, given in a file, or the training features' class means.
+
+    The classifier of a run of fft stands for T as it was trained, and is not normalised.
+    """
     if options.text_features is None:
         if vlm is None:
             raise UserError(
                 "text_features must be class-means or features:FILE.npz where the data are features and no model's "
                 "prompts can fit them; or name the --model whose features they are"
             )
+        warn_of_unused_classifier(vlm, names)
         templates = resolve_templates(options.templates)
         warn_of_cut_names(vlm, names, templates)
         with progress("encode prompts", len(set(names)) * len(templates)) as advance:
@@ -246,6 +255,14 @@ def text_features_of(
         means = class_means(training, len(names))
         warn_of_equal_features(names, means)
         return means
+    if options.text_features.startswith("classifier:"):
+        classifier = read_classifier(Path(options.text_features.partition(":")[2]))
+        if len(classifier) != len(names):
+            raise UserError(
+                f"text_features {options.text_features} holds a classifier of {len(classifier)} classes, "
+                f"the data have {len(names)}"
+            )
+        return classifier
     source = text_file(options)
     assert source is not None
     if len(source.features) != len(names):
@@ -256,6 +273,18 @@ def text_features_of(
     features = normalize(source.features, dim=-1)
     warn_of_equal_features(names, features)
     return features
+
+
+def warn_of_unused_classifier(vlm: VisionLanguageModel, names: Sequence[str]) -> None:
+    """Warn where prompts stand for classes whose classifier was trained together with the image encoder."""
+    if vlm.trained is None or vlm.trained.weights is None:
+        return
+    place = vlm.trained.path
+    if len(read_classifier(vlm.trained.weights)) == len(names):
+        notices.warn(
+            f"the image encoder of {place} was trained with a classifier of as many classes, which prompts replace "
+            f"here; --text-features classifier:{place} takes it"
+        )
 
 
 def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> RationalAdapter:

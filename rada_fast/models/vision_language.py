@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from rada_fast import _env, notices
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
+from rada_fast.models.trained import MOST_STARTS, TrainedRun, open_run
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -48,7 +49,7 @@ class VisionLanguageModel:
     name, pretrained: what was loaded; model: the open_clip module; tokenizer: texts to token ids; preprocess: how the
     image encoder wants its images; embed_dim: D; device, precision: where and how the encoders compute;
     precision_asked: how they were to, which differs where precision_on says so; fingerprint: hash of name and weights
-    as loaded.
+    as loaded; trained: the run of fft that trained the image encoder, or None.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class VisionLanguageModel:
         *,
         device: torch.device,
         precision: Precision,
+        trained: TrainedRun | None = None,
     ) -> None:
         self.name = name
         self.pretrained = pretrained
+        self.trained = trained
         self.fingerprint = _fingerprint(name, model)
         model.requires_grad_(False).eval().to(device)
         self.model = cast(Any, model)
@@ -129,16 +132,63 @@ def load_model(
     """Load a frozen model.
 
     name: "embedded", or a model of open_clip; pretrained: a hub tag, a local weights file (never executed: safetensors,
-    or a torch file of plain tensors), or "random"; seed: of random weights.
+    or a torch file of plain tensors), a run of fft whose image encoder takes the place of the model's, or "random";
+    seed: of random weights.
 
     Raises UserError where the name is unknown, weights are not named, cannot be had, or do not fit the model.
     """
-    device = torch.device(device)
-    if name == EMBEDDED:
-        if pretrained is not None:
-            raise UserError(f"pretrained must be left out for the embedded model, got {pretrained!r}")
-        return _load_embedded(device, precision)
+    runs = _runs_behind(name, pretrained)
+    start, start_seed = (runs[-1].pretrained, runs[-1].seed) if runs else (pretrained, seed)
+    model, tokenizer, preprocess = _parts_of_embedded(start) if name == EMBEDDED else _parts_of(name, start, start_seed)
+    if (
+        runs
+        and len({run.fingerprint for run in runs}) == 1
+        and runs[0].fingerprint not in (None, _fingerprint(name, model))
+    ):
+        notices.warn(f"pretrained {pretrained}: the weights {start or name} that it started from are others today")
+    trained = next((run for run in runs if run.trained_encoder), None)
+    if trained is not None:
+        trained.put_encoder_into(model)
+    return VisionLanguageModel(
+        name,
+        pretrained,
+        model,
+        tokenizer,
+        preprocess,
+        device=torch.device(device),
+        precision=precision,
+        trained=trained,
+    )
 
+
+Parts = tuple[nn.Module, Callable[[list[str]], Tensor], Preprocess]
+"""A model with its weights, its tokenizer, and how it wants its images."""
+
+
+def _runs_behind(name: str, pretrained: str | None) -> list[TrainedRun]:
+    """The run that --pretrained names, the one that it started from, and so on; empty for weights of other kinds."""
+    runs: list[TrainedRun] = []
+    while pretrained is not None and pretrained != RANDOM and len(runs) < MOST_STARTS:
+        path = Path(pretrained)
+        run = open_run(path) if (path.is_dir() or path.is_file()) and not _is_tag(name, pretrained) else None
+        if run is None:
+            break
+        if run.model != name:
+            raise UserError(f"pretrained {pretrained} was trained from the model {run.model}: give --model {run.model}")
+        runs.append(run)
+        pretrained = run.pretrained
+    return runs
+
+
+def _is_tag(name: str, pretrained: str) -> bool:
+    if name == EMBEDDED:
+        return False
+    import open_clip
+
+    return pretrained in open_clip.list_pretrained_tags_by_model(name)
+
+
+def _parts_of(name: str, pretrained: str | None, seed: int) -> Parts:
     import open_clip
 
     if name not in open_clip.list_models():
@@ -169,7 +219,7 @@ def load_model(
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # tokenizers of other libraries: not installed, or not to be downloaded
         raise UserError(f"model {name}: its tokenizer cannot be made: {_one_line(error)}") from None
-    return VisionLanguageModel(name, pretrained, model, tokenizer, preprocess, device=device, precision=precision)
+    return model, tokenizer, preprocess
 
 
 def _create(name: str, pretrained: str, seed: int) -> Any:
@@ -302,10 +352,11 @@ def _quiet_log() -> Iterator[None]:
         logging.disable(previous)
 
 
-def _load_embedded(device: torch.device, precision: Precision) -> VisionLanguageModel:
+def _parts_of_embedded(pretrained: str | None) -> Parts:
     from rada_fast.embedded import model as embedded
     from rada_fast.embedded.world import IMAGE_SIZE
 
+    if pretrained is not None:
+        raise UserError(f"pretrained must be left out for the embedded model, or name a run of fft, got {pretrained!r}")
     model, tokenizer = embedded.load()
-    preprocess = Preprocess(IMAGE_SIZE, embedded.MEAN, embedded.STD)
-    return VisionLanguageModel(EMBEDDED, None, model, tokenizer, preprocess, device=device, precision=precision)
+    return model, tokenizer, Preprocess(IMAGE_SIZE, embedded.MEAN, embedded.STD)
