@@ -43,11 +43,17 @@ def evaluate(
     with progress(title, len(images.ids)) as advance:
         for first in range(0, len(images.ids), chunk):
             part = images.features[first : first + chunk].to(device)
-            adapted = predict(part).cpu().masked_fill(absent, -torch.inf)
+            adapted = predict(part).cpu()
+            diverged = ~adapted.isfinite().all(dim=-1)
+            adapted = adapted.masked_fill(absent, -torch.inf)
             zero_shot = zero_shot_logits(part, text_features, logit_scale).cpu().masked_fill(absent, -torch.inf)
             for offset, (before, after) in enumerate(zip(zero_shot, adapted, strict=True)):
                 label = classes[int(images.labels[first + offset])]
-                records.append(image_record(images.ids[first + offset], label, "ok", before, after))
+                status = "ok"
+                if bool(diverged[offset]):
+                    # An adapter that gives no number leaves the answer it started from, and says so.
+                    status, after = "diverged", before
+                records.append(image_record(images.ids[first + offset], label, status, before, after))
             advance(len(part))
     return records + [record | {"label": classes[record["label"]]} for record in unreadable_records(images.unreadable)]
 

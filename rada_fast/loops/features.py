@@ -107,18 +107,20 @@ def encode_images(
 
     cached: False for a model whose weights are no longer those it was loaded with.
 
-    Raises UserError where not one of the images can be read.
+    Raises UserError where not one of the images can be read, or the features of one are no numbers.
     """
     path = _features_path(samples, vlm)
     if cached and (found := _read_features(path, samples)) is not None:
         return found
     notices.release()
-    features, kept, unreadable = [], [], []
+    features, unreadable = [], []
+    kept: list[Sample] = []
     pending: list[Tensor] = []
 
     def flush() -> None:
         if pending:
-            features.append(vlm.encode_images(torch.stack(pending)).cpu())
+            ids = [sample.id for sample in kept[-len(pending) :]]
+            features.append(vlm.encode_images(torch.stack(pending), ids).cpu())
             pending.clear()
 
     with progress(title, len(samples)) as advance:
@@ -150,7 +152,7 @@ def encode_crops(
 ) -> Features:
     """Features of one random crop an image, drawn from (seed, image id).
 
-    Raises UserError where not one of the images can be read.
+    Raises UserError where not one of the images can be read, or the features of one are no numbers.
     """
     features, kept, unreadable = [], [], []
     stream = iterate_views(samples, vlm, views=0, kind="crop", seed=seed, workers=workers)
@@ -159,7 +161,7 @@ def encode_crops(
             if views is None:
                 unreadable.append((samples[index].id, samples[index].label, reason or ""))
             else:
-                features.append(vlm.encode_images(views).cpu())
+                features.append(vlm.encode_images(views, [samples[index].id]).cpu())
                 kept.append(samples[index])
             advance()
     check_some_readable(unreadable, len(samples))
@@ -200,5 +202,7 @@ def file_stamp(path: Path) -> str:
 def _read_features(path: Path, samples: Sequence[Sample]) -> Features | None:
     tensors = read_tensors(path)
     if tensors is None or set(tensors) != {"features", "labels"} or len(tensors["features"]) != len(samples):
+        return None
+    if not bool(tensors["features"].isfinite().all()):
         return None
     return Features(tensors["features"], tensors["labels"], tuple(sample.id for sample in samples))

@@ -151,6 +151,8 @@ class Batches:
         self.features = features
         self.source = train
         self.samples: tuple[Sample, ...] = ()
+        self.ids: list[str] = []
+        """Of the images of the step under way that are still to be encoded."""
         self.available = len(train.ids) if isinstance(train, FeatureFile) else len(train.samples)
         if isinstance(train, ImageFolder):
             self.samples = spread_limit(train.samples, config.run.limit)
@@ -158,6 +160,11 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.samples) if self.samples else len(self.features.ids) if self.features else 0
+
+    def take_ids(self, count: int) -> list[str]:
+        """What the next count images of the step are called."""
+        taken, self.ids = self.ids[:count], self.ids[count:]
+        return taken
 
     def fixed(self, stage: Stage) -> Features | None:
         """The features that serve every epoch of a stage, or None where each epoch makes views of its own."""
@@ -188,6 +195,7 @@ class Batches:
         for step in order:
             samples = [self.samples[index] for index in step.tolist()]
             images, labels = [], []
+            self.ids = []
             crops = config.train_views == "crop"
             stream = iterate_views(
                 samples,
@@ -204,6 +212,7 @@ class Batches:
                 else:
                     images.append(view[0])
                     labels.append(samples[index].label)
+                    self.ids.append(samples[index].id)
             if images:
                 yield torch.stack(images), torch.tensor(labels)
         check_some_readable(unreadable, count)
@@ -255,8 +264,14 @@ def train_stage(
 
     def loss(inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if inputs.ndim == 4:
-            vlm = problem.model
-            inputs = (vlm.image_features_with_grad if stage.trains_encoder else vlm.encode_images)(inputs)
+            vlm, ids = problem.model, batches.take_ids(len(inputs))
+            if not stage.trains_encoder:
+                inputs = vlm.encode_images(inputs, ids)
+            else:
+                inputs = vlm.image_features_with_grad(inputs)
+                # In float32 and after a step it is the learning rate that makes an encoder overflow.
+                if vlm.precision != "float32" or not training.optimizer.state:
+                    vlm.check_features(inputs, "image", ids)
         logits, penalty = model(inputs, config.penalty)
         return step_loss(logits, penalty, target, stage.penalty_weight)
 

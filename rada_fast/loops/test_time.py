@@ -182,7 +182,7 @@ def episodes_of(
                 continue
             start = time.perf_counter()
             # One image a call: the shapes, and with them the bits, depend on nothing but the image.
-            features = vlm.encode_images(views)
+            features = vlm.encode_images(views, [sample.id])
             clock.parts["encode"] += time.perf_counter() - start
             yield Episode(sample.id, label, features)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -82,8 +83,11 @@ class VisionLanguageModel:
 
     @property
     def logit_scale(self) -> float:
-        """The multiplier s = exp(model.logit_scale)."""
-        return float(self.model.logit_scale.detach().exp())
+        """The multiplier s = exp(model.logit_scale). Raises UserError where it is no finite number."""
+        scale = float(self.model.logit_scale.detach().double().exp())
+        if not math.isfinite(scale):
+            raise UserError(f"model {self.name} has the logit scale {scale}: its weights {self.pretrained} are damaged")
+        return scale
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -100,17 +104,46 @@ class VisionLanguageModel:
         return normalize(features.float(), dim=-1)
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Unit-norm features (N, D) float32 of normalised images (N, 3, S, S) float32."""
-        return self.image_features_with_grad(images)
+    def encode_images(self, images: Tensor, ids: Sequence[str] = ()) -> Tensor:
+        """Unit-norm features (N, D) float32 of normalised images (N, 3, S, S) float32.
+
+        ids: what the images are called, or one name for all of them. Raises UserError, naming the first image whose
+        features are no numbers.
+        """
+        features = self.image_features_with_grad(images)
+        self.check_features(features, "image", ids)
+        return features
+
+    def check_features(self, features: Tensor, kind: str, names: Sequence[str]) -> None:
+        """Raise UserError where encoded features (N, D) are no numbers, or nothing but zeros.
+
+        kind: image or text; names: what they are of, or one name for all. Such a feature would make every number after
+        it meaningless. In float16 a sound encoder can overflow.
+        """
+        bad = ~features.detach().isfinite().all(dim=-1) | (features.detach() == 0).all(dim=-1)  # (N,)
+        if not bool(bad.any()):
+            return
+        index = int(bad.nonzero()[0])
+        name = names[index if len(names) > 1 else 0] if names else f"{index + 1} of {len(features)}"
+        what = "NaN" if not bool(features[index].isfinite().all()) else "all zero"
+        advice = "give --precision float32"
+        if self.precision == "float32":
+            advice = f"the weights {self.pretrained or self.name} are damaged, or do not fit"
+        elif self.precision == "float16":
+            advice += " or bfloat16"
+        raise UserError(
+            f"features of {kind} {name!r} are {what} in {self.precision}, and {int(bad.sum())} of {len(bad)} encoded "
+            f"with it: {advice}"
+        )
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm features (N, D) float32."""
+        """Unit-norm features (N, D) float32. Raises UserError, naming the first text whose features are no numbers."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         with self._arithmetic():
-            features = self.model.encode_text(tokens)
-        return normalize(features.float(), dim=-1)
+            features = normalize(self.model.encode_text(tokens).float(), dim=-1)
+        self.check_features(features, "text", texts)
+        return features
 
 
 def _fingerprint(name: str, model: nn.Module) -> str:
