@@ -238,22 +238,30 @@ def _undecided(path: Path, row: Sequence[str]) -> UserError:
     )
 
 
-def readable_names(names: Sequence[str]) -> tuple[str, ...]:
+def readable_names(names: Sequence[str], where: str | None = None) -> tuple[str, ...]:
     """Names as they can stand in a prompt: spaces for underscores, without the numbers and ids of published folders.
 
     CUB's "001.Black_footed_Albatross" becomes "Black footed Albatross", Stanford Dogs' "n02085620-Chihuahua" becomes
-    "Chihuahua". Numbers are only taken off where they are surely no part of the names: all names have a different one,
-    and after a dot, or counting from 0 or 1, or filled up with zeros.
+    "Chihuahua". Numbers are taken off where all names begin with a different one and differ without it, too: after a
+    dot, filled up with zeros, or counting from 0 or 1.
+
+    where: what the names are, for a warning where the numbers only count, and so may be meant.
     """
     shown = [found[1] if (found := _WNID_PREFIX.fullmatch(name)) else name for name in names]
-    prefixes = [_NUMBER_PREFIX.fullmatch(name) for name in shown]
-    numbers = [found[1] for found in prefixes if found]
-    if len(numbers) == len(names) == len({int(number) for number in numbers}) and names:
-        values = sorted(int(number) for number in numbers)
+    prefixes = [found for name in shown if (found := _NUMBER_PREFIX.fullmatch(name))]
+    values = sorted({int(found[1]) for found in prefixes})
+    rest = [found[3] for found in prefixes]
+    if names and len(values) == len(set(rest)) == len(names):
         counted = values[0] in (0, 1) and values[-1] - values[0] + 1 == len(values)
-        filled = len({len(number) for number in numbers}) == 1 and any(number[0] == "0" for number in numbers)
-        if counted or filled or all("." in found[2] for found in prefixes if found):
-            shown = [found[3] for found in prefixes if found]
+        filled = len({len(found[1]) for found in prefixes}) == 1 and any(found[1][0] == "0" for found in prefixes)
+        sure = (filled and len(prefixes[0][1]) > 1) or all("." in found[2] for found in prefixes)
+        if counted and not sure and where is not None:
+            notices.warn(
+                f"the numbers that {where} begin with are left out of the names: {names[0]!r} becomes {rest[0]!r}; "
+                "give --classes FILE where they are meant"
+            )
+        if counted or sure:
+            shown = rest
     return tuple(
         " ".join(name.replace("_", " ").split()) or original for name, original in zip(shown, names, strict=True)
     )

@@ -83,9 +83,11 @@ def views_of(config: TestTimeConfig, source: Source) -> int:
 def mention_fixed_views(config: TestTimeConfig, source: Source) -> None:
     """Say where the views of a feature file are not those that were asked for."""
     views = views_of(config, source)
-    if views != config.views:
-        say = notices.note if config.views == TestTimeConfig.views else notices.warn
-        say(f"--views {config.views} makes no views of a feature file: {config.data} holds {views} of each image")
+    held = f"makes no views of a feature file: {config.data} holds {views} of each image"
+    if views != config.views and config.views == TestTimeConfig.views:
+        notices.note(f"--views {held}")
+    elif views != config.views:
+        notices.warn(f"--views {config.views} {held}")
     if isinstance(source, FeatureFile) and config.view_kind != TestTimeConfig.view_kind:
         notices.warn(f"--view-kind {config.view_kind} makes no views of a feature file: {config.data} holds its own")
 

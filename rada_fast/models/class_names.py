@@ -34,7 +34,8 @@ def resolve_class_names(
     given = read_names(Path(spec).expanduser(), folders)
     names = _names_of_file(given, folders, spec, where)
     if prompts:
-        _warn_of_shuffled(folders, names, spec)
+        if isinstance(given, list):
+            _warn_of_shuffled(folders, names, spec)
         warn_of_numbers(names, f"in {spec}")
         _warn_of_equal(names)
     return names
@@ -81,7 +82,7 @@ def _names_of_folders(folders: Sequence[str], prompts: bool, where: str) -> tupl
         return tuple(folders)
     ids = [folder for folder in folders if WNID.fullmatch(folder)]
     if not ids:
-        names = readable_names(folders)
+        names = readable_names(folders, where if prompts else None)
         if prompts:
             warn_of_numbers(names, f"from {where}")
             _warn_of_equal(names)
@@ -146,15 +147,16 @@ def _names_of_file(given: list[str] | dict[str, str], folders: Sequence[str], sp
 def _warn_of_shuffled(folders: Sequence[str], names: Sequence[str], spec: str) -> None:
     """Warn where names were given in another order than the folders', by what both have in common."""
     own = {name.casefold(): index for index, name in enumerate(readable_names(folders))}
+    places = [own.get(name.casefold()) for name in names]
     for index, name in enumerate(names):
-        if own.get(name.casefold(), index) != index:
+        if places[index] not in (None, index):
             notices.warn(
                 f"classes file {spec} names class folder {folders[index]!r} {name!r}, which is what class folder "
                 f"{folders[own[name.casefold()]]!r} is called: names must be in the order of the sorted folders"
             )
             return
     natural = sorted(folders, key=_natural)
-    if list(folders) != natural and not all(is_number(folder) for folder in folders):
+    if list(folders) != natural and not any(place is not None for place in places):
         first = next(index for index, folder in enumerate(folders) if folder != natural[index])
         if _natural(folders[first])[0::2] == _natural(natural[first])[0::2]:
             notices.warn(

@@ -143,6 +143,7 @@ def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
         (["3_Series", "cat"], ["3 Series", "cat"]),
         (["2012_Tesla", "2012_Audi"], ["2012 Tesla", "2012 Audi"]),
         (["707-320", "727-200"], ["707-320", "727-200"]),
+        (["1_star", "2_stars", "3_stars"], ["1 star", "2 stars", "3 stars"]),
         (["7_up", "12_angry_men"], ["7 up", "12 angry men"]),
         (["great_white__shark", " tench "], ["great white shark", "tench"]),
         (["_", "1"], ["_", "1"]),

@@ -164,7 +164,7 @@ def test_a_feature_files_views_are_those_that_it_holds(tmp_path: Path, capsys: p
         mention_fixed_views(config, source)
         mention_fixed_views(TestTimeConfig(data=spec, views=10), source)
         assert notices.so_far() == []
-        assert f"--views 64 makes no views of a feature file: {spec} holds 10 of each" in capsys.readouterr().err
+        assert f"--views makes no views of a feature file: {spec} holds 10 of each" in capsys.readouterr().err
         mention_fixed_views(TestTimeConfig(data=spec, views=8, view_kind="augmix"), source)
         assert [warning.split(" makes")[0] for warning in notices.so_far()] == ["--views 8", "--view-kind augmix"]
 

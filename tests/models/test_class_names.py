@@ -71,6 +71,14 @@ def test_numbered_classes_are_said() -> None:
     assert "begin with numbers" in named(["2012_Tesla", "2012_Audi"], None)[1][0]
 
 
+def test_numbers_that_are_left_out_are_said_unless_they_are_surely_no_names() -> None:
+    names, (warning,) = named(["0_cat", "1_dog"], None)
+    assert names == ("cat", "dog")
+    assert "the numbers that class folders begin with are left out of the names: '0_cat' becomes 'cat'" in warning
+    assert named(["001.Black_footed_Albatross", "002.Laysan"], None) == (("Black footed Albatross", "Laysan"), [])
+    assert named(["n02085620-Chihuahua", "n02085782-Pug"], None) == (("Chihuahua", "Pug"), [])
+
+
 def test_class_names_from_published_and_odd_files(tmp_path: Path) -> None:
     path = tmp_path / "classnames.txt"
     path.write_text("n01440764 tench\nn01443537 gold fish\nn01484850 great white shark\n")
@@ -131,6 +139,11 @@ def test_names_for_folders_in_text_order_are_said(tmp_path: Path) -> None:
     (warning,) = named(folders, str(path))[1]
     assert "in which 'class10' comes before 'class2'" in warning
     assert named([f"class{number:02}" for number in range(11)], str(path))[1] == []
+    # Neither the folders' own names nor names by folder can be in a wrong order.
+    path.write_text("DC-3\nDC-6\nDC-10\n")
+    assert named(["DC-10", "DC-3", "DC-6"], str(path)) == (("DC-10", "DC-3", "DC-6"), [])
+    path.write_text("folder,name\nc10,cat\nc2,dog\n")
+    assert named(["c10", "c2"], str(path)) == (("cat", "dog"), [])
 
 
 def test_equal_names_are_said(tmp_path: Path) -> None:
