@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ SYSTEM_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
 )
 """What archivers, file servers and systems leave behind; never a class."""
-SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
-"""Folders that hold parts of a data set, in small letters."""
+SPLIT = re.compile(r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?)([ _-]?(images?|set|data|\d+))?", re.IGNORECASE)
+"""The names of folders that hold parts of a data set."""
 EXAMPLES = 5
 """Names in one message."""
 LOOP = "a link back to a folder that holds it"
@@ -179,7 +180,7 @@ def deeper_classes(root: Path, pictures: Mapping[str, Sequence[tuple[str, ...]]]
     """
     direct = {folder for folder, paths in pictures.items() if any(len(parts) == 1 for parts in paths)}
     below = {folder: sorted({parts[0] for parts in paths if len(parts) > 1}) for folder, paths in pictures.items()}
-    if len(pictures) > 1 and all(folder.lower() in SPLITS for folder in pictures):
+    if len(pictures) > 1 and all(SPLIT.fullmatch(folder) for folder in pictures):
         look = f"its sub-folders {_some(list(pictures))} look like parts of a data set"
         if direct:
             return f"{look}; put each class's pictures into a folder of its own"
