@@ -103,7 +103,8 @@ def _names_of_json(value: Any, folders: Sequence[str], path: Path) -> Names:
     if isinstance(value, list):
         if all(isinstance(name, str) and name.strip() for name in value):
             return [name.strip() for name in value]
-        if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
+        pairs = all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
+        if pairs and all(isinstance(part, str | int) for pair in value for part in pair):
             return _names_of_rows([[str(part) for part in pair] for pair in value], None, folders, path)
         raise refused
     if not isinstance(value, dict):
@@ -150,7 +151,10 @@ def _names_of_lines(lines: list[str], folders: Sequence[str], path: Path) -> Nam
     for delimiter in "\t;,":
         if lines and all(delimiter in line for line in lines):
             # Quotation marks that are not closed make one row of several lines.
-            rows = [[part.strip() for part in row] for row in csv.reader(lines, delimiter=delimiter)]
+            try:
+                rows = [[part.strip() for part in row] for row in csv.reader(lines, delimiter=delimiter)]
+            except csv.Error:
+                continue
             if len(rows) == len(lines) and len({len(row) for row in rows}) == 1:
                 header = rows[0] if _is_header(rows[0]) or _coded(rows[1:]) - _coded(rows[:1]) else None
                 if (names := _table(rows, header, delimiter, folders, path)) is not None:
@@ -158,7 +162,14 @@ def _names_of_lines(lines: list[str], folders: Sequence[str], path: Path) -> Nam
     for pattern, number, name in ((_LEADING_NUMBER, 1, 3), (_TRAILING_NUMBER, 2, 1)):
         parts = [pattern.fullmatch(line) for line in lines]
         entries = {found[number]: found[name].strip("\"' ") for found in parts if found}
-        if len(entries) == len(lines) and (names := _by_number(entries, folders)) is not None:
+        # "1 star", "2 stars", "3 stars" and "grade 0", "grade 1" are names, numbers and all.
+        if lines and len(set(entries.values())) == len(lines) and (names := _by_number(entries, folders)) is not None:
+            first = next(found for found in parts if found)
+            if pattern is _TRAILING_NUMBER or not set(first[2]) & set(":;,\t"):
+                notices.warn(
+                    f"classes file {path}: the numbers are taken for the classes' numbers, not for parts of the names: "
+                    f"{first[0]!r} is {first[name]!r}"
+                )
             return names
     if all(re.match(r"\d+\s*[,;\t]", line) for line in lines) and lines:
         raise UserError(f"classes file {path} must number its names from 0 or 1, got {lines[0]!r} first")
@@ -183,9 +194,10 @@ def _table(
 ) -> Names | None:
     """The names of a table's rows, or None where they are names with commas."""
     body = rows[1:] if header is not None else rows
+    if not body:
+        return []
     columns = list(zip(*body, strict=True))
-    coded = _coded(body)
-    if header is None and delimiter == "," and not coded:
+    if header is None and delimiter == "," and not _coded(body):
         known = set(folders)
         if not any(known and known <= set(column) for column in columns):
             if len(rows) > 1:

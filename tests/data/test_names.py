@@ -35,11 +35,19 @@ LISTED: dict[str, tuple[str, Any]] = {
     "some with commas": ("tench, Tinca tinca\ngoldfish\n", ["tench, Tinca tinca", "goldfish"]),
     "numbers in names": ("747-400\nA320\n", ["747-400", "A320"]),
     "numbers that count nothing": ("7 up\n747 jumbo\n", ["7 up", "747 jumbo"]),
+    "counted things": ("1 star\n2 stars\n3 stars\n", ["1 star", "2 stars", "3 stars"]),
+    "grades": ("grade 0\ngrade 1\n", ["grade 0", "grade 1"]),
     "python": ("{0: 'tench, Tinca tinca',\n 1: \"goldfish\"}", ["tench, Tinca tinca", "goldfish"]),
     "JSON in a text file": ('["cat", "dog"]', ["cat", "dog"]),
     "no JSON": ("[cat]\n[dog]\n", ["[cat]", "[dog]"]),
     "deep": ("[" * 9999, ["[" * 9999]),
 }  # fmt: skip
+
+
+def test_columns_that_are_no_csv_are_lines(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    (tmp_path / "names.txt").write_text(f"{long},a\n{long},b\n")
+    assert read_names(tmp_path / "names.txt") == [f"{long},a", f"{long},b"]
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -74,6 +82,7 @@ def test_columns_are_told_apart_by_the_folders(tmp_path: Path) -> None:
             "a\tcat\nb\tdog\n",
             "must say which of its 2 columns holds the names, got 'a, cat' first; write a name a line",
         ),
+        ("index,name\n", r"holds no class name \(K = 0\)"),
         ("0,cat\n1,\n", "must have a name in every line, line 2 of its table has none"),
         ("cat\na\tdog\n", r"must hold names without control characters, got 'a\\tdog'"),
         ("a\0b\n", r"without control characters, got 'a\\x00b'"),
@@ -109,6 +118,7 @@ def test_json_by_number_and_by_folder(tmp_path: Path, text: str, folders: list[s
         ('{"cat": 0, "dog": 0}', "must give every name a number of its own"),
         ('{"cat": true}', "must hold a list of names, or an object"),
         ('{"a": {"b": "c"}}', "must hold a list of names, or an object"),
+        ('[["a", ["b"]]]', "must hold a list of names, or an object"),
         ('"cat"', "must hold a list of names, or an object"),
         ("[" + "9" * 5000 + "]", "is not JSON"),
     ],
@@ -123,6 +133,8 @@ def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     for text, message in (
         ("cat, dog, owl\n", "has one line, taken as one name; write a name a line"),
+        ("0 cat\n1 great dane\n", "are taken for the classes' numbers, not for parts of the names: '0 cat' is 'cat'"),
+        ("cat 0\ndog 1\n", "are taken for the classes' numbers, not for parts of the names: 'cat 0' is 'cat'"),
         ("tench, Tinca\ngoldfish, Carassius\n", "the commas are taken as parts of the names, such as 'tench, Tinca'"),
     ):
         path.write_text(text)
