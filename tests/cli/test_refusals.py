@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from rada_fast import cli
+from rada_fast.arguments import options_of
+from rada_fast.errors import UserError
 
 TTT = "ttt --data imagefolder:{0}/pictures"
 EFT = "eft --train imagefolder:{0}/pictures --test imagefolder:{0}/pictures"
@@ -348,3 +350,27 @@ def test_variables_that_mean_nothing_are_one_line(
     assert captured.err.count("\n") == 1
     assert value in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+WRONG: dict[type, tuple[str, ...]] = {
+    int: ("", "x", "1.5", "0x10", "-99", "99999999999999999999", MANY_DIGITS, "inf", "nan"),
+    float: ("", "x", "1,5", "-99", "inf", "-inf", "nan", "1e400", MANY_DIGITS),
+    str: ("", " ", "a\0b"),
+    bool: ("", "yes", "1"),
+}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_option_of_every_command_refuses_what_is_no_value_of_it(command: str) -> None:
+    options = options_of(cli.COMMANDS[command][0])
+    needed = [f"{option.flag}=imagefolder:x" for option in options.values() if option.required]
+    cli.parse(command, needed)
+    for option in options.values():
+        others = [part for part in needed if not part.startswith(f"{option.flag}=")]
+        for value in ("x",) if option.choices else WRONG[option.kind]:
+            with pytest.raises(UserError) as caught:
+                cli.parse(command, [*others, f"{option.flag}={value}"])
+            assert option.flag in str(caught.value), (option.flag, value, str(caught.value))
+        if option.kind is not bool:
+            with pytest.raises(UserError, match=f"{option.flag} needs"):
+                cli.parse(command, [*others, option.flag])
