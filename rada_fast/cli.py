@@ -185,6 +185,10 @@ def _command(arguments: list[str]) -> int:
     config = parse(command, rest)
     check_paths(config)
     _env.check_variables(building=command == "build")
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # PyTorch's own libraries would end the process
+        raise UserError("the folder that this was started in does not exist any more; start it in another") from None
     _env.place_other_caches()
     try:
         with notices.collecting(hold=True):

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from rada_fast import _env, extension
 from rada_fast.config import AdapterConfig, DoctorConfig
-from rada_fast.errors import UserError
+from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.loops.run_folder import versions
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import BACKENDS, backends, rational_adapter, resolve_backend
@@ -23,7 +23,7 @@ SELF_TEST_BOUND = 1e-4
 
 
 def run_doctor(config: DoctorConfig) -> int:
-    """Print the report. Returns 0, or 1 where a usable backend fails the self-test."""
+    """Print the report. Returns 0, or 1 where a usable backend fails the self-test or one in force is not usable."""
     report = examine()
     if config.json:
         print_json(report)
@@ -34,10 +34,12 @@ def run_doctor(config: DoctorConfig) -> int:
         _show("C++ extension", report["extension"])
         _show("self-test: relative error of float32 logits against float64", report["self_test"])
         print(f"auto takes: {report['auto']}")
+        if report["in_force"] != report["auto"]:
+            print(f"in force by RADA_FAST_BACKEND: {report['in_force']}")
     failed = [name for name, error in report["self_test"].items() if not _is_small(error)]
     if failed and not config.json:
         print(f"self-test failed: {', '.join(failed)}")
-    return 1 if failed else 0
+    return 1 if failed or report["in_force"] not in BACKENDS else 0
 
 
 def _show(title: str, facts: dict[str, Any]) -> None:
@@ -59,7 +61,7 @@ def _is_small(error: str) -> bool:
 def _said(ask: Callable[[], object]) -> str:
     try:
         return str(ask())
-    except UserError as error:
+    except (UserError, BackendUnavailableError) as error:
         return str(error)
 
 
@@ -79,6 +81,7 @@ def examine() -> dict[str, Any]:
         "backends": backends(),
         "extension": extension.describe(),
         "auto": resolve_backend("auto"),
+        "in_force": _said(resolve_backend),
         "self_test": self_test(),
     }
 
@@ -91,7 +94,13 @@ def self_test() -> dict[str, str]:
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     image = normalize(torch.randn(3, 64, generator=generator, dtype=torch.float64), dim=-1)
     text = normalize(torch.randn(17, 64, generator=generator, dtype=torch.float64), dim=-1)
-    exact = adapter.float().double()(image.float().double(), text.float().double(), 100.0).detach()
+    adapter = adapter.float().double()
+    # Whatever backend RADA_FAST_BACKEND names, in float64 the reference is what all are compared with.
+    with torch.no_grad():
+        exact = rational_adapter(
+            image.float().double(), text.float().double(), 100.0, dict(adapter.named_parameters()), adapter.config,
+            backend="reference",
+        ).logits  # fmt: skip
     adapter = adapter.float()
     device = "cuda" if _env.has_cuda() else "cpu"
     errors = {}

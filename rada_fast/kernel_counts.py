@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from rada_fast import _env
 from rada_fast.config import AdapterConfig, SimulateConfig
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
@@ -109,10 +110,8 @@ def _tensors(
 
 def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> list[dict[str, Any]]:
     """One row for each launch of a forward and backward, one for each pass, one for the literal baseline."""
-    try:
-        import ptxsim
-    except ImportError:
-        raise UserError("bench simulate needs the package ptxsim on PYTHONPATH") from None
+    import ptxsim
+
     image, text, parameters = _tensors(config, episodes, batch, classes, "cpu")
     with ptxsim.simulated() as log:
         output = rational_adapter(
@@ -173,6 +172,8 @@ def run_simulate(config: SimulateConfig) -> int:
     adapter = (
         AdapterConfig.paper(config.embed_dim) if config.preset == "paper" else AdapterConfig.official(config.embed_dim)
     )
+    if not _env.has_module("ptxsim"):
+        raise UserError("bench simulate needs the package ptxsim on PYTHONPATH")
     console = PlainConsole()
     # Narrower, every figure would be cut.
     console.width = max(console.width, 166)

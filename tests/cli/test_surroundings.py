@@ -174,3 +174,23 @@ def test_a_backend_that_fails_the_self_test_is_told_beside_the_others(
     tested = json.loads(capsys.readouterr().out)["self_test"]
     assert tested["literal"] == "failed: RuntimeError: no kernel image is available"
     assert float(tested["reference"]) < 1e-5
+
+
+def test_doctor_tells_of_a_backend_in_force_that_cannot_serve(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RADA_FAST_BACKEND", "cuda")
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "in force by RADA_FAST_BACKEND: backend 'cuda' cannot be used: " in shown
+    assert "self-test" in shown
+
+
+def test_a_folder_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["doctor"]) == 2
+    assert "does not exist any more" in capsys.readouterr().err
