@@ -366,7 +366,8 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
             yield name.replace("_", " ")
             return
         option = "--" + name.rpartition(".")[2].replace("_", "-")
-        yield f"{option} {json.dumps(old)} there, {json.dumps(new)} here"
+        before, now = ("not given" if value is None else json.dumps(value) for value in (old, new))
+        yield f"{option} {before} there, {now} here"
 
 
 def versions() -> dict[str, str]:

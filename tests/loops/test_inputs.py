@@ -187,7 +187,9 @@ def test_a_finished_command_keeps_its_summary(specks: Path, tmp_path: Path, caps
 
 def test_fft_with_another_limit_is_another_run(specks: Path, tmp_path: Path) -> None:
     run_full(fft(specks, specks, tmp_path / "run", run={"limit": 2}))
-    with pytest.raises(UserError, match=r"differing: --limit 2 there, null here; train, added: cat/1.png, dog/1.png"):
+    with pytest.raises(
+        UserError, match=r"differing: --limit 2 there, not given here; train, added: cat/1.png, dog/1.png"
+    ):
         run_full(fft(specks, specks, tmp_path / "run"))
     # A limit that leaves nothing out changes nothing.
     assert run_full(fft(specks, specks, tmp_path / "all"))["training_images"] == 4
