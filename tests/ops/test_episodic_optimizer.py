@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -316,25 +313,3 @@ def test_a_named_backend_serves_or_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(step(None).parameters["w"], step("reference").parameters["w"])
     with pytest.raises(BackendUnavailableError, match="backend 'cpu' cannot be used: it is not built"):
         step("cpu")
-
-
-@needs_extension
-def test_every_copy_of_the_loops_follows_pytorchs_own() -> None:
-    code = """
-import torch
-from rada_fast.ops import EpisodicOptimizer
-torch.manual_seed(0)
-p = torch.randn(1023)
-ours = EpisodicOptimizer({"w": p}, 1, lr=8e-3, weight_decay=0.1, torch_roots=True, backend="cpu")
-q = p.clone()
-theirs = torch.optim.AdamW([q], lr=8e-3, weight_decay=0.1, foreach=False)
-for _ in range(3):
-    q.grad = torch.randn(1023)
-    ours.step({"w": q.grad[None]})
-    theirs.step()
-print(torch.equal(ours.parameters["w"][0], q))
-"""
-    for capability in ("default", "avx2", "avx512"):
-        environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.split() == ["True"], capability
