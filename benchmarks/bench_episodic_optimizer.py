@@ -2,40 +2,40 @@
 
 The floor is a read-modify-write in place (x *= c) of as many bytes as a later step moves: p, m, v and the gradient in,
 p, m and v out. Ours at the first step, from a reset, and with PyTorch's own square roots are providers of their own.
-Providers run in turn, round after round, after their first answers were compared.
+Their first answers are compared before they are timed.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rada_fast.config import AdapterConfig
 from rada_fast.ops import EpisodicOptimizer
 from rada_fast.ops.rational_adapter import parameter_shapes
 
+from . import interleaved
+
 FLOOR = "read-modify-write"
 BYTES = 4 * (4 + 3)
 """Of an element in a later step: p, m, v, g read, p, m, v written, float32."""
-ROUNDS = 30
 LR, DECAY = 8e-4, 0.01
 
 Step = Callable[[], None]
 
 
-def providers(episodes: int) -> tuple[dict[str, Step], int]:
+def providers(episodes: int, device: str) -> tuple[dict[str, Step], int]:
     """A step of each provider, and the elements of all adapters."""
     torch.manual_seed(0)
     shapes = parameter_shapes(AdapterConfig.official(512))
-    initial = {name: 0.02 * torch.randn(shape) for name, shape in shapes.items()}
-    gradients: dict[str, Tensor | None] = {name: 0.01 * torch.randn(episodes, *shape) for name, shape in shapes.items()}
+    initial = {name: 0.02 * torch.randn(shape, device=device) for name, shape in shapes.items()}
+    gradients: dict[str, Tensor | None] = {
+        name: 0.01 * torch.randn(episodes, *shape, device=device) for name, shape in shapes.items()
+    }
     # What test-time training's first step really is: the output projection alone has a gradient.
     sparse = {name: value if name.startswith("out_proj") else None for name, value in gradients.items()}
     elements = episodes * sum(value.numel() for value in initial.values())
@@ -58,7 +58,7 @@ def providers(episodes: int) -> tuple[dict[str, Step], int]:
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8)
     fused.step()
     rooted.step(gradients)
-    buffer = torch.ones(elements * BYTES // 8)
+    buffer = torch.ones(elements * BYTES // 8, device=device)
 
     def from_reset(optimizer: EpisodicOptimizer, given: dict[str, Tensor | None]) -> None:
         optimizer.reset()
@@ -80,26 +80,15 @@ def providers(episodes: int) -> tuple[dict[str, Step], int]:
 
 
 @pytest.mark.parametrize("episodes", [1, 8, 64])
-def test_bench_episodic_optimizer(benchmark: Any, episodes: int) -> None:
-    def measure() -> dict[str, list[float]]:
-        steps, _ = providers(episodes)
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for round_ in range(ROUNDS + 2):
-            for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                if round_ >= 2:
-                    times[name].append(time.perf_counter() - start)
-        return times
-
-    times = benchmark.pedantic(measure, rounds=1)
-    best = {name: min(values) for name, values in times.items()}
-    medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-    table = Table(title=f"AdamW step of E {episodes} adapters, D 512; ratios to the {FLOOR} of the same bytes")
-    for column in ("provider", "median ms", "best ms", "ratio of medians", "ratio of best"):
-        table.add_column(column, justify="left" if column == "provider" else "right")
-    for name in times:
-        ratios = medians[name] / medians[FLOOR], best[name] / best[FLOOR]
-        benchmark.extra_info[name] = {"median_ms": medians[name] * 1e3, "best_ms": best[name] * 1e3, "ratio": ratios[1]}
-        table.add_row(name, f"{medians[name] * 1e3:.3f}", f"{best[name] * 1e3:.3f}", *(f"{x:.2f}" for x in ratios))
-    Console(width=110).print(table)
+def test_bench_episodic_optimizer(
+    benchmark: Any, episodes: int, compiled_device: str, small_rows: list[dict[str, Any]]
+) -> None:
+    steps, elements = providers(episodes, compiled_device)
+    found = benchmark.pedantic(
+        interleaved.measure,
+        args=(f"AdamW step E={episodes} {compiled_device}", steps, FLOOR),
+        kwargs={"least_bytes": elements * BYTES, "device": compiled_device},
+        rounds=1,
+    )
+    benchmark.extra_info["providers"] = found
+    small_rows.extend(found)

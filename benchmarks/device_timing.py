@@ -16,12 +16,17 @@ import torch
 
 Step = Callable[[], Any]
 
+DEVICE = "cuda"
+PRODUCT_SIZE = 8192
+COPIED_BYTES = 2**30
+"""More than any cache holds, of one of two buffers."""
+
 
 @cache
 def _flusher() -> torch.Tensor:
     """Twice the L2 cache: writing it leaves nothing of the inputs in there."""
     size = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0) or 64 * 2**20
-    return torch.empty(2 * size, dtype=torch.int8, device="cuda")
+    return torch.empty(2 * size, dtype=torch.int8, device=DEVICE)
 
 
 @cache
@@ -68,8 +73,8 @@ def matrix_peak(dtype: str) -> float:
 
     float32 multiplies as torch.set_float32_matmul_precision says; "highest", the default, keeps off tensor cores.
     """
-    size = 8192
-    left, right = (torch.randn(size, size, device="cuda").to(getattr(torch, dtype)) for _ in range(2))
+    size = PRODUCT_SIZE
+    left, right = (torch.randn(size, size, device=DEVICE).to(getattr(torch, dtype)) for _ in range(2))
     for _ in range(3):
         left @ right
     best = min(device_ms(lambda: left @ right, 0.1) for _ in range(10))
@@ -78,8 +83,8 @@ def matrix_peak(dtype: str) -> float:
 
 @cache
 def bandwidth() -> float:
-    """Bytes per second of a copy larger than any cache, read and written bytes together; the best of several."""
-    source = torch.zeros(2**28, dtype=torch.float32, device="cuda")
+    """Bytes per second of a large copy, read and written bytes together; the best of several."""
+    source = torch.zeros(COPIED_BYTES // 4, dtype=torch.float32, device=DEVICE)
     target = torch.empty_like(source)
     best = min(device_ms(lambda: target.copy_(source), 0.1) for _ in range(10))
     return 2 * source.nbytes / best * 1e3

@@ -135,8 +135,9 @@ def make_step(case: Case, backend: str) -> Step:
 
 def measure(case: Case, names: list[str]) -> dict[str, Figures]:
     """Figures of every provider on one case, from interleaved rounds. Raises AssertionError where one is wrong."""
-    # Each case compiles for its own sizes, none inherits another's guards.
-    torch.compiler.reset()
+    if COMPILED in names:
+        # Each case compiles for its own sizes, none inherits another's guards.
+        torch.compiler.reset()
     steps: Mapping[str, Step] = {name: make_step(case, name) for name in names}
     expected = make_step(dataclasses.replace(case, dtype="float32", backward=False), "reference")()
     on_device = case.device != "cpu"
