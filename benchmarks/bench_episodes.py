@@ -22,7 +22,7 @@ VIEWS, WIDTH = 64, 512
 
 
 @pytest.mark.parametrize("classes", [200, 1000])
-@pytest.mark.parametrize("episodes", [1, 8])
+@pytest.mark.parametrize("episodes", [1, 4])
 def test_bench_episodes(
     benchmark: Any, episodes: int, classes: int, device: str, small_rows: list[dict[str, Any]]
 ) -> None:

@@ -2,7 +2,7 @@
 
 Providers of crops: Pillow with ToTensor and Normalize (the reference path of make_views), torchvision's v2 transforms
 on a uint8 tensor, kornia where it is installed, the compiled operator, draws included everywhere. Of AugMix: Pillow and
-the compiled operator. What is equal by design is compared bit for bit before it is timed. A CUDA device's time holds the
+the compiled operator. What is equal by design is compared bit for bit before it is timed. A device's time holds the
 picture's copy to it and the wait for it.
 """
 

@@ -251,6 +251,42 @@ def test_a_device_agrees_with_torch_optim(name: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("gradient", TYPES)
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("adamw", {"weight_decay": 0.01}),
+        ("adamw", {"weight_decay": 0.01, "torch_roots": True}),
+        ("adam", {"weight_decay": 5e-4, "betas": (0.4, 0.99)}),
+        ("sgd", {"weight_decay": 0.1, "momentum": 0.9}),
+        ("sgd", {}),
+    ],
+)
+def test_a_device_rounds_as_the_cpu(rule: Any, options: dict[str, Any], gradient: torch.dtype) -> None:
+    if extension.load_cuda() is not None:
+        pytest.skip(f"no CUDA kernels: {extension.load_cuda()}")
+    # A matrix with tails, a row, and one that no gradient reaches at first: it stays shared.
+    initial = {"w": torch.randn(33, 65), "b": torch.randn(7), "late": torch.randn(100)}
+    steps = [{key: torch.randn(3, *value.shape).to(gradient) for key, value in initial.items()} for _ in range(3)]
+    del steps[0]["late"]
+    found = {}
+    for device in ("cpu", "cuda"):
+        start = {key: value.to(device) for key, value in initial.items()}
+        optimizer = EpisodicOptimizer(start, 3, rule, lr=8e-3, backend=device, **options)
+        for _ in range(2):
+            optimizer.reset()
+            for gradients in steps:
+                optimizer.step({key: value.to(device) for key, value in gradients.items()})
+        found[device] = {key: value.cpu() for key, value in optimizer.parameters.items()}
+    for key, value in found["cpu"].items():
+        if options.get("torch_roots"):
+            # PyTorch's roots on a CPU may differ from the processor's in the last place: an ulp of an update.
+            torch.testing.assert_close(found["cuda"][key], value, rtol=2**-22, atol=8e-3 * 2**-20)
+        else:
+            assert torch.equal(found["cuda"][key], value), key
+
+
+@pytest.mark.gpu
 def test_an_episode_replays_from_a_graph() -> None:
     if extension.load_cuda() is not None:
         pytest.skip(f"no CUDA kernels: {extension.load_cuda()}")
