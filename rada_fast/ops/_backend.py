@@ -22,11 +22,27 @@ _traced = threading.local()
 Its attribute ``name`` is missing where nothing is chosen; compiled code is guarded by it, so another choice compiles
 anew."""
 
+_blocks: dict[object, str] = {}
+_last_entered: str | None = None
+"""Of the blocks that are open in any thread, the one that was entered last: threads that have entered none follow it,
+such as data parallelism's, whose replicas belong to the thread that called them."""
+_lock = threading.Lock()
+
 
 def _in_force() -> str | None:
-    if torch.compiler.is_compiling():
-        return getattr(_traced, "name", None)
-    return _chosen.get()
+    chosen = getattr(_traced, "name", None) if torch.compiler.is_compiling() else _chosen.get()
+    return chosen or _last_entered
+
+
+def _note_block(block: object, name: str | None) -> None:
+    """Remember that a block was entered with a name, or, with None, that it was left."""
+    global _last_entered
+    with _lock:
+        if name is None:
+            del _blocks[block]
+        else:
+            _blocks[block] = name
+        _last_entered = next(reversed(_blocks.values()), None)
 
 
 def _check_name(name: str, source: str) -> str:
@@ -41,12 +57,17 @@ def use_backend(name: str) -> Iterator[None]:
 
     name: "auto", or one of BACKENDS. A named backend that cannot serve a call raises BackendUnavailableError there;
     it never falls back. Raises ValueError for an unknown name.
+
+    Threads choose apart from one another. One that has entered no block of its own, as a replica's or a worker's,
+    follows the block that was entered last in the process, as long as that is open.
     """
     token = _chosen.set(_check_name(name, "backend"))
     _traced.name = name
+    _note_block(block := object(), name)
     try:
         yield
     finally:
+        _note_block(block, None)
         _chosen.reset(token)
         if (outer := _chosen.get()) is None:
             # Missing as before, so that what was compiled outside of the block serves again.

@@ -65,6 +65,9 @@ def episodic_optimizer_step(
         raise ValueError(f"step must be at least 1, got {step}")
     if not parameters:
         return
+    given = {"parameters": parameters, "first_moments": first_moments, "second_moments": second_moments}
+    for label, tensors in (given | {"sources": sources}).items():
+        _check_float32(label, tensors)
     device = parameters[0].device
     match resolve_device_backend(device, backend):
         case "reference":
@@ -80,6 +83,16 @@ def episodic_optimizer_step(
                 parameters, first_moments, second_moments, gradients, sources, fresh,
                 name, step, lr, weight_decay, *betas, eps, momentum, torch_roots,
             )  # fmt: skip
+
+
+def _check_float32(name: str, tensors: Sequence[Tensor | None]) -> None:
+    """Raise TypeError where one is of another type: in float16 eps is 0, and steps are lost in bfloat16 too."""
+    for index, tensor in enumerate(tensors):
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise TypeError(
+                f"{name}[{index}] must be contiguous float32, got {tensor.dtype}: keep a float32 copy of what is "
+                "trained"
+            )
 
 
 def _reference_step(
@@ -123,7 +136,7 @@ class _Slot:
     """One parameter of all episodes.
 
     initial: one copy, never written. shared: one copy that only weight decay has changed. own: (E, ...).
-    current: which of the three holds the values. fresh: the moments are zero and hold nothing.
+    current: which of the three holds the values. fresh: the moments are zero and hold nothing. frozen: nothing changes.
     """
 
     initial: Tensor
@@ -133,6 +146,7 @@ class _Slot:
     own: Tensor | None = None
     first: Tensor | None = None
     second: Tensor | None = None
+    frozen: bool = False
 
 
 # Parameter, first and second moment, gradient, source, fresh: one of each of the step's lists.
@@ -158,7 +172,9 @@ class EpisodicOptimizer:
             predict(optimizer.parameters, images)
 
     initial: name to tensor of any shape, float32, all on one device. Read at the first step of every episode and never
-        written, so that a change to it counts from the next reset on (a copy is taken of what is not contiguous).
+        written, so that a change to it counts from the next reset on. Of what is not contiguous a copy is taken, and of
+        float16 and bfloat16 one in float32, in which parameters, moments and steps are kept. A torch.nn.Parameter whose
+        requires_grad is False stays as it is.
     episodes: E, at least 1.
     name: "adamw", "adam" or "sgd"; weight decay is decoupled in adamw, added to the gradient in the others.
     lr, weight_decay, betas, eps, momentum: as in torch.optim. lr may be changed between steps.
@@ -198,9 +214,16 @@ class EpisodicOptimizer:
             raise ValueError(f"momentum is SGD's, got {momentum} with {name!r}")
         self._slots: dict[str, _Slot] = {}
         for key, tensor in initial.items():
-            if tensor.dtype != torch.float32:
-                raise TypeError(f"initial[{key!r}] must be float32, got {tensor.dtype}")
-            self._slots[key] = _Slot(tensor.detach().contiguous(), "initial", True)
+            if tensor.dtype not in _GRADIENTS:
+                raise TypeError(
+                    f"initial[{key!r}] must be float32, got {tensor.dtype} (bfloat16 and float16 are copied)"
+                )
+            with torch.inference_mode(False):
+                # What inference mode made takes no part in autograd, which the parameters are for.
+                start = tensor.clone() if tensor.is_inference() else tensor.detach()
+                slot = _Slot(start.float().contiguous(), "initial", True)
+            slot.frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+            self._slots[key] = slot
         if len({slot.initial.device for slot in self._slots.values()}) > 1:
             raise ValueError("initial must be on one device")
         self.episodes, self.name = episodes, name
@@ -231,6 +254,7 @@ class EpisodicOptimizer:
         for slot in self._slots.values():
             slot.current, slot.fresh = "initial", True
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Take one step. A gradient that is None or not there is exactly zero for every episode.
@@ -244,6 +268,8 @@ class EpisodicOptimizer:
         for key, gradient in gradients.items():
             if gradient is None:
                 continue
+            if self._slots[key].frozen:
+                raise ValueError(f"gradients[{key!r}] must be None: the parameter is frozen (requires_grad False)")
             initial = self._slots[key].initial
             expected = (self.episodes, *initial.shape)
             if tuple(gradient.shape) != expected:
@@ -255,6 +281,8 @@ class EpisodicOptimizer:
         self.steps += 1
         entries: list[_Entry] = []
         for key, slot in self._slots.items():
+            if slot.frozen:
+                continue
             gradient = gradients.get(key)
             entry = self._entry(slot, None if gradient is None else gradient.detach().contiguous())
             if entry is not None:

@@ -313,3 +313,54 @@ def test_a_named_backend_serves_or_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(step(None).parameters["w"], step("reference").parameters["w"])
     with pytest.raises(BackendUnavailableError, match="backend 'cpu' cannot be used: it is not built"):
         step("cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_low_precision_parameters_are_kept_in_float32(name: OptimizerName, dtype: torch.dtype, backend: str) -> None:
+    """Adam's eps of 1e-8 is zero in float16, and a zero gradient would make NaN."""
+    low = {key: value.to(dtype) for key, value in initial_values().items()}
+    exact = {key: value.float() for key, value in low.items()}
+    optimizers = [EpisodicOptimizer(start, EPISODES, name, lr=LR, backend=backend) for start in (low, exact)]
+    for _ in range(2):
+        gradients = draw(exact, dtype)
+        gradients["zero"] = torch.zeros(EPISODES, 33, 31, dtype=dtype)
+        for optimizer in optimizers:
+            optimizer.step(gradients)
+    for key, value in optimizers[0].parameters.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, optimizers[1].parameters[key])
+        assert bool(value.isfinite().all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_on_low_precision_tensors_is_refused(backend: str) -> None:
+    lists = [[torch.zeros(4, dtype=torch.float16)] for _ in range(3)]
+    with pytest.raises(
+        TypeError, match=r"parameters\[0\] must be contiguous float32, got torch.float16: keep a float32"
+    ):
+        episodic_optimizer_step(*lists, [None], [None], [True], name="adamw", step=1, lr=LR, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_parameters_stay_and_take_no_gradient(backend: str) -> None:
+    frozen = torch.nn.Parameter(torch.randn(4, 3), requires_grad=False)
+    start = {"frozen": frozen, "free": torch.nn.Parameter(torch.randn(5))}
+    optimizer = EpisodicOptimizer(start, EPISODES, lr=LR, weight_decay=0.5, backend=backend)
+    optimizer.step({"free": torch.ones(EPISODES, 5)})
+    assert torch.equal(optimizer.parameters["frozen"], frozen.expand(EPISODES, 4, 3))
+    assert not torch.equal(optimizer.parameters["free"][0], start["free"])
+    with pytest.raises(ValueError, match=r"gradients\['frozen'\] must be None: the parameter is frozen"):
+        optimizer.step({"frozen": torch.ones(EPISODES, 4, 3)})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode_leaves_parameters_that_autograd_takes(backend: str) -> None:
+    with torch.inference_mode():
+        optimizer = EpisodicOptimizer({"w": torch.ones(4)}, EPISODES, lr=LR, backend=backend)
+        optimizer.step({"w": torch.ones(EPISODES, 4)})
+    optimizer.step({"w": torch.ones(EPISODES, 4)})
+    factor = torch.ones(4, requires_grad=True)
+    (optimizer.parameters["w"] * factor).sum().backward()
+    assert factor.grad is not None

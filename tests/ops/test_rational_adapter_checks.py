@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -67,6 +69,42 @@ def test_the_block_wins_over_the_environment_and_the_argument_over_both(monkeypa
         assert resolve_backend() == "reference"
         assert resolve_backend("literal") == "literal"
     assert resolve_backend() == "literal"
+
+
+def test_threads_follow_the_open_block_and_choose_for_themselves() -> None:
+    """A pool's threads are as old as the pool: nothing that a thread inherits at its start would do."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(resolve_backend).result() == resolve_backend()
+        with rada_fast.use_backend("literal"):
+            assert pool.submit(resolve_backend).result() == "literal"
+
+            def inside() -> tuple[str, str, str]:
+                with rada_fast.use_backend("reference"):
+                    own = resolve_backend()
+                    entered.set()
+                    seen.wait(10)
+                return own, resolve_backend(), resolve_backend("reference")
+
+            entered, seen = threading.Event(), threading.Event()
+            future = pool.submit(inside)
+            entered.wait(10)
+            assert resolve_backend() == "literal"
+            seen.set()
+            assert future.result() == ("reference", "literal", "reference")
+        assert pool.submit(resolve_backend).result() == resolve_backend()
+        with pytest.raises(KeyError), rada_fast.use_backend("literal"):
+            raise KeyError
+        assert pool.submit(resolve_backend).result() == resolve_backend()
+
+
+def test_gradients_are_computed_by_the_backend_of_their_forward() -> None:
+    """Autograd's own threads have entered no block, and need none."""
+    adapter = RationalAdapter(CONFIG)
+    with rada_fast.use_backend("reference"):
+        logits = adapter(torch.ones(2, 16), torch.ones(3, 16), 10.0)
+    with rada_fast.use_backend("literal"):
+        logits.sum().backward()
+    assert adapter.get_parameter("out_proj.weight").grad is not None
 
 
 def test_unknown_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
