@@ -123,8 +123,8 @@ def show(summary: dict[str, Any], options: RunOptions) -> int:
     unreadable = summary["unreadable"]
     if unreadable > options.allow_unreadable:
         print(
-            f"rada-fast: {unreadable} images could not be read; images.jsonl names them, and those to be tested count as "
-            f"wrong (--allow-unreadable {unreadable} accepts them)",
+            f"rada-fast: {unreadable} images could not be read; images.jsonl names them, and those to be tested count "
+            f"as wrong (--allow-unreadable {unreadable} accepts them)",
             file=sys.stderr,
         )
         return 3
