@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from rada_fast.data.decode import UnreadableImageError, is_picture, read_image
+from rada_fast.data.sources import ImageFolder, open_source
 
 RAMP = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
 EIGHT = np.round(RAMP / 65535 * 255).astype(np.uint8)
@@ -42,7 +44,15 @@ def test_a_darker_greatest_value_of_a_pgm_is_white(tmp_path: Path) -> None:
 def test_16_bits_of_colour_are_scaled_too(tmp_path: Path) -> None:
     pixels = np.array([[65535, 32896, 257]], ">u2")
     (tmp_path / "a.ppm").write_bytes(b"P6 1 1 65535\n" + pixels.tobytes())
-    assert np.asarray(read_image(tmp_path / "a.ppm")).tolist() == [[[255, 128, 1]]]
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+    header = chunk(b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 16, 2, 0, 0, 0]))  # 1 x 1, 16 bits of RGB
+    body = chunk(b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b""))
+    for name in ("a.ppm", "a.png"):
+        assert np.asarray(read_image(tmp_path / name)).tolist() == [[[255, 128, 1]]]
 
 
 @pytest.mark.parametrize(
@@ -162,3 +172,17 @@ def test_animations_orientations_and_transparency_are_as_torchvision_has_them(tm
     assert read_image(tmp_path / "turned.jpg").size == (4, 2)
     Image.new("P", (4, 2), 1).save(tmp_path / "p.png", transparency=bytes([0, 128]))
     assert read_image(tmp_path / "p.png").mode == "RGB"
+
+
+def test_a_picture_that_goes_away_while_the_run_goes_on_is_unreadable(tmp_path: Path) -> None:
+    from rada_fast.data.views import Preprocess, ViewDataset
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+    source = open_source(f"imagefolder:{tmp_path}")
+    assert isinstance(source, ImageFolder)
+    views = ViewDataset(source.samples, Preprocess(4, (0.5,) * 3, (0.5,) * 3), 1, "crop", 0)
+    (tmp_path / "a" / "a.png").unlink()
+    assert views[0] == (0, None, "a.png cannot be read: No such file or directory")
+    assert views[1][1] is not None
