@@ -21,7 +21,7 @@ from rada_fast.loops.episodes import make_optimizer
 from rada_fast.loops.evaluate import evaluate, unreadable_records
 from rada_fast.loops.features import Features, class_means, encode_crops
 from rada_fast.loops.identity import open_folder
-from rada_fast.loops.problem import Problem, Setup, Source, check_width, open_setup, open_sources
+from rada_fast.loops.problem import Problem, Setup, Source, check_same_names, check_width, open_setup, open_sources
 from rada_fast.loops.progress import progress
 from rada_fast.loops.report import accuracy_of, already_finished, finish, harmonic_mean
 from rada_fast.loops.run_folder import RunFolder, reset_peak_memory
@@ -208,13 +208,15 @@ def test_sets(
 
 
 def check_same_classes(training: Source, testing: Source, config: EfficientConfig) -> None:
-    """Raise UserError where training and test folders are not the same classes."""
+    """Raise UserError where training and test data are not of the same classes."""
     if isinstance(training, ImageFolder) and isinstance(testing, ImageFolder) and training.folders != testing.folders:
         odd = sorted(set(training.folders) ^ set(testing.folders))
         raise UserError(
             f"test {config.test} must have the class folders of train {config.train}; only in one of them: "
             f"{', '.join(odd[:6])}"
         )
+    if isinstance(training, FeatureFile) and isinstance(testing, FeatureFile):
+        check_same_names(training, testing)
 
 
 def train_adapter(

@@ -22,7 +22,7 @@ from rada_fast.errors import UserError
 from rada_fast.loops.evaluate import evaluate, unreadable_records
 from rada_fast.loops.features import Features, check_some_readable, iterate_views, spread_limit
 from rada_fast.loops.identity import open_folder
-from rada_fast.loops.problem import Problem, Source, open_setup, open_sources
+from rada_fast.loops.problem import Problem, Source, check_same_names, open_setup, open_sources
 from rada_fast.loops.progress import progress
 from rada_fast.loops.report import accuracy_of, already_finished, finish
 from rada_fast.loops.run_folder import RunFolder, reset_peak_memory
@@ -135,6 +135,7 @@ def check_classes(config: FullConfig, train: Source, tests: dict[str, Source]) -
             if unknown := sorted(set(source.folders) - set(train.folders)):
                 raise UserError(f"test {spec} has class folders that train {config.train} lacks: {unknown[:6]}")
         elif isinstance(train, FeatureFile) and isinstance(source, FeatureFile):
+            check_same_names(train, source)
             if int(source.labels.max()) > int(train.labels.max()):
                 raise UserError(f"test {spec} has label {int(source.labels.max())}, train ends at {train.labels.max()}")
         else:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from rada_fast import _env, notices
 from rada_fast.config import (
@@ -28,6 +27,7 @@ from rada_fast.loops.features import Features, class_means, encode_images, sprea
 from rada_fast.loops.progress import progress
 from rada_fast.models.class_features import (
     class_features,
+    given_text_features,
     resolve_templates,
     warn_of_cut_names,
     warn_of_equal_features,
@@ -269,14 +269,18 @@ def text_features_of(
         return classifier
     source = text_file(options)
     assert source is not None
-    if len(source.features) != len(names):
-        raise UserError(
-            f"text_features {options.text_features} must hold one row for each of the {len(names)} classes, "
-            f"got {len(source.features)}"
-        )
-    features = normalize(source.features, dim=-1)
-    warn_of_equal_features(names, features)
-    return features
+    return given_text_features(source, names)
+
+
+def check_same_names(training: FeatureFile, testing: FeatureFile) -> None:
+    """Raise UserError where two feature files name the class of a label differently."""
+    pairs = zip(training.class_names or (), testing.class_names or (), strict=False)
+    for label, (trained, tested) in enumerate(pairs):
+        if trained != tested:
+            raise UserError(
+                f"test {testing.path} must have the classes of train {training.path}: the class_names of label {label} "
+                f"are {tested!r} and {trained!r}"
+            )
 
 
 def warn_of_unused_classifier(vlm: VisionLanguageModel, names: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from rada_fast import notices
 from rada_fast.data.folders import EXAMPLES
+from rada_fast.data.sources import FeatureFile
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.errors import UserError
 from rada_fast.models.class_names import resolve_class_names as resolve_class_names
@@ -140,6 +141,43 @@ def class_features(
     if path is not None:
         write_tensors(path, {"features": result})
     return result
+
+
+def given_text_features(file: FeatureFile, names: Sequence[str]) -> Tensor:
+    """Text features T that a file holds, a row a class, in the order of names.
+
+    file: its labels number the rows' classes, and its class_names, where it has them, name these; names: of the K
+    classes.
+
+    Returns (K, D) float32 on the CPU, unit norm. Raises UserError where a class has no row, or a row no class.
+    """
+    if len(file.features) != len(names):
+        raise UserError(
+            f"text_features features:{file.path} must hold one row for each of the {len(names)} classes, "
+            f"got {len(file.features)}"
+        )
+    features = normalize(file.features, dim=-1)
+    if sorted(file.labels.tolist()) == list(range(len(names))):
+        features = features[file.labels.argsort()]
+    else:
+        notices.warn(
+            f"text_features features:{file.path} has labels that are not 0 ... {len(names) - 1}, each once: its rows "
+            "are taken in the order of the classes"
+        )
+    if file.class_names is not None:
+        own = [name.casefold() for name in resolve_class_names(file.class_names, None, prompts=False)][: len(names)]
+        wanted = [name.casefold() for name in names]
+        if len(set(own)) == len(own) and set(own) == set(wanted) and own != wanted:
+            notices.note(f"text_features features:{file.path} has the classes in another order; each has its own row")
+            features = features[[own.index(name) for name in wanted]]
+        elif differing := [index for index, name in enumerate(own) if name != wanted[index] and name in wanted]:
+            index = differing[0]
+            notices.warn(
+                f"text_features features:{file.path} names class {index} {file.class_names[index]!r}, the data name it "
+                f"{names[index]!r}: its rows must be in the order of the classes"
+            )
+    warn_of_equal_features(names, features)
+    return features
 
 
 def warn_of_equal_features(names: Sequence[str], features: Tensor) -> None:

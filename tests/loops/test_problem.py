@@ -13,7 +13,15 @@ from rada_fast import notices
 from rada_fast.config import AdapterConfig, AdapterOptions, ClassOptions, TestTimeConfig
 from rada_fast.data.sources import open_source
 from rada_fast.errors import UserError
-from rada_fast.loops.problem import class_names_of, logit_scale_of, make_adapter, open_setup, open_sources
+from rada_fast.loops.problem import (
+    check_same_names,
+    class_names_of,
+    logit_scale_of,
+    make_adapter,
+    open_setup,
+    open_sources,
+    text_features_of,
+)
 from rada_fast.modules import RationalAdapter, save_adapter
 
 
@@ -186,3 +194,34 @@ def test_the_summary_says_what_was_used(tmp_path: Path) -> None:
     assert summary["views"] == 10
     assert summary["logit_scale"] == {"value": 50.0, "from": f"array logit_scale of {tmp_path / 't.npz'}"}
     assert summary["warnings"] == [f"--view-kind augmix makes no views of a feature file: {data} holds its own"]
+
+
+def test_rows_of_text_features_go_to_their_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = np.eye(3, 4)
+
+    def given(**arrays: Any) -> tuple[list[int], list[str]]:
+        """Which row each class gets, and what was warned of."""
+        spec = features(tmp_path / "t.npz", features=rows, **arrays)
+        with notices.collecting():
+            found = text_features_of(ClassOptions(text_features=spec), ("black cat", "dog", "tench"), None, None)
+            return found.argmax(dim=-1).tolist(), notices.so_far()
+
+    assert given() == ([0, 1, 2], [])
+    assert given(labels=np.array([2, 0, 1])) == ([1, 2, 0], [])
+    assert given(class_names=["dog", "n01440764", "black_cat"]) == ([2, 0, 1], [])
+    assert "has the classes in another order; each has its own row" in capsys.readouterr().err
+    assert given(class_names=["x", "y", "z"]) == ([0, 1, 2], [])
+    places, (warning,) = given(class_names=["dog", "y", "z"])
+    assert places == [0, 1, 2]
+    assert "names class 0 'dog', the data name it 'black cat'" in warning
+    assert "has labels that are not 0 ... 2, each once" in given(labels=np.array([0, 0, 1]))[1][0]
+    rows = np.array([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [0, 1.0, 0, 0]])
+    assert "2 of 3 classes have the same text feature" in given()[1][0]
+
+
+def test_feature_files_whose_labels_have_other_names_are_not_of_the_same_classes(tmp_path: Path) -> None:
+    train = open_source(features(tmp_path / "a.npz", class_names=["cat", "dog", "owl", "fox"]))
+    check_same_names(train, open_source(features(tmp_path / "b.npz")))
+    check_same_names(train, open_source(features(tmp_path / "c.npz", class_names=["cat", "dog", "owl"])))
+    with pytest.raises(UserError, match="the class_names of label 1 are 'owl' and 'dog'"):
+        check_same_names(train, open_source(features(tmp_path / "d.npz", class_names=["cat", "owl", "dog"])))
