@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rada_fast import notices
 from rada_fast.config import (
+    AdapterConfig,
+    AdapterOptions,
     ClassOptions,
     EfficientConfig,
     FullConfig,
@@ -22,11 +25,12 @@ from rada_fast.config import (
     TTTConfig,
 )
 from rada_fast.errors import UserError
-from rada_fast.loops import features, test_time
+from rada_fast.loops import features, problem, test_time
 from rada_fast.loops.efficient import run_efficient
 from rada_fast.loops.full import run_full
 from rada_fast.loops.report import show
 from rada_fast.loops.test_time import run_test_time
+from rada_fast.modules import RationalAdapter, save_adapter
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -120,6 +124,50 @@ def test_other_arrays_under_the_same_names_are_another_run(tmp_path: Path) -> No
     text_file(tmp_path / "t.npz")
     anew = run_test_time(dataclasses.replace(config, data=turned, run=dataclasses.replace(config.run, overwrite=True)))
     assert (anew["zero_shot_top1"], anew["resumed"]) == (0.0, 0)
+
+
+def test_names_templates_adapters_and_weights_are_part_of_a_run(
+    specks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, templates, adapter = (tmp_path / name for name in ("names.txt", "templates.txt", "a.safetensors"))
+    names.write_text("tabby\nhound\n")
+    templates.write_text("a picture of a {}.\n")
+    save_adapter(RationalAdapter(AdapterConfig.official(16)), adapter)
+    config = dataclasses.replace(
+        ttt(specks, tmp_path / "run"),
+        text=ClassOptions(classes=str(names), templates=str(templates)),
+        adapter=AdapterOptions(adapter=str(adapter)),
+    )
+    run_test_time(config)
+    for path in (names, templates, adapter):
+        os.utime(path, (1, 1))
+    assert run_test_time(config)["resumed"] == 4  # the content decides
+
+    def refused(match: str) -> None:
+        with pytest.raises(UserError, match=rf"differing: {match}\)"):
+            run_test_time(config)
+
+    before = {path: path.read_bytes() for path in (names, templates, adapter)}
+    names.write_text("hound\ntabby\n")
+    refused("class names")
+    names.write_bytes(before[names])
+    templates.write_text("a photo of a {}.\n")
+    refused("templates")
+    templates.write_bytes(before[templates])
+    other = RationalAdapter(AdapterConfig.official(16))
+    torch.nn.init.ones_(other.get_parameter("k_proj.bias"))
+    save_adapter(other, adapter)
+    refused("adapter file")
+    adapter.write_bytes(before[adapter])
+    load = problem.load_vision_language
+
+    def load_other(options: Any, run: Any) -> Any:
+        vlm = load(options, run)
+        vlm.fingerprint = "weights that were written over the old ones"
+        return vlm
+
+    monkeypatch.setattr(problem, "load_vision_language", load_other)
+    refused("model")
 
 
 def test_ttt_goes_on_with_added_pictures_and_does_changed_ones_anew(

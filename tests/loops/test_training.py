@@ -1,0 +1,118 @@
+"""What eft and fft share: a state holds all that a training needs to go on, and one that does not fit is set aside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from rada_fast import notices
+from rada_fast.config import RunOptions
+from rada_fast.errors import UserError
+from rada_fast.loops.run_folder import RunFolder
+from rada_fast.loops.training import Training, drawing_from, shuffled, step_loss, train_epoch, training_time
+
+
+def training(folder: RunFolder, width: int = 3) -> Training:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Linear(width, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    return Training(folder, "rada.pt", model, AdamW(model.parameters(), lr=0.1), scaler, name="rada")
+
+
+def epoch(of: Training) -> None:
+    inputs, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(len(of.records))), torch.arange(4) % 2
+
+    def loss(some: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return step_loss(of.trained(some), torch.zeros(()), target, 0.0)
+
+    of.save(train_epoch(of, [(inputs, labels)], loss, lambda step: 0.1, lr=0.1, micro_batch=3))
+
+
+def folder_in(path: Path) -> RunFolder:
+    return RunFolder(RunOptions(output=str(path / "run")), {"command": "fft"})
+
+
+def test_a_training_goes_on_to_the_same_weights_and_gradient_scale(tmp_path: Path) -> None:
+    with folder_in(tmp_path / "whole") as folder:
+        whole = training(folder)
+        assert whole.resume() == 0
+        for _ in range(3):
+            epoch(whole)
+    with folder_in(tmp_path / "cut") as folder:
+        before = training(folder)
+        before.kept = {"weight": torch.ones(1)}
+        before.note_unreadable([("a", 0, "torn"), ("a", 0, "torn")])
+        epoch(before)
+        after = training(folder)
+        assert after.resume() == 1
+        assert after.unreadable == {"a": ("a", 0, "torn")}
+        assert after.kept is not None
+        assert bool(after.kept["weight"] == 1)
+        for _ in range(2):
+            epoch(after)
+    assert after.scaler.state_dict() == whole.scaler.state_dict()
+    assert after.scaler.get_scale() == 16.0
+    assert all(torch.equal(a, b) for a, b in zip(after.trained.parameters(), whole.trained.parameters(), strict=True))
+
+
+def test_the_lines_are_the_states(tmp_path: Path) -> None:
+    """Lines that a crash tore, lost or added after the state was written are put right."""
+    with folder_in(tmp_path) as folder:
+        first = training(folder)
+        epoch(first)
+        epoch(first)
+        path = folder.path / "epochs.jsonl"
+        right = path.read_text()
+        for found in ("", right[:-10], right + right, right.splitlines()[0] + "\n"):
+            path.write_text(found)
+            training(folder).resume()
+            assert path.read_text() == right
+        assert [json.loads(line)["epoch"] for line in right.splitlines()] == [1, 2]
+
+
+def test_a_state_of_other_weights_is_set_aside_before_anything_is_taken(tmp_path: Path) -> None:
+    with notices.collecting(), folder_in(tmp_path) as folder:
+        epoch(training(folder))
+        other = training(folder, width=5)
+        assert other.resume() == 0
+        assert torch.equal(other.trained.weight, training(folder, width=5).trained.weight)
+        assert "rada.pt is damaged (it holds other weights)" in notices.so_far()[0]
+
+
+def test_an_epoch_without_a_step_has_a_record(tmp_path: Path) -> None:
+    with folder_in(tmp_path) as folder:
+        record = train_epoch(training(folder), [], lambda some, target: (some, target), lambda step: 0.1, lr=0.1)
+    assert (record["images"], record["lr"]) == (0, 0.1)
+    assert training_time([]) == {"training_seconds": 0, "images_per_second": None}
+
+
+def test_a_loss_that_is_no_number_names_the_rate(tmp_path: Path) -> None:
+    with folder_in(tmp_path) as folder:
+        of, batch = training(folder), (torch.ones(2, 3), torch.zeros(2).long())
+
+        def loss(some: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            value = of.trained(some).sum() * torch.nan
+            return value, value.detach().expand(4)
+
+        with pytest.raises(UserError, match="lr 7 made the loss nan in epoch 1 of rada"):
+            train_epoch(of, [batch], loss, lambda step: 0.1, lr=7)
+
+
+def test_draws_come_from_the_seed_and_the_name_alone() -> None:
+    before = torch.random.get_rng_state()
+    drawn = []
+    for seed, name in ((0, "a"), (0, "a"), (1, "a"), (0, "b")):
+        with drawing_from(seed, name, torch.device("cpu")):
+            drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[3])
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert sorted(torch.cat(shuffled(7, 3, 0, "a")).tolist()) == list(range(7))
+    assert [len(step) for step in shuffled(7, 3, 0, "a")] == [3, 3, 1]
