@@ -8,7 +8,9 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import difflib
+import errno
 import json
+import os
 import stat
 import tomllib
 import types
@@ -247,7 +249,7 @@ def _unknown(flag: str, options: Mapping[str, Option], command: str) -> str:
 
 
 def check_file_kind(flag: str, path: Path, *, pipes: bool = False) -> None:
-    """Refuse what is there but can hold no file of an option: a device, a socket, a pipe that may never end.
+    """Refuse what is there but can hold no file of an option, or may not be read: a device, a pipe that may never end.
 
     pipes: whether a pipe that the shell made, as in <(command), may be read.
 
@@ -260,6 +262,8 @@ def check_file_kind(flag: str, path: Path, *, pipes: bool = False) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {path} cannot be read: {reason_of(error)}") from None
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        if not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
+            raise UserError(f"{flag} {path} cannot be read: {os.strerror(errno.EACCES)}")
         return
     of_shell = str(path).startswith(("/dev/fd/", "/proc/self/fd/", "/dev/stdin"))
     if not (pipes and of_shell and stat.S_ISFIFO(mode)):

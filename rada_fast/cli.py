@@ -230,9 +230,10 @@ def check_paths(config: Any) -> None:
     Raises UserError where one is of a kind that can never be what its option wants, or where the system does not let
     it be looked at. What is not there is for its reader to refuse, who knows what it should hold.
     """
-    for option, value in paths_of(config):
-        path = Path(value)
+    found = [(option, Path(value)) for option, value in paths_of(config)]
+    for option, path in found:
         check_file_kind(option, path, pipes=option == "--classes")
+    for option, path in found:
         if option == "--output":
             check_output(path)
 

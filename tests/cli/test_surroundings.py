@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from rada_fast import _env, cli, ops
+from rada_fast.loops.progress import progress
 from rada_fast.terminal import PlainConsole, finite, print_json, table
 
 COMMAND = [sys.executable, "-m", "rada_fast"]
@@ -194,3 +196,42 @@ def test_a_folder_that_is_gone_is_one_line(
     (tmp_path / "gone").rmdir()
     assert cli.main(["doctor"]) == 2
     assert "does not exist any more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("ttt --data imagefolder:{0}/pictures", "--data {0}/pictures cannot be read: Permission denied"),
+        ("ttt --data x --adapter {0}/narrow.safetensors", "--adapter {0}/narrow.safetensors cannot be read"),
+        ("ttt --data x --pretrained {0}/empty", "--pretrained {0}/empty cannot be read"),
+        ("ttt --data x --text-features classifier:{0}/empty", "--text-features {0}/empty cannot be read"),
+        ("ttt --options {0}/type.toml", "--options file {0}/type.toml cannot be read"),
+        ("ttt --data x --output {0}/new/folder", "--output {0}/new/folder cannot be written"),
+    ],
+)
+def test_what_may_not_be_read_or_written_is_one_line(
+    things: Path, command: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The tests may run as the superuser, who may do everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert cli.main(command.format(things).split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"rada-fast: {named.format(things)}")
+    assert said.count("\n") == 1
+
+
+def test_progress_on_a_terminal_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("COLUMNS", "200")
+    with progress("test [v2] of a[/b] :smile:", 2) as advance:
+        advance(2, note="[/red]")
+    assert "test [v2] of a[/b] :smile:" in shown.getvalue()
+    assert "[/red]" in shown.getvalue()
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress("nobody reads this", 2) as advance:
+        advance(2)
