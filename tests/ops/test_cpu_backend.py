@@ -81,7 +81,7 @@ def solve(
         leaves["image"], leaves["text"], 20.0, {name: leaves[name] for name in parameters}, config,
         penalty=penalty, return_mask=True, backend=backend,
     )  # fmt: skip
-    labels = torch.arange(len(image)) % len(text)
+    labels = torch.arange(len(image), device=image.device) % len(text)
     loss = cross_entropy(output.logits.float() if dtype != torch.float64 else output.logits, labels)
     found = {"logits": output.logits, "mask": output.mask}
     if output.penalty is not None:
