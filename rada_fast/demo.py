@@ -32,6 +32,9 @@ TEST_IMAGES_PER_CLASS = 24
 BATCH_SIZE = 8
 """The paper's batch of 1 takes many times longer and no fewer epochs."""
 HISTOGRAM_IMAGES = 32
+WORLD = "world"
+MADE = frozenset({WORLD, "ttt", "eft", "report.json", "demo.png"})
+"""All that a demo makes in its folder; the drawn world comes first."""
 
 
 def run_demo(config: DemoConfig) -> int:
@@ -39,6 +42,7 @@ def run_demo(config: DemoConfig) -> int:
     start = time.perf_counter()
     console = PlainConsole()
     output = Path(config.output)
+    check_output(output)
     folders = draw_images(output, config)
 
     ttt = run_test_time(
@@ -74,6 +78,22 @@ def run_demo(config: DemoConfig) -> int:
     return 0
 
 
+def check_output(output: Path) -> None:
+    """Raise UserError where the folder holds anything that no demo made, which its files could replace."""
+    try:
+        there = {path.name for path in output.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"output {output} cannot be used: {error.strerror}") from None
+    foreign = there - MADE if WORLD in there else there
+    if foreign:
+        raise UserError(
+            f"output {output} must be empty, new, or an earlier demo's folder, it holds {ascii(min(foreign))[1:-1]}; "
+            "give another --output"
+        )
+
+
 def draw_images(output: Path, config: DemoConfig) -> dict[str, Path]:
     """Image folders of the shifted world: for TTT, and for EFT's training and test, each from seeds of its own."""
     classes = len(world.class_names())
@@ -84,7 +104,7 @@ def draw_images(output: Path, config: DemoConfig) -> dict[str, Path]:
     }
     folders = {}
     for index, (name, count) in enumerate(counts.items()):
-        folders[name] = output / "world" / f"{name}-seed{config.seed}-{count}"
+        folders[name] = output / WORLD / f"{name}-seed{config.seed}-{count}"
         # A folder is renamed into place when it is complete, so one that is there is whole.
         if not folders[name].is_dir():
             temporary = folders[name].with_name(f"{folders[name].name}.partial")

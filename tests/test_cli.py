@@ -219,6 +219,16 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert cli.main(["doctor"]) == 1
 
 
+@pytest.mark.parametrize("name", ["report.json", "demo.png", "holiday.jpg"])
+def test_the_demo_replaces_nothing_that_no_demo_made(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 2
+    assert f"an earlier demo's folder, it holds {name}; give another --output" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
 def test_the_demo_at_its_smallest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

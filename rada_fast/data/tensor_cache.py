@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from rada_fast import files
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:
@@ -21,10 +22,8 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a cache file, whole or not at all; warns where the folder cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        temporary.replace(path)
-    except (SafetensorError, OSError) as error:
+        files.write_tensors(path, tensors)
+    except OSError as error:
         warnings.warn(f"cache {path.parent} cannot be written, going on without it: {error}", stacklevel=2)

@@ -76,6 +76,9 @@ def run_full(config: FullConfig) -> dict[str, Any]:
     problem = setup.problem(names, setup.text_features(names, features))
     if features is not None:
         problem.check_width(features.features, config.train)
+    for spec, source in tests.items():
+        if isinstance(source, FeatureFile):
+            problem.check_width(source.features, spec)
     batches = Batches(config, problem, features)
     with open_run_folder(problem, batches, config) as folder:
         covers = {"limit": config.run.limit}
@@ -328,7 +331,6 @@ def test_stage(
         title = f"test {spec} after {stage.name}"
         limit = problem.config.run.limit
         features = problem.features(source, title=title, limit=limit, cached=not stage.trains_encoder)
-        problem.check_width(features.features, spec)
         labels = None
         if isinstance(source, ImageFolder) and isinstance(train, ImageFolder) and source.folders != train.folders:
             labels = [train.folders.index(name) for name in source.folders]

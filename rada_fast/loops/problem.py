@@ -100,6 +100,11 @@ class Setup:
 
     def problem(self, names: Sequence[str], text_features: Tensor) -> Problem:
         """The same with its classes, and the adapter to start from at their width."""
+        if self.vlm is not None and self.vlm.embed_dim != text_features.shape[1]:
+            raise UserError(
+                f"text_features {self.config.text.text_features} has rows of width {text_features.shape[1]}, model "
+                f"{self.vlm.name} makes features of width {self.vlm.embed_dim}"
+            )
         adapter = make_adapter(self.config.adapter, text_features.shape[1], self.config.run.seed)
         opened = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Problem(

@@ -6,6 +6,7 @@ else is no place for a new run.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -87,6 +88,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.path / LOCK_FILE)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise  # the disk's fault, not the option's
             raise UserError(f"output {self.path} cannot be written: {error.strerror}") from None
         try:
             # Once more, as another process may have begun in between.

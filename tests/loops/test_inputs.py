@@ -308,6 +308,25 @@ def test_unreadable_training_pictures_are_recorded_and_end_with_status_3(
             run(torn)
 
 
+def test_widths_are_compared_before_anything_is_trained(specks: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "wide.npz", features=np.eye(32, dtype=np.float32)[:2], labels=np.arange(2))
+    text = ClassOptions(text_features=f"features:{tmp_path / 'wide.npz'}")
+    for run, config in (
+        (run_test_time, ttt(specks, tmp_path / "run")),
+        (run_efficient, eft(specks, specks, tmp_path / "run")),
+        (run_full, fft(specks, specks, tmp_path / "run")),
+    ):
+        with pytest.raises(UserError, match="rows of width 32, model tiny makes features of width 16"):
+            run(dataclasses.replace(config, text=text))  # type: ignore[operator, type-var]
+    wide = f"features:{tmp_path / 'wide.npz'}"
+    narrow = features_file(tmp_path / "f.npz")
+    text = ClassOptions(text_features="class-means", logit_scale=100.0)
+    config = FullConfig(train=narrow, test=(wide,), stages="rada", text=text, run=RunOptions(str(tmp_path / "run")))
+    with pytest.raises(UserError, match="has features of width 32, the text features have 16"):
+        run_full(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_said_on_the_way_is_in_the_summary(specks: Path, tmp_path: Path) -> None:
     run_efficient(eft(specks, specks, tmp_path / "run"))
     (tmp_path / "run" / "state.pt").write_bytes(b"PK")
