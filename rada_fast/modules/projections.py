@@ -22,6 +22,11 @@ def is_no_ordinary_tensor(value: object) -> bool:
     return bool(_is_wrapper(value))
 
 
+def is_sharded(value: object) -> bool:
+    """Whether a tensor is a shard of fully_shard's or of tensor parallelism's."""
+    return is_no_ordinary_tensor(value) and hasattr(value, "full_tensor")
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero, also where ``reset_parameters`` starts it again (meta device, FSDP)."""
 
@@ -108,7 +113,8 @@ def stored_value(name: str, layer: nn.Module, leaf: str) -> Tensor:
         raise UserError(f"adapter's {name} has no {leaf}, which its configuration wants")
     if is_no_ordinary_tensor(value):
         raise UserError(
-            f"adapter's {name} has a {leaf} of the type {type(value).__name__}: gather or dequantise it before saving"
+            f"adapter's {name} has a {leaf} of the type {type(value).__name__}: gather it before saving (full_tensor), "
+            "or dequantise it"
         )
     if value.is_meta:
         raise UserError(f"adapter's {name} has a {leaf} on the meta device: {GIVE_VALUES}")

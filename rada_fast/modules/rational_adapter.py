@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from rada_fast.config import AdapterConfig, MaskPenalty
+from rada_fast.errors import UserError
 from rada_fast.modules.projections import (
     GIVE_VALUES,
     ZeroLinear,
     has_hooks,
     has_parametrisations,
+    is_sharded,
     reason_to_call,
     stored_value,
     tensors_or_calls,
@@ -131,7 +133,16 @@ class RationalAdapter(nn.Module):
         return output.logits if output.penalty is None else (output.logits, output.penalty)
 
     def mask(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-        """The mask M, (B, K, D), for inspection; arguments as forward."""
+        """The mask M, (B, K, D), for inspection; arguments as forward.
+
+        Raises ValueError where fully_shard holds the weights in shards, which it gathers for forward alone.
+        """
+        for name, layer in self._projections():
+            if isinstance(layer, nn.Linear) and not has_hooks(layer) and is_sharded(layer.weight):
+                raise ValueError(
+                    f"adapter's {name} is sharded by fully_shard, which gathers it for forward alone: call mask inside "
+                    "of forward, between adapter.unshard() and adapter.reshard(), or on a gathered adapter"
+                )
         output = self._run(image_features, text_features, logit_scale, return_mask=True)
         assert output.mask is not None
         return output.mask
@@ -159,10 +170,15 @@ class RationalAdapter(nn.Module):
 def unwrapped(adapter: nn.Module) -> RationalAdapter:
     """The adapter inside the wrappers of torch.compile, data parallelism and weight averaging.
 
-    Raises TypeError where there is none.
+    Raises TypeError where there is none, UserError where FullyShardedDataParallel keeps its weights in shards.
     """
     inner: object = adapter
     while isinstance(inner, nn.Module) and not isinstance(inner, RationalAdapter):
+        if "_fsdp_wrapped_module" in inner._modules:
+            raise UserError(
+                "adapter is in FullyShardedDataParallel, which keeps its weights in shards: inside of "
+                "FullyShardedDataParallel.summon_full_params(adapter) give adapter.module"
+            )
         inner = inner._modules.get("_orig_mod") or inner._modules.get("module")
     if not isinstance(inner, RationalAdapter):
         raise TypeError(f"adapter must be a RationalAdapter, or one in a wrapper, got {type(adapter).__name__}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.functional import linear, normalize
 from torch.nn.utils import parametrizations, prune
 
@@ -292,3 +294,52 @@ def test_projections_as_functions_need_one_adapter_for_all_episodes() -> None:
     image, text, scale = inputs()
     with pytest.raises(ValueError, match="episodes need parameters that are tensors, but k_proj is a LoRA"):
         rational_adapter(image, text, scale, tensors_or_calls(dict(adapter.named_children())), CONFIG, episodes=2)
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo")
+def test_sharded_adapters_compute_and_say_what_they_do_not(tmp_path: Path, mesh: Any) -> None:
+    given = inputs()
+
+    def sharded(*names: str) -> Any:
+        torch.manual_seed(0)
+        adapter = adapter_of()
+        for name in names:
+            fully_shard(adapter.get_submodule(name), mesh=mesh)
+        return adapter
+
+    wanted = sharded()(*given)
+    for names in (PROJECTIONS, ("",), (*PROJECTIONS, "")):
+        adapter = sharded(*names)
+        logits = adapter(*given)
+        torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+        logits.sum().backward()
+        assert adapter.k_proj.weight.grad is not None
+        assert not adapter.is_identity()
+    assert sharded(*PROJECTIONS).mask(*given).shape == (2, 5, 16)
+    with pytest.raises(ValueError, match="q_proj1 is sharded by fully_shard, which gathers it for forward alone"):
+        sharded("").mask(*given)
+    with pytest.raises(UserError, match="weight of the type DTensor: gather it before saving"):
+        save_adapter(sharded(""), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"q_proj1\.weight must be an ordinary tensor, got DTensor: gather it first"):
+        rada_fast.adapt_episodes(sharded(""), given[0][None], *given[1:])
+
+    older = sharded()
+    for name in PROJECTIONS:
+        setattr(older, name, FullyShardedDataParallel(getattr(older, name), device_id=torch.device("cpu")))
+    torch.testing.assert_close(older(*given), wanted, rtol=1e-9, atol=1e-9)
+    whole = FullyShardedDataParallel(sharded(), device_id=torch.device("cpu"))
+    torch.testing.assert_close(whole(*given), wanted, rtol=1e-9, atol=1e-9)
+    with pytest.raises(UserError, match=r"adapter is in FullyShardedDataParallel, .*summon_full_params"):
+        save_adapter(whole, tmp_path / "a")
+    with FullyShardedDataParallel.summon_full_params(whole):
+        save_adapter(whole.module, tmp_path / "a")
+    torch.testing.assert_close(load_adapter(tmp_path / "a")(*given), wanted, rtol=1e-9, atol=1e-9)
