@@ -369,6 +369,23 @@ def test_fft_on_features_serves_the_first_stage(tmp_path: Path) -> None:
         run_full(dataclasses.replace(config, stages="both"))
 
 
+@pytest.mark.parametrize("command", ["eft", "fft"])
+def test_a_runs_folder_is_taken_as_its_adapter(tmp_path: Path, command: str) -> None:
+    spec, texts = features_file(tmp_path / "f.npz"), text_file(tmp_path / "t.npz")
+    run, text = RunOptions(output=str(tmp_path / command)), ClassOptions(text_features=texts)
+    if command == "eft":
+        run_efficient(EfficientConfig(train=spec, test=spec, protocol="all", epochs=1, text=text, run=run))
+    else:
+        run_full(FullConfig(train=spec, test=(spec,), stages="rada", epochs=1, finetune_from=1, text=text, run=run))
+    file = {"eft": "adapter.safetensors", "fft": "rada-adapter.safetensors"}[command]
+    found = []
+    for place in (tmp_path / command, tmp_path / command / file):
+        ttt_run = RunOptions(output=str(tmp_path / f"ttt {place.name}"), limit=3)
+        run_test_time(TestTimeConfig(data=spec, text=text, adapter=AdapterOptions(adapter=str(place)), run=ttt_run))
+        found.append(lines(tmp_path / f"ttt {place.name}"))
+    assert found[0] == found[1]
+
+
 def test_learning_rates_warm_up_and_fall() -> None:
     config = FullConfig(train="x", test=("y",), warmup_steps=4)
     stage = full.Stage("rada", 2, 1.0, 1.0, trains_encoder=False)
