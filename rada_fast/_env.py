@@ -45,7 +45,9 @@ def place_other_caches() -> None:
     except UserError:  # nothing can be written anywhere, which whatever needs a place says itself
         return
     if home is None:
-        os.environ["HOME"] = str(place)
+        # The cache stays where it is without a home, where this package finds it in other programs too.
+        os.environ["RADA_FAST_CACHE"] = str(place)
+        os.environ["HOME"] = str(place / "home")
     os.environ.setdefault("TRITON_CACHE_DIR", str(place / "triton"))
     os.environ.setdefault("MPLCONFIGDIR", str(place / "matplotlib"))
 

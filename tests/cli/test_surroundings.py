@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +154,8 @@ def test_libraries_get_a_place_where_there_is_no_home(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(_env.Path, "home", unknown)
     _env.place_other_caches()
-    assert os.environ["HOME"] == str(tmp_path / "cache")
+    assert os.environ["HOME"] == str(tmp_path / "cache" / "home")
+    assert _env.cache_dir() == tmp_path / "cache"
     assert os.environ["TRITON_CACHE_DIR"] == "mine"
     monkeypatch.delenv("MPLCONFIGDIR")
     _env.place_other_caches()
@@ -235,3 +238,26 @@ def test_progress_on_a_terminal_shows_names_as_they_are(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "stderr", None)
     with progress("nobody reads this", 2) as advance:
         advance(2)
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("setpriv") is None, reason="only the superuser can become a user who is not listed"
+)
+def test_doctor_works_for_a_user_without_home_or_entry() -> None:
+    user = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
+    if subprocess.run([*user, "test", "-r", str(Path(cli.__file__))]).returncode or not os.access("/tmp", os.W_OK):
+        pytest.skip("the checkout is not readable for others")
+    named = ("HOME", "XDG_CACHE_HOME", "RADA_FAST_CACHE")
+    surroundings = {name: value for name, value in os.environ.items() if name not in named}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        done = subprocess.run(
+            [*user, *COMMAND, "doctor", "--json"],
+            cwd=folder,
+            env=surroundings | {"TMPDIR": folder},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout)["machine"]["cache"].startswith(folder)
+        assert not (Path(folder) / "~").exists()
