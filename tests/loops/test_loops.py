@@ -233,7 +233,7 @@ def test_ttt_keeps_the_zero_shot_answer_where_an_episode_diverges(tmp_path: Path
     config = TestTimeConfig(
         data=features_file(tmp_path / "f.npz", each=1, views=4),
         text=ClassOptions(text_features=text_file(tmp_path / "t.npz")),
-        episode=TTTConfig(lr=1e38, optimizer="sgd"),
+        episode=TTTConfig(lr=1e30, optimizer="sgd", steps=3),
         adapter=AdapterOptions(num_heads=2),
         run=RunOptions(output=str(tmp_path / "run")),
     )

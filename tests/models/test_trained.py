@@ -47,6 +47,13 @@ def records(path: Path, **wanted: str) -> dict[str, Any]:
     return {line["id"]: (line["adapted"], line["confidence"][1]) for line in chosen}
 
 
+def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Equal answers; the runs' batches differ, so that a processor may round their confidences otherwise."""
+    assert found.keys() == expected.keys()
+    for image, (answer, confidence) in expected.items():
+        assert found[image] == (answer, pytest.approx(confidence, abs=1e-5))
+
+
 def test_encoder_classifier_and_adapter_predict_as_the_run_did(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,7 +64,7 @@ def test_encoder_classifier_and_adapter_predict_as_the_run_did(
     assert "warning" not in capsys.readouterr().err
     found = records(tmp_path / "a" / "images.jsonl")
     assert len(found) == 4
-    assert found == records(run / "images.jsonl", stage="rada-ft")
+    assert_alike(found, records(run / "images.jsonl", stage="rada-ft"))
 
     assert cli.main(f"{command} --pretrained {run} --output {tmp_path}/b".split()) == 0
     assert f"--text-features classifier:{run} takes it" in capsys.readouterr().err
@@ -71,7 +78,7 @@ def test_a_run_with_frozen_encoders_has_those_that_it_started_from(
     assert load_model("embedded", str(run)).fingerprint == load_model("embedded").fingerprint
     command = f"ttt --data imagefolder:{folder}/pictures --views 1 --steps 0 --adapter {run} --pretrained {run}"
     assert cli.main(f"{command} --output {tmp_path}/a".split()) == 0
-    assert records(tmp_path / "a" / "images.jsonl") == records(run / "images.jsonl")
+    assert_alike(records(tmp_path / "a" / "images.jsonl"), records(run / "images.jsonl"))
 
 
 def test_a_run_that_started_from_a_run_is_followed(copied: Path, folder: Path) -> None:
