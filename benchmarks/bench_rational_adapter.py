@@ -1,8 +1,9 @@
 """The whole adapter, forward and forward+backward, every provider in one interleaved run.
 
 Providers: the literal float32 baseline, the reference, torch.compile of the reference, and every compiled backend that
-serves the device; --providers names some of them. pytest-benchmark times the whole case; each provider's figures are in
-its extra_info and in the table.
+serves the device, the cpu backend in float32 too; --providers names some of them. On a processor that does not multiply
+bfloat16, plain PyTorch in it is left out: its products are hundreds of times slower than float32's. pytest-benchmark
+times the whole case; each provider's figures are in its extra_info and in the table.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ def baseline_bytes(case: Case) -> int:
 def providers(case: Case) -> list[str]:
     """All of a case, the baseline first where it fits."""
     names = [harness.BASELINE] if baseline_bytes(case) <= MOST_BASELINE_BYTES else []
-    return [*names, "reference", harness.COMPILED, *harness.compiled_backends(case.device)]
+    if harness.multiplies(case):
+        names += ["reference", harness.COMPILED]
+    compiled = harness.compiled_backends(case.device)
+    if "cpu" in compiled and case.dtype != "float32":
+        names.append(harness.CPU_FLOAT32)
+    return names + compiled
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from rada_fast import _env
 from rada_fast.config import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import backends, use_backend
@@ -31,6 +32,9 @@ from . import device_timing
 BASELINE = "literal"
 COMPILED = "compile"
 """The provider that is torch.compile of the reference."""
+CPU_FLOAT32 = "cpu-float32"
+"""The provider that is the cpu backend in float32, whatever the others store."""
+FLOAT32_ONLY = (BASELINE, CPU_FLOAT32)
 SECONDS_PER_CASE = 2.0
 """Least time for a provider's rounds together; slow ones take MIN_ROUNDS whatever they cost."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
@@ -105,11 +109,16 @@ def compiled_backends(device: str) -> list[str]:
     return [name for name in {"cpu": ("cpu",), "cuda": ("triton",)}[device] if backends()[name] == "usable"]
 
 
+def multiplies(case: Case) -> bool:
+    """Whether the device has products of the case's type; without, plain PyTorch's take minutes and say nothing."""
+    return case.device != "cpu" or _env.multiplies(case.dtype)
+
+
 def make_step(case: Case, backend: str) -> Step:
     """A call that gives the logits, after a backward pass if the case has one; equal inputs for every backend."""
     torch.manual_seed(0)
     # The baseline is the published code's arithmetic in float32, whatever the others store.
-    dtype = torch.float32 if backend == BASELINE else getattr(torch, case.dtype)
+    dtype = torch.float32 if backend in FLOAT32_ONLY else getattr(torch, case.dtype)
     make = AdapterConfig.official if case.preset == "official" else AdapterConfig.paper
     adapter = RationalAdapter(make(case.width))
     torch.nn.init.normal_(adapter.get_parameter("out_proj.weight"), std=0.02)
@@ -120,7 +129,7 @@ def make_step(case: Case, backend: str) -> Step:
     call: Any = torch.compile(adapter, fullgraph=True, dynamic=False) if backend == COMPILED else adapter
 
     def step() -> Tensor:
-        with use_backend("reference" if backend == COMPILED else backend):
+        with use_backend({COMPILED: "reference", CPU_FLOAT32: "cpu"}.get(backend, backend)):
             if not case.backward:
                 with torch.no_grad():
                     logits: Tensor = call(image, text, 100.0)
@@ -145,7 +154,7 @@ def measure(case: Case, names: list[str]) -> dict[str, Figures]:
     for name, step in steps.items():
         error = float((step().float() - expected).norm() / expected.norm())
         # bfloat16 keeps 8 bits: logits of order s agree to about a hundredth of their norm.
-        bound = 1e-4 if case.dtype == "float32" or name == BASELINE else 5e-2
+        bound = 1e-4 if case.dtype == "float32" or name in FLOAT32_ONLY else 5e-2
         assert error <= bound, f"{name} on {case}: relative error {error:.1e}"
         costs[name] = device_timing.host_and_wall_ms(step)[1] / 1e3 if on_device else _seconds(step)
 
@@ -168,7 +177,7 @@ def measure(case: Case, names: list[str]) -> dict[str, Figures]:
             torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
         ).tolist()
         best = min(values)
-        dtype = "float32" if name == BASELINE else case.dtype
+        dtype = "float32" if name in FLOAT32_ONLY or not multiplies(case) else case.dtype
         device: dict[str, float] = {}
         if on_device:
             floor = max(

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rada_fast import _env
 from rada_fast.embedded import world
 from rada_fast.embedded.model import MEAN, STD, WordTokenizer, build_model
 from rada_fast.errors import UserError
@@ -223,7 +224,9 @@ def train(settings: Settings, output: Path, resume: bool, checkpoint_every: int 
             group["lr"] = learning_rate(settings, step)
         # Measured on two AVX512-BF16 cores: bfloat16 autocast with PyTorch's fused CPU attention saves 20 % of a step,
         # with the plain attention, whose products oneDNN runs in bfloat16, 45 to 55 %.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        # Without such instructions bfloat16's products are hundreds of times slower than float32's.
+        low = _env.multiplies("bfloat16")
+        with torch.autocast("cpu", torch.bfloat16, enabled=low), sdpa_kernel(SDPBackend.MATH):
             image_features, text_features, logit_scale = model(pixels, tokens)
         logits = logit_scale * image_features.float() @ text_features.float().T
         loss = contrastive_loss(logits, matches)
