@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,19 @@ def open_folder(
     """
     inputs = Inputs({part: stamps(source) for part, source in read.items()}, frozenset(deciding))
     data = [source.root for source in problem.sources.values() if isinstance(source, ImageFolder)]
-    folder = RunFolder(problem.config.run, identity_of(command, problem, names, text, limit), inputs, data)
+    identity = identity_of(command, problem, names, text, limit)
+    folder = RunFolder(problem.config.run, identity, inputs, data, given_paths(problem))
     # Nothing that was given can be refused any more.
     notices.release()
     return folder
+
+
+def given_paths(problem: Problem) -> list[Path]:
+    """What the options name that may be a file or a folder, and a tag or a template as well."""
+    config = problem.config
+    text = (config.text.text_features or "").partition(":")[2]
+    named = (config.adapter.adapter, config.model.pretrained, config.text.classes, config.text.templates, text)
+    return [Path(name).expanduser() for name in named if name]
 
 
 def identity_of(

@@ -70,18 +70,23 @@ class RunFolder:
     options: output folder, and whether another run's results there may be removed.
     identity: every option and value that changes a result, with the command.
     inputs: the files that do.
-    data: folders of images that the run reads.
+    data: folders of images that the run reads; given: files and folders that its options name.
 
     Raises UserError where the folder holds another run's results or anything else, or another process runs in it.
     """
 
     def __init__(
-        self, options: RunOptions, identity: Mapping[str, Any], inputs: Inputs | None = None, data: Sequence[Path] = ()
+        self,
+        options: RunOptions,
+        identity: Mapping[str, Any],
+        inputs: Inputs | None = None,
+        data: Sequence[Path] = (),
+        given: Sequence[Path] = (),
     ) -> None:
         self.path = Path(options.output).expanduser()
         self.inputs = inputs or Inputs()
         self._identity = json.loads(json.dumps(identity))
-        self._limit = options.limit
+        self._given = given
         _check_apart(self.path, data)
         self._check(options.overwrite)
         try:
@@ -125,6 +130,9 @@ class RunFolder:
                     f"output {self.path} must be empty, new, or hold nothing but a run's results, it holds "
                     f"{_some(foreign)}; give another --output"
                 )
+            place = self.path.resolve()
+            if read := [str(path) for path in self._given if place in (path.resolve(), *path.resolve().parents)]:
+                raise UserError(f"output {self.path} cannot be overwritten by a run that reads {_some(read)} in it")
             return stored
         changed = sorted(_differences(stored["identity"], self._identity))
         for part in sorted(self.inputs.deciding):

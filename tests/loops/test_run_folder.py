@@ -98,6 +98,16 @@ def test_results_among_the_data_are_refused(tmp_path: Path) -> None:
     assert names(data) == []
 
 
+def test_a_run_does_not_overwrite_what_it_reads(tmp_path: Path) -> None:
+    with begin(tmp_path) as folder:
+        folder.save_tensors("adapter.safetensors", {"a": torch.zeros(1)})
+    output = tmp_path / "run"
+    for given in (output, output / "adapter.safetensors"):
+        with pytest.raises(UserError, match=r"cannot be overwritten by a run that reads .*run"):
+            RunFolder(options(tmp_path, overwrite=True), OTHER, given=[tmp_path, given])
+    assert "adapter.safetensors" in names(output)
+
+
 def test_changed_inputs_are_named(tmp_path: Path) -> None:
     def inputs(**files: str) -> Inputs:
         return Inputs({"train": files, "test": {"x": str(len(files))}}, frozenset({"train"}))
