@@ -51,7 +51,8 @@ def split_heads(rows: Tensor, num_heads: int) -> Tensor:
 
 def project(rows: Tensor, parameters: Parameters, name: str) -> Tensor:
     """One linear projection, with its bias where it has one."""
-    if isinstance(parameters, FunctionType | MethodType):
+    # A tuple: torch.compile before PyTorch 2.11 does not know a union of types.
+    if isinstance(parameters, (FunctionType, MethodType)):
         projected: Tensor = parameters(name, rows)
         return projected
     tensors = cast(Mapping[str, Tensor], parameters)
