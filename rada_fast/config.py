@@ -32,8 +32,8 @@ MOST = 2**31 - 1
 """The largest count of anything."""
 MOST_SEED = 2**63 - 1
 """The largest seed that every generator takes."""
-MOST_REAL = 1e30
-"""The largest learning rate, weight or temperature: float32 holds it with room to spare."""
+MOST_REAL = 1e38
+"""The largest learning rate, weight or temperature: float32 holds it."""
 MOST_WORKERS = 1024
 MOST_LAYERS = 1024
 
