@@ -14,12 +14,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wr
 from rada_fast.errors import UserError
 from rada_fast.ops.rational_adapter import ProjectionCalls
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
 
 def is_no_ordinary_tensor(value: object) -> bool:
     """Whether a tensor stands for others: sharded, quantised."""
-    return bool(_is_wrapper(value))
+    return type(value) not in (Tensor, nn.Parameter) and bool(_is_wrapper(value))
 
 
 def is_sharded(value: object) -> bool:
@@ -39,7 +37,17 @@ class ZeroLinear(nn.Linear):
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module would call hooks as well: its own, or those registered for all modules."""
-    return any(getattr(module, name) or getattr(torch_module, f"_global{name}") for name in _HOOKS)
+    # Written out: adapters ask this of every projection at every call.
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def reason_to_call(layer: nn.Module) -> str | None:
@@ -53,9 +61,9 @@ def reason_to_call(layer: nn.Module) -> str | None:
     if has_hooks(layer):
         return "has hooks"
     if not has_parametrisations(layer):
-        for leaf in ("weight", "bias"):
-            if is_no_ordinary_tensor(getattr(layer, leaf)):
-                return f"has a {leaf} of the type {type(getattr(layer, leaf)).__name__}"
+        for leaf, value in (("weight", layer.weight), ("bias", layer.bias)):
+            if is_no_ordinary_tensor(value):
+                return f"has a {leaf} of the type {type(value).__name__}"
     return None
 
 
