@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
 from rada_fast.compat import SimpleMultiheadAttention, patch, unpatch
@@ -535,6 +536,43 @@ def test_low_precision_is_near_and_of_the_same_type(dtype: torch.dtype, autocast
         assert module(*rows)[1] is None
     assert got.dtype == wanted.dtype == dtype
     assert float((got - wanted).detach().abs().max()) <= 8 * torch.finfo(dtype).eps * max(1.0, float(exact))
+
+
+def test_calls_without_values_are_the_modules_own() -> None:
+    module = PublishedAttention(16, 4, 1.0).double().to("meta")
+    patch(module)
+    with pytest.warns(UserWarning, match="the values of its inputs cannot be compared"):
+        offset, first = module(*(row.to("meta") for row in published_rows()))
+    assert offset.shape == (2, 5, 16)
+    assert first is not None
+    module = PublishedAttention(16, 4, 1.0).double()
+    patch(module)
+    rows = published_rows()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.warns(UserWarning, match="cannot be compared"):
+        assert module(*(mode.from_tensor(row) for row in rows))[0].shape == (2, 5, 16)
+    # A patched model is still itself afterwards.
+    assert module(*rows)[1] is None
+
+
+@pytest.mark.parametrize("form", ["expanded", "one key", "by name", "inference mode"])
+def test_every_form_of_the_published_call_is_served(form: str) -> None:
+    module = PublishedAttention(16, 4, 1.0).double()
+    own = copy.deepcopy(module)
+    patch(module)
+    rows = published_rows()
+    image, text = rows[0][:, :1], rows[1][:1]
+    given: dict[str, Any] = dict(zip(("query1", "query2", "query3", "key", "value"), rows, strict=True))
+    if form == "expanded":
+        given |= {"query1": image.expand(2, 5, 16), "query2": text.expand(2, 5, 16)}
+    if form == "one key":
+        given |= {"query3": rows[2], "key": rows[2], "value": rows[2]}
+    with torch.inference_mode(form == "inference mode"):
+        if form == "by name":
+            offset, first = module(**given)
+        else:
+            offset, first = module(*given.values())
+        torch.testing.assert_close(offset, own(*given.values())[0], rtol=1e-9, atol=1e-10)
+    assert first is None
 
 
 def test_types_that_differ_are_the_modules_own_affair() -> None:

@@ -61,10 +61,12 @@ def reason_against(
     for name, layer in projections_of(module).items():
         if layer is None or (reason := reason_to_call(layer)):
             return f"its {name} {reason if layer is not None else 'is missing'}"
+    rows = [given[name] for name in names]
     return (
         _reason_of_state(module)
+        or _reason_of_form(module, rows)
         or _reason_of_arithmetic(module, own, names, state)
-        or _reason_of_inputs(module, [given[name] for name in names])
+        or _reason_of_values(rows)
     )
 
 
@@ -118,26 +120,31 @@ def _try(module: nn.Module, own: Callable[..., Any], names: Sequence[str]) -> st
                     image[:, 0], text[0], 1.0, tensors_or_calls(layers), config, return_mask=True, backend="reference"
                 ).mask
                 assert wanted is not None
-                error = (found.double() - (wanted - 1)).abs().max() / (wanted - 1).abs().max()
+                error = float((found.double() - (wanted - 1)).abs().max() / (wanted - 1).abs().max())
         except Exception as problem:  # a forward of someone else's can fail in any way
             return f"its own forward could not be tried: {' '.join(str(problem).split())[:200]}"
-    return None if float(error) < 1e-5 else "its own forward computes something else than the published one"
+    return None if error < 1e-5 else "its own forward computes something else than the published one"
 
 
-def _reason_of_inputs(module: nn.Module, rows: list[Tensor]) -> str | None:
-    """Whether the inputs are one row per image, one row per class and their product, also in their gradients."""
+def _reason_of_form(module: nn.Module, rows: list[Tensor]) -> str | None:
+    """Whether the inputs have values to be compared, of one shape and type."""
     first = rows[0]
-    weight: Any = module._modules["out_proj"].weight  # type: ignore[union-attr]
-    autocast = torch.is_autocast_enabled(first.device.type)
+    layer: Any = module._modules["out_proj"]
+    # Not its weight where it has parameters: of a parametrised layer that would be computed. Replicas have none.
+    parameter = next(layer.parameters(), None)
+    weight: Tensor = layer.weight if parameter is None else parameter
     for row in rows:
         if row.ndim != 3 or row.shape != first.shape or row.dtype != first.dtype or row.device != weight.device:
             return "its inputs are not of one shape (B, K, D) and one type, on its own device"
         if row.is_meta or type(row) not in (Tensor, nn.Parameter):
             return "the values of its inputs cannot be compared"
-    if not autocast and first.dtype != weight.dtype:
+    if first.dtype != weight.dtype and not torch.is_autocast_enabled(first.device.type):
         return f"its inputs are {first.dtype}, its parameters {weight.dtype}"
-    if first.numel() == 0:
-        return "the batch is empty"
+    return "the batch is empty" if first.numel() == 0 else None
+
+
+def _reason_of_values(rows: list[Tensor]) -> str | None:
+    """Whether the inputs are one row per image, one row per class and their product, also in their gradients."""
     if torch.is_grad_enabled() and any(row.requires_grad for row in rows) and not _flows_as_published(rows):
         return "gradients reach its inputs by other ways than the published model's"
     query_fits, text_fits, product_fits = _compare([row.detach() for row in rows])
