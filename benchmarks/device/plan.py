@@ -17,7 +17,7 @@ class Step:
 
     name: "stage.step"; arguments: after ``python -m``; about: a line for the table of the plan.
     limit: seconds for the whole step; quiet: seconds that one test may take.
-    shows: of a command, the expression whose last match in its output is said in the table.
+    shows: of a command, the expression whose matches in its output are said in the table.
     """
 
     name: str
@@ -56,7 +56,7 @@ PLAN = (
     Step("see.doctor", "rada-fast doctor: backends and their self-test",
          ("rada_fast", "doctor", "--json"), 120, shows=r'"(triton|auto)": "(?!\d+\.\d+\.)[^"]*"'),
     Step("build.extension", "C++ operators, and CUDA's for this device where nvcc is",
-         ("rada_fast", "build"), 300, shows="(?i).*cuda kernels.*"),
+         ("rada_fast", "build"), 300, shows=r"(?i)(no )?cuda kernels[^:\n]*(: [^/\n]*)?"),
     checks("launches", "every Triton launch by itself against the reference", "tests/kernels/test_launches.py"),
     checks("adapter", "the adapter, forward and backward, every option and type",
            "tests/kernels/test_rational_adapter.py"),

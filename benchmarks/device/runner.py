@@ -148,7 +148,9 @@ class Runner:
         text = self.log(step)
         if status:
             return Result(step.name, "failed", said=f"{ended(status)}: {last_line(text)}")
-        shown = [match.group().strip() for match in re.finditer(step.shows, text, re.MULTILINE)] if step.shows else []
+        shown = (
+            [match.group().strip(" :") for match in re.finditer(step.shows, text, re.MULTILINE)] if step.shows else []
+        )
         return Result(step.name, said=", ".join(dict.fromkeys(shown)))
 
     def tests(self, step: Step) -> Result:

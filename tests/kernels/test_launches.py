@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rada_fast.config import AdapterConfig
+from rada_fast.kernel_tuning import launches_of
 from rada_fast.ops import _triton
 from rada_fast.reference import class_attention, masked_logits, rational_projections
 from tests.ops.test_cpu_backend import problem
@@ -169,6 +170,11 @@ def test_each_launch(device: str, name: str, dtype: str, launch: str) -> None:
             size = size + exact["d_values" if key[1] == "_" else "dv_proj." + key.rpartition(".")[2]].norm()
         band = 2 * torch.finfo(stored).eps * size
         assert error <= 3 * allowed + band, f"{key}: {error:.2e}, plain PyTorch's {allowed:.2e}, band {band:.1e}"
+
+
+def test_no_launch_is_left_out() -> None:
+    launches = launches_of(CONFIGS["row"], 0, 1, F32, "cpu")
+    assert [name for name in LAUNCHES if name != "feature_gradients"] == list(launches)
 
 
 def test_they_are_the_launches_of_the_adapter(device: str) -> None:
