@@ -103,14 +103,16 @@ struct Operands {
   Tensor image, text_rows, text, ones;
   std::array<Tensor, kRoles> weights, biases;
 
-  Operands(const Problem& p, const Arguments& in) {
+  // output_only: of the weights, only the output's; widening one costs as much as a small product.
+  Operands(const Problem& p, const Arguments& in, bool output_only = false) {
     image = in.image_features.to(Types<T>::exact).contiguous();
     text_rows = in.text_features.to(Types<T>::exact).contiguous();
     text = at::zeros({p.width, p.padded}, text_rows.options());
     text.narrow(1, 0, p.classes).copy_(text_rows.t());
     ones = at::ones({p.width}, text_rows.options());
     for (size_t role = 0; role < kRoles; ++role) {
-      if (in.weights[role]) weights[role] = in.weights[role]->to(Types<T>::factor).contiguous();
+      if (in.weights[role] && (role == kOutput || !output_only))
+        weights[role] = in.weights[role]->to(Types<T>::factor).contiguous();
       if (in.biases[role]) biases[role] = in.biases[role]->to(Types<T>::exact).contiguous();
     }
   }
@@ -249,7 +251,7 @@ BackwardResult backward_of(const OptionalTensor& dlogits_in, const OptionalTenso
   using A = Acc<T>;
   using F = Factor<T>;
   const Problem p = problem_of(in);
-  const Operands<T> operands(p, in);
+  const Operands<T> operands(p, in, !needed.features());
   const auto exact = in.image_features.options().dtype(Types<T>::exact), factor = exact.dtype(Types<T>::factor);
   const int64_t step = chunk_of(p), size = p.image_size();
 
