@@ -278,12 +278,18 @@ def open_features(path: Path) -> FeatureFile:
             f"feature file {path}: class_names must be at least {labels.max() + 1} texts, one a label, "
             f"got {names.dtype} {names.shape}"
         )
+    found = [] if names is None else names.tolist()
+    try:
+        # In a NumPy array of bytes, names are UTF-8.
+        texts = tuple(str(name, "utf-8") if isinstance(name, bytes) else name for name in found)
+    except UnicodeDecodeError as error:
+        raise UserError(f"feature file {path}: class_names must be texts in UTF-8: {error}") from None
     return FeatureFile(
         path,
         torch.from_numpy(features),
         torch.from_numpy(labels.astype(np.int64)),
         tuple(str(index) for index in range(len(labels))),
-        None if names is None else tuple(np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names.tolist()),
+        None if names is None else texts,
         _logit_scale(path, arrays.get("logit_scale")),
     )
 

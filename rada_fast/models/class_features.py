@@ -81,6 +81,7 @@ def resolve_templates(spec: str) -> tuple[str, ...]:
 
 def warn_of_cut_names(vlm: VisionLanguageModel, names: Sequence[str], templates: Sequence[str]) -> None:
     """Warn of names that are longer than what the model's tokenizer keeps of a prompt."""
+    check_texts(names, templates)
     template = max(templates, key=len)
     length = int(vlm.tokenizer(["a"]).shape[-1])
     # A token has a byte or more, and two tokens stand at the ends: shorter prompts cannot be cut.
@@ -96,6 +97,14 @@ def warn_of_cut_names(vlm: VisionLanguageModel, names: Sequence[str], templates:
             f"{len(cut)} of {len(names)} class names are too long: of a prompt such as {template!r} the model reads "
             f"{length} tokens, and what lies beyond changes nothing: {shown}"
         )
+
+
+def check_texts(names: Sequence[str], templates: Sequence[str]) -> None:
+    """Raise UserError where a prompt would be no text, as of a folder whose name is not in UTF-8."""
+    for option, texts in (("classes", names), ("templates", templates)):
+        for text in texts:
+            if text.encode("utf-8", "replace").decode() != text:
+                raise UserError(f"--{option} must be texts in UTF-8, got {text!r}; give others in a file")
 
 
 def class_features(
@@ -117,6 +126,7 @@ def class_features(
         raise UserError("classes must hold at least one name, got K = 0")
     if not templates:
         raise UserError("templates must hold at least one template, got none")
+    check_texts(names, templates)
     path = None
     if cache_dir is not None:
         key = json.dumps([vlm.fingerprint, vlm.precision, vlm.device.type, list(names), list(templates)])

@@ -29,6 +29,10 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("green plain ring", "red plain square"):
         (root / "other" / name).mkdir(parents=True)
         Image.new("RGB", (64, 64)).save(root / "other" / name / "0.png")
+    for name in (b"\xff ring", b"blue plain ring"):
+        folder = root / "latin" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(folder / "0.png")
     (root / "flat").mkdir()
     Image.new("RGB", (64, 64)).save(root / "flat" / "0.png")
     (root / "empty").mkdir()
@@ -55,6 +59,11 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     feature_file("unlabelled", features=features)
     feature_file("none", features=features[:0], labels=LABELS[:0])
     feature_file("names", features=features, labels=LABELS, class_names=np.array(["one"]))
+    feature_file("bytes", features=features, labels=LABELS, class_names=np.array([b"\xff", b"a"]))
+    feature_file("true", features=features, labels=LABELS.astype(bool))
+    feature_file("unsigned", features=features, labels=np.array([0, 1, 2**64 - 1, 1], np.uint64))
+    feature_file("complex", features=features.astype(np.complex64), labels=LABELS)
+    feature_file("deep", features=features.reshape(4, 2, 2, 4), labels=LABELS)
     feature_file("objects", features=features, labels=LABELS, class_names=np.array(["a", 1], dtype=object))
     (root / "torn.npz").write_bytes((root / "good.npz").read_bytes()[:300])
 
@@ -66,6 +75,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "three.txt": "a\nb\nc\n",
         "none.txt": "\n",
         "numbers.json": "[1, 2]",
+        "half.json": '["\\ud800", "b"]',
         "torn.json": '["a", ',
         "deep.json": "[" * 100_000,
         "torn.toml": "steps = \n",

@@ -219,8 +219,10 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     ("ttt --data features:{0}/pipe", "--data {0}/pipe must be a file or a folder, got a pipe"),
     *((f"ttt --data features:{{0}}/{name}.npz", "--data") for name in (
         "torn", "nan", "zero", "whole", "flat", "short", "negative", "huge", "real", "unlabelled", "none", "names",
-        "objects",
+        "objects", "bytes", "true", "unsigned", "complex", "deep",
     )),
+    ("ttt --data imagefolder:{0}/latin", "--classes must be texts in UTF-8, got '\\udcff ring'"),
+    (f"{TTT} --classes {{0}}/half.json", "--classes must be texts in UTF-8"),
     ("ttt --data features:{0}/good.npz", "--data features:{0}/good.npz has features of width 16"),
     ("eft --train images:{0}/flat --test images:{0}/flat", "--train"),
     ("eft --train imagefolder:{0}/pictures --test images:{0}/flat", "--test"),
