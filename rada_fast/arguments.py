@@ -11,6 +11,7 @@ import difflib
 import errno
 import json
 import os
+import re
 import stat
 import tomllib
 import types
@@ -155,7 +156,8 @@ def name_option(message: str, config: Any) -> str:
     named = named_in(message, type(config))
     if named == message and not message.startswith("--"):
         for flag, path in paths_of(config):
-            if path in message:
+            # As a word of its own: a folder named "o" is not meant wherever there is an o.
+            if re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w/-])", message):
                 return message if flag in message.split() else f"{flag}: {message}"
     return named
 

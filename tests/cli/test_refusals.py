@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rada_fast import cli
-from rada_fast.arguments import options_of
+from rada_fast.arguments import name_option, options_of
 from rada_fast.errors import UserError
 
 TTT = "ttt --data imagefolder:{0}/pictures"
@@ -376,3 +376,10 @@ def test_every_option_of_every_command_refuses_what_is_no_value_of_it(command: s
         if option.kind is not bool:
             with pytest.raises(UserError, match=f"{option.flag} needs"):
                 cli.parse(command, [*others, option.flag])
+
+
+def test_a_path_is_known_by_itself_alone(tmp_path: Path) -> None:
+    config = cli.parse("ttt", ["--data", f"features:{tmp_path}/f.npz", "--output", "o"])
+    assert name_option("no class has two names", config) == "no class has two names"
+    assert name_option("o cannot be written", config) == "--output: o cannot be written"
+    assert name_option(f"feature file {tmp_path}/f.npz is damaged", config).startswith("--data: feature file")
