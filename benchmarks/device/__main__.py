@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .facts import said
 from .plan import PLAN, chosen
 from .report import summary
 from .runner import Runner
@@ -21,13 +22,14 @@ STATE = ("run.json", "facts.json", "steps.jsonl", "tests.jsonl", "figures.jsonl"
 
 
 def identity() -> dict[str, str]:
-    """What an earlier run's results hold for: these sources, these versions. Another device is another folder."""
+    """What an earlier run's results hold for: these sources, versions, devices."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*")):
         if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".ini") and path.is_file():
             digest.update(f"{path.relative_to(ROOT)}\n".encode())
             digest.update(path.read_bytes())
     found = {"sources": digest.hexdigest()[:16], "python": sys.version.split()[0]}
+    found["devices"] = said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") or "none"
     for name in ("torch", "triton"):
         try:
             found[name] = version(name)
@@ -38,8 +40,8 @@ def identity() -> dict[str, str]:
 
 def set_aside(output: Path, now: dict[str, str], afresh: bool) -> str | None:
     """Move the results of other sources or versions into a folder of their own. Returns what was done, or None."""
-    said = output / "run.json"
-    before = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else None
+    kept = output / "run.json"
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     message = None
     if before is not None and (before != now or afresh):
         place = next(place for at in range(1, 10**6) if not (place := output / f"earlier-{at}").exists())
@@ -50,7 +52,7 @@ def set_aside(output: Path, now: dict[str, str], afresh: bool) -> str | None:
         changed = ", ".join(name for name in now if before.get(name) != now[name]) or "nothing, but --fresh was given"
         message = f"what was there is in {place}; changed since: {changed}"
     output.mkdir(parents=True, exist_ok=True)
-    said.write_text(json.dumps(now) + "\n", encoding="utf-8")
+    kept.write_text(json.dumps(now) + "\n", encoding="utf-8")
     return message
 
 
@@ -60,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "results" / "device", help="folder of all that is written"
     )
+    parser.add_argument("--copy-to", type=Path, help="another folder that receives a copy of it after every step")
     parser.add_argument("--budget", type=float, default=540, help="seconds; what is left over waits for the next run")
     parser.add_argument("--fresh", action="store_true", help="do not go on from what the folder holds; nothing is lost")
     parser.add_argument("--again", action="store_true", help="run what is named again, whatever became of it before")
@@ -80,10 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
     runner = Runner(ROOT, options.output, options.budget, lambda line: print(line, flush=True))
     if options.again:
         runner.forget(steps)
-    results = runner.run(steps)
-    text = summary(results, runner.read("tests.jsonl"), runner.read("figures.jsonl"))
-    (options.output / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\nfiles: {options.output}")
+    results, text = [], ""
+    for step in steps:
+        results += runner.run([step])
+        text = summary(results, runner.read("tests.jsonl"), runner.read("figures.jsonl"))
+        (options.output / "summary.txt").write_text(text + "\n", encoding="utf-8")
+        if options.copy_to is not None:
+            shutil.copytree(options.output, options.copy_to, dirs_exist_ok=True)
+    print(f"\n{text}\n\nfiles: {options.copy_to or options.output}")
     states = {result.state for result in results}
     return 1 if "failed" in states else 3 if "unfinished" in states else 0
 

@@ -4,7 +4,7 @@
 #   bash benchmarks/device/run.sh [STAGE or STEP...] [--budget SECONDS] [--output FOLDER]
 #
 # Without names everything runs in the order of `--plan`; started again, it goes on where the time was over. Files go to
-# $OUT, or to results/device; see README.md beside this file. PYTHON names another interpreter than python3.
+# results/device, and a copy to $OUT if it is set; see README.md beside this file. PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
@@ -22,4 +22,4 @@ fi
 export PYTHONPATH=$PWD:$work/site PATH=$work/site/bin:$PATH PYTHONUNBUFFERED=1
 # What is compiled once serves every process that follows.
 export RADA_FAST_CACHE=${RADA_FAST_CACHE:-$work/cache} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton}
-exec "$python" -m benchmarks.device ${OUT:+--output "$OUT"} "$@"
+exec "$python" -m benchmarks.device ${OUT:+--copy-to "$OUT"} "$@"

@@ -189,6 +189,27 @@ def test_results_of_other_sources_are_set_aside(tmp_path: Path) -> None:
     assert (tmp_path / "earlier-1" / "tests.jsonl").is_file()
 
 
+def test_results_without_a_device_do_not_hold_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "said", lambda *command: None)
+    before = program.identity()
+    assert before["devices"] == "none"
+    monkeypatch.setattr(program, "said", lambda *command: "NVIDIA H100 80GB HBM3, 580.1")
+    after = program.identity()
+    assert after["devices"] != before["devices"]
+    assert {name for name in after if after[name] != before[name]} == {"devices"}
+
+
+def test_a_copy_is_made_after_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [Step("see.good", "", ("this",), 20)]
+    monkeypatch.setattr(program, "chosen", lambda names: steps)
+    monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(program, "identity", lambda: {"sources": "1"})
+    arguments = ["--output", str(tmp_path / "out"), "--copy-to", str(tmp_path / "copy"), "--budget", "30"]
+    assert program.main(arguments) == 0
+    assert (tmp_path / "copy" / "summary.txt").read_text() == (tmp_path / "out" / "summary.txt").read_text()
+    assert "see.good" in (tmp_path / "copy" / "steps.jsonl").read_text()
+
+
 def test_the_summary_shows_figures_in_few_columns() -> None:
     adapter = {
         "benchmark": "b", "case": "official B=6 K=1000 bfloat16 forward+backward cuda", "provider": "triton",
