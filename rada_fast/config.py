@@ -5,9 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from rada_fast.checks import (
+    MOST_LAYERS,
+    MOST_SEED,
+    MOST_WORKERS,
+    check_choice,
+    check_paths,
+    check_positive,
+    check_text,
+    check_whole,
+)
 from rada_fast.errors import UserError
 
 Softmax = Literal["matrix", "row"]
@@ -27,71 +36,6 @@ Stages = Literal["both", "rada"]
 
 QUERY_KINDS: tuple[QueryKind, ...] = ("image", "text", "rational")
 MASK_PENALTIES: tuple[MaskPenalty, ...] = ("l2", "l1", "linf")
-
-MOST = 2**31 - 1
-"""The largest count of anything."""
-MOST_SEED = 2**63 - 1
-"""The largest seed that every generator takes."""
-MOST_REAL = 1e38
-"""The largest learning rate, weight or temperature: float32 holds it."""
-MOST_WORKERS = 1024
-MOST_LAYERS = 1024
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _check_positive(name: str, value: float, *, zero_ok: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (value >= 0 if zero_ok else value > 0):
-        raise UserError(f"{name} must be {'at least 0' if zero_ok else 'above 0'}, got {_shown(value)}")
-    if value > MOST_REAL:
-        raise UserError(f"{name} must be at most {MOST_REAL:g}, got {_shown(value)}")
-
-
-def _check_whole(name: str, value: int, least: int, most: int = MOST) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise UserError(f"{name} must be a whole number of at least {least}, got {_shown(value)}")
-    if value > most:
-        raise UserError(f"{name} must be a whole number of at most {most}, got {_shown(value)}")
-
-
-def _shown(value: object) -> str:
-    """A value as it was given; a whole number too long to be written out, by its length."""
-    if isinstance(value, int) and abs(value) >= 10**40:
-        return "a number of more than 40 digits"
-    return repr(value)
-
-
-def _check_text(name: str, value: str | None) -> None:
-    """A name or a path: some text, without the character that no path can hold."""
-    if value is not None and (not isinstance(value, str) or not value.strip() or "\0" in value):
-        raise UserError(f"{name} must be a text that is neither empty nor has a NUL character, got {value!r}")
-
-
-def _without_tilde(name: str, path: str) -> str:
-    """A path in which a leading ~ or ~user is written out; a KIND:PATH keeps its kind."""
-    kind, colon, place = path.partition(":")
-    if not path.startswith("~") and not (colon and place.startswith("~") and kind.isalpha()):
-        return path
-    before, home = ("", path) if path.startswith("~") else (kind + colon, place)
-    try:
-        return before + str(Path(home).expanduser())
-    except RuntimeError:
-        raise UserError(f"{name} begins with a home folder that is not known here, got {path!r}") from None
-
-
-def _check_paths(config: Any, *names: str) -> None:
-    """Check fields that hold a path, several or none, and write their home folders out."""
-    for name in names:
-        value = getattr(config, name)
-        paths = value if isinstance(value, tuple) else (value,)
-        for path in paths:
-            _check_text(name, path)
-        whole = tuple(path if path is None else _without_tilde(name, path) for path in paths)
-        object.__setattr__(config, name, whole if isinstance(value, tuple) else whole[0])
 
 
 @dataclass(frozen=True)
@@ -127,23 +71,23 @@ class AdapterConfig:
     input_scale_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_whole("embed_dim", self.embed_dim, 1)
-        _check_whole("num_heads", self.num_heads, 1)
-        _check_whole("num_layers", self.num_layers, 1)
+        check_whole("embed_dim", self.embed_dim, 1)
+        check_whole("num_heads", self.num_heads, 1)
+        check_whole("num_layers", self.num_layers, 1)
         if self.embed_dim % self.num_heads:
             raise UserError(f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}")
-        _check_choice("softmax", self.softmax, ("matrix", "row"))
-        _check_choice("input_scale", self.input_scale, ("logit", "none"))
-        _check_choice("mask_activation", self.mask_activation, ("relu", "none"))
-        _check_choice("mask_function", self.mask_function, ("attention", "mlp"))
-        _check_positive("temperature", self.temperature)
-        _check_positive("input_scale_factor", self.input_scale_factor)
+        check_choice("softmax", self.softmax, ("matrix", "row"))
+        check_choice("input_scale", self.input_scale, ("logit", "none"))
+        check_choice("mask_activation", self.mask_activation, ("relu", "none"))
+        check_choice("mask_function", self.mask_function, ("attention", "mlp"))
+        check_positive("temperature", self.temperature)
+        check_positive("input_scale_factor", self.input_scale_factor)
         if not isinstance(self.bias, bool):
             raise UserError(f"bias must be true or false, got {self.bias!r}")
         if not isinstance(self.queries, tuple) or not self.queries:
             raise UserError(f"queries must be a non-empty tuple of {', '.join(QUERY_KINDS)}, got {self.queries!r}")
         for query in self.queries:
-            _check_choice("queries", query, QUERY_KINDS)
+            check_choice("queries", query, QUERY_KINDS)
         if len(set(self.queries)) != len(self.queries):
             raise UserError(f"queries must not repeat a kind, got {self.queries!r}")
         # One order everywhere, so that equal sets of queries are equal configurations.
@@ -218,15 +162,15 @@ class TTTConfig:
     """Weight decay; torch's default for AdamW, which the paper does not change."""
 
     def __post_init__(self) -> None:
-        _check_whole("steps", self.steps, 0)
-        _check_positive("lr", self.lr)
+        check_whole("steps", self.steps, 0)
+        check_positive("lr", self.lr)
         if not (isinstance(self.selection, int | float) and 0 < self.selection <= 1):
             raise UserError(f"selection must be above 0 and at most 1, got {self.selection!r}")
-        _check_choice("loss", self.loss, ("mean", "marginal"))
-        _check_choice("penalty", self.penalty, MASK_PENALTIES)
-        _check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
-        _check_choice("optimizer", self.optimizer, ("adamw", "adam", "sgd"))
-        _check_positive("weight_decay", self.weight_decay, zero_ok=True)
+        check_choice("loss", self.loss, ("mean", "marginal"))
+        check_choice("penalty", self.penalty, MASK_PENALTIES)
+        check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
+        check_choice("optimizer", self.optimizer, ("adamw", "adam", "sgd"))
+        check_positive("weight_decay", self.weight_decay, zero_ok=True)
 
     def num_selected(self, num_views: int) -> int:
         """How many of num_views views an episode keeps."""
@@ -248,9 +192,9 @@ class ModelOptions:
     """Arithmetic of the encoders; the adapter, its gradients and its optimiser stay in float32."""
 
     def __post_init__(self) -> None:
-        _check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
-        _check_text("model", self.model)
-        _check_paths(self, "pretrained")
+        check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
+        check_text("model", self.model)
+        check_paths(self, "pretrained")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise UserError(f"device must be auto, cpu or cuda[:N], got {self.device!r}")
 
@@ -272,14 +216,14 @@ class ClassOptions:
     CLIP's 100."""
 
     def __post_init__(self) -> None:
-        _check_text("templates", self.templates)
+        check_text("templates", self.templates)
         if "{" not in self.templates:
-            _check_paths(self, "templates")
+            check_paths(self, "templates")
         elif not self.templates.isascii() and self.templates.encode("utf-8", "replace").decode() != self.templates:
             raise UserError(f"templates must be text in UTF-8, got {self.templates!r}")
-        _check_paths(self, "classes", "text_features")
+        check_paths(self, "classes", "text_features")
         if self.logit_scale is not None:
-            _check_positive("logit_scale", self.logit_scale)
+            check_positive("logit_scale", self.logit_scale)
 
 
 @dataclass(frozen=True)
@@ -305,16 +249,16 @@ class AdapterOptions:
 
     def __post_init__(self) -> None:
         if self.preset is not None:
-            _check_choice("preset", self.preset, ("official", "paper"))
+            check_choice("preset", self.preset, ("official", "paper"))
         if self.temperature is not None:
-            _check_positive("temperature", self.temperature)
+            check_positive("temperature", self.temperature)
         if self.num_heads is not None:
-            _check_whole("num_heads", self.num_heads, 1)
+            check_whole("num_heads", self.num_heads, 1)
         if self.num_layers is not None:
-            _check_whole("num_layers", self.num_layers, 1, MOST_LAYERS)
+            check_whole("num_layers", self.num_layers, 1, MOST_LAYERS)
         # What does not depend on the width is refused before a model is loaded.
         self.resolve(self.num_heads or 8)
-        _check_paths(self, "adapter")
+        check_paths(self, "adapter")
 
     def _given(self) -> dict[str, Any]:
         """The fields of the configuration that were given, less the preset."""
@@ -374,12 +318,12 @@ class RunOptions:
     """Print the summary as JSON on standard output instead of a table."""
 
     def __post_init__(self) -> None:
-        _check_paths(self, "output")
-        _check_whole("workers", self.workers, 0, MOST_WORKERS)
-        _check_whole("seed", self.seed, 0, MOST_SEED)
+        check_paths(self, "output")
+        check_whole("workers", self.workers, 0, MOST_WORKERS)
+        check_whole("seed", self.seed, 0, MOST_SEED)
         if self.limit is not None:
-            _check_whole("limit", self.limit, 1)
-        _check_whole("allow_unreadable", self.allow_unreadable, 0)
+            check_whole("limit", self.limit, 1)
+        check_whole("allow_unreadable", self.allow_unreadable, 0)
 
 
 @dataclass(frozen=True)
@@ -413,12 +357,12 @@ class TestTimeConfig:
     __test__ = False  # not a test case, whatever pytest makes of the name
 
     def __post_init__(self) -> None:
-        _check_paths(self, "data")
-        _check_whole("views", self.views, 1)
-        _check_whole("episodes", self.episodes, 1)
+        check_paths(self, "data")
+        check_whole("views", self.views, 1)
+        check_whole("episodes", self.episodes, 1)
         if self.order_seed is not None:
-            _check_whole("order_seed", self.order_seed, 0, MOST_SEED)
-        _check_choice("view_kind", self.view_kind, ("crop", "augmix"))
+            check_whole("order_seed", self.order_seed, 0, MOST_SEED)
+        check_choice("view_kind", self.view_kind, ("crop", "augmix"))
 
 
 @dataclass(frozen=True)
@@ -469,15 +413,15 @@ class EfficientConfig:
     adapter: AdapterOptions = AdapterOptions()
 
     def __post_init__(self) -> None:
-        _check_paths(self, "train", "test", "new_test")
+        check_paths(self, "train", "test", "new_test")
         if self.shots is not None:
-            _check_whole("shots", self.shots, 1)
-        _check_whole("epochs", self.epochs, 1)
-        _check_whole("batch_size", self.batch_size, 1)
-        _check_whole("evaluate_every", self.evaluate_every, 0)
-        _check_positive("lr", self.lr)
-        _check_positive("weight_decay", self.weight_decay, zero_ok=True)
-        _check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
+            check_whole("shots", self.shots, 1)
+        check_whole("epochs", self.epochs, 1)
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("evaluate_every", self.evaluate_every, 0)
+        check_positive("lr", self.lr)
+        check_positive("weight_decay", self.weight_decay, zero_ok=True)
+        check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
         if self.new_test is not None and self.protocol != "all":
             raise UserError("new_test needs protocol 'all': with 'base-to-new' the new classes are test's second half")
 
@@ -532,18 +476,18 @@ class FullConfig:
     def __post_init__(self) -> None:
         if not self.test:
             raise UserError("test must name at least one source, got none")
-        _check_paths(self, "train", "test")
+        check_paths(self, "train", "test")
         for name in ("epochs", "finetune_epochs", "batch_size", "finetune_from"):
-            _check_whole(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1)
         if self.micro_batch is not None:
-            _check_whole("micro_batch", self.micro_batch, 1)
-        _check_whole("warmup_steps", self.warmup_steps, 0)
+            check_whole("micro_batch", self.micro_batch, 1)
+        check_whole("warmup_steps", self.warmup_steps, 0)
         if self.finetune_from > self.epochs:
             raise UserError(f"finetune_from must be at most epochs {self.epochs}, got {self.finetune_from}")
         for name in ("lr", "finetune_lr"):
-            _check_positive(name, getattr(self, name))
-        _check_positive("weight_decay", self.weight_decay, zero_ok=True)
-        _check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
+            check_positive(name, getattr(self, name))
+        check_positive("weight_decay", self.weight_decay, zero_ok=True)
+        check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
 
 
 @dataclass(frozen=True)
@@ -564,11 +508,11 @@ class DemoConfig:
     """Seed of the drawn images, the views and the training."""
 
     def __post_init__(self) -> None:
-        _check_paths(self, "output")
-        _check_whole("images", self.images, 1)
-        _check_whole("epochs", self.epochs, 1)
+        check_paths(self, "output")
+        check_whole("images", self.images, 1)
+        check_whole("epochs", self.epochs, 1)
         # The drawn worlds take three seeds each.
-        _check_whole("seed", self.seed, 0, MOST_SEED // 3 - 1)
+        check_whole("seed", self.seed, 0, MOST_SEED // 3 - 1)
 
 
 @dataclass(frozen=True)
@@ -581,7 +525,7 @@ class DoctorConfig:
 
 def _check_width(embed_dim: int, preset: str) -> None:
     """Check a width whose kernels are compiled: the official preset has eight heads."""
-    _check_whole("embed_dim", embed_dim, 1, 2**16)
+    check_whole("embed_dim", embed_dim, 1, 2**16)
     if preset == "official" and embed_dim % 8:
         raise UserError(f"embed_dim must be a multiple of 8 with preset 'official', got {embed_dim}")
 
@@ -613,8 +557,8 @@ class KernelsConfig:
     """Print one JSON line for each kernel and target."""
 
     def __post_init__(self) -> None:
-        _check_whole("batch", self.batch, 1)
-        _check_whole("classes", self.classes, 1)
+        check_whole("batch", self.batch, 1)
+        check_whole("classes", self.classes, 1)
         _check_width(self.embed_dim, self.preset)
         if not self.targets:
             raise UserError("targets must name at least one compute capability, got none")
@@ -662,5 +606,5 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         if self.jobs is not None:
-            _check_whole("jobs", self.jobs, 1, 2**16)
-        _check_positive("timeout", self.timeout)
+            check_whole("jobs", self.jobs, 1, 2**16)
+        check_positive("timeout", self.timeout)
