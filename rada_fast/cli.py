@@ -17,17 +17,13 @@ from typing import Any
 from rada_fast import __version__, _env, notices, termination
 from rada_fast.arguments import check_file_kind, name_option, paths_of, read, shortened
 from rada_fast.config import (
-    BuildConfig,
-    DemoConfig,
-    DoctorConfig,
     EfficientConfig,
     FullConfig,
-    KernelsConfig,
-    SimulateConfig,
     TestTimeConfig,
 )
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.notices import one_line
+from rada_fast.tool_config import BuildConfig, DemoConfig, DoctorConfig, KernelsConfig, SimulateConfig
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoConfig, "see the method work on the small CLIP that is shipped, in about two minutes"),

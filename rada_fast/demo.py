@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from rada_fast.config import DemoConfig, EfficientConfig, RunOptions, TestTimeConfig
+from rada_fast.config import EfficientConfig, RunOptions, TestTimeConfig
 from rada_fast.data.decode import read_image
 from rada_fast.data.sources import ImageFolder, open_source
 from rada_fast.embedded import world
@@ -25,6 +25,7 @@ from rada_fast.modules import load_adapter
 from rada_fast.ops import rational_adapter
 from rada_fast.pictures import mask_picture
 from rada_fast.terminal import PlainConsole
+from rada_fast.tool_config import DemoConfig
 
 SHOTS = 16
 TEST_IMAGES_PER_CLASS = 24

@@ -11,12 +11,13 @@ import torch
 from torch.nn.functional import normalize
 
 from rada_fast import _env, extension
-from rada_fast.config import AdapterConfig, DoctorConfig
+from rada_fast.config import AdapterConfig
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.loops.run_folder import versions
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import BACKENDS, backends, rational_adapter, resolve_backend
 from rada_fast.terminal import print_json
+from rada_fast.tool_config import DoctorConfig
 
 SELF_TEST_BOUND = 1e-4
 """Largest relative error of float32 logits against float64: about 100 times what rounding gives at this size."""

@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rada_fast import _env
-from rada_fast.config import AdapterConfig, SimulateConfig
+from rada_fast.config import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
 from rada_fast.terminal import PlainConsole, print_json
+from rada_fast.tool_config import SimulateConfig
 
 DEVICE = "a100-40gb"
 

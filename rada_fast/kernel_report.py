@@ -17,11 +17,12 @@ from rich.table import Table
 from torch import Tensor
 
 from rada_fast import cuda_toolkit, extension
-from rada_fast.config import AdapterConfig, KernelsConfig
+from rada_fast.config import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
 from rada_fast.ops._backend import use_backend
 from rada_fast.terminal import PlainConsole, print_json
+from rada_fast.tool_config import KernelsConfig
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _POINTERS = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from rada_fast.config import AdapterConfig, KernelsConfig
+from rada_fast.config import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.kernels.class_attention import class_attention, class_attention_backward
 from rada_fast.kernels.masked_logits import masked_logits, masked_logits_backward
@@ -18,6 +18,7 @@ from rada_fast.modules import RationalAdapter
 from rada_fast.ops._tiles import Sizes, cache_file, tune
 from rada_fast.ops._triton import ROLES, float32_precision
 from rada_fast.terminal import PlainConsole, print_json
+from rada_fast.tool_config import KernelsConfig
 
 
 def launches_of(
