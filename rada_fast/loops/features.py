@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from rada_fast.models.vision_language import VisionLanguageModel
 
 Unreadable = tuple[str, int, str]
 """Id and label of an image that could not be read, and the reason."""
+SECONDS_TO_SIGNAL = 5.0
+"""The longest wait for the signal that a process has ended; it comes at once."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def iterate_views(
     """(index, views (V, 3, S, S) or None, reason or None) for each sample, in order; see ViewDataset.
 
     workers: processes that make them; where the system lets none be started, this process makes them, with a warning.
-    Where the system ends a worker, PyTorch raises RuntimeError at whatever this process does then.
+    Raises RuntimeError where the system ends a worker; PyTorch raises it at whatever this process does then.
     """
     dataset = ViewDataset(samples, vlm.preprocess, views, kind, seed, crop_scale)
     if workers:
@@ -74,8 +77,14 @@ def iterate_views(
         except OSError as error:  # no semaphores without a writable /dev/shm, no more processes, no more memory
             notices.warn(f"--workers {workers} cannot be started ({error}); the images are read without them")
         else:
-            for index, sent, reason in stream:
-                yield index, torch.from_numpy(sent) if isinstance(sent, np.ndarray) else sent, reason
+            try:
+                for index, sent, reason in stream:
+                    yield index, torch.from_numpy(sent) if isinstance(sent, np.ndarray) else sent, reason
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                # A worker was ended while it handed views over. The signal of its end makes PyTorch raise its own error
+                # here; left to later, that would come while the loader is taken down, where nobody can catch it.
+                time.sleep(SECONDS_TO_SIGNAL)
+                raise RuntimeError(f"DataLoader worker (pid unknown) has gone: {error}") from error
             return
     yield from DataLoader(dataset, batch_size=None, collate_fn=as_it_is)
 

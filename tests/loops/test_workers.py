@@ -71,6 +71,21 @@ def test_images_are_read_here_where_no_process_can_be_started(
     assert "warning: --workers 2 cannot be started" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError("by peer"), EOFError(), FileNotFoundError("no socket")])
+def test_a_worker_that_ends_while_it_sends_is_told_from_a_full_disk(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    class Broken(features.DataLoader):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            raise error
+            yield
+
+    monkeypatch.setattr(features, "DataLoader", Broken)
+    monkeypatch.setattr(features, "SECONDS_TO_SIGNAL", 0.0)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
+        views_of(pictures, workers=1)
+
+
 def test_a_worker_that_the_system_ends_is_one_line_and_the_run_goes_on_later(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
