@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from rada_fast import cli
+from rada_fast import cli, files
+from rada_fast.config import RunOptions
 from rada_fast.loops import test_time
-from rada_fast.termination import Terminated, raising_terminated
+from rada_fast.loops.run_folder import RunFolder
+from rada_fast.termination import Terminated, raise_if_asked, raising_terminated
 
 
 def test_a_terminated_command_says_how_to_go_on(
@@ -40,6 +44,55 @@ def test_a_terminated_command_says_how_to_go_on(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert cli.main(command) == 0
     assert len((tmp_path / "run" / "images.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_in_the_middle_of_a_save_is_no_error_of_the_save(
+    tmp_path: Path, number: int, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save makes an error of its own of what is raised while it writes."""
+    write = files._ErrorRecorder.write
+
+    def signalled(recorder: files._ErrorRecorder, data: Any) -> int:
+        monkeypatch.undo()
+        os.kill(os.getpid(), number)
+        return write(recorder, data)
+
+    monkeypatch.setattr(files._ErrorRecorder, "write", signalled)
+    state = {"a": torch.zeros(9)}
+    with pytest.raises(KeyboardInterrupt) as caught, raising_terminated():
+        files.write_state(tmp_path / "state.pt", state, previous=tmp_path / "state-previous.pt")
+    assert type(caught.value) is raised
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with raising_terminated():
+        raise_if_asked()  # the next command has not been asked
+
+
+def test_a_signal_that_a_library_drops_is_raised_at_the_next_line(tmp_path: Path) -> None:
+    def load(state: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def drop(state: Any) -> None:
+        try:
+            load(state)
+        except Terminated:
+            raise ValueError("damaged") from None
+
+    def drop_and_append(folder: RunFolder) -> None:
+        with suppress(Terminated):
+            load(None)
+        folder.append("images.jsonl", {"id": "a"})
+
+    options, identity = RunOptions(output=str(tmp_path / "run")), {"command": "eft"}
+    with RunFolder(options, identity) as folder:
+        folder.save_state("state.pt", {"a": 1})
+        with pytest.raises(Terminated), raising_terminated():
+            folder.load_state("state.pt", drop)
+        assert (folder.path / "state.pt").exists()
+        with pytest.raises(Terminated), raising_terminated():
+            drop_and_append(folder)
+        assert folder.read_lines("images.jsonl") == []
 
 
 def test_only_the_first_signal_is_caught() -> None:

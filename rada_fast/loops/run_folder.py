@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import rada_fast
-from rada_fast import files, notices
+from rada_fast import files, notices, termination
 from rada_fast.config import RunOptions
 from rada_fast.errors import UserError
 from rada_fast.loops.folder_lock import FolderLock
@@ -239,6 +239,8 @@ class RunFolder:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line; it is with the operating system before this returns."""
+        # What a signal has cut off, the reading of an image for one, must not be recorded as if it were the image's.
+        termination.raise_if_asked()
         files.append_line(self.path / name, _line(record))
 
     def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
@@ -284,6 +286,7 @@ class RunFolder:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 use(state)
             except Exception as error:  # a damaged archive fails in any of zipfile's, zlib's and torch's ways
+                termination.raise_if_asked()  # which torch.load may have taken for such damage
                 aside = self._set_aside(path)
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
                 notices.warn(
