@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 import platform
+import re
+import stat
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,8 @@ from pathlib import Path
 from rada_fast import notices
 from rada_fast.errors import UserError
 
+_OWNER = re.compile(rb"(process \d+ on [^\n]*\n)?")
+"""What a lock's file holds: nothing yet, or whose it is."""
 _held: set[int] = set()
 """Open descriptors of the locks that this process holds."""
 
@@ -39,12 +43,24 @@ class FolderLock:
 
     path: the lock's file, which is made and stays. Where the file system has no locks, this warns and goes on.
 
-    Raises UserError where another process, or another run in this one, holds the lock; OSError where the file cannot be
-    made.
+    Raises UserError where another process, or another run in this one, holds the lock, or the file is somebody else's;
+    OSError where it cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        foreign = UserError(
+            f"output {path.parent} holds a {path.name} that no run of this program made; nothing is written into it: "
+            "give another --output"
+        )
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise foreign from None
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not _OWNER.fullmatch(os.pread(descriptor, 1000, 0)):
+            os.close(descriptor)
+            raise foreign
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

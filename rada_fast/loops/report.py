@@ -34,6 +34,14 @@ def image_record(id: str, label: int | None, status: str, before: Tensor, after:
     }
 
 
+def is_image_record(record: Mapping[str, Any], label: int | None) -> bool:
+    """Whether a line that was read is one of an image with this label, whole enough to be counted."""
+    status = record.get("status")
+    rankings = [record.get(name) for name in ("zero_shot", "adapted")]
+    ranked = all(isinstance(best, list) and best and all(type(k) is int for k in best) for best in rankings)
+    return record.get("label", "") == label and (status == "unreadable" or (status in ("ok", "diverged") and ranked))
+
+
 def ranking(logits: Tensor, count: int = 5) -> list[int]:
     """The count classes of the largest logits, ties by index. logits: (K,)."""
     order: list[int] = logits.argsort(descending=True, stable=True)[:count].tolist()

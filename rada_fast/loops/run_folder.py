@@ -181,6 +181,8 @@ class RunFolder:
     def _stored(self) -> dict[str, Any] | None:
         path = self.path / IDENTITY_FILE
         try:
+            if path.exists() and not path.is_file():  # a FIFO would be waited for
+                raise ValueError
             stored = json.loads(path.read_text(encoding="ascii"))
             known = stored["format"] == FORMAT and stored["identity"]["command"] in MADE_BY
             if known and isinstance(stored["inputs"], dict):
@@ -198,8 +200,11 @@ class RunFolder:
 
     def finished(self, covers: Mapping[str, Any]) -> dict[str, Any] | None:
         """The summary of this very run over these very inputs, where it has ended before. covers: see digest."""
+        path = self.path / SUMMARY_FILE
         try:
-            summary = json.loads((self.path / SUMMARY_FILE).read_text(encoding="ascii"))
+            if not path.is_file():
+                return None
+            summary = json.loads(path.read_text(encoding="ascii"))
             return dict(summary) if self.resumed and summary["run"] == self.digest(covers) else None
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None

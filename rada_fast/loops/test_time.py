@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from rada_fast import notices
 from rada_fast.config import TestTimeConfig
-from rada_fast.data.sources import FeatureFile
+from rada_fast.data.sources import FeatureFile, Sample
 from rada_fast.data.views import image_seed
 from rada_fast.loops.episodes import adapt_episodes, prediction_entropy
 from rada_fast.loops.features import iterate_views, spread_limit
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.problem import Problem, Source, open_setup, open_sources
 from rada_fast.loops.progress import progress
-from rada_fast.loops.report import accuracy_of, already_finished, finish, image_record
+from rada_fast.loops.report import accuracy_of, already_finished, finish, image_record, is_image_record
 from rada_fast.loops.run_folder import SUPERSEDED, RunFolder, describe_change, reset_peak_memory
 from rada_fast.ops import zero_shot_logits
 
@@ -52,7 +52,7 @@ def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
     # rows have no times of their own, so another file is another run.
     deciding = ["data"] if isinstance(source, FeatureFile) else []
     with open_folder("ttt", problem, {"data": source}, deciding=deciding, names=names, text=problem.text) as folder:
-        drop_superseded(folder)
+        drop_superseded(folder, labels_of(source))
         ids = images_of(source, config.run.limit)
         records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
         done = {record["id"] for record in records}
@@ -92,24 +92,38 @@ def mention_fixed_views(config: TestTimeConfig, source: Source) -> None:
         notices.warn(f"--view-kind {config.view_kind} makes no views of a feature file: {config.data} holds its own")
 
 
-def drop_superseded(folder: RunFolder) -> None:
-    """Take the lines of pictures that have changed or gone since out of images.jsonl."""
-    if "data" in folder.inputs.deciding:
-        return  # a run with other data has been refused
+def labels_of(source: Source) -> dict[str, int | None]:
+    """The label of every image, by id."""
+    if isinstance(source, FeatureFile):
+        return dict(zip(source.ids, source.labels.tolist(), strict=True))
+    return {sample.id: label_of(sample) for sample in source.samples}
+
+
+def label_of(sample: Sample) -> int | None:
+    """An image's label as its line has it."""
+    return sample.label if sample.label >= 0 else None
+
+
+def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None:
+    """Take out of images.jsonl what is no image's line as it is now: each has one, of its picture and its label.
+
+    labels: those of all images, by id.
+    """
     before, now = folder.before.get("data", {}), folder.inputs.parts["data"]
+    by_image = "data" not in folder.inputs.deciding  # otherwise a run with other data has been refused
     kept: dict[str, dict[str, Any]] = {}
     old = []
     for record in folder.read_lines(IMAGES):
         id = str(record.get("id"))
-        if id in now and before.get(id) == now[id] and id not in kept:
+        unchanged = id in labels and (not by_image or before.get(id) == now[id])
+        if unchanged and id not in kept and is_image_record(record, labels[id]):
             kept[id] = record
         else:
             old.append(record)
     if old:
-        notices.note(
-            f"{len(old)} lines are of images that have changed or gone ({describe_change(before, now)}); they were "
-            f"moved to {folder.path / SUPERSEDED}"
-        )
+        change = describe_change(before, now) if by_image else ""
+        what = f"of images that have changed or gone ({change})" if change else "damaged, or there twice"
+        notices.note(f"{len(old)} lines are {what}; they were moved to {folder.path / SUPERSEDED}")
     folder.supersede(IMAGES, list(kept.values()), old)
     folder.accept_inputs()
 
@@ -178,7 +192,7 @@ def episodes_of(
         )
         for index, views, reason in stream:
             sample = samples[index]
-            label = sample.label if sample.label >= 0 else None
+            label = label_of(sample)
             if views is None:
                 yield Episode(sample.id, label, None, reason)
                 continue

@@ -126,6 +126,35 @@ def test_other_arrays_under_the_same_names_are_another_run(tmp_path: Path) -> No
     assert (anew["zero_shot_top1"], anew["resumed"]) == (0.0, 0)
 
 
+def test_lines_that_are_not_of_this_runs_images_are_made_anew(specks: Path, tmp_path: Path) -> None:
+    """Another program's lines, an edited label, an image's line twice: no traceback, and no wrong number."""
+    data, path = ttt(specks, tmp_path / "run"), tmp_path / "run" / "images.jsonl"
+    run_test_time(data)
+    whole = lines(tmp_path / "run")
+    for first in (
+        {"id": whole[0]["id"]},
+        whole[0] | {"label": 1},
+        whole[0] | {"status": "weird"},
+        whole[0] | {"adapted": None},
+        whole[1],
+    ):
+        path.write_text("".join(json.dumps(record) + "\n" for record in [first, *whole[1:]]))
+        (tmp_path / "run" / "summary.json").unlink()
+        assert run_test_time(data)["images"] == 4
+        assert sorted(lines(tmp_path / "run"), key=str) == sorted(whole, key=str)
+
+
+def test_labels_that_renamed_folders_shift_are_not_the_old_ones(specks: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", features=np.eye(2, 16, dtype=np.float32), labels=np.arange(2))
+    text = ClassOptions(text_features=f"features:{tmp_path / 't.npz'}", logit_scale=100.0)
+    config = dataclasses.replace(ttt(specks, tmp_path / "run"), text=text)
+    run_test_time(config)
+    (specks / "cat").rename(specks / "zebra")
+    assert run_test_time(config)["resumed"] == 0  # "dog" was class 1 and is class 0 now
+    labels = {line["id"]: line["label"] for line in lines(tmp_path / "run")}
+    assert labels == {"dog/0.png": 0, "dog/1.png": 0, "zebra/0.png": 1, "zebra/1.png": 1}
+
+
 def test_names_templates_adapters_and_weights_are_part_of_a_run(
     specks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

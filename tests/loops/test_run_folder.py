@@ -59,7 +59,9 @@ def test_another_run_is_refused_and_overwritten_on_request(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("name", ["precious.txt", "images.jsonl", "run.json", ".hidden", "state.pt.mine", "cats/1.png"])
+@pytest.mark.parametrize(
+    "name", ["precious.txt", "images.jsonl", "run.json", "run.lock", ".hidden", "state.pt.mine", "cats/1.png"]
+)
 def test_nothing_that_a_run_did_not_make_is_removed_or_joined(tmp_path: Path, name: str, overwrite: bool) -> None:
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
@@ -69,6 +71,29 @@ def test_nothing_that_a_run_did_not_make_is_removed_or_joined(tmp_path: Path, na
     assert name.partition("/")[0] in str(refused.value)
     assert path.read_text() == "mine"
     assert len(names(tmp_path / "run")) == 1
+
+
+def test_what_is_no_file_under_a_runs_names_is_neither_waited_for_nor_written_through(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / "run.lock"
+    lock.symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"holds a run\.lock that no run of this program made"):
+        begin(tmp_path)
+    assert (tmp_path / "mine").read_text() == "mine"
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(UserError, match=r"holds a run\.lock"):
+        begin(tmp_path)
+    lock.unlink()
+    os.mkfifo(tmp_path / "run" / "run.json")
+    with pytest.raises(UserError, match=r"holds a run\.json that no run"):
+        begin(tmp_path)
+    (tmp_path / "run" / "run.json").unlink()
+    begin(tmp_path).close()
+    os.mkfifo(tmp_path / "run" / "summary.json")
+    with begin(tmp_path) as folder:
+        assert folder.finished({}) is None
 
 
 def test_overwriting_stops_at_files_that_came_later(tmp_path: Path) -> None:
