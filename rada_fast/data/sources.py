@@ -41,6 +41,7 @@ KINDS = {
 
 MOST_CLASSES = 2**20
 """A label above this is a mistake: names and text features are made for every class up to the largest."""
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 SMALLEST_FEATURE = 1e-12
 """A row whose every value is below this has no direction left: torch's normalize divides by at least as much."""
 
@@ -224,15 +225,18 @@ def open_features(path: Path) -> FeatureFile:
     Raises UserError where the file or one of its arrays cannot be used.
     """
     if not path.is_file():
-        raise UserError(f"feature file {path} does not exist")
+        raise UserError(f"feature file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
     try:
         # NumPy would read a bare array, too, and answer anything else with advice to unpickle it.
         if not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile("it is no zip archive")
         # Opened here: NumPy leaves a file that it cannot read open.
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            _check_headers(path, file.zip)
             held = sorted(file.files)
             arrays = {name: file[name] for name in ("features", "labels", "class_names", "logit_scale") if name in held}
+    except UserError:
+        raise
     except Exception as error:  # a damaged archive fails in any of zipfile's, zlib's and NumPy's ways
         raise UserError(f"feature file {path} is not a readable npz file: {error}") from None
     if not {"features", "labels"} <= arrays.keys():
@@ -294,13 +298,37 @@ def open_features(path: Path) -> FeatureFile:
     )
 
 
+def _check_headers(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raise an error where an archive's arrays are not what their headers say, before memory is taken for them."""
+    names = archive.namelist()
+    shapes = {}
+    for name in ("features.npy", "labels.npy", "class_names.npy", "logit_scale.npy"):
+        if names.count(name) > 1:
+            raise ValueError(f"it holds {name} {names.count(name)} times")
+        if name not in names:
+            continue
+        with archive.open(name) as member:
+            version = np.lib.format.read_magic(member)
+            if version not in _HEADER_READERS:
+                raise ValueError(f"{name} is of format {version}, known are {', '.join(map(str, _HEADER_READERS))}")
+            shapes[name], _, dtype = _HEADER_READERS[version](member)
+            stated = member.tell() + math.prod(shapes[name]) * dtype.itemsize
+        held = archive.getinfo(name).file_size
+        if stated != held and not dtype.hasobject:  # objects are refused when they are read
+            raise ValueError(f"{name} must have {stated} bytes for {dtype} {shapes[name]}, it has {held}")
+    features, labels = (shapes.get(name, ()) for name in ("features.npy", "labels.npy"))
+    if len(features) in (2, 3) and len(labels) == 1 and features[0] != labels[0]:
+        raise UserError(f"feature file {path}: labels must be {features[0]} whole numbers, got shape {labels}")
+
+
 def _logit_scale(path: Path, array: np.ndarray[Any, Any] | None) -> float | None:
     """The multiplier that a feature file states. Raises UserError where it is none."""
     if array is None:
         return None
     value = float(array.item()) if array.size == 1 and array.dtype.kind in "fiu" else math.nan
-    if not 0 < value < math.inf:
-        raise UserError(f"feature file {path}: logit_scale must be one number above 0, got {array.dtype} {array.shape}")
+    if not 0 < value <= float(np.finfo(np.float32).max):
+        got = f"{array.dtype} {array.shape}" if math.isnan(value) else f"{value:g}"
+        raise UserError(f"feature file {path}: logit_scale must be one number above 0 that float32 holds, got {got}")
     return value
 
 

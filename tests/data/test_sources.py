@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,9 @@ LABELS = np.array([0, 1, 2])
         ({"features": GOOD}, r"must have the arrays features and labels, it has \['features'\]"),
         ({"features": GOOD[0], "labels": LABELS}, r"features must be floating point \(N, D\) or \(N, V, D\)"),
         ({"features": GOOD.astype(int), "labels": LABELS}, "got int64"),
-        ({"features": GOOD, "labels": LABELS[:2]}, r"labels must be 3 whole numbers, got int64 \(2,\)"),
+        ({"features": GOOD, "labels": LABELS[:2]}, r"labels must be 3 whole numbers, got shape \(2,\)"),
+        ({"features": GOOD, "labels": LABELS[:, None]}, r"labels must be 3 whole numbers, got int64 \(3, 1\)"),
+        ({"features": GOOD, "labels": LABELS, "logit_scale": np.array(1e39)}, r"that float32 holds, got 1e\+39"),
         ({"features": GOOD, "labels": LABELS.astype(float)}, "labels must be 3 whole numbers, got float64"),
         ({"features": GOOD, "labels": LABELS - 1}, "labels must be at least 0, got -1 in row 0"),
         ({"features": GOOD[:0], "labels": LABELS[:0]}, r"features must not be empty, got shape \(0, 4\)"),
@@ -142,6 +145,45 @@ def test_feature_files_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "f.npz").write_bytes(content)
         with pytest.raises(UserError, match="is not a readable npz file"):
             open_source(f"features:{tmp_path / 'f.npz'}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "held", "message"),
+    [
+        (
+            "(100000000, 512)",
+            12,
+            r"features\.npy must have 204800000128 bytes for float32 \(100000000, 512\), it has 176",
+        ),
+        ("(2, 4)", 12, r"must have 160 bytes for float32 \(2, 4\), it has 176"),
+        ("(3, 9999999999999999999999)", 12, r"must have \d+ bytes"),
+        ("(1000000, 4)", 4_000_000, r"labels must be 1000000 whole numbers, got shape \(3,\)"),
+    ],
+)
+def test_a_header_that_claims_other_arrays_than_there_are_costs_nothing(
+    tmp_path: Path, shape: str, held: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    with zipfile.ZipFile(tmp_path / "f.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(4 * held)
+        archive.writestr("features.npy", content)
+        buffer = io.BytesIO()
+        np.save(buffer, LABELS)
+        archive.writestr("labels.npy", buffer.getvalue())
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *args, **more: pytest.fail("memory was taken"))
+    with pytest.raises(UserError, match=message):
+        open_source(f"features:{tmp_path / 'f.npz'}")
+
+
+def test_an_array_that_an_archive_holds_twice_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "f.npz", features=GOOD, labels=LABELS)
+    with zipfile.ZipFile(tmp_path / "f.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("labels.npy", archive.read("labels.npy"))
+    with pytest.raises(UserError, match=r"it holds labels\.npy 2 times"):
+        open_source(f"features:{tmp_path / 'f.npz'}")
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(UserError, match=r"folder\.npz is a folder"):
+        open_source(f"features:{tmp_path / 'folder.npz'}")
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F"])
