@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from rada_fast import notices
@@ -97,9 +98,10 @@ def label_order(names: Sequence[str]) -> tuple[str, ...]:
     """Class folders in the order of their labels.
 
     It is text order, as in every published list of folders. Where all names are numbers, as ImageNet-V2's 0 ... 999,
-    it is the order of the numbers, in which their classes' names are listed; as texts, 10 comes before 2.
+    it is the order of the numbers, in which their classes' names are listed; as texts, 10 comes before 2, and -1 before
+    -2.
     """
-    if all(is_number(name) for name in names):
+    if all(is_whole_number(name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 
@@ -107,6 +109,11 @@ def label_order(names: Sequence[str]) -> tuple[str, ...]:
 def is_number(name: str) -> bool:
     """Whether a name consists of the digits 0 to 9."""
     return name.isascii() and name.isdigit()
+
+
+def is_whole_number(name: str) -> bool:
+    """Whether a name is a number as is_number has it, perhaps with a sign."""
+    return is_number(name[1:] if name[:1] in ("-", "+") else name)
 
 
 def pictures_below(folder: Path, root: Path) -> Found:
@@ -206,6 +213,18 @@ def deeper_classes(root: Path, pictures: Mapping[str, Sequence[tuple[str, ...]]]
             f"imagefolder:{root / folder}"
         )
     return None
+
+
+def mention_equal_numbers(root: Path, folders: Sequence[str]) -> None:
+    """Warn of class folders that are the same number: a list in the order of the numbers does not tell them apart."""
+    if not all(is_whole_number(folder) for folder in folders):
+        return
+    pairs = [(one, other) for one, other in pairwise(folders) if int(one) == int(other)]
+    if pairs:
+        notices.warn(
+            f"data {root}: class folders {pairs[0][0]} and {pairs[0][1]} are the same number; they are classes "
+            f"{folders.index(pairs[0][0])} and {folders.index(pairs[0][1])}"
+        )
 
 
 def mention_single_class(root: Path, folders: Sequence[str]) -> None:

@@ -173,6 +173,10 @@ def _names_of_lines(lines: list[str], folders: Sequence[str], path: Path) -> Nam
             return names
     if all(re.match(r"\d+\s*[,;\t]", line) for line in lines) and lines:
         raise UserError(f"classes file {path} must number its names from 0 or 1, got {lines[0]!r} first")
+    if lines and all(re.fullmatch(r"""[{\[].*["'].*[}\]],?""", line) for line in lines):
+        raise UserError(
+            f"classes file {path} must hold names, got {lines[0][:80]!r} first; write a name a line, or one JSON list"
+        )
     if len(lines) == 1 and "," in lines[0]:
         notices.warn(f"classes file {path} has one line, taken as one name; write a name a line: {lines[0][:80]!r}")
     return lines
@@ -232,10 +236,20 @@ def _names_of_rows(rows: list[list[str]], header: list[str] | None, folders: Seq
         key = [cell.lower() for cell in columns[index]] if index in wnids else columns[index]
         if index != named[0] and len(set(key)) == len(key):
             return dict(zip(key, names, strict=True))
+    orders: dict[int, Names] = {}
     for index in numbers:
         entries = dict(zip(columns[index], names, strict=True))
         if len(entries) == len(names) and (found := _by_number(entries, folders)) is not None:
-            return found
+            orders[index] = found
+    # A column called "id" says more than one without a name, which only counts the lines.
+    called = [index for index in orders if words[index] and words[index] in _NUMBER_WORDS] or list(orders)
+    if any(orders[index] != orders[called[0]] for index in called):
+        raise UserError(
+            f"classes file {path} must number its names once, its columns {' and '.join(str(i + 1) for i in called)} "
+            f"do it in different ways, got {', '.join(rows[0])!r} first"
+        )
+    if called:
+        return orders[called[0]]
     if numbers:
         raise UserError(
             f"classes file {path} must number its names from 0 or 1, each once, got {', '.join(rows[0])!r} first"
@@ -283,7 +297,8 @@ def warn_of_numbers(names: Sequence[str], where: str) -> None:
     """Warn of names that are nothing but a number, such as "7" or "class 7", and of names that all begin with one."""
     nothing_else = re.compile(r"(?:(?:class|cls|label|category|cat|id|no|nr|c)[ -]?)?\d+", re.IGNORECASE)
     numbered = [name for name in names if nothing_else.fullmatch(name)]
-    if not numbered and len(names) > 1 and all(re.match(r"\d+[\s.:,;)]", name) for name in names):
+    counted = re.compile(r"(?:[(\[#]|(?:class|label|category|id)[ -]?)?\d+[\s.:,;)\]=|]", re.IGNORECASE)
+    if not numbered and len(names) > 1 and all(counted.match(name) for name in names):
         numbered = list(names)
     if numbered:
         notices.warn(

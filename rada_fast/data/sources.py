@@ -26,6 +26,7 @@ from rada_fast.data.folders import (
     deeper_classes,
     existing_folder,
     mention_empty,
+    mention_equal_numbers,
     mention_single_class,
     mention_skipped,
     pictures_below,
@@ -198,6 +199,7 @@ def open_image_folder(root: Path) -> ImageFolder:
     skipped += tuple(entry for here in found for entry in here.skipped)
     source = ImageFolder(root, folders, tuple(sorted(samples, key=lambda sample: sample.id)), skipped, fault)
     mention_single_class(root, folders)
+    mention_equal_numbers(root, folders)
     mention_empty(root, source.empty_folders)
     mention_skipped(root, skipped)
     return source

@@ -17,6 +17,7 @@ from rada_fast.data.folders import EXAMPLES
 from rada_fast.data.sources import FeatureFile
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.errors import UserError
+from rada_fast.models.class_names import folded
 from rada_fast.models.class_names import resolve_class_names as resolve_class_names
 from rada_fast.models.vision_language import VisionLanguageModel
 
@@ -175,8 +176,8 @@ def given_text_features(file: FeatureFile, names: Sequence[str]) -> Tensor:
             "are taken in the order of the classes"
         )
     if file.class_names is not None:
-        own = [name.casefold() for name in resolve_class_names(file.class_names, None, prompts=False)][: len(names)]
-        wanted = [name.casefold() for name in names]
+        own = [folded(name) for name in resolve_class_names(file.class_names, None, prompts=False)][: len(names)]
+        wanted = [folded(name) for name in names]
         if len(set(own)) == len(own) and set(own) == set(wanted) and own != wanted:
             notices.note(f"text_features features:{file.path} has the classes in another order; each has its own row")
             features = features[[own.index(name) for name in wanted]]

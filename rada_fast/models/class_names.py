@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from rada_fast import notices
-from rada_fast.data.folders import EXAMPLES, is_number
+from rada_fast.data.folders import EXAMPLES, is_number, is_whole_number
 from rada_fast.data.names import WNID, read_names, readable_names, warn_of_numbers
 from rada_fast.errors import UserError
 
@@ -69,7 +70,7 @@ def names_of_labels(count: int, spec: str | None, *, prompts: bool, data: str) -
 
 def _names_of_folders(folders: Sequence[str], prompts: bool, where: str) -> tuple[str, ...]:
     """The folders' own names, or ImageNet's where they are its folders."""
-    if all(is_number(folder) for folder in folders):
+    if all(is_whole_number(folder) for folder in folders):
         if [int(folder) for folder in folders] == list(range(1000)):
             if prompts:
                 notices.note(f"{where} 0 ... 999 are taken for ImageNet's classes, as ImageNet-V2 numbers them")
@@ -112,10 +113,10 @@ def _names_of_file(given: list[str] | dict[str, str], folders: Sequence[str], sp
     """A file's names in the folders' order, as they can stand in a prompt."""
     if isinstance(given, dict):
         names = readable_names(list(given.values()))
-        by_key = {key.lower() if WNID.fullmatch(key) else key: name for key, name in zip(given, names, strict=True)}
+        by_key = {_key(key): name for key, name in zip(given, names, strict=True)}
         if not folders:
             return names
-        keys = {folder: folder.lower() if WNID.fullmatch(folder) else folder for folder in folders}
+        keys = {folder: _key(folder) for folder in folders}
         if all(is_number(folder) for folder in folders) and all(WNID.fullmatch(key) for key in given):
             # ImageNet's classes are numbered in the order of their ids.
             ids = sorted(by_key)
@@ -131,10 +132,10 @@ def _names_of_file(given: list[str] | dict[str, str], folders: Sequence[str], sp
         given = [known.get(name.lower(), name) for name in given]
     names = readable_names(given)
     # Names that are the folders' own are theirs wherever they stand, and whatever else the file lists.
-    by_name = {name.casefold(): name for name in names}
-    own = [name.casefold() for name in readable_names(folders)]
+    by_name = {folded(name): name for name in names}
+    own = [folded(name) for name in readable_names(folders)]
     if folders and len(by_name) == len(names) and len(set(own)) == len(own) and by_name.keys() >= set(own):
-        if [name.casefold() for name in names] != own:
+        if [folded(name) for name in names] != own:
             notices.note(
                 f"classes file {spec} lists the {where} in another order or among others; each has its own name"
             )
@@ -144,15 +145,25 @@ def _names_of_file(given: list[str] | dict[str, str], folders: Sequence[str], sp
     return names
 
 
+def _key(folder: str) -> str:
+    """A class folder as it is looked up: an accented letter may be stored as one character or as two."""
+    return folder.lower() if WNID.fullmatch(folder) else unicodedata.normalize("NFC", folder)
+
+
+def folded(name: str) -> str:
+    """A name without what writes the same one otherwise: letter case, and characters put together from several."""
+    return unicodedata.normalize("NFC", name.casefold())
+
+
 def _warn_of_shuffled(folders: Sequence[str], names: Sequence[str], spec: str) -> None:
     """Warn where names were given in another order than the folders', by what both have in common."""
-    own = {name.casefold(): index for index, name in enumerate(readable_names(folders))}
-    places = [own.get(name.casefold()) for name in names]
+    own = {folded(name): index for index, name in enumerate(readable_names(folders))}
+    places = [own.get(folded(name)) for name in names]
     for index, name in enumerate(names):
         if places[index] not in (None, index):
             notices.warn(
                 f"classes file {spec} names class folder {folders[index]!r} {name!r}, which is what class folder "
-                f"{folders[own[name.casefold()]]!r} is called: names must be in the order of the sorted folders"
+                f"{folders[own[folded(name)]]!r} is called: names must be in the order of the sorted folders"
             )
             return
     natural = sorted(folders, key=_natural)
@@ -172,7 +183,7 @@ def _natural(name: str) -> list[str | int]:
 
 def _warn_of_equal(names: Sequence[str]) -> None:
     """Say which names occur twice: their classes cannot be told apart."""
-    counts = Counter(" ".join(name.casefold().split()) for name in names)
+    counts = Counter(" ".join(folded(name).split()) for name in names)
     twice = [name for name, count in counts.items() if count > 1]
     if not twice:
         return

@@ -38,6 +38,13 @@ def test_numbered_folders_are_in_the_order_of_their_numbers(tmp_path: Path) -> N
     assert said == []
 
 
+def test_folders_of_one_number_are_said(tmp_path: Path) -> None:
+    for name in ("2", "1", "01"):
+        draw(tmp_path / name / "a.png")
+    (said,) = opened(tmp_path)[1]
+    assert "class folders 01 and 1 are the same number; they are classes 0 and 1" in said
+
+
 @pytest.mark.parametrize(
     ("names", "order"),
     [
@@ -45,6 +52,8 @@ def test_numbered_folders_are_in_the_order_of_their_numbers(tmp_path: Path) -> N
         (["010", "009", "002"], ("002", "009", "010")),
         # The same number twice: some order, but always the same.
         (["1", "10", "01"], ("01", "1", "10")),
+        (["-1", "-2", "+10", "9"], ("-2", "-1", "9", "+10")),
+        (["-", "9", "10"], ("-", "10", "9")),
         # One that is no number leaves text order, as published lists have it.
         (["10", "9", "cat"], ("10", "9", "cat")),
         (["c10", "c9"], ("c10", "c9")),

@@ -57,6 +57,13 @@ def test_lists_and_tables(tmp_path: Path, name: str) -> None:
     assert read_names(tmp_path / "names.txt") == expected
 
 
+def test_a_column_of_ids_says_more_than_one_that_counts_the_lines(tmp_path: Path) -> None:
+    (tmp_path / "names.csv").write_text(",id,name\n0,1,dog\n1,0,cat\n")
+    assert read_names(tmp_path / "names.csv") == ["cat", "dog"]
+    (tmp_path / "names.csv").write_text("0,1,cat\n1,2,dog\n")
+    assert read_names(tmp_path / "names.csv") == ["cat", "dog"]
+
+
 def test_columns_are_told_apart_by_the_folders(tmp_path: Path) -> None:
     path = tmp_path / "names.csv"
     for text in ("a,cat\nb,dog\nc,owl\n", "cat,a\ndog,b\nowl,c\n", "x,y\na,cat\nb,dog\nc,owl\n"):
@@ -82,6 +89,9 @@ def test_columns_are_told_apart_by_the_folders(tmp_path: Path) -> None:
             "a\tcat\nb\tdog\n",
             "must say which of its 2 columns holds the names, got 'a, cat' first; write a name a line",
         ),
+        ("0,2,cat\n1,1,dog\n2,0,owl\n", r"must number its names once, its columns 1 and 2 do it in different ways"),
+        ('{"id": 0, "name": "a"}\n{"id": 1, "name": "b"}\n', "must hold names, got"),
+        ('["a", "b"]\n["c", "d"]\n', "must hold names, got"),
         ("index,name\n", r"holds no class name \(K = 0\)"),
         ("0,cat\n1,\n", "must have a name in every line, line 2 of its table has none"),
         ("cat\na\tdog\n", r"must hold names without control characters, got 'a\\tdog'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,25 @@ def test_other_numbers_are_no_names(numbers: list[int], tmp_path: Path) -> None:
     assert f"class names in {path} are or begin with numbers" in warning
 
 
+def test_numbers_with_a_sign_are_no_names_either() -> None:
+    with pytest.raises(UserError, match=r"class folders are numbers \(-1, 0, 1\)"):
+        resolve_class_names(["-1", "0", "1"], None)
+
+
+def test_letters_of_one_or_of_several_characters_are_the_same(tmp_path: Path) -> None:
+    """Archives made on a Mac, and file systems there, write accents as characters of their own."""
+    folders = [unicodedata.normalize("NFD", name) for name in ("caf\xe9", "na\xefve", "\xfcber")]
+    path = tmp_path / "names.txt"
+    path.write_text("\xfcber\nna\xefve\ncaf\xe9\n", "utf-8")
+    assert resolve_class_names(folders, str(path)) == ("caf\xe9", "na\xefve", "\xfcber")
+    path.write_text("folder,name\n\xfcber,a\nna\xefve,b\ncaf\xe9,c\n", "utf-8")
+    assert resolve_class_names(folders, str(path)) == ("c", "b", "a")
+    assert "occur more than once" in named([*folders, "caf\xe9"], None)[1][0]
+
+
 def test_numbered_classes_are_said() -> None:
+    for lines in (["0=cat", "1=dog"], ["[0] cat", "[1] dog"], ["class 0: cat", "class 1: dog"], ["#1 cat", "#2 dog"]):
+        assert "begin with numbers" in named(lines, None)[1][0]
     assert "3 of 3 class names from class folders are or begin" in named(["class_1", "class_2", "c3"], None)[1][0]
     assert "1 of 2 class names" in named(["12", "cat"], None)[1][0]
     for folders in (["707-320", "727-200"], ["2012_Tesla", "2012_Audi"], ["3 Series", "cat"]):
