@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """What Pillow knows but does not decode itself: it would start Ghostscript for EPS, and has stubs for the others."""
@@ -132,9 +133,9 @@ def read_image(path: Path) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any picture; Pillow alone clips what has more than 8 bits, to white or black."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _grey(_from_whole_numbers(np.asarray(image), image))
+        return _grey(_turned(_from_whole_numbers(np.asarray(image), image), image))
     if image.mode == "F":
-        return _grey(_from_floats(np.asarray(image)))
+        return _grey(_turned(_from_floats(np.asarray(image)), image))
     if image.mode == "RGBa":
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
@@ -142,6 +143,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values).convert("RGB")
+
+
+def _turned(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """8-bit values of a TIFF whose 0 is white, turned: Pillow does that for pixels of 8 bits and fewer only."""
+    zero_is_white = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+    return 255 - values if zero_is_white else values
 
 
 def _from_whole_numbers(values: np.ndarray, image: Image.Image) -> np.ndarray:
@@ -154,7 +161,10 @@ def _from_whole_numbers(values: np.ndarray, image: Image.Image) -> np.ndarray:
     if image.mode == "I" and image.format not in ("PNG", "PPM") and high <= 255:
         # 8-bit values in a wide type. PNG's and PPM's own brightnesses always reach to 65535.
         return values.astype(np.uint8)
-    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    # Signed values of 16 bits end at half of it.
+    signed = isinstance(image, TiffImageFile) and image.tag_v2.get(BITSPERSAMPLE) == (16,) and image.mode == "I"
+    white = 32767 if signed else 65535
+    return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
 def _from_floats(values: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import zlib
 from pathlib import Path
 
@@ -34,6 +35,28 @@ def test_16_bits_are_scaled_to_8(tmp_path: Path, kind: str) -> None:
     else:
         Image.fromarray(RAMP.astype(np.int32) if kind == "wide.tif" else RAMP).save(path)
     assert np.array_equal(grey_of(path), EIGHT)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_a_tiff_whose_zero_is_white_is_no_negative(tmp_path: Path, kind: type) -> None:
+    values = {np.uint8: EIGHT, np.uint16: RAMP, np.float32: RAMP / 65535}[kind].astype(kind)
+    picture = Image.fromarray(values)
+    white_is_zero = {262: 0}
+    # Pillow turns pixels of 8 bits itself when it writes them, and no others.
+    picture.save(tmp_path / "a.tif", tiffinfo=white_is_zero)
+    with Image.open(tmp_path / "a.tif") as saved:
+        assert saved.tag_v2[262] == 0
+    assert np.array_equal(grey_of(tmp_path / "a.tif"), EIGHT if kind is np.uint8 else 255 - EIGHT)
+
+
+def test_signed_16_bits_end_at_half_of_the_unsigned_ones(tmp_path: Path) -> None:
+    """A TIFF of one strip, as Pillow does not write it: sample format 2 is signed whole numbers."""
+    pixels = np.array([0, 16384, 32767], "<i2").tobytes()
+    entries = {256: 3, 257: 1, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels), 339: 2}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    content = struct.pack("<2sHI", b"II", 42, 8 + 8) + pixels.ljust(8, b"\0")
+    (tmp_path / "a.tif").write_bytes(content + struct.pack("<H", len(entries)) + directory + bytes(4))
+    assert grey_of(tmp_path / "a.tif").tolist() == [[0, 128, 255]]
 
 
 def test_a_darker_greatest_value_of_a_pgm_is_white(tmp_path: Path) -> None:
