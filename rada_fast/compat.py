@@ -90,9 +90,8 @@ class SimpleMultiheadAttention(nn.Module):
         layers = dict(_layers(self))
         width, bias = self.embed_dim, getattr(layers["out_proj"], "bias", None) is not None
         config = AdapterConfig(width, self.num_heads, temperature=float(self.temprature), bias=bias)
-        output = rational_adapter(
-            image_features, text_features, logit_scale, tensors_or_calls(layers), config, return_mask=True
-        )
+        projections = tensors_or_calls(layers, bias=bias)
+        output = rational_adapter(image_features, text_features, logit_scale, projections, config, return_mask=True)
         assert output.mask is not None
         return output.logits, output.mask
 
@@ -107,11 +106,16 @@ def patch(model: nn.Module) -> list[str]:
     one, with a warning the first time, where it does not or cannot tell:
 
     - a projection that is more than its weight and bias (LoRA, hooks, sharded), a module with parameters, children or a
-      forward that are not the published ones (its own forward is tried on drawn weights);
+      forward that are not the published ones (its own forward is tried on drawn weights, anew for every other shape and
+      whenever an attribute of it or of its class has changed);
     - an attention mask, active dropout, an empty batch;
     - inputs that are not one row per image, one row per class and their product, such as text conditioned on the image;
     - inputs whose gradients flow in another way than from those two;
-    - silently, a call that is traced by torch.compile or transformed by torch.func, whose values cannot be verified.
+    - silently, a call that is recorded (torch.compile, torch.jit.trace, CUDA graphs) or transformed by torch.func,
+      whose values cannot be verified.
+
+    Gradients reach the features that the inputs are made of, not the products in between: to ask for the gradient of
+    those (autograd.grad, retain_grad), unpatch.
 
     The second value a patched adapter returns, an attention map no published model uses, is None.
 
@@ -160,7 +164,8 @@ def unpatch(model: nn.Module) -> list[str]:
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if hasattr(module, "temprature") and len(_layers(module)) == len(PROJECTIONS):
+        scripted = isinstance(module, torch.jit.ScriptModule)  # compiled code, which has no forward to replace
+        if not scripted and hasattr(module, "temprature") and len(_layers(module)) == len(PROJECTIONS):
             yield name, module
 
 
@@ -189,6 +194,15 @@ def _own_forward(kind: type) -> Any:
     return above.forward  # type: ignore[attr-defined]
 
 
+def _is_recorded() -> bool:
+    """Whether calls are being recorded (torch.jit.trace, make_fx, CUDA graphs), to be replayed on values unseen."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    )
+
+
 class _Patched:
     """The patched module's forward: the published arguments in, the mask offset out."""
 
@@ -204,7 +218,7 @@ class _Patched:
         module = cast(nn.Module, self)
         own = super().forward  # type: ignore[misc]
         # Traced or transformed, the values that have to be compared are not there.
-        if torch.compiler.is_compiling() or under_transform() or _OFF in module.__dict__:
+        if torch.compiler.is_compiling() or under_transform() or _is_recorded() or _OFF in module.__dict__:
             return own(*args, **kwargs)
         names = [name for name in ARGUMENTS if name != "query3" or "q_proj1" in module._modules]
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -220,7 +234,8 @@ class _Patched:
         # The inputs are already scaled: sqrt(s) f and sqrt(s) T, whose product is s R.
         config = adapter_config(module, input_scale="none", mask_activation="none")
         image, text = given["query1"][:, 0], given["query2"][0]
-        output = rational_adapter(image, text, 1.0, tensors_or_calls(_layers(module)), config, return_mask=True)
+        projections = tensors_or_calls(_layers(module), bias=config.bias)
+        output = rational_adapter(image, text, 1.0, projections, config, return_mask=True)
         assert output.mask is not None
         offset = output.mask - 1
         device = offset.device.type

@@ -72,10 +72,24 @@ def has_parametrisations(layer: nn.Module) -> bool:
     return "parametrizations" in layer._modules
 
 
-def tensors_or_calls(layers: Mapping[str, nn.Module]) -> dict[str, Tensor] | ProjectionCalls:
-    """The weight and bias of every projection, under its name, or the way to call them where one is more than that."""
+def has_bias(layer: nn.Module) -> bool:
+    """Whether a linear layer adds a bias; a parametrised one is not computed for the answer."""
+    parametrised = layer._modules.get("parametrizations")
+    if parametrised is not None and "bias" in parametrised._modules:
+        return True
+    return cast(Tensor | None, layer.bias) is not None
+
+
+def tensors_or_calls(layers: Mapping[str, nn.Module], *, bias: bool) -> dict[str, Tensor] | ProjectionCalls:
+    """The weight and bias of every projection, under its name, or the way to call them where one is more than that.
+
+    bias: whether the configuration has biases; a layer that differs in that is called too.
+    """
     for name, layer in layers.items():
-        if reason := reason_to_call(layer):
+        reason = reason_to_call(layer)
+        if reason is None and has_bias(layer) != bias:
+            reason = f"has {'no' if bias else 'a'} bias, against the configuration's bias={bias}"
+        if reason:
 
             def project(name: str, rows: Tensor) -> Tensor:
                 projected: Tensor = layers[name](rows)
@@ -86,8 +100,8 @@ def tensors_or_calls(layers: Mapping[str, nn.Module]) -> dict[str, Tensor] | Pro
     for name, layer in layers.items():
         # Attributes, not named_parameters: replicas, tied and parametrised layers have them too. Each is read once.
         tensors[f"{name}.weight"] = cast(Tensor, layer.weight)
-        if (bias := layer.bias) is not None:
-            tensors[f"{name}.bias"] = cast(Tensor, bias)
+        if (added := layer.bias) is not None:
+            tensors[f"{name}.bias"] = cast(Tensor, added)
     return tensors
 
 

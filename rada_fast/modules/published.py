@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
+import random
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from rada_fast.config import AdapterConfig
-from rada_fast.modules.projections import reason_to_call, tensors_or_calls
+from rada_fast.modules.projections import has_bias, has_hooks, reason_to_call, tensors_or_calls
 from rada_fast.ops.rational_adapter import rational_adapter
 
 PROJECTIONS = ("q_proj1", "q_proj2", "q_proj3", "k_proj", "v_proj", "out_proj")
@@ -19,7 +24,18 @@ ARGUMENTS = ("query1", "query2", "query3", "key", "value", "attn_mask")
 
 _UNUSED = {"alpha"}
 """A parameter that some published modules have and never use."""
-_SIMPLE = (bool, int, float, str, type(None))
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, np.generic, enum.Enum)
+_BY_IDENTITY = (types.FunctionType, types.BuiltinFunctionType, type, staticmethod, classmethod, property)
+_OF_EVERY_MODULE = (frozenset(nn.Module().__dict__) - {"training"}) | {
+    "_rada_fast_state",
+    "_rada_fast_off",
+    "_former_parameters",
+}
+_MOST_SETTINGS = 200
+_MOST_TRIALS = 16
+"""Settings and shapes that are remembered; a module that is called with more shapes is trusted with the rest."""
+_MOST_SCORES = 2**21
+"""Attention scores of a trial at the call's own shape; beyond, a part of the call is tried."""
 _REPEATING = {"MulBackward0", "RepeatBackward0", "ExpandBackward0", "UnsqueezeBackward0"}
 """Gradient nodes between the published queries and the features that they repeat."""
 
@@ -35,9 +51,9 @@ def adapter_config(module: Any, **changes: Any) -> AdapterConfig:
     """A published module's arithmetic."""
     return AdapterConfig(
         embed_dim=module.out_proj.in_features,
-        num_heads=module.num_heads,
+        num_heads=int(module.num_heads),
         temperature=float(module.temprature),
-        bias=module.out_proj.bias is not None,
+        bias=has_bias(module.out_proj),
         **changes,
     )
 
@@ -55,19 +71,42 @@ def reason_against(
         return "it is called with other arguments than the published module"
     if given.get("attn_mask") is not None:
         return "attn_mask is given"
-    dropout = module._modules.get("dropout")
-    if module.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-        return "dropout is active"
-    for name, layer in projections_of(module).items():
+    if reason := _reason_of_dropout(module._modules.get("dropout")):
+        return reason
+    layers = projections_of(module)
+    for name, layer in layers.items():
         if layer is None or (reason := reason_to_call(layer)):
             return f"its {name} {reason if layer is not None else 'is missing'}"
     rows = [given[name] for name in names]
     return (
         _reason_of_state(module)
+        or _reason_of_widths(layers)
         or _reason_of_form(module, rows)
-        or _reason_of_arithmetic(module, own, names, state)
         or _reason_of_values(rows)
+        or _reason_of_arithmetic(module, own, names, rows, state)
     )
+
+
+def _reason_of_dropout(dropout: nn.Module | None) -> str | None:
+    if dropout is None:
+        return None
+    if has_hooks(dropout):
+        return "its dropout has hooks"
+    if type(dropout) not in (nn.Dropout, nn.Identity) or "forward" in dropout.__dict__:
+        return f"its dropout is a {type(dropout).__name__} with a forward of its own"
+    return "dropout is active" if dropout.training and getattr(dropout, "p", 0) > 0 else None
+
+
+def _reason_of_widths(layers: Mapping[str, Any]) -> str | None:
+    """Whether the projections have one width, and all of them a bias or none."""
+    output = layers["out_proj"]
+    width, bias = output.in_features, has_bias(output)
+    for name, layer in layers.items():
+        if layer.in_features != width or layer.out_features != width:
+            return f"its {name} is {layer.in_features} to {layer.out_features} wide, not {width} to {width}"
+        if has_bias(layer) != bias:
+            return "some of its projections have a bias and some have none"
+    return None
 
 
 def _reason_of_state(module: nn.Module) -> str | None:
@@ -79,51 +118,136 @@ def _reason_of_state(module: nn.Module) -> str | None:
     return f"it holds {odd[0]}, which the published module does not" if odd else None
 
 
+class _NotComparableError(Exception):
+    """A setting whose changes cannot be noticed."""
+
+
+def _frozen(value: Any, budget: list[int]) -> Any:
+    """A setting as something that differs from what it becomes when it is changed in place."""
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise _NotComparableError
+    if isinstance(value, (*_SIMPLE, *_BY_IDENTITY)):
+        return value
+    kind = type(value)
+    parts: list[Any] = [kind]
+    if isinstance(value, Mapping):
+        parts += [(str(key), _frozen(one, budget)) for key, one in value.items()]
+    elif isinstance(value, list | tuple | set | frozenset | range):
+        parts += [_frozen(one, budget) for one in value]
+    elif not (dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace)):
+        raise _NotComparableError
+    parts += [(name, _frozen(one, budget)) for name, one in getattr(value, "__dict__", {}).items()]
+    return tuple(parts)
+
+
+def _settings(module: nn.Module, own: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """What the module's forward could depend on beside its projections: its attributes and those of its classes, and
+    the plain values that its functions take from around them."""
+    for name, value in module.__dict__.items():
+        if name not in _OF_EVERY_MODULE:
+            yield name, value
+    functions = [own]
+    for kind in type(module).__mro__:
+        if kind is nn.Module:
+            break
+        if kind.__module__ == "rada_fast.compat":
+            continue
+        for name, value in vars(kind).items():
+            if not name.startswith("__"):
+                yield name, value
+                functions.append(value)
+    for function in functions:
+        if isinstance(function, types.FunctionType):
+            around = function.__globals__
+            for name in function.__code__.co_names:
+                if isinstance(value := around.get(name), _SIMPLE) and name in around:
+                    yield name, value
+            for cell in function.__closure__ or ():
+                try:
+                    value = cell.cell_contents
+                except ValueError:  # a name that is not bound yet
+                    continue
+                if isinstance(value, _SIMPLE):
+                    yield "", value
+
+
 def _reason_of_arithmetic(
-    module: nn.Module, own: Callable[..., Any], names: Sequence[str], state: dict[str, Any]
+    module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows: list[Tensor], state: dict[str, Any]
 ) -> str | None:
-    """Whether the module's own forward is the published one, tried once for each of the module's settings."""
-    settings = tuple((key, value) for key, value in module.__dict__.items() if isinstance(value, _SIMPLE))
-    key = (type(module), own, settings)
-    if state.get("tried") != key:
-        state["tried"], state["reason"] = key, _try(module, own, names)
-    reason: str | None = state["reason"]
-    return reason
+    """Whether the module's own forward is the published one, tried once for each of its settings and shapes."""
+    budget = [_MOST_SETTINGS]
+    settings: list[Any] = [type(module), own]
+    name = ""
+    try:
+        for name, value in _settings(module, own):
+            settings.append((name, _frozen(value, budget)))
+    except _NotComparableError:
+        return f"it holds {name}, whose changes cannot be noticed"
+    if state.get("settings") != settings:
+        state["settings"], state["tried"] = settings, {}
+    tried: dict[tuple[int, ...], str | None] = state["tried"]
+    shape = tuple(rows[0].shape)
+    if shape not in tried:
+        if len(tried) >= _MOST_TRIALS:
+            return next((reason for reason in tried.values() if reason), None)
+        tried[shape] = _try(module, own, names, rows)
+    return tried[shape]
 
 
-def _try(module: nn.Module, own: Callable[..., Any], names: Sequence[str]) -> str | None:
-    """Compare the own forward with the op in float64 on drawn inputs and weights: the real ones may be zero."""
-    config = adapter_config(module, input_scale="none", mask_activation="none")
-    width = config.embed_dim
-    generator = torch.Generator().manual_seed(0)
+def _try(module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows: list[Tensor]) -> str | None:
+    """Compare the own forward with the op in float64 on drawn weights: the real ones may be zero. The inputs are drawn
+    ones and the call's own, whose size or shape the forward may depend on."""
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    with torch.no_grad():
-        twin = object.__new__(type(module))
-        twin.__dict__.update(module.__dict__)
-        twin.__dict__["_modules"] = dict(module._modules)
-        for name in projections_of(module):
-            layer = nn.Linear(width, width, bias=config.bias, device="meta")
-            layer.weight = nn.Parameter(draw(width, width) / math.sqrt(width))
-            if config.bias:
-                layer.bias = nn.Parameter(draw(width) / math.sqrt(width))
-            twin._modules["q_proj" if name == "q_proj1" and name not in module._modules else name] = layer
-        image, text = draw(2, 1, width), draw(1, 3, width)
-        rows = {"query1": image.repeat(1, 3, 1), "query2": text.repeat(2, 1, 1)}
-        try:
-            with torch.autocast("cpu", enabled=False):
-                found = own(twin, *(rows.get(name, image * text) for name in names))[0]
-                layers = {name: layer for name, layer in projections_of(twin).items() if layer is not None}
+    random_state, python_state = torch.get_rng_state(), random.getstate()
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+            config = adapter_config(module, input_scale="none", mask_activation="none")
+            twin = _drawn_twin(module, config, draw)
+            layers = {name: layer for name, layer in projections_of(twin).items() if layer is not None}
+            tensors = tensors_or_calls(layers, bias=config.bias)
+            batch, classes, width = rows[0].shape
+            if batch * config.num_heads * classes**2 > _MOST_SCORES:
+                batch, classes = min(batch, 2), min(classes, 64)
+            called = [row.detach().to("cpu", torch.float64) for row in (rows[0][:batch, :1], rows[1][:1, :classes])]
+            for image, text in ((draw(2, 1, width), draw(1, 3, width)), called):
+                B, K, product = len(image), text.shape[1], image * text
+                given = {"query1": image.repeat(1, K, 1), "query2": text.repeat(B, 1, 1)}
+                found = own(twin, *(given.get(name, product) for name in names))[0]
                 wanted = rational_adapter(
-                    image[:, 0], text[0], 1.0, tensors_or_calls(layers), config, return_mask=True, backend="reference"
+                    image[:, 0], text[0], 1.0, tensors, config, return_mask=True, backend="reference"
                 ).mask
                 assert wanted is not None
-                error = float((found.double() - (wanted - 1)).abs().max() / (wanted - 1).abs().max())
-        except Exception as problem:  # a forward of someone else's can fail in any way
-            return f"its own forward could not be tried: {' '.join(str(problem).split())[:200]}"
-    return None if error < 1e-5 else "its own forward computes something else than the published one"
+                difference = (found.double() - (wanted - 1)).abs().max()
+                if not bool(difference <= 1e-5 * (wanted - 1).abs().max()):
+                    return "its own forward computes something else than the published one"
+        if not torch.equal(random_state, torch.get_rng_state()) or python_state != random.getstate():
+            return "its own forward draws random numbers"
+    except Exception as problem:  # a forward of someone else's can fail in any way
+        return f"its own forward could not be tried: {' '.join(str(problem).split())[:200]}"
+    finally:
+        torch.set_rng_state(random_state)
+        random.setstate(python_state)
+    return None
+
+
+def _drawn_twin(module: nn.Module, config: AdapterConfig, draw: Callable[..., Tensor]) -> nn.Module:
+    """The module with plain projections of drawn weights on the CPU, sharing everything else."""
+    width = config.embed_dim
+    twin: nn.Module = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_modules"] = dict(module._modules)
+    for name in projections_of(module):
+        layer = nn.Linear(width, width, bias=config.bias, device="meta")
+        layer.weight = nn.Parameter(draw(width, width) / math.sqrt(width))
+        if config.bias:
+            layer.bias = nn.Parameter(draw(width) / math.sqrt(width))
+        twin._modules["q_proj" if name == "q_proj1" and name not in module._modules else name] = layer
+    return twin
 
 
 def _reason_of_form(module: nn.Module, rows: list[Tensor]) -> str | None:
@@ -145,8 +269,11 @@ def _reason_of_form(module: nn.Module, rows: list[Tensor]) -> str | None:
 
 def _reason_of_values(rows: list[Tensor]) -> str | None:
     """Whether the inputs are one row per image, one row per class and their product, also in their gradients."""
-    if torch.is_grad_enabled() and any(row.requires_grad for row in rows) and not _flows_as_published(rows):
-        return "gradients reach its inputs by other ways than the published model's"
+    if torch.is_grad_enabled() and any(row.requires_grad for row in rows):
+        if any(row.retains_grad or row._backward_hooks for row in rows):
+            return "the gradients of its inputs are retained or hooked"
+        if not _flows_as_published(rows):
+            return "gradients reach its inputs by other ways than the published model's"
     query_fits, text_fits, product_fits = _compare([row.detach() for row in rows])
     if not query_fits or not text_fits:
         return "its queries are not one row per image and one row per class"
@@ -164,15 +291,19 @@ def _compare(rows: list[Tensor]) -> list[bool]:
     def largest_difference(left: Tensor, right: Tensor) -> Tensor:
         return torch.sub(left, right, out=scratch).abs_().flatten(1).amax(dim=1)  # (B,), NaN where there is one
 
-    # s R computed as (sqrt(s) f) (sqrt(s) T) or as s (f T): three roundings apart, plus the square root's.
-    allowed = 8 * torch.finfo(product.dtype).eps * torch.abs(product, out=scratch).flatten(1).amax(dim=1)  # (B,)
-    zero = torch.zeros_like(allowed)
+    # s R computed as (sqrt(s) f) (sqrt(s) T) or as s (f T): seven roundings apart, the square root's among them. What
+    # is small beside an image's largest element may have been rounded more coarsely, as float16 does below 6e-5.
+    eps = torch.finfo(product.dtype).eps
+    allowed = torch.abs(product)
+    allowed.mul_(5 * eps).add_(allowed.flatten(1).amax(dim=1)[:, None, None] / 20)  # a quarter of eps of the largest
+    zero = product.new_zeros(len(product))
     query_fits = largest_difference(query1, image) <= zero
     text_fits = largest_difference(query2, text) <= zero
     product_fits = torch.ones_like(query_fits)
     for at, part in enumerate(products):
         if not any(part is other for other in products[:at]):
-            product_fits = product_fits & (largest_difference(part, product) <= allowed)
+            over = torch.sub(part, product, out=scratch).abs_().sub_(allowed).flatten(1).amax(dim=1)  # (B,)
+            product_fits = product_fits & (over <= zero)
     fits: list[bool] = torch.stack([query_fits, text_fits, product_fits]).all(dim=1).tolist()
     return fits
 

@@ -13,6 +13,7 @@ from rada_fast.errors import UserError
 from rada_fast.modules.projections import (
     GIVE_VALUES,
     ZeroLinear,
+    has_bias,
     has_hooks,
     has_parametrisations,
     is_sharded,
@@ -84,6 +85,9 @@ class RationalAdapter(nn.Module):
         Raises UserError naming a projection that is more than its weight and bias, or has no values.
         """
         layers = dict(self._projections())
+        for name, layer in layers.items():
+            if not self.config.bias and isinstance(layer, nn.Linear) and has_bias(layer):
+                raise UserError(f"adapter's {name} has a bias, which its configuration (bias=False) has not")
         return {
             name: stored_value(name.rsplit(".", 1)[0], layers[name.rsplit(".", 1)[0]], name.rsplit(".", 1)[1])
             for name in parameter_shapes(self.config)
@@ -102,7 +106,7 @@ class RationalAdapter(nn.Module):
             image_features,
             text_features,
             logit_scale,
-            tensors_or_calls(dict(self._projections())),
+            tensors_or_calls(dict(self._projections()), bias=self.config.bias),
             self.config,
             penalty=penalty,
             return_mask=return_mask,

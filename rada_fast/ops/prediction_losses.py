@@ -10,6 +10,7 @@ from torch import Tensor
 from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops._backend import chosen_backend
 from rada_fast.ops._predictions import check_logits, is_compiled
+from rada_fast.ops._transforms import under_transform
 
 LossKind = Literal["mean", "marginal", "cross_entropy"]
 
@@ -105,6 +106,12 @@ def prediction_loss_and_gradient(
     else:
         from rada_fast.reference.prediction_losses import prediction_loss as reference
 
+        if under_transform():
+            gradient, losses = torch.func.grad(
+                lambda values: (lambda each: (each.sum(), each))(reference(values, kind, targets, label_smoothing)),
+                has_aux=True,
+            )(batched)
+            return (losses, gradient) if logits.ndim == 3 else (losses[0], gradient[0])
         with torch.inference_mode(False), torch.enable_grad():
             # Tensors made in inference mode take no part in autograd; their copies do.
             leaf = (batched.clone() if batched.is_inference() else batched).requires_grad_()

@@ -293,7 +293,9 @@ def test_projections_as_functions_need_one_adapter_for_all_episodes() -> None:
     WAYS["lora"](adapter)
     image, text, scale = inputs()
     with pytest.raises(ValueError, match="episodes need parameters that are tensors, but k_proj is a LoRA"):
-        rational_adapter(image, text, scale, tensors_or_calls(dict(adapter.named_children())), CONFIG, episodes=2)
+        rational_adapter(
+            image, text, scale, tensors_or_calls(dict(adapter.named_children()), bias=True), CONFIG, episodes=2
+        )
 
 
 @pytest.fixture
@@ -343,3 +345,16 @@ def test_sharded_adapters_compute_and_say_what_they_do_not(tmp_path: Path, mesh:
     with FullyShardedDataParallel.summon_full_params(whole):
         save_adapter(whole.module, tmp_path / "a")
     torch.testing.assert_close(load_adapter(tmp_path / "a")(*given), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_bias_that_the_configuration_does_not_have_is_added_and_the_other_way_round() -> None:
+    given = inputs()
+    without = RationalAdapter(AdapterConfig.official(16, bias=False)).double()
+    nn.init.normal_(without.get_parameter("out_proj.weight"))
+    without.k_proj = nn.Linear(16, 16).double()
+    torch.testing.assert_close(without(*given), by_calls(without, *given))
+    one_less = adapter_of()
+    one_less.get_submodule("k_proj").bias = None  # type: ignore[assignment]
+    torch.testing.assert_close(one_less(*given), by_calls(one_less, *given))
+    with pytest.raises(UserError, match=r"adapter's k_proj has a bias, which its configuration \(bias=False\) has not"):
+        without.stored_parameters()

@@ -265,3 +265,12 @@ def test_torch_compile_takes_it_whole() -> None:
     (found,) = torch.autograd.grad(compiled(logits), logits)
     (wanted,) = torch.autograd.grad(prediction_loss(logits, "mean").sum(), logits)
     assert torch.equal(found, wanted)
+
+
+def test_the_gradient_under_vmap_is_each_problems_own() -> None:
+    logits = torch.randn(3, 4, 5)
+    losses, gradients = torch.func.vmap(lambda one: prediction_loss_and_gradient(one, "marginal"))(logits)
+    for at, one in enumerate(logits):
+        loss, gradient = prediction_loss_and_gradient(one, "marginal")
+        torch.testing.assert_close(losses[at], loss)
+        torch.testing.assert_close(gradients[at], gradient)
