@@ -294,6 +294,7 @@ class RunFolder:
                 termination.raise_if_asked()  # which torch.load may have taken for such damage
                 aside = self._set_aside(path)
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+                reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
                 notices.warn(
                     f"state {path} is damaged ({reason}) and was set aside as {aside.name}; the run goes on from the "
                     "one before it, or from the start where there is none"

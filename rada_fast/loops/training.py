@@ -64,9 +64,20 @@ class Training:
         records, kept = list(state["records"]), state["kept"]
         unreadable = {id: (id, label, reason) for id, label, reason in state["unreadable"]}
         scaler, optimizer, trained = state["scaler"], state["optimizer"], state["trained"]
-        wanted = {name: tensor.shape for name, tensor in self.trained.state_dict().items()}
-        if {name: tensor.shape for name, tensor in trained.items()} != wanted:
+        wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in self.trained.state_dict().items()}
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in trained.items()} != wanted:
             raise ValueError("it holds other weights")
+        # Buffers may well be infinite, as a mask of attention is.
+        if not all(bool(trained[name].isfinite().all()) for name, _ in self.trained.named_parameters()):
+            raise ValueError("it holds weights that are no numbers")
+        numbers = [(record["epoch"], record["seconds"] + record["images"]) for record in records]
+        if [epoch for epoch, _ in numbers] != list(range(1, len(records) + 1)):
+            raise ValueError("its epochs do not count from 1")
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, moments in optimizer["state"].items():
+            shapes = {value.shape for value in moments.values() if isinstance(value, Tensor) and value.ndim}
+            if not shapes <= {parameters[index].shape}:
+                raise ValueError("its optimizer is one of other weights")
         self.optimizer.load_state_dict(optimizer)
         self.scaler.load_state_dict(scaler)
         self.trained.load_state_dict(trained)

@@ -85,6 +85,26 @@ def test_a_state_of_other_weights_is_set_aside_before_anything_is_taken(tmp_path
         assert "rada.pt is damaged (it holds other weights)" in notices.so_far()[0]
 
 
+def test_a_state_that_cannot_be_gone_on_from_is_set_aside(tmp_path: Path) -> None:
+    """Whatever a whole file holds, it is no traceback later on, nor are its numbers taken that are none."""
+    with notices.collecting(), folder_in(tmp_path) as folder:
+        epoch(training(folder))
+        path = folder.path / "rada.pt"
+        state = torch.load(path, weights_only=True)
+        moments = {0: {"exp_avg": torch.zeros(7)}}
+        for change, reason in (
+            ({"records": [{}]}, "it lacks 'epoch'"),
+            ({"records": ["a"]}, "must be integers"),
+            ({"records": state["records"] * 2}, "its epochs do not count from 1"),
+            ({"trained": {name: tensor * torch.nan for name, tensor in state["trained"].items()}}, "are no numbers"),
+            ({"trained": {name: tensor.half() for name, tensor in state["trained"].items()}}, "holds other weights"),
+            ({"optimizer": state["optimizer"] | {"state": moments}}, "its optimizer is one of other weights"),
+        ):
+            torch.save(state | change, path)
+            assert training(folder).resume() == 0
+            assert reason in notices.so_far()[-1]
+
+
 def test_an_epoch_without_a_step_has_a_record(tmp_path: Path) -> None:
     with folder_in(tmp_path) as folder:
         record = train_epoch(training(folder), [], lambda some, target: (some, target), lambda step: 0.1, lr=0.1)
