@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -120,7 +121,9 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], t
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx, encoding="utf-8")
         arch, made_of = named[1].split(",")[0], str(path.with_suffix(".cubin"))
-        command = [get_ptxas(target).path, "-v", f"-arch={arch}", str(path), "-o", made_of]
+        # Up to Triton 3.5 there was one assembler for all devices.
+        assembler = get_ptxas(target) if inspect.signature(get_ptxas).parameters else get_ptxas()
+        command = [assembler.path, "-v", f"-arch={arch}", str(path), "-o", made_of]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers = int(re.findall(r"Used (\d+) registers", said)[-1])
     spills = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", said))
