@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support import SHARED
+
 settings.register_profile("rada_fast", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile("rada_fast")
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from rada_fast.compat import SimpleMultiheadAttention, patch, unpatch
 from rada_fast.config import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
+from tests.support import published_vectors
 
 NAMES = ("q_proj1", "q_proj2", "q_proj3", "k_proj", "v_proj", "out_proj")
 
@@ -86,20 +85,18 @@ class PublishedModel(nn.Module):
         return logits, cross_entropy(logits, label), linf
 
 
-def model_of(shared: Path, name: str, dtype: torch.dtype) -> tuple[PublishedModel, dict[str, Tensor]]:
-    with np.load(shared / "data" / "official_vectors" / f"{name}.npz") as file:
-        arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+def model_of(name: str, dtype: torch.dtype) -> tuple[PublishedModel, dict[str, Tensor]]:
+    arrays, parameters, config = published_vectors(name, dtype)
     text = arrays["text"].to(dtype)
     log_scale = float(arrays["logit_scale"].log())
-    model = PublishedModel(text.shape[1], int(arrays["num_heads"]), float(arrays["temperature"]), text, log_scale)
-    state = {key.removeprefix("param."): value.to(dtype) for key, value in arrays.items() if key.startswith("param.")}
-    model.mha.load_state_dict(state)
+    model = PublishedModel(text.shape[1], config.num_heads, config.temperature, text, log_scale)
+    model.mha.load_state_dict(parameters)
     return model, arrays
 
 
 @pytest.mark.parametrize("name", ["small_d64", "medium_d128", "hot_d64"])
-def test_a_patched_model_gives_the_published_logits_and_gradients(shared: Path, name: str) -> None:
-    model, arrays = model_of(shared, name, torch.float64)
+def test_a_patched_model_gives_the_published_logits_and_gradients(name: str) -> None:
+    model, arrays = model_of(name, torch.float64)
     assert patch(model) == ["mha"]
     logits, entropy, linf = model(arrays["image"].double(), arrays["label"], training=True)
     (entropy + 0.5 * linf).backward()

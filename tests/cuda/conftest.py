@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rada_fast import cuda_toolkit, extension
-from tests.conftest import SHARED
+from tests.support import SHARED
 
 Launchers = Callable[..., Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import SHARED
+from tests.support import SHARED
 
 Simulated = Callable[[], AbstractContextManager[list]]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from rada_fast.config import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter, use_backend
-from tests.ops.test_cpu_backend import problem
+from tests.support import problem
 
 CONFIG = AdapterConfig.official(128)
 

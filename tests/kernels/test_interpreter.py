@@ -12,8 +12,8 @@ import pytest
 
 SMALL = """
 import torch
-from tests.kernels.test_rational_adapter import CASES, assert_within_budget
-from tests.ops.test_cpu_backend import problem, solve
+from tests.kernels.test_rational_adapter import CASES
+from tests.support import assert_within_budget, problem, solve
 
 for name, (config, batch, classes, dtype, penalty) in CASES.items():
     if config.embed_dim > 128:

@@ -17,7 +17,7 @@ from rada_fast.config import AdapterConfig
 from rada_fast.kernel_tuning import launches_of
 from rada_fast.ops import _triton
 from rada_fast.reference import class_attention, masked_logits, rational_projections
-from tests.ops.test_cpu_backend import problem
+from tests.support import problem
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CONFIGS = {"matrix": AdapterConfig.official(64, num_heads=2), "row": AdapterConfig.paper(32, bias=True)}

@@ -3,7 +3,6 @@ float32, single gradients, published outputs, and a whole step of test-time trai
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from rada_fast.compat import patch, unpatch
 from rada_fast.config import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import EpisodicOptimizer, prediction_loss, rational_adapter, use_backend
-from tests.ops.test_cpu_backend import problem, published, solve
+from tests.support import problem, published_vectors, solve
 from tests.test_compat import PublishedModel
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -97,13 +96,9 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted: set[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["small_d64", "medium_d128", "hot_d64", "clip_d512"])
-def test_published_outputs_and_gradients(shared: Path, name: str) -> None:
-    arrays, config = published(shared, name)
-    parameters = {
-        key.removeprefix("param."): value.float().cuda().requires_grad_()
-        for key, value in arrays.items()
-        if key.startswith("param.")
-    }
+def test_published_outputs_and_gradients(name: str) -> None:
+    arrays, parameters, config = published_vectors(name, F32)
+    parameters = {key: value.detach().cuda().requires_grad_() for key, value in parameters.items()}
     image, text = (normalize(arrays[key].float(), dim=-1).cuda() for key in ("image", "text"))
     output = rational_adapter(
         image, text, float(arrays["logit_scale"]), parameters, config, penalty="linf", return_mask=True,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -11,7 +9,7 @@ from torch.nn.functional import cross_entropy, normalize
 from rada_fast.config import AdapterConfig
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.ops import rational_adapter
-from tests.ops.test_cpu_backend import problem, published, solve
+from tests.support import assert_within_budget, problem, published_vectors, solve
 
 from .conftest import Simulated
 
@@ -50,21 +48,6 @@ CASES = {
 }
 
 
-def assert_within_budget(
-    exact: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], fast: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    assert fast.keys() == exact.keys()
-    for name, value in exact.items():
-        error, allowed, size = (fast[name] - value).norm(), (plain[name] - value).norm(), value.norm()
-        if name == "penalty":
-            size = size + size.sqrt()
-        if name.startswith(("dq_proj", "dk_proj")):
-            size = size + exact["dv_proj." + name.rpartition(".")[2]].norm()
-        band = 2 * torch.finfo(dtype).eps * size
-        factor = 3 if name.startswith("d") else 2
-        assert error <= factor * allowed + band, f"{name}: {error:.2e}, reference's {allowed:.2e}, band {band:.1e}"
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(name: str, simulated: Simulated) -> None:
     config, batch, classes, dtype, penalty = CASES[name]
@@ -79,13 +62,8 @@ def test_outputs_and_gradients(name: str, simulated: Simulated) -> None:
 
 
 @pytest.mark.parametrize("name", ["small_d64", "medium_d128", "hot_d64", "clip_d512"])
-def test_published_outputs_and_gradients(shared: Path, name: str, simulated: Simulated) -> None:
-    arrays, config = published(shared, name)
-    parameters = {
-        key.removeprefix("param."): value.float().requires_grad_()
-        for key, value in arrays.items()
-        if key.startswith("param.")
-    }
+def test_published_outputs_and_gradients(name: str, simulated: Simulated) -> None:
+    arrays, parameters, config = published_vectors(name, F32)
     image, text = (normalize(arrays[key].float(), dim=-1) for key in ("image", "text"))
     with simulated():
         output = rational_adapter(

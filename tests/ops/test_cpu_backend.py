@@ -7,9 +7,7 @@ gradients, plus two roundings of the largest value: the reference may happen to 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from rada_fast.config import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import backends, rational_adapter, use_backend
+from tests.support import assert_within_budget, problem, published_vectors, solve
 
 pytestmark = pytest.mark.skipif(backends()["cpu"] != "usable", reason=f"cpu backend: {backends()['cpu']}")
 
@@ -40,91 +39,22 @@ CONFIGS = {
 SIZES = [(1, 1), (3, 2), (2, 7), (1, 37), (3, 101), (2, 397)]
 
 
-def problem(
-    config: AdapterConfig, batch: int, classes: int, dtype: torch.dtype, scale: float = 0.3
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Features and parameters that are exact in the storage type, so that every type solves the same problem."""
-    generator = torch.Generator().manual_seed(1000 * batch + classes)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    image, text = normalize(draw(batch, config.embed_dim), dim=-1), normalize(draw(classes, config.embed_dim), dim=-1)
-    shapes = {name: tensor.shape for name, tensor in RationalAdapter(config).state_dict().items()}
-    parameters = {name: scale / config.embed_dim**0.25 * draw(*shape) for name, shape in shapes.items()}
-    return image.to(dtype), text.to(dtype), {name: tensor.to(dtype) for name, tensor in parameters.items()}
-
-
-def published(shared: Path, name: str) -> tuple[dict[str, Tensor], AdapterConfig]:
-    """What the published code was given and gave, in float64, and its configuration."""
-    with np.load(shared / "data" / "official_vectors" / f"{name}.npz") as file:
-        arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
-    return arrays, AdapterConfig.official(arrays["image"].shape[1], temperature=float(arrays["temperature"]))
-
-
-def solve(
-    config: AdapterConfig,
-    inputs: tuple[Tensor, Tensor, dict[str, Tensor]],
-    dtype: torch.dtype,
-    backend: str,
-    penalty: str | None = "l2",
-    wanted: set[str] | None = None,
-) -> dict[str, Tensor]:
-    """Outputs and gradients of one backend, in float64. wanted: which inputs ask for gradients; None means all."""
-    image, text, parameters = inputs
-    leaves = {"image": image, "text": text, **parameters}
-    leaves = {
-        name: tensor.to(dtype).clone().requires_grad_(wanted is None or name in wanted)
-        for name, tensor in leaves.items()
-    }
-    output = rational_adapter(
-        leaves["image"], leaves["text"], 20.0, {name: leaves[name] for name in parameters}, config,
-        penalty=penalty, return_mask=True, backend=backend,
-    )  # fmt: skip
-    labels = torch.arange(len(image), device=image.device) % len(text)
-    loss = cross_entropy(output.logits.float() if dtype != torch.float64 else output.logits, labels)
-    found = {"logits": output.logits, "mask": output.mask}
-    if output.penalty is not None:
-        found["penalty"] = output.penalty
-        loss = loss + 1.5 * output.penalty
-    if any(leaf.requires_grad for leaf in leaves.values()):
-        loss.backward()
-    found |= {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    return {name: value.detach().double() for name, value in found.items() if value is not None}
-
-
-def assert_within_budget(
+def assert_as_exact_as_the_reference(
     config: AdapterConfig, batch: int, classes: int, dtype: torch.dtype, penalty: str = "l2"
 ) -> None:
     inputs = problem(config, batch, classes, dtype)
     exact = solve(config, inputs, torch.float64, "reference", penalty)
     plain = solve(config, inputs, dtype, "reference", penalty)
     fast = solve(config, inputs, dtype, "cpu", penalty)
-    assert fast.keys() == plain.keys()
-    if dtype == torch.float64:
-        # The truth is the reference itself: another order of summation, and gradients that nearly cancel.
-        for name, value in exact.items():
-            largest = max(float(tensor.abs().max()) for key, tensor in exact.items() if key[0] == name[0])
-            torch.testing.assert_close(
-                fast[name], value, rtol=1e-9, atol=1e-13 * largest, msg=lambda m, name=name: f"{name}: {m}"
-            )
+    if dtype != torch.float64:
+        assert_within_budget(exact, plain, fast, dtype)
         return
+    # The truth is the reference itself: another order of summation, and gradients that nearly cancel.
+    assert fast.keys() == plain.keys()
     for name, value in exact.items():
-        error, allowed = (fast[name] - value).norm(), (plain[name] - value).norm()
-        factor = 3 if name.startswith("d") else 2
-        if _env.sanitizers():
-            # Instrumented loops are not vectorised: a sum is one chain of additions, not sixteen.
-            factor *= 4
-        size = value.norm()
-        if name == "penalty":
-            # Of (M - 1)^2, where one rounding of M near 1 moves |M - 1|, of order the root of the penalty.
-            size = size + size.sqrt()
-        if name.startswith(("dq_proj", "dk_proj")):
-            # Sums of P (dP - delta), differences of what the values' gradient is made of: rounding is of its size.
-            size = size + exact["dv_proj." + name.rpartition(".")[2]].norm() if "dv_proj.weight" in exact else size
-        band = 2 * torch.finfo(dtype).eps * size + torch.finfo(dtype).tiny
-        assert error <= factor * allowed + band, (
-            f"{name}: error {error:.3e}, reference's {allowed:.3e}, band {band:.1e}"
+        largest = max(float(tensor.abs().max()) for key, tensor in exact.items() if key[0] == name[0])
+        torch.testing.assert_close(
+            fast[name], value, rtol=1e-9, atol=1e-13 * largest, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
@@ -132,7 +62,7 @@ def assert_within_budget(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("batch", "classes"), SIZES)
 def test_outputs_and_gradients(name: str, dtype: torch.dtype, batch: int, classes: int) -> None:
-    assert_within_budget(CONFIGS[name], batch, classes, dtype)
+    assert_as_exact_as_the_reference(CONFIGS[name], batch, classes, dtype)
 
 
 @pytest.fixture
@@ -148,7 +78,7 @@ def _widened(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "batch", "classes"), [*((name, 3, 101) for name in CONFIGS), ("official", 3, 2), ("paper", 2, 397)]
 )
 def test_bfloat16_without_instructions_for_it(name: str, batch: int, classes: int) -> None:
-    assert_within_budget(CONFIGS[name], batch, classes, torch.bfloat16)
+    assert_as_exact_as_the_reference(CONFIGS[name], batch, classes, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("_widened")
@@ -172,8 +102,8 @@ def test_bfloat16_widened_is_float32_of_16_bit_tensors(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("classes", [1, 37])
 def test_bfloat16_with_heads_of_an_odd_width(classes: int) -> None:
-    assert_within_budget(AdapterConfig.official(60, num_heads=4), 2, classes, torch.bfloat16)
-    assert_within_budget(AdapterConfig.official(35, num_heads=1), 2, classes, torch.bfloat16)
+    assert_as_exact_as_the_reference(AdapterConfig.official(60, num_heads=4), 2, classes, torch.bfloat16)
+    assert_as_exact_as_the_reference(AdapterConfig.official(35, num_heads=1), 2, classes, torch.bfloat16)
 
 
 def test_which_products_bfloat16_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,24 +130,19 @@ def test_which_products_bfloat16_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["official", "paper"])
 def test_the_other_penalties(name: str, dtype: torch.dtype, penalty: str) -> None:
-    assert_within_budget(CONFIGS[name], 3, 37, dtype, penalty)
+    assert_as_exact_as_the_reference(CONFIGS[name], 3, 37, dtype, penalty)
 
 
 @pytest.mark.parametrize("embed_dim", [512, 640, 1152])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_widths_of_real_models(embed_dim: int, dtype: torch.dtype) -> None:
-    assert_within_budget(AdapterConfig.official(embed_dim), 2, 53, dtype)
+    assert_as_exact_as_the_reference(AdapterConfig.official(embed_dim), 2, 53, dtype)
 
 
 @pytest.mark.parametrize("name", ["small_d64", "medium_d128", "hot_d64", "clip_d512"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_published_outputs_and_gradients(shared: Path, name: str, dtype: torch.dtype) -> None:
-    arrays, config = published(shared, name)
-    parameters = {
-        key.removeprefix("param."): value.to(dtype).requires_grad_()
-        for key, value in arrays.items()
-        if key.startswith("param.")
-    }
+def test_published_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
+    arrays, parameters, config = published_vectors(name, dtype)
     image, text = (normalize(arrays[key].to(dtype), dim=-1) for key in ("image", "text"))
     output = rational_adapter(
         image, text, float(arrays["logit_scale"]), parameters, config, penalty="linf", backend="cpu"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,46 +13,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from rada_fast.config import AdapterConfig
-from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
+from tests.support import VECTORS, problem, published_vectors
 
-VECTORS = ("small_d64", "medium_d128", "hot_d64", "clip_d512")
 BACKENDS = ("reference", "literal")
-
-
-def problem(config: AdapterConfig, batch: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Unit-norm features and random parameters, output projections included, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    image, text = normalize(draw(batch, config.embed_dim), dim=-1), normalize(draw(classes, config.embed_dim), dim=-1)
-    names = RationalAdapter(config).state_dict()
-    return image, text, {name: 0.2 * draw(*tensor.shape) for name, tensor in names.items()}
-
-
-def load_vectors(
-    shared: Path, name: str, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Tensor], AdapterConfig]:
-    """Arrays, parameters that ask for gradients, and the configuration of one file of published outputs."""
-    with np.load(shared / "data" / "official_vectors" / f"{name}.npz") as file:
-        arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
-    parameters = {
-        key.removeprefix("param."): value.to(dtype).requires_grad_()
-        for key, value in arrays.items()
-        if key.startswith("param.")
-    }
-    temperature, heads = float(arrays["temperature"]), int(arrays["num_heads"])
-    config = AdapterConfig.official(arrays["image"].shape[1], temperature=temperature, num_heads=heads)
-    return arrays, parameters, config
 
 
 @pytest.mark.parametrize("name", VECTORS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_published_outputs_and_gradients(shared: Path, name: str, backend: str, dtype: torch.dtype) -> None:
-    arrays, parameters, config = load_vectors(shared, name, dtype)
+def test_published_outputs_and_gradients(name: str, backend: str, dtype: torch.dtype) -> None:
+    arrays, parameters, config = published_vectors(name, dtype)
     image, text = (normalize(arrays[key].to(dtype), dim=-1) for key in ("image", "text"))
     output = rational_adapter(
         image, text, float(arrays["logit_scale"]), parameters, config, penalty="linf", return_mask=True, backend=backend
@@ -198,7 +167,7 @@ def test_zero_output_projection_is_zero_shot_exactly(
     preset: str, batch: int, classes: int, seed: int, backend: str
 ) -> None:
     config = AdapterConfig.official(16) if preset == "official" else AdapterConfig.paper(16)
-    image, text, parameters = problem(config, batch, classes, seed)
+    image, text, parameters = problem(config, batch, classes, seed=seed)
     for name in ("out_proj.weight", "out_proj.bias"):
         if name in parameters:
             parameters[name].zero_()
@@ -214,7 +183,7 @@ def test_zero_output_projection_is_zero_shot_exactly(
     seed=st.integers(0, 99),
 )
 def test_permuting_classes_permutes_logits(config: AdapterConfig, classes: int, seed: int) -> None:
-    image, text, parameters = problem(config, 2, classes, seed)
+    image, text, parameters = problem(config, 2, classes, seed=seed)
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
     plain = rational_adapter(image, text, 9.0, parameters, config, penalty="l2")
     mixed = rational_adapter(image, text[order], 9.0, parameters, config, penalty="l2")

@@ -1,0 +1,127 @@
+"""What tests of several rooms share: a drawn problem, its solution, the error budget, the published vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from rada_fast import _env
+from rada_fast.config import AdapterConfig
+from rada_fast.modules import RationalAdapter
+from rada_fast.ops import rational_adapter
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+"""Larger vectors, real features and the PTX simulator; not every checkout has this folder beside it."""
+VECTORS = ("small_d64", "medium_d128", "hot_d64", "clip_d512")
+"""Files of published outputs. Two of them lie in tests/data/published, so that every clone compares with them."""
+
+
+def problem(
+    config: AdapterConfig,
+    batch: int,
+    classes: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    scale: float = 0.3,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Unit-norm features and random parameters, exact in dtype, so that every type solves the same problem."""
+    generator = torch.Generator().manual_seed(1_000_000 * seed + 1000 * batch + classes)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    image, text = normalize(draw(batch, config.embed_dim), dim=-1), normalize(draw(classes, config.embed_dim), dim=-1)
+    shapes = {name: tensor.shape for name, tensor in RationalAdapter(config).state_dict().items()}
+    parameters = {name: scale / config.embed_dim**0.25 * draw(*shape) for name, shape in shapes.items()}
+    return image.to(dtype), text.to(dtype), {name: tensor.to(dtype) for name, tensor in parameters.items()}
+
+
+def published_vectors(
+    name: str, dtype: torch.dtype = torch.float64
+) -> tuple[dict[str, Tensor], dict[str, Tensor], AdapterConfig]:
+    """What the published code was given and gave, its parameters in a type, and its configuration.
+
+    The arrays are image and text (before normalisation), label, logit_scale, temperature, num_heads, logits, mask,
+    cross_entropy, linf and, for each parameter, grad.NAME of cross_entropy + 0.5 linf. Parameters ask for gradients.
+
+    The test that calls this skips where the file is not there.
+    """
+    places = [Path(__file__).parent / "data" / "published", SHARED / "data" / "official_vectors"]
+    path = next((place / f"{name}.npz" for place in places if (place / f"{name}.npz").is_file()), None)
+    if path is None:
+        pytest.skip(f"no file of the published vectors {name} beside this checkout")
+    with np.load(path) as file:
+        arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+    parameters = {
+        key.removeprefix("param."): arrays.pop(key).to(dtype).requires_grad_()
+        for key in list(arrays)
+        if key.startswith("param.")
+    }
+    temperature, heads = float(arrays["temperature"]), int(arrays["num_heads"])
+    config = AdapterConfig.official(arrays["image"].shape[1], temperature=temperature, num_heads=heads)
+    return arrays, parameters, config
+
+
+def solve(
+    config: AdapterConfig,
+    inputs: tuple[Tensor, Tensor, dict[str, Tensor]],
+    dtype: torch.dtype,
+    backend: str,
+    penalty: str | None = "l2",
+    wanted: set[str] | None = None,
+) -> dict[str, Tensor]:
+    """Outputs and gradients of one backend, in float64. wanted: which inputs ask for gradients; None means all."""
+    image, text, parameters = inputs
+    leaves = {"image": image, "text": text, **parameters}
+    leaves = {
+        name: tensor.to(dtype).clone().requires_grad_(wanted is None or name in wanted)
+        for name, tensor in leaves.items()
+    }
+    output = rational_adapter(
+        leaves["image"], leaves["text"], 20.0, {name: leaves[name] for name in parameters}, config,
+        penalty=penalty, return_mask=True, backend=backend,
+    )  # fmt: skip
+    labels = torch.arange(len(image), device=image.device) % len(text)
+    loss = cross_entropy(output.logits.float() if dtype != torch.float64 else output.logits, labels)
+    found = {"logits": output.logits, "mask": output.mask}
+    if output.penalty is not None:
+        found["penalty"] = output.penalty
+        loss = loss + 1.5 * output.penalty
+    if any(leaf.requires_grad for leaf in leaves.values()):
+        loss.backward()
+    found |= {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {name: value.detach().double() for name, value in found.items() if value is not None}
+
+
+def assert_within_budget(
+    exact: dict[str, Tensor], plain: dict[str, Tensor], fast: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Hold a backend's errors to those that plain PyTorch makes in the same type; see solve for the results.
+
+    exact: the reference in float64; plain: the reference in dtype; fast: the backend in dtype. An output passes where
+    its error is at most twice the reference's, a gradient at three times, plus two roundings of the largest value: the
+    reference may happen to be exact.
+    """
+    assert fast.keys() == exact.keys()
+    for name, value in exact.items():
+        error, allowed, size = (fast[name] - value).norm(), (plain[name] - value).norm(), value.norm()
+        factor = 3 if name.startswith("d") else 2
+        if _env.sanitizers():
+            # Instrumented loops are not vectorised: a sum is one chain of additions, not sixteen.
+            factor *= 4
+        if name == "penalty":
+            # Of (M - 1)^2, where one rounding of M near 1 moves |M - 1|, of order the root of the penalty.
+            size = size + size.sqrt()
+        if name.startswith(("dq_proj", "dk_proj")) and "dv_proj.weight" in exact:
+            # Sums of P (dP - delta), differences of what the values' gradient is made of: rounding is of its size.
+            size = size + exact["dv_proj." + name.rpartition(".")[2]].norm()
+        band = 2 * torch.finfo(dtype).eps * size + torch.finfo(dtype).tiny
+        assert error <= factor * allowed + band, (
+            f"{name}: error {error:.3e}, reference's {allowed:.3e}, band {band:.1e}"
+        )
