@@ -17,6 +17,8 @@ from rada_fast.config import MaskPenalty, OptimizerName, TTTConfig
 from rada_fast.modules.projections import GIVE_VALUES, is_no_ordinary_tensor
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
 from rada_fast.ops import prediction_loss, rational_adapter, select_views, zero_shot_logits
+from rada_fast.ops._transforms import under_transform
+from rada_fast.ops.rational_adapter import check_features, check_scale
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
@@ -171,12 +173,27 @@ def adapt_episodes(
 
     Returns logits (E, K), in view_features' dtype. Raises ValueError or TypeError naming the argument.
     """
+    if under_transform():
+        raise RuntimeError(
+            "adapt_episodes takes optimiser steps, which transforms of torch.func (vmap, grad, ...) and forward mode "
+            "do not go through: call it outside"
+        )
+    for name, value in (("view_features", view_features), ("text_features", text_features)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if config is not None and not isinstance(config, TTTConfig):
+        raise TypeError(f"config must be a TTTConfig, got {type(config).__name__}")
     if view_features.ndim != 3 or view_features.shape[1] == 0:
         raise ValueError(f"view_features must be (E, V, D) with V >= 1, got {tuple(view_features.shape)}")
     if not view_features.is_floating_point():
         raise TypeError(f"view_features must be floating point, got {view_features.dtype}")
     config = config or TTTConfig()
     adapter = unwrapped(adapter)
+    check_features("view_features", view_features, "E, V", adapter.config.embed_dim)
+    check_features("text_features", text_features, "K", adapter.config.embed_dim)
+    check_scale(logit_scale)
+    if view_features.is_meta:
+        raise ValueError("view_features must have values, got a tensor of the meta device")
     _check_trainable(adapter, config)
     results = []
     # Nothing made in inference mode takes part in autograd: episodes run outside of it, on copies.

@@ -44,8 +44,11 @@ def save_adapter(adapter: nn.Module, path: str | os.PathLike[str]) -> None:
     path: the file to write, whose folder must exist.
 
     Raises UserError where the file cannot be written, or where a projection is not its weight and bias alone (LoRA), is
-    on the meta device, or is sharded; TypeError where adapter is no RationalAdapter.
+    on the meta device, is sharded, or holds NaN, infinity or a type that load_adapter refuses; TypeError where adapter
+    is no RationalAdapter.
     """
+    if not Path(path).name or "\0" in str(path):
+        raise UserError(f"path must name a file to write the adapter to, got {os.fspath(path)!r}")
     try:
         files.write_tensors(Path(path), *stored_form(adapter))
     except OSError as error:
@@ -55,8 +58,16 @@ def save_adapter(adapter: nn.Module, path: str | os.PathLike[str]) -> None:
 def stored_form(adapter: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of an adapter's file; see save_adapter for what it takes and raises."""
     adapter = unwrapped(adapter)
+    held = adapter.stored_parameters()
+    for name, value in held.items():
+        if value.dtype not in _FLOATING:
+            raise UserError(
+                f"adapter's {name} must be float16, bfloat16, float32 or float64 to be saved, got {value.dtype}"
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"adapter's {name} holds NaN or infinity, which no file of an adapter may hold")
     # A copy each: safetensors refuses tensors that share their memory, as tied projections do.
-    tensors = {name: value.detach().cpu().clone() for name, value in adapter.stored_parameters().items()}
+    tensors = {name: value.detach().cpu().clone() for name, value in held.items()}
     return tensors, {"format": FORMAT, "config": json.dumps(adapter.config.to_dict())}
 
 

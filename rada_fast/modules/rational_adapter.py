@@ -68,7 +68,16 @@ class RationalAdapter(nn.Module):
         for name in parameter_shapes(self.config):
             if name.endswith(".weight"):
                 path = name.removesuffix(".weight")
-                yield path, self.get_submodule(path) if "." in path else self._modules[path]  # type: ignore[misc]
+                layer = self._modules.get(path) if "." not in path else self._inner(path)
+                if layer is None:
+                    raise ValueError(f"adapter must hold a projection {path!r}, which was removed or set to None")
+                yield path, layer
+
+    def _inner(self, path: str) -> nn.Module | None:
+        try:
+            return self.get_submodule(path)
+        except AttributeError:
+            return None
 
     def is_plain(self) -> bool:
         """Whether the adapter is rational_adapter of its named parameters and nothing more: no hooks, no parametrised,
@@ -88,10 +97,14 @@ class RationalAdapter(nn.Module):
         for name, layer in layers.items():
             if not self.config.bias and isinstance(layer, nn.Linear) and has_bias(layer):
                 raise UserError(f"adapter's {name} has a bias, which its configuration (bias=False) has not")
-        return {
-            name: stored_value(name.rsplit(".", 1)[0], layers[name.rsplit(".", 1)[0]], name.rsplit(".", 1)[1])
-            for name in parameter_shapes(self.config)
-        }
+        stored: dict[str, Tensor] = {}
+        for name, shape in parameter_shapes(self.config).items():
+            path, leaf = name.rsplit(".", 1)
+            value = stored_value(path, layers[path], leaf)
+            if tuple(value.shape) != shape:
+                raise UserError(f"adapter's {name} must be {shape} as its configuration says, got {tuple(value.shape)}")
+            stored[name] = value
+        return stored
 
     def _run(
         self,

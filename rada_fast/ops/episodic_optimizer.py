@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rada_fast.config import OptimizerName
 from rada_fast.ops._backend import resolve_device_backend
+from rada_fast.ops._transforms import under_transform
 
 _GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -263,6 +264,11 @@ class EpisodicOptimizer:
         Raises ValueError or TypeError naming a gradient that belongs to no parameter or does not fit it; nothing has
         happened then.
         """
+        if under_transform():
+            raise RuntimeError(
+                "EpisodicOptimizer.step writes into its parameters, which transforms of torch.func (vmap, grad, ...) "
+                "and forward mode do not go through: call it outside"
+            )
         if unknown := set(gradients) - set(self._slots):
             raise ValueError(f"gradients hold {sorted(unknown)[0]!r}, which is no parameter")
         for key, gradient in gradients.items():
@@ -276,6 +282,8 @@ class EpisodicOptimizer:
                 raise ValueError(f"gradients[{key!r}] must be {expected}, got {tuple(gradient.shape)}")
             if gradient.dtype not in _GRADIENTS:
                 raise TypeError(f"gradients[{key!r}] must be float32, bfloat16 or float16, got {gradient.dtype}")
+            if gradient.layout != torch.strided:
+                raise TypeError(f"gradients[{key!r}] must be dense, got {gradient.layout}")
             if gradient.device != initial.device:
                 raise ValueError(f"gradients[{key!r}] must be on {initial.device}, got {gradient.device}")
         self.steps += 1

@@ -41,15 +41,29 @@ class ProjectionCalls(NamedTuple):
     reason: str
 
 
-def _check(name: str, tensor: Tensor, rows: str, embed_dim: int) -> None:
+def check_features(name: str, tensor: Tensor, rows: str, embed_dim: int) -> None:
+    """Raise TypeError or ValueError where features are not (rows, D), floating point."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.ndim != 2:
+    if tensor.ndim != rows.count(",") + 2:
         raise ValueError(f"{name} must be ({rows}, D), got {tuple(tensor.shape)}")
-    if tensor.shape[1] != embed_dim:
+    if tensor.shape[-1] != embed_dim:
         raise ValueError(f"{name} must have the adapter's width D = {embed_dim}, got {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_scale(logit_scale: object) -> None:
+    """Raise TypeError or ValueError where the multiplier is not one real number."""
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale must be a single multiplier, got shape {tuple(logit_scale.shape)}")
+        if logit_scale.is_complex():
+            raise TypeError(f"logit_scale must be a real multiplier, got {logit_scale.dtype}")
+    elif not isinstance(logit_scale, int | float | torch.SymInt | torch.SymFloat) and not hasattr(
+        logit_scale, "__float__"
+    ):
+        raise TypeError(f"logit_scale must be a number or a tensor of one, got {type(logit_scale).__name__}")
 
 
 def check_inputs(
@@ -62,8 +76,8 @@ def check_inputs(
     episodes: int | None = None,
 ) -> None:
     """Raise ValueError or TypeError naming the first argument that does not fit."""
-    _check("image_features", image_features, "B", config.embed_dim)
-    _check("text_features", text_features, "K", config.embed_dim)
+    check_features("image_features", image_features, "B", config.embed_dim)
+    check_features("text_features", text_features, "K", config.embed_dim)
     if len(text_features) == 0:
         raise ValueError("text_features must hold at least one class (K >= 1), got K = 0")
     if image_features.dtype != text_features.dtype and not torch.is_autocast_enabled(image_features.device.type):
@@ -72,8 +86,7 @@ def check_inputs(
         )
     if image_features.device != text_features.device:
         raise ValueError(f"text_features must be on {image_features.device}, got {text_features.device}")
-    if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
-        raise ValueError(f"logit_scale must be a single multiplier, got shape {tuple(logit_scale.shape)}")
+    check_scale(logit_scale)
     if penalty is not None and penalty not in MASK_PENALTIES:
         raise ValueError(f"penalty must be None or one of {', '.join(map(repr, MASK_PENALTIES))}, got {penalty!r}")
     if episodes is not None and (episodes < 1 or len(image_features) % episodes):
@@ -92,6 +105,12 @@ def check_inputs(
             lead = (episodes,)
         if given != lead + shape:
             raise ValueError(f"parameter {name!r} must be {lead + shape}, got {given}")
+        kind = parameters[name].dtype
+        if kind != image_features.dtype and not torch.is_autocast_enabled(image_features.device.type):
+            raise TypeError(
+                f"parameter {name!r} must have image_features' dtype {image_features.dtype}, got {kind}: convert one "
+                "of them, or use torch.autocast"
+            )
         if parameters[name].device != image_features.device:
             raise ValueError(
                 f"parameter {name!r} must be on {image_features.device} as image_features are, "

@@ -16,7 +16,7 @@ from rada_fast import adapt_episodes
 from rada_fast.config import AdapterConfig, TTTConfig
 from rada_fast.loops.episodes import episode_loss, prediction_entropy
 from rada_fast.modules import RationalAdapter
-from rada_fast.ops import select_views, zero_shot_logits
+from rada_fast.ops import EpisodicOptimizer, select_views, zero_shot_logits
 
 
 def features(episodes: int, views: int, classes: int, width: int = 16) -> tuple[Tensor, Tensor]:
@@ -316,3 +316,27 @@ def test_an_episode_on_a_device_does_not_see_its_neighbours() -> None:
     start = RationalAdapter(AdapterConfig.official(64)).cuda()
     together = adapt_episodes(start, views, text, 100.0)
     assert torch.equal(adapt_episodes(start, views[[2, 0]], text, 100.0), together[[2, 0]])
+
+
+def test_arguments_of_another_kind_are_named() -> None:
+    adapter = RationalAdapter(AdapterConfig.official(16))
+    views, text = torch.randn(2, 4, 16), torch.randn(5, 16)
+    for wrong, message in (
+        ({"view_features": [views]}, "view_features must be a tensor, got list"),
+        ({"view_features": views[..., :8]}, "view_features must have the adapter's width D = 16"),
+        ({"text_features": None}, "text_features must be a tensor, got NoneType"),
+        ({"text_features": text.long()}, "text_features must be floating point, got torch.int64"),
+        ({"view_features": views[:0], "text_features": text[:, :8]}, "text_features must have the adapter's width"),
+        ({"logit_scale": "x"}, "logit_scale must be a number"),
+        ({"config": {"steps": 1}}, "config must be a TTTConfig, got dict"),
+    ):
+        given: dict[str, Any] = {"view_features": views, "text_features": text, "logit_scale": 20.0}
+        with pytest.raises((TypeError, ValueError), match=message):
+            adapt_episodes(adapter, **(given | wrong))
+    with pytest.raises(RuntimeError, match="adapt_episodes takes optimiser steps, which transforms"):
+        torch.func.vmap(lambda one: adapt_episodes(adapter, one[None], text, 20.0)[0])(views)
+    optimizer = EpisodicOptimizer({"weight": torch.zeros(3)}, episodes=2, name="sgd", lr=0.1)
+    with pytest.raises(RuntimeError, match=r"EpisodicOptimizer.step writes into its parameters, which transforms"):
+        torch.func.vmap(lambda one: (optimizer.step({"weight": one}), one)[1])(torch.ones(4, 2, 3))
+    with pytest.raises(TypeError, match=r"gradients\['weight'\] must be dense"):
+        optimizer.step({"weight": torch.ones(2, 3).to_sparse()})

@@ -358,3 +358,45 @@ def test_a_bias_that_the_configuration_does_not_have_is_added_and_the_other_way_
     torch.testing.assert_close(one_less(*given), by_calls(one_less, *given))
     with pytest.raises(UserError, match=r"adapter's k_proj has a bias, which its configuration \(bias=False\) has not"):
         without.stored_parameters()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda adapter: delattr(adapter, "k_proj"), "adapter must hold a projection 'k_proj', which was removed"),
+        (
+            lambda adapter: setattr(adapter, "k_proj", None),
+            "adapter must hold a projection 'k_proj', which was removed",
+        ),
+        (lambda adapter: adapter.k_proj.weight.data.fill_(torch.nan), r"adapter's k_proj.weight holds NaN or infinity"),
+        (lambda adapter: adapter.v_proj.to(torch.complex128), r"adapter's v_proj.weight must be float16, .*complex128"),
+        (
+            lambda adapter: setattr(adapter, "v_proj", nn.Linear(16, 8)),
+            r"adapter's v_proj.weight must be \(16, 16\) as its configuration says, got \(8, 16\)",
+        ),
+    ],
+    ids=["removed", "none", "nan", "complex", "narrow"],
+)
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_what_load_adapter_would_refuse_is_not_written(tmp_path: Path, change: Any, message: str) -> None:
+    adapter = adapter_of()
+    change(adapter)
+    with pytest.raises(ValueError, match=message):
+        save_adapter(adapter, tmp_path / "adapter.safetensors")
+    assert not list(tmp_path.iterdir())
+    for path in ("", "a\0b"):
+        with pytest.raises(UserError, match="path must name a file to write the adapter to"):
+            save_adapter(adapter, path)
+
+
+def test_types_that_differ_are_named() -> None:
+    adapter = adapter_of()
+    image, text, scale = inputs()
+    with pytest.raises(TypeError, match=r"parameter 'q_proj1.weight' must have image_features' dtype torch.float32"):
+        adapter(image.float(), text.float(), scale)
+    adapter.k_proj.float()
+    with pytest.raises(TypeError, match=r"parameter 'k_proj.weight' must have .* torch.float64, got torch.float32"):
+        adapter(image, text, scale)
+    for wrong in ("20", None, [20.0], torch.tensor(2j)):
+        with pytest.raises(TypeError, match="logit_scale must be a"):
+            adapter(image, text, wrong)
