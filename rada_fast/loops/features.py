@@ -144,7 +144,7 @@ def encode_images(
                     flush()
             advance()
         flush()
-    check_some_readable(unreadable, len(samples))
+    check_some_readable(unreadable, samples)
     result = Features(
         torch.cat(features),
         torch.tensor([sample.label for sample in kept]),
@@ -173,15 +173,16 @@ def encode_crops(
                 features.append(vlm.encode_images(views, [samples[index].id]).cpu())
                 kept.append(samples[index])
             advance()
-    check_some_readable(unreadable, len(samples))
+    check_some_readable(unreadable, samples)
     labels = torch.tensor([sample.label for sample in kept])
     return Features(torch.cat(features), labels, tuple(sample.id for sample in kept), tuple(unreadable))
 
 
-def check_some_readable(unreadable: Sequence[Unreadable], count: int) -> None:
-    """Raise UserError where all of count images are unreadable."""
-    if unreadable and len(unreadable) == count:
-        raise UserError(f"none of the {count} images could be read; the first: {unreadable[0][2]}")
+def check_some_readable(unreadable: Sequence[Unreadable], samples: Sequence[Sample]) -> None:
+    """Raise UserError where all of the samples are unreadable."""
+    if unreadable and len(unreadable) == len(samples):
+        root = str(samples[0].path).removesuffix(samples[0].id).rstrip("/")
+        raise UserError(f"data {root}: none of the {len(samples)} images could be read; the first: {unreadable[0][2]}")
 
 
 def class_means(training: Features, num_classes: int) -> Tensor:

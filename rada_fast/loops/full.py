@@ -219,7 +219,7 @@ class Batches:
                     self.ids.append(samples[index].id)
             if images:
                 yield torch.stack(images), torch.tensor(labels)
-        check_some_readable(unreadable, count)
+        check_some_readable(unreadable, self.samples)
         training.note_unreadable(unreadable)
 
 
@@ -292,6 +292,7 @@ def train_stage(
                     loss,
                     rate,
                     lr=stage.lr,
+                    option="finetune_lr" if stage.trains_encoder else "lr",
                     micro_batch=config.micro_batch,
                     on_step=advance,
                 )

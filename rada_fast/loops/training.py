@@ -143,15 +143,16 @@ def train_epoch(
     rate: Callable[[int], float],
     *,
     lr: float,
+    option: str = "lr",
     micro_batch: int | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
     """Train for one epoch and return its record.
 
-    rate: the learning rate of a step; lr: the option that sets it; micro_batch: images at once, gradients accumulated;
-    on_step: called after every step.
+    rate: the learning rate of a step; lr, option: what sets it, and that option's name; micro_batch: images at once,
+    gradients accumulated; on_step: called after every step.
 
-    Raises UserError where the loss is no number.
+    Raises UserError where the loss or a weight is no number.
     """
     start = time.perf_counter()
     device = training.device
@@ -174,9 +175,12 @@ def train_epoch(
             on_step()
     mean, entropy, penalty, accuracy = (sums / max(seen, 1)).tolist()
     epoch, seconds = len(training.records) + 1, time.perf_counter() - start
-    if not math.isfinite(mean):
+    # The last step's weights have made no loss yet.
+    whole = all(bool(parameter.isfinite().all()) for parameter in training.trained.parameters())
+    if not math.isfinite(mean) or not whole:
+        made = "the weights no numbers" if math.isfinite(mean) else f"the loss {mean}"
         stage = f" of {training.name}" if training.name else ""
-        raise UserError(f"lr {lr} made the loss {mean} in epoch {epoch}{stage}: give a smaller one")
+        raise UserError(f"{option} {lr} made {made} in epoch {epoch}{stage}: give a smaller one")
     return ({"stage": training.name} if training.name else {}) | {
         "epoch": epoch,
         "lr": last_rate,

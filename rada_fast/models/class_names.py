@@ -28,6 +28,10 @@ def resolve_class_names(
 
     Raises UserError naming the file, what was expected and what it holds.
     """
+    if prompts and (blank := [label for label, folder in enumerate(folders) if not folder.strip()]) and spec is None:
+        raise UserError(
+            f"--classes must be given, a file with a name a line: {where} have no name for class {blank[0]}"
+        )
     if spec is None:
         if not folders:
             raise UserError("--classes must be given, a file with a name a line: these data have no class folders")

@@ -333,7 +333,7 @@ def test_unreadable_training_pictures_are_recorded_and_end_with_status_3(
         tear(picture)
     for output in ("all", "again"):
         torn: Any = dataclasses.replace(config, run=RunOptions(output=str(tmp_path / output)))
-        with pytest.raises(UserError, match=r"none of the \d images could be read; the first: .*png cannot be read"):
+        with pytest.raises(UserError, match=r"specks: none of the \d images could be read; the first: .*png cannot"):
             run(torn)
 
 

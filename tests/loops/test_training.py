@@ -124,6 +124,21 @@ def test_a_loss_that_is_no_number_names_the_rate(tmp_path: Path) -> None:
             train_epoch(of, [batch], loss, lambda step: 0.1, lr=7)
 
 
+def test_weights_that_the_last_step_spoils_are_not_kept(tmp_path: Path) -> None:
+    with folder_in(tmp_path) as folder:
+        of = training(folder)
+
+        def spoil() -> None:
+            of.trained.weight.data.fill_(torch.nan)
+
+        def loss(some: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return (value := of.trained(some).sum()), value.detach().expand(4)
+
+        batch = (torch.ones(2, 3), torch.zeros(2).long())
+        with pytest.raises(UserError, match="finetune_lr 7 made the weights no numbers in epoch 1 of rada"):
+            train_epoch(of, [batch], loss, lambda step: 0.1, lr=7, option="finetune_lr", on_step=spoil)
+
+
 def test_draws_come_from_the_seed_and_the_name_alone() -> None:
     before = torch.random.get_rng_state()
     drawn = []

@@ -68,6 +68,13 @@ def test_numbers_with_a_sign_are_no_names_either() -> None:
         resolve_class_names(["-1", "0", "1"], None)
 
 
+def test_a_blank_is_no_name(tmp_path: Path) -> None:
+    for blank in ("", " "):
+        with pytest.raises(UserError, match="class folders have no name for class 1"):
+            resolve_class_names(["a", blank], None)
+        assert len(resolve_class_names(["a", blank], None, prompts=False)) == 2
+
+
 def test_letters_of_one_or_of_several_characters_are_the_same(tmp_path: Path) -> None:
     """Archives made on a Mac, and file systems there, write accents as characters of their own."""
     folders = [unicodedata.normalize("NFD", name) for name in ("caf\xe9", "na\xefve", "\xfcber")]
