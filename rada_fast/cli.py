@@ -49,8 +49,9 @@ Begin with 'rada-fast demo'. 'rada-fast COMMAND --help' explains a command's opt
 line wins over the file. 'rada-fast --version' prints the version.
 
 exit status: 0 done; 1 the system failed (a full disk, say); 2 something given cannot be used (one line says what);
-3 more images unreadable than allowed; 70 a fault of this program (RADA_FAST_TRACEBACK=1 shows where); 130 interrupted;
-141 nobody reads the output; 143 terminated. After 1, 70, 130, 141 and 143 the same command goes on where it stopped.
+3 more images unreadable than allowed; 70 a fault of this program (RADA_FAST_TRACEBACK=1 shows where); 129 the terminal
+hung up; 130 interrupted; 141 nobody reads the output; 143 terminated. After 1, 70 and those above the same command goes
+on where it stopped.
 """
 
 DONE_NOT, REFUSED, OWN_FAULT, INTERRUPTED, READER_GONE = 1, 2, 70, 130, 141
@@ -84,8 +85,8 @@ def _guarded(action: Callable[[], int]) -> int:
         return action()
     except (UserError, BackendUnavailableError) as error:
         return _fail(str(error), REFUSED)
-    except termination.Terminated:
-        return _fail(f"terminated; {GO_ON}", termination.STATUS)
+    except termination.Terminated as end:
+        return _fail(f"{end}; {GO_ON}", end.status)
     except KeyboardInterrupt:
         return _fail(f"interrupted; {GO_ON}", INTERRUPTED)
     except BrokenPipeError as error:
@@ -98,6 +99,8 @@ def _guarded(action: Callable[[], int]) -> int:
         # A disk that fills, a folder that goes away: what was finished is kept, and the same command goes on from it.
         return _fail(f"{error}; {GO_ON}", DONE_NOT)
     except ImportError as error:
+        if _is_lack_of_memory(error):
+            return _fail(f"the memory does not suffice: {_joined(error)}; {GO_ON}", DONE_NOT)
         return _fail(f"this installation is incomplete: {error}", DONE_NOT)
     except Exception as error:
         if _is_lack_of_memory(error):
@@ -119,8 +122,10 @@ def _joined(error: Exception) -> str:
 def _is_lack_of_memory(error: Exception) -> bool:
     """Whether an error says that no more memory was to be had, of the processor or of a GPU."""
     text = str(error)
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
+        or (isinstance(error, ImportError) and ("failed to map segment" in text or "annot allocate memory" in text))
     )
 
 
@@ -188,7 +193,9 @@ def _command(arguments: list[str]) -> int:
     _env.place_other_caches()
     try:
         with notices.collecting(hold=True):
-            return _runner(command)(config)
+            with termination.held():
+                run = _runner(command)
+            return run(config)
     except UserError as error:
         raise UserError(name_option(str(error), config)) from error
 
@@ -273,4 +280,24 @@ def _runner(command: str) -> Callable[[Any], int]:
     from rada_fast.loops.test_time import run_test_time
 
     loops: dict[str, Callable[[Any], dict[str, Any]]] = {"ttt": run_test_time, "eft": run_efficient, "fft": run_full}
-    return lambda config: show(loops[command](config), config.run)
+
+    def run_loop(config: Any) -> int:
+        check_backend()
+        return show(loops[command](config), config.run)
+
+    return run_loop
+
+
+def check_backend() -> None:
+    """Say at once where the compiled extension is damaged, which would only be slow.
+
+    Raises UserError where the variable asks for a backend that cannot be used, before anything is encoded.
+    """
+    from rada_fast import extension
+    from rada_fast.ops._backend import reason_unavailable
+
+    name = _env.backend_variable() or "auto"
+    if name != "auto" and (reason := reason_unavailable(name)):
+        raise UserError(f"RADA_FAST_BACKEND={name}: backend {name!r} cannot be used: {reason}")
+    if name == "auto" and (reason := extension.damage()):
+        notices.warn(f"{reason}; until then this runs on plain PyTorch, more slowly")

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command with one line and status 143; what was finished stays, and the same command goes on."""
+"""Signals end a command with one line and a status; what was finished stays, and the same command goes on."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ from rada_fast import cli, files
 from rada_fast.config import RunOptions
 from rada_fast.loops import test_time
 from rada_fast.loops.run_folder import RunFolder
-from rada_fast.termination import Terminated, raise_if_asked, raising_terminated
+from rada_fast.termination import Terminated, held, raise_if_asked, raising_terminated
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")]
+)
 def test_a_terminated_command_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     features = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
     np.savez(tmp_path / "f.npz", features=features, labels=np.arange(6) % 2)
@@ -34,14 +42,14 @@ def test_a_terminated_command_says_how_to_go_on(
         nonlocal calls
         calls += 1
         if calls == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(*args, **more)
 
     monkeypatch.setattr(test_time, "adapt_episodes", terminate)
-    assert cli.main(command) == 143
-    assert capsys.readouterr().err.splitlines()[-1] == ("rada-fast: terminated; start the same command again to go on")
+    assert cli.main(command) == status
+    assert capsys.readouterr().err.splitlines()[-1] == f"rada-fast: {said}; start the same command again to go on"
     assert len((tmp_path / "run" / "images.jsonl").read_text().splitlines()) == 2
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is signal.SIG_DFL
     assert cli.main(command) == 0
     assert len((tmp_path / "run" / "images.jsonl").read_text().splitlines()) == 6
 
@@ -123,3 +131,34 @@ def test_another_answer_to_the_signal_is_kept(monkeypatch: pytest.MonkeyPatch) -
     thread.start()
     thread.join()
     assert found == [before]
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGTERM, Terminated), (signal.SIGHUP, Terminated), (signal.SIGINT, KeyboardInterrupt)],
+)
+def test_a_signal_that_is_held_is_answered_at_the_end(number: int, raised: type[BaseException]) -> None:
+    def hold() -> None:
+        with held():
+            os.kill(os.getpid(), number)
+            done.append(number)
+
+    done: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(raised), raising_terminated():
+        hold()
+    assert done == [number]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_second_signal_is_not_held() -> None:
+    def hold() -> None:
+        with held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append(True)
+
+    done: list[bool] = []
+    with pytest.raises(Terminated), raising_terminated():
+        hold()
+    assert not done
