@@ -222,7 +222,8 @@ def _split(options: Mapping[str, Option], command: str, arguments: Sequence[str]
             raise UserError(_unknown(flag, options, command))
         if option.kind is bool:
             if equals:
-                raise UserError(f"{flag} takes no value, got {shortened(value)}; --no-{flag[2:]} says the contrary")
+                contrary = option.flag if off else f"--no-{option.flag[2:]}"
+                raise UserError(f"{flag} takes no value, got {shortened(value)}; {contrary} says the contrary")
             values[option.name] = not off
         elif option.many:
             several = [value] if equals else []
@@ -244,8 +245,8 @@ def _is_option(token: str) -> bool:
 
 
 def _unknown(flag: str, options: Mapping[str, Option], command: str) -> str:
-    flags = ["--options", *(option.flag for option in options.values())]
-    close = difflib.get_close_matches(flag.replace("_", "-").lower(), flags, n=1)
+    flags = [option.flag for option in options.values()] + (["--options"] if flag != "--options" else [])
+    close = difflib.get_close_matches(flag.replace("_", "-").lower(), flags, n=1) if flag.strip("-") else []
     advice = f"; did you mean {close[0]}?" if close else f"; 'rada-fast {command} --help' lists them"
     return f"{shortened(flag)[1:-1]} is no option of 'rada-fast {command}'{advice}"
 
@@ -288,7 +289,8 @@ def _values_of_file(path: str, options: Mapping[str, Option], command: str) -> d
         if isinstance(value, dict):
             raise UserError(f"--options file {path} must be flat: {key} is a table")
         if option is None:
-            raise UserError(f"--options file {path}: {_unknown('--' + name.replace('_', '-'), options, command)}")
+            flag = "--" + name.strip("_").replace("_", "-")
+            raise UserError(f"--options file {path}: {_unknown(flag, options, command)}")
         if name in values:
             raise UserError(f"--options file {path} gives {option.flag} twice")
         try:

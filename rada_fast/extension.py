@@ -199,6 +199,8 @@ def fault_of(library: Path) -> str | None:
     To load a library whose end is missing kills the process, so its SHA-256 is compared first.
     """
     try:
+        if not library.is_file() and not library.is_dir() and library.exists():
+            return f"{library} is no file"  # a pipe, say, which may never end
         with library.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
     except IsADirectoryError:
@@ -255,6 +257,15 @@ def load() -> str | None:
         _outcome.append(_load())
         _cuda_outcome.append(_load_cuda(_outcome[0]))
     return _outcome[0]
+
+
+def damage() -> str | None:
+    """Why a library that lies where it belongs is not used, or None where one is used or none was ever built."""
+    reason = load()
+    if reason is None:
+        return None
+    library, faults = search()
+    return reason if library is not None or faults else None
 
 
 def load_cuda() -> str | None:

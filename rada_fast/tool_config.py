@@ -9,6 +9,11 @@ from typing import Literal
 from rada_fast.checks import MOST_SEED, check_paths, check_positive, check_whole
 from rada_fast.errors import UserError
 
+MOST_DEMO_IMAGES = 100_000
+"""The most pictures of the demo's test-time training: half a gigabyte on the disk, and hours."""
+MOST_ROWS = 2**20
+"""The most images or classes of the kernels that are compiled: the features' matrices are made, though not filled."""
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -29,7 +34,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_paths(self, "output")
-        check_whole("images", self.images, 1)
+        check_whole("images", self.images, 1, MOST_DEMO_IMAGES)
         check_whole("epochs", self.epochs, 1)
         # The drawn worlds take three seeds each.
         check_whole("seed", self.seed, 0, MOST_SEED // 3 - 1)
@@ -77,11 +82,13 @@ class KernelsConfig:
     """Print one JSON line for each kernel and target."""
 
     def __post_init__(self) -> None:
-        check_whole("batch", self.batch, 1)
-        check_whole("classes", self.classes, 1)
+        check_whole("batch", self.batch, 1, MOST_ROWS)
+        check_whole("classes", self.classes, 1, MOST_ROWS)
         _check_width(self.embed_dim, self.preset)
         if not self.targets:
             raise UserError("targets must name at least one compute capability, got none")
+        if len(set(self.targets)) < len(self.targets):
+            raise UserError(f"targets must not repeat a compute capability, got {self.targets}")
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ BAD: dict[str, tuple[str, str]] = {
     "no classes": ("ttt --data imagefolder:{0}/pictures --classes {0}/none.txt", "holds no class name (K = 0)"),
     "classes file": ("ttt --data imagefolder:{0}/pictures --classes {0}/nil.txt", "nil.txt cannot be read: No such file"),
     "weights": ("ttt --data imagefolder:{0}/pictures --model ViT-B-16", "model ViT-B-16 needs --pretrained: a tag (openai"),
-    "model": ("ttt --data imagefolder:{0}/pictures --model ViT-B-17", "model 'ViT-B-17' is not one of open_clip's"),
+    "model": ("ttt --data imagefolder:{0}/pictures --model ViT-B-17", "model 'ViT-B-17' is neither one of open_clip's"),
     "nan": ("ttt --data features:{0}/nan.npz --text-features features:{0}/text.npz", "NaN or infinity in 1 of 4 rows, the first is row 2"),
     "width": ("ttt --data features:{0}/good.npz --text-features features:{0}/wide.npz", "has features of width 16, the text features have 32"),
     "model's width": ("ttt --data features:{0}/good.npz", "has features of width 16, the text features have 128"),

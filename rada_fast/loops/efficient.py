@@ -21,7 +21,7 @@ from rada_fast.loops.episodes import make_optimizer
 from rada_fast.loops.evaluate import evaluate, unreadable_records
 from rada_fast.loops.features import Features, class_means, encode_crops
 from rada_fast.loops.identity import open_folder
-from rada_fast.loops.problem import Problem, Setup, Source, check_same_names, check_width, open_setup, open_sources
+from rada_fast.loops.problem import Problem, Setup, Source, check_same_names, open_setup, open_sources
 from rada_fast.loops.progress import progress
 from rada_fast.loops.report import accuracy_of, already_finished, finish, harmonic_mean
 from rada_fast.loops.run_folder import RunFolder, reset_peak_memory
@@ -71,11 +71,16 @@ def run_efficient(config: EfficientConfig) -> dict[str, Any]:
     Raises UserError naming an option that cannot be used.
     """
     specs = {"train": config.train, "test": config.test}
-    setup = open_setup(config, open_sources(specs | ({} if config.new_test is None else {"new": config.new_test})))
+    specs |= {} if config.new_test is None else {"new": config.new_test}
+    setup = open_setup(config, open_sources(specs))
     train = training_set(setup, config)
     text_base, text_new = class_texts(setup, train, config)
     problem = setup.problem([train.names[label] for label in train.base], text_base)
-    problem.check_width(train.features.features, config.train)
+    problem.check_width(train.features.features, f"--train {config.train}")
+    # Before anything is encoded, trained or written; pictures have the model's width.
+    for option, part in (("--test", "test"), ("--new-test", "new")):
+        if isinstance(source := setup.sources.get(part), FeatureFile):
+            problem.check_width(source.features, f"{option} {specs[part]}")
     with open_run_folder(problem, train, text_base, text_new, config) as folder:
         covers = {"limit": config.run.limit}
         if (summary := folder.finished(covers)) is not None:
@@ -184,7 +189,6 @@ def test_sets(
 
     def test_set(name: str, source: Source, text: Tensor) -> TestSet:
         features = setup.features(source, title=f"encode {name} test images", limit=limit)
-        check_width(features.features, text, name)
         if len(features.labels) and int(features.labels.max()) >= len(text):
             raise UserError(
                 f"test images of {name} have label {int(features.labels.max())}, but there are {len(text)} classes"

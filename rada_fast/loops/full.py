@@ -75,10 +75,10 @@ def run_full(config: FullConfig) -> dict[str, Any]:
         features = setup.features(train, title="encode training images", limit=config.run.limit)
     problem = setup.problem(names, setup.text_features(names, features))
     if features is not None:
-        problem.check_width(features.features, config.train)
+        problem.check_width(features.features, f"--train {config.train}")
     for spec, source in tests.items():
         if isinstance(source, FeatureFile):
-            problem.check_width(source.features, spec)
+            problem.check_width(source.features, f"--test {spec}")
     batches = Batches(config, problem, features)
     with open_run_folder(problem, batches, config) as folder:
         covers = {"limit": config.run.limit}

@@ -124,7 +124,7 @@ class Problem(Setup):
     adapter: RationalAdapter
 
     def check_width(self, features: Tensor, data: str) -> None:
-        """Raise UserError where the features' width is not the text features'."""
+        """As the function of this name, for the text features in use."""
         check_width(features, self.text, data)
 
 
@@ -194,7 +194,7 @@ def text_file(options: ClassOptions) -> FeatureFile | None:
     given = options.text_features
     if given is None or given == "class-means" or given.startswith("classifier:"):
         return None
-    source = open_source(given) if given.startswith("features:") else None
+    source = open_source(given) if given.removeprefix("features:") not in (given, "") else None
     if not isinstance(source, FeatureFile) or source.features.ndim != 2:
         raise UserError(
             "text_features must be class-means, features:FILE.npz with one row a class or classifier:RUN of an fft, "
@@ -318,8 +318,8 @@ def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> Rational
 
 
 def check_width(features: Tensor, text_features: Tensor, data: str) -> None:
-    """Raise UserError where the data's width is not the text features'."""
+    """Raise UserError where the data's width is not the text features'. data: the option and what it names."""
     if features.shape[-1] != text_features.shape[-1]:
         raise UserError(
-            f"data {data} has features of width {features.shape[-1]}, the text features have {text_features.shape[-1]}"
+            f"{data} has features of width {features.shape[-1]}, the text features have {text_features.shape[-1]}"
         )

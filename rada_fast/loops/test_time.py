@@ -47,7 +47,7 @@ def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
     names = setup.class_names(source)
     problem = setup.problem(names, setup.text_features(names, training=None))
     if isinstance(source, FeatureFile):
-        problem.check_width(source.features, config.data)
+        problem.check_width(source.features, f"--data {config.data}")
     # A line is of its image alone: one whose picture has changed is made anew, and all others stay. A feature file's
     # rows have no times of their own, so another file is another run.
     deciding = ["data"] if isinstance(source, FeatureFile) else []

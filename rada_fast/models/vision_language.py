@@ -226,7 +226,8 @@ def _parts_of(name: str, pretrained: str | None, seed: int) -> Parts:
 
     if name not in open_clip.list_models():
         close = difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.4)
-        raise UserError(f"model {name!r} is not one of open_clip's; close: {', '.join(close) or 'none'}, or embedded")
+        advice = f"; close: {', '.join(close)}" if close else ""
+        raise UserError(f"model {name!r} is neither one of open_clip's nor 'embedded'{advice}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
         raise UserError(

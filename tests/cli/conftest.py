@@ -56,6 +56,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     feature_file("negative", features=features, labels=np.array([0, 1, -1, 1]))
     feature_file("huge", features=features, labels=np.array([0, 1, 2147483647, 1]))
     feature_file("real", features=features, labels=LABELS.astype(np.float32))
+    feature_file("scale", features=features, labels=LABELS, logit_scale=np.array(-5.0))
     feature_file("unlabelled", features=features)
     feature_file("none", features=features[:0], labels=LABELS[:0])
     feature_file("names", features=features, labels=LABELS, class_names=np.array(["one"]))
@@ -80,6 +81,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "deep.json": "[" * 100_000,
         "torn.toml": "steps = \n",
         "unknown.toml": "stepz = 3\n",
+        "own.toml": "options = 'other.toml'\n",
         "type.toml": 'steps = "three"\n',
         "real.toml": "steps = 3.5\n",
         "true.toml": "steps = true\n",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from rada_fast import cli
+from rada_fast import cli, extension
 from rada_fast.arguments import name_option, options_of
 from rada_fast.errors import UserError
 
@@ -34,6 +35,8 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     (f"{TTT} --", "-- is no option"),
     (f"{TTT} --epochs 3", "--epochs is no option"),
     (f"{TTT} --no-steps", "--no-steps is no option"),
+    (f"{TTT} --=3", "-- is no option of 'rada-fast ttt'; 'rada-fast ttt --help' lists them"),
+    (f"{TTT} --no-json=1", "--no-json takes no value, got '1'; --json says the contrary"),
     (f"{TTT} extra", "'extra' belongs to no option"),
     (f"{TTT} --overwrite yes", "'yes' belongs to no option"),
     (f"{EFT} --step 3", "--step is no option"),
@@ -83,6 +86,9 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     (f"{EFT} --schedule linear", "--schedule must be one of"),
     (f"{EFT} --shots all", "--shots must be a whole number or None"),
     (f"{FFT} --stages three", "--stages must be one of both, rada"),
+    ("kernels --targets 80 90 80", "--targets must not repeat a compute capability, got (80, 90, 80)"),
+    ("kernels --classes 2147483647", "--classes must be a whole number of at most"),
+    ("kernels --batch 2147483647", "--batch must be a whole number of at most"),
     ("kernels --targets 70", "--targets must be one of 80, 90, 100, got '70'"),
     ("kernels --dtype float64", "--dtype must be one of"),
     ("kernels --classes few", "--classes must be a whole number"),
@@ -119,6 +125,15 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     (f"{FFT} --micro-batch 0", "--micro-batch"),
     (f"{FFT} --warmup-steps -1", "--warmup-steps"),
     ("demo --images 0", "--images"),
+    ("demo --images 2147483647", "--images must be a whole number of at most"),
+    # a file or a name of another kind than the option's
+    (f"{TTT} --text-features features:", "--text-features must be class-means, features:FILE.npz"),
+    (f"{TTT} --model /etc", "--model '/etc' is neither one of open_clip's nor 'embedded'\n"),
+    ("ttt --data features:{0}/empty", "--data features:{0}/empty: feature file {0}/empty is a folder"),
+    ("ttt --data features:{0}/scale.npz", "logit_scale must be one number above 0 that float32 holds, got -5"),
+    ("ttt --data features:{0}/good.npz --text-features features:{0}/wide.npz", "--data features:{0}/good.npz has features of width 16"),
+    ("eft --train features:{0}/good.npz --test features:{0}/wide.npz --text-features class-means --protocol all", "--test features:{0}/wide.npz has features of width 32"),
+    ("fft --train features:{0}/good.npz --test features:{0}/good.npz features:{0}/wide.npz --text-features class-means --stages rada", "--test features:{0}/wide.npz has features of width 32"),
     ("demo --epochs -2", "--epochs"),
     ("demo --seed 9223372036854775807", "--seed must be a whole number of at most"),
     ("build --jobs 0", "--jobs"),
@@ -269,7 +284,7 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     (f"{TTT} --adapter {{0}}/narrow.safetensors", "--adapter"),
     (f"{TTT} --adapter {{0}}/latin.txt", "--adapter"),
     (f"{TTT} --adapter /dev/zero", "--adapter /dev/zero must be a file"),
-    (f"{TTT} --model ViT-B-17", "--model 'ViT-B-17' is not one of open_clip's"),
+    (f"{TTT} --model ViT-B-17", "--model 'ViT-B-17' is neither one of open_clip's"),
     (f"{TTT} --model ViT-B-16", "--pretrained"),
     (f"{TTT} --model ViT-B-16 --pretrained opnai", "--pretrained"),
     (f"{TTT} --model ViT-B-16 --pretrained /dev/zero", "--pretrained /dev/zero must be a file"),
@@ -295,6 +310,7 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     ("ttt --options /dev/zero", "--options file /dev/zero must be a file"),
     ("ttt --options {0}/unknown.toml", "--stepz is no option of 'rada-fast ttt'; did you mean --steps?"),
     ("ttt --options {0}/type.toml", "--steps must be a whole number, got 'three'"),
+    ("ttt --options {0}/own.toml", "own.toml: --options is no option of 'rada-fast ttt'"),
     ("ttt --data x --options {0}/nan.json", "--lr must be above 0, got nan"),
     ("ttt --data x --options {0}/inf.json", "--lr must be at most"),
     ("ttt --data x --options {0}/range.toml", "--steps must be a whole number of at least 0"),
@@ -352,6 +368,34 @@ def test_variables_that_mean_nothing_are_one_line(
     assert captured.err.count("\n") == 1
     assert value in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_that_cannot_be_used_is_refused_before_anything_is_read(
+    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RADA_FAST_BACKEND", "cuda")
+    assert cli.main(TTT.format(things).split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("rada-fast: RADA_FAST_BACKEND=cuda: backend 'cuda' cannot be used: ")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_extension_is_told_and_recorded(
+    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extension, "_outcome", ["x.so is damaged; run `rada-fast build`"])
+    monkeypatch.setattr(extension, "_cuda_outcome", ["no"])
+    monkeypatch.setattr(extension, "search", lambda cuda=False: (None, ["x.so is damaged"]))
+    command = f"ttt --data features:{things}/good.npz --text-features features:{things}/text.npz --output o"
+    assert cli.main(command.split()) == 0
+    said = "x.so is damaged; run `rada-fast build`; until then this runs on plain PyTorch, more slowly"
+    assert f"rada-fast: warning: {said}\n" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+    assert said in summary["warnings"]
+    assert summary["backend"] == "reference"
 
 
 WRONG: dict[type, tuple[str, ...]] = {

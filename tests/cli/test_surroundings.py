@@ -63,6 +63,7 @@ def failing_with(error: BaseException) -> Any:
         (MemoryError(), 1, "the memory does not suffice: out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 1, "the memory does not suffice"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), 1, "the memory does not suffice"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 1, "the memory does not suffice: libtorch"),
         (ModuleNotFoundError("No module named 'triton'"), 1, "this installation is incomplete: No module named 'triton'"),
         (OSError(28, "No space left on device", "/x/y"), 1, "No space left on device: '/x/y'; start the same command again"),
         (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe"),

@@ -117,7 +117,7 @@ def test_models_and_weights_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "torn.pt").write_bytes(b"torn")
     torch.save({"state_dict": Hostile(tmp_path / "executed")}, tmp_path / "hostile.pt")
     cases = {
-        ("ViT-B-61", "openai"): r"model 'ViT-B-61' is not one of open_clip's; close: .*ViT-B-16",
+        ("ViT-B-61", "openai"): r"model 'ViT-B-61' is neither one of open_clip's nor 'embedded'; close: .*ViT-B-16",
         ("Tiny", None): "model Tiny needs --pretrained: a tag .* a weights file",
         ("ViT-B-16", "opnai"): r"pretrained 'opnai' is neither a file nor a tag of ViT-B-16 \(openai, ",
         ("Tiny", str(tmp_path / "none.pt")): "is neither a file nor a tag",
