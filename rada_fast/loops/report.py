@@ -95,6 +95,7 @@ def finish(
         "config": dataclasses.asdict(problem.config),
         "versions": versions(),
         "output": str(folder.path),
+        "files": folder.left(),
         "run": folder.digest(covers),
     }
     folder.write_summary(summary)
@@ -139,7 +140,7 @@ def show(summary: dict[str, Any], options: RunOptions) -> int:
     return 0
 
 
-_NOT_IN_TABLE = {"command", "config", "versions", "adapter", "model", "output", "warnings", "run"}
+_NOT_IN_TABLE = {"command", "config", "files", "versions", "adapter", "model", "output", "warnings", "run"}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

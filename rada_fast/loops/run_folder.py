@@ -205,13 +205,22 @@ class RunFolder:
             if not path.is_file():
                 return None
             summary = json.loads(path.read_text(encoding="ascii"))
-            return dict(summary) if self.resumed and summary["run"] == self.digest(covers) else None
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            there = all(
+                (self.path / name).is_file() and size in (None, (self.path / name).stat().st_size)
+                for name, size in summary.get("files", {}).items()
+            )
+            return dict(summary) if self.resumed and there and summary["run"] == self.digest(covers) else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, whole or not at all; its entry "run" is a digest()."""
+        """Write summary.json, whole or not at all; its entry "run" is a digest(), "files" what left() says."""
         write_json(self.path / SUMMARY_FILE, summary)
+
+    def left(self) -> dict[str, int | None]:
+        """The lines and weights that the run leaves, these with their size: without them it is not finished."""
+        found = [path for path in sorted(self.path.iterdir()) if path.suffix in (".safetensors", ".jsonl")]
+        return {path.name: path.stat().st_size if path.suffix == ".safetensors" else None for path in found}
 
     def digest(self, covers: Mapping[str, Any]) -> str:
         """A hash of what a summary is about: identity, inputs, and covers, what else decides it, such as a limit."""

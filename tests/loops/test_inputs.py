@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rada_fast import notices
 from rada_fast.config import (
@@ -142,6 +143,21 @@ def test_lines_that_are_not_of_this_runs_images_are_made_anew(specks: Path, tmp_
         (tmp_path / "run" / "summary.json").unlink()
         assert run_test_time(data)["images"] == 4
         assert sorted(lines(tmp_path / "run"), key=str) == sorted(whole, key=str)
+
+
+def test_a_run_whose_weights_are_gone_or_torn_is_not_finished(specks: Path, tmp_path: Path) -> None:
+    config, weights = eft(specks, specks, tmp_path / "run"), tmp_path / "run" / "adapter.safetensors"
+    run_efficient(config)
+    whole = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file itself is torn below
+    weights.write_bytes(weights.read_bytes()[:99])
+    for _ in range(2):
+        run_efficient(config)
+        again = load_file(weights)
+        assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+        weights.unlink()
+    (tmp_path / "run" / "images.jsonl").unlink()
+    run_efficient(config)
+    assert len(lines(tmp_path / "run")) == 4
 
 
 def test_labels_that_renamed_folders_shift_are_not_the_old_ones(specks: Path, tmp_path: Path) -> None:

@@ -177,9 +177,9 @@ from pathlib import Path
 from rada_fast.loops.folder_lock import FolderLock
 lock = FolderLock(Path({str(tmp_path / "run.lock")!r}))
 if os.fork() == 0:
+    print("locked", flush=True)  # said here, where the lock has been given up
     time.sleep(60)  # a worker that its parent leaves behind
     os._exit(0)
-print("locked", flush=True)
 time.sleep(60)
 """
     with subprocess.Popen(
