@@ -157,6 +157,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], AdapterConfig | None]
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # beside its own error: types that this PyTorch does not have, sizes past its integers
         raise UserError(f"adapter checkpoint {path} is not readable safetensors: {_one_line(error)}") from None
+    form = metadata.get("format", "")
+    if form.startswith("rada_fast.") and form != FORMAT:
+        raise UserError(f"adapter checkpoint {path} has the format {_shown(form)!r}, this version reads {FORMAT!r}")
     if "config" not in metadata:
         return state, None
     try:
@@ -274,6 +277,10 @@ def _adapter_entries(path: Path, state: Mapping[Any, Any], size: int) -> tuple[d
     factor = 1.0
     for leaf in ("weight", "bias"):
         if f"q_proj.{leaf}" in entries:  # the query-key variant's name for q_proj1; it scales its inputs by 4 s
+            if f"q_proj1.{leaf}" in entries:
+                raise UserError(
+                    f"adapter checkpoint {path} must hold one of q_proj.{leaf} and q_proj1.{leaf}, holds both"
+                )
             entries[f"q_proj1.{leaf}"] = entries.pop(f"q_proj.{leaf}")
             factor = 4.0
     if prefix:  # a whole model's dictionary: what else lies under the prefix (an unused "alpha") is not the adapter's

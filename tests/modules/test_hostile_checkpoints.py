@@ -45,6 +45,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "layers of 300 digits": (with_config(num_layers=10**300), "num_layers must be what the file holds"),
     "negative layers": (with_config(num_layers=-1), "num_layers must be a whole number"),
     "layers as text": (with_config(num_layers="10000000"), "num_layers must be a whole number"),
+    "a later form": (save(tensors(), {"format": "rada_fast.adapter.v2"}), "has the format 'rada_fast.adapter.v2'"),
     "a huge width": (with_config(embed_dim=10**9), "has width 16, its configuration 1000000000"),
     "width of 300 digits": (with_config(embed_dim=10**300), "embed_dim must be an ordinary number"),
     "no width": (with_config(embed_dim=0), "embed_dim must be a whole number"),
@@ -148,6 +149,10 @@ def nested() -> Tensor:
 DICTIONARIES: dict[str, tuple[Callable[[], Any], str]] = {
     "sparse": (lambda: changed(k_proj__weight=torch.eye(16).to_sparse()), "k_proj.weight must be a dense tensor"),
     "sparse CSR": (lambda: changed(k_proj__weight=torch.eye(16).to_sparse_csr()), "k_proj.weight must be a dense"),
+    "two image queries": (
+        lambda: changed(q_proj__weight=torch.eye(16)),
+        "must hold one of q_proj.weight and q_proj1.weight, holds both",
+    ),
     "meta": (lambda: changed(k_proj__weight=torch.empty(16, 16, device="meta")), "k_proj.weight must have values"),
     "quantised": (
         lambda: changed(k_proj__weight=torch.quantize_per_tensor(torch.eye(16), 0.1, 0, torch.qint8)),
