@@ -16,13 +16,21 @@ from rada_fast.ops.rational_adapter import ProjectionCalls
 
 
 def is_no_ordinary_tensor(value: object) -> bool:
-    """Whether a tensor stands for others: sharded, quantised."""
-    return type(value) not in (Tensor, nn.Parameter) and bool(_is_wrapper(value))
+    """Whether a tensor stands for others (sharded, quantised), or its class has arithmetic of its own."""
+    kind = type(value)
+    if kind in (Tensor, nn.Parameter) or not issubclass(kind, Tensor):
+        return False
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    return bool(_is_wrapper(value)) or function not in _ORDINARY_FUNCTIONS
 
 
 def is_sharded(value: object) -> bool:
     """Whether a tensor is a shard of fully_shard's or of tensor parallelism's."""
     return is_no_ordinary_tensor(value) and hasattr(value, "full_tensor")
+
+
+_ORDINARY_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+"""How tensors and parameters answer PyTorch's functions; a subclass that overrides it computes something else."""
 
 
 class ZeroLinear(nn.Linear):

@@ -400,3 +400,22 @@ def test_types_that_differ_are_named() -> None:
     for wrong in ("20", None, [20.0], torch.tensor(2j)):
         with pytest.raises(TypeError, match="logit_scale must be a"):
             adapter(image, text, wrong)
+
+
+class Doubled(Tensor):
+    """A tensor whose class changes what PyTorch's functions do with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * result.as_subclass(Tensor) if func is linear else result
+
+
+def test_weights_with_arithmetic_of_their_own_keep_it() -> None:
+    adapter = adapter_of().requires_grad_(False)
+    plain = adapter(*inputs())
+    layer: Any = adapter.k_proj
+    layer._parameters["weight"] = layer.weight.data.as_subclass(Doubled)
+    given = inputs()
+    torch.testing.assert_close(adapter(*given), by_calls(adapter, *given))
+    assert not torch.allclose(adapter(*given), plain)
