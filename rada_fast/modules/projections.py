@@ -33,6 +33,10 @@ _ORDINARY_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_
 """How tensors and parameters answer PyTorch's functions; a subclass that overrides it computes something else."""
 
 
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
+"""Where wrappers hold their module: torch.compile's, activation checkpoints', data parallelism's and averages'."""
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero, also where ``reset_parameters`` starts it again (meta device, FSDP)."""
 
@@ -127,7 +131,8 @@ def stored_value(name: str, layer: nn.Module, leaf: str) -> Tensor:
 
     Raises UserError, naming the projection, where it is more than that, or has no values here.
     """
-    layer = getattr(layer, "_orig_mod", layer)  # torch.compile's wrapper
+    for inside in WRAPPED[:2]:
+        layer = layer._modules.get(inside) or layer
     if reason := _own_forward(layer):
         raise UserError(
             f"adapter's {name} {reason}: merge it into a torch.nn.Linear before saving (peft: merge_and_unload)"

@@ -12,6 +12,7 @@ from rada_fast.config import AdapterConfig, MaskPenalty
 from rada_fast.errors import UserError
 from rada_fast.modules.projections import (
     GIVE_VALUES,
+    WRAPPED,
     ZeroLinear,
     has_bias,
     has_hooks,
@@ -185,7 +186,7 @@ class RationalAdapter(nn.Module):
 
 
 def unwrapped(adapter: nn.Module) -> RationalAdapter:
-    """The adapter inside the wrappers of torch.compile, data parallelism and weight averaging.
+    """The adapter inside the wrappers of torch.compile, data parallelism, weight averaging and activation checkpoints.
 
     Raises TypeError where there is none, UserError where FullyShardedDataParallel keeps its weights in shards.
     """
@@ -196,7 +197,7 @@ def unwrapped(adapter: nn.Module) -> RationalAdapter:
                 "adapter is in FullyShardedDataParallel, which keeps its weights in shards: inside of "
                 "FullyShardedDataParallel.summon_full_params(adapter) give adapter.module"
             )
-        inner = inner._modules.get("_orig_mod") or inner._modules.get("module")
+        inner = next((inner._modules[name] for name in WRAPPED if inner._modules.get(name) is not None), None)
     if not isinstance(inner, RationalAdapter):
         raise TypeError(f"adapter must be a RationalAdapter, or one in a wrapper, got {type(adapter).__name__}")
     return inner

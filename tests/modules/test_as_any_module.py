@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.functional import linear, normalize
@@ -215,6 +216,8 @@ def test_an_output_projection_that_is_more_is_no_identity(way: str) -> None:
 
 def wrapped(kind: str, adapter: RationalAdapter) -> nn.Module:
     match kind:
+        case "checkpointed":
+            return checkpoint_wrapper(adapter)
         case "data-parallel":
             return nn.DataParallel(adapter)
         case "average":
@@ -225,7 +228,7 @@ def wrapped(kind: str, adapter: RationalAdapter) -> nn.Module:
             return torch.compile(nn.DataParallel(adapter), backend="eager")  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("kind", ["data-parallel", "average", "compiled", "both"])
+@pytest.mark.parametrize("kind", ["data-parallel", "average", "compiled", "both", "checkpointed"])
 def test_wrapped_copies_are_saved_and_their_dictionaries_read(tmp_path: Path, kind: str) -> None:
     adapter = RationalAdapter(CONFIG)
     nn.init.normal_(adapter.get_parameter("out_proj.weight"))
@@ -240,11 +243,13 @@ def test_wrapped_copies_are_saved_and_their_dictionaries_read(tmp_path: Path, ki
         assert wrapper(*(value.float() for value in inputs()[:2]), 30.0).shape == (2, 5)
 
 
-@pytest.mark.parametrize("way", ["weight-norm", "tied", "hook", "compiled"])
+@pytest.mark.parametrize("way", ["weight-norm", "tied", "hook", "compiled", "checkpointed"])
 def test_a_file_holds_what_the_adapter_computes_with(tmp_path: Path, way: str) -> None:
     adapter = adapter_of()
     if way == "compiled":
         adapter.k_proj = torch.compile(adapter.k_proj, backend="eager")  # type: ignore[assignment]
+    elif way == "checkpointed":
+        adapter.k_proj = checkpoint_wrapper(adapter.k_proj)
     else:
         WAYS[way](adapter)
     save_adapter(adapter, tmp_path / "a.safetensors")
