@@ -483,7 +483,9 @@ class FullConfig:
             check_whole("micro_batch", self.micro_batch, 1)
         check_whole("warmup_steps", self.warmup_steps, 0)
         if self.finetune_from > self.epochs:
-            raise UserError(f"finetune_from must be at most epochs {self.epochs}, got {self.finetune_from}")
+            raise UserError(
+                f"finetune_from must be at most epochs {self.epochs}, got {self.finetune_from}; unless given it is 5"
+            )
         for name in ("lr", "finetune_lr"):
             check_positive(name, getattr(self, name))
         check_positive("weight_decay", self.weight_decay, zero_ok=True)

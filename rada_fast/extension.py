@@ -200,7 +200,7 @@ def fault_of(library: Path) -> str | None:
     """
     try:
         if not library.is_file() and not library.is_dir() and library.exists():
-            return f"{library} is no file"  # a pipe, say, which may never end
+            return f"{library} is neither a file nor a folder"  # reading a pipe might never end
         with library.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
     except IsADirectoryError:

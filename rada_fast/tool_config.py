@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,7 @@ from rada_fast.errors import UserError
 MOST_DEMO_IMAGES = 100_000
 """The most pictures of the demo's test-time training: half a gigabyte on the disk, and hours."""
 MOST_ROWS = 2**20
-"""The most images or classes of the kernels that are compiled: the features' matrices are made, though not filled."""
+"""The most images or classes of kernels that are compiled, and of both times each other of those that are simulated."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ class SimulateConfig:
         for size in self.sizes:
             if not re.fullmatch(r"0*[1-9][0-9]{0,8}(x0*[1-9][0-9]{0,8}){1,2}", size):
                 raise UserError(f"sizes must be BxK or ExBxK, positive numbers, got {size!r}")
+            if math.prod(map(int, size.split("x"))) > MOST_ROWS:
+                raise UserError(f"sizes must have a product of at most {MOST_ROWS}, got {size!r}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The compiler is not asked: a small script stands for ninja and "links" a text.
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -92,6 +93,11 @@ def _dangle(library: Path) -> None:
     library.symlink_to("nowhere")
 
 
+def _replace_by_pipe(library: Path) -> None:
+    library.unlink()
+    os.mkfifo(library)
+
+
 DAMAGES = {
     "truncated": (_truncate, "is damaged: its SHA-256 is not the recorded one"),
     "empty": (lambda library: library.write_bytes(b""), "is damaged: its SHA-256 is not the recorded one"),
@@ -99,6 +105,7 @@ DAMAGES = {
     "empty record": (lambda library: extension.hash_file(library).write_bytes(b""), "is damaged"),
     "odd record": (lambda library: extension.hash_file(library).write_bytes(b"\xff\x00 \n"), "is damaged"),
     "a folder": (_replace_by_folder, "is a folder"),
+    "a pipe": (_replace_by_pipe, "is neither a file nor a folder"),
     "a dangling link": (_dangle, "cannot be read (No such file or directory)"),
 }
 

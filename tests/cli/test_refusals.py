@@ -148,6 +148,8 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     ("bench simulate --sizes 6", "--sizes must be BxK or ExBxK"),
     ("bench simulate --sizes 0x3", "--sizes"),
     ("bench simulate --sizes 1x2x3x4", "--sizes"),
+    ("bench simulate --sizes 6x200 99999x99999", "--sizes must have a product of at most"),
+    ("fft --train x --test y --epochs 3", "--finetune-from must be at most epochs 3, got 5; unless given it is 5"),
     (f"bench simulate --sizes 3x{MANY_DIGITS}", "--sizes"),
     # neither finite nor short
     (f"{TTT} --lr inf", "--lr must be at most"),
