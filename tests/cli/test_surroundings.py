@@ -248,6 +248,8 @@ def test_doctor_works_for_a_user_without_home_or_entry() -> None:
     user = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
     if subprocess.run([*user, "test", "-r", str(Path(cli.__file__))]).returncode or not os.access("/tmp", os.W_OK):
         pytest.skip("the checkout is not readable for others")
+    if subprocess.run([*user, sys.executable, "-c", ""], capture_output=True).returncode:
+        pytest.skip("Python is not readable for others")
     named = ("HOME", "XDG_CACHE_HOME", "RADA_FAST_CACHE")
     surroundings = {name: value for name, value in os.environ.items() if name not in named}
     with tempfile.TemporaryDirectory() as folder:
