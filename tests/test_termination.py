@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ from rada_fast.config import RunOptions
 from rada_fast.loops import test_time
 from rada_fast.loops.run_folder import RunFolder
 from rada_fast.termination import Terminated, held, raise_if_asked, raising_terminated
+
+
+@pytest.fixture(autouse=True)
+def _usual_answers() -> Iterator[None]:
+    """Signals are answered as in a terminal: what runs in the background, or under nohup, ignores some of them."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, answer) for number, answer in usual.items()}
+    yield
+    for number, answer in before.items():
+        signal.signal(number, answer)
 
 
 @pytest.mark.parametrize(
