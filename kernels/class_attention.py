@@ -239,7 +239,7 @@ def class_attention_fwd(
         ok = i_ok[:, None] & c_ok[None, :]
         rows = batch * classes
         # Every group of columns has the same log-sums; the first one tells.
-        tell = i_ok & (group == 0)
+        tell = i < tl.where(group == 0, classes, 0)
         if TEXT:
             out_t = out_t / total_t[:, None]
             tl.store(attended_text + first * D + at, out_t.to(attended_text.dtype.element_ty), mask=ok)
