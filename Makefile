@@ -45,7 +45,7 @@ sanitize: $(READY)
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest tests/ops -p no:cacheprovider
 
-# The promised versions of Python, PyTorch and Triton, each set in a fresh environment: hours. See .ci/matrix.py for parts.
+# The promised versions of Python, PyTorch and Triton, each set in a fresh environment: an hour. See .ci/matrix.py for parts.
 MATRIX ?=
 matrix:
 	$(PYTHON) .ci/matrix.py $(MATRIX)

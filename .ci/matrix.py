@@ -1,6 +1,6 @@
 """The promised versions, tried: every set in a fresh environment of its own, one after the other.
 
-    make matrix                                     # everything: an hour or more a set on two cores
+    make matrix                                     # everything: about fifteen minutes a set on two cores
     make matrix MATRIX="--sets oldest newest --tests tests/kernels tests/ops"
 
 Of every set: the environment, the build of the CPU extension and of the CUDA library, torch.compile of the adapter in
@@ -237,7 +237,9 @@ def main() -> int:
     parser.add_argument(
         "--tests", nargs="+", default=["tests"], help="files or folders of tests; all of them by default"
     )
-    parser.add_argument("--pytest", default="", help="further options of pytest, in one word: --pytest='-n 2'")
+    parser.add_argument(
+        "--pytest", default="-n 2 --dist worksteal", help="further options of pytest, in one word: --pytest='-n 4'"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "matrix")
     parser.add_argument("--keep", action="store_true", help="keep the environments, about 5 GB each")
     return Matrix(parser.parse_args()).run()
