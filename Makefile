@@ -64,7 +64,7 @@ build: $(READY)
 	-$(BIN)/rada-fast build
 
 wheel: setup
-	$(BIN)/python -c 'from rada_fast.extension_build import build_wheel; build_wheel("dist")'
+	$(BIN)/python -c 'from rada_fast.extension.build import build_wheel; build_wheel("dist")'
 
 clean:
 	rm -rf $(VENV) results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

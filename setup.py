@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: the C++ sources go into the package, and a wheel may carry the compiled libraries.
 
 Nothing is compiled here. `make wheel` sets RADA_FAST_CARRY to what `rada-fast build` made: a JSON table from the folder
-in the package, named after the PyTorch or CUDA version served, to the files; see rada_fast/extension.py.
+in the package, named after the PyTorch or CUDA version served, to the files; see rada_fast/extension/libraries.py.
 """
 
 import json

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.ops import EpisodicOptimizer
 from rada_fast.ops.rational_adapter import parameter_shapes
 

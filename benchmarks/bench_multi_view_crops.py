@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from rada_fast import extension
 from rada_fast.data.views import Preprocess, make_views
+from rada_fast.extension import libraries
 from rada_fast.ops import multi_view_crops, random_views, use_backend
 
 from . import interleaved
@@ -28,7 +28,7 @@ from . import interleaved
 PREPROCESS = Preprocess(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 VIEWS, SEED = 64, 3
 
-pytestmark = pytest.mark.skipif(extension.load() is not None, reason=str(extension.load()))
+pytestmark = pytest.mark.skipif(libraries.load() is not None, reason=str(libraries.load()))
 
 
 def picture() -> Image.Image:
@@ -112,7 +112,7 @@ def test_bench_views(benchmark: Any, kind: Any, device: str, small_rows: list[di
     assert torch.equal(steps["ours"](), steps["pillow"]())
     if kind == "crop":
         steps |= {"torchvision v2": by_torchvision(), "ours, bfloat16": in_bfloat16()}
-        if device == "cuda" and extension.load_cuda() is None:
+        if device == "cuda" and libraries.load_cuda() is None:
             steps["ours, on the device"] = on_device()
         if importlib.util.find_spec("kornia") is not None:
             steps["kornia"] = by_kornia()

@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rada_fast import _env, extension
-from rada_fast.loops.run_folder import versions
+from rada_fast import _env
+from rada_fast.extension import libraries
+from rada_fast.runs.folder import versions
 
 from . import harness
 
@@ -47,7 +48,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def compiled_device(device: str) -> str:
     """The same for ops with a compiled operator for each device; without one there is nothing to compare."""
-    if reason := extension.load() if device == "cpu" else extension.load_cuda():
+    if reason := libraries.load() if device == "cpu" else libraries.load_cuda():
         pytest.skip(f"no compiled operators for {device} tensors: {reason}")
     return device
 

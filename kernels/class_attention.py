@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rada_fast.kernels._common import (
     LOG2E,
     block_of,
@@ -28,7 +30,6 @@ from rada_fast.kernels._common import (
     store_column_sums,
 )
 from rada_fast.kernels.rational_projections import Projections
-from torch import Tensor
 
 
 @dataclass(frozen=True)

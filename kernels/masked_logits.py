@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rada_fast.kernels._common import (
     attended_rows,
     block_of,
@@ -28,7 +30,6 @@ from rada_fast.kernels._common import (
     store_chunks,
 )
 from rada_fast.kernels.class_attention import Attended
-from torch import Tensor
 
 CHUNK = 32
 """Columns of which one part of a logit is made: a block of columns holds whole ones."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rada_fast.kernels._common import (
     attended_rows,
     block_of,
@@ -25,7 +27,6 @@ from rada_fast.kernels._common import (
 )
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.rational_projections import Projections
-from torch import Tensor
 
 ROLES = ("key", "value", "rational", "output", "text", "image")
 """Longest first: the wide ones go through B K rows."""

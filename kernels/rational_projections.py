@@ -15,6 +15,8 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rada_fast.kernels._common import (
     block_of,
     cdiv,
@@ -24,7 +26,6 @@ from rada_fast.kernels._common import (
     product,
     rational_rows,
 )
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -9,26 +9,26 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rada_fast._version import __version__
+
 if TYPE_CHECKING:
-    from rada_fast.config import AdapterConfig, TTTConfig
+    from rada_fast.config.method import AdapterConfig, TTTConfig
+    from rada_fast.engine.episodes import adapt_episodes
     from rada_fast.errors import BackendUnavailableError, UserError
-    from rada_fast.loops.episodes import adapt_episodes
     from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
     from rada_fast.ops import backends, use_backend
-
-__version__ = "0.1.0"
 
 # A checkout that is imported without being installed has the Triton kernels beside the package, not in it.
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parents[1]))
 
 _HOMES = {
-    "AdapterConfig": "config",
-    "TTTConfig": "config",
+    "AdapterConfig": "config.method",
+    "TTTConfig": "config.method",
     "RationalAdapter": "modules",
     "load_adapter": "modules",
     "save_adapter": "modules",
-    "adapt_episodes": "loops.episodes",
+    "adapt_episodes": "engine.episodes",
     "backends": "ops",
     "use_backend": "ops",
     "UserError": "errors",

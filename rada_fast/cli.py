@@ -14,16 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rada_fast import __version__, _env, notices, termination
-from rada_fast.arguments import check_file_kind, name_option, paths_of, read, shortened
-from rada_fast.config import (
-    EfficientConfig,
-    FullConfig,
-    TestTimeConfig,
-)
+from rada_fast import _env
+from rada_fast._version import __version__
+from rada_fast.config.arguments import check_file_kind, name_option, paths_of, read, shortened
+from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
+from rada_fast.config.tools import BuildConfig, DemoConfig, DoctorConfig, KernelsConfig, SimulateConfig
 from rada_fast.errors import BackendUnavailableError, UserError
-from rada_fast.notices import one_line
-from rada_fast.tool_config import BuildConfig, DemoConfig, DoctorConfig, KernelsConfig, SimulateConfig
+from rada_fast.system import notices, termination
+from rada_fast.system.notices import one_line
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoConfig, "see the method work on the small CLIP that is shipped, in about two minutes"),
@@ -263,21 +261,21 @@ def _runner(command: str) -> Callable[[Any], int]:
 
         return run_doctor
     if command == "kernels":
-        from rada_fast.kernel_report import run_kernels
+        from rada_fast.bench.compiled import run_kernels
 
         return run_kernels
     if command == "bench":
-        from rada_fast.kernel_counts import run_simulate
+        from rada_fast.bench.counts import run_simulate
 
         return run_simulate
     if command == "build":
-        from rada_fast.extension_build import build
+        from rada_fast.extension.build import build
 
         return lambda config: 0 if build(jobs=config.jobs, timeout=config.timeout, force=config.force) else 1
-    from rada_fast.loops.efficient import run_efficient
-    from rada_fast.loops.full import run_full
-    from rada_fast.loops.report import show
-    from rada_fast.loops.test_time import run_test_time
+    from rada_fast.loops.eft import run_efficient
+    from rada_fast.loops.fft import run_full
+    from rada_fast.loops.ttt import run_test_time
+    from rada_fast.reports.summary import show
 
     loops: dict[str, Callable[[Any], dict[str, Any]]] = {"ttt": run_test_time, "eft": run_efficient, "fft": run_full}
 
@@ -293,11 +291,11 @@ def check_backend() -> None:
 
     Raises UserError where the variable asks for a backend that cannot be used, before anything is encoded.
     """
-    from rada_fast import extension
-    from rada_fast.ops._backend import reason_unavailable
+    from rada_fast.extension import libraries
+    from rada_fast.ops._backends.choice import reason_unavailable
 
     name = _env.backend_variable() or "auto"
     if name != "auto" and (reason := reason_unavailable(name)):
         raise UserError(f"RADA_FAST_BACKEND={name}: backend {name!r} cannot be used: {reason}")
-    if name == "auto" and (reason := extension.damage()):
+    if name == "auto" and (reason := libraries.damage()):
         notices.warn(f"{reason}; until then this runs on plain PyTorch, more slowly")

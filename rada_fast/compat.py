@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules.projections import ZeroLinear, tensors_or_calls
 from rada_fast.modules.published import ARGUMENTS, PROJECTIONS, adapter_config, projections_of, reason_against

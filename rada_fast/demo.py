@@ -11,21 +11,22 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from rada_fast.config import EfficientConfig, RunOptions, TestTimeConfig
+from rada_fast.config.commands import EfficientConfig, TestTimeConfig
+from rada_fast.config.options import RunOptions
+from rada_fast.config.tools import DemoConfig
 from rada_fast.data.decode import read_image
 from rada_fast.data.sources import ImageFolder, open_source
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
-from rada_fast.loops.efficient import run_efficient
+from rada_fast.loops.eft import run_efficient
 from rada_fast.loops.features import encode_images, spread_limit
-from rada_fast.loops.problem import open_setup
-from rada_fast.loops.run_folder import write_json
-from rada_fast.loops.test_time import run_test_time
+from rada_fast.loops.setup import open_setup
+from rada_fast.loops.ttt import run_test_time
 from rada_fast.modules import load_adapter
 from rada_fast.ops import rational_adapter
-from rada_fast.pictures import mask_picture
-from rada_fast.terminal import PlainConsole
-from rada_fast.tool_config import DemoConfig
+from rada_fast.reports.pictures import mask_picture
+from rada_fast.runs.folder import write_json
+from rada_fast.system.terminal import PlainConsole
 
 SHOTS = 16
 TEST_IMAGES_PER_CLASS = 24

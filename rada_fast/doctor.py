@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from rada_fast import _env, extension
-from rada_fast.config import AdapterConfig
+from rada_fast import _env
+from rada_fast.config.method import AdapterConfig
+from rada_fast.config.tools import DoctorConfig
 from rada_fast.errors import BackendUnavailableError, UserError
-from rada_fast.loops.run_folder import versions
+from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import BACKENDS, backends, rational_adapter, resolve_backend
-from rada_fast.terminal import print_json
-from rada_fast.tool_config import DoctorConfig
+from rada_fast.runs.folder import versions
+from rada_fast.system.terminal import print_json
 
 SELF_TEST_BOUND = 1e-4
 """Largest relative error of float32 logits against float64: about 100 times what rounding gives at this size."""
@@ -80,7 +81,7 @@ def examine() -> dict[str, Any]:
             "cache": _said(_env.cache_dir),
         },
         "backends": backends(),
-        "extension": extension.describe(),
+        "extension": libraries.describe(),
         "auto": resolve_backend("auto"),
         "in_force": _said(resolve_backend),
         "self_test": self_test(),

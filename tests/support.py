@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from rada_fast import _env
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
 

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
 from rada_fast.compat import SimpleMultiheadAttention, patch, unpatch
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from tests.support import published_vectors

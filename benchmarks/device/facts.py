@@ -58,7 +58,7 @@ def devices() -> list[dict[str, Any]]:
 def examine() -> dict[str, Any]:
     import torch
 
-    from rada_fast import cuda_toolkit
+    from rada_fast.extension import cuda_toolkit
 
     nvcc = cuda_toolkit.find_nvcc()
     listed = said("nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from rada_fast import notices
 from rada_fast.data.decode import is_picture, kind_of_entry, picture_extensions
 from rada_fast.errors import UserError
+from rada_fast.system import notices
 
 SYSTEM_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}

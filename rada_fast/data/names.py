@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rada_fast import notices
 from rada_fast.data.folders import EXAMPLES, is_number
 from rada_fast.errors import UserError
+from rada_fast.system import notices
 
 Names = list[str] | dict[str, str]
 """Names in label order, or the name of each class folder."""

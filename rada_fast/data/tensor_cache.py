@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rada_fast import files
+from rada_fast.system import files
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:

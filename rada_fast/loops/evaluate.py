@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rada_fast.loops.features import Features, Unreadable
-from rada_fast.loops.progress import progress
-from rada_fast.loops.report import image_record
 from rada_fast.ops import zero_shot_logits
+from rada_fast.reports.summary import image_record
+from rada_fast.runs.progress import progress
 
 CHUNK_ELEMENTS = 2**24
 """Most elements of one (B, K, D) tensor while testing: 64 MiB in float32."""

@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
-from rada_fast import _env, notices
-from rada_fast.config import ViewKind
+from rada_fast import _env
+from rada_fast.config.commands import ViewKind
 from rada_fast.data.sources import Sample
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.data.views import CROP_SCALE, ViewDataset, as_it_is
 from rada_fast.errors import UserError
-from rada_fast.loops.progress import progress
 from rada_fast.models.vision_language import VisionLanguageModel
+from rada_fast.runs.progress import progress
+from rada_fast.system import notices
 
 Unreadable = tuple[str, int, str]
 """Id and label of an image that could not be read, and the reason."""

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from rada_fast.data.views import image_seed
 from rada_fast.errors import UserError
 from rada_fast.loops.features import Unreadable
-from rada_fast.loops.run_folder import RunFolder
+from rada_fast.runs.folder import RunFolder
 
 EPOCHS = "epochs.jsonl"
 

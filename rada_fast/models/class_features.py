@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rada_fast import notices
 from rada_fast.data.folders import EXAMPLES
 from rada_fast.data.sources import FeatureFile
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
@@ -20,6 +19,7 @@ from rada_fast.errors import UserError
 from rada_fast.models.class_names import folded
 from rada_fast.models.class_names import resolve_class_names as resolve_class_names
 from rada_fast.models.vision_language import VisionLanguageModel
+from rada_fast.system import notices
 
 PHOTO = "a photo of a {}."
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from rada_fast import notices
 from rada_fast.data.folders import EXAMPLES, is_number, is_whole_number
 from rada_fast.data.names import WNID, read_names, readable_names, warn_of_numbers
 from rada_fast.errors import UserError
+from rada_fast.system import notices
 
 
 def resolve_class_names(

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from rada_fast import _env, notices
+from rada_fast import _env
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
 from rada_fast.models.trained import MOST_STARTS, TrainedRun, open_run
+from rada_fast.system import notices
 
 Precision = Literal["float32", "bfloat16", "float16"]
 

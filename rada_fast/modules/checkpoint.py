@@ -20,11 +20,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rada_fast import files
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
 from rada_fast.ops.rational_adapter import parameter_shapes
+from rada_fast.system import files
 
 FORMAT = "rada_fast.adapter.v1"
 RUN_FILES = ("adapter.safetensors", "rada-ft-adapter.safetensors", "rada-adapter.safetensors")

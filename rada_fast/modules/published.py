@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.modules.projections import has_bias, has_hooks, reason_to_call, tensors_or_calls
 from rada_fast.ops.rational_adapter import rational_adapter
 

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from rada_fast.config import AdapterConfig, MaskPenalty
+from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.errors import UserError
 from rada_fast.modules.projections import (
     GIVE_VALUES,

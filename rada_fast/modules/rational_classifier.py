@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from rada_fast.config import MaskPenalty
+from rada_fast.config.method import MaskPenalty
 from rada_fast.modules.rational_adapter import RationalAdapter
 
 

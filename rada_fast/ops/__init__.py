@@ -1,6 +1,6 @@
 """Public ops: checks, choice of backend, autograd. One file per op."""
 
-from rada_fast.ops._backend import BACKENDS, backends, resolve_backend, use_backend
+from rada_fast.ops._backends.choice import BACKENDS, backends, resolve_backend, use_backend
 from rada_fast.ops.augmix import AugmixPlan, augmix, random_augmix
 from rada_fast.ops.episodic_optimizer import EpisodicOptimizer, episodic_optimizer_step
 from rada_fast.ops.multi_view_crops import VIEW_COLUMNS, multi_view_crops, random_views, whole_view

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rada_fast.errors import BackendUnavailableError
-from rada_fast.ops._backend import chosen_backend, resolve_device_backend
+from rada_fast.ops._backends.choice import chosen_backend, resolve_device_backend
 from rada_fast.ops._transforms import TRANSFORM_REASON, under_transform
 
 SERVED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rada_fast.ops._backend import resolve_device_backend
+from rada_fast.ops._backends.choice import resolve_device_backend
 from rada_fast.ops.multi_view_crops import CROP_RATIO, CROP_SCALE, TALL_FIRST, check, draws_compiled
 
 AUGMIX_OPERATIONS = ("none", "autocontrast", "equalize", "posterize", "solarize", "affine")

@@ -9,8 +9,8 @@ import PIL
 import torch
 from torch import Tensor
 
-from rada_fast import extension
-from rada_fast.ops._backend import reference_asked, resolve_device_backend
+from rada_fast.extension import libraries
+from rada_fast.ops._backends.choice import reference_asked, resolve_device_backend
 
 VIEW_COLUMNS = (
     "picture",
@@ -128,7 +128,7 @@ def multi_view_crops(
 def draws_compiled(backend: str | None) -> bool:
     """Whether the extension draws, which it does on the CPU whatever backend is named for tensors elsewhere."""
     if backend is None:
-        return extension.load() is None and not reference_asked()
+        return libraries.load() is None and not reference_asked()
     return resolve_device_backend(torch.device("cpu"), backend) == "cpu"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rada_fast.errors import BackendUnavailableError
-from rada_fast.ops._backend import chosen_backend
+from rada_fast.ops._backends.choice import chosen_backend
 from rada_fast.ops._predictions import check_logits, is_compiled
 from rada_fast.ops._transforms import under_transform
 

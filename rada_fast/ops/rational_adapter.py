@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rada_fast.config import MASK_PENALTIES, AdapterConfig, MaskPenalty
-from rada_fast.ops._backend import resolve_backend
+from rada_fast.config.method import MASK_PENALTIES, AdapterConfig, MaskPenalty
+from rada_fast.ops._backends.choice import resolve_backend
 from rada_fast.ops._transforms import TRANSFORM_REASON, under_transform
 from rada_fast.reference.rational_adapter import AdapterOutput as AdapterOutput
 
@@ -165,10 +165,10 @@ def rational_adapter(
         if transformed:
             return TRANSFORM_REASON
         if name == "triton":
-            from rada_fast.ops._triton import reason_not_served
+            from rada_fast.ops._backends.triton import reason_not_served
 
             return reason_not_served(config, image_features, text_features, parameters, episodes)
-        from rada_fast.ops._compiled import reason_not_served as compiled_reason
+        from rada_fast.ops._backends.cpu import reason_not_served as compiled_reason
 
         return compiled_reason(config, image_features, text_features, parameters)
 
@@ -181,9 +181,9 @@ def rational_adapter(
         case "literal":
             from rada_fast.reference.literal import literal_adapter as run
         case "cpu":
-            from rada_fast.ops._compiled import rational_adapter as run
+            from rada_fast.ops._backends.cpu import rational_adapter as run
         case "triton":
-            from rada_fast.ops._triton import rational_adapter as fused
+            from rada_fast.ops._backends.triton import rational_adapter as fused
 
             return fused(*arguments, penalty=penalty, return_mask=return_mask, episodes=episodes)
         case name:

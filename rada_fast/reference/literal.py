@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import softmax as torch_softmax
 
-from rada_fast.config import AdapterConfig, MaskPenalty
+from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.reference.masked_logits import mask_penalty, masked_logits, rational_mask
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import (

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rada_fast.config import AdapterConfig, MaskPenalty
+from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.reference.class_attention import class_attention
 from rada_fast.reference.masked_logits import mask_penalty, masked_logits, rational_mask
 from rada_fast.reference.rational_projections import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 
 Parameters = Mapping[str, Tensor] | Callable[[str, Tensor], Tensor]
 """Tensors under the published names, or a function that projects rows by the projection of a name."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter, save_adapter
 
 LABELS = np.array([0, 1, 0, 1])

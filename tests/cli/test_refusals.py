@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rada_fast import cli, extension
-from rada_fast.arguments import name_option, options_of
+from rada_fast import cli
+from rada_fast.config.arguments import name_option, options_of
 from rada_fast.errors import UserError
+from rada_fast.extension import libraries
 
 TTT = "ttt --data imagefolder:{0}/pictures"
 EFT = "eft --train imagefolder:{0}/pictures --test imagefolder:{0}/pictures"
@@ -388,9 +389,9 @@ def test_a_damaged_extension_is_told_and_recorded(
     things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(extension, "_outcome", ["x.so is damaged; run `rada-fast build`"])
-    monkeypatch.setattr(extension, "_cuda_outcome", ["no"])
-    monkeypatch.setattr(extension, "search", lambda cuda=False: (None, ["x.so is damaged"]))
+    monkeypatch.setattr(libraries, "_outcome", ["x.so is damaged; run `rada-fast build`"])
+    monkeypatch.setattr(libraries, "_cuda_outcome", ["no"])
+    monkeypatch.setattr(libraries, "search", lambda cuda=False: (None, ["x.so is damaged"]))
     command = f"ttt --data features:{things}/good.npz --text-features features:{things}/text.npz --output o"
     assert cli.main(command.split()) == 0
     said = "x.so is damaged; run `rada-fast build`; until then this runs on plain PyTorch, more slowly"

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from rada_fast import _env, cli, ops
-from rada_fast.loops.progress import progress
-from rada_fast.terminal import PlainConsole, finite, print_json, table
+from rada_fast.runs.progress import progress
+from rada_fast.system.terminal import PlainConsole, finite, print_json, table
 
 COMMAND = [sys.executable, "-m", "rada_fast"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rada_fast import cuda_toolkit, extension
+from rada_fast.extension import cuda_toolkit, libraries
 from tests.support import SHARED
 
 Launchers = Callable[..., Any]
@@ -18,7 +18,7 @@ Launchers = Callable[..., Any]
 def _library(*names: str) -> Any:
     import ptxsim
 
-    folder = extension.source_dir()
+    folder = libraries.source_dir()
     assert folder is not None
     return ptxsim.cuda_library(
         [str(folder / "cuda" / name) for name in names], include=[str(folder / "cuda")], racecheck=True, initcheck=True

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rada_fast import extension
+from rada_fast.extension import libraries
 from rada_fast.ops import AugmixPlan, augmix, random_augmix, use_backend, whole_view
 from rada_fast.reference import augmix as reference
 from tests.cuda.conftest import Launchers
@@ -88,7 +88,7 @@ def test_types_and_what_the_mix_writes(launchers: Launchers, dtype: torch.dtype)
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_device_makes_the_cpus_views(dtype: torch.dtype) -> None:
-    if reason := extension.load_cuda():
+    if reason := libraries.load_cuda():
         pytest.skip(reason)
     pixels = picture(375, 500)
     plan = random_augmix(375, 500, 224, 63, torch.Generator().manual_seed(0)).with_plain(whole_view(375, 500, 224))

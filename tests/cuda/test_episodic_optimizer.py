@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rada_fast import extension
+from rada_fast.extension import libraries
 from rada_fast.ops import EpisodicOptimizer, use_backend
 from tests.cuda.conftest import Launchers
 
@@ -230,8 +230,8 @@ def test_a_step_touches_nothing_twice(library: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_a_device_agrees_with_torch_optim(name: str) -> None:
-    if extension.load_cuda() is not None:
-        pytest.skip(f"no CUDA kernels: {extension.load_cuda()}")
+    if libraries.load_cuda() is not None:
+        pytest.skip(f"no CUDA kernels: {libraries.load_cuda()}")
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     initial = {"w": torch.randn(64, 65, device="cuda"), "b": torch.randn(7, device="cuda")}
     steps = [{key: torch.randn(3, *value.shape, device="cuda") for key, value in initial.items()} for _ in range(3)]
@@ -263,8 +263,8 @@ def test_a_device_agrees_with_torch_optim(name: str) -> None:
     ],
 )
 def test_a_device_rounds_as_the_cpu(rule: Any, options: dict[str, Any], gradient: torch.dtype) -> None:
-    if extension.load_cuda() is not None:
-        pytest.skip(f"no CUDA kernels: {extension.load_cuda()}")
+    if libraries.load_cuda() is not None:
+        pytest.skip(f"no CUDA kernels: {libraries.load_cuda()}")
     # A matrix with tails, a row, and one that no gradient reaches at first: it stays shared.
     initial = {"w": torch.randn(33, 65), "b": torch.randn(7), "late": torch.randn(100)}
     steps = [{key: torch.randn(3, *value.shape).to(gradient) for key, value in initial.items()} for _ in range(3)]
@@ -288,8 +288,8 @@ def test_a_device_rounds_as_the_cpu(rule: Any, options: dict[str, Any], gradient
 
 @pytest.mark.gpu
 def test_an_episode_replays_from_a_graph() -> None:
-    if extension.load_cuda() is not None:
-        pytest.skip(f"no CUDA kernels: {extension.load_cuda()}")
+    if libraries.load_cuda() is not None:
+        pytest.skip(f"no CUDA kernels: {libraries.load_cuda()}")
     initial = {"w": torch.randn(64, 65, device="cuda")}
     gradients = [torch.randn(2, 64, 65, device="cuda") for _ in range(3)]
     optimizer = EpisodicOptimizer(initial, 2, lr=8e-4, weight_decay=0.01, backend="cuda")

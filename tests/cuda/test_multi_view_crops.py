@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rada_fast import extension
+from rada_fast.extension import libraries
 from rada_fast.ops import multi_view_crops, random_views, use_backend, whole_view
 from rada_fast.ops.multi_view_crops import TALL_FIRST
 from rada_fast.reference import multi_view_crops as reference
@@ -110,7 +110,7 @@ def test_what_a_launch_moves(launchers: Launchers) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_device_makes_the_cpus_views(dtype: torch.dtype) -> None:
-    if reason := extension.load_cuda():
+    if reason := libraries.load_cuda():
         pytest.skip(reason)
     pictures = [picture(375, 500), picture(30, 4000), picture(900, 40)]
     tables = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rada_fast import extension
+from rada_fast.extension import libraries
 from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, use_backend
 from tests.cuda.conftest import Launchers
 from tests.cuda.test_view_selection import TYPES, shifted
@@ -146,7 +146,7 @@ def test_every_byte_is_moved_once(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(extension.load_cuda() is not None, reason=f"CUDA kernels: {extension.load_cuda()}")
+@pytest.mark.skipif(libraries.load_cuda() is not None, reason=f"CUDA kernels: {libraries.load_cuda()}")
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("episodes", "rows", "classes"), [(1, 6, 7), (3, 6, 101), (64, 6, 1000), (2, 100, 9001)])
@@ -165,7 +165,7 @@ def test_a_device_agrees(dtype: torch.dtype, kind: str, episodes: int, rows: int
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(extension.load_cuda() is not None, reason=f"CUDA kernels: {extension.load_cuda()}")
+@pytest.mark.skipif(libraries.load_cuda() is not None, reason=f"CUDA kernels: {libraries.load_cuda()}")
 @pytest.mark.parametrize(("kind", "rows"), [("mean", 6), ("mean", 100), ("marginal", 6)])
 def test_a_graph_replays_it(kind: Any, rows: int) -> None:
     logits = draw(4, rows, 200, 5.0, torch.float32).cuda()
@@ -182,7 +182,7 @@ def test_a_graph_replays_it(kind: Any, rows: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(extension.load_cuda() is not None, reason=f"CUDA kernels: {extension.load_cuda()}")
+@pytest.mark.skipif(libraries.load_cuda() is not None, reason=f"CUDA kernels: {libraries.load_cuda()}")
 def test_more_rows_than_a_block_holds_take_the_reference() -> None:
     logits = draw(1, 501, 7, 1.0, torch.float32).cuda()
     with use_backend("reference"):

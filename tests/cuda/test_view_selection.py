@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rada_fast import extension
+from rada_fast.extension import libraries
 from rada_fast.ops import select_views, use_backend
 from tests.cuda.conftest import Launchers
 from tests.ops.test_view_selection import draw, exact_entropy
@@ -96,7 +96,7 @@ def test_every_byte_is_read_once(launchers: Launchers, dtype: torch.dtype, class
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(extension.load_cuda() is not None, reason=f"CUDA kernels: {extension.load_cuda()}")
+@pytest.mark.skipif(libraries.load_cuda() is not None, reason=f"CUDA kernels: {libraries.load_cuda()}")
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("classes", [7, 101, 200, 1000, 5000])
 def test_a_device_agrees_with_the_cpu(dtype: torch.dtype, classes: int) -> None:
@@ -111,7 +111,7 @@ def test_a_device_agrees_with_the_cpu(dtype: torch.dtype, classes: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(extension.load_cuda() is not None, reason=f"CUDA kernels: {extension.load_cuda()}")
+@pytest.mark.skipif(libraries.load_cuda() is not None, reason=f"CUDA kernels: {libraries.load_cuda()}")
 def test_a_graph_replays_it() -> None:
     logits = draw(4, 64, 200, 20.0, torch.float32).cuda()
     select_views(logits, 6)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rada_fast import notices
 from rada_fast.data.folders import label_order
 from rada_fast.data.sources import ImageFolder, open_source
 from rada_fast.errors import UserError
+from rada_fast.system import notices
 
 
 def draw(*paths: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from rada_fast import notices
 from rada_fast.data.names import read_names, readable_names
 from rada_fast.errors import UserError
+from rada_fast.system import notices
 
 FISH = {"n01440764": "tench", "n01443537": "goldfish"}
 LISTED: dict[str, tuple[str, Any]] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter, use_backend
 from tests.support import problem

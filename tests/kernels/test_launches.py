@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rada_fast.config import AdapterConfig
-from rada_fast.kernel_tuning import launches_of
-from rada_fast.ops import _triton
+from rada_fast.bench.tuning import launches_of
+from rada_fast.config.method import AdapterConfig
+from rada_fast.ops._backends import triton
 from rada_fast.reference import class_attention, masked_logits, rational_projections
 from tests.support import problem
 
@@ -28,7 +28,7 @@ LAUNCHES = {
     "masked_logits": ("logits", "penalty", "mask"),
     "masked_logits_backward": ("d_offset", "d_attended"),
     "class_attention_backward": ("d_keys", "d_values", "d_q_rational", "d_q_text", "d_q_image"),
-    "parameter_gradients": tuple(f"d{name}.{part}" for name in _triton.ROLES.values() for part in ("weight", "bias")),
+    "parameter_gradients": tuple(f"d{name}.{part}" for name in triton.ROLES.values() for part in ("weight", "bias")),
     "feature_gradients": ("dimage", "dtext"),
 }
 
@@ -76,24 +76,24 @@ def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str,
     image, text = image.to(device), text.to(device)
     moved = {key: value.to(device) for key, value in parameters.items()}
     weights, biases = (
-        {role: moved[f"{key}.{part}"] for role, key in _triton.ROLES.items()} for part in ("weight", "bias")
+        {role: moved[f"{key}.{part}"] for role, key in triton.ROLES.items()} for part in ("weight", "bias")
     )
     inner, inner_biases = (
         {role: value for role, value in every.items() if role != "output"} for every in (weights, biases)
     )
     scale = torch.tensor(SCALE, device=device)
     factor = config.input_scale_factor if config.input_scale == "logit" else 0.0
-    common: dict[str, Any] = {"precision": _triton.float32_precision()}
+    common: dict[str, Any] = {"precision": triton.float32_precision()}
     heads: dict[str, Any] = common | {"num_heads": config.num_heads}
     attention = heads | {"temperature": config.temperature, "matrix": config.softmax == "matrix"}
     last = heads | {"relu": config.mask_activation == "relu", "penalty": "l2"}
 
-    made = _triton.rational_projections(image, text, scale, inner, inner_biases, scale_factor=factor, **common)
+    made = triton.rational_projections(image, text, scale, inner, inner_biases, scale_factor=factor, **common)
     yield {
         "keys": made.keys, "values": made.values, "q_rational": made.q_rational, "q_text": made.q_text,
         "q_image": made.q_image.unsqueeze(1),
     }  # fmt: skip
-    seen = _triton.class_attention(made, **attention)
+    seen = triton.class_attention(made, **attention)
     # The parts of each query kind, put together as the next launch does.
     parts = [seen.text.double(), seen.rational.double()]
     if seen.factors is not None:
@@ -101,28 +101,28 @@ def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str,
         parts = [part * factors for part, factors in zip(parts, spread, strict=True)]
     yield {"attended": (sum(parts) + seen.image.double().unsqueeze(1)) / 3}
     output, bias = weights["output"], biases["output"]
-    result = _triton.masked_logits(image, text, scale, seen, output, bias, return_mask=True, **last)
+    result = triton.masked_logits(image, text, scale, seen, output, bias, return_mask=True, **last)
     yield {"logits": result.logits, "penalty": result.penalty.reshape(()), "mask": result.mask}
     ones = torch.ones_like(result.logits)
-    outer = _triton.masked_logits_backward(
+    outer = triton.masked_logits_backward(
         image, text, scale, seen, output, bias, ones, ones.new_ones(1), None, None, weighted=True, **last
     )
     yield {"d_offset": outer.d_offset, "d_attended": outer.d_attended}
-    found = _triton.class_attention_backward(made, seen, outer.d_attended, outer.deltas, **attention)
+    found = triton.class_attention_backward(made, seen, outer.d_attended, outer.deltas, **attention)
     yield {
         "d_keys": found.keys, "d_values": found.values, "d_q_rational": found.q_rational,
         # One for each image; plain PyTorch has their sum.
         "d_q_text": found.q_text.double().sum(0, keepdim=True), "d_q_image": found.q_image.unsqueeze(1),
     }  # fmt: skip
-    gradients = _triton.parameter_gradients(
+    gradients = triton.parameter_gradients(
         image, text, scale, seen, found, outer.d_offset, weights, bias=True, scale_factor=factor, **heads
     )
     yield {
-        f"d{_triton.ROLES[role]}.{part}": value
+        f"d{triton.ROLES[role]}.{part}": value
         for part, values in zip(("weight", "bias"), gradients, strict=True)
         for role, value in values.items()
     }
-    d_image, d_text = _triton.feature_gradients(
+    d_image, d_text = triton.feature_gradients(
         image, text, scale, weights, found, outer.weighted, scale_factor=factor, **common
     )
     yield {"dimage": d_image, "dtext": d_text}
@@ -182,7 +182,7 @@ def test_they_are_the_launches_of_the_adapter(device: str) -> None:
     config = CONFIGS["matrix"]
     image, text, parameters = problem(config, BATCH, CLASSES, BF16)
     moved = {key: value.to(device) for key, value in parameters.items()}
-    output = _triton.rational_adapter(
+    output = triton.rational_adapter(
         image.to(device), text.to(device), SCALE, moved, config, penalty="l2", return_mask=True
     )
     found = made_by("matrix", BF16, device, "masked_logits")

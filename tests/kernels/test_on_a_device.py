@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from rada_fast import extension
 from rada_fast.compat import patch, unpatch
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
+from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import EpisodicOptimizer, prediction_loss, rational_adapter, use_backend
 from tests.support import problem, published_vectors, solve
@@ -144,7 +144,7 @@ def test_a_patched_model_gives_what_it_gave() -> None:
 
 def test_a_step_of_test_time_training_replays_from_a_graph() -> None:
     """Adapter, penalty, loss and their gradients, then the optimiser of all episodes: an episode is steps like it."""
-    if reason := extension.load_cuda():
+    if reason := libraries.load_cuda():
         pytest.skip(f"no CUDA kernels: {reason}")
     episodes, batch = 4, 6
     image, text, _ = moved(problem(CONFIG, episodes * batch, 37, F32))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.ops import rational_adapter
 from tests.support import assert_within_budget, problem, published_vectors, solve

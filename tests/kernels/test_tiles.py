@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from rada_fast.bench.tuning import launches_of
 from rada_fast.cli import main
-from rada_fast.config import AdapterConfig
-from rada_fast.kernel_tuning import launches_of
-from rada_fast.ops import _tiles
-from rada_fast.ops._tiles import Sizes, cache_file, candidates, table_tile, tune
+from rada_fast.config.method import AdapterConfig
+from rada_fast.ops._backends import tiles
+from rada_fast.ops._backends.tiles import Sizes, cache_file, candidates, table_tile, tune
 
 from .conftest import Simulated
 
@@ -23,10 +23,10 @@ SIZES = Sizes(torch.bfloat16, 200, 1200, 512, 64)
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RADA_FAST_CACHE", str(tmp_path))
-    _tiles.forget()
+    tiles.forget()
 
 
-@pytest.mark.parametrize("launch", _tiles.TILES)
+@pytest.mark.parametrize("launch", tiles.TILES)
 def test_candidates_are_few_and_begin_with_the_table(launch: str) -> None:
     for sizes in (SIZES, Sizes(torch.float32, 37, 37, 64, 64), Sizes(torch.bfloat16, 1000, 6000, 640, 80)):
         tiles = list(candidates(launch, sizes))
@@ -51,15 +51,13 @@ def test_the_fastest_tile_is_kept_and_taken(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
     device, near = torch.device("cuda", 0), Sizes(torch.bfloat16, 250, 1500, 512, 64)
-    assert (
-        _tiles.chosen_tile(device, "class_attention", near) == [t for name, t in seen if name == "class_attention"][2]
-    )
-    assert _tiles.chosen_tile(device, "parameter_gradients", near) is None
-    assert _tiles.chosen_tile(device, "class_attention", Sizes(torch.bfloat16, 1000, 6000, 512, 64)) is None
-    assert _tiles.chosen_tile(torch.device("cpu"), "class_attention", near) is None
+    assert tiles.chosen_tile(device, "class_attention", near) == [t for name, t in seen if name == "class_attention"][2]
+    assert tiles.chosen_tile(device, "parameter_gradients", near) is None
+    assert tiles.chosen_tile(device, "class_attention", Sizes(torch.bfloat16, 1000, 6000, 512, 64)) is None
+    assert tiles.chosen_tile(torch.device("cpu"), "class_attention", near) is None
     monkeypatch.setenv("RADA_FAST_TILES", "table")
-    _tiles.forget()
-    assert _tiles.chosen_tile(device, "class_attention", near) is None
+    tiles.forget()
+    assert tiles.chosen_tile(device, "class_attention", near) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"class_attention x": {}}', '{"unknown x": {"rows": 1}}'])
@@ -68,7 +66,7 @@ def test_a_broken_file_is_as_none(text: str, monkeypatch: pytest.MonkeyPatch) ->
     path = cache_file("device")
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert _tiles.chosen_tile(torch.device("cuda", 0), "class_attention", SIZES) is None
+    assert tiles.chosen_tile(torch.device("cuda", 0), "class_attention", SIZES) is None
 
 
 def test_a_tile_that_does_not_compile_is_passed_over() -> None:
@@ -103,4 +101,4 @@ def test_tuning_without_a_device_says_so(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.gpu
 def test_tuning_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", "--tune", "--json", "--batch", "2", "--classes", "100"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(_tiles.TILES)
+    assert len(capsys.readouterr().out.splitlines()) == len(tiles.TILES)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from rada_fast.config import ModelOptions, RunOptions
+from rada_fast.config.options import ModelOptions, RunOptions
 from rada_fast.data.views import Preprocess
-from rada_fast.loops import problem
+from rada_fast.loops import setup
 from rada_fast.models.vision_language import VisionLanguageModel
 
 SIZE, WIDTH = 8, 16
@@ -52,7 +52,7 @@ def load_tiny(options: ModelOptions, run: RunOptions) -> VisionLanguageModel:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run loads the tiny model, whatever its options ask for."""
-    monkeypatch.setattr(problem, "load_vision_language", load_tiny)
+    monkeypatch.setattr(setup, "load_vision_language", load_tiny)
 
 
 @pytest.fixture

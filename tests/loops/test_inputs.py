@@ -14,24 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rada_fast import notices
-from rada_fast.config import (
-    AdapterConfig,
-    AdapterOptions,
-    ClassOptions,
-    EfficientConfig,
-    FullConfig,
-    RunOptions,
-    TestTimeConfig,
-    TTTConfig,
-)
+from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
+from rada_fast.config.method import AdapterConfig, TTTConfig
+from rada_fast.config.options import AdapterOptions, ClassOptions, RunOptions
 from rada_fast.errors import UserError
-from rada_fast.loops import features, problem, test_time
-from rada_fast.loops.efficient import run_efficient
-from rada_fast.loops.full import run_full
-from rada_fast.loops.report import show
-from rada_fast.loops.test_time import run_test_time
+from rada_fast.loops import features, setup
+from rada_fast.loops import ttt as ttt_loop
+from rada_fast.loops.eft import run_efficient
+from rada_fast.loops.fft import run_full
+from rada_fast.loops.ttt import run_test_time
 from rada_fast.modules import RationalAdapter, save_adapter
+from rada_fast.reports.summary import show
+from rada_fast.system import notices
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -204,14 +198,14 @@ def test_names_templates_adapters_and_weights_are_part_of_a_run(
     save_adapter(other, adapter)
     refused("adapter file")
     adapter.write_bytes(before[adapter])
-    load = problem.load_vision_language
+    load = setup.load_vision_language
 
     def load_other(options: Any, run: Any) -> Any:
         vlm = load(options, run)
         vlm.fingerprint = "weights that were written over the old ones"
         return vlm
 
-    monkeypatch.setattr(problem, "load_vision_language", load_other)
+    monkeypatch.setattr(setup, "load_vision_language", load_other)
     refused("model")
 
 
@@ -229,13 +223,13 @@ def test_ttt_goes_on_with_added_pictures_and_does_changed_ones_anew(
     shutil.copy(specks / "cat" / "0.png", specks / "dog" / "0.png")  # replaced
     (specks / "cat" / "1.png").unlink()  # removed
     adapted: list[int] = []
-    original = test_time.adapt_episodes
+    original = ttt_loop.adapt_episodes
 
     def count(adapter: Any, views: Any, *args: Any, **more: Any) -> Any:
         adapted.append(len(views))
         return original(adapter, views, *args, **more)
 
-    monkeypatch.setattr(test_time, "adapt_episodes", count)
+    monkeypatch.setattr(ttt_loop, "adapt_episodes", count)
     second = run_test_time(ttt(specks, output))
     assert sum(adapted) == 3
     assert (second["images"], second["unreadable"], second["resumed"]) == (4, 0, 1)

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rada_fast import _env, files
-from rada_fast.config import EfficientConfig, FullConfig, RunOptions, TestTimeConfig, TTTConfig
-from rada_fast.loops.efficient import run_efficient
-from rada_fast.loops.full import run_full
-from rada_fast.loops.test_time import run_test_time
+from rada_fast import _env
+from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
+from rada_fast.config.method import TTTConfig
+from rada_fast.config.options import RunOptions
+from rada_fast.loops.eft import run_efficient
+from rada_fast.loops.fft import run_full
+from rada_fast.loops.ttt import run_test_time
+from rada_fast.system import files
 
 Run = Callable[[Path], dict[str, Any]]
 

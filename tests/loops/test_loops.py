@@ -14,24 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from rada_fast import _env, notices
-from rada_fast.config import (
-    AdapterOptions,
-    ClassOptions,
-    EfficientConfig,
-    FullConfig,
-    ModelOptions,
-    RunOptions,
-    TestTimeConfig,
-    TTTConfig,
-)
+from rada_fast import _env
+from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
+from rada_fast.config.method import TTTConfig
+from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
-from rada_fast.loops import efficient, full, test_time
-from rada_fast.loops.efficient import run_efficient
-from rada_fast.loops.full import run_full
-from rada_fast.loops.test_time import run_test_time
+from rada_fast.loops import eft as eft_loop
+from rada_fast.loops import fft as fft_loop
+from rada_fast.loops import ttt as ttt_loop
+from rada_fast.loops.eft import run_efficient
+from rada_fast.loops.fft import run_full
+from rada_fast.loops.ttt import run_test_time
 from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
+from rada_fast.system import notices
 
 CLASSES = 6
 
@@ -110,7 +106,7 @@ def test_ttt_lines_do_not_depend_on_order_grouping_or_workers(pictures: Path, tm
 def test_ttt_goes_on_where_it_was_cut_off(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_test_time(ttt(pictures, tmp_path / "whole"))
     calls = 0
-    original = test_time.adapt_episodes
+    original = ttt_loop.adapt_episodes
 
     def cut(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -119,7 +115,7 @@ def test_ttt_goes_on_where_it_was_cut_off(pictures: Path, tmp_path: Path, monkey
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(test_time, "adapt_episodes", cut)
+    monkeypatch.setattr(ttt_loop, "adapt_episodes", cut)
     config = ttt(pictures, tmp_path / "cut", episodes=4)
     with pytest.raises(KeyboardInterrupt):
         run_test_time(config)
@@ -269,7 +265,7 @@ def test_eft_goes_on_to_the_same_weights(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_views: str
 ) -> None:
     run_efficient(eft(pictures, tmp_path / "whole", train_views=train_views))
-    original = efficient.train_epoch
+    original = eft_loop.train_epoch
 
     def cut(*args: Any, **kwargs: Any) -> Any:
         if len(args[0].records) == 2:
@@ -277,7 +273,7 @@ def test_eft_goes_on_to_the_same_weights(
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(efficient, "train_epoch", cut)
+        patch.setattr(eft_loop, "train_epoch", cut)
         with pytest.raises(KeyboardInterrupt):
             run_efficient(eft(pictures, tmp_path / "cut", train_views=train_views))
     summary = run_efficient(eft(pictures, tmp_path / "cut", train_views=train_views))
@@ -335,15 +331,15 @@ def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monk
     stages = [(line["stage"], line["epoch"]) for line in lines(tmp_path / "whole", "epochs.jsonl")]
     assert stages == [("rada", 1), ("rada", 2), ("rada-ft", 1), ("rada-ft", 2)]
 
-    original = full.learning_rate
+    original = fft_loop.learning_rate
 
-    def cut(stage: full.Stage, *args: Any) -> float:
+    def cut(stage: fft_loop.Stage, *args: Any) -> float:
         if stage.name == "rada-ft" and args[1] == 2:
             raise KeyboardInterrupt
         return original(stage, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(full, "learning_rate", cut)
+        patch.setattr(fft_loop, "learning_rate", cut)
         with pytest.raises(KeyboardInterrupt):
             run_full(config("cut"))
     assert run_full(config("cut"))["resumed"] == 3
@@ -388,9 +384,9 @@ def test_a_runs_folder_is_taken_as_its_adapter(tmp_path: Path, command: str) -> 
 
 def test_learning_rates_warm_up_and_fall() -> None:
     config = FullConfig(train="x", test=("y",), warmup_steps=4)
-    stage = full.Stage("rada", 2, 1.0, 1.0, trains_encoder=False)
-    rates = [full.learning_rate(stage, config, step, 40) for step in range(40)]
+    stage = fft_loop.Stage("rada", 2, 1.0, 1.0, trains_encoder=False)
+    rates = [fft_loop.learning_rate(stage, config, step, 40) for step in range(40)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert all(earlier > later for earlier, later in itertools.pairwise(rates[4:]))
-    short = [full.learning_rate(stage, config, step, 5) for step in range(5)]
+    short = [fft_loop.learning_rate(stage, config, step, 5) for step in range(5)]
     assert short[0] == 1.0

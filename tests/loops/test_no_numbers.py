@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rada_fast.config import EfficientConfig, FullConfig, ModelOptions, RunOptions, TestTimeConfig, TTTConfig
+from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
+from rada_fast.config.method import TTTConfig
+from rada_fast.config.options import ModelOptions, RunOptions
 from rada_fast.errors import UserError
-from rada_fast.loops import problem
-from rada_fast.loops.efficient import run_efficient
+from rada_fast.loops import setup
+from rada_fast.loops.eft import run_efficient
 from rada_fast.loops.evaluate import evaluate
 from rada_fast.loops.features import Features
-from rada_fast.loops.full import run_full
-from rada_fast.loops.test_time import run_test_time
+from rada_fast.loops.fft import run_full
+from rada_fast.loops.ttt import run_test_time
 from rada_fast.models.vision_language import VisionLanguageModel
 
 from .conftest import load_tiny
@@ -55,7 +57,7 @@ def overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setattr(VisionLanguageModel, "_arithmetic", lambda self: torch.autograd.set_grad_enabled(True))
             return vlm
 
-        monkeypatch.setattr(problem, "load_vision_language", load)
+        monkeypatch.setattr(setup, "load_vision_language", load)
 
     return apply
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from rada_fast import notices
-from rada_fast.config import RunOptions
+from rada_fast.config.options import RunOptions
 from rada_fast.errors import UserError
-from rada_fast.loops.run_folder import RunFolder
 from rada_fast.loops.training import Training, drawing_from, shuffled, step_loss, train_epoch, training_time
+from rada_fast.runs.folder import RunFolder
+from rada_fast.system import notices
 
 
 def training(folder: RunFolder, width: int = 3) -> Training:

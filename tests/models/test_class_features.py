@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rada_fast import notices
 from rada_fast.errors import UserError
 from rada_fast.models import class_features as module
 from rada_fast.models.class_features import DATASET_TEMPLATES, class_features, resolve_templates, warn_of_cut_names
+from rada_fast.system import notices
 
 
 class Encoder:

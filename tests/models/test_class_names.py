@@ -9,9 +9,9 @@ import pytest
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from timm.data import ImageNetInfo
 
-from rada_fast import notices
 from rada_fast.errors import UserError
 from rada_fast.models.class_names import names_of_labels, resolve_class_names
+from rada_fast.system import notices
 
 SYNSETS = ImageNetInfo().label_names()
 

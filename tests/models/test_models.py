@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
-from rada_fast import _env, notices
+from rada_fast import _env
 from rada_fast.errors import UserError
 from rada_fast.models.class_features import class_features, resolve_class_names, resolve_templates
 from rada_fast.models.vision_language import VisionLanguageModel, load_model, precision_on
+from rada_fast.system import notices
 
 TINY = {
     "embed_dim": 24,

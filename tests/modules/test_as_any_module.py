@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 
 import rada_fast
 from rada_fast import BackendUnavailableError, UserError, load_adapter, save_adapter
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.projections import tensors_or_calls
 from rada_fast.ops import rational_adapter

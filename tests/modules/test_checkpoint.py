@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
 

@@ -20,7 +20,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from rada_fast import UserError, load_adapter, save_adapter
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 
 CONFIG = AdapterConfig.official(16)

@@ -9,7 +9,7 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import normalize
 
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 
 PUBLISHED = ("q_proj1", "q_proj2", "q_proj3", "k_proj", "v_proj", "out_proj")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from rada_fast import _env, extension
-from rada_fast.config import AdapterConfig
+from rada_fast import _env
+from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import UserError
+from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import backends, rational_adapter, use_backend
 from tests.support import assert_within_budget, problem, published_vectors, solve
@@ -69,7 +70,7 @@ def test_outputs_and_gradients(name: str, dtype: torch.dtype, batch: int, classe
 def _widened(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 as on a processor that does not multiply it."""
     monkeypatch.setenv("RADA_FAST_BFLOAT16", "float32")
-    assert extension.bfloat16_products() == "float32"
+    assert libraries.bfloat16_products() == "float32"
 
 
 # K = 2: a tile of its own; 101: tails; 397: more than one tile of queries and of keys.
@@ -92,7 +93,7 @@ def test_bfloat16_widened_is_float32_of_16_bit_tensors(monkeypatch: pytest.Monke
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), exact, rtol=2**-7, atol=2**-9 * float(exact.abs().max()))
     # Not what the products of bfloat16 give, which this test is here to keep out.
-    if extension.cpu_paths()["bfloat16"]:
+    if libraries.cpu_paths()["bfloat16"]:
         monkeypatch.setenv("RADA_FAST_BFLOAT16", "native")
         native = rational_adapter(image, text, 20.0, parameters, config, return_mask=True, backend="cpu")
         monkeypatch.setenv("RADA_FAST_BFLOAT16", "float32")
@@ -110,20 +111,20 @@ def test_which_products_bfloat16_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RADA_FAST_BFLOAT16", raising=False)
     monkeypatch.setattr(_env, "multiplies", lambda dtype: False)
     # oneDNN may offer products that it emulates; they are slower than float32's.
-    assert extension.bfloat16_products() == "float32"
-    assert "tiles widened" in extension.describe()["bfloat16 products"]
+    assert libraries.bfloat16_products() == "float32"
+    assert "tiles widened" in libraries.describe()["bfloat16 products"]
     monkeypatch.setattr(_env, "multiplies", lambda dtype: True)
-    monkeypatch.setattr(extension, "cpu_paths", lambda: {"vectors": "AVX512", "float32": "a", "bfloat16": "b"})
-    assert extension.bfloat16_products() == "native"
-    assert "processor's own" in extension.describe()["bfloat16 products"]
-    monkeypatch.setattr(extension, "cpu_paths", lambda: {"vectors": "AVX2", "float32": "a", "bfloat16": ""})
-    assert extension.bfloat16_products() == "float32"
+    monkeypatch.setattr(libraries, "cpu_paths", lambda: {"vectors": "AVX512", "float32": "a", "bfloat16": "b"})
+    assert libraries.bfloat16_products() == "native"
+    assert "processor's own" in libraries.describe()["bfloat16 products"]
+    monkeypatch.setattr(libraries, "cpu_paths", lambda: {"vectors": "AVX2", "float32": "a", "bfloat16": ""})
+    assert libraries.bfloat16_products() == "float32"
     monkeypatch.setenv("RADA_FAST_BFLOAT16", "native")
     with pytest.raises(UserError, match="RADA_FAST_BFLOAT16=native: this processor"):
-        extension.bfloat16_products()
+        libraries.bfloat16_products()
     monkeypatch.setenv("RADA_FAST_BFLOAT16", "bf16")
     with pytest.raises(UserError, match="RADA_FAST_BFLOAT16 must be native or float32, got 'bf16'"):
-        extension.bfloat16_products()
+        libraries.bfloat16_products()
 
 
 @pytest.mark.parametrize("penalty", ["l1", "linf"])

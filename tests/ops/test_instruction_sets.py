@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rada_fast import _env, extension
-from rada_fast.config import AdapterConfig
+from rada_fast import _env
+from rada_fast.config.method import AdapterConfig
+from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import (
     EpisodicOptimizer,
@@ -36,7 +37,7 @@ from rada_fast.ops import (
 COPIES = {"default": "baseline", "avx2": "AVX2", "avx512": "AVX512"}
 """Of each value of ATEN_CPU_CAPABILITY, the copy of the loops that goes with it."""
 
-needs_extension = pytest.mark.skipif(extension.load() is not None, reason=f"{extension.load()}")
+needs_extension = pytest.mark.skipif(libraries.load() is not None, reason=f"{libraries.load()}")
 
 
 def older() -> list[str]:
@@ -65,7 +66,7 @@ def answers() -> dict[str, Any]:
         return max(float((ours - exact).norm() / exact.norm()) for ours, exact in pairs)
 
     return {
-        "vectors": extension.cpu_paths()["vectors"],
+        "vectors": libraries.cpu_paths()["vectors"],
         "float32": error(torch.float32),
         "bfloat16": error(torch.bfloat16),
         "loss": prediction_loss(20 * image[None] @ text.mT, "marginal").item(),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rada_fast
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import BACKENDS, rational_adapter, resolve_backend
 

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 import rada_fast
 from rada_fast import BackendUnavailableError
-from rada_fast.config import AdapterConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, select_views
 

@@ -1,0 +1,1 @@
+"""What the code costs: what kernels compile to, and which tiles are fastest."""

@@ -1,0 +1,211 @@
+"""What the GPU kernels compile to, for any target on any machine: registers, spills, shared memory, occupancy."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.table import Table
+from torch import Tensor
+
+from rada_fast.config.method import AdapterConfig
+from rada_fast.config.tools import KernelsConfig
+from rada_fast.extension import cuda_toolkit, libraries
+from rada_fast.modules import RationalAdapter
+from rada_fast.ops import rational_adapter
+from rada_fast.ops._backends.choice import use_backend
+from rada_fast.system.terminal import PlainConsole, print_json
+
+TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"
+}  # fmt: skip
+# Shared memory of a processor less what the system keeps of each block (KiB), and its most warps.
+_SHARED_KIB = {80: 164, 90: 228, 100: 228}
+_REGISTERS, _MOST_WARPS, _MOST_BLOCKS = 65536, 64, 32
+_TENSOR = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one target. spills: bytes stored and loaded by a thread; occupancy: share of the 64 warps."""
+
+    kernel: str
+    target: str
+    case: str
+    warps: int
+    registers: int
+    spills: int
+    shared_bytes: int
+    occupancy: float
+    tensor_instructions: int
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Launches inside the block are written down, not executed."""
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    jit = triton.runtime.jit.JITFunction
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    original = jit.run
+    jit.run = record
+    try:
+        yield launches
+    finally:
+        jit.run = original
+
+
+def step_launches(
+    config: AdapterConfig, batch: int, classes: int, dtype: torch.dtype
+) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The launches of one forward and backward with every gradient."""
+    parameters = {
+        key: value.detach().to(dtype).requires_grad_() for key, value in RationalAdapter(config).named_parameters()
+    }
+    image, text = (torch.zeros(rows, config.embed_dim, dtype=dtype, requires_grad=True) for rows in (batch, classes))
+    with recorded() as launches, use_backend("triton"):
+        output = rational_adapter(image, text, 100.0, parameters, config, penalty="l2")
+        assert output.penalty is not None
+        (output.logits.sum() + output.penalty).backward()
+    return launches
+
+
+def _specialised(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict, dict, dict, dict]:
+    """Signature, constants, alignments and options, as Triton's launcher finds them."""
+    names = [parameter.name for parameter in kernel.params]
+    bound = dict(zip(names, args, strict=False)) | {key: value for key, value in kwargs.items() if key in names}
+    options = {key: value for key, value in kwargs.items() if key not in names}
+    signature, constants, alignments = {}, {}, {}
+    for at, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        aligned = False
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(at,)] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name], aligned = _POINTERS[value.dtype], True
+        elif isinstance(value, int):
+            signature[parameter.name], aligned = "i32", value % 16 == 0
+        else:
+            signature[parameter.name] = "fp32"
+        if aligned:
+            alignments[(at,)] = [["tt.divisibility", 16]]
+    return signature, constants, alignments, options
+
+
+def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: int, case: str) -> Compiled:
+    """Compile what a launch would run; ptxas says what it used."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    signature, constants, alignments, options = _specialised(kernel, args, kwargs)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=alignments)
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    ptx, warps, shared = made.asm["ptx"], made.metadata.num_warps, made.metadata.shared
+    named = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
+    assert named
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx, encoding="utf-8")
+        arch, made_of = named[1].split(",")[0], str(path.with_suffix(".cubin"))
+        # Up to Triton 3.5 there was one assembler for all devices.
+        assembler = get_ptxas(target) if inspect.signature(get_ptxas).parameters else get_ptxas()
+        command = [assembler.path, "-v", f"-arch={arch}", str(path), "-o", made_of]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = int(re.findall(r"Used (\d+) registers", said)[-1])
+    spills = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", said))
+    return Compiled(
+        kernel.__name__, f"sm_{target}", case, warps, registers, spills, shared,
+        _occupancy(target, warps, registers, shared), len(_TENSOR.findall(ptx)),
+    )  # fmt: skip
+
+
+def _occupancy(target: int, warps: int, registers: int, shared: int) -> float:
+    blocks = min(
+        _MOST_BLOCKS,
+        _MOST_WARPS // warps,
+        _REGISTERS // ((registers + 7) // 8 * 8 * 32 * warps),
+        _SHARED_KIB[target] * 1024 // (shared + 1024),
+    )
+    return blocks * warps / _MOST_WARPS
+
+
+def compile_cuda(target: int) -> list[Compiled] | str:
+    """Every kernel of csrc/cuda for one target; or the reason why they cannot be compiled here.
+
+    Shared memory, and with it occupancy, is what is known when compiled: a launch may ask for more.
+    """
+    toolkit, folder = cuda_toolkit.find_toolkit(), libraries.source_dir()
+    if isinstance(toolkit, str) or folder is None:
+        return toolkit if isinstance(toolkit, str) else "this installation has no C++ sources"
+    rows = []
+    for source in sorted((folder / "cuda").glob("*.cu")):
+        for found in cuda_toolkit.kernel_resources(toolkit, source, target):
+            warps = -(-found.threads // 32)
+            occupancy = _occupancy(target, warps, found.registers, found.shared)
+            row = Compiled(
+                found.kernel, f"sm_{target}", source.name, warps, found.registers, found.spills, found.shared,
+                occupancy, found.tensor_instructions,
+            )  # fmt: skip
+            rows.append(row)
+    return rows
+
+
+def run_kernels(config: KernelsConfig) -> int:
+    """Print the report, or measure tiles; returns 0 where no kernel spills, 1 otherwise."""
+    adapter = (
+        AdapterConfig.paper(config.embed_dim) if config.preset == "paper" else AdapterConfig.official(config.embed_dim)
+    )
+    if config.tune:
+        from rada_fast.bench.tuning import run_tuning
+
+        return run_tuning(config, adapter, TYPES[config.dtype])
+    case = f"{config.preset} D {config.embed_dim}, B {config.batch}, K {config.classes}, {config.dtype}"
+    rows = []
+    console = PlainConsole()
+    # Narrower, every figure would be cut.
+    console.width = max(console.width, 120)
+    launches = step_launches(adapter, config.batch, config.classes, TYPES[config.dtype])
+    for target in config.targets:
+        for launch in launches:
+            if not config.json:
+                PlainConsole(stderr=True).print(f"sm_{target} {launch[0].__name__}", style="dim")
+            rows.append(compile_launch(*launch, target, case))
+    cuda_rows = []
+    for target in config.targets:
+        made = compile_cuda(target)
+        if isinstance(made, str):
+            PlainConsole(stderr=True).print(f"no table of the CUDA C++ kernels: {made}")
+            break
+        cuda_rows += made
+    tables = {case: rows, "CUDA C++": cuda_rows} if cuda_rows else {case: rows}
+    rows = rows + cuda_rows
+    if config.json:
+        for row in rows:
+            print_json(asdict(row), indent=None)
+    for title, shown in {} if config.json else tables.items():
+        table = Table(title=title)
+        for name in ("target", "kernel", "warps", "registers", "spilled B", "shared B", "occupancy", "tensor instr."):
+            table.add_column(
+                name, justify="left" if name in ("target", "kernel") else "right", no_wrap=name == "kernel"
+            )
+        for row in shown:
+            table.add_row(
+                row.target, row.kernel, str(row.warps), str(row.registers), str(row.spills), str(row.shared_bytes),
+                f"{row.occupancy:.2f}", str(row.tensor_instructions),
+            )  # fmt: skip
+        console.print(table)
+    return 1 if any(row.spills for row in rows) else 0

@@ -1,0 +1,130 @@
+"""`rada-fast kernels --tune`: which tiles are fastest on this device, see ops/_backends/tiles.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from rada_fast.config.method import AdapterConfig
+from rada_fast.config.tools import KernelsConfig
+from rada_fast.errors import UserError
+from rada_fast.kernels.class_attention import class_attention, class_attention_backward
+from rada_fast.kernels.masked_logits import masked_logits, masked_logits_backward
+from rada_fast.kernels.parameter_gradients import parameter_gradients
+from rada_fast.kernels.rational_projections import rational_projections
+from rada_fast.modules import RationalAdapter
+from rada_fast.ops._backends.tiles import Sizes, cache_file, tune
+from rada_fast.ops._backends.triton import ROLES, float32_precision
+from rada_fast.system.terminal import PlainConsole, print_json
+
+
+def launches_of(
+    adapter: AdapterConfig, batch: int, classes: int, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Callable[[Any], Any]]:
+    """One training step's launches by name, each a function of its tile; None takes the table's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    image, text = 0.05 * draw(batch, adapter.embed_dim), 0.05 * draw(classes, adapter.embed_dim)
+    state = RationalAdapter(adapter).state_dict()
+    given = {
+        role: {
+            part: 0.05 * draw(*state[f"{name}.{part}"].shape)
+            for part in ("weight", "bias")
+            if f"{name}.{part}" in state
+        }
+        for role, name in ROLES.items()
+    }
+    weights = {role: parts["weight"] for role, parts in given.items() if "weight" in parts}
+    biases = {role: parts["bias"] for role, parts in given.items() if "bias" in parts}
+    output, bias = weights["output"], biases.get("output")
+    inner = {role: value for role, value in weights.items() if role != "output"}
+    inner_biases = {role: value for role, value in biases.items() if role != "output"}
+    scale = torch.tensor(100.0, device=device)
+    heads, factor = adapter.num_heads, adapter.input_scale_factor if adapter.input_scale == "logit" else 0.0
+    precision = float32_precision()
+    attention = {
+        "precision": precision,
+        "num_heads": heads,
+        "temperature": adapter.temperature,
+        "matrix": adapter.softmax == "matrix",
+    }
+    last = {"precision": precision, "num_heads": heads, "relu": adapter.mask_activation == "relu", "penalty": "l2"}
+    ones, one = draw(batch, classes), draw(1)
+
+    def project(tile: Any) -> Any:
+        return rational_projections(
+            image, text, scale, inner, inner_biases, scale_factor=factor, precision=precision, tile=tile
+        )
+
+    made = project(None)
+
+    def attend(tile: Any) -> Any:
+        return class_attention(made, **attention, tile=tile)
+
+    seen = attend(None)
+
+    def forward(tile: Any) -> Any:
+        return masked_logits(image, text, scale, seen, output, bias, **last, tile=tile)
+
+    def offsets(tile: Any) -> Any:
+        return masked_logits_backward(
+            image, text, scale, seen, output, bias, ones, one, None, None, **last, tile=tile
+        )  # fmt: skip
+
+    outer = offsets(None)
+
+    def inward(tile: Any) -> Any:
+        return class_attention_backward(made, seen, outer.d_attended, outer.deltas, **attention, tile=tile)
+
+    gradients = inward(None)
+
+    def parameters(tile: Any) -> Any:
+        return parameter_gradients(
+            image, text, scale, seen, gradients, outer.d_offset, weights, num_heads=heads, bias=bool(biases),
+            scale_factor=factor, precision=precision, tile=tile,
+        )  # fmt: skip
+
+    return {
+        "rational_projections": project,
+        "class_attention": attend,
+        "masked_logits": forward,
+        "masked_logits_backward": offsets,
+        "class_attention_backward": inward,
+        "parameter_gradients": parameters,
+    }
+
+
+def run_tuning(config: KernelsConfig, adapter: AdapterConfig, dtype: torch.dtype) -> int:
+    """Measure, keep and print; returns 0. Raises UserError without a CUDA device."""
+    if not torch.cuda.is_available():
+        raise UserError("--tune measures on a CUDA device and none is visible")
+    from triton.testing import do_bench
+
+    device = torch.cuda.get_device_name()
+    sizes = Sizes(
+        dtype, config.classes, config.batch * config.classes, adapter.embed_dim, adapter.head_dim, float32_precision()
+    )
+    launches = launches_of(adapter, config.batch, config.classes, dtype, "cuda")
+    console = PlainConsole(stderr=True)
+    report = tune(
+        launches, sizes, device, lambda run: float(do_bench(run, warmup=10, rep=50, return_mode="median")),
+        echo=lambda line: console.print(line, style="dim"),
+    )  # fmt: skip
+    if config.json:
+        for launch, found in report.items():
+            print_json({"launch": launch, "device": device, **found}, indent=None)
+        return 0
+    table = Table(title=f"{device}: tiles, kept in {cache_file(device)}")
+    for name in ("launch", "table", "fastest", "table's time / its time"):
+        table.add_column(name)
+    for launch, found in report.items():
+        table.add_row(launch, *(" ".join(map(str, found[key].values())) for key in ("table", "fastest")),
+                      f"{found['ratio']:.2f}")  # fmt: skip
+    PlainConsole().print(table)
+    return 0

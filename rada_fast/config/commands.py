@@ -1,0 +1,193 @@
+"""The options of the three loops: `ttt`, `eft` and `fft`. Defaults say where they are from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rada_fast.config.checks import (
+    MOST_SEED,
+    check_choice,
+    check_paths,
+    check_positive,
+    check_whole,
+)
+from rada_fast.config.method import (
+    MaskPenalty,
+    OptimizerName,
+    TTTConfig,
+)
+from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
+from rada_fast.errors import UserError
+
+ViewKind = Literal["crop", "augmix"]
+TrainViews = Literal["center", "crop"]
+Protocol = Literal["base-to-new", "all"]
+Schedule = Literal["cosine", "constant"]
+Stages = Literal["both", "rada"]
+
+
+@dataclass(frozen=True)
+class TestTimeConfig:
+    """Test-time training: adapt to each test image by itself, from its views alone (paper Sec. 4.3).
+
+    For every image: encode the original and its random views once, keep the confident ones, take a few optimiser steps
+    on a fresh copy of the adapter, predict the original, forget. Writes images.jsonl (a line an image, as it happens)
+    and summary.json.
+
+    Example: rada-fast ttt --data imagefolder:photos --model ViT-B-16-quickgelu --pretrained openai --output results/ttt
+    """
+
+    data: str
+    """Images as KIND:PATH: imagefolder:DIR (a sub-folder a class), images:DIR (no labels; needs --classes), or
+    features:FILE.npz (arrays features (N, V, D) or (N, D), and labels)."""
+    views: int = 64
+    """Views of an image, the original included (paper: 64)."""
+    view_kind: ViewKind = "crop"
+    """crop: random resized crops and flips, as for ImageNet's variants; augmix: also AugMix, for fine-grained sets."""
+    episodes: int = 8
+    """Images adapted at once; it changes speed and memory, never a result."""
+    order_seed: int | None = None
+    """Visit the images in a random order drawn from this seed; it changes no image's result."""
+    run: RunOptions = RunOptions(output="results/ttt")
+    model: ModelOptions = ModelOptions()
+    text: ClassOptions = ClassOptions()
+    adapter: AdapterOptions = AdapterOptions()
+    episode: TTTConfig = TTTConfig()
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    def __post_init__(self) -> None:
+        check_paths(self, "data")
+        check_whole("views", self.views, 1)
+        check_whole("episodes", self.episodes, 1)
+        if self.order_seed is not None:
+            check_whole("order_seed", self.order_seed, 0, MOST_SEED)
+        check_choice("view_kind", self.view_kind, ("crop", "augmix"))
+
+
+@dataclass(frozen=True)
+class EfficientConfig:
+    """Efficient fine-tuning: train the adapter with frozen encoders; report base, new and their harmonic mean
+    (paper Sec. 4.2).
+
+    Writes epochs.jsonl (a line an epoch, as it happens), images.jsonl (a line a test image), adapter.safetensors and
+    summary.json.
+
+    Example: rada-fast eft --train imagefolder:train --test imagefolder:test --model ViT-B-16-quickgelu --pretrained
+    openai --output results/eft
+    """
+
+    train: str
+    """Training images as KIND:PATH: imagefolder:DIR, or features:FILE.npz."""
+    test: str
+    """Test images as KIND:PATH."""
+    new_test: str | None = None
+    """Test images of new classes, where they lie apart. Needs --protocol all."""
+    protocol: Protocol = "base-to-new"
+    """base-to-new: train on the first half of the classes, test on both halves; all: train and test on all classes."""
+    shots: int | None = 16
+    """Training images a class (paper: 16); None takes all."""
+    epochs: int = 13
+    """Passes over the training images (paper: 13)."""
+    batch_size: int = 1
+    """Images a step (paper: 1)."""
+    lr: float = 9e-4
+    """Learning rate (paper: 9e-4)."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, adam or sgd (momentum 0.9), all three found in published configurations."""
+    weight_decay: float = 5e-4
+    """Weight decay (published configurations: 5e-4)."""
+    schedule: Schedule = "cosine"
+    """cosine with one warm-up epoch at 1e-5 (published configurations), or constant."""
+    penalty: MaskPenalty = "l2"
+    """Mask penalty: l2 (paper), l1, or linf (what the published code runs)."""
+    penalty_weight: float = 1.5
+    """Weight of the mask penalty (paper: 1.5)."""
+    train_views: TrainViews = "center"
+    """center: one fixed view, encoded once and cached; crop: a new random crop and flip each epoch (published)."""
+    evaluate_every: int = 0
+    """Also test after every so many epochs; 0 tests at the end only."""
+    run: RunOptions = RunOptions(output="results/eft")
+    model: ModelOptions = ModelOptions()
+    text: ClassOptions = ClassOptions()
+    adapter: AdapterOptions = AdapterOptions()
+
+    def __post_init__(self) -> None:
+        check_paths(self, "train", "test", "new_test")
+        if self.shots is not None:
+            check_whole("shots", self.shots, 1)
+        check_whole("epochs", self.epochs, 1)
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("evaluate_every", self.evaluate_every, 0)
+        check_positive("lr", self.lr)
+        check_positive("weight_decay", self.weight_decay, zero_ok=True)
+        check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
+        if self.new_test is not None and self.protocol != "all":
+            raise UserError("new_test needs protocol 'all': with 'base-to-new' the new classes are test's second half")
+
+
+@dataclass(frozen=True)
+class FullConfig:
+    """Full fine-tuning: a linear classifier, started from the text features, replaces the text encoder (Sec. 4.1).
+
+    RAda trains the adapter and the classifier with frozen encoders; RAda-FT goes on from the adapter after a few of
+    those epochs and trains everything, without the mask penalty. Writes epochs.jsonl, images.jsonl, the trained
+    weights and summary.json.
+
+    Example: rada-fast fft --train imagefolder:train --test imagefolder:val imagefolder:sketch --model
+    ViT-B-16-quickgelu --pretrained openai --output results/fft
+    """
+
+    train: str
+    """Training images as KIND:PATH. features:FILE.npz serves --stages rada only."""
+    test: tuple[str, ...]
+    """Test images, several KIND:PATH: the training domain's and shifted ones with the same classes."""
+    stages: Stages = "both"
+    """both, or rada: adapter and classifier only."""
+    epochs: int = 10
+    """Epochs of RAda (paper: 10)."""
+    finetune_from: int = 5
+    """RAda-FT starts from the weights after this many epochs of RAda (paper: 5)."""
+    finetune_epochs: int = 5
+    """Epochs of RAda-FT (paper: 5)."""
+    batch_size: int = 512
+    """Images a step (paper: 512)."""
+    micro_batch: int | None = None
+    """Split a step into parts of this many images to save memory; gradients are accumulated."""
+    lr: float = 4e-3
+    """Learning rate of RAda (paper: 4e-3)."""
+    finetune_lr: float = 4e-6
+    """Learning rate of RAda-FT (paper: 4e-6)."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay (paper: 0.1)."""
+    warmup_steps: int = 500
+    """Linear warm-up, then cosine; at most a fifth of a stage's steps."""
+    penalty: MaskPenalty = "l2"
+    """Mask penalty, in RAda only."""
+    penalty_weight: float = 1.0
+    """Weight of the mask penalty (Eq. 14 writes none, so 1)."""
+    train_views: TrainViews = "crop"
+    """crop: random crops of 90 to 100 % of the picture, as open_clip trains; center: one fixed view."""
+    run: RunOptions = RunOptions(output="results/fft")
+    model: ModelOptions = ModelOptions()
+    text: ClassOptions = ClassOptions()
+    adapter: AdapterOptions = AdapterOptions()
+
+    def __post_init__(self) -> None:
+        if not self.test:
+            raise UserError("test must name at least one source, got none")
+        check_paths(self, "train", "test")
+        for name in ("epochs", "finetune_epochs", "batch_size", "finetune_from"):
+            check_whole(name, getattr(self, name), 1)
+        if self.micro_batch is not None:
+            check_whole("micro_batch", self.micro_batch, 1)
+        check_whole("warmup_steps", self.warmup_steps, 0)
+        if self.finetune_from > self.epochs:
+            raise UserError(
+                f"finetune_from must be at most epochs {self.epochs}, got {self.finetune_from}; unless given it is 5"
+            )
+        for name in ("lr", "finetune_lr"):
+            check_positive(name, getattr(self, name))
+        check_positive("weight_decay", self.weight_decay, zero_ok=True)
+        check_positive("penalty_weight", self.penalty_weight, zero_ok=True)

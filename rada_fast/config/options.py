@@ -1,0 +1,177 @@
+"""Groups of options that several commands share: the model, the classes, the adapter and the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rada_fast.config.checks import (
+    MOST_LAYERS,
+    MOST_SEED,
+    MOST_WORKERS,
+    check_choice,
+    check_paths,
+    check_positive,
+    check_text,
+    check_whole,
+)
+from rada_fast.config.method import (
+    QUERY_KINDS,
+    AdapterConfig,
+    MaskFunction,
+    QueryKind,
+)
+from rada_fast.errors import UserError
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The vision-language model."""
+
+    model: str = "embedded"
+    """An open_clip model's name, such as ViT-B-16-quickgelu, or "embedded", the small CLIP that is shipped."""
+    pretrained: str | None = None
+    """A hub tag such as openai, a local weights file, the folder of an fft, whose image encoder is taken, or "random"
+    to try the machinery without weights."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    precision: Precision = "float32"
+    """Arithmetic of the encoders; the adapter, its gradients and its optimiser stay in float32."""
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
+        check_text("model", self.model)
+        check_paths(self, "pretrained")
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise UserError(f"device must be auto, cpu or cuda[:N], got {self.device!r}")
+
+
+@dataclass(frozen=True)
+class ClassOptions:
+    """The classes and their text features."""
+
+    classes: str | None = None
+    """Class names: a text file (a name a line, or a table with a number or folder beside it) or JSON. Default: the
+    folders' names; ImageNet's folders are recognised."""
+    templates: str = "photo"
+    """A template with {}, photo, simple (7), openai (80), a CoOp data set's name such as dtd, or a file."""
+    text_features: str | None = None
+    """Use these as T instead of encoding prompts: a features:FILE.npz with one row a class, classifier:RUN, the
+    classifier that an fft in that folder has trained, or "class-means": the mean of each class's training features."""
+    logit_scale: float | None = None
+    """Multiplier s of the logits. Default: the model's; without a model, the array logit_scale of the feature files, or
+    CLIP's 100."""
+
+    def __post_init__(self) -> None:
+        check_text("templates", self.templates)
+        if "{" not in self.templates:
+            check_paths(self, "templates")
+        elif not self.templates.isascii() and self.templates.encode("utf-8", "replace").decode() != self.templates:
+            raise UserError(f"templates must be text in UTF-8, got {self.templates!r}")
+        check_paths(self, "classes", "text_features")
+        if self.logit_scale is not None:
+            check_positive("logit_scale", self.logit_scale)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The rational adapter."""
+
+    preset: Literal["official", "paper"] | None = None
+    """The published code's arithmetic, which is the default, or the paper's."""
+    temperature: float | None = None
+    """Divides the attention scores. Default: 1."""
+    num_heads: int | None = None
+    """Attention heads. Default: the preset's (official 8, paper 1)."""
+    queries: tuple[QueryKind, ...] = ()
+    """Query kinds in use. Default: all three."""
+    num_layers: int | None = None
+    """Attention layers. Default: 1."""
+    mask_function: MaskFunction | None = None
+    """attention, the default, or mlp: a two-layer MLP in its place (Table 4)."""
+    adapter: str | None = None
+    """Start from this adapter: our safetensors, a published checkpoint, or a run's folder. It decides all of the above,
+    less --temperature and --num-heads of a published checkpoint, which does not hold them; an option that contradicts
+    it is refused."""
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            check_choice("preset", self.preset, ("official", "paper"))
+        if self.temperature is not None:
+            check_positive("temperature", self.temperature)
+        if self.num_heads is not None:
+            check_whole("num_heads", self.num_heads, 1)
+        if self.num_layers is not None:
+            check_whole("num_layers", self.num_layers, 1, MOST_LAYERS)
+        # What does not depend on the width is refused before a model is loaded.
+        self.resolve(self.num_heads or 8)
+        check_paths(self, "adapter")
+
+    def _given(self) -> dict[str, Any]:
+        """The fields of the configuration that were given, less the preset."""
+        names = ("temperature", "num_heads", "queries", "num_layers", "mask_function")
+        return {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
+
+    def resolve(self, embed_dim: int) -> AdapterConfig:
+        """The full configuration at a model's width. Raises ValueError naming the field that does not fit."""
+        make = AdapterConfig.paper if self.preset == "paper" else AdapterConfig.official
+        return make(embed_dim, **self._given())
+
+    def applied_to(self, config: AdapterConfig, *, stated: bool) -> AdapterConfig:
+        """The configuration of the adapter's file, with the options that it leaves open.
+
+        config: the file's; stated: whether the file says it all. Published ones hold no temperature and no number of
+        heads, so config is then the published code's.
+
+        Raises UserError naming an option that contradicts the file.
+        """
+        if self.preset is not None:
+            wanted = (AdapterConfig.paper if self.preset == "paper" else AdapterConfig.official)(8)
+            for name in ("softmax", "input_scale", "mask_activation"):
+                if getattr(wanted, name) != (own := getattr(config, name)):
+                    raise UserError(
+                        f"preset must fit adapter {self.adapter}, whose {name} is {own!r}, or be left out; "
+                        f"got {self.preset!r}"
+                    )
+        given = self._given()
+        if "queries" in given:
+            given["queries"] = tuple(kind for kind in QUERY_KINDS if kind in given["queries"])
+        for name, value in given.items():
+            own = getattr(config, name)
+            if value != own and (stated or name not in ("temperature", "num_heads")):
+                raise UserError(
+                    f"{name} must be {own!r}, as adapter {self.adapter} has it, or be left out; got {value!r}"
+                )
+        return dataclasses.replace(config, **given)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where the results go and how the run behaves."""
+
+    output: str = "results"
+    """Folder for the results. A run that was cut off goes on where it stopped when started again with it."""
+    seed: int = 0
+    """Every random draw comes from (seed, image id), so order, workers and interruptions change nothing."""
+    workers: int = 0
+    """Processes that read images and make views; 0 does it in the main one."""
+    limit: int | None = None
+    """Take only this many images, spread over the classes."""
+    overwrite: bool = False
+    """Remove the results of another run that lie in the output folder."""
+    allow_unreadable: int = 0
+    """Exit with status 3 when more images than this could not be read; each is recorded either way."""
+    json: bool = False
+    """Print the summary as JSON on standard output instead of a table."""
+
+    def __post_init__(self) -> None:
+        check_paths(self, "output")
+        check_whole("workers", self.workers, 0, MOST_WORKERS)
+        check_whole("seed", self.seed, 0, MOST_SEED)
+        if self.limit is not None:
+            check_whole("limit", self.limit, 1)
+        check_whole("allow_unreadable", self.allow_unreadable, 0)

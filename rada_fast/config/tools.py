@@ -1,0 +1,140 @@
+"""Frozen configurations of the commands around the loops: demo, doctor, kernels, bench and build."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from rada_fast.config.checks import MOST_SEED, check_paths, check_positive, check_whole
+from rada_fast.errors import UserError
+
+MOST_DEMO_IMAGES = 100_000
+"""The most pictures of the demo's test-time training: half a gigabyte on the disk, and hours."""
+MOST_ROWS = 2**20
+"""The most images or classes of kernels that are compiled, and of both times each other of those that are simulated."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The method on the embedded default: zero-shot, test-time training and a short EFT on the shipped small CLIP and
+    its drawn world, in about two minutes on two cores.
+
+    Writes the drawn images, each run's results, report.json and demo.png into the output folder.
+    """
+
+    output: str = "results/demo"
+    """Folder for everything the demo writes."""
+    images: int = 240
+    """Shifted test images for test-time training, spread over the classes."""
+    epochs: int = 8
+    """Epochs of the short EFT."""
+    seed: int = 0
+    """Seed of the drawn images, the views and the training."""
+
+    def __post_init__(self) -> None:
+        check_paths(self, "output")
+        check_whole("images", self.images, 1, MOST_DEMO_IMAGES)
+        check_whole("epochs", self.epochs, 1)
+        # The drawn worlds take three seeds each.
+        check_whole("seed", self.seed, 0, MOST_SEED // 3 - 1)
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What is installed, which backends are usable and why not, and a small numeric self-test."""
+
+    json: bool = False
+    """Print JSON, for an issue report."""
+
+
+def _check_width(embed_dim: int, preset: str) -> None:
+    """Check a width whose kernels are compiled: the official preset has eight heads."""
+    check_whole("embed_dim", embed_dim, 1, 2**16)
+    if preset == "official" and embed_dim % 8:
+        raise UserError(f"embed_dim must be a multiple of 8 with preset 'official', got {embed_dim}")
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """What the GPU kernels compile to: Triton's of one training step, and the CUDA C++ ones where nvcc is found.
+
+    Needs no device; takes about a minute.
+
+    The exit status is 1 where a kernel spills registers.
+    """
+
+    preset: Literal["official", "paper"] = "official"
+    """The adapter: heads of D/8 and the matrix softmax, or one wide head and the row softmax."""
+    embed_dim: int = 512
+    """D."""
+    batch: int = 6
+    """B, images."""
+    classes: int = 1000
+    """K."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of features and parameters."""
+    targets: tuple[Literal[80, 90, 100], ...] = (80, 90, 100)
+    """Compute capabilities: 80 is A100, 90 H100, 100 B200."""
+    tune: bool = False
+    """Measure up to ten tiles of each launch on this machine's GPU instead, and keep the fastest for later calls."""
+    json: bool = False
+    """Print one JSON line for each kernel and target."""
+
+    def __post_init__(self) -> None:
+        check_whole("batch", self.batch, 1, MOST_ROWS)
+        check_whole("classes", self.classes, 1, MOST_ROWS)
+        _check_width(self.embed_dim, self.preset)
+        if not self.targets:
+            raise UserError("targets must name at least one compute capability, got none")
+        if len(set(self.targets)) < len(self.targets):
+            raise UserError(f"targets must not repeat a compute capability, got {self.targets}")
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """Counts of one forward and backward of the Triton kernels in a PTX simulator, beside the literal baseline's.
+
+    Operations over the least, bytes, efficiencies and a roofline's lower bound for A100-40GB: no timings. Needs the
+    package ptxsim on PYTHONPATH, and minutes for large sizes.
+    """
+
+    sizes: tuple[str, ...] = ("6x200", "6x1000", "1x500", "64x100", "8x6x200")
+    """Images x classes, or episodes x images x classes with weights of their own."""
+    preset: Literal["official", "paper"] = "official"
+    """The adapter's arithmetic."""
+    embed_dim: int = 512
+    """D."""
+    json: bool = False
+    """Print one JSON line for each kernel and pass."""
+
+    def __post_init__(self) -> None:
+        _check_width(self.embed_dim, self.preset)
+        if not self.sizes:
+            raise UserError("sizes must be BxK or ExBxK, positive numbers, got none")
+        for size in self.sizes:
+            if not re.fullmatch(r"0*[1-9][0-9]{0,8}(x0*[1-9][0-9]{0,8}){1,2}", size):
+                raise UserError(f"sizes must be BxK or ExBxK, positive numbers, got {size!r}")
+            if math.prod(map(int, size.split("x"))) > MOST_ROWS:
+                raise UserError(f"sizes must have a product of at most {MOST_ROWS}, got {size!r}")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Compile the C++ extension once for this PyTorch, with ninja and the C++ compiler that is here.
+
+    Nothing else ever compiles: without it the package runs on plain PyTorch.
+    """
+
+    jobs: int | None = None
+    """Compilers at once. Default: as many as processors and free memory allow."""
+    timeout: float = 600.0
+    """Seconds to wait for another build of the same thing."""
+    force: bool = False
+    """Compile everything again."""
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None:
+            check_whole("jobs", self.jobs, 1, 2**16)
+        check_positive("timeout", self.timeout)

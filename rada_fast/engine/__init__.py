@@ -1,0 +1,1 @@
+"""Test-time episodes: adapt to one image's views, predict, forget."""

@@ -1,0 +1,234 @@
+"""Test-time episodes on features (RAda, arXiv:2507.15480, Sec. 4.3): one adapter per test image, adapted and forgotten.
+
+Each episode is evaluated by itself, on shapes that depend on its own views alone: its result is the same bits whatever
+its neighbours, their number or their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from rada_fast.config.method import MaskPenalty, OptimizerName, TTTConfig
+from rada_fast.modules.projections import GIVE_VALUES, is_no_ordinary_tensor
+from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
+from rada_fast.ops import prediction_loss, rational_adapter, select_views, zero_shot_logits
+from rada_fast.ops._transforms import under_transform
+from rada_fast.ops.rational_adapter import check_features, check_scale
+
+
+def prediction_entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) in nats. logits: (..., K). Returns (...)."""
+    log_probabilities = logits.log_softmax(dim=-1)  # (..., K)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+
+
+def episode_loss(logits: Tensor, config: TTTConfig) -> Tensor:
+    """Entropy of the kept views (Eq. 5): mean of their entropies, or entropy of their mean prediction.
+
+    logits: (n, K). Returns a 0-dim tensor, in nats.
+    """
+    return prediction_loss(logits, config.loss)
+
+
+def make_optimizer(
+    parameters: Iterable[Tensor], name: OptimizerName, *, lr: float, weight_decay: float, momentum: float = 0.0
+) -> Optimizer:
+    """A fresh optimiser, its state zero: resetting an episode is making a new one. momentum: of SGD."""
+    match name:
+        case "adamw":
+            return AdamW(parameters, lr=lr, weight_decay=weight_decay)
+        case "adam":
+            return Adam(parameters, lr=lr, weight_decay=weight_decay)
+        case "sgd":
+            return SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum)
+
+
+class EpisodeAdapter:
+    """One episode's copy of an adapter: its parameters, its optimiser, its arithmetic.
+
+    Parameters, moments and steps are float32 or float64 whatever the adapter's type, since float16 has no room for a
+    step of 8e-4 or Adam's 1e-8. Those that are frozen (requires_grad False) stay as they are.
+
+    adapter: where the episode starts; dtype: of the adapter's arithmetic (see arithmetic_dtype); plain: whether the
+    adapter is rational_adapter of its named parameters, so that it need not be called as a module.
+    """
+
+    def __init__(self, adapter: RationalAdapter, dtype: torch.dtype, *, plain: bool) -> None:
+        self.adapter, self.dtype, self.plain = adapter, dtype, plain
+        self.parameters = {
+            name: _exact(parameter.detach()).clone().requires_grad_(parameter.requires_grad)
+            for name, parameter in adapter.named_parameters()
+        }
+        # Of layers that keep some: an episode's power iteration is no business of the next one.
+        self.buffers = {name: buffer.detach().clone() for name, buffer in adapter.named_buffers()}
+
+    def optimizer(self, config: TTTConfig) -> Optimizer:
+        """A fresh optimiser over what is trained."""
+        trained = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+        return make_optimizer(trained, config.optimizer, lr=config.lr, weight_decay=config.weight_decay)
+
+    def __call__(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        penalty: MaskPenalty | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, K), and the penalty () where one is asked for."""
+        parameters = {name: parameter.to(self.dtype) for name, parameter in self.parameters.items()}
+        if self.plain:
+            output = rational_adapter(
+                image_features, text_features, logit_scale, parameters, self.adapter.config, penalty=penalty
+            )
+            return output.logits, output.penalty
+        state = parameters | {
+            name: buffer.to(self.dtype) if buffer.is_floating_point() else buffer
+            for name, buffer in self.buffers.items()
+        }
+        result = functional_call(self.adapter, state, (image_features, text_features, logit_scale, penalty))
+        return result if penalty is not None else (result, None)
+
+
+def _exact(value: Tensor) -> Tensor:
+    """A floating-point tensor in float32, or in float64 if it is."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def arithmetic_dtype(adapter: nn.Module, features: Tensor) -> torch.dtype:
+    """What an episode is computed in: the type of features and parameters, the wider where they differ.
+
+    float32 stands in for float16, in which the penalty's gradient, about 1 / (n K D) an element, is lost.
+    """
+    types = {features.dtype} | {parameter.dtype for parameter in adapter.parameters()}
+    dtype = torch.bfloat16 if types == {torch.bfloat16} else torch.float32
+    return torch.float64 if torch.float64 in types else dtype
+
+
+def adapt_episode(
+    adapter: RationalAdapter,
+    views: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    config: TTTConfig,
+    *,
+    identity: bool,
+    plain: bool,
+) -> Tensor:
+    """Adapt to one image's views and predict the original. views: (V, D), the original first. Returns (K,).
+
+    identity: whether the adapter starts with zero output projections, every mask 1; plain: see EpisodeAdapter.
+    """
+    adapted = EpisodeAdapter(adapter, views.dtype, plain=plain)
+    optimizer = adapted.optimizer(config) if config.steps else None
+
+    with torch.no_grad():
+        # With every mask 1 the views are chosen before any adapter work.
+        if identity:
+            logits = zero_shot_logits(views, text_features, logit_scale)  # (V, K)
+        else:
+            logits, _ = adapted(views, text_features, logit_scale)
+    kept = views[select_views(logits, config.num_selected(len(views)))]  # (n, D)
+
+    for _ in range(config.steps):
+        assert optimizer is not None
+        optimizer.zero_grad()
+        logits, penalty = adapted(kept, text_features, logit_scale, config.penalty if config.penalty_weight else None)
+        loss = episode_loss(logits, config)
+        if penalty is not None:
+            loss = loss + config.penalty_weight * penalty
+        loss.backward()
+        optimizer.step()
+
+    with torch.no_grad():
+        return adapted(views[:1], text_features, logit_scale)[0][0]
+
+
+def adapt_episodes(
+    adapter: nn.Module,
+    view_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    config: TTTConfig | None = None,
+    *,
+    on_episode: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Adapt E episodes, each with its own copy of the adapter, and predict each original view.
+
+    For every episode: keep the int(selection * V) views of lowest prediction entropy once, take the optimiser's steps
+    on the entropy of their predictions (Eq. 5) plus the weighted mask penalty (Eq. 7), predict view 0 with the adapted
+    copy. The adapter itself is never changed; no state passes from one episode to the next. It works the same under
+    ``torch.no_grad`` and ``torch.inference_mode``.
+
+    adapter: where every episode starts, a RationalAdapter or one in a wrapper (DistributedDataParallel, AveragedModel,
+        torch.compile). Parameters whose requires_grad is False stay as they are. A float16 adapter is computed in
+        float32, a bfloat16 one in bfloat16; parameters, moments and steps are float32 for either.
+    view_features: (E, V, D), unit norm, the original view first; text_features: (K, D), unit norm; logit_scale: the
+        multiplier s; config: None takes the paper's.
+    on_episode: called with the number of finished episodes, for progress.
+
+    Returns logits (E, K), in view_features' dtype. Raises ValueError or TypeError naming the argument.
+    """
+    if under_transform():
+        raise RuntimeError(
+            "adapt_episodes takes optimiser steps, which transforms of torch.func (vmap, grad, ...) and forward mode "
+            "do not go through: call it outside"
+        )
+    for name, value in (("view_features", view_features), ("text_features", text_features)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if config is not None and not isinstance(config, TTTConfig):
+        raise TypeError(f"config must be a TTTConfig, got {type(config).__name__}")
+    if view_features.ndim != 3 or view_features.shape[1] == 0:
+        raise ValueError(f"view_features must be (E, V, D) with V >= 1, got {tuple(view_features.shape)}")
+    if not view_features.is_floating_point():
+        raise TypeError(f"view_features must be floating point, got {view_features.dtype}")
+    config = config or TTTConfig()
+    adapter = unwrapped(adapter)
+    check_features("view_features", view_features, "E, V", adapter.config.embed_dim)
+    check_features("text_features", text_features, "K", adapter.config.embed_dim)
+    check_scale(logit_scale)
+    if view_features.is_meta:
+        raise ValueError("view_features must have values, got a tensor of the meta device")
+    _check_trainable(adapter, config)
+    results = []
+    # Nothing made in inference mode takes part in autograd: episodes run outside of it, on copies.
+    with torch.inference_mode(False), torch.enable_grad():
+        dtype = arithmetic_dtype(adapter, view_features)
+        scale = _outside_inference(logit_scale) if isinstance(logit_scale, Tensor) else logit_scale
+        views = _outside_inference(view_features).to(dtype)
+        text = _outside_inference(text_features).to(dtype)
+        identity, plain = adapter.is_identity(), adapter.is_plain()
+        for index, episode in enumerate(views):
+            results.append(adapt_episode(adapter, episode, text, scale, config, identity=identity, plain=plain))
+            if on_episode is not None:
+                on_episode(index + 1)
+        if not results:
+            return view_features.new_empty((0, len(text)))
+        return torch.stack(results).to(view_features.dtype)
+
+
+def _outside_inference(value: Tensor) -> Tensor:
+    """A tensor for autograd to work on, without a history."""
+    return value.clone() if value.is_inference() else value.detach()
+
+
+def _check_trainable(adapter: RationalAdapter, config: TTTConfig) -> None:
+    """Raise ValueError where episodes could not take a step with this adapter."""
+    parameters = dict(adapter.named_parameters())
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise ValueError(f"adapter's {name} is on the meta device: {GIVE_VALUES}")
+        if is_no_ordinary_tensor(parameter):
+            raise ValueError(
+                f"adapter's {name} must be an ordinary tensor, got {type(parameter).__name__}: gather it first"
+            )
+    if config.steps and not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError(
+            f"adapter must have a parameter to train, all {len(parameters)} are frozen (requires_grad False): "
+            "call adapter.requires_grad_(), or give TTTConfig(steps=0)"
+        )

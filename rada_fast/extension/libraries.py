@@ -1,0 +1,369 @@
+"""The compiled extension: one description of its sources and flags, where its libraries are, and how they are loaded.
+
+Nothing here runs at import. ``load`` only looks and never raises; `build` compiles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rada_fast import _env
+from rada_fast.errors import UserError
+from rada_fast.extension import cuda_toolkit
+from rada_fast.extension.cuda_toolkit import Toolkit
+
+LIBRARY = "rada_fast_ops.so"
+CUDA_LIBRARY = "rada_fast_cuda.so"
+PACKAGE = Path(__file__).resolve().parents[1]
+
+VECTOR_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+}
+"""Flags of each copy of the vector loops. Everything else is compiled for the oldest processor of the family."""
+LOOP_FLAGS = {
+    # Its arithmetic rounds where torch.optim's does: which products are fused is written out, not left to the compiler.
+    "episodic_optimizer_loops": ["-ffp-contract=off"],
+    # Pillow's results to the bit: a fused product and sum would round once where Pillow rounds twice.
+    "augmix_loops": ["-ffp-contract=off"],
+    "view_loops": ["-ffp-contract=off"],
+}
+"""Flags of single sources of vector loops (vector_math.cpp and *_loops.cpp)."""
+
+
+@dataclass(frozen=True)
+class BuildParameters:
+    """Everything that decides what the library is.
+
+    compiler: the C++ compiler's command.
+    sources: (source, object name, flags of its own).
+    flags: shared by all sources; link: the linker's arguments after the objects.
+    cuda: what compiles the CUDA library, or the reason why there is none.
+    cuda_sources, cuda_glue: of the kernels and of what calls them, (source, object name); cuda_link: as link.
+    """
+
+    compiler: str
+    sources: tuple[tuple[Path, str, tuple[str, ...]], ...]
+    flags: tuple[str, ...]
+    link: tuple[str, ...]
+    cuda: Toolkit | str
+    cuda_sources: tuple[tuple[Path, str], ...]
+    cuda_glue: tuple[tuple[Path, str], ...]
+    cuda_link: tuple[str, ...]
+
+
+def source_dir() -> Path | None:
+    """Folder of the C++ sources: inside an installed package, or beside the package in a checkout; None without."""
+    for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
+        if (folder / "ops.cpp").is_file():
+            return folder
+    return None
+
+
+def build_parameters() -> BuildParameters:
+    """The one description of sources and flags. Raises UserError without sources."""
+    folder = source_dir()
+    if folder is None:
+        raise UserError("this installation has no C++ sources of the extension")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sources: list[tuple[Path, str, tuple[str, ...]]] = []
+    for source in sorted([*folder.glob("*.cpp"), *(folder / "cpu").glob("*.cpp")]):
+        if source.stem == "vector_math" or source.stem.endswith("_loops"):
+            # Kept apart from library headers, so that these flags cannot leak into code that runs everywhere.
+            loops = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", *LOOP_FLAGS.get(source.stem, ()))
+            for name in VECTOR_FLAGS if x86 else ("baseline",):
+                own = (*loops, f"-DRADA_CAPABILITY={name}", *VECTOR_FLAGS[name])
+                sources.append((source, f"{source.stem}_{name}.o", own))
+        else:
+            sources.append((source, f"{source.stem}.o", ("-O2", "-fopenmp")))
+    root = Path(torch.__file__).resolve().parent
+    include = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    debug: tuple[str, ...] = ("-g",) if _env.debug_build() else ("-DNDEBUG",)
+    sanitized: tuple[str, ...] = ()
+    if sanitizers := _env.sanitizers():
+        # vptr asks for type information that PyTorch's libraries keep to themselves.
+        sanitized = (f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
+        debug = ("-g", "-fno-omit-frame-pointer")
+    toolkit = cuda_toolkit.asked_toolkit()
+    kernels, glue = (sorted((folder / "cuda").glob(pattern)) for pattern in ("*.cu", "*.cpp"))
+    # The static runtime needs no other CUDA library in the process, and its names stay its own.
+    runtime = f"-L{toolkit.runtime}" if isinstance(toolkit, Toolkit) else ""
+    cuda_link = (runtime, "-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread")
+    return BuildParameters(
+        compiler=os.environ.get("CXX")
+        or shutil.which("c++")
+        or shutil.which("g++")
+        or shutil.which("clang++")
+        or "c++",
+        sources=tuple(sources),
+        flags=("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", abi, *debug, *sanitized, *include),
+        # Without -fopenmp here: the OpenMP runtime is the one PyTorch has loaded, never a second one.
+        link=("-shared", *sanitized, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"),
+        cuda=toolkit,
+        cuda_sources=tuple((source, f"cuda_{source.stem}.o") for source in kernels),
+        cuda_glue=tuple((source, f"cuda_{source.stem}.o") for source in glue),
+        cuda_link=("-shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch_cuda", *cuda_link),
+    )
+
+
+def torch_name() -> str:
+    # The part after "+" names an index ("cpu", "cu130"), not another interface.
+    return f"torch{torch.__version__.split('+')[0]}"
+
+
+def place_name() -> str:
+    # Objects of a sanitized build lie apart: neither it nor the next plain one compiles the other's again.
+    suffix = "-sanitized" if _env.sanitizers() else ""
+    return f"{torch_name()}-{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}{suffix}"
+
+
+@cache
+def _sources_key(folder: Path, cuda: bool = False) -> str:
+    """Of everything that a library may be made of: all folders but the other library's own."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in ("*.cpp", "*.h", "*.cu", "*.cuh") for path in folder.rglob(pattern)):
+        if path.relative_to(folder).parts[0] != ("cpu" if cuda else "cuda"):
+            digest.update(f"{path.relative_to(folder)}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _flags_key(cuda: bool = False) -> str:
+    # The device code is not part of it: a library is found whatever TORCH_CUDA_ARCH_LIST says where it is loaded.
+    common = (_env.debug_build(), _env.sanitizers(), platform.machine())
+    own = (torch.version.cuda,) if cuda else (VECTOR_FLAGS, LOOP_FLAGS, torch.compiled_with_cxx11_abi())
+    return hashlib.sha256(repr((*own, *common)).encode()).hexdigest()[:8]
+
+
+def places() -> list[Path]:
+    """Folders in which built libraries are looked for: inside a checkout, then in the caches.
+
+    They are named after PyTorch's version and Python's interface; the libraries in them after the sources and flags.
+    """
+    folder = source_dir()
+    in_checkout = folder is not None and folder.parent != PACKAGE and (folder.parent / "pyproject.toml").is_file()
+    roots = [PACKAGE.parent / "build"] if in_checkout else []
+    return [root / "extension" / place_name() for root in (*roots, *_env.cache_dirs())]
+
+
+def build_place() -> Path:
+    """The folder of ``places`` that a build writes to: the first that can be written to."""
+    for place in places():
+        if _env.is_writable(place):
+            return place
+    return _env.cache_dir() / "extension" / place_name()
+
+
+def library_in(place: Path, cuda: bool = False) -> Path:
+    """Where a build for the sources at hand puts its library. Raises UserError without sources."""
+    folder = source_dir()
+    if folder is None:
+        raise UserError("this installation has no C++ sources of the extension")
+    return place / f"{_sources_key(folder, cuda)}-{_flags_key(cuda)}" / (CUDA_LIBRARY if cuda else LIBRARY)
+
+
+def carried_library(cuda: bool = False) -> Path:
+    """Where a wheel carries the library for the PyTorch that is installed; it may not exist.
+
+    The CUDA library stands on the stable ABI: one serves all PyTorch releases of a CUDA major version.
+    """
+    if cuda:
+        return PACKAGE / "lib" / cuda_name() / CUDA_LIBRARY
+    return PACKAGE / "lib" / torch_name() / LIBRARY
+
+
+def cuda_name() -> str:
+    return f"cuda{(torch.version.cuda or 'none').split('.')[0]}"
+
+
+def hash_file(library: Path) -> Path:
+    """Where the library's SHA-256 stands, as `sha256sum` writes and checks it."""
+    return library.with_name(f"{library.name}.sha256")
+
+
+def fault_of(library: Path) -> str | None:
+    """Why a file must not be loaded as the library that a build made, or None.
+
+    To load a library whose end is missing kills the process, so its SHA-256 is compared first.
+    """
+    try:
+        if not library.is_file() and not library.is_dir() and library.exists():
+            return f"{library} is neither a file nor a folder"  # reading a pipe might never end
+        with library.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except IsADirectoryError:
+        return f"{library} is a folder"
+    except OSError as error:
+        return f"{library} cannot be read ({error.strerror})"
+    try:
+        recorded = hash_file(library).read_bytes().split()
+    except OSError as error:
+        return f"the recorded SHA-256 of {library} cannot be read ({error.strerror})"
+    if [found.encode()] != recorded[:1]:
+        return f"{library} is damaged: its SHA-256 is not the recorded one"
+    return None
+
+
+def search(cuda: bool = False, *, carried: bool = True) -> tuple[Path | None, list[str]]:
+    """The library to load, and what is wrong with those that come before it.
+
+    Built from the sources at hand, in any of ``places``; else, with carried, the wheel's own; or None.
+    """
+    candidates = [] if source_dir() is None else [library_in(place, cuda) for place in places()]
+    if carried:
+        candidates.append(carried_library(cuda))
+    faults: list[str] = []
+    for path in candidates:
+        if not os.path.lexists(path):
+            continue
+        if (fault := fault_of(path)) is None:
+            return path, faults
+        faults.append(fault)
+    return None, faults
+
+
+def find_library(cuda: bool = False) -> Path | None:
+    """The library that ``load`` would take, or None."""
+    return search(cuda)[0]
+
+
+def said_of(library: Path) -> str:
+    """What a build wrote beside a CUDA library: its device code and compiler."""
+    try:
+        return library.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+_outcome: list[str | None] = []
+_cuda_outcome: list[str | None] = []
+
+
+def load() -> str | None:
+    """Load the extension's operators, once. Returns None where they are usable, else the reason; never raises."""
+    if not _outcome:
+        _outcome.append(_load())
+        _cuda_outcome.append(_load_cuda(_outcome[0]))
+    return _outcome[0]
+
+
+def damage() -> str | None:
+    """Why a library that lies where it belongs is not used, or None where one is used or none was ever built."""
+    reason = load()
+    if reason is None:
+        return None
+    library, faults = search()
+    return reason if library is not None or faults else None
+
+
+def load_cuda() -> str | None:
+    """Whether the operators serve CUDA tensors: None, else the reason; never raises. A device need not be there."""
+    load()
+    return _cuda_outcome[0]
+
+
+def cpu_paths() -> dict[str, str]:
+    """How the loaded extension computes here: "vectors", "float32", "bfloat16"; an empty word is no product of it."""
+    return dict(torch.ops.rada_fast.cpu_paths())
+
+
+def bfloat16_products() -> str:
+    """How the loaded extension multiplies bfloat16 here: "native", or as "float32" after widening its tiles.
+
+    RADA_FAST_BFLOAT16 decides; raises UserError where it asks for native products and there are none.
+    """
+    asked, possible = _env.bfloat16_products(), bool(cpu_paths()["bfloat16"])
+    if asked == "native" and not possible:
+        raise UserError("RADA_FAST_BFLOAT16=native: this processor or build of PyTorch has no products of bfloat16")
+    # oneDNN takes bfloat16 on every AVX-512 processor, and emulates the instructions where these are missing.
+    return asked or ("native" if possible and _env.multiplies("bfloat16") else "float32")
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: torch.compile takes the answer of a
+# call as it is instead of tracing files being looked for.
+_functions: list[Any] = [load, load_cuda, cpu_paths, bfloat16_products]
+for _function in _functions:
+    _function._dynamo_marked_constant = True
+
+
+def _load() -> str | None:
+    try:
+        library, faults = search()
+        if library is None and faults:
+            return f"{faults[0]}; run `rada-fast build`"
+        if library is None:
+            carried = sorted(path.name for path in (PACKAGE / "lib").glob("torch*"))
+            if carried:
+                return f"this wheel carries the extension for {', '.join(carried)}, not for {torch_name()}"
+            return "the extension is not built for these sources and this PyTorch; run `rada-fast build`"
+        torch.ops.load_library(str(library))
+        from rada_fast.ops._backends import fakes
+
+        fakes.register()
+    except Exception as error:  # a broken library must not break anything but itself
+        cause = error.__cause__ or error
+        return f"the extension does not load: {str(cause).splitlines()[0]}"
+    return None
+
+
+def _load_cuda(reason: str | None) -> str | None:
+    if reason is not None:
+        return f"the CUDA kernels need the rest of the extension: {reason}"
+    if refusal := cuda_toolkit.torch_refusal():
+        return refusal
+    try:
+        library, faults = search(cuda=True)
+        if library is None and faults:
+            return f"{faults[0]}; run `rada-fast build`"
+        if library is None:
+            return "the CUDA kernels are not built; run `rada-fast build` where nvcc and a device are found"
+        torch.ops.load_library(str(library))
+    except Exception as error:  # nor may it break the CPU's operators
+        cause = error.__cause__ or error
+        return f"the CUDA kernels do not load: {str(cause).splitlines()[0]}"
+    return None
+
+
+def _describe_cuda() -> dict[str, str]:
+    reason = load_cuda()
+    library = find_library(cuda=True)
+    facts = {"CUDA kernels": reason or "usable", "CUDA library": str(library or "none")}
+    if library is not None:
+        facts["CUDA device code"] = said_of(library) or "not said"
+    if reason is None and _env.has_cuda():
+        taken = int(torch.ops.rada_fast.device_architecture(torch.empty(0, device="cuda"))) // 10
+        major, minor = torch.cuda.get_device_capability()
+        facts["CUDA device takes"] = f"code for sm_{taken}, being sm_{major}{minor}"
+    return facts
+
+
+def describe() -> dict[str, str]:
+    """What `doctor` says about the extension: whether it is usable, where it is, which instruction paths it takes."""
+    reason = load()
+    library, faults = search()
+    facts = {"state": reason or "usable", "library": str(library or "none"), "build place": str(build_place())}
+    if library is not None and faults:
+        facts["not taken"] = "; ".join(faults)
+    if reason is None:
+        paths = cpu_paths()
+        own = "the processor's own" if _env.multiplies("bfloat16") else "emulated, as RADA_FAST_BFLOAT16 asks"
+        low = f"{paths['bfloat16']}, {own}" if bfloat16_products() == "native" else "as float32, tiles widened"
+        facts |= {
+            "vector loops": paths["vectors"],
+            "float32 products": paths["float32"],
+            "bfloat16 products": low,
+        }
+    return facts | _describe_cuda()

@@ -1,0 +1,179 @@
+"""Which backend serves a call: argument, then ``use_backend``, then RADA_FAST_BACKEND, then "auto"."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from rada_fast import _env
+from rada_fast.errors import BackendUnavailableError
+
+BACKENDS = ("literal", "reference", "cpu", "triton", "cuda")
+COMPILED = ("triton", "cpu")
+"""Backends that serve some calls only, in the order in which "auto" asks them."""
+
+_chosen: ContextVar[str | None] = ContextVar("rada_fast_backend", default=None)
+_traced = threading.local()
+"""What ``_chosen`` holds, once more for torch.compile, which before PyTorch 2.13 cannot trace a ContextVar's ``get``.
+Its attribute ``name`` is missing where nothing is chosen; compiled code is guarded by it, so another choice compiles
+anew."""
+
+_blocks: dict[object, str] = {}
+_last_entered: str | None = None
+"""Of the blocks that are open in any thread, the one that was entered last: threads that have entered none follow it,
+such as data parallelism's, whose replicas belong to the thread that called them."""
+_lock = threading.Lock()
+
+
+def _in_force() -> str | None:
+    chosen = getattr(_traced, "name", None) if torch.compiler.is_compiling() else _chosen.get()
+    return chosen or _last_entered
+
+
+def _note_block(block: object, name: str | None) -> None:
+    """Remember that a block was entered with a name, or, with None, that it was left."""
+    global _last_entered
+    with _lock:
+        if name is None:
+            del _blocks[block]
+        else:
+            _blocks[block] = name
+        _last_entered = next(reversed(_blocks.values()), None)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every op inside the block with one backend.
+
+    name: "auto", or one of BACKENDS. A named backend that cannot serve a call raises BackendUnavailableError there;
+    it never falls back. Raises ValueError for an unknown name.
+
+    Threads choose apart from one another. One that has entered no block of its own, as a replica's or a worker's,
+    follows the block that was entered last in the process, as long as that is open.
+    """
+    token = _chosen.set(_check_name(name, "backend"))
+    _traced.name = name
+    _note_block(block := object(), name)
+    try:
+        yield
+    finally:
+        _note_block(block, None)
+        _chosen.reset(token)
+        if (outer := _chosen.get()) is None:
+            # Missing as before, so that what was compiled outside of the block serves again.
+            _traced.__dict__.pop("name", None)
+        else:
+            _traced.name = outer
+
+
+def chosen_backend() -> str:
+    """The backend in force where a call names none: of ``use_backend``, else of RADA_FAST_BACKEND, else "auto"."""
+    return _in_force() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
+
+
+def _has_triton() -> bool:
+    return _env.has_module("triton")
+
+
+# torch.compile before PyTorch 2.11 does not trace a module being looked for, and the answer stays the same.
+_has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def reason_unavailable(name: str) -> str | None:
+    """Why a backend cannot be used in this installation, or None where it can."""
+    match name:
+        case "literal" | "reference":
+            return None
+        case "cpu":
+            from rada_fast.extension import libraries
+
+            return libraries.load()
+        case "cuda":
+            return "the adapter has Triton kernels on CUDA, no CUDA C++ ones; ask for 'triton'"
+        case "triton":
+            if not _has_triton():
+                return "Triton is not installed"
+            from rada_fast.ops._backends import triton
+
+            return triton.reason_unavailable()
+        case _:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+
+
+def backends() -> dict[str, str]:
+    """Every backend with "usable", or the reason why it is not."""
+    return {name: reason_unavailable(name) or "usable" for name in BACKENDS}
+
+
+def reference_asked() -> bool:
+    """Whether plain PyTorch was named, by ``use_backend`` or RADA_FAST_BACKEND."""
+    return (_in_force() or _env.backend_variable()) in ("literal", "reference")
+
+
+def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None] | None = None) -> str:
+    """The backend to serve a call with.
+
+    name: the call's own argument, if it has one. "auto" takes the fastest usable backend that serves the call.
+    refusal: of a compiled backend's name, why it cannot serve this call, or None; without it, only the installation
+        counts.
+    Raises BackendUnavailableError where a named backend cannot be used.
+    """
+    if name is None:
+        name = chosen_backend()
+    if _check_name(name, "backend") == "auto":
+        # A simulator makes Triton usable without a device, but nobody's first choice.
+        candidates = COMPILED if torch.cuda.is_available() else ("cpu",)
+        for candidate in candidates:
+            if reason_unavailable(candidate) is None and (refusal is None or refusal(candidate) is None):
+                return candidate
+        return "reference"
+    if reason := reason_unavailable(name):
+        raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}")
+    if name in COMPILED and refusal is not None and (reason := refusal(name)):
+        raise BackendUnavailableError(f"backend {name!r} cannot serve this call: {reason}")
+    return name
+
+
+def resolve_device_backend(device: torch.device, name: str | None = None) -> str:
+    """The backend of an op with kernels in C++ and CUDA C++, chosen by where its tensors are: "cpu", "cuda" or
+    "reference".
+
+    name: the call's own argument, if it has one. "auto" takes the compiled operator where it is usable. "literal" is
+        the reference here: the published code's arithmetic concerns the adapter.
+        "triton" and another device's name are refused as an argument; in force, they are as "auto".
+    Raises BackendUnavailableError where a named backend cannot be used or does not serve the device.
+    """
+    from rada_fast.extension import libraries
+
+    if name is None:
+        name = chosen_backend()
+        if name == "triton" or (name in ("cpu", "cuda") and name != device.type):
+            # In force it is the adapter's backend: the other parts of a step choose their own.
+            name = "auto"
+    if _check_name(name, "backend") in ("reference", "literal"):
+        return "reference"
+    if name == "triton":
+        raise BackendUnavailableError("backend 'triton' cannot serve this call: it has no kernel for this op")
+    if name != "auto" and device.type != name:
+        raise BackendUnavailableError(f"backend {name!r} cannot serve this call: its tensors are on {device}")
+    reason: str | None = f"no compiled operator serves tensors on {device}"
+    match device.type:
+        case "cpu":
+            reason = libraries.load()
+        case "cuda":
+            reason = libraries.load_cuda()
+    if reason is None:
+        return device.type
+    if name == "auto":
+        return "reference"
+    raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}")

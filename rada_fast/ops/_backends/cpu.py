@@ -1,0 +1,104 @@
+"""The registered operator behind the public one: what it serves, its arguments, its results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rada_fast.config.method import AdapterConfig, MaskPenalty
+from rada_fast.extension import libraries
+from rada_fast.reference.rational_adapter import AdapterOutput
+from rada_fast.reference.rational_projections import as_scale
+
+_NAMES = {
+    "image": "q_proj1",
+    "text": "q_proj2",
+    "rational": "q_proj3",
+    "key": "k_proj",
+    "value": "v_proj",
+    "output": "out_proj",
+}
+_SERVED = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def compute_dtype(image_features: Tensor, weight: Tensor) -> torch.dtype:
+    """Type of the matrix products: autocast's where it is on, else the parameters'."""
+    device = image_features.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def widens(config: AdapterConfig, dtype: torch.dtype) -> bool:
+    """Whether tiles of this type are widened and multiplied as float32: bfloat16 without products of its own, or with
+    heads of an odd width, which the pairs that those products take do not fill.
+    """
+    return dtype == torch.bfloat16 and (config.head_dim % 2 == 1 or libraries.bfloat16_products() == "float32")
+
+
+def reason_not_served(
+    config: AdapterConfig, image_features: Tensor, text_features: Tensor, parameters: Mapping[str, Tensor]
+) -> str | None:
+    """Why the compiled CPU operator cannot serve a call, or None where it can. Dispatch, errors and tests use it."""
+    if image_features.device.type != "cpu":
+        return f"it serves CPU tensors, image_features are on {image_features.device}"
+    if config.mask_function != "attention":
+        return f"it serves mask_function 'attention', not {config.mask_function!r}"
+    if config.num_layers != 1:
+        return f"it serves num_layers 1, not {config.num_layers}"
+    dtype = compute_dtype(image_features, parameters["out_proj.weight"])
+    if dtype not in _SERVED:
+        return f"it serves float32, float64 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, features in (("image_features", image_features), ("text_features", text_features)):
+        # Autocast mixes types on purpose; without it the reference rejects a mixture too.
+        if features.dtype not in (dtype, exact, torch.bfloat16) or (
+            features.dtype != dtype and not torch.is_autocast_enabled("cpu")
+        ):
+            return f"it serves {name} in the parameters' type {dtype}, not {features.dtype}"
+    if any(value.dtype != parameters["out_proj.weight"].dtype for value in parameters.values()):
+        return "it serves parameters of one type"
+    return None
+
+
+def rational_adapter(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    parameters: Mapping[str, Tensor],
+    config: AdapterConfig,
+    *,
+    penalty: MaskPenalty | None = None,
+    return_mask: bool = False,
+) -> AdapterOutput:
+    """Arguments and results as ops.rational_adapter; reason_not_served must be None."""
+    assert libraries.load() is None
+    dtype = compute_dtype(image_features, parameters["out_proj.weight"])
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = as_scale(logit_scale, image_features, exact)
+    tensors: list[Tensor | None] = []
+    for role, name in _NAMES.items():
+        wanted = role in ("key", "value", "output") or role in config.queries
+        for part in ("weight", "bias"):
+            value = parameters.get(f"{name}.{part}") if wanted and (part == "weight" or config.bias) else None
+            tensors.append(None if value is None else value.to(dtype))
+    inputs = (image_features, text_features, scale, *(value for value in tensors if value is not None))
+    keep = torch.is_grad_enabled() and any(value.requires_grad for value in inputs)
+    logits, mask_penalty, mask, *_ = torch.ops.rada_fast.rational_adapter(
+        image_features,
+        text_features,
+        scale,
+        *tensors,
+        config.num_heads,
+        config.temperature,
+        config.softmax == "matrix",
+        config.input_scale_factor if config.input_scale == "logit" else 0.0,
+        config.mask_activation == "relu",
+        penalty or "none",
+        widens(config, dtype),
+        return_mask,
+        keep,
+    )
+    return AdapterOutput(logits, mask_penalty if penalty else None, mask.mT if return_mask else None)

@@ -1,0 +1,153 @@
+"""What a run reports: a record an image, accuracies over the records, the summary and its table."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rada_fast.config.options import RunOptions
+from rada_fast.loops.setup import Problem
+from rada_fast.models.vision_language import VisionLanguageModel
+from rada_fast.ops import resolve_backend
+from rada_fast.runs.folder import RunFolder, peak_memory, versions
+from rada_fast.system import notices
+from rada_fast.system.terminal import PlainConsole, print_json, table
+
+
+def image_record(id: str, label: int | None, status: str, before: Tensor, after: Tensor) -> dict[str, Any]:
+    """One image's line: its label, the zero-shot and the adapted answer, best five first, and their confidence.
+
+    before, after: logits (K,). Equal logits rank by class index.
+    """
+    best_before, best_after = (ranking(logits) for logits in (before, after))
+    return {
+        "id": id,
+        "label": label,
+        "status": status,
+        "zero_shot": best_before,
+        "adapted": best_after,
+        "confidence": [round(float(logits.softmax(-1).max()), 6) for logits in (before, after)],
+    }
+
+
+def is_image_record(record: Mapping[str, Any], label: int | None) -> bool:
+    """Whether a line that was read is one of an image with this label, whole enough to be counted."""
+    status = record.get("status")
+    rankings = [record.get(name) for name in ("zero_shot", "adapted")]
+    ranked = all(isinstance(best, list) and best and all(type(k) is int for k in best) for best in rankings)
+    return record.get("label", "") == label and (status == "unreadable" or (status in ("ok", "diverged") and ranked))
+
+
+def ranking(logits: Tensor, count: int = 5) -> list[int]:
+    """The count classes of the largest logits, ties by index. logits: (K,)."""
+    order: list[int] = logits.argsort(descending=True, stable=True)[:count].tolist()
+    return order
+
+
+def accuracy_of(records: Sequence[dict[str, Any]], *, before: str, after: str) -> dict[str, Any]:
+    """Counts and accuracies in percent over records with a ranking under both names.
+
+    An unreadable image counts as wrong, never as absent.
+    """
+    labelled = [record for record in records if record["label"] is not None]
+    counts = {
+        status: sum(record["status"] == status for record in records) for status in ("ok", "diverged", "unreadable")
+    }
+    result: dict[str, Any] = {"images": len(records), "status": counts}
+    for name in (before, after):
+        for k in (1, 5):
+            right = sum(record["label"] in record.get(name, [])[:k] for record in labelled)
+            result[f"{name}_top{k}"] = percent(right, len(labelled))
+    return result
+
+
+def percent(right: int, total: int) -> float | None:
+    """Accuracy in percent; None of nothing."""
+    return round(100 * right / total, 3) if total else None
+
+
+def finish(
+    folder: RunFolder,
+    command: str,
+    problem: Problem,
+    results: dict[str, Any],
+    *,
+    covers: Mapping[str, Any],
+    resumed: int,
+) -> dict[str, Any]:
+    """Write and return the summary: what ran, on what, and the results. covers: what of the inputs these are about."""
+    adapter, vlm = problem.adapter, problem.vlm
+    summary = {
+        "command": command,
+        "preset": adapter.config.preset,
+        **results,
+        "resumed": resumed,
+        "warnings": notices.so_far(),
+        "peak_memory": peak_memory(),
+        "backend": resolve_backend(),
+        "model": _of_model(vlm) if vlm else None,
+        "logit_scale": {"value": problem.logit_scale, "from": problem.logit_scale_from},
+        "adapter": adapter.config.to_dict(),
+        "config": dataclasses.asdict(problem.config),
+        "versions": versions(),
+        "output": str(folder.path),
+        "files": folder.left(),
+        "run": folder.digest(covers),
+    }
+    folder.write_summary(summary)
+    return summary
+
+
+def _of_model(vlm: VisionLanguageModel) -> dict[str, Any]:
+    names = ("name", "pretrained", "fingerprint", "precision", "precision_asked")
+    return {name: getattr(vlm, name) for name in names}
+
+
+def already_finished(folder: RunFolder, summary: dict[str, Any], *, resumed: int) -> dict[str, Any]:
+    """Say that the run has ended before, and return its summary as it was written, with its times."""
+    notices.note(f"this run is finished: {folder.path} holds its results, and nothing was computed again")
+    return summary | {"resumed": resumed}
+
+
+def harmonic_mean(base: float | None, new: float | None) -> float | None:
+    """Harmonic mean of two accuracies in percent."""
+    if base is None or new is None:
+        return None
+    return round(2 * base * new / (base + new), 3) if base + new else 0.0
+
+
+def show(summary: dict[str, Any], options: RunOptions) -> int:
+    """Print a summary as a table or as JSON. Returns the command's exit status."""
+    if options.json:
+        print_json(summary)
+    else:
+        console = PlainConsole()
+        rows = [(name, value) for name, value in _flat(summary) if name.partition(" ")[0] not in _NOT_IN_TABLE]
+        console.print(table(f"rada-fast {summary['command']}", rows))
+        console.print(f"results in {summary['output']}", soft_wrap=True)
+    unreadable = summary["unreadable"]
+    if unreadable > options.allow_unreadable:
+        print(
+            f"rada-fast: {unreadable} images could not be read; images.jsonl names them, and those to be tested count "
+            f"as wrong (--allow-unreadable {unreadable} accepts them)",
+            file=sys.stderr,
+        )
+        return 3
+    return 0
+
+
+_NOT_IN_TABLE = {"command", "config", "files", "versions", "adapter", "model", "output", "warnings", "run"}
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Nested entries under one readable name each."""
+    for name, entry in value.items():
+        title = f"{prefix} {name}".strip().replace("_", " ")
+        if isinstance(entry, dict):
+            yield from _flat(entry, title)
+        else:
+            yield title, entry

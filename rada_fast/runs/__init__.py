@@ -1,0 +1,1 @@
+"""A run on disk: its folder, the lock on it, what identifies it, and its progress."""

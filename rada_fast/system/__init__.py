@@ -1,0 +1,1 @@
+"""What a program needs of the operating system: files, signals, the terminal, and warnings."""

@@ -1,0 +1,230 @@
+"""What a run starts from: the adapter's options beside a file, the scale of the logits, names for labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rada_fast.config.commands import TestTimeConfig
+from rada_fast.config.method import AdapterConfig
+from rada_fast.config.options import AdapterOptions, ClassOptions
+from rada_fast.data.sources import open_source
+from rada_fast.errors import UserError
+from rada_fast.loops.setup import (
+    check_same_names,
+    class_names_of,
+    logit_scale_of,
+    make_adapter,
+    open_setup,
+    open_sources,
+    text_features_of,
+)
+from rada_fast.modules import RationalAdapter, save_adapter
+from rada_fast.system import notices
+
+
+def ours(path: Path, **changes: Any) -> str:
+    save_adapter(RationalAdapter(AdapterConfig.official(16, **changes)), path)
+    return str(path)
+
+
+def published(path: Path, **changes: Any) -> str:
+    """A checkpoint as the published code writes it: without a word on its arithmetic."""
+    state = RationalAdapter(AdapterConfig.official(16, **changes)).state_dict()
+    torch.save({"state_dict": {f"mha.{name}": tensor for name, tensor in state.items()}}, path)
+    return str(path)
+
+
+def test_a_published_adapter_takes_the_temperature_that_it_does_not_hold(tmp_path: Path) -> None:
+    file = published(tmp_path / "model.pth.tar-13")
+    plain = make_adapter(AdapterOptions(adapter=file), 16, 0)
+    warm = make_adapter(AdapterOptions(adapter=file, temperature=4.0, num_heads=2), 16, 0)
+    assert plain.config == AdapterConfig.official(16)
+    assert warm.config == AdapterConfig.official(16, temperature=4.0, num_heads=2)
+    assert all(torch.equal(tensor, warm.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_an_adapter_takes_options_that_agree_with_it(tmp_path: Path) -> None:
+    file = ours(tmp_path / "a.safetensors", temperature=4.0, queries=("image", "text"), num_layers=2)
+    options = AdapterOptions(
+        adapter=file, preset="official", temperature=4.0, num_heads=8, queries=("text", "image"), num_layers=2,
+        mask_function="attention",
+    )  # fmt: skip
+    assert make_adapter(options, 16, 0).config == make_adapter(AdapterOptions(adapter=file), 16, 0).config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # The default, too, contradicts where it was given.
+        ({"temperature": 1.0}, "temperature must be 4.0, as adapter .* has it, or be left out; got 1.0"),
+        ({"num_heads": 2}, "num_heads must be 8, as adapter"),
+        ({"queries": ("image",)}, r"queries must be \('image', 'text', 'rational'\), as adapter"),
+        ({"num_layers": 2}, "num_layers must be 1, as adapter"),
+        ({"mask_function": "mlp"}, "mask_function must be 'attention', as adapter"),
+        ({"preset": "paper"}, "preset must fit adapter .*, whose softmax is 'matrix', or be left out; got 'paper'"),
+    ],
+)
+def test_options_that_contradict_the_adapters_file_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_adapter(AdapterOptions(adapter=ours(tmp_path / "a.safetensors", temperature=4.0), **options), 16, 0)
+    if not {"temperature", "num_heads"} & set(options):
+        with pytest.raises(UserError, match=message):
+            make_adapter(AdapterOptions(adapter=published(tmp_path / "b.pth"), **options), 16, 0)
+
+
+def test_without_a_file_the_options_are_the_presets(tmp_path: Path) -> None:
+    assert make_adapter(AdapterOptions(), 16, 0).config == AdapterConfig.official(16)
+    assert make_adapter(AdapterOptions(preset="paper", temperature=2.0), 16, 0).config == AdapterConfig.paper(16, 2.0)
+
+
+def features(path: Path, **arrays: Any) -> str:
+    generator = np.random.default_rng(0)
+    np.savez(path, **({"features": generator.normal(size=(3, 16)), "labels": np.arange(3)} | arrays))
+    return f"features:{path}"
+
+
+def scale(tmp_path: Path, data: float | None, text: float | None, option: float | None = None) -> tuple[float, str]:
+    specs = [
+        features(tmp_path / f"{name}.npz", **({} if value is None else {"logit_scale": np.float32(value)}))
+        for name, value in (("data", data), ("text", text))
+    ]
+    return logit_scale_of(ClassOptions(text_features=specs[1], logit_scale=option), None, [open_source(specs[0])])
+
+
+def test_the_scale_is_the_files_or_the_options_or_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scale(tmp_path, 50.0, None) == (50.0, f"array logit_scale of {tmp_path / 'data.npz'}")
+    assert scale(tmp_path, None, 117.5) == (117.5, f"array logit_scale of {tmp_path / 'text.npz'}")
+    assert scale(tmp_path, 50.0, 50.01)[0] == 50.0
+    assert scale(tmp_path, 50.0, 60.0, option=2.0) == (2.0, "--logit-scale")
+    assert capsys.readouterr().err == ""
+    assert scale(tmp_path, None, None) == (100.0, "default, as nothing states it")
+    assert "no file states a logit_scale: CLIP's 100 is taken (--logit-scale changes it)" in capsys.readouterr().err
+
+
+def test_scales_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"logit_scale must be given, the array logit_scale of .*data.npz has 50 and"):
+        scale(tmp_path, 50.0, 60.0)
+    with pytest.raises(
+        UserError, match=r"holds 4.60517, which looks like the logarithm .*: give --logit-scale 100, or"
+    ):
+        scale(tmp_path, None, 4.60517)
+    for bad in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(UserError, match=r"data.npz: logit_scale must be one number above 0 that float32 holds"):
+            scale(tmp_path, bad, None)
+    with pytest.raises(UserError, match=r"logit_scale must be one number above 0 that .* got float64 \(2,\)"):
+        open_source(features(tmp_path / "two.npz", logit_scale=np.ones(2)))
+
+
+def test_the_models_scale_must_be_its_features(tmp_path: Path) -> None:
+    width = {"features": np.random.default_rng(0).normal(size=(3, 128)), "class_names": ["a", "b", "c"]}
+
+    def opened(**changes: Any) -> tuple[float, str]:
+        config = TestTimeConfig(data=features(tmp_path / "f.npz", **width, **changes))
+        setup = open_setup(config, open_sources({"data": config.data}))
+        return setup.logit_scale, setup.logit_scale_from
+
+    value, source = opened()
+    assert source == "model embedded"
+    assert opened(logit_scale=value) == (value, source)
+    with pytest.raises(UserError, match="logit_scale must be given, the model embedded has"):
+        opened(logit_scale=2 * value)
+
+
+def test_labels_without_names_make_no_prompts(tmp_path: Path) -> None:
+    source = open_source(features(tmp_path / "f.npz"))
+    with pytest.raises(UserError, match=r"classes must be given.*f.npz has no array class_names"):
+        class_names_of(source, ClassOptions())
+    assert class_names_of(source, ClassOptions(text_features="class-means")) == ("class 0", "class 1", "class 2")
+    numbered = open_source(features(tmp_path / "g.npz", class_names=["0", "1", "2"]))
+    with pytest.raises(UserError, match=r"names in the array class_names of .*g.npz are numbers \(0, 1, 2\)"):
+        class_names_of(numbered, ClassOptions())
+    ids = open_source(features(tmp_path / "h.npz", class_names=["n01440764", "n01443537", "n01484850"]))
+    with notices.collecting():
+        assert class_names_of(ids, ClassOptions()) == ("tench", "goldfish", "great white shark")
+        assert notices.so_far() == []
+
+
+def test_a_folder_that_holds_no_classes_of_its_own_names_the_one_that_does(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / "images" / name / "a.png")
+    (tmp_path / "annotations").mkdir()
+    with pytest.raises(UserError, match=rf"did you mean imagefolder:{tmp_path}/images\?"):
+        class_names_of(open_source(f"imagefolder:{tmp_path}"), ClassOptions())
+
+
+def test_a_feature_files_views_are_those_that_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rada_fast.loops.ttt import mention_fixed_views, views_of
+
+    spec = features(tmp_path / "f.npz", features=np.random.default_rng(0).normal(size=(3, 10, 16)))
+    single = open_source(features(tmp_path / "g.npz"))
+    source = open_source(spec)
+    config = TestTimeConfig(data=spec)
+    assert (views_of(config, source), views_of(config, single)) == (10, 1)
+    with notices.collecting():
+        mention_fixed_views(config, source)
+        mention_fixed_views(TestTimeConfig(data=spec, views=10), source)
+        assert notices.so_far() == []
+        assert f"--views makes no views of a feature file: {spec} holds 10 of each" in capsys.readouterr().err
+        mention_fixed_views(TestTimeConfig(data=spec, views=8, view_kind="augmix"), source)
+        assert [warning.split(" makes")[0] for warning in notices.so_far()] == ["--views 8", "--view-kind augmix"]
+
+
+def test_the_summary_says_what_was_used(tmp_path: Path) -> None:
+    from rada_fast.config.method import TTTConfig
+    from rada_fast.config.options import RunOptions
+    from rada_fast.loops.ttt import run_test_time
+
+    data = features(tmp_path / "f.npz", features=np.random.default_rng(0).normal(size=(3, 10, 16)))
+    config = TestTimeConfig(
+        data=data,
+        view_kind="augmix",
+        text=ClassOptions(text_features=features(tmp_path / "t.npz", logit_scale=np.array(50))),
+        episode=TTTConfig(steps=1),
+        run=RunOptions(output=str(tmp_path / "run")),
+    )
+    with notices.collecting():
+        summary = run_test_time(config)
+    assert summary["views"] == 10
+    assert summary["logit_scale"] == {"value": 50.0, "from": f"array logit_scale of {tmp_path / 't.npz'}"}
+    assert summary["warnings"] == [f"--view-kind augmix makes no views of a feature file: {data} holds its own"]
+
+
+def test_rows_of_text_features_go_to_their_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = np.eye(3, 4)
+
+    def given(**arrays: Any) -> tuple[list[int], list[str]]:
+        """Which row each class gets, and what was warned of."""
+        spec = features(tmp_path / "t.npz", features=rows, **arrays)
+        with notices.collecting():
+            found = text_features_of(ClassOptions(text_features=spec), ("black cat", "dog", "tench"), None, None)
+            return found.argmax(dim=-1).tolist(), notices.so_far()
+
+    assert given() == ([0, 1, 2], [])
+    assert given(labels=np.array([2, 0, 1])) == ([1, 2, 0], [])
+    assert given(class_names=["dog", "n01440764", "black_cat"]) == ([2, 0, 1], [])
+    assert "has the classes in another order; each has its own row" in capsys.readouterr().err
+    assert given(class_names=["x", "y", "z"]) == ([0, 1, 2], [])
+    places, (warning,) = given(class_names=["dog", "y", "z"])
+    assert places == [0, 1, 2]
+    assert "names class 0 'dog', the data name it 'black cat'" in warning
+    assert "has labels that are not 0 ... 2, each once" in given(labels=np.array([0, 0, 1]))[1][0]
+    rows = np.array([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [0, 1.0, 0, 0]])
+    assert "2 of 3 classes have the same text feature" in given()[1][0]
+
+
+def test_feature_files_whose_labels_have_other_names_are_not_of_the_same_classes(tmp_path: Path) -> None:
+    train = open_source(features(tmp_path / "a.npz", class_names=["cat", "dog", "owl", "fox"]))
+    check_same_names(train, open_source(features(tmp_path / "b.npz")))
+    check_same_names(train, open_source(features(tmp_path / "c.npz", class_names=["cat", "dog", "owl"])))
+    with pytest.raises(UserError, match="the class_names of label 1 are 'owl' and 'dog'"):
+        check_same_names(train, open_source(features(tmp_path / "d.npz", class_names=["cat", "owl", "dog"])))
