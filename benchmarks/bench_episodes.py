@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rada_fast import AdapterConfig, RationalAdapter, TTTConfig, adapt_episodes, use_backend
+from rada_fast import AdapterConfig, EpisodeConfig, RationalAdapter, adapt_episodes, use_backend
 
 from . import interleaved
 
@@ -48,7 +48,7 @@ def test_bench_episodes(
     measured = benchmark.pedantic(
         interleaved.measure,
         args=(case, steps, "pytorch"),
-        kwargs={"least_bytes": views.nbytes + episodes * TTTConfig().steps * 7 * parameters, "device": device},
+        kwargs={"least_bytes": views.nbytes + episodes * EpisodeConfig().steps * 7 * parameters, "device": device},
         rounds=1,
     )
     benchmark.extra_info["providers"] = measured

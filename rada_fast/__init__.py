@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rada_fast._version import __version__
 
 if TYPE_CHECKING:
-    from rada_fast.config.method import AdapterConfig, TTTConfig
+    from rada_fast.config.method import AdapterConfig, EpisodeConfig
     from rada_fast.engine.episodes import adapt_episodes
     from rada_fast.errors import BackendUnavailableError, UserError
     from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
@@ -24,7 +24,7 @@ if not Path(__file__).with_name("kernels").is_dir():
 
 _HOMES = {
     "AdapterConfig": "config.method",
-    "TTTConfig": "config.method",
+    "EpisodeConfig": "config.method",
     "RationalAdapter": "modules",
     "load_adapter": "modules",
     "save_adapter": "modules",
@@ -38,8 +38,8 @@ _HOMES = {
 __all__ = [
     "AdapterConfig",
     "BackendUnavailableError",
+    "EpisodeConfig",
     "RationalAdapter",
-    "TTTConfig",
     "UserError",
     "__version__",
     "adapt_episodes",

@@ -17,21 +17,21 @@ from typing import Any
 from rada_fast import _env
 from rada_fast._version import __version__
 from rada_fast.config.arguments import check_file_kind, name_option, paths_of, read, shortened
-from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
-from rada_fast.config.tools import BuildConfig, DemoConfig, DoctorConfig, KernelsConfig, SimulateConfig
+from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
+from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions, SimulateOptions
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.system import notices, termination
 from rada_fast.system.notices import one_line
 
 COMMANDS: dict[str, tuple[type, str]] = {
-    "demo": (DemoConfig, "see the method work on the small CLIP that is shipped, in about two minutes"),
-    "ttt": (TestTimeConfig, "test-time training: adapt to every test image by itself"),
-    "eft": (EfficientConfig, "efficient fine-tuning: train the adapter, encoders frozen"),
-    "fft": (FullConfig, "full fine-tuning: adapter and classifier, then everything"),
-    "build": (BuildConfig, "compile the C++ extension, once for this PyTorch"),
-    "kernels": (KernelsConfig, "what the GPU kernels compile to: registers, spills, shared memory, occupancy"),
-    "bench": (SimulateConfig, "'bench simulate': counts of the Triton kernels in a PTX simulator"),
-    "doctor": (DoctorConfig, "what is installed, which backends are usable, and a self-test"),
+    "demo": (DemoOptions, "see the method work on the small CLIP that is shipped, in about two minutes"),
+    "ttt": (TTTOptions, "test-time training: adapt to every test image by itself"),
+    "eft": (EFTOptions, "efficient fine-tuning: train the adapter, encoders frozen"),
+    "fft": (FFTOptions, "full fine-tuning: adapter and classifier, then everything"),
+    "build": (BuildOptions, "compile the C++ extension, once for this PyTorch"),
+    "kernels": (KernelsOptions, "what the GPU kernels compile to: registers, spills, shared memory, occupancy"),
+    "bench": (SimulateOptions, "'bench simulate': counts of the Triton kernels in a PTX simulator"),
+    "doctor": (DoctorOptions, "what is installed, which backends are usable, and a self-test"),
 }
 
 HELP = """usage: rada-fast COMMAND [--options FILE] [OPTIONS]
@@ -272,12 +272,12 @@ def _runner(command: str) -> Callable[[Any], int]:
         from rada_fast.extension.build import build
 
         return lambda config: 0 if build(jobs=config.jobs, timeout=config.timeout, force=config.force) else 1
-    from rada_fast.loops.eft import run_efficient
-    from rada_fast.loops.fft import run_full
-    from rada_fast.loops.ttt import run_test_time
+    from rada_fast.loops.eft import run_eft
+    from rada_fast.loops.fft import run_fft
+    from rada_fast.loops.ttt import run_ttt
     from rada_fast.reports.summary import show
 
-    loops: dict[str, Callable[[Any], dict[str, Any]]] = {"ttt": run_test_time, "eft": run_efficient, "fft": run_full}
+    loops: dict[str, Callable[[Any], dict[str, Any]]] = {"ttt": run_ttt, "eft": run_eft, "fft": run_fft}
 
     def run_loop(config: Any) -> int:
         check_backend()

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from rada_fast.config.commands import EfficientConfig, TestTimeConfig
+from rada_fast.config.commands import EFTOptions, TTTOptions
 from rada_fast.config.options import RunOptions
-from rada_fast.config.tools import DemoConfig
+from rada_fast.config.tools import DemoOptions
 from rada_fast.data.decode import read_image
 from rada_fast.data.sources import ImageFolder, open_source
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
-from rada_fast.loops.eft import run_efficient
+from rada_fast.loops.eft import run_eft
 from rada_fast.loops.features import encode_images, spread_limit
 from rada_fast.loops.setup import open_setup
-from rada_fast.loops.ttt import run_test_time
+from rada_fast.loops.ttt import run_ttt
 from rada_fast.modules import load_adapter
 from rada_fast.ops import rational_adapter
 from rada_fast.reports.pictures import mask_picture
@@ -39,7 +39,7 @@ MADE = frozenset({WORLD, "ttt", "eft", "report.json", "demo.png"})
 """All that a demo makes in its folder; the drawn world comes first."""
 
 
-def run_demo(config: DemoConfig) -> int:
+def run_demo(config: DemoOptions) -> int:
     """Draw the images, run everything, show the table. Returns the exit status."""
     start = time.perf_counter()
     console = PlainConsole()
@@ -47,14 +47,14 @@ def run_demo(config: DemoConfig) -> int:
     check_output(output)
     folders = draw_images(output, config)
 
-    ttt = run_test_time(
-        TestTimeConfig(
+    ttt = run_ttt(
+        TTTOptions(
             data=f"imagefolder:{folders['ttt']}",
             run=RunOptions(output=str(output / "ttt"), limit=config.images, seed=config.seed, overwrite=True),
         )
     )
-    eft = run_efficient(
-        EfficientConfig(
+    eft = run_eft(
+        EFTOptions(
             train=f"imagefolder:{folders['train']}",
             test=f"imagefolder:{folders['test']}",
             shots=SHOTS,
@@ -96,7 +96,7 @@ def check_output(output: Path) -> None:
         )
 
 
-def draw_images(output: Path, config: DemoConfig) -> dict[str, Path]:
+def draw_images(output: Path, config: DemoOptions) -> dict[str, Path]:
     """Image folders of the shifted world: for TTT, and for EFT's training and test, each from seeds of its own."""
     classes = len(world.class_names())
     counts = {
@@ -122,7 +122,7 @@ def draw_picture(output: Path, test: Path) -> Path:
     """The trained adapter's mask on new-class images: one in detail, many in the histogram."""
     source = open_source(f"imagefolder:{test}")
     assert isinstance(source, ImageFolder)
-    setup = open_setup(TestTimeConfig(data=f"imagefolder:{test}"), {"data": source})
+    setup = open_setup(TTTOptions(data=f"imagefolder:{test}"), {"data": source})
     names = setup.class_names(source)
     new = range(math.ceil(len(names) / 2), len(names))
     names = tuple(names[label] for label in new)

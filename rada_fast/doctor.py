@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from rada_fast import _env
 from rada_fast.config.method import AdapterConfig
-from rada_fast.config.tools import DoctorConfig
+from rada_fast.config.tools import DoctorOptions
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
@@ -24,7 +24,7 @@ SELF_TEST_BOUND = 1e-4
 """Largest relative error of float32 logits against float64: about 100 times what rounding gives at this size."""
 
 
-def run_doctor(config: DoctorConfig) -> int:
+def run_doctor(config: DoctorOptions) -> int:
     """Print the report. Returns 0, or 1 where a usable backend fails the self-test or one in force is not usable."""
     report = examine()
     if config.json:

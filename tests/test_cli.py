@@ -141,32 +141,32 @@ def test_options_files_come_first_and_the_command_line_wins(given: Path) -> None
         cli.parse("fft", ["--options"])
 
 
-def run_test_time(given: Path, *more: str) -> int:
+def run_ttt(given: Path, *more: str) -> int:
     data = ["--data", f"imagefolder:{given / 'pictures'}", "--views", "2", "--steps", "1"]
     return cli.main(["ttt", *data, "--output", str(given / "out"), *more])
 
 
 def test_a_run_prints_a_table_or_json(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_test_time(given) == 0
+    assert run_ttt(given) == 0
     shown = capsys.readouterr().out
     assert "adapted top1" in shown
     assert "results in" in shown
-    assert run_test_time(given, "--json") == 0
+    assert run_ttt(given, "--json") == 0
     assert json.loads(capsys.readouterr().out)["images"] == 6
 
 
 def test_unreadable_images_end_with_status_3_unless_allowed(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (given / "pictures" / "red plain square" / "0.png").write_bytes(b"torn")
-    assert run_test_time(given) == 3
+    assert run_ttt(given) == 3
     assert "1 images could not be read" in capsys.readouterr().err
-    assert run_test_time(given, "--allow-unreadable", "1") == 0
+    assert run_ttt(given, "--allow-unreadable", "1") == 0
 
 
 def test_another_runs_folder_is_one_line(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_test_time(given) == 0
-    assert run_test_time(given, "--seed", "5") == 2
+    assert run_ttt(given) == 0
+    assert run_ttt(given, "--seed", "5") == 2
     assert "holds another run's results (differing: --seed 0 there, 5 here)" in capsys.readouterr().err
-    assert run_test_time(given, "--seed", "5", "--overwrite") == 0
+    assert run_ttt(given, "--seed", "5", "--overwrite") == 0
 
 
 def test_an_interruption_ends_with_status_130(
@@ -178,7 +178,7 @@ def test_an_interruption_ends_with_status_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ttt, "adapt_episodes", interrupt)
-    assert run_test_time(given) == 130
+    assert run_ttt(given) == 130
     assert "start the same command again to go on" in capsys.readouterr().err
 
 
@@ -191,7 +191,7 @@ def test_a_failing_disk_is_one_line_and_status_1(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RunFolder, "append", full)
-    assert run_test_time(given) == 1
+    assert run_ttt(given) == 1
     assert "No space left on device; start the same command again to go on" in capsys.readouterr().err
 
 
@@ -199,7 +199,7 @@ def test_an_unusable_backend_is_one_line(
     given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RADA_FAST_BACKEND", "cuda")
-    assert run_test_time(given) == 2
+    assert run_ttt(given) == 2
     assert "backend 'cuda' cannot be used: " in capsys.readouterr().err
 
 

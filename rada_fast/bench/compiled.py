@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rada_fast.config.method import AdapterConfig
-from rada_fast.config.tools import KernelsConfig
+from rada_fast.config.tools import KernelsOptions
 from rada_fast.extension import cuda_toolkit, libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
@@ -164,7 +164,7 @@ def compile_cuda(target: int) -> list[Compiled] | str:
     return rows
 
 
-def run_kernels(config: KernelsConfig) -> int:
+def run_kernels(config: KernelsOptions) -> int:
     """Print the report, or measure tiles; returns 0 where no kernel spills, 1 otherwise."""
     adapter = (
         AdapterConfig.paper(config.embed_dim) if config.preset == "paper" else AdapterConfig.official(config.embed_dim)

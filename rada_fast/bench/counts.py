@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rada_fast import _env
 from rada_fast.config.method import AdapterConfig
-from rada_fast.config.tools import SimulateConfig
+from rada_fast.config.tools import SimulateOptions
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
@@ -168,7 +168,7 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
     return rows
 
 
-def run_simulate(config: SimulateConfig) -> int:
+def run_simulate(config: SimulateOptions) -> int:
     """Print the counts of every size as it is done."""
     adapter = (
         AdapterConfig.paper(config.embed_dim) if config.preset == "paper" else AdapterConfig.official(config.embed_dim)

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from rada_fast.config.method import AdapterConfig
-from rada_fast.config.tools import KernelsConfig
+from rada_fast.config.tools import KernelsOptions
 from rada_fast.errors import UserError
 from rada_fast.kernels.class_attention import class_attention, class_attention_backward
 from rada_fast.kernels.masked_logits import masked_logits, masked_logits_backward
@@ -100,7 +100,7 @@ def launches_of(
     }
 
 
-def run_tuning(config: KernelsConfig, adapter: AdapterConfig, dtype: torch.dtype) -> int:
+def run_tuning(config: KernelsOptions, adapter: AdapterConfig, dtype: torch.dtype) -> int:
     """Measure, keep and print; returns 0. Raises UserError without a CUDA device."""
     if not torch.cuda.is_available():
         raise UserError("--tune measures on a CUDA device and none is visible")

@@ -13,9 +13,9 @@ from rada_fast.config.checks import (
     check_whole,
 )
 from rada_fast.config.method import (
+    EpisodeConfig,
     MaskPenalty,
     OptimizerName,
-    TTTConfig,
 )
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.errors import UserError
@@ -28,7 +28,7 @@ Stages = Literal["both", "rada"]
 
 
 @dataclass(frozen=True)
-class TestTimeConfig:
+class TTTOptions:
     """Test-time training: adapt to each test image by itself, from its views alone (paper Sec. 4.3).
 
     For every image: encode the original and its random views once, keep the confident ones, take a few optimiser steps
@@ -53,7 +53,7 @@ class TestTimeConfig:
     model: ModelOptions = ModelOptions()
     text: ClassOptions = ClassOptions()
     adapter: AdapterOptions = AdapterOptions()
-    episode: TTTConfig = TTTConfig()
+    episode: EpisodeConfig = EpisodeConfig()
 
     __test__ = False  # not a test case, whatever pytest makes of the name
 
@@ -67,7 +67,7 @@ class TestTimeConfig:
 
 
 @dataclass(frozen=True)
-class EfficientConfig:
+class EFTOptions:
     """Efficient fine-tuning: train the adapter with frozen encoders; report base, new and their harmonic mean
     (paper Sec. 4.2).
 
@@ -128,7 +128,7 @@ class EfficientConfig:
 
 
 @dataclass(frozen=True)
-class FullConfig:
+class FFTOptions:
     """Full fine-tuning: a linear classifier, started from the text features, replaces the text encoder (Sec. 4.1).
 
     RAda trains the adapter and the classifier with frozen encoders; RAda-FT goes on from the adapter after a few of

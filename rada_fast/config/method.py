@@ -125,7 +125,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class TTTConfig:
+class EpisodeConfig:
     """One test-time episode (RAda, arXiv:2507.15480, Sec. 4.3): adapt to one image's views, predict, forget.
 
     Raises ValueError naming the field when a value is out of range.

@@ -17,7 +17,7 @@ MOST_ROWS = 2**20
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoOptions:
     """The method on the embedded default: zero-shot, test-time training and a short EFT on the shipped small CLIP and
     its drawn world, in about two minutes on two cores.
 
@@ -42,7 +42,7 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorOptions:
     """What is installed, which backends are usable and why not, and a small numeric self-test."""
 
     json: bool = False
@@ -57,7 +57,7 @@ def _check_width(embed_dim: int, preset: str) -> None:
 
 
 @dataclass(frozen=True)
-class KernelsConfig:
+class KernelsOptions:
     """What the GPU kernels compile to: Triton's of one training step, and the CUDA C++ ones where nvcc is found.
 
     Needs no device; takes about a minute.
@@ -93,7 +93,7 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
-class SimulateConfig:
+class SimulateOptions:
     """Counts of one forward and backward of the Triton kernels in a PTX simulator, beside the literal baseline's.
 
     Operations over the least, bytes, efficiencies and a roofline's lower bound for A100-40GB: no timings. Needs the
@@ -121,7 +121,7 @@ class SimulateConfig:
 
 
 @dataclass(frozen=True)
-class BuildConfig:
+class BuildOptions:
     """Compile the C++ extension once for this PyTorch, with ninja and the C++ compiler that is here.
 
     Nothing else ever compiles: without it the package runs on plain PyTorch.

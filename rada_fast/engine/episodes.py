@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from rada_fast.config.method import MaskPenalty, OptimizerName, TTTConfig
+from rada_fast.config.method import EpisodeConfig, MaskPenalty, OptimizerName
 from rada_fast.modules.projections import GIVE_VALUES, is_no_ordinary_tensor
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
 from rada_fast.ops import prediction_loss, rational_adapter, select_views, zero_shot_logits
@@ -27,7 +27,7 @@ def prediction_entropy(logits: Tensor) -> Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
 
 
-def episode_loss(logits: Tensor, config: TTTConfig) -> Tensor:
+def episode_loss(logits: Tensor, config: EpisodeConfig) -> Tensor:
     """Entropy of the kept views (Eq. 5): mean of their entropies, or entropy of their mean prediction.
 
     logits: (n, K). Returns a 0-dim tensor, in nats.
@@ -67,7 +67,7 @@ class EpisodeAdapter:
         # Of layers that keep some: an episode's power iteration is no business of the next one.
         self.buffers = {name: buffer.detach().clone() for name, buffer in adapter.named_buffers()}
 
-    def optimizer(self, config: TTTConfig) -> Optimizer:
+    def optimizer(self, config: EpisodeConfig) -> Optimizer:
         """A fresh optimiser over what is trained."""
         trained = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         return make_optimizer(trained, config.optimizer, lr=config.lr, weight_decay=config.weight_decay)
@@ -114,7 +114,7 @@ def adapt_episode(
     views: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
-    config: TTTConfig,
+    config: EpisodeConfig,
     *,
     identity: bool,
     plain: bool,
@@ -153,7 +153,7 @@ def adapt_episodes(
     view_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
-    config: TTTConfig | None = None,
+    config: EpisodeConfig | None = None,
     *,
     on_episode: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -181,13 +181,13 @@ def adapt_episodes(
     for name, value in (("view_features", view_features), ("text_features", text_features)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if config is not None and not isinstance(config, TTTConfig):
-        raise TypeError(f"config must be a TTTConfig, got {type(config).__name__}")
+    if config is not None and not isinstance(config, EpisodeConfig):
+        raise TypeError(f"config must be a EpisodeConfig, got {type(config).__name__}")
     if view_features.ndim != 3 or view_features.shape[1] == 0:
         raise ValueError(f"view_features must be (E, V, D) with V >= 1, got {tuple(view_features.shape)}")
     if not view_features.is_floating_point():
         raise TypeError(f"view_features must be floating point, got {view_features.dtype}")
-    config = config or TTTConfig()
+    config = config or EpisodeConfig()
     adapter = unwrapped(adapter)
     check_features("view_features", view_features, "E, V", adapter.config.embed_dim)
     check_features("text_features", text_features, "K", adapter.config.embed_dim)
@@ -217,7 +217,7 @@ def _outside_inference(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value.detach()
 
 
-def _check_trainable(adapter: RationalAdapter, config: TTTConfig) -> None:
+def _check_trainable(adapter: RationalAdapter, config: EpisodeConfig) -> None:
     """Raise ValueError where episodes could not take a step with this adapter."""
     parameters = dict(adapter.named_parameters())
     for name, parameter in parameters.items():
@@ -230,5 +230,5 @@ def _check_trainable(adapter: RationalAdapter, config: TTTConfig) -> None:
     if config.steps and not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError(
             f"adapter must have a parameter to train, all {len(parameters)} are frozen (requires_grad False): "
-            "call adapter.requires_grad_(), or give TTTConfig(steps=0)"
+            "call adapter.requires_grad_(), or give EpisodeConfig(steps=0)"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rada_fast.config.commands import EfficientConfig
+from rada_fast.config.commands import EFTOptions
 from rada_fast.data.sources import FeatureFile, ImageFolder, base_and_new
 from rada_fast.data.views import image_seed
 from rada_fast.engine.episodes import make_optimizer
@@ -65,7 +65,7 @@ class TrainingSet:
     new: list[int]
 
 
-def run_efficient(config: EfficientConfig) -> dict[str, Any]:
+def run_eft(config: EFTOptions) -> dict[str, Any]:
     """Train and test; returns the summary that it also writes.
 
     Raises UserError naming an option that cannot be used.
@@ -97,7 +97,7 @@ def run_efficient(config: EfficientConfig) -> dict[str, Any]:
 
 
 def open_run_folder(
-    problem: Problem, train: TrainingSet, text_base: Tensor, text_new: Tensor, config: EfficientConfig
+    problem: Problem, train: TrainingSet, text_base: Tensor, text_new: Tensor, config: EFTOptions
 ) -> RunFolder:
     """The run's folder: training images decide the adapter, and test images only where epochs are tested too."""
     read = {part: source for part, source in problem.sources.items() if part != "train"} | {"train": train.source}
@@ -142,7 +142,7 @@ def test_all(
     return results
 
 
-def training_set(setup: Setup, config: EfficientConfig) -> TrainingSet:
+def training_set(setup: Setup, config: EFTOptions) -> TrainingSet:
     """The base classes' few-shot images and their features."""
     training = setup.sources["train"]
     names = setup.class_names(training)
@@ -161,7 +161,7 @@ def training_set(setup: Setup, config: EfficientConfig) -> TrainingSet:
     return TrainingSet(few, setup.features(few, title="encode training images"), names, base, new)
 
 
-def class_texts(setup: Setup, train: TrainingSet, config: EfficientConfig) -> tuple[Tensor, Tensor]:
+def class_texts(setup: Setup, train: TrainingSet, config: EFTOptions) -> tuple[Tensor, Tensor]:
     """Text features of the trained classes, and of those kept for the test."""
     options = config.text
     if options.text_features not in (None, "class-means"):
@@ -182,7 +182,7 @@ def class_texts(setup: Setup, train: TrainingSet, config: EfficientConfig) -> tu
 
 
 def test_sets(
-    setup: Setup, train: TrainingSet, text_base: Tensor, text_new: Tensor, config: EfficientConfig
+    setup: Setup, train: TrainingSet, text_base: Tensor, text_new: Tensor, config: EFTOptions
 ) -> Iterator[TestSet]:
     """The test images of the trained classes and of new ones, with their classes' text features."""
     testing, limit = setup.sources["test"], config.run.limit
@@ -211,7 +211,7 @@ def test_sets(
         yield test_set("new", apart, new_text)
 
 
-def check_same_classes(training: Source, testing: Source, config: EfficientConfig) -> None:
+def check_same_classes(training: Source, testing: Source, config: EFTOptions) -> None:
     """Raise UserError where training and test data are not of the same classes."""
     if isinstance(training, ImageFolder) and isinstance(testing, ImageFolder) and training.folders != testing.folders:
         odd = sorted(set(training.folders) ^ set(testing.folders))
@@ -224,7 +224,7 @@ def check_same_classes(training: Source, testing: Source, config: EfficientConfi
 
 
 def train_adapter(
-    problem: Problem, train: TrainingSet, tests: list[TestSet], config: EfficientConfig, folder: RunFolder
+    problem: Problem, train: TrainingSet, tests: list[TestSet], config: EFTOptions, folder: RunFolder
 ) -> tuple[Training, int]:
     """Train, or what is left of it; returns the training and how many epochs an earlier run had finished."""
     adapter = problem.adapter
@@ -261,7 +261,7 @@ def train_adapter(
     return training, first
 
 
-def learning_rate(config: EfficientConfig, epoch: int) -> float:
+def learning_rate(config: EFTOptions, epoch: int) -> float:
     """The rate of an epoch, counted from 0: one warm-up epoch, then a cosine to zero over all epochs."""
     if config.schedule == "constant" or config.epochs == 1:
         return config.lr
@@ -270,7 +270,7 @@ def learning_rate(config: EfficientConfig, epoch: int) -> float:
     return warm_up_then_cosine(config.lr, epoch, config.epochs, warmup=0)
 
 
-def epoch_features(problem: Problem, train: TrainingSet, config: EfficientConfig, epoch: int) -> Features:
+def epoch_features(problem: Problem, train: TrainingSet, config: EFTOptions, epoch: int) -> Features:
     """An epoch's training features: the same centre views, or new random crops drawn from (seed, epoch, image id)."""
     if config.train_views == "center" or isinstance(train.source, FeatureFile):
         return train.features
@@ -279,7 +279,7 @@ def epoch_features(problem: Problem, train: TrainingSet, config: EfficientConfig
     return encode_crops(train.source.samples, problem.model, title=title, seed=seed, workers=config.run.workers)
 
 
-def batches(features: Features, config: EfficientConfig, epoch: int, device: torch.device) -> Iterator[Batch]:
+def batches(features: Features, config: EFTOptions, epoch: int, device: torch.device) -> Iterator[Batch]:
     """An epoch's steps, in an order drawn from (seed, epoch)."""
     inputs, labels = features.features.to(device), features.labels.to(device)
     for batch in shuffled(len(labels), config.batch_size, config.run.seed, f"epoch {epoch}"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from rada_fast.config.commands import FullConfig
+from rada_fast.config.commands import FFTOptions
 from rada_fast.data.sources import FeatureFile, ImageFolder, Sample
 from rada_fast.data.views import image_seed
 from rada_fast.errors import UserError
@@ -54,7 +54,7 @@ class Stage:
     trains_encoder: bool
 
 
-def run_full(config: FullConfig) -> dict[str, Any]:
+def run_fft(config: FFTOptions) -> dict[str, Any]:
     """Train both stages and test after each; returns the summary that it also writes.
 
     Raises UserError naming an option that cannot be used.
@@ -88,7 +88,7 @@ def run_full(config: FullConfig) -> dict[str, Any]:
         return finish(folder, "fft", problem, results, covers=covers, resumed=resumed)
 
 
-def open_run_folder(problem: Problem, batches: Batches, config: FullConfig) -> RunFolder:
+def open_run_folder(problem: Problem, batches: Batches, config: FFTOptions) -> RunFolder:
     """The run's folder: the images that are trained on decide the weights."""
     train = batches.source
     limit = config.run.limit
@@ -131,7 +131,7 @@ def train_and_test(
     return results, resumed
 
 
-def check_classes(config: FullConfig, train: Source, tests: dict[str, Source]) -> None:
+def check_classes(config: FFTOptions, train: Source, tests: dict[str, Source]) -> None:
     """Raise UserError where a test set has classes that were not trained."""
     for spec, source in tests.items():
         if isinstance(train, ImageFolder) and isinstance(source, ImageFolder):
@@ -148,7 +148,7 @@ def check_classes(config: FullConfig, train: Source, tests: dict[str, Source]) -
 class Batches:
     """Training batches: (features or images, labels), in an order drawn from (seed, stage, epoch)."""
 
-    def __init__(self, config: FullConfig, problem: Problem, features: Features | None) -> None:
+    def __init__(self, config: FFTOptions, problem: Problem, features: Features | None) -> None:
         train = problem.sources["train"]
         self.config = config
         self.problem = problem
@@ -223,7 +223,7 @@ class Batches:
         training.note_unreadable(unreadable)
 
 
-def learning_rate(stage: Stage, config: FullConfig, step: int, total: int) -> float:
+def learning_rate(stage: Stage, config: FFTOptions, step: int, total: int) -> float:
     """Linear warm-up, then a cosine to zero. step: from 0; total: the stage's steps."""
     return warm_up_then_cosine(stage.lr, step, total, min(config.warmup_steps, total // 5))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rada_fast import _env
-from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
+from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.data.sources import FeatureFile, ImageFolder, open_source
 from rada_fast.errors import UserError
@@ -33,7 +33,7 @@ from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
 Source = ImageFolder | FeatureFile
-RunConfig = TestTimeConfig | EfficientConfig | FullConfig
+RunConfig = TTTOptions | EFTOptions | FFTOptions
 
 DEFAULT_LOGIT_SCALE = 100.0
 """CLIP's multiplier after training, for feature files that come without a model."""

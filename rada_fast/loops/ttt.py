@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rada_fast.config.commands import TestTimeConfig
+from rada_fast.config.commands import TTTOptions
 from rada_fast.data.sources import FeatureFile, Sample
 from rada_fast.data.views import image_seed
 from rada_fast.engine.episodes import adapt_episodes, prediction_entropy
@@ -36,7 +36,7 @@ class Episode:
     error: str | None = None
 
 
-def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
+def run_ttt(config: TTTOptions) -> dict[str, Any]:
     """Adapt to and predict every image of the data; returns the summary that it also writes.
 
     Raises UserError naming the option that cannot be used.
@@ -73,22 +73,22 @@ def run_test_time(config: TestTimeConfig) -> dict[str, Any]:
         return finish(folder, "ttt", problem, results, covers=covers, resumed=len(done))
 
 
-def views_of(config: TestTimeConfig, source: Source) -> int:
+def views_of(config: TTTOptions, source: Source) -> int:
     """How many views of an image the run has: those that a feature file holds, otherwise as many as are asked for."""
     if not isinstance(source, FeatureFile):
         return config.views
     return source.features.shape[1] if source.features.ndim == 3 else 1
 
 
-def mention_fixed_views(config: TestTimeConfig, source: Source) -> None:
+def mention_fixed_views(config: TTTOptions, source: Source) -> None:
     """Say where the views of a feature file are not those that were asked for."""
     views = views_of(config, source)
     held = f"makes no views of a feature file: {config.data} holds {views} of each image"
-    if views != config.views and config.views == TestTimeConfig.views:
+    if views != config.views and config.views == TTTOptions.views:
         notices.note(f"--views {held}")
     elif views != config.views:
         notices.warn(f"--views {config.views} {held}")
-    if isinstance(source, FeatureFile) and config.view_kind != TestTimeConfig.view_kind:
+    if isinstance(source, FeatureFile) and config.view_kind != TTTOptions.view_kind:
         notices.warn(f"--view-kind {config.view_kind} makes no views of a feature file: {config.data} holds its own")
 
 
@@ -135,7 +135,7 @@ def images_of(source: Source, limit: int | None) -> frozenset[str]:
     return frozenset(sample.id for sample in spread_limit(source.samples, limit))
 
 
-def adapt_to_all(config: TestTimeConfig, problem: Problem, folder: RunFolder, done: set[str], clock: Clock) -> int:
+def adapt_to_all(config: TTTOptions, problem: Problem, folder: RunFolder, done: set[str], clock: Clock) -> int:
     """Adapt to and record every image that is not done yet; returns how many those were."""
     reset_peak_memory()
     pending: list[Episode] = []
@@ -170,9 +170,7 @@ class Clock:
         return {"images": images, "seconds": round(seconds, 3), **parts, "images_per_second": speed}
 
 
-def episodes_of(
-    config: TestTimeConfig, problem: Problem, done: set[str], clock: Clock
-) -> tuple[int, Iterator[Episode]]:
+def episodes_of(config: TTTOptions, problem: Problem, done: set[str], clock: Clock) -> tuple[int, Iterator[Episode]]:
     """How many images are left, and their episodes, in the order asked for."""
     source = problem.sources["data"]
     if isinstance(source, FeatureFile):
@@ -205,7 +203,7 @@ def episodes_of(
     return len(samples), encoded()
 
 
-def visiting_order(count: int, config: TestTimeConfig) -> list[int]:
+def visiting_order(count: int, config: TTTOptions) -> list[int]:
     """Indices in the order in which images are visited."""
     if config.order_seed is None:
         return list(range(count))
@@ -217,7 +215,7 @@ def adapt_and_record(
     episodes: list[Episode],
     folder: RunFolder,
     problem: Problem,
-    config: TestTimeConfig,
+    config: TTTOptions,
     clock: Clock,
 ) -> None:
     """Adapt to a group of episodes and append one line for each."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
-from rada_fast.config.method import AdapterConfig, TTTConfig
+from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
+from rada_fast.config.method import AdapterConfig, EpisodeConfig
 
 
 def test_presets_are_what_they_are_called() -> None:
@@ -55,14 +55,14 @@ def test_adapter_fields_out_of_range(changes: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TTTConfig(selection=0), "selection must be above 0 and at most 1, got 0"),
-        (lambda: TTTConfig(steps=-1), "steps must be a whole number of at least 0, got -1"),
-        (lambda: TTTConfig(loss="median"), "loss must be one of 'mean', 'marginal'"),  # type: ignore[arg-type]
-        (lambda: TestTimeConfig(data="x", views=0), "views must be a whole number of at least 1"),
-        (lambda: EfficientConfig(train="x", test="x", lr=-1), "lr must be above 0, got -1"),
-        (lambda: EfficientConfig(train="x", test="x", new_test="y"), "new_test needs protocol 'all'"),
-        (lambda: FullConfig(train="x", test=()), "test must name at least one source"),
-        (lambda: FullConfig(train="x", test=("y",), finetune_from=11), "finetune_from must be at most epochs 10"),
+        (lambda: EpisodeConfig(selection=0), "selection must be above 0 and at most 1, got 0"),
+        (lambda: EpisodeConfig(steps=-1), "steps must be a whole number of at least 0, got -1"),
+        (lambda: EpisodeConfig(loss="median"), "loss must be one of 'mean', 'marginal'"),  # type: ignore[arg-type]
+        (lambda: TTTOptions(data="x", views=0), "views must be a whole number of at least 1"),
+        (lambda: EFTOptions(train="x", test="x", lr=-1), "lr must be above 0, got -1"),
+        (lambda: EFTOptions(train="x", test="x", new_test="y"), "new_test needs protocol 'all'"),
+        (lambda: FFTOptions(train="x", test=()), "test must name at least one source"),
+        (lambda: FFTOptions(train="x", test=("y",), finetune_from=11), "finetune_from must be at most epochs 10"),
     ],
 )
 def test_loop_fields_out_of_range(make: Any, message: str) -> None:
@@ -71,6 +71,6 @@ def test_loop_fields_out_of_range(make: Any, message: str) -> None:
 
 
 def test_the_number_of_views_kept() -> None:
-    assert TTTConfig().num_selected(64) == 6
-    assert TTTConfig().num_selected(1) == 1
-    assert TTTConfig(selection=1.0).num_selected(7) == 7
+    assert EpisodeConfig().num_selected(64) == 6
+    assert EpisodeConfig().num_selected(1) == 1
+    assert EpisodeConfig(selection=1.0).num_selected(7) == 7

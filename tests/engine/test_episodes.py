@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rada_fast import adapt_episodes
-from rada_fast.config.method import AdapterConfig, TTTConfig
+from rada_fast.config.method import AdapterConfig, EpisodeConfig
 from rada_fast.engine.episodes import episode_loss, prediction_entropy
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import EpisodicOptimizer, select_views, zero_shot_logits
@@ -36,7 +36,7 @@ def adapter(start: str = "zero") -> RationalAdapter:
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 @pytest.mark.parametrize("loss", ["mean", "marginal"])
 def test_an_episode_does_not_see_its_neighbours(start: str, optimizer: str, loss: str) -> None:
-    config = TTTConfig(optimizer=optimizer, loss=loss)  # type: ignore[arg-type]
+    config = EpisodeConfig(optimizer=optimizer, loss=loss)  # type: ignore[arg-type]
     views, text = features(5, 12, 7)
     start_from = adapter(start)
     together = adapt_episodes(start_from, views, text, 100.0, config)
@@ -59,7 +59,7 @@ def test_the_adapter_is_left_as_it_was(start: str) -> None:
 
 def test_no_steps_predict_as_the_adapter_does() -> None:
     views, text = features(3, 8, 5)
-    config = TTTConfig(steps=0)
+    config = EpisodeConfig(steps=0)
     zero = adapt_episodes(adapter(), views, text, 100.0, config)
     torch.testing.assert_close(zero, zero_shot_logits(views[:, 0], text, 100.0), rtol=1e-5, atol=1e-5)
     pretrained = adapter("pretrained")
@@ -70,7 +70,7 @@ def test_no_steps_predict_as_the_adapter_does() -> None:
 def test_adaptation_lowers_the_entropy_of_the_kept_views() -> None:
     views, text = features(4, 20, 6)
     # A soft scale leaves entropy to lower; all views are kept, so the original is among them.
-    config = TTTConfig(selection=1.0, steps=3, penalty_weight=0.0, lr=8e-3)
+    config = EpisodeConfig(selection=1.0, steps=3, penalty_weight=0.0, lr=8e-3)
     before = prediction_entropy(zero_shot_logits(views[:, 0], text, 10.0))
     after = prediction_entropy(adapt_episodes(adapter(), views, text, 10.0, config))
     assert float(after.mean()) < float(before.mean())
@@ -78,7 +78,7 @@ def test_adaptation_lowers_the_entropy_of_the_kept_views() -> None:
 
 def test_one_step_from_zero_is_autograds_and_the_optimisers() -> None:
     """The loop against its definition, written out with torch's own pieces."""
-    config = TTTConfig(steps=2, weight_decay=0.1)
+    config = EpisodeConfig(steps=2, weight_decay=0.1)
     views, text = features(1, 10, 7)
     start = adapter()
     kept = views[0][prediction_entropy(100.0 * views[0] @ text.T).argsort(stable=True)[:1]]
@@ -101,16 +101,16 @@ def test_losses_are_their_definitions(views: int, classes: int, seed: int) -> No
     logits = 5 * torch.randn(views, classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     probabilities = logits.softmax(-1)
     entropies = -(probabilities * probabilities.log()).sum(-1)
-    torch.testing.assert_close(episode_loss(logits, TTTConfig()), entropies.mean())
+    torch.testing.assert_close(episode_loss(logits, EpisodeConfig()), entropies.mean())
     mean = probabilities.mean(0)
-    torch.testing.assert_close(episode_loss(logits, TTTConfig(loss="marginal")), -(mean * mean.log()).sum())
+    torch.testing.assert_close(episode_loss(logits, EpisodeConfig(loss="marginal")), -(mean * mean.log()).sum())
     assert bool((entropies <= math.log(classes) + 1e-9).all())
 
 
 def test_losses_stay_finite_far_out_and_at_ties() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [0.0, 0.0, 0.0]], requires_grad=True)
     for loss in ("mean", "marginal"):
-        value = episode_loss(logits, TTTConfig(loss=loss))  # type: ignore[arg-type]
+        value = episode_loss(logits, EpisodeConfig(loss=loss))  # type: ignore[arg-type]
         (gradient,) = torch.autograd.grad(value, logits)
         assert bool(value.isfinite())
         assert bool(gradient.isfinite().all())
@@ -138,8 +138,8 @@ def test_a_bad_image_spoils_only_itself() -> None:
     assert torch.equal(dirty[[0, 2]], clean[[0, 2]])
 
 
-def config_of(optimizer: str = "adamw") -> TTTConfig:
-    return TTTConfig(optimizer=optimizer, lr=1e-3, selection=0.5)  # type: ignore[arg-type]
+def config_of(optimizer: str = "adamw") -> EpisodeConfig:
+    return EpisodeConfig(optimizer=optimizer, lr=1e-3, selection=0.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_an_adapter_that_is_frozen_whole_is_refused_unless_no_step_is_taken() ->
     start = adapter("pretrained").requires_grad_(False)
     with pytest.raises(ValueError, match="adapter must have a parameter to train, all 12 are frozen"):
         adapt_episodes(start, views, text, 100.0)
-    predicted = adapt_episodes(start, views, text, 100.0, TTTConfig(steps=0))
+    predicted = adapt_episodes(start, views, text, 100.0, EpisodeConfig(steps=0))
     torch.testing.assert_close(predicted, start(views[:, 0], text, 100.0))
 
 
@@ -258,7 +258,7 @@ def changed(way: str) -> nn.Module:
 @pytest.mark.parametrize("way", ["tied", "spectral-norm", "hook", "projection-hook", "subclass", "wrapped"])
 def test_episodes_of_an_adapter_that_is_more_than_its_parameters(way: str) -> None:
     views, text = features(1, 8, 5)
-    config = TTTConfig(steps=2, weight_decay=0.1)
+    config = EpisodeConfig(steps=2, weight_decay=0.1)
     start = changed(way)
     before = {name: value.clone() for name, value in start.state_dict().items()}
     result = adapt_episodes(start, views, text, 100.0, config)
@@ -328,7 +328,7 @@ def test_arguments_of_another_kind_are_named() -> None:
         ({"text_features": text.long()}, "text_features must be floating point, got torch.int64"),
         ({"view_features": views[:0], "text_features": text[:, :8]}, "text_features must have the adapter's width"),
         ({"logit_scale": "x"}, "logit_scale must be a number"),
-        ({"config": {"steps": 1}}, "config must be a TTTConfig, got dict"),
+        ({"config": {"steps": 1}}, "config must be a EpisodeConfig, got dict"),
     ):
         given: dict[str, Any] = {"view_features": views, "text_features": text, "logit_scale": 20.0}
         with pytest.raises((TypeError, ValueError), match=message):

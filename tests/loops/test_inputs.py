@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
-from rada_fast.config.method import AdapterConfig, TTTConfig
+from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
+from rada_fast.config.method import AdapterConfig, EpisodeConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, RunOptions
 from rada_fast.errors import UserError
 from rada_fast.loops import features, setup
 from rada_fast.loops import ttt as ttt_loop
-from rada_fast.loops.eft import run_efficient
-from rada_fast.loops.fft import run_full
-from rada_fast.loops.ttt import run_test_time
+from rada_fast.loops.eft import run_eft
+from rada_fast.loops.fft import run_fft
+from rada_fast.loops.ttt import run_ttt
 from rada_fast.modules import RationalAdapter, save_adapter
 from rada_fast.reports.summary import show
 from rada_fast.system import notices
@@ -38,21 +38,21 @@ def tear(picture: Path) -> None:
     picture.write_bytes(picture.read_bytes()[:40])
 
 
-def ttt(data: Path, output: Path, **run: Any) -> TestTimeConfig:
+def ttt(data: Path, output: Path, **run: Any) -> TTTOptions:
     options = RunOptions(output=str(output), **run)
-    return TestTimeConfig(data=f"imagefolder:{data}", views=2, episode=TTTConfig(steps=1), run=options)
+    return TTTOptions(data=f"imagefolder:{data}", views=2, episode=EpisodeConfig(steps=1), run=options)
 
 
-def eft(train: Path, test: Path, output: Path, **changes: Any) -> EfficientConfig:
+def eft(train: Path, test: Path, output: Path, **changes: Any) -> EFTOptions:
     options = RunOptions(output=str(output), **changes.pop("run", {}))
-    return EfficientConfig(
+    return EFTOptions(
         train=f"imagefolder:{train}", test=f"imagefolder:{test}", epochs=2, batch_size=1, run=options, **changes
     )
 
 
-def fft(train: Path, test: Path, output: Path, **changes: Any) -> FullConfig:
+def fft(train: Path, test: Path, output: Path, **changes: Any) -> FFTOptions:
     options = RunOptions(output=str(output), **changes.pop("run", {}))
-    return FullConfig(
+    return FFTOptions(
         train=f"imagefolder:{train}", test=(f"imagefolder:{test}",), epochs=1, finetune_from=1, finetune_epochs=1,
         batch_size=2, run=options, **changes,
     )  # fmt: skip
@@ -77,10 +77,10 @@ def test_the_output_may_not_be_the_data(specks: Path, tmp_path: Path) -> None:
     for output in (specks, specks / "cat", specks / "results"):
         for overwrite in (False, True):
             with pytest.raises(UserError, match="output"):
-                run_test_time(ttt(specks, output, overwrite=overwrite))
+                run_ttt(ttt(specks, output, overwrite=overwrite))
     # The folder around the data holds something that no run made.
     with pytest.raises(UserError, match="it holds specks"):
-        run_test_time(ttt(specks, tmp_path, overwrite=True))
+        run_ttt(ttt(specks, tmp_path, overwrite=True))
     assert sorted(specks.rglob("*")) == before
 
 
@@ -91,12 +91,12 @@ def test_other_arrays_under_the_same_names_are_another_run(tmp_path: Path) -> No
         means = ClassOptions(text_features="class-means", logit_scale=100.0)
         common: dict[str, Any] = {"run": run, "train": data, "test": data}
         if output == "ttt":
-            return [TestTimeConfig(data=data, text=text, run=run)]
+            return [TTTOptions(data=data, text=text, run=run)]
         if output == "eft":
-            return [EfficientConfig(protocol="all", text=text, epochs=2, batch_size=9, **common)]
-        return [FullConfig(test=(data,), train=data, stages="rada", text=means, run=run, epochs=1, finetune_from=1)]
+            return [EFTOptions(protocol="all", text=text, epochs=2, batch_size=9, **common)]
+        return [FFTOptions(test=(data,), train=data, stages="rada", text=means, run=run, epochs=1, finetune_from=1)]
 
-    runs: dict[str, Any] = {"ttt": run_test_time, "eft": run_efficient, "fft": run_full}
+    runs: dict[str, Any] = {"ttt": run_ttt, "eft": run_eft, "fft": run_fft}
     for name, run in runs.items():
         (config,) = configs(name)
         features_file(tmp_path / "f.npz")
@@ -117,14 +117,14 @@ def test_other_arrays_under_the_same_names_are_another_run(tmp_path: Path) -> No
     turned = features_file(tmp_path / "f.npz", turn=1)
     (config,) = configs("ttt")
     text_file(tmp_path / "t.npz")
-    anew = run_test_time(dataclasses.replace(config, data=turned, run=dataclasses.replace(config.run, overwrite=True)))
+    anew = run_ttt(dataclasses.replace(config, data=turned, run=dataclasses.replace(config.run, overwrite=True)))
     assert (anew["zero_shot_top1"], anew["resumed"]) == (0.0, 0)
 
 
 def test_lines_that_are_not_of_this_runs_images_are_made_anew(specks: Path, tmp_path: Path) -> None:
     """Another program's lines, an edited label, an image's line twice: no traceback, and no wrong number."""
     data, path = ttt(specks, tmp_path / "run"), tmp_path / "run" / "images.jsonl"
-    run_test_time(data)
+    run_ttt(data)
     whole = lines(tmp_path / "run")
     for first in (
         {"id": whole[0]["id"]},
@@ -135,22 +135,22 @@ def test_lines_that_are_not_of_this_runs_images_are_made_anew(specks: Path, tmp_
     ):
         path.write_text("".join(json.dumps(record) + "\n" for record in [first, *whole[1:]]))
         (tmp_path / "run" / "summary.json").unlink()
-        assert run_test_time(data)["images"] == 4
+        assert run_ttt(data)["images"] == 4
         assert sorted(lines(tmp_path / "run"), key=str) == sorted(whole, key=str)
 
 
 def test_a_run_whose_weights_are_gone_or_torn_is_not_finished(specks: Path, tmp_path: Path) -> None:
     config, weights = eft(specks, specks, tmp_path / "run"), tmp_path / "run" / "adapter.safetensors"
-    run_efficient(config)
+    run_eft(config)
     whole = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file itself is torn below
     weights.write_bytes(weights.read_bytes()[:99])
     for _ in range(2):
-        run_efficient(config)
+        run_eft(config)
         again = load_file(weights)
         assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
         weights.unlink()
     (tmp_path / "run" / "images.jsonl").unlink()
-    run_efficient(config)
+    run_eft(config)
     assert len(lines(tmp_path / "run")) == 4
 
 
@@ -158,9 +158,9 @@ def test_labels_that_renamed_folders_shift_are_not_the_old_ones(specks: Path, tm
     np.savez(tmp_path / "t.npz", features=np.eye(2, 16, dtype=np.float32), labels=np.arange(2))
     text = ClassOptions(text_features=f"features:{tmp_path / 't.npz'}", logit_scale=100.0)
     config = dataclasses.replace(ttt(specks, tmp_path / "run"), text=text)
-    run_test_time(config)
+    run_ttt(config)
     (specks / "cat").rename(specks / "zebra")
-    assert run_test_time(config)["resumed"] == 0  # "dog" was class 1 and is class 0 now
+    assert run_ttt(config)["resumed"] == 0  # "dog" was class 1 and is class 0 now
     labels = {line["id"]: line["label"] for line in lines(tmp_path / "run")}
     assert labels == {"dog/0.png": 0, "dog/1.png": 0, "zebra/0.png": 1, "zebra/1.png": 1}
 
@@ -177,14 +177,14 @@ def test_names_templates_adapters_and_weights_are_part_of_a_run(
         text=ClassOptions(classes=str(names), templates=str(templates)),
         adapter=AdapterOptions(adapter=str(adapter)),
     )
-    run_test_time(config)
+    run_ttt(config)
     for path in (names, templates, adapter):
         os.utime(path, (1, 1))
-    assert run_test_time(config)["resumed"] == 4  # the content decides
+    assert run_ttt(config)["resumed"] == 4  # the content decides
 
     def refused(match: str) -> None:
         with pytest.raises(UserError, match=rf"differing: {match}\)"):
-            run_test_time(config)
+            run_ttt(config)
 
     before = {path: path.read_bytes() for path in (names, templates, adapter)}
     names.write_text("hound\ntabby\n")
@@ -215,7 +215,7 @@ def test_ttt_goes_on_with_added_pictures_and_does_changed_ones_anew(
     torn, output = specks / "cat" / "0.png", tmp_path / "run"
     whole = torn.read_bytes()
     tear(torn)
-    first = run_test_time(ttt(specks, output))
+    first = run_ttt(ttt(specks, output))
     assert (first["images"], first["unreadable"]) == (4, 1)
 
     torn.write_bytes(whole)  # repaired
@@ -230,37 +230,37 @@ def test_ttt_goes_on_with_added_pictures_and_does_changed_ones_anew(
         return original(adapter, views, *args, **more)
 
     monkeypatch.setattr(ttt_loop, "adapt_episodes", count)
-    second = run_test_time(ttt(specks, output))
+    second = run_ttt(ttt(specks, output))
     assert sum(adapted) == 3
     assert (second["images"], second["unreadable"], second["resumed"]) == (4, 0, 1)
     assert sorted(line["id"] for line in lines(output)) == ["cat/0.png", "dog/0.png", "dog/1.png", "dog/2.png"]
     superseded = lines(output, "images-superseded.jsonl")
     assert sorted(line["id"] for line in superseded) == ["cat/0.png", "cat/1.png", "dog/0.png"]
-    fresh = run_test_time(ttt(specks, tmp_path / "fresh"))
+    fresh = run_ttt(ttt(specks, tmp_path / "fresh"))
     assert sorted(lines(output), key=str) == sorted(lines(tmp_path / "fresh"), key=str)
     assert (second["zero_shot_top1"], second["adapted_top1"]) == (fresh["zero_shot_top1"], fresh["adapted_top1"])
 
 
 def test_ttt_with_a_new_class_is_another_run(specks: Path, tmp_path: Path) -> None:
-    run_test_time(ttt(specks, tmp_path / "run"))
+    run_ttt(ttt(specks, tmp_path / "run"))
     shutil.copytree(specks / "dog", specks / "emu")
     with pytest.raises(UserError, match=r"differing: class names\)"):
-        run_test_time(ttt(specks, tmp_path / "run"))
+        run_ttt(ttt(specks, tmp_path / "run"))
 
 
 def test_a_summary_is_of_the_images_that_the_command_covers(specks: Path, tmp_path: Path) -> None:
-    assert run_test_time(ttt(specks, tmp_path / "run"))["images"] == 4
-    some = run_test_time(ttt(specks, tmp_path / "run", limit=2))
+    assert run_ttt(ttt(specks, tmp_path / "run"))["images"] == 4
+    some = run_ttt(ttt(specks, tmp_path / "run", limit=2))
     assert (some["images"], some["resumed"], some["time"]["images_per_second"]) == (2, 2, None)
     assert len(lines(tmp_path / "run")) == 4
-    assert run_test_time(ttt(specks, tmp_path / "run"))["images"] == 4
+    assert run_ttt(ttt(specks, tmp_path / "run"))["images"] == 4
 
 
 def test_a_finished_command_keeps_its_summary(specks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs: dict[str, tuple[Any, Any]] = {
-        "ttt": (run_test_time, ttt(specks, tmp_path / "ttt")),
-        "eft": (run_efficient, eft(specks, specks, tmp_path / "eft")),
-        "fft": (run_full, fft(specks, specks, tmp_path / "fft")),
+        "ttt": (run_ttt, ttt(specks, tmp_path / "ttt")),
+        "eft": (run_eft, eft(specks, specks, tmp_path / "eft")),
+        "fft": (run_fft, fft(specks, specks, tmp_path / "fft")),
     }
     for name, (run, config) in runs.items():
         first = run(config)
@@ -273,14 +273,14 @@ def test_a_finished_command_keeps_its_summary(specks: Path, tmp_path: Path, caps
 
 
 def test_fft_with_another_limit_is_another_run(specks: Path, tmp_path: Path) -> None:
-    run_full(fft(specks, specks, tmp_path / "run", run={"limit": 2}))
+    run_fft(fft(specks, specks, tmp_path / "run", run={"limit": 2}))
     with pytest.raises(
         UserError, match=r"differing: --limit 2 there, not given here; train, added: cat/1.png, dog/1.png"
     ):
-        run_full(fft(specks, specks, tmp_path / "run"))
+        run_fft(fft(specks, specks, tmp_path / "run"))
     # A limit that leaves nothing out changes nothing.
-    assert run_full(fft(specks, specks, tmp_path / "all"))["training_images"] == 4
-    assert run_full(fft(specks, specks, tmp_path / "all", run={"limit": 4}))["resumed"] == 2
+    assert run_fft(fft(specks, specks, tmp_path / "all"))["training_images"] == 4
+    assert run_fft(fft(specks, specks, tmp_path / "all", run={"limit": 4}))["resumed"] == 2
 
 
 @pytest.mark.parametrize("command", ["eft", "fft"])
@@ -290,7 +290,7 @@ def test_changed_training_pictures_are_another_run_and_changed_test_pictures_are
     train, test = tmp_path / "train", tmp_path / "test"
     shutil.copytree(specks, train)
     shutil.copytree(specks, test)
-    run: Any = run_efficient if command == "eft" else run_full
+    run: Any = run_eft if command == "eft" else run_fft
     config: Any = (eft if command == "eft" else fft)(train, test, tmp_path / "run")
     tear(test / "cat" / "0.png")
     first = run(config)
@@ -327,7 +327,7 @@ def test_unreadable_training_pictures_are_recorded_and_end_with_status_3(
     test = tmp_path / "test"
     shutil.copytree(specks, test)
     tear(specks / "cat" / "0.png")
-    run: Any = run_efficient if command == "eft" else run_full
+    run: Any = run_eft if command == "eft" else run_fft
     config: Any = (eft if command == "eft" else fft)(specks, test, tmp_path / "run", train_views=views)
     for _ in range(2):  # and a finished run says so again
         summary = run(config)
@@ -351,27 +351,27 @@ def test_widths_are_compared_before_anything_is_trained(specks: Path, tmp_path: 
     np.savez(tmp_path / "wide.npz", features=np.eye(32, dtype=np.float32)[:2], labels=np.arange(2))
     text = ClassOptions(text_features=f"features:{tmp_path / 'wide.npz'}")
     for run, config in (
-        (run_test_time, ttt(specks, tmp_path / "run")),
-        (run_efficient, eft(specks, specks, tmp_path / "run")),
-        (run_full, fft(specks, specks, tmp_path / "run")),
+        (run_ttt, ttt(specks, tmp_path / "run")),
+        (run_eft, eft(specks, specks, tmp_path / "run")),
+        (run_fft, fft(specks, specks, tmp_path / "run")),
     ):
         with pytest.raises(UserError, match="rows of width 32, model tiny makes features of width 16"):
             run(dataclasses.replace(config, text=text))  # type: ignore[operator, type-var]
     wide = f"features:{tmp_path / 'wide.npz'}"
     narrow = features_file(tmp_path / "f.npz")
     text = ClassOptions(text_features="class-means", logit_scale=100.0)
-    config = FullConfig(train=narrow, test=(wide,), stages="rada", text=text, run=RunOptions(str(tmp_path / "run")))
+    config = FFTOptions(train=narrow, test=(wide,), stages="rada", text=text, run=RunOptions(str(tmp_path / "run")))
     with pytest.raises(UserError, match="has features of width 32, the text features have 16"):
-        run_full(config)
+        run_fft(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_what_is_said_on_the_way_is_in_the_summary(specks: Path, tmp_path: Path) -> None:
-    run_efficient(eft(specks, specks, tmp_path / "run"))
+    run_eft(eft(specks, specks, tmp_path / "run"))
     (tmp_path / "run" / "state.pt").write_bytes(b"PK")
     (tmp_path / "run" / "summary.json").unlink()
     with notices.collecting():
-        summary = run_efficient(eft(specks, specks, tmp_path / "run"))
+        summary = run_eft(eft(specks, specks, tmp_path / "run"))
     assert any("state.pt is damaged" in line for line in summary["warnings"])
 
 

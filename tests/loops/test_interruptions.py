@@ -13,12 +13,12 @@ import pytest
 from safetensors.torch import load_file
 
 from rada_fast import _env
-from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
-from rada_fast.config.method import TTTConfig
+from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
+from rada_fast.config.method import EpisodeConfig
 from rada_fast.config.options import RunOptions
-from rada_fast.loops.eft import run_efficient
-from rada_fast.loops.fft import run_full
-from rada_fast.loops.ttt import run_test_time
+from rada_fast.loops.eft import run_eft
+from rada_fast.loops.fft import run_fft
+from rada_fast.loops.ttt import run_ttt
 from rada_fast.system import files
 
 Run = Callable[[Path], dict[str, Any]]
@@ -62,8 +62,8 @@ def every_write_through(hook: Hook) -> Iterator[None]:
 def ttt(data: Path) -> Run:
     def run(output: Path) -> dict[str, Any]:
         options = RunOptions(output=str(output))
-        config = TestTimeConfig(data=f"imagefolder:{data}", views=2, episode=TTTConfig(steps=1), run=options)
-        return run_test_time(config)
+        config = TTTOptions(data=f"imagefolder:{data}", views=2, episode=EpisodeConfig(steps=1), run=options)
+        return run_ttt(config)
 
     return run
 
@@ -71,9 +71,7 @@ def ttt(data: Path) -> Run:
 def eft(data: Path) -> Run:
     def run(output: Path) -> dict[str, Any]:
         spec, options = f"imagefolder:{data}", RunOptions(output=str(output))
-        return run_efficient(
-            EfficientConfig(train=spec, test=spec, epochs=3, batch_size=1, train_views="crop", run=options)
-        )
+        return run_eft(EFTOptions(train=spec, test=spec, epochs=3, batch_size=1, train_views="crop", run=options))
 
     return run
 
@@ -81,8 +79,8 @@ def eft(data: Path) -> Run:
 def fft(data: Path) -> Run:
     def run(output: Path) -> dict[str, Any]:
         spec, options = f"imagefolder:{data}", RunOptions(output=str(output))
-        return run_full(
-            FullConfig(
+        return run_fft(
+            FFTOptions(
                 train=spec, test=(spec,), epochs=2, finetune_from=1, finetune_epochs=2, batch_size=3,
                 finetune_lr=1e-2, run=options,
             )

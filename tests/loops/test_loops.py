@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from rada_fast import _env
-from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
-from rada_fast.config.method import TTTConfig
+from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
+from rada_fast.config.method import EpisodeConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
 from rada_fast.loops import eft as eft_loop
 from rada_fast.loops import fft as fft_loop
 from rada_fast.loops import ttt as ttt_loop
-from rada_fast.loops.eft import run_efficient
-from rada_fast.loops.fft import run_full
-from rada_fast.loops.ttt import run_test_time
+from rada_fast.loops.eft import run_eft
+from rada_fast.loops.fft import run_fft
+from rada_fast.loops.ttt import run_ttt
 from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
 from rada_fast.system import notices
 
@@ -65,13 +65,13 @@ def lines(folder: Path, name: str = "images.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def ttt(pictures: Path, output: Path, **changes: Any) -> TestTimeConfig:
+def ttt(pictures: Path, output: Path, **changes: Any) -> TTTOptions:
     run = RunOptions(output=str(output), **changes.pop("run", {}))
-    return TestTimeConfig(data=f"imagefolder:{pictures}", views=8, episode=TTTConfig(steps=2), run=run, **changes)
+    return TTTOptions(data=f"imagefolder:{pictures}", views=8, episode=EpisodeConfig(steps=2), run=run, **changes)
 
 
 def test_ttt_writes_a_line_an_image_and_a_summary(pictures: Path, tmp_path: Path) -> None:
-    summary = run_test_time(ttt(pictures, tmp_path / "run"))
+    summary = run_ttt(ttt(pictures, tmp_path / "run"))
     records = lines(tmp_path / "run")
     assert sorted(record["id"] for record in records) == [
         path.relative_to(pictures).as_posix() for path in sorted(pictures.rglob("*.png"))
@@ -96,7 +96,7 @@ def test_ttt_lines_do_not_depend_on_order_grouping_or_workers(pictures: Path, tm
     }
     found = {}
     for name, config in runs.items():
-        run_test_time(config)
+        run_ttt(config)
         found[name] = (tmp_path / name / "images.jsonl").read_text().splitlines()
     assert found["turned"] != found["plain"]
     assert sorted(found["turned"]) == sorted(found["plain"])
@@ -104,7 +104,7 @@ def test_ttt_lines_do_not_depend_on_order_grouping_or_workers(pictures: Path, tm
 
 
 def test_ttt_goes_on_where_it_was_cut_off(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_test_time(ttt(pictures, tmp_path / "whole"))
+    run_ttt(ttt(pictures, tmp_path / "whole"))
     calls = 0
     original = ttt_loop.adapt_episodes
 
@@ -118,12 +118,12 @@ def test_ttt_goes_on_where_it_was_cut_off(pictures: Path, tmp_path: Path, monkey
     monkeypatch.setattr(ttt_loop, "adapt_episodes", cut)
     config = ttt(pictures, tmp_path / "cut", episodes=4)
     with pytest.raises(KeyboardInterrupt):
-        run_test_time(config)
+        run_ttt(config)
     assert len(lines(tmp_path / "cut")) == 8
     # And the crash tore the last line.
     path = tmp_path / "cut" / "images.jsonl"
     path.write_text(path.read_text()[:-10])
-    summary = run_test_time(config)
+    summary = run_ttt(config)
     assert summary["resumed"] == 7
     assert sorted(map(str, lines(tmp_path / "cut"))) == sorted(map(str, lines(tmp_path / "whole")))
 
@@ -133,7 +133,7 @@ def test_ttt_records_unreadable_images_and_counts_them(pictures: Path, tmp_path:
     shutil.copytree(pictures, damaged)
     victim = next(iter(sorted(damaged.rglob("*.png"))))
     victim.write_bytes(victim.read_bytes()[:40])
-    summary = run_test_time(ttt(damaged, tmp_path / "run"))
+    summary = run_ttt(ttt(damaged, tmp_path / "run"))
     assert summary["status"]["unreadable"] == 1
     assert summary["images"] == 18
     (record,) = [record for record in lines(tmp_path / "run") if record["status"] == "unreadable"]
@@ -149,9 +149,9 @@ def test_ttt_with_file_names_in_any_encoding(pictures: Path, tmp_path: Path) -> 
         victims, ("gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n.png", os.fsdecode(b"\xff\xfe.png")), strict=True
     ):
         victim.rename(victim.with_name(name))
-    summary = run_test_time(ttt(odd, tmp_path / "run"))
+    summary = run_ttt(ttt(odd, tmp_path / "run"))
     assert summary["status"]["ok"] == 18
-    assert run_test_time(ttt(odd, tmp_path / "run"))["resumed"] == 18
+    assert run_ttt(ttt(odd, tmp_path / "run"))["resumed"] == 18
     assert any(record["id"].endswith(os.fsdecode(b"\xff\xfe.png")) for record in lines(tmp_path / "run"))
 
 
@@ -161,11 +161,11 @@ def test_ttt_without_labels_and_with_augmix(pictures: Path, tmp_path: Path) -> N
         ttt(pictures, tmp_path / "run", view_kind="augmix", text=ClassOptions(classes=str(tmp_path / "names.txt"))),
         data=f"images:{pictures}",
     )
-    summary = run_test_time(config)
+    summary = run_ttt(config)
     assert summary["adapted_top1"] is None
     assert {record["label"] for record in lines(tmp_path / "run")} == {None}
     with pytest.raises(UserError, match="classes must be given"):
-        run_test_time(dataclasses.replace(config, text=ClassOptions()))
+        run_ttt(dataclasses.replace(config, text=ClassOptions()))
 
 
 def test_ttt_starts_from_a_trained_adapter_and_from_the_paper_preset(pictures: Path, tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_ttt_starts_from_a_trained_adapter_and_from_the_paper_preset(pictures: P
     torch.nn.init.normal_(adapter.get_parameter("out_proj.weight"), std=0.05)
     save_adapter(adapter, tmp_path / "a.safetensors")
     options = AdapterOptions(adapter=str(tmp_path / "a.safetensors"))
-    trained = run_test_time(ttt(pictures, tmp_path / "trained", adapter=options))
-    paper = run_test_time(ttt(pictures, tmp_path / "paper", adapter=AdapterOptions(preset="paper")))
+    trained = run_ttt(ttt(pictures, tmp_path / "trained", adapter=options))
+    paper = run_ttt(ttt(pictures, tmp_path / "paper", adapter=AdapterOptions(preset="paper")))
     assert (trained["preset"], paper["preset"]) == ("official", "paper")
     assert lines(tmp_path / "trained") != lines(tmp_path / "paper")
 
@@ -183,11 +183,11 @@ def test_ttt_starts_from_a_trained_adapter_and_from_the_paper_preset(pictures: P
 def test_a_precision_that_the_processor_does_not_multiply_is_float32(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    run_test_time(ttt(pictures, tmp_path / "plain", run={"limit": 2}))
+    run_ttt(ttt(pictures, tmp_path / "plain", run={"limit": 2}))
     low = ModelOptions(precision=precision)  # type: ignore[arg-type]
     monkeypatch.setattr(_env, "multiplies", lambda dtype: dtype == "float32")
     with notices.collecting():
-        summary = run_test_time(ttt(pictures, tmp_path / "low", model=low, run={"limit": 2}))
+        summary = run_ttt(ttt(pictures, tmp_path / "low", model=low, run={"limit": 2}))
     assert lines(tmp_path / "low") == lines(tmp_path / "plain")
     assert (summary["model"]["precision_asked"], summary["model"]["precision"]) == (precision, "float32")
     (said,) = (line for line in summary["warnings"] if "--precision" in line)
@@ -195,7 +195,7 @@ def test_a_precision_that_the_processor_does_not_multiply_is_float32(
     # The same option on another processor is another run, and the features kept here are float32's.
     monkeypatch.setattr(_env, "multiplies", lambda dtype: True)
     with pytest.raises(UserError, match="precision"):
-        run_test_time(ttt(pictures, tmp_path / "low", model=low, run={"limit": 2}))
+        run_ttt(ttt(pictures, tmp_path / "low", model=low, run={"limit": 2}))
 
 
 @pytest.mark.gpu
@@ -203,51 +203,51 @@ def test_a_precision_that_the_processor_does_not_multiply_is_float32(
 def test_every_loop_runs_on_a_gpu(pictures: Path, tmp_path: Path, precision: str) -> None:
     model = ModelOptions(device="cuda", precision=precision)  # type: ignore[arg-type]
     spec = f"imagefolder:{pictures}"
-    assert run_test_time(ttt(pictures, tmp_path / "ttt", model=model))["status"]["ok"] == 18
-    assert run_efficient(eft(pictures, tmp_path / "eft", model=model))["base"]["images"] == 9
-    config = FullConfig(
+    assert run_ttt(ttt(pictures, tmp_path / "ttt", model=model))["status"]["ok"] == 18
+    assert run_eft(eft(pictures, tmp_path / "eft", model=model))["base"]["images"] == 9
+    config = FFTOptions(
         train=spec, test=(spec,), epochs=1, finetune_from=1, finetune_epochs=1, batch_size=9, model=model,
         run=RunOptions(output=str(tmp_path / "fft")),
     )  # fmt: skip
-    assert run_full(config)["rada-ft"][spec]["images"] == 18
+    assert run_fft(config)["rada-ft"][spec]["images"] == 18
 
 
 @pytest.mark.parametrize("views", [None, 7])
 def test_ttt_on_features(tmp_path: Path, views: int | None) -> None:
-    config = TestTimeConfig(
+    config = TTTOptions(
         data=features_file(tmp_path / "f.npz", views=views),
         text=ClassOptions(text_features=text_file(tmp_path / "t.npz")),
         run=RunOptions(output=str(tmp_path / "run")),
     )
-    summary = run_test_time(config)
+    summary = run_ttt(config)
     assert summary["images"] == 60
     assert summary["model"] is None
     assert summary["zero_shot_top1"] > 50
 
 
 def test_ttt_keeps_the_zero_shot_answer_where_an_episode_diverges(tmp_path: Path) -> None:
-    config = TestTimeConfig(
+    config = TTTOptions(
         data=features_file(tmp_path / "f.npz", each=1, views=4),
         text=ClassOptions(text_features=text_file(tmp_path / "t.npz")),
-        episode=TTTConfig(lr=1e30, optimizer="sgd", steps=3),
+        episode=EpisodeConfig(lr=1e30, optimizer="sgd", steps=3),
         adapter=AdapterOptions(num_heads=2),
         run=RunOptions(output=str(tmp_path / "run")),
     )
-    summary = run_test_time(config)
+    summary = run_ttt(config)
     assert summary["status"]["diverged"] > 0
     for record in lines(tmp_path / "run"):
         if record["status"] == "diverged":
             assert record["adapted"] == record["zero_shot"]
 
 
-def eft(pictures: Path, output: Path, **changes: Any) -> EfficientConfig:
+def eft(pictures: Path, output: Path, **changes: Any) -> EFTOptions:
     run = RunOptions(output=str(output), **changes.pop("run", {}))
     spec = f"imagefolder:{pictures}"
-    return EfficientConfig(train=spec, test=spec, **({"epochs": 3, "batch_size": 4, "run": run} | changes))
+    return EFTOptions(train=spec, test=spec, **({"epochs": 3, "batch_size": 4, "run": run} | changes))
 
 
 def test_eft_trains_on_base_and_tests_base_and_new(pictures: Path, tmp_path: Path) -> None:
-    summary = run_efficient(eft(pictures, tmp_path / "run", evaluate_every=1))
+    summary = run_eft(eft(pictures, tmp_path / "run", evaluate_every=1))
     assert summary["training_images"] == 9
     assert summary["base"]["images"] == summary["new"]["images"] == 9
     base, new = summary["base"]["adapted_top1"], summary["new"]["adapted_top1"]
@@ -264,7 +264,7 @@ def test_eft_trains_on_base_and_tests_base_and_new(pictures: Path, tmp_path: Pat
 def test_eft_goes_on_to_the_same_weights(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_views: str
 ) -> None:
-    run_efficient(eft(pictures, tmp_path / "whole", train_views=train_views))
+    run_eft(eft(pictures, tmp_path / "whole", train_views=train_views))
     original = eft_loop.train_epoch
 
     def cut(*args: Any, **kwargs: Any) -> Any:
@@ -275,8 +275,8 @@ def test_eft_goes_on_to_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(eft_loop, "train_epoch", cut)
         with pytest.raises(KeyboardInterrupt):
-            run_efficient(eft(pictures, tmp_path / "cut", train_views=train_views))
-    summary = run_efficient(eft(pictures, tmp_path / "cut", train_views=train_views))
+            run_eft(eft(pictures, tmp_path / "cut", train_views=train_views))
+    summary = run_eft(eft(pictures, tmp_path / "cut", train_views=train_views))
     assert summary["resumed"] == 2
     whole, resumed = (load_adapter(tmp_path / name / "adapter.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
@@ -287,23 +287,23 @@ def test_eft_goes_on_to_the_same_weights(
 @pytest.mark.parametrize("penalty", ["l2", "l1", "linf"])
 def test_eft_on_features_with_every_optimiser_and_penalty(tmp_path: Path, optimizer: str, penalty: str) -> None:
     spec = features_file(tmp_path / "f.npz")
-    config = EfficientConfig(
+    config = EFTOptions(
         train=spec, test=spec, protocol="all", epochs=2, batch_size=10, schedule="constant", shots=None,
         text=ClassOptions(text_features="class-means"), run=RunOptions(output=str(tmp_path / "run")),
         optimizer=optimizer, penalty=penalty,  # type: ignore[arg-type]
     )  # fmt: skip
-    summary = run_efficient(config)
+    summary = run_eft(config)
     assert summary["test"]["images"] == 60
     assert summary["test"]["zero_shot_top1"] > 50
 
 
 def test_eft_with_new_classes_apart(tmp_path: Path) -> None:
     train, new = features_file(tmp_path / "a.npz"), features_file(tmp_path / "b.npz", classes=3)
-    config = EfficientConfig(
+    config = EFTOptions(
         train=train, test=train, new_test=new, protocol="all", epochs=1, batch_size=10,
         text=ClassOptions(text_features="class-means"), run=RunOptions(output=str(tmp_path / "run")),
     )  # fmt: skip
-    summary = run_efficient(config)
+    summary = run_eft(config)
     assert summary["base"]["classes"] == 5
     assert summary["new"]["classes"] == 3
 
@@ -314,13 +314,13 @@ def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monk
     for name in sorted(path.name for path in pictures.iterdir())[2:5]:
         shutil.copytree(pictures / name, some / name)
 
-    def config(output: str) -> FullConfig:
-        return FullConfig(
+    def config(output: str) -> FFTOptions:
+        return FFTOptions(
             train=spec, test=(spec, f"imagefolder:{some}"), epochs=2, finetune_from=1, finetune_epochs=2, batch_size=9,
             micro_batch=5, run=RunOptions(output=str(tmp_path / output)), finetune_lr=1e-4,
         )  # fmt: skip
 
-    summary = run_full(config("whole"))
+    summary = run_fft(config("whole"))
     for stage in ("rada", "rada-ft"):
         assert summary[stage][spec]["images"] == 18
         assert summary[stage][f"imagefolder:{some}"]["images"] == 9
@@ -341,8 +341,8 @@ def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(fft_loop, "learning_rate", cut)
         with pytest.raises(KeyboardInterrupt):
-            run_full(config("cut"))
-    assert run_full(config("cut"))["resumed"] == 3
+            run_fft(config("cut"))
+    assert run_fft(config("cut"))["resumed"] == 3
     for name in ("rada", "rada-ft"):
         whole, resumed = (load_adapter(tmp_path / run / f"{name}-adapter.safetensors") for run in ("whole", "cut"))
         assert all(torch.equal(tensor, resumed.state_dict()[key]) for key, tensor in whole.state_dict().items())
@@ -355,14 +355,14 @@ def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monk
 
 def test_fft_on_features_serves_the_first_stage(tmp_path: Path) -> None:
     spec = features_file(tmp_path / "f.npz")
-    config = FullConfig(
+    config = FFTOptions(
         train=spec, test=(spec,), stages="rada", epochs=3, finetune_from=2, batch_size=20,
         text=ClassOptions(text_features="class-means"), run=RunOptions(output=str(tmp_path / "run")),
     )  # fmt: skip
-    summary = run_full(config)
+    summary = run_fft(config)
     assert summary["rada"][spec]["images"] == 60
     with pytest.raises(UserError, match="stages both trains the image encoder and needs images"):
-        run_full(dataclasses.replace(config, stages="both"))
+        run_fft(dataclasses.replace(config, stages="both"))
 
 
 @pytest.mark.parametrize("command", ["eft", "fft"])
@@ -370,20 +370,20 @@ def test_a_runs_folder_is_taken_as_its_adapter(tmp_path: Path, command: str) -> 
     spec, texts = features_file(tmp_path / "f.npz"), text_file(tmp_path / "t.npz")
     run, text = RunOptions(output=str(tmp_path / command)), ClassOptions(text_features=texts)
     if command == "eft":
-        run_efficient(EfficientConfig(train=spec, test=spec, protocol="all", epochs=1, text=text, run=run))
+        run_eft(EFTOptions(train=spec, test=spec, protocol="all", epochs=1, text=text, run=run))
     else:
-        run_full(FullConfig(train=spec, test=(spec,), stages="rada", epochs=1, finetune_from=1, text=text, run=run))
+        run_fft(FFTOptions(train=spec, test=(spec,), stages="rada", epochs=1, finetune_from=1, text=text, run=run))
     file = {"eft": "adapter.safetensors", "fft": "rada-adapter.safetensors"}[command]
     found = []
     for place in (tmp_path / command, tmp_path / command / file):
         ttt_run = RunOptions(output=str(tmp_path / f"ttt {place.name}"), limit=3)
-        run_test_time(TestTimeConfig(data=spec, text=text, adapter=AdapterOptions(adapter=str(place)), run=ttt_run))
+        run_ttt(TTTOptions(data=spec, text=text, adapter=AdapterOptions(adapter=str(place)), run=ttt_run))
         found.append(lines(tmp_path / f"ttt {place.name}"))
     assert found[0] == found[1]
 
 
 def test_learning_rates_warm_up_and_fall() -> None:
-    config = FullConfig(train="x", test=("y",), warmup_steps=4)
+    config = FFTOptions(train="x", test=("y",), warmup_steps=4)
     stage = fft_loop.Stage("rada", 2, 1.0, 1.0, trains_encoder=False)
     rates = [fft_loop.learning_rate(stage, config, step, 40) for step in range(40)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rada_fast.config.commands import EfficientConfig, FullConfig, TestTimeConfig
-from rada_fast.config.method import TTTConfig
+from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
+from rada_fast.config.method import EpisodeConfig
 from rada_fast.config.options import ModelOptions, RunOptions
 from rada_fast.errors import UserError
 from rada_fast.loops import setup
-from rada_fast.loops.eft import run_efficient
+from rada_fast.loops.eft import run_eft
 from rada_fast.loops.evaluate import evaluate
 from rada_fast.loops.features import Features
-from rada_fast.loops.fft import run_full
-from rada_fast.loops.ttt import run_test_time
+from rada_fast.loops.fft import run_fft
+from rada_fast.loops.ttt import run_ttt
 from rada_fast.models.vision_language import VisionLanguageModel
 
 from .conftest import load_tiny
@@ -66,12 +66,10 @@ def runs(specks: Path, output: Path) -> dict[str, Any]:
     spec, run = f"imagefolder:{specks}", RunOptions(output=str(output))
     common = {"train": spec, "run": run}
     return {
-        "ttt": lambda: run_test_time(TestTimeConfig(data=spec, views=4, episode=TTTConfig(steps=1), run=run)),
-        "eft": lambda: run_efficient(EfficientConfig(test=spec, epochs=1, protocol="all", **common)),
-        "eft-crops": lambda: run_efficient(
-            EfficientConfig(test=spec, epochs=1, protocol="all", train_views="crop", **common)
-        ),
-        "fft": lambda: run_full(FullConfig(test=(spec,), epochs=1, finetune_from=1, finetune_epochs=1, **common)),
+        "ttt": lambda: run_ttt(TTTOptions(data=spec, views=4, episode=EpisodeConfig(steps=1), run=run)),
+        "eft": lambda: run_eft(EFTOptions(test=spec, epochs=1, protocol="all", **common)),
+        "eft-crops": lambda: run_eft(EFTOptions(test=spec, epochs=1, protocol="all", train_views="crop", **common)),
+        "fft": lambda: run_fft(FFTOptions(test=(spec,), epochs=1, finetune_from=1, finetune_epochs=1, **common)),
     }
 
 

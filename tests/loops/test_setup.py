@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rada_fast.config.commands import TestTimeConfig
+from rada_fast.config.commands import TTTOptions
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions
 from rada_fast.data.sources import open_source
@@ -126,7 +126,7 @@ def test_the_models_scale_must_be_its_features(tmp_path: Path) -> None:
     width = {"features": np.random.default_rng(0).normal(size=(3, 128)), "class_names": ["a", "b", "c"]}
 
     def opened(**changes: Any) -> tuple[float, str]:
-        config = TestTimeConfig(data=features(tmp_path / "f.npz", **width, **changes))
+        config = TTTOptions(data=features(tmp_path / "f.npz", **width, **changes))
         setup = open_setup(config, open_sources({"data": config.data}))
         return setup.logit_scale, setup.logit_scale_from
 
@@ -168,32 +168,32 @@ def test_a_feature_files_views_are_those_that_it_holds(tmp_path: Path, capsys: p
     spec = features(tmp_path / "f.npz", features=np.random.default_rng(0).normal(size=(3, 10, 16)))
     single = open_source(features(tmp_path / "g.npz"))
     source = open_source(spec)
-    config = TestTimeConfig(data=spec)
+    config = TTTOptions(data=spec)
     assert (views_of(config, source), views_of(config, single)) == (10, 1)
     with notices.collecting():
         mention_fixed_views(config, source)
-        mention_fixed_views(TestTimeConfig(data=spec, views=10), source)
+        mention_fixed_views(TTTOptions(data=spec, views=10), source)
         assert notices.so_far() == []
         assert f"--views makes no views of a feature file: {spec} holds 10 of each" in capsys.readouterr().err
-        mention_fixed_views(TestTimeConfig(data=spec, views=8, view_kind="augmix"), source)
+        mention_fixed_views(TTTOptions(data=spec, views=8, view_kind="augmix"), source)
         assert [warning.split(" makes")[0] for warning in notices.so_far()] == ["--views 8", "--view-kind augmix"]
 
 
 def test_the_summary_says_what_was_used(tmp_path: Path) -> None:
-    from rada_fast.config.method import TTTConfig
+    from rada_fast.config.method import EpisodeConfig
     from rada_fast.config.options import RunOptions
-    from rada_fast.loops.ttt import run_test_time
+    from rada_fast.loops.ttt import run_ttt
 
     data = features(tmp_path / "f.npz", features=np.random.default_rng(0).normal(size=(3, 10, 16)))
-    config = TestTimeConfig(
+    config = TTTOptions(
         data=data,
         view_kind="augmix",
         text=ClassOptions(text_features=features(tmp_path / "t.npz", logit_scale=np.array(50))),
-        episode=TTTConfig(steps=1),
+        episode=EpisodeConfig(steps=1),
         run=RunOptions(output=str(tmp_path / "run")),
     )
     with notices.collecting():
-        summary = run_test_time(config)
+        summary = run_ttt(config)
     assert summary["views"] == 10
     assert summary["logit_scale"] == {"value": 50.0, "from": f"array logit_scale of {tmp_path / 't.npz'}"}
     assert summary["warnings"] == [f"--view-kind augmix makes no views of a feature file: {data} holds its own"]
