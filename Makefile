@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench scaling sanitize matrix setup build wheel clean
+.PHONY: demo test lint format bench scaling simulate sanitize matrix setup build wheel clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -32,6 +32,11 @@ bench: setup
 
 scaling: setup
 	$(BIN)/python -m benchmarks.plot_scaling --output results/scaling
+
+# What the Triton kernels count in a PTX simulator that is not published: make simulate SIZES="1x50 6x200". No GPU needed.
+SIZES ?=
+simulate: setup
+	$(BIN)/python -m benchmarks.simulate $(if $(SIZES),--sizes $(SIZES))
 
 # The CPU's operators compiled with the address and undefined-behaviour sanitizers, in a place of their own, and their
 # tests: minutes. Python and PyTorch are not instrumented, so the run-time library comes first, and leaks, which would be

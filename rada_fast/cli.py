@@ -18,7 +18,7 @@ from rada_fast import _env
 from rada_fast._version import __version__
 from rada_fast.config.arguments import check_file_kind, name_option, paths_of, read, shortened
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
-from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions, SimulateOptions
+from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.system import notices, termination
 from rada_fast.system.notices import one_line
@@ -30,7 +30,6 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "fft": (FFTOptions, "full fine-tuning: adapter and classifier, then everything"),
     "build": (BuildOptions, "compile the C++ extension, once for this PyTorch"),
     "kernels": (KernelsOptions, "what the GPU kernels compile to: registers, spills, shared memory, occupancy"),
-    "bench": (SimulateOptions, "'bench simulate': counts of the Triton kernels in a PTX simulator"),
     "doctor": (DoctorOptions, "what is installed, which backends are usable, and a self-test"),
 }
 
@@ -177,10 +176,6 @@ def _command(arguments: list[str]) -> int:
         raise UserError(_unknown_command(command))
     if {"-h", "--help", "help"} & set(rest[:1]) or {"-h", "--help"} & set(rest):
         return _help(command)
-    if command == "bench":
-        if rest[:1] != ["simulate"]:
-            raise UserError(f"bench needs what to run: 'rada-fast bench simulate', got {shortened(' '.join(rest))}")
-        rest = rest[1:]
     config = parse(command, rest)
     check_paths(config)
     _env.check_variables(building=command == "build")
@@ -264,10 +259,6 @@ def _runner(command: str) -> Callable[[Any], int]:
         from rada_fast.bench.compiled import run_kernels
 
         return run_kernels
-    if command == "bench":
-        from rada_fast.bench.counts import run_simulate
-
-        return run_simulate
     if command == "build":
         from rada_fast.extension.build import build
 

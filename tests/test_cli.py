@@ -48,7 +48,7 @@ def given(tmp_path: Path) -> Path:
 
 
 BAD: dict[str, tuple[str, str]] = {
-    "command": ("tt --data x", "unknown command 'tt'; did you mean ttt? the commands are demo, ttt, eft, fft, build, kernels, bench, doctor"),
+    "command": ("tt --data x", "unknown command 'tt'; did you mean ttt? the commands are demo, ttt, eft, fft, build, kernels, doctor"),
     "kind": ("ttt --data pictures:{0}/pictures", "data must be KIND:PATH with KIND one of imagefolder:DIR"),
     "folder": ("ttt --data imagefolder:{0}/nowhere", "data folder {0}/nowhere does not exist"),
     "empty folder": ("ttt --data imagefolder:{0}/empty", "must have one sub-folder a class, it has none"),

@@ -1,9 +1,7 @@
-"""Frozen configurations of the commands around the loops: demo, doctor, kernels, bench and build."""
+"""Frozen configurations of the commands around the loops: demo, doctor, kernels and build."""
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +11,7 @@ from rada_fast.errors import UserError
 MOST_DEMO_IMAGES = 100_000
 """The most pictures of the demo's test-time training: half a gigabyte on the disk, and hours."""
 MOST_ROWS = 2**20
-"""The most images or classes of kernels that are compiled, and of both times each other of those that are simulated."""
+"""The most images or classes that the kernels are compiled for."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,6 @@ class DoctorOptions:
     """Print JSON, for an issue report."""
 
 
-def _check_width(embed_dim: int, preset: str) -> None:
-    """Check a width whose kernels are compiled: the official preset has eight heads."""
-    check_whole("embed_dim", embed_dim, 1, 2**16)
-    if preset == "official" and embed_dim % 8:
-        raise UserError(f"embed_dim must be a multiple of 8 with preset 'official', got {embed_dim}")
-
-
 @dataclass(frozen=True)
 class KernelsOptions:
     """What the GPU kernels compile to: Triton's of one training step, and the CUDA C++ ones where nvcc is found.
@@ -85,39 +76,13 @@ class KernelsOptions:
     def __post_init__(self) -> None:
         check_whole("batch", self.batch, 1, MOST_ROWS)
         check_whole("classes", self.classes, 1, MOST_ROWS)
-        _check_width(self.embed_dim, self.preset)
+        check_whole("embed_dim", self.embed_dim, 1, 2**16)
+        if self.preset == "official" and self.embed_dim % 8:
+            raise UserError(f"embed_dim must be a multiple of 8 with preset 'official', got {self.embed_dim}")
         if not self.targets:
             raise UserError("targets must name at least one compute capability, got none")
         if len(set(self.targets)) < len(self.targets):
             raise UserError(f"targets must not repeat a compute capability, got {self.targets}")
-
-
-@dataclass(frozen=True)
-class SimulateOptions:
-    """Counts of one forward and backward of the Triton kernels in a PTX simulator, beside the literal baseline's.
-
-    Operations over the least, bytes, efficiencies and a roofline's lower bound for A100-40GB: no timings. Needs the
-    package ptxsim on PYTHONPATH, and minutes for large sizes.
-    """
-
-    sizes: tuple[str, ...] = ("6x200", "6x1000", "1x500", "64x100", "8x6x200")
-    """Images x classes, or episodes x images x classes with weights of their own."""
-    preset: Literal["official", "paper"] = "official"
-    """The adapter's arithmetic."""
-    embed_dim: int = 512
-    """D."""
-    json: bool = False
-    """Print one JSON line for each kernel and pass."""
-
-    def __post_init__(self) -> None:
-        _check_width(self.embed_dim, self.preset)
-        if not self.sizes:
-            raise UserError("sizes must be BxK or ExBxK, positive numbers, got none")
-        for size in self.sizes:
-            if not re.fullmatch(r"0*[1-9][0-9]{0,8}(x0*[1-9][0-9]{0,8}){1,2}", size):
-                raise UserError(f"sizes must be BxK or ExBxK, positive numbers, got {size!r}")
-            if math.prod(map(int, size.split("x"))) > MOST_ROWS:
-                raise UserError(f"sizes must have a product of at most {MOST_ROWS}, got {size!r}")
 
 
 @dataclass(frozen=True)

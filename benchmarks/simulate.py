@@ -1,10 +1,24 @@
-"""Counts of one training step of the Triton kernels in a PTX simulator, beside the literal baseline's.
+"""A tool for developers: run one training step of the Triton kernels in a PTX simulator and print what it counts.
 
-Everything here is a count or a lower bound that follows from counts; nothing is a timing.
+    make simulate
+    python -m benchmarks.simulate --sizes 6x200 8x6x200 --json
+
+Operations and bytes are shown as multiples of the least that a step needs, with a roofline's lower bound of the time on
+an A100-40GB, and beside them the same for the literal baseline. These are counts and bounds, never measured times. The
+tool needs no GPU, and minutes for large sizes.
+
+The simulator is the Python package ``ptxsim``. It is not published and cannot be installed: the few developers who have
+it put its parent folder on PYTHONPATH, or call that folder ``shared`` and place it beside the checkout.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +29,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rada_fast import _env
+from rada_fast.config.arguments import shortened
 from rada_fast.config.method import AdapterConfig
-from rada_fast.config.tools import SimulateOptions
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
 from rada_fast.system.terminal import PlainConsole, print_json
 
 DEVICE = "a100-40gb"
+BESIDE = Path(__file__).resolve().parents[2] / "shared"
+"""Where the simulator is looked for after PYTHONPATH."""
+SIZES = ("6x200", "6x1000", "1x500", "64x100", "8x6x200")
+MOST_ROWS = 2**20
+"""The most images times classes of one size: more would take hours and gigabytes."""
 
 
 def least_operations(batch: int, classes: int, width: int) -> int:
@@ -168,48 +187,86 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
     return rows
 
 
-def run_simulate(config: SimulateOptions) -> int:
-    """Print the counts of every size as it is done."""
-    adapter = (
-        AdapterConfig.paper(config.embed_dim) if config.preset == "paper" else AdapterConfig.official(config.embed_dim)
-    )
-    if not _env.has_module("ptxsim"):
-        raise UserError("bench simulate needs the package ptxsim on PYTHONPATH")
+def print_table(rows: list[dict[str, Any]], title: str) -> None:
     console = PlainConsole()
-    # Narrower, every figure would be cut.
+    # In fewer columns figures would be cut.
     console.width = max(console.width, 166)
-    for size in config.sizes:
-        numbers = [int(part) for part in size.split("x")]
+    table = Table(title=title)
+    for name in (
+        "kernel",
+        "launches",
+        "ops/least",
+        "requested MB",
+        "unique MB",
+        "unique/least",
+        "ld eff.",
+        "st eff.",
+        "shared/ideal",
+        "bound us",
+        "by",
+    ):
+        table.add_column(name, justify="left" if name in ("kernel", "by") else "right", no_wrap=name == "kernel")
+    for row in rows:
+        table.add_row(
+            row["kernel"], str(row["launches"]), f"{row['tensor_over_least']:.2f}",
+            f"{row['requested_bytes'] / 1e6:.1f}", f"{row['unique_bytes'] / 1e6:.1f}",
+            *(f"{row[key]:.2f}" if key in row else "" for key in (
+                "unique_over_least", "sector_efficiency_load", "sector_efficiency_store", "shared_over_ideal")),
+            f"{row['bound_microseconds']:.1f}", row["bound_by"],
+        )  # fmt: skip
+    console.print(table)
+
+
+def parse_size(text: str) -> tuple[int, int, int]:
+    """Episodes, images and classes from "BxK" or "ExBxK"."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}(x0*[1-9][0-9]{0,8}){1,2}", text):
+        raise argparse.ArgumentTypeError(f"must be BxK or ExBxK, positive numbers, got {shortened(text)}")
+    *episodes, batch, classes = (int(part) for part in text.split("x"))
+    size = (episodes[0] if episodes else 1, batch, classes)
+    if math.prod(size) > MOST_ROWS:
+        raise argparse.ArgumentTypeError(f"must have a product of at most {MOST_ROWS}, got {shortened(text)}")
+    return size
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the counts of every size as soon as it is done. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", type=parse_size, default=[parse_size(size) for size in SIZES], metavar="[Ex]BxK",
+        help=f"images x classes, or episodes x images x classes with own weights each; by default {' '.join(SIZES)}",
+    )  # fmt: skip
+    parser.add_argument("--preset", choices=["official", "paper"], default="official", help="the adapter's arithmetic")
+    parser.add_argument("--embed-dim", type=int, default=512, metavar="D", help="the width, by default 512")
+    parser.add_argument("--json", action="store_true", help="print one JSON line for each kernel and pass")
+    options = parser.parse_args(arguments)
+    try:
+        preset = AdapterConfig.paper if options.preset == "paper" else AdapterConfig.official
+        adapter = preset(options.embed_dim)
+    except UserError as error:
+        parser.error(f"argument --embed-dim: {error}")
+    if not _env.has_module("ptxsim"):
+        sys.path.append(str(BESIDE))
+    if not _env.has_module("ptxsim"):
+        print(
+            "benchmarks.simulate: the Python package ptxsim, the PTX simulator that executes the kernels, was not "
+            f"found; it is not published, and is looked for on PYTHONPATH and in {BESIDE}",
+            file=sys.stderr,
+        )
+        return 2
+    for episodes, batch, classes in options.sizes:
+        size = f"{episodes} x {batch} x {classes}" if episodes > 1 else f"{batch} x {classes}"
         PlainConsole(stderr=True).print(f"simulating {size} (minutes for large ones)", style="dim")
-        rows = simulate(adapter, *([1] if len(numbers) == 2 else []), *numbers)
-        if config.json:
+        rows = simulate(adapter, episodes, batch, classes)
+        if options.json:
             for row in rows:
                 print_json(row, indent=None)
-            continue
-        table = Table(
-            title=f"{config.preset} D {config.embed_dim}, {size}, bfloat16: counts and lower bounds, no timings"
-        )
-        for name in (
-            "kernel",
-            "launches",
-            "ops/least",
-            "requested MB",
-            "unique MB",
-            "unique/least",
-            "ld eff.",
-            "st eff.",
-            "shared/ideal",
-            "bound us",
-            "by",
-        ):
-            table.add_column(name, justify="left" if name in ("kernel", "by") else "right", no_wrap=name == "kernel")
-        for row in rows:
-            table.add_row(
-                row["kernel"], str(row["launches"]), f"{row['tensor_over_least']:.2f}",
-                f"{row['requested_bytes'] / 1e6:.1f}", f"{row['unique_bytes'] / 1e6:.1f}",
-                *(f"{row[key]:.2f}" if key in row else "" for key in (
-                    "unique_over_least", "sector_efficiency_load", "sector_efficiency_store", "shared_over_ideal")),
-                f"{row['bound_microseconds']:.1f}", row["bound_by"],
-            )  # fmt: skip
-        console.print(table)
+        else:
+            title = f"{options.preset} D {options.embed_dim}, {size}, bfloat16: counts and lower bounds, no timings"
+            print_table(rows, title)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
