@@ -173,6 +173,34 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def cuda_device_count() -> int:
+    """How many CUDA devices PyTorch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def cuda_device_name(index: int | None = None) -> str:
+    """The name of a CUDA device, of the current one unless an index says which."""
+    import torch
+
+    return torch.cuda.get_device_name(index)
+
+
+def cuda_device_capability() -> tuple[int, int]:
+    """The compute capability of the current CUDA device, (8, 0) for sm_80."""
+    import torch
+
+    return torch.cuda.get_device_capability()
+
+
+def cuda_version() -> str | None:
+    """The CUDA version that PyTorch was built with, or None where it was built without."""
+    import torch
+
+    return torch.version.cuda
+
+
 def device_capabilities() -> list[int]:
     """Compute capabilities of the CUDA devices that PyTorch sees, each once, 80 for 8.0; smallest first."""
     import torch
@@ -257,6 +285,24 @@ def cuda_home() -> Path | None:
     """The CUDA toolkit that CUDA_HOME names, or None."""
     value = os.environ.get("CUDA_HOME")
     return Path(value) if value else None
+
+
+def cxx() -> str | None:
+    """CXX, the C++ compiler that the user has chosen, or None."""
+    return os.environ.get("CXX") or None
+
+
+def with_variables(**values: str) -> dict[str, str]:
+    """The environment for a program that is started from here, with these variables added."""
+    return os.environ | values
+
+
+def keep_fused_multiply_adds() -> None:
+    """Let Triton fuse multiplications with additions, unless the user has decided on it.
+
+    Triton 3.9 warns where nothing says so, and 3.10 turns them off; the kernels are made for them.
+    """
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def cuda_arch_list() -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rada_fast import _env
 from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules.projections import ZeroLinear, tensors_or_calls
@@ -199,7 +200,7 @@ def _is_recorded() -> bool:
     return (
         torch._C._get_tracing_state() is not None
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        or (_env.has_cuda() and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from rada_fast import _env
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.tools import KernelsOptions
 from rada_fast.errors import UserError
@@ -102,11 +103,11 @@ def launches_of(
 
 def run_tuning(config: KernelsOptions, adapter: AdapterConfig, dtype: torch.dtype) -> int:
     """Measure, keep and print; returns 0. Raises UserError without a CUDA device."""
-    if not torch.cuda.is_available():
+    if not _env.has_cuda():
         raise UserError("--tune measures on a CUDA device and none is visible")
     from triton.testing import do_bench
 
-    device = torch.cuda.get_device_name()
+    device = _env.cuda_device_name()
     sizes = Sizes(
         dtype, config.classes, config.batch * config.classes, adapter.embed_dim, adapter.head_dim, float32_precision()
     )

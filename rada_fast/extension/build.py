@@ -247,7 +247,7 @@ def build_wheel(output: Path | str = "dist", *, echo: Callable[[str], None] = pr
         beside = [cuda_library.with_suffix(".txt"), libraries.hash_file(cuda_library)]
         carried[libraries.cuda_name()] = [cuda_library, *beside]
     listed = {name: [str(path) for path in paths] for name, paths in carried.items()}
-    environment = os.environ | {"RADA_FAST_CARRY": json.dumps(listed)}
+    environment = _env.with_variables(RADA_FAST_CARRY=json.dumps(listed))
     result = subprocess.run(
         command, cwd=libraries.PACKAGE.parent, env=environment, capture_output=True, text=True, check=False
     )

@@ -155,7 +155,7 @@ def _wanted_targets(nvcc: Path) -> tuple[tuple[str, ...], tuple[str, ...], str] 
 
 def torch_refusal() -> str | None:
     """Why the installed PyTorch cannot take the CUDA kernels, or None where it can."""
-    if torch.version.cuda is None:
+    if _env.cuda_version() is None:
         return "this PyTorch is built without CUDA"
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < LEAST_TORCH:
         return f"the CUDA kernels need PyTorch {'.'.join(map(str, LEAST_TORCH))} or newer, this is {torch.__version__}"
@@ -187,8 +187,8 @@ def find_toolkit() -> Toolkit | str:
     if version is None:
         return f"{nvcc} does not say its version"
     # The runtime is linked in: one newer than PyTorch's could want a newer driver than PyTorch does.
-    if version[1].split(".")[0] != str(torch.version.cuda).split(".")[0]:
-        return f"{nvcc} is of CUDA {version[1]}, PyTorch of {torch.version.cuda}"
+    if version[1].split(".")[0] != str(_env.cuda_version()).split(".")[0]:
+        return f"{nvcc} is of CUDA {version[1]}, PyTorch of {_env.cuda_version()}"
     roots = [nvcc.parent.parent, *(folder for folder in _wheels() if folder != nvcc.parent.parent)]
     include = tuple(root / "include" for root in roots if (root / "include" / "cuda_runtime.h").is_file())
     runtimes = [root / name for root in roots for name in ("lib64", "lib")]

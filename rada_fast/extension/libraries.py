@@ -103,11 +103,7 @@ def build_parameters() -> BuildParameters:
     runtime = f"-L{toolkit.runtime}" if isinstance(toolkit, Toolkit) else ""
     cuda_link = (runtime, "-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread")
     return BuildParameters(
-        compiler=os.environ.get("CXX")
-        or shutil.which("c++")
-        or shutil.which("g++")
-        or shutil.which("clang++")
-        or "c++",
+        compiler=_env.cxx() or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "c++",
         sources=tuple(sources),
         flags=("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", abi, *debug, *sanitized, *include),
         # Without -fopenmp here: the OpenMP runtime is the one PyTorch has loaded, never a second one.
@@ -144,7 +140,7 @@ def _sources_key(folder: Path, cuda: bool = False) -> str:
 def _flags_key(cuda: bool = False) -> str:
     # The device code is not part of it: a library is found whatever TORCH_CUDA_ARCH_LIST says where it is loaded.
     common = (_env.debug_build(), _env.sanitizers(), platform.machine())
-    own = (torch.version.cuda,) if cuda else (VECTOR_FLAGS, LOOP_FLAGS, torch.compiled_with_cxx11_abi())
+    own = (_env.cuda_version(),) if cuda else (VECTOR_FLAGS, LOOP_FLAGS, torch.compiled_with_cxx11_abi())
     return hashlib.sha256(repr((*own, *common)).encode()).hexdigest()[:8]
 
 
@@ -186,7 +182,7 @@ def carried_library(cuda: bool = False) -> Path:
 
 
 def cuda_name() -> str:
-    return f"cuda{(torch.version.cuda or 'none').split('.')[0]}"
+    return f"cuda{(_env.cuda_version() or 'none').split('.')[0]}"
 
 
 def hash_file(library: Path) -> Path:
@@ -345,7 +341,7 @@ def _describe_cuda() -> dict[str, str]:
         facts["CUDA device code"] = said_of(library) or "not said"
     if reason is None and _env.has_cuda():
         taken = int(torch.ops.rada_fast.device_architecture(torch.empty(0, device="cuda"))) // 10
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = _env.cuda_device_capability()
         facts["CUDA device takes"] = f"code for sm_{taken}, being sm_{major}{minor}"
     return facts
 

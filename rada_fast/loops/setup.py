@@ -207,10 +207,8 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"device must be auto, cpu or cuda[:N], got {name!r}") from None
     if device.type == "cuda" and not _env.has_cuda():
         raise UserError(f"device {name!r} was asked for, but PyTorch sees no CUDA device here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {name!r} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices here"
-        )
+    if device.type == "cuda" and (device.index or 0) >= _env.cuda_device_count():
+        raise UserError(f"device {name!r} was asked for, but PyTorch sees {_env.cuda_device_count()} CUDA devices here")
     return device
 
 

@@ -24,6 +24,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from rada_fast import _env
 from rada_fast._version import __version__
 from rada_fast.config.options import RunOptions
 from rada_fast.errors import UserError
@@ -412,7 +413,7 @@ def versions() -> dict[str, str]:
 
 def reset_peak_memory() -> None:
     """Start counting the GPU's peak memory anew; the process's own peak only ever grows."""
-    if torch.cuda.is_available():
+    if _env.has_cuda():
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -420,6 +421,6 @@ def peak_memory() -> dict[str, float]:
     """Peak memory so far, in MiB: of the process, and of the GPU where there is one."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"process_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
-    if torch.cuda.is_available():
+    if _env.has_cuda():
         peak["cuda_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak

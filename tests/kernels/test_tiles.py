@@ -49,7 +49,7 @@ def test_the_fastest_tile_is_kept_and_taken(monkeypatch: pytest.MonkeyPatch) -> 
     path = cache_file("NVIDIA A100-SXM4-40GB")
     assert list(json.loads(path.read_text())) == [SIZES.key("class_attention")]
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100-SXM4-40GB")
     device, near = torch.device("cuda", 0), Sizes(torch.bfloat16, 250, 1500, 512, 64)
     assert tiles.chosen_tile(device, "class_attention", near) == [t for name, t in seen if name == "class_attention"][2]
     assert tiles.chosen_tile(device, "parameter_gradients", near) is None
@@ -62,7 +62,7 @@ def test_the_fastest_tile_is_kept_and_taken(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"class_attention x": {}}', '{"unknown x": {"rows": 1}}'])
 def test_a_broken_file_is_as_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "device")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "device")
     path = cache_file("device")
     path.parent.mkdir(parents=True)
     path.write_text(text)

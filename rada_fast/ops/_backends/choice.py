@@ -132,7 +132,7 @@ def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None
         name = chosen_backend()
     if _check_name(name, "backend") == "auto":
         # A simulator makes Triton usable without a device, but nobody's first choice.
-        candidates = COMPILED if torch.cuda.is_available() else ("cpu",)
+        candidates = COMPILED if _env.has_cuda() else ("cpu",)
         for candidate in candidates:
             if reason_unavailable(candidate) is None and (refusal is None or refusal(candidate) is None):
                 return candidate

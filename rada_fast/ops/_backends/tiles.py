@@ -110,7 +110,7 @@ def _measured(path: Path) -> dict[str, Any]:
 def _chosen(device: int, launch: str, sizes: Sizes) -> Any | None:
     if _env.tiles_from_table():
         return None
-    return _measured(cache_file(torch.cuda.get_device_name(device))).get(sizes.key(launch))
+    return _measured(cache_file(_env.cuda_device_name(device))).get(sizes.key(launch))
 
 
 def chosen_tile(device: torch.device, launch: str, sizes: Sizes) -> Any | None:
@@ -139,7 +139,7 @@ def tune(
     Returns for each launch the table's tile, the fastest one and their ratio. Raises UserError while a CUDA graph is
     being captured.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if _env.has_cuda() and torch.cuda.is_current_stream_capturing():
         raise UserError("tiles cannot be tuned while a CUDA graph is being captured")
     path = cache_file(device)
     kept = {key: asdict(value) for key, value in _measured(path).items()}

@@ -83,7 +83,7 @@ for _function in _functions:
 
 
 def reason_unavailable() -> str | None:
-    if torch.cuda.is_available() or executes_on_cpu():
+    if _env.has_cuda() or executes_on_cpu():
         return None
     return "no CUDA device is visible"
 
