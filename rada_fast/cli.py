@@ -1,8 +1,12 @@
-"""The command line: arguments to one frozen configuration to one loop. PyTorch is imported once a loop starts."""
+"""The command line: it reads arguments into one frozen configuration and runs one command with it.
+
+PyTorch is imported only when a command starts, so that help and refusals come at once.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import io
 import os
 import select
@@ -11,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +28,54 @@ from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.system import notices, termination
 from rada_fast.system.notices import one_line
 
-COMMANDS: dict[str, tuple[type, str]] = {
-    "demo": (DemoOptions, "see the method work on the small CLIP that is shipped, in about two minutes"),
-    "ttt": (TTTOptions, "test-time training: adapt to every test image by itself"),
-    "eft": (EFTOptions, "efficient fine-tuning: train the adapter, encoders frozen"),
-    "fft": (FFTOptions, "full fine-tuning: adapter and classifier, then everything"),
-    "build": (BuildOptions, "compile the C++ extension, once for this PyTorch"),
-    "kernels": (KernelsOptions, "what the GPU kernels compile to: registers, spills, shared memory, occupancy"),
-    "doctor": (DoctorOptions, "what is installed, which backends are usable, and a self-test"),
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the program.
+
+    options: the class of its configuration; place: the function that runs it, as MODULE:FUNCTION; summary: the line
+    about it in the list of commands.
+    """
+
+    options: type
+    place: str
+    summary: str
+
+    def load(self) -> Callable[[Any], Any]:
+        """Import the function that runs the command. Most of these import PyTorch, which takes seconds."""
+        module, _, function = self.place.partition(":")
+        run: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
+        return run
+
+
+COMMANDS = {
+    "demo": Command(
+        DemoOptions,
+        "rada_fast.demo:run_demo",
+        "see the method work on the small CLIP that is shipped, in about two minutes",
+    ),
+    "ttt": Command(
+        TTTOptions, "rada_fast.loops.ttt:run_ttt", "test-time training: adapt to every test image by itself"
+    ),
+    "eft": Command(
+        EFTOptions, "rada_fast.loops.eft:run_eft", "efficient fine-tuning: train the adapter, encoders frozen"
+    ),
+    "fft": Command(
+        FFTOptions, "rada_fast.loops.fft:run_fft", "full fine-tuning: adapter and classifier, then everything"
+    ),
+    "build": Command(
+        BuildOptions, "rada_fast.extension.build:run_build", "compile the C++ extension, once for this PyTorch"
+    ),
+    "kernels": Command(
+        KernelsOptions,
+        "rada_fast.bench.compiled:run_kernels",
+        "what the GPU kernels compile to: registers, spills, shared memory, occupancy",
+    ),
+    "doctor": Command(
+        DoctorOptions,
+        "rada_fast.doctor:run_doctor",
+        "what is installed, which backends are usable, and a self-test",
+    ),
 }
 
 HELP = """usage: rada-fast COMMAND [--options FILE] [OPTIONS]
@@ -163,9 +208,9 @@ def _fail(message: str, status: int) -> int:
 
 
 def _command(arguments: list[str]) -> int:
-    """What a command line asks for; whatever goes wrong is raised."""
+    """Do what a command line asks for. Returns the exit status; whatever goes wrong is raised."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        listing = "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
+        listing = "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
         print(HELP.format(commands=listing), end="")
         return 0
     if arguments[0] in ("-V", "--version", "version"):
@@ -187,8 +232,10 @@ def _command(arguments: list[str]) -> int:
     try:
         with notices.collecting(hold=True):
             with termination.held():
-                run = _runner(command)
-            return run(config)
+                run = COMMANDS[command].load()
+            result = run(config)
+            # A loop returns the summary of its run, every other command its exit status.
+            return result if isinstance(result, int) else _show(result, config)
     except UserError as error:
         raise UserError(name_option(str(error), config)) from error
 
@@ -205,7 +252,7 @@ def _help(command: str) -> int:
 
     try:
         tyro.cli(
-            COMMANDS[command][0], prog=f"rada-fast {command}", args=["--help"], config=(tyro.conf.OmitArgPrefixes,)
+            COMMANDS[command].options, prog=f"rada-fast {command}", args=["--help"], config=(tyro.conf.OmitArgPrefixes,)
         )
     except SystemExit as end:
         return int(end.code or 0)
@@ -217,7 +264,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
 
     Raises UserError where an option is unknown or missing, or its value cannot be used.
     """
-    return read(COMMANDS[command][0], command, arguments)
+    return read(COMMANDS[command].options, command, arguments)
 
 
 def check_paths(config: Any) -> None:
@@ -245,48 +292,8 @@ def check_output(path: Path) -> None:
         raise UserError(f"--output {path} cannot be written: {place} gives no permission to write, or is read-only")
 
 
-def _runner(command: str) -> Callable[[Any], int]:
-    """The function that runs a command and returns the exit status; importing it imports PyTorch."""
-    if command == "demo":
-        from rada_fast.demo import run_demo
-
-        return run_demo
-    if command == "doctor":
-        from rada_fast.doctor import run_doctor
-
-        return run_doctor
-    if command == "kernels":
-        from rada_fast.bench.compiled import run_kernels
-
-        return run_kernels
-    if command == "build":
-        from rada_fast.extension.build import build
-
-        return lambda config: 0 if build(jobs=config.jobs, timeout=config.timeout, force=config.force) else 1
-    from rada_fast.loops.eft import run_eft
-    from rada_fast.loops.fft import run_fft
-    from rada_fast.loops.ttt import run_ttt
+def _show(summary: dict[str, Any], config: Any) -> int:
+    """Print the summary of a run. Returns the exit status."""
     from rada_fast.reports.summary import show
 
-    loops: dict[str, Callable[[Any], dict[str, Any]]] = {"ttt": run_ttt, "eft": run_eft, "fft": run_fft}
-
-    def run_loop(config: Any) -> int:
-        check_backend()
-        return show(loops[command](config), config.run)
-
-    return run_loop
-
-
-def check_backend() -> None:
-    """Say at once where the compiled extension is damaged, which would only be slow.
-
-    Raises UserError where the variable asks for a backend that cannot be used, before anything is encoded.
-    """
-    from rada_fast.extension import libraries
-    from rada_fast.ops._backends.choice import reason_unavailable
-
-    name = _env.backend_variable() or "auto"
-    if name != "auto" and (reason := reason_unavailable(name)):
-        raise UserError(f"RADA_FAST_BACKEND={name}: backend {name!r} cannot be used: {reason}")
-    if name == "auto" and (reason := libraries.damage()):
-        notices.warn(f"{reason}; until then this runs on plain PyTorch, more slowly")
+    return show(summary, config.run)

@@ -109,10 +109,10 @@ for command in COMMANDS:
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    for command, (config_type, _) in cli.COMMANDS.items():
-        assert f"usage: rada-fast {command}" in done.stdout
-        assert command not in ("ttt", "eft", "fft") or f"Example: rada-fast {command}" in done.stdout
-        assert all(option.flag in done.stdout for option in options_of(config_type).values())
+    for name, command in cli.COMMANDS.items():
+        assert f"usage: rada-fast {name}" in done.stdout
+        assert name not in ("ttt", "eft", "fft") or f"Example: rada-fast {name}" in done.stdout
+        assert all(option.flag in done.stdout for option in options_of(command.options).values())
 
 
 def test_the_module_runs_as_the_command_does() -> None:

@@ -55,8 +55,6 @@ class TTTOptions:
     adapter: AdapterOptions = AdapterOptions()
     episode: EpisodeConfig = EpisodeConfig()
 
-    __test__ = False  # not a test case, whatever pytest makes of the name
-
     def __post_init__(self) -> None:
         check_paths(self, "data")
         check_whole("views", self.views, 1)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rada_fast import _env
+from rada_fast.config.tools import BuildOptions
 from rada_fast.errors import UserError
 from rada_fast.extension import cuda_toolkit, libraries
 from rada_fast.extension.cuda_toolkit import Toolkit
@@ -229,6 +230,12 @@ def _compile(
         _install(work / LIBRARY, library, echo)
     echo(f"extension: built in {time.monotonic() - start:.0f} s: {library}")
     return library
+
+
+def run_build(options: BuildOptions) -> int:
+    """Compile the extension as the command's options ask. Returns the exit status."""
+    build(jobs=options.jobs, timeout=options.timeout, force=options.force)
+    return 0
 
 
 def build_wheel(output: Path | str = "dist", *, echo: Callable[[str], None] = print) -> Path:

@@ -16,6 +16,7 @@ from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.data.sources import FeatureFile, ImageFolder, open_source
 from rada_fast.errors import UserError
+from rada_fast.extension import libraries
 from rada_fast.loops.features import Features, class_means, encode_images, spread_limit
 from rada_fast.models.class_features import (
     class_features,
@@ -29,6 +30,7 @@ from rada_fast.models.trained import read_classifier
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter, load_adapter
 from rada_fast.modules.checkpoint import states_configuration
+from rada_fast.ops import backends
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
@@ -140,11 +142,26 @@ def open_sources(specs: Mapping[str, str]) -> dict[str, Source]:
     return sources
 
 
+def check_backend() -> None:
+    """Check the backend that RADA_FAST_BACKEND asks for, before anything is encoded.
+
+    Without the variable, this warns where the compiled extension is damaged, as the run is then only slow.
+
+    Raises UserError where the backend cannot be used.
+    """
+    name = _env.backend_variable() or "auto"
+    if name != "auto" and (reason := backends()[name]) != "usable":
+        raise UserError(f"RADA_FAST_BACKEND={name}: backend {name!r} cannot be used: {reason}")
+    if name == "auto" and (damage := libraries.damage()):
+        notices.warn(f"{damage}; until then this runs on plain PyTorch, more slowly")
+
+
 def open_setup(config: RunConfig, sources: Mapping[str, Source]) -> Setup:
     """The model, where data or prompts need one, beside the data.
 
     Raises UserError naming the option that cannot be used.
     """
+    check_backend()
     images = any(isinstance(source, ImageFolder) for source in sources.values())
     vlm = None
     if images or config.text.text_features is None:

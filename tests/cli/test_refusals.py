@@ -401,7 +401,7 @@ WRONG: dict[type, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_option_of_every_command_refuses_what_is_no_value_of_it(command: str) -> None:
-    options = options_of(cli.COMMANDS[command][0])
+    options = options_of(cli.COMMANDS[command].options)
     needed = [f"{option.flag}=imagefolder:x" for option in options.values() if option.required]
     cli.parse(command, needed)
     for option in options.values():

@@ -73,7 +73,7 @@ def failing_with(error: BaseException) -> Any:
 def test_whatever_is_raised_is_one_line_and_a_status(
     error: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_runner", failing_with(error))
+    monkeypatch.setattr(cli.Command, "load", failing_with(error))
     assert cli.main(["doctor"]) == status
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -85,7 +85,7 @@ def test_whatever_is_raised_is_one_line_and_a_status(
 def test_the_place_of_an_error_is_shown_where_asked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_runner", failing_with(KeyError("x")))
+    monkeypatch.setattr(cli.Command, "load", failing_with(KeyError("x")))
     monkeypatch.setenv("RADA_FAST_TRACEBACK", "1")
     assert cli.main(["doctor"]) == 70
     said = capsys.readouterr().err
