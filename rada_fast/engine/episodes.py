@@ -116,19 +116,20 @@ def adapt_episode(
     logit_scale: Tensor | float,
     config: EpisodeConfig,
     *,
-    identity: bool,
+    zero_shot: bool,
     plain: bool,
 ) -> Tensor:
     """Adapt to one image's views and predict the original. views: (V, D), the original first. Returns (K,).
 
-    identity: whether the adapter starts with zero output projections, every mask 1; plain: see EpisodeAdapter.
+    zero_shot: whether the adapter starts with zero output projections, so that every mask is 1 and it gives CLIP's own
+    logits; plain: see EpisodeAdapter.
     """
     adapted = EpisodeAdapter(adapter, views.dtype, plain=plain)
     optimizer = adapted.optimizer(config) if config.steps else None
 
     with torch.no_grad():
         # With every mask 1 the views are chosen before any adapter work.
-        if identity:
+        if zero_shot:
             logits = zero_shot_logits(views, text_features, logit_scale)  # (V, K)
         else:
             logits, _ = adapted(views, text_features, logit_scale)
@@ -182,7 +183,7 @@ def adapt_episodes(
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if config is not None and not isinstance(config, EpisodeConfig):
-        raise TypeError(f"config must be a EpisodeConfig, got {type(config).__name__}")
+        raise TypeError(f"config must be an EpisodeConfig, got {type(config).__name__}")
     if view_features.ndim != 3 or view_features.shape[1] == 0:
         raise ValueError(f"view_features must be (E, V, D) with V >= 1, got {tuple(view_features.shape)}")
     if not view_features.is_floating_point():
@@ -202,9 +203,9 @@ def adapt_episodes(
         scale = _outside_inference(logit_scale) if isinstance(logit_scale, Tensor) else logit_scale
         views = _outside_inference(view_features).to(dtype)
         text = _outside_inference(text_features).to(dtype)
-        identity, plain = adapter.is_identity(), adapter.is_plain()
+        zero_shot, plain = adapter.is_zero_shot(), adapter.is_plain()
         for index, episode in enumerate(views):
-            results.append(adapt_episode(adapter, episode, text, scale, config, identity=identity, plain=plain))
+            results.append(adapt_episode(adapter, episode, text, scale, config, zero_shot=zero_shot, plain=plain))
             if on_episode is not None:
                 on_episode(index + 1)
         if not results:

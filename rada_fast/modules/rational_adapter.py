@@ -165,7 +165,7 @@ class RationalAdapter(nn.Module):
         assert output.mask is not None
         return output.mask
 
-    def is_identity(self) -> bool:
+    def is_zero_shot(self) -> bool:
         """Whether every output projection is exactly zero, so that the logits are the zero-shot ones.
 
         It reads the parameters' values: on a GPU, call it once, not in a loop. An output projection that is more than

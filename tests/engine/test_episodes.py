@@ -328,7 +328,7 @@ def test_arguments_of_another_kind_are_named() -> None:
         ({"text_features": text.long()}, "text_features must be floating point, got torch.int64"),
         ({"view_features": views[:0], "text_features": text[:, :8]}, "text_features must have the adapter's width"),
         ({"logit_scale": "x"}, "logit_scale must be a number"),
-        ({"config": {"steps": 1}}, "config must be a EpisodeConfig, got dict"),
+        ({"config": {"steps": 1}}, "config must be an EpisodeConfig, got dict"),
     ):
         given: dict[str, Any] = {"view_features": views, "text_features": text, "logit_scale": 20.0}
         with pytest.raises((TypeError, ValueError), match=message):

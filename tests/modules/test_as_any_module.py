@@ -182,7 +182,7 @@ def test_the_meta_device_and_starting_anew(config: AdapterConfig) -> None:
     with pytest.raises(ValueError, match="must be on cpu as image_features are, got meta"):
         adapter(torch.ones(2, 16), torch.ones(5, 16), 100.0)
     with pytest.raises(ValueError, match="on the meta device: give it values first, by to_empty and reset_parameters"):
-        adapter.is_identity()
+        adapter.is_zero_shot()
     with pytest.raises(UserError, match="on the meta device: give it values first"):
         save_adapter(adapter, "nowhere")
     adapter.to_empty(device="cpu")
@@ -190,19 +190,19 @@ def test_the_meta_device_and_starting_anew(config: AdapterConfig) -> None:
     adapter.reset_parameters()
     torch.manual_seed(7)
     fresh = RationalAdapter(config)
-    assert adapter.is_identity()
+    assert adapter.is_zero_shot()
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in adapter.state_dict().items())
     # As FSDP's deferred initialisation does: layer by layer.
     for layer in adapter.modules():
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()
-    assert adapter.is_identity()
+    assert adapter.is_zero_shot()
 
 
 @pytest.mark.parametrize("way", ["lora", "hook", "weight-norm"])
 def test_an_output_projection_that_is_more_is_no_identity(way: str) -> None:
     adapter = RationalAdapter(CONFIG)
-    assert adapter.is_identity()
+    assert adapter.is_zero_shot()
     match way:
         case "lora":
             adapter.out_proj = LoRA(adapter.get_submodule("out_proj"))  # type: ignore[arg-type]
@@ -211,7 +211,7 @@ def test_an_output_projection_that_is_more_is_no_identity(way: str) -> None:
         case _:
             nn.init.normal_(adapter.get_parameter("out_proj.weight"))
             parametrizations.weight_norm(adapter.get_submodule("out_proj"))
-    assert not adapter.is_identity()
+    assert not adapter.is_zero_shot()
 
 
 def wrapped(kind: str, adapter: RationalAdapter) -> nn.Module:
@@ -330,7 +330,7 @@ def test_sharded_adapters_compute_and_say_what_they_do_not(tmp_path: Path, mesh:
         torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
         logits.sum().backward()
         assert adapter.k_proj.weight.grad is not None
-        assert not adapter.is_identity()
+        assert not adapter.is_zero_shot()
     assert sharded(*PROJECTIONS).mask(*given).shape == (2, 5, 16)
     with pytest.raises(ValueError, match="q_proj1 is sharded by fully_shard, which gathers it for forward alone"):
         sharded("").mask(*given)

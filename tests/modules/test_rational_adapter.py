@@ -19,7 +19,7 @@ def test_parameters_have_the_published_names_count_and_start() -> None:
     adapter = RationalAdapter(AdapterConfig.official(512))
     assert list(adapter.state_dict()) == [f"{name}.{leaf}" for name in PUBLISHED for leaf in ("weight", "bias")]
     assert sum(parameter.numel() for parameter in adapter.parameters()) == 1_575_936
-    assert adapter.is_identity()
+    assert adapter.is_zero_shot()
     # torch.nn.Linear's start: uniform within 1 / sqrt(D).
     assert 0.9 / 512**0.5 < adapter.k_proj.weight.abs().max().item() <= 1 / 512**0.5
 
@@ -38,7 +38,7 @@ def test_forward_mask_and_functional_call_agree() -> None:
     adapter = RationalAdapter(AdapterConfig.official(16))
     with torch.no_grad():
         adapter.get_parameter("out_proj.weight").normal_()
-    assert not adapter.is_identity()
+    assert not adapter.is_zero_shot()
     image, text = normalize(torch.randn(2, 16), dim=-1), normalize(torch.randn(5, 16), dim=-1)
     logits, penalty = adapter(image, text, 100.0, penalty="l2")
     mask = adapter.mask(image, text, 100.0)
