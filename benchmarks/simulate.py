@@ -25,8 +25,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from rada_fast import _env
 from rada_fast.config.arguments import shortened
@@ -36,80 +34,14 @@ from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
 from rada_fast.system.terminal import PlainConsole, print_json
 
+from . import costs
+
 DEVICE = "a100-40gb"
 BESIDE = Path(__file__).resolve().parents[2] / "shared"
 """Where the simulator is looked for after PYTHONPATH."""
 SIZES = ("6x200", "6x1000", "1x500", "64x100", "8x6x200")
 MOST_ROWS = 2**20
 """The most images times classes of one size: more would take hours and gigabytes."""
-
-
-def least_operations(batch: int, classes: int, width: int) -> int:
-    """F_min = B (8 K D^2 + 6 K^2 D): the forward's products, a multiply-add being two operations."""
-    return batch * (8 * classes * width**2 + 6 * classes**2 * width)
-
-
-def least_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int) -> dict[str, int]:
-    """By kernel, the bytes of what it must read and write once, in bfloat16 with all query kinds and the l2 penalty.
-
-    Weights are those of each episode. Statistics are float32: a log-sum, a factor and a delta for each row, head and
-    wide query kind, a logit's sum for each row. Scratch counts for nothing, a sum over columns for one value, and the
-    gradient of a text query that images share for one copy of it.
-    """
-    width, heads, images = config.embed_dim, config.num_heads, episodes * batch
-    rows, matrix = images * classes, config.softmax == "matrix"
-    wide, text, image = 2 * rows * width, 2 * classes * width, 2 * images * width  # (B, K, D), T and f
-    q_text, q_image = episodes * text, 2 * image  # the image query and its attention are float32
-    weight = episodes * 2 * width * (width + config.bias)
-    statistics, each = 4 * 2 * heads * rows, 4 * rows
-    factors = statistics if matrix else 0
-    attended = 2 * wide + q_image + factors
-    queries = q_text + wide + q_image
-    inward = queries + 3 * wide + statistics  # queries, keys, values, dO, deltas
-    return {
-        "rational_projections_fwd": image + text + 5 * weight + queries + 2 * wide,
-        "class_attention_fwd": queries + 2 * wide + 2 * wide + q_image + statistics,
-        "softmax_factors": 2 * statistics,
-        "masked_logits_fwd": image + text + attended + weight + each,
-        "masked_logits_reduce": 2 * each + 2 * rows,
-        "masked_logits_bwd_offset": image + text + attended + weight + 2 * rows + wide,
-        "masked_logits_bwd_attended": wide + 2 * wide + factors + weight + wide + statistics,
-        "row_deltas": 2 * statistics,
-        "class_attention_bwd_queries": inward + (0 if matrix else statistics) + q_image + queries,
-        "class_attention_bwd_keys": inward + (0 if matrix else statistics) + 2 * wide,
-        "parameter_gradients_kernel": image + text + attended + 4 * wide + q_text + q_image + 6 * weight,
-    }
-
-
-class EagerCounter(TorchDispatchMode):
-    """What eager execution launches: operations of products, bytes that every kernel reads and writes."""
-
-    def __init__(self, bytes_per_second: float, operations_per_second: float) -> None:
-        super().__init__()
-        self.launches, self.operations, self.bytes, self.seconds = 0, 0, 0, 0.0
-        self._bandwidth, self._peak = bytes_per_second, operations_per_second
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if (
-            func.is_view
-            or func.namespace == "prim"
-            or func._schema.name in ("aten::detach", "aten::empty.memory_format")
-        ):
-            return out
-        outputs = [value for value in (out if isinstance(out, tuple | list) else (out,)) if isinstance(value, Tensor)]
-        inputs = [value for value in args if isinstance(value, Tensor)]
-        if not outputs:
-            return out
-        # An expanded tensor is read once: its storage counts, not its shape.
-        moved = sum(min(value.nbytes, value.untyped_storage().nbytes()) for value in (*inputs, *outputs))
-        count = flop_registry.get(func._overloadpacket)
-        operations = count(*args, **(kwargs or {}), out_val=out) if count else 0
-        self.launches += 1
-        self.operations += operations
-        self.bytes += moved
-        self.seconds += max(moved / self._bandwidth, operations / self._peak)
-        return out
 
 
 def _tensors(
@@ -140,8 +72,8 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
         forward = len(log)
         assert output.penalty is not None
         (output.logits.float().sum() + output.penalty.sum()).backward()
-    least = least_operations(episodes * batch, classes, config.embed_dim)
-    must = least_bytes(config, episodes, batch, classes)
+    least = costs.least_operations(episodes * batch, classes, config.embed_dim)
+    must = costs.kernel_bytes(config, episodes, batch, classes)
     size = {"episodes": episodes, "batch": batch, "classes": classes}
 
     def row(name: str, stats: list[Any], minimum: float) -> dict[str, Any]:
@@ -164,11 +96,13 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
             "bound_by": max(bounds[0].terms, key=bounds[0].terms.get) if len(stats) == 1 else "",
         }
 
-    rows = [row(stats.kernel, [stats], least if at < forward else 2.5 * least) for at, stats in enumerate(log)]
-    rows += [row("forward", log[:forward], least), row("backward", log[forward:], 2.5 * least)]
+    rows = [
+        row(stats.kernel, [stats], least if at < forward else costs.BACKWARD * least) for at, stats in enumerate(log)
+    ]
+    rows += [row("forward", log[:forward], least), row("backward", log[forward:], costs.BACKWARD * least)]
     machine = ptxsim.GPUS[DEVICE]
     image, text, parameters = _tensors(config, 1, batch, classes, "meta")
-    with EagerCounter(machine.hbm_bytes, machine.tensor["bf16"]) as eager:
+    with costs.EagerCounter(machine.hbm_bytes, machine.tensor["bf16"]) as eager:
         output = rational_adapter(image, text, 100.0, parameters, config, penalty="l2", backend="literal")
         assert output.penalty is not None
         (output.logits.float().sum() + output.penalty).backward()
@@ -177,7 +111,7 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
             **size,
             "kernel": "literal, both passes",
             "launches": episodes * eager.launches,
-            "tensor_over_least": episodes * eager.operations / (3.5 * least),
+            "tensor_over_least": episodes * eager.operations / ((1 + costs.BACKWARD) * least),
             "requested_bytes": episodes * eager.bytes,
             "unique_bytes": episodes * eager.bytes,
             "bound_microseconds": 1e6 * episodes * eager.seconds,

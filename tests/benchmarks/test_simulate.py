@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import simulate
+from benchmarks import costs, simulate
 from rada_fast import _env
 
 
@@ -32,7 +32,7 @@ def test_a_line_for_each_kernel_and_pass(
 
 
 def test_the_least_counts_products_only() -> None:
-    assert simulate.least_operations(6, 1000, 512) == 6 * (8 * 1000 * 512**2 + 6 * 1000**2 * 512)
+    assert costs.least_operations(6, 1000, 512) == 6 * (8 * 1000 * 512**2 + 6 * 1000**2 * 512)
 
 
 @pytest.mark.parametrize(

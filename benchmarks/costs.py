@@ -1,0 +1,108 @@
+"""What a call costs at the least, and what the published arithmetic costs; measurements are compared with both.
+
+A multiply-add counts as two operations. Sizes are the method's own: B images, K classes, width D, E episodes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from rada_fast.config.method import AdapterConfig
+
+BACKWARD = 2.5
+"""The backward pass of the adapter takes this many times the operations of its forward pass."""
+OPTIMIZER_PASSES = 7
+"""AdamW moves this many times the parameters' bytes: it reads them, their gradients and two moments of each, and writes
+all of these but the gradients."""
+
+
+def least_operations(batch: int, classes: int, width: int) -> int:
+    """F_min = B (8 K D^2 + 6 K^2 D), the operations of the matrix products of one forward pass of the adapter."""
+    return batch * (8 * classes * width**2 + 6 * classes**2 * width)
+
+
+def step_elements(config: AdapterConfig, batch: int, classes: int, *, backward: bool) -> int:
+    """The elements that one pass of the adapter must read or write, if all tensors between stay on the chip.
+
+    These are the parameters and the features, read once, and the logits, written once; with the backward pass also the
+    gradients of the parameters, written once.
+    """
+    width = config.embed_dim
+    parameters = 6 * (width**2 + (width if config.bias else 0))
+    return parameters * (2 if backward else 1) + (batch + classes) * width + batch * classes
+
+
+def literal_bytes(config: AdapterConfig, batch: int, classes: int) -> int:
+    """Roughly the memory that the literal baseline needs: six float32 tensors of K x K for every image and head."""
+    return 6 * 4 * batch * config.num_heads * classes**2
+
+
+def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int) -> dict[str, int]:
+    """For each Triton kernel, the bytes that one launch must read and write.
+
+    Storage is bfloat16, all query kinds are in use, and the penalty is l2. Every episode has weights of its own.
+    Statistics are float32: a log-sum, a factor and a delta for each row, head and query kind whose attention has the
+    shape (B, K, D), and the sum of a logit for each row. Scratch memory counts as nothing, a sum over columns counts as
+    one value, and the gradient of a text query, which the images share, counts as one copy.
+    """
+    width, heads, images = config.embed_dim, config.num_heads, episodes * batch
+    rows, matrix = images * classes, config.softmax == "matrix"
+    wide, text, image = 2 * rows * width, 2 * classes * width, 2 * images * width  # (B, K, D), T and f
+    q_text, q_image = episodes * text, 2 * image  # the image query and its attention are float32
+    weight = episodes * 2 * width * (width + config.bias)
+    statistics, each = 4 * 2 * heads * rows, 4 * rows
+    factors = statistics if matrix else 0
+    attended = 2 * wide + q_image + factors
+    queries = q_text + wide + q_image
+    attention_reads = queries + 3 * wide + statistics  # queries, keys, values, dO, deltas
+    return {
+        "rational_projections_fwd": image + text + 5 * weight + queries + 2 * wide,
+        "class_attention_fwd": queries + 2 * wide + 2 * wide + q_image + statistics,
+        "softmax_factors": 2 * statistics,
+        "masked_logits_fwd": image + text + attended + weight + each,
+        "masked_logits_reduce": 2 * each + 2 * rows,
+        "masked_logits_bwd_offset": image + text + attended + weight + 2 * rows + wide,
+        "masked_logits_bwd_attended": wide + 2 * wide + factors + weight + wide + statistics,
+        "row_deltas": 2 * statistics,
+        "class_attention_bwd_queries": attention_reads + (0 if matrix else statistics) + q_image + queries,
+        "class_attention_bwd_keys": attention_reads + (0 if matrix else statistics) + 2 * wide,
+        "parameter_gradients_kernel": image + text + attended + 4 * wide + q_text + q_image + 6 * weight,
+    }
+
+
+class EagerCounter(TorchDispatchMode):
+    """Counts what eager PyTorch launches under it: kernels, operations of products, and bytes read and written.
+
+    seconds: the sum over all launches of the time that each would take at the given rates.
+    """
+
+    def __init__(self, bytes_per_second: float, operations_per_second: float) -> None:
+        super().__init__()
+        self.launches, self.operations, self.bytes, self.seconds = 0, 0, 0, 0.0
+        self._bandwidth, self._peak = bytes_per_second, operations_per_second
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (
+            func.is_view
+            or func.namespace == "prim"
+            or func._schema.name in ("aten::detach", "aten::empty.memory_format")
+        ):
+            return out
+        outputs = [value for value in (out if isinstance(out, tuple | list) else (out,)) if isinstance(value, Tensor)]
+        inputs = [value for value in args if isinstance(value, Tensor)]
+        if not outputs:
+            return out
+        # An expanded tensor is read once: its storage counts, not its shape.
+        moved = sum(min(value.nbytes, value.untyped_storage().nbytes()) for value in (*inputs, *outputs))
+        count = flop_registry.get(func._overloadpacket)
+        operations = count(*args, **(kwargs or {}), out_val=out) if count else 0
+        self.launches += 1
+        self.operations += operations
+        self.bytes += moved
+        self.seconds += max(moved / self._bandwidth, operations / self._peak)
+        return out
