@@ -60,16 +60,16 @@ def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int)
     queries = q_text + wide + q_image
     attention_reads = queries + 3 * wide + statistics  # queries, keys, values, dO, deltas
     return {
-        "rational_projections_fwd": image + text + 5 * weight + queries + 2 * wide,
-        "class_attention_fwd": queries + 2 * wide + 2 * wide + q_image + statistics,
-        "softmax_factors": 2 * statistics,
-        "masked_logits_fwd": image + text + attended + weight + each,
-        "masked_logits_reduce": 2 * each + 2 * rows,
-        "masked_logits_bwd_offset": image + text + attended + weight + 2 * rows + wide,
-        "masked_logits_bwd_attended": wide + 2 * wide + factors + weight + wide + statistics,
-        "row_deltas": 2 * statistics,
-        "class_attention_bwd_queries": attention_reads + (0 if matrix else statistics) + q_image + queries,
-        "class_attention_bwd_keys": attention_reads + (0 if matrix else statistics) + 2 * wide,
+        "rational_projections_forward_kernel": image + text + 5 * weight + queries + 2 * wide,
+        "class_attention_forward_kernel": queries + 2 * wide + 2 * wide + q_image + statistics,
+        "softmax_factors_kernel": 2 * statistics,
+        "masked_logits_forward_kernel": image + text + attended + weight + each,
+        "masked_logits_reduce_kernel": 2 * each + 2 * rows,
+        "masked_logits_backward_offset_kernel": image + text + attended + weight + 2 * rows + wide,
+        "masked_logits_backward_attended_kernel": wide + 2 * wide + factors + weight + wide + statistics,
+        "row_deltas_kernel": 2 * statistics,
+        "class_attention_backward_queries_kernel": attention_reads + (0 if matrix else statistics) + q_image + queries,
+        "class_attention_backward_keys_kernel": attention_reads + (0 if matrix else statistics) + 2 * wide,
         "parameter_gradients_kernel": image + text + attended + 4 * wide + q_text + q_image + 6 * weight,
     }
 

@@ -29,7 +29,7 @@ from rada_fast.kernels._common import (
     quads,
     store_column_sums,
 )
-from rada_fast.kernels.rational_projections import Projections
+from rada_fast.kernels.rational_projections import ProjectionBuffers
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _online(scores, top, total, out, v, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def class_attention_fwd(
+def class_attention_forward_kernel(
     q_image, q_text, q_rational, keys, values, attended_image, attended_text, attended_rational, logsums, image_logsums,
     batch, classes, tiles, images_per_text, scale,
     D: tl.constexpr, HEAD: tl.constexpr, HEAD_VECTOR: tl.constexpr,
@@ -282,7 +282,7 @@ def class_attention_fwd(
 
 
 @triton.jit
-def softmax_factors(logsums, factors, totals, batch, classes, BLOCK: tl.constexpr):
+def softmax_factors_kernel(logsums, factors, totals, batch, classes, BLOCK: tl.constexpr):
     """w[i] = K exp2(logsum[i] - log-sum of the head's whole matrix), and that log-sum less log2 K. Axis 0: kind, head,
     image."""
     row = tl.program_id(0).to(tl.int64) * classes
@@ -318,8 +318,8 @@ class Attended:
     totals: Tensor | None
 
 
-def class_attention(
-    projections: Projections,
+def class_attention_forward(
+    projections: ProjectionBuffers,
     *,
     num_heads: int,
     temperature: float,
@@ -329,7 +329,7 @@ def class_attention(
 ) -> Attended:
     """Attention of every query kind in use over the classes, in one launch, for the matrix softmax two.
 
-    projections: as made by rational_projections. temperature: divides the scores, next to sqrt(d).
+    projections: as rational_projections_forward returns them. temperature: divides the scores, next to sqrt(d).
     """
     keys, values = projections.keys, projections.values
     batch, classes, width = keys.shape
@@ -353,7 +353,7 @@ def class_attention(
     programs = batch * num_heads * cdiv(head, tile.columns) * (tiles + (image is not None))
     vector = triton.next_power_of_2(head)
     wide = _is_wide(keys.dtype, head, tile)
-    class_attention_fwd[(programs,)](
+    class_attention_forward_kernel[(programs,)](
         image, text, rational, keys, values, made.image, made.text, made.rational, made.logsums, made.image_logsums,
         batch, classes, tiles, batch // (text.shape[0] if text is not None else 1),
         LOG2E / (math.sqrt(head) * temperature),
@@ -370,7 +370,7 @@ def class_attention(
         assert made.factors is not None
         # Only the kinds in use: their rows lie together.
         first, last = 0 if text is not None else 1, 2 if rational is not None else 1
-        softmax_factors[((last - first) * num_heads * batch,)](
+        softmax_factors_kernel[((last - first) * num_heads * batch,)](
             made.logsums[first:last], made.factors[first:last], made.totals[first:last], batch, classes,
             BLOCK=max(128, min(1024, triton.next_power_of_2(classes))), num_warps=4,
         )  # fmt: skip
@@ -378,7 +378,7 @@ def class_attention(
 
 
 @triton.jit
-def row_deltas(deltas, sums, batch, classes, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def row_deltas_kernel(deltas, sums, batch, classes, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """sums[kind, head, b] = deltas' sum over a head's chunks, which the row softmax subtracts. Axis 0: kind, head,
     image."""
     program = tl.program_id(0).to(tl.int64)
@@ -404,9 +404,9 @@ def _mean_delta(deltas, first, classes, rows, head, CHUNKS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def class_attention_bwd_queries(
-    q_image, q_text, q_rational, keys, values, d_attended, attended_image, logsums, image_logsums, totals, deltas,
-    d_q_image, d_q_text, d_q_rational, image_pairs, d_attended_sum,
+def class_attention_backward_queries_kernel(
+    q_image, q_text, q_rational, keys, values, dattended, attended_image, logsums, image_logsums, totals, deltas,
+    dq_image, dq_text, dq_rational, image_pairs, dattended_sum,
     batch, classes, tiles, images_per_text, scale, share,
     D: tl.constexpr, HEAD: tl.constexpr, HEAD_VECTOR: tl.constexpr, CHUNKS: tl.constexpr,
     IMAGE: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, WIDE: tl.constexpr, MATRIX: tl.constexpr,
@@ -435,9 +435,9 @@ def class_attention_bwd_queries(
         c_ok = group * BLOCK_D + c < HEAD
         mine = column + group * BLOCK_D + c
         held = i_ok[:, None] & c_ok[None, :]
-        d_rows = d_attended + (first + i) * D + column
+        dattended_rows = dattended + (first + i) * D + column
         if not WIDE:
-            do = tl.load(d_rows[:, None] + c[None, :], mask=held, other=0.0)
+            do = tl.load(dattended_rows[:, None] + c[None, :], mask=held, other=0.0)
         if TEXT:
             text_rows = q_text + ((b // images_per_text) * classes + i) * D + column
             if not WIDE:
@@ -469,7 +469,7 @@ def class_attention_bwd_queries(
             value_rows = values + (first + j) * D + column
             k = tl.load(keys + (first + j)[:, None] * D + mine[None, :], mask=j_ok[:, None] & c_ok[None, :], other=0.0)
             if WIDE:
-                dp = _scores(d_rows, value_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+                dp = _scores(dattended_rows, value_rows, i_ok, j_ok, HEAD, D, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
             else:
                 v = tl.load(value_rows[None, :] + c[:, None], mask=j_ok[None, :] & c_ok[:, None], other=0.0)
                 dp = product(do, v, None, PRECISION)
@@ -492,9 +492,9 @@ def class_attention_bwd_queries(
                 dq_r = product(ds.to(k.dtype), k, dq_r, PRECISION)
         at = (first + i)[:, None] * D + mine[None, :]
         if TEXT:
-            tl.store(d_q_text + at, (dq_t * natural).to(d_q_text.dtype.element_ty), mask=held)
+            tl.store(dq_text + at, (dq_t * natural).to(dq_text.dtype.element_ty), mask=held)
         if RATIONAL:
-            tl.store(d_q_rational + at, (dq_r * natural).to(d_q_rational.dtype.element_ty), mask=held)
+            tl.store(dq_rational + at, (dq_r * natural).to(dq_rational.dtype.element_ty), mask=held)
     elif IMAGE:
         if group == 0:
             c = quads(HEAD_VECTOR)
@@ -504,10 +504,10 @@ def class_attention_bwd_queries(
             for start in range(0, classes, BLOCK_I):
                 i = start + tl.arange(0, BLOCK_I)
                 ok = (i < classes)[:, None] & c_ok[None, :]
-                part = tl.load(d_attended + (first + i)[:, None] * D + (column + c)[None, :], mask=ok, other=0.0)
+                part = tl.load(dattended + (first + i)[:, None] * D + (column + c)[None, :], mask=ok, other=0.0)
                 rows_of_do += part.to(tl.float32)
             do = tl.sum(rows_of_do, 0)
-            store_column_sums(d_attended_sum + row, do, c_ok, BLOCK_I, HEAD_VECTOR)
+            store_column_sums(dattended_sum + row, do, c_ok, BLOCK_I, HEAD_VECTOR)
             delta = tl.sum(rows_of_do * tl.load(attended_image + row, mask=c_ok, other=0.0)[None, :])
             q = tl.load(q_image + row, mask=c_ok, other=0.0) * scale
             logsum = tl.load(image_logsums + b * heads + head)
@@ -526,13 +526,13 @@ def class_attention_bwd_queries(
                 there = ((b * heads + head) * classes + j)[:, None] * 4 + c[None, :]
                 pair = tl.where((c % 2 == 0)[None, :], (p * share)[:, None], (ds * natural)[:, None])
                 tl.store(image_pairs + there, pair, mask=j_ok[:, None] & (c < 4)[None, :])
-            store_column_sums(d_q_image + row, tl.sum(dq, 0) * natural, c_ok, BLOCK_I, HEAD_VECTOR)
+            store_column_sums(dq_image + row, tl.sum(dq, 0) * natural, c_ok, BLOCK_I, HEAD_VECTOR)
 
 
 @triton.jit
-def class_attention_bwd_keys(
-    q_image, q_text, q_rational, keys, values, d_attended, logsums, totals, deltas, image_pairs, d_attended_sum,
-    d_keys, d_values,
+def class_attention_backward_keys_kernel(
+    q_image, q_text, q_rational, keys, values, dattended, logsums, totals, deltas, image_pairs, dattended_sum,
+    dkeys, dvalues,
     batch, classes, tiles, images_per_text, scale, share,
     D: tl.constexpr, HEAD: tl.constexpr, CHUNKS: tl.constexpr,
     IMAGE: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, WIDE: tl.constexpr, MATRIX: tl.constexpr,
@@ -579,10 +579,10 @@ def class_attention_bwd_keys(
             i = start + tl.arange(0, BLOCK_Q)
             i_ok = i < classes
             here = i_ok[:, None] & c_ok[None, :]
-            d_rows = d_attended + (first + i) * D + column
-            do = tl.load(d_attended + (first + i)[:, None] * D + mine[None, :], mask=here, other=0.0)
+            dattended_rows = dattended + (first + i) * D + column
+            do = tl.load(dattended + (first + i)[:, None] * D + mine[None, :], mask=here, other=0.0)
             if WIDE:
-                dp = _scores(value_rows, d_rows, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
+                dp = _scores(value_rows, dattended_rows, j_ok, i_ok, HEAD, D, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
             else:
                 dp = product(v, tl.trans(do), None, PRECISION)
             both = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
@@ -629,17 +629,17 @@ def class_attention_bwd_keys(
         there = ((b * heads + head) * classes + j) * 4
         p = tl.load(image_pairs + there, mask=j_ok, other=0.0)
         ds = tl.load(image_pairs + there + 1, mask=j_ok, other=0.0)
-        dv += p[:, None] * tl.load(d_attended_sum + b * D + mine, mask=c_ok, other=0.0)[None, :]
+        dv += p[:, None] * tl.load(dattended_sum + b * D + mine, mask=c_ok, other=0.0)[None, :]
         dk += ds[:, None] * tl.load(q_image + b * D + mine, mask=c_ok, other=0.0)[None, :]
     at = (first + j)[:, None] * D + mine[None, :]
-    tl.store(d_keys + at, dk.to(d_keys.dtype.element_ty), mask=held)
-    tl.store(d_values + at, dv.to(d_values.dtype.element_ty), mask=held)
+    tl.store(dkeys + at, dk.to(dkeys.dtype.element_ty), mask=held)
+    tl.store(dvalues + at, dv.to(dvalues.dtype.element_ty), mask=held)
 
 
 def class_attention_backward(
-    projections: Projections,
+    projections: ProjectionBuffers,
     attended: Attended,
-    d_attended: Tensor,
+    dattended: Tensor,
     deltas: Tensor,
     *,
     num_heads: int,
@@ -647,17 +647,17 @@ def class_attention_backward(
     matrix: bool,
     precision: str = "ieee",
     tile: Tile | None = None,
-) -> Projections:
+) -> ProjectionBuffers:
     """Gradients of every projection, in two launches, for the row softmax in three; q_text's is (B, K, D).
 
-    d_attended: dO, (B, K, D); deltas: (2, D/g, B, K) float32, dO . w O^c over chunks of g columns, text query first.
+    dattended: dO, (B, K, D); deltas: (2, D/g, B, K) float32, dO . w O^c over chunks of g columns, text query first.
     """
     keys, values = projections.keys, projections.values
     batch, classes, width = keys.shape
     head = width // num_heads
     tile = tile or tile_of(keys.dtype, classes, head, backward=True, precision=precision)
     text, rational, image = projections.q_text, projections.q_rational, projections.q_image
-    made = Projections(
+    made = ProjectionBuffers(
         torch.empty_like(keys),
         torch.empty_like(keys),
         None if rational is None else torch.empty_like(keys),
@@ -668,7 +668,7 @@ def class_attention_backward(
         return made
     exact = {"dtype": torch.float32, "device": keys.device}
     image_pairs = torch.empty((batch, num_heads, classes, 4), **exact) if image is not None else None
-    d_sum = torch.empty((batch, width), **exact) if image is not None else None
+    dattended_sum = torch.empty((batch, width), **exact) if image is not None else None
     kinds = [text is not None, rational is not None, image is not None]
     tiles = cdiv(classes, tile.queries) if any(kinds[:2]) else 0
     groups = cdiv(head, tile.columns)
@@ -680,7 +680,7 @@ def class_attention_backward(
         # Only the kinds in use: their rows lie together.
         used = slice(0 if kinds[0] else 1, 2 if kinds[1] else 1)
         parts, deltas = deltas, torch.empty((2, num_heads, batch, classes), **exact)
-        row_deltas[(sum(kinds[:2]) * num_heads * batch,)](
+        row_deltas_kernel[(sum(kinds[:2]) * num_heads * batch,)](
             parts[used], deltas[used], batch, classes,
             CHUNKS=chunks, BLOCK=max(128, min(1024, triton.next_power_of_2(classes))), num_warps=4,
         )  # fmt: skip
@@ -692,9 +692,9 @@ def class_attention_backward(
         "PRECISION": default_precision(keys.dtype, precision),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    class_attention_bwd_queries[(batch * num_heads * groups * (tiles + kinds[2]),)](
-        image, text, rational, keys, values, d_attended, attended.image, attended.logsums, attended.image_logsums,
-        attended.totals, deltas, made.q_image, made.q_text, made.q_rational, image_pairs, d_sum,
+    class_attention_backward_queries_kernel[(batch * num_heads * groups * (tiles + kinds[2]),)](
+        image, text, rational, keys, values, dattended, attended.image, attended.logsums, attended.image_logsums,
+        attended.totals, deltas, made.q_image, made.q_text, made.q_rational, image_pairs, dattended_sum,
         batch, classes, tiles, per_text, scale, share,
         HEAD_VECTOR=vector, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, **common,
         # The image query's two accumulators of 64 x 64 spill on Blackwell.
@@ -702,9 +702,9 @@ def class_attention_backward(
     )  # fmt: skip
     # Keys' tiles are as high as queries' tiles, so that either pass reads what the other owns in short strips.
     key_tiles = cdiv(classes, tile.queries)
-    class_attention_bwd_keys[(batch * num_heads * groups * key_tiles,)](
-        image, text, rational, keys, values, d_attended, attended.logsums, attended.totals, deltas,
-        image_pairs, d_sum, made.keys, made.values,
+    class_attention_backward_keys_kernel[(batch * num_heads * groups * key_tiles,)](
+        image, text, rational, keys, values, dattended, attended.logsums, attended.totals, deltas,
+        image_pairs, dattended_sum, made.keys, made.values,
         batch, classes, key_tiles, per_text, scale, share,
         BLOCK_Q=tile.keys, BLOCK_K=tile.queries, **common,
     )  # fmt: skip

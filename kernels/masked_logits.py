@@ -92,7 +92,7 @@ def _one_plus_offset(
 
 
 @triton.jit
-def masked_logits_fwd(
+def masked_logits_forward_kernel(
     image, text, attended_text, attended_rational, attended_image, factors, weight, bias,
     logit_parts, penalty_parts, peak_values, peak_columns, mask,
     images, classes, total_rows, w_stride, b_stride, share,
@@ -143,7 +143,7 @@ def masked_logits_fwd(
 
 
 @triton.jit
-def masked_logits_reduce(
+def masked_logits_reduce_kernel(
     logit_parts, penalty_parts, peak_values, peak_columns, logit_scale, logits, sums, penalty, peaks,
     batch, images, classes, total_rows, parts, elements,
     D: tl.constexpr, BLOCKS: tl.constexpr, PEAKS: tl.constexpr, PENALTY: tl.constexpr,
@@ -223,7 +223,7 @@ def _options(attended: Attended, num_heads: int, weight: Tensor, bias: Tensor | 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def masked_logits(
+def masked_logits_forward(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
@@ -243,7 +243,7 @@ def masked_logits(
     """Logits, penalty of each episode and, if asked for, the mask, in two launches.
 
     image: (B, D); text: (K, D); weight: Wo, (D, D) or (E, D, D); bias: (D,), (E, D) or None; other arguments as in
-    rational_projections.
+    rational_projections_forward.
     """
     (batch, width), classes = image.shape, text.shape[0]
     images, rows = batch // episodes, batch * classes
@@ -268,7 +268,7 @@ def masked_logits(
     peak_columns = torch.empty_like(peak_values, dtype=torch.int32) if peak_values is not None else None
     options = _options(attended, num_heads, weight, bias, dtype)
     share = 1 / sum(part is not None for part in (attended.text, attended.rational, attended.image))
-    masked_logits_fwd[(tiles * blocks, episodes)](
+    masked_logits_forward_kernel[(tiles * blocks, episodes)](
         image, text, attended.text, attended.rational, attended.image, attended.factors, weight, bias,
         logit_parts, penalty_parts, peak_values, peak_columns, made.mask,
         images, classes, rows, episode_stride(weight), width if episode_stride(weight) else 0, share,
@@ -276,7 +276,7 @@ def masked_logits(
         TWO=classes >= tile.rows, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
         PRECISION=default_precision(dtype, precision), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    masked_logits_reduce[(batch + (episodes if kind else 0),)](
+    masked_logits_reduce_kernel[(batch + (episodes if kind else 0),)](
         logit_parts, penalty_parts, peak_values, peak_columns, logit_scale, made.logits, made.sums, made.penalty,
         made.peaks, batch, images, classes, rows, tiles * blocks, float(images * classes * width),
         D=width, BLOCKS=parts, PEAKS=candidates, PENALTY=kind, BLOCK=512,
@@ -287,9 +287,9 @@ def masked_logits(
 
 
 @triton.jit
-def masked_logits_bwd_offset(
+def masked_logits_backward_offset_kernel(
     image, text, logit_scale, attended_text, attended_rational, attended_image, factors, weight, bias,
-    d_logits, d_penalty, d_mask, peaks, d_offset, weighted,
+    dlogits, dpenalty, dmask, peaks, doffset, weighted,
     images, classes, total_rows, w_stride, b_stride, share, elements,
     D: tl.constexpr, HEAD: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, IMAGE: tl.constexpr,
     MATRIX: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PENALTY: tl.constexpr, LOGITS: tl.constexpr,
@@ -320,14 +320,14 @@ def masked_logits_bwd_offset(
         m = tl.where(cut, 0.0, m)
     dm = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if LOGITS:
-        g = tl.load(d_logits + first_row + row, mask=ok, other=0.0).to(tl.float32) * tl.load(logit_scale)
+        g = tl.load(dlogits + first_row + row, mask=ok, other=0.0).to(tl.float32) * tl.load(logit_scale)
         dm += g[:, None] * rational_rows(image, text, first_image, first, row, ok, rows, classes, n, D, BLOCK_M, TWO)
         if WEIGHTED:
             tl.store(weighted + at, (g[:, None] * m).to(weighted.dtype.element_ty), mask=ok[:, None])
     elif WEIGHTED:
         tl.store(weighted + at, dm.to(weighted.dtype.element_ty), mask=ok[:, None])
     if PENALTY > 0:
-        d = tl.load(d_penalty + episode).to(tl.float32)
+        d = tl.load(dpenalty + episode).to(tl.float32)
         distance = m - 1.0
         sign = tl.where(distance > 0.0, 1.0, tl.where(distance < 0.0, -1.0, 0.0))
         if PENALTY == 1:
@@ -339,15 +339,15 @@ def masked_logits_bwd_offset(
             here = (row % classes).to(tl.int64)[:, None] * D + n[None, :] == peak[:, None]
             dm += tl.where(here, sign * (d / images), 0.0)
     if MASK:
-        dm += tl.load(d_mask + at, mask=ok[:, None], other=0.0).to(tl.float32)
+        dm += tl.load(dmask + at, mask=ok[:, None], other=0.0).to(tl.float32)
     if RELU:
         dm = tl.where(cut, 0.0, dm)
-    tl.store(d_offset + at, dm.to(d_offset.dtype.element_ty), mask=ok[:, None])
+    tl.store(doffset + at, dm.to(doffset.dtype.element_ty), mask=ok[:, None])
 
 
 @triton.jit
-def masked_logits_bwd_attended(
-    d_offset, attended_text, attended_rational, factors, weight, d_attended, deltas,
+def masked_logits_backward_attended_kernel(
+    doffset, attended_text, attended_rational, factors, weight, dattended, deltas,
     images, classes, total_rows, w_stride,
     D: tl.constexpr, HEAD: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, MATRIX: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -366,12 +366,12 @@ def masked_logits_bwd_attended(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c in range(0, D, BLOCK_C):
         columns = c + tl.arange(0, BLOCK_C)
-        x = tl.load(d_offset + at[:, None] * D + columns[None, :], mask=ok[:, None], other=0.0)
+        x = tl.load(doffset + at[:, None] * D + columns[None, :], mask=ok[:, None], other=0.0)
         w = tl.load(weight + columns[:, None] * D + n[None, :])
         acc = product(x, w.to(COMPUTE), acc, PRECISION)
-    tl.store(d_attended + at[:, None] * D + n[None, :], acc.to(d_attended.dtype.element_ty), mask=ok[:, None])
+    tl.store(dattended + at[:, None] * D + n[None, :], acc.to(dattended.dtype.element_ty), mask=ok[:, None])
     # Rounded as those who read it see it: the sums of P (dP - delta) then cancel as they should.
-    acc = acc.to(d_attended.dtype.element_ty).to(tl.float32)
+    acc = acc.to(dattended.dtype.element_ty).to(tl.float32)
     chunk = start // CHUNK
     if TEXT:
         o = kind_rows(attended_text, factors, at, ok, start, n, total_rows, D, HEAD, MATRIX, one_head)
@@ -387,11 +387,11 @@ def masked_logits_bwd_attended(
 
 @dataclass
 class MaskedLogitsGradients:
-    """d_offset dA, d_attended dO: (B, K, D); deltas: (2, D/g, B, K) float32, g a divisor of a head's width; weighted:
+    """doffset dA, dattended dO: (B, K, D); deltas: (2, D/g, B, K) float32, g a divisor of a head's width; weighted:
     s dlogits M, (B, K, D)."""
 
-    d_offset: Tensor
-    d_attended: Tensor | None
+    doffset: Tensor
+    dattended: Tensor | None
     deltas: Tensor | None
     weighted: Tensor | None
 
@@ -403,9 +403,9 @@ def masked_logits_backward(
     attended: Attended,
     weight: Tensor,
     bias: Tensor | None,
-    d_logits: Tensor | None,
-    d_penalty: Tensor | None,
-    d_mask: Tensor | None,
+    dlogits: Tensor | None,
+    dpenalty: Tensor | None,
+    dmask: Tensor | None,
     peaks: Tensor | None,
     *,
     num_heads: int,
@@ -440,21 +440,21 @@ def masked_logits_backward(
     share = 1 / (options["TEXT"] + options["RATIONAL"] + options["IMAGE"])
     grid = (cdiv(images * classes, tile.rows) * (width // tile.columns), episodes)
     precision = default_precision(dtype, precision)
-    masked_logits_bwd_offset[grid](
+    masked_logits_backward_offset_kernel[grid](
         image, text, logit_scale, attended.text, attended.rational, attended.image, attended.factors, weight, bias,
-        d_logits, d_penalty, d_mask, peaks, made.d_offset, made.weighted,
+        dlogits, dpenalty, dmask, peaks, made.doffset, made.weighted,
         images, classes, rows, episode_stride(weight), width if episode_stride(weight) else 0, share,
         float(images * classes * width),
-        **options, RELU=relu, PENALTY=PENALTIES[penalty] if d_penalty is not None else 0, LOGITS=d_logits is not None,
-        MASK=d_mask is not None, WEIGHTED=weighted, TWO=classes >= tile.rows,
+        **options, RELU=relu, PENALTY=PENALTIES[penalty] if dpenalty is not None else 0, LOGITS=dlogits is not None,
+        MASK=dmask is not None, WEIGHTED=weighted, TWO=classes >= tile.rows,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not inner:
         return made
     del options["BIAS"], options["IMAGE"]
-    masked_logits_bwd_attended[grid](
-        made.d_offset, attended.text, attended.rational, attended.factors, weight, made.d_attended, made.deltas,
+    masked_logits_backward_attended_kernel[grid](
+        made.doffset, attended.text, attended.rational, attended.factors, weight, made.dattended, made.deltas,
         images, classes, rows, episode_stride(weight),
         **options, CHUNK=chunk, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
         BLOCK_C=block_of(width, 64 if dtype != torch.float32 else 32), PRECISION=precision,

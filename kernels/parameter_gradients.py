@@ -26,7 +26,7 @@ from rada_fast.kernels._common import (
     store_column_sums,
 )
 from rada_fast.kernels.class_attention import Attended
-from rada_fast.kernels.rational_projections import Projections
+from rada_fast.kernels.rational_projections import ProjectionBuffers
 
 ROLES = ("key", "value", "rational", "output", "text", "image")
 """Longest first: the wide ones go through B K rows."""
@@ -117,7 +117,7 @@ def _block(
 @triton.jit
 def parameter_gradients_kernel(
     image, text, logit_scale, attended_text, attended_rational, attended_image, factors,
-    d_key, d_value, d_rational, d_output, d_text, d_image,
+    dkeys, dvalues, dq_rational, doffset, dq_text, dq_image,
     key_weight, key_bias, value_weight, value_bias, rational_weight, rational_bias,
     output_weight, output_bias, text_weight, text_bias, image_weight, image_bias,
     images, classes, total_rows, share,
@@ -145,17 +145,17 @@ def parameter_gradients_kernel(
     image_at: tl.constexpr = text_at + TEXT_ON
     if role < output_at:
         if output_at > 0:
-            # d_output has these pointers' type; one of the roles below replaces it.
-            gradient, weight, bias = d_output, output_weight, output_bias
+            # doffset has these pointers' type; one of the roles below replaces it.
+            gradient, weight, bias = doffset, output_weight, output_bias
             if KEY_ON:
                 if role == 0:
-                    gradient, weight, bias = d_key, key_weight, key_bias
+                    gradient, weight, bias = dkeys, key_weight, key_bias
             if VALUE_ON:
                 if role == value_at:
-                    gradient, weight, bias = d_value, value_weight, value_bias
+                    gradient, weight, bias = dvalues, value_weight, value_bias
             if RATIONAL_ON:
                 if role == rational_at:
-                    gradient, weight, bias = d_rational, rational_weight, rational_bias
+                    gradient, weight, bias = dq_rational, rational_weight, rational_bias
             if BIAS:
                 bias += to_bias
             _block(
@@ -169,7 +169,7 @@ def parameter_gradients_kernel(
             if BIAS:
                 bias += to_bias
             _block(
-                image, text, attended_text, attended_rational, attended_image, factors, d_output,
+                image, text, attended_text, attended_rational, attended_image, factors, doffset,
                 output_weight + to_weight, bias, first_row, first_image, images, classes, total_rows, out_column,
                 in_column, share, 1.0,
                 1, D, HEAD, TEXT, RATIONAL, IMAGE, MATRIX, TWO, BIAS, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
@@ -180,7 +180,7 @@ def parameter_gradients_kernel(
             if BIAS:
                 bias += to_bias
             _block(
-                image, text, attended_text, attended_rational, attended_image, factors, d_text,
+                image, text, attended_text, attended_rational, attended_image, factors, dq_text,
                 text_weight + to_weight, bias, first_row, first_image, images, classes, total_rows, out_column,
                 in_column, share, tl.sqrt(scale),
                 2, D, HEAD, TEXT, RATIONAL, IMAGE, MATRIX, TWO, BIAS, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
@@ -190,7 +190,7 @@ def parameter_gradients_kernel(
         if BIAS:
             bias += to_bias
         _block(
-            image, text, attended_text, attended_rational, attended_image, factors, d_image,
+            image, text, attended_text, attended_rational, attended_image, factors, dq_image,
             image_weight + to_weight, bias, first_row, first_image, images, classes, total_rows, out_column,
             in_column, share, tl.sqrt(scale),
             3, D, HEAD, TEXT, RATIONAL, IMAGE, MATRIX, TWO, BIAS, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
@@ -202,8 +202,8 @@ def parameter_gradients(
     text: Tensor,
     logit_scale: Tensor,
     attended: Attended,
-    gradients: Projections | None,
-    d_offset: Tensor,
+    gradients: ProjectionBuffers | None,
+    doffset: Tensor,
     wanted: dict[str, Tensor],
     *,
     num_heads: int,
@@ -215,7 +215,7 @@ def parameter_gradients(
     """Gradients of the weights in `wanted` and, with bias=True, of their biases, in one launch.
 
     gradients: of the projections, as class_attention_backward makes them, None where the output's alone is wanted;
-    d_offset: dA.
+    doffset: dA.
     wanted: by role (see ROLES) the weight itself, (D, D) or (E, D, D), all alike; its gradient has its shape and dtype.
     """
     weights = {role: torch.empty_like(value, memory_format=torch.contiguous_format) for role, value in wanted.items()}
@@ -229,9 +229,9 @@ def parameter_gradients(
         return weights, biases
     one = next(iter(weights.values()))
     episodes = one.shape[0] if one.ndim == 3 else 1
-    images, dtype = batch // episodes, d_offset.dtype
+    images, dtype = batch // episodes, doffset.dtype
     tile = tile or tile_of(dtype, width, precision)
-    inner = gradients or Projections(None, None, None, None, None)
+    inner = gradients or ProjectionBuffers(None, None, None, None, None)
     kinds = [attended.text is not None, attended.rational is not None, attended.image is not None]
     # Without biases their pointers are the weights', so that the kernel has something to choose from; none is written.
     pointers = [part.get(role) for role in ROLES for part in (weights, biases if bias else weights)]
@@ -240,7 +240,7 @@ def parameter_gradients(
         pointers[6], pointers[7] = one, next(iter(biases.values()), one)
     parameter_gradients_kernel[(len(weights) * (width // tile.outputs) * (width // tile.inputs), episodes)](
         image, text, logit_scale, attended.text, attended.rational, attended.image, attended.factors,
-        inner.keys, inner.values, inner.q_rational, d_offset, inner.q_text, inner.q_image,
+        inner.keys, inner.values, inner.q_rational, doffset, inner.q_text, inner.q_image,
         *pointers, images, classes, batch * classes, 1 / sum(kinds),
         **{f"{role.upper()}_ON": int(role in weights) for role in ROLES},
         D=width, HEAD=width // num_heads, TEXT=kinds[0], RATIONAL=kinds[1], IMAGE=kinds[2],

@@ -85,7 +85,7 @@ def _project(
 
 
 @triton.jit
-def rational_projections_fwd(
+def rational_projections_forward_kernel(
     image, text, logit_scale,
     w_image, b_image, w_text, b_text, w_rational, b_rational, w_key, b_key, w_value, b_value,
     q_image, q_text, q_rational, keys, values,
@@ -152,7 +152,7 @@ def rational_projections_fwd(
 
 
 @dataclass
-class Projections:
+class ProjectionBuffers:
     """keys, values, q_rational: (B, K, D); q_text: (1 or E, K, D); q_image: (B, D) float32. None where not in use."""
 
     keys: Tensor | None
@@ -162,7 +162,7 @@ class Projections:
     q_image: Tensor | None
 
 
-def rational_projections(
+def rational_projections_forward(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
@@ -174,7 +174,7 @@ def rational_projections(
     dtype: torch.dtype | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
-) -> Projections:
+) -> ProjectionBuffers:
     """Every projection the attention needs, in one launch.
 
     image: (B, D); text: (K, D), same dtype, contiguous; logit_scale: () float32 on the device, s itself.
@@ -190,7 +190,7 @@ def rational_projections(
     empty = partial(text.new_empty, dtype=dtype)
     key = weights["key"]
     shared = key.ndim == 2
-    made = Projections(
+    made = ProjectionBuffers(
         empty((batch, classes, width)),
         empty((batch, classes, width)),
         empty((batch, classes, width)) if "rational" in weights else None,
@@ -205,7 +205,7 @@ def rational_projections(
     )
     if batch == 0:
         return made
-    rational_projections_fwd[(programs, episodes)](
+    rational_projections_forward_kernel[(programs, episodes)](
         image, text, logit_scale,
         weights.get("image"), biases.get("image"), weights.get("text"), biases.get("text"),
         weights.get("rational"), biases.get("rational"), key, biases.get("key"), weights["value"], biases.get("value"),
@@ -221,9 +221,9 @@ def rational_projections(
 
 
 @triton.jit
-def rational_projections_bwd(
+def rational_projections_backward_kernel(
     image, text, logit_scale, w_text, w_rational, w_key, w_value,
-    d_text, d_rational, d_key, d_value, weighted, text_gradient, image_parts,
+    dq_text, dq_rational, dkeys, dvalues, weighted, dtext, image_parts,
     batch, images, classes, w_stride,
     D: tl.constexpr, FACTOR: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
@@ -235,7 +235,7 @@ def rational_projections_bwd(
     n = column + tl.arange(0, BLOCK_N)
     t = tl.load(text + k[:, None] * D + n[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
     scale = input_scale(logit_scale, FACTOR)
-    compute = d_key.dtype.element_ty
+    compute = dkeys.dtype.element_ty
     from_query = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     stride = tl.full((), classes, tl.int64)
@@ -247,15 +247,15 @@ def rational_projections_bwd(
             columns = c + tl.arange(0, BLOCK_C)
             there = at + columns[None, :]
             weight = own + columns[:, None] * D + n[None, :]
-            x = tl.load(d_key + there, mask=ok[:, None], other=0.0)
+            x = tl.load(dkeys + there, mask=ok[:, None], other=0.0)
             acc = product(x, tl.load(w_key + weight).to(compute), acc, PRECISION)
-            x = tl.load(d_value + there, mask=ok[:, None], other=0.0)
+            x = tl.load(dvalues + there, mask=ok[:, None], other=0.0)
             acc = product(x, tl.load(w_value + weight).to(compute), acc, PRECISION)
             if RATIONAL:
-                x = tl.load(d_rational + there, mask=ok[:, None], other=0.0)
+                x = tl.load(dq_rational + there, mask=ok[:, None], other=0.0)
                 acc = product(x, tl.load(w_rational + weight).to(compute), acc, PRECISION)
             if TEXT:
-                x = tl.load(d_text + there, mask=ok[:, None], other=0.0)
+                x = tl.load(dq_text + there, mask=ok[:, None], other=0.0)
                 w = tl.load(w_text + weight).to(compute)
                 from_query = product(x, w, from_query, PRECISION)
         rational = acc * scale + tl.load(weighted + at + n[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
@@ -269,12 +269,12 @@ def rational_projections_bwd(
         there = tl.broadcast_to(part[:, None, None] * D + n[None, None, :], (strips, 16, BLOCK_N))
         tl.store(image_parts + there, spread, mask=(tl.arange(0, 16) == 0)[None, :, None])
     gradient += from_query * tl.sqrt(scale)
-    tl.store(text_gradient + k[:, None] * D + n[None, :], gradient.to(text_gradient.dtype.element_ty), mask=ok[:, None])
+    tl.store(dtext + k[:, None] * D + n[None, :], gradient.to(dtext.dtype.element_ty), mask=ok[:, None])
 
 
 @triton.jit
-def image_gradient_reduce(
-    image_parts, d_image, w_image, logit_scale, image_gradient, batch, images, parts, w_stride,
+def image_gradient_reduce_kernel(
+    image_parts, dq_image, w_image, logit_scale, dimage, batch, images, parts, w_stride,
     D: tl.constexpr, FACTOR: tl.constexpr, IMAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -289,22 +289,22 @@ def image_gradient_reduce(
     if IMAGE:
         for c in range(0, D, BLOCK_C):
             columns = c + tl.arange(0, BLOCK_C)
-            x = tl.load(d_image + at + columns[None, :], mask=ok[:, None], other=0.0)
+            x = tl.load(dq_image + at + columns[None, :], mask=ok[:, None], other=0.0)
             w = tl.load(w_image + episode * w_stride + columns[:, None] * D + n[None, :]).to(tl.float32)
             acc = product(x, w, acc, "ieee")
         acc *= tl.sqrt(input_scale(logit_scale, FACTOR))
     for part in range(parts):
         there = (part * batch + b)[:, None] * D + n[None, :]
         acc += tl.load(image_parts + there, mask=ok[:, None], other=0.0)
-    tl.store(image_gradient + at + n[None, :], acc.to(image_gradient.dtype.element_ty), mask=ok[:, None])
+    tl.store(dimage + at + n[None, :], acc.to(dimage.dtype.element_ty), mask=ok[:, None])
 
 
-def feature_gradients(
+def rational_projections_backward(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
     weights: dict[str, Tensor],
-    gradients: Projections,
+    gradients: ProjectionBuffers,
     weighted: Tensor,
     *,
     scale_factor: float,
@@ -328,22 +328,22 @@ def feature_gradients(
     tiles = cdiv(classes, block_m)
     parts = tiles * (block_m // 16)
     image_parts = image.new_empty((parts, batch, width), dtype=torch.float32)
-    text_gradient, image_gradient = torch.empty_like(text), torch.empty_like(image)
+    dtext, dimage = torch.empty_like(text), torch.empty_like(image)
     if batch == 0:
-        return image_gradient, text_gradient.zero_()
-    rational_projections_bwd[(tiles, width // block_n)](
+        return dimage, dtext.zero_()
+    rational_projections_backward_kernel[(tiles, width // block_n)](
         image, text, logit_scale, weights.get("text"), weights.get("rational"), weights["key"], weights["value"],
-        gradients.q_text, gradients.q_rational, gradients.keys, gradients.values, weighted, text_gradient, image_parts,
+        gradients.q_text, gradients.q_rational, gradients.keys, gradients.values, weighted, dtext, image_parts,
         batch, images, classes, stride,
         D=width, FACTOR=scale_factor, TEXT="text" in weights, RATIONAL="rational" in weights,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         PRECISION=default_precision(gradients.keys.dtype, precision), num_warps=8 if without_tensor_cores else 4,
         num_stages=2,
     )  # fmt: skip
-    image_gradient_reduce[(cdiv(images, 16), width // block_n, episodes)](
-        image_parts, gradients.q_image, weights.get("image"), logit_scale, image_gradient, batch, images,
+    image_gradient_reduce_kernel[(cdiv(images, 16), width // block_n, episodes)](
+        image_parts, gradients.q_image, weights.get("image"), logit_scale, dimage, batch, images,
         parts, stride,
         D=width, FACTOR=scale_factor, IMAGE="image" in weights,
         BLOCK_M=16, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return image_gradient, text_gradient
+    return dimage, dtext

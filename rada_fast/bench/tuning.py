@@ -12,10 +12,10 @@ from rada_fast import _env
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.tools import KernelsOptions
 from rada_fast.errors import UserError
-from rada_fast.kernels.class_attention import class_attention, class_attention_backward
-from rada_fast.kernels.masked_logits import masked_logits, masked_logits_backward
+from rada_fast.kernels.class_attention import class_attention_backward, class_attention_forward
+from rada_fast.kernels.masked_logits import masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.parameter_gradients import parameter_gradients
-from rada_fast.kernels.rational_projections import rational_projections
+from rada_fast.kernels.rational_projections import rational_projections_forward
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops._backends.tiles import Sizes, cache_file, tune
 from rada_fast.ops._backends.triton import ROLES, float32_precision
@@ -59,19 +59,19 @@ def launches_of(
     ones, one = draw(batch, classes), draw(1)
 
     def project(tile: Any) -> Any:
-        return rational_projections(
+        return rational_projections_forward(
             image, text, scale, inner, inner_biases, scale_factor=factor, precision=precision, tile=tile
         )
 
     made = project(None)
 
     def attend(tile: Any) -> Any:
-        return class_attention(made, **attention, tile=tile)
+        return class_attention_forward(made, **attention, tile=tile)
 
     seen = attend(None)
 
     def forward(tile: Any) -> Any:
-        return masked_logits(image, text, scale, seen, output, bias, **last, tile=tile)
+        return masked_logits_forward(image, text, scale, seen, output, bias, **last, tile=tile)
 
     def offsets(tile: Any) -> Any:
         return masked_logits_backward(
@@ -81,20 +81,20 @@ def launches_of(
     outer = offsets(None)
 
     def inward(tile: Any) -> Any:
-        return class_attention_backward(made, seen, outer.d_attended, outer.deltas, **attention, tile=tile)
+        return class_attention_backward(made, seen, outer.dattended, outer.deltas, **attention, tile=tile)
 
     gradients = inward(None)
 
     def parameters(tile: Any) -> Any:
         return parameter_gradients(
-            image, text, scale, seen, gradients, outer.d_offset, weights, num_heads=heads, bias=bool(biases),
+            image, text, scale, seen, gradients, outer.doffset, weights, num_heads=heads, bias=bool(biases),
             scale_factor=factor, precision=precision, tile=tile,
         )  # fmt: skip
 
     return {
-        "rational_projections": project,
-        "class_attention": attend,
-        "masked_logits": forward,
+        "rational_projections_forward": project,
+        "class_attention_forward": attend,
+        "masked_logits_forward": forward,
         "masked_logits_backward": offsets,
         "class_attention_backward": inward,
         "parameter_gradients": parameters,

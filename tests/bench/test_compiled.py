@@ -33,7 +33,7 @@ def test_the_report_prints_a_line_for_each_kernel(capsys: pytest.CaptureFixture[
     assert cli.main(["kernels", "--json", "--targets", "80", "--classes", "50"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = [line["kernel"] for line in lines]
-    assert "class_attention_fwd" in names
+    assert "class_attention_forward_kernel" in names
     assert "parameter_gradients_kernel" in names
     assert {line["target"] for line in lines} == {"sm_80"}
 

@@ -23,13 +23,13 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CONFIGS = {"matrix": AdapterConfig.official(64, num_heads=2), "row": AdapterConfig.paper(32, bias=True)}
 BATCH, CLASSES, SCALE = 2, 20, 20.0
 LAUNCHES = {
-    "rational_projections": ("keys", "values", "q_rational", "q_text", "q_image"),
-    "class_attention": ("attended",),
-    "masked_logits": ("logits", "penalty", "mask"),
-    "masked_logits_backward": ("d_offset", "d_attended"),
-    "class_attention_backward": ("d_keys", "d_values", "d_q_rational", "d_q_text", "d_q_image"),
+    "rational_projections_forward": ("keys", "values", "q_rational", "q_text", "q_image"),
+    "class_attention_forward": ("attended",),
+    "masked_logits_forward": ("logits", "penalty", "mask"),
+    "masked_logits_backward": ("doffset", "dattended"),
+    "class_attention_backward": ("dkeys", "dvalues", "dq_rational", "dq_text", "dq_image"),
     "parameter_gradients": tuple(f"d{name}.{part}" for name in triton.ROLES.values() for part in ("weight", "bias")),
-    "feature_gradients": ("dimage", "dtext"),
+    "rational_projections_backward": ("dimage", "dtext"),
 }
 
 
@@ -63,8 +63,8 @@ def by_pytorch(name: str, dtype: torch.dtype, stored: torch.dtype) -> dict[str, 
     (logits.sum() + penalty).backward()
     found = {key: merged(value) for key, value in inner.items()}
     found |= {"attended": attended, "logits": logits, "penalty": penalty, "mask": mask}
-    found |= {f"d_{key}": merged(value.grad) for key, value in inner.items() if value.grad is not None}
-    found |= {"d_offset": offset.grad, "d_attended": attended.grad}
+    found |= {f"d{key}": merged(value.grad) for key, value in inner.items() if value.grad is not None}
+    found |= {"doffset": offset.grad, "dattended": attended.grad}
     found |= {f"d{key}": value.grad for key, value in leaves.items()}
     return {key: value.detach().double() for key, value in found.items()}
 
@@ -88,12 +88,12 @@ def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str,
     attention = heads | {"temperature": config.temperature, "matrix": config.softmax == "matrix"}
     last = heads | {"relu": config.mask_activation == "relu", "penalty": "l2"}
 
-    made = triton.rational_projections(image, text, scale, inner, inner_biases, scale_factor=factor, **common)
+    made = triton.rational_projections_forward(image, text, scale, inner, inner_biases, scale_factor=factor, **common)
     yield {
         "keys": made.keys, "values": made.values, "q_rational": made.q_rational, "q_text": made.q_text,
         "q_image": made.q_image.unsqueeze(1),
     }  # fmt: skip
-    seen = triton.class_attention(made, **attention)
+    seen = triton.class_attention_forward(made, **attention)
     # The parts of each query kind, put together as the next launch does.
     parts = [seen.text.double(), seen.rational.double()]
     if seen.factors is not None:
@@ -101,31 +101,31 @@ def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str,
         parts = [part * factors for part, factors in zip(parts, spread, strict=True)]
     yield {"attended": (sum(parts) + seen.image.double().unsqueeze(1)) / 3}
     output, bias = weights["output"], biases["output"]
-    result = triton.masked_logits(image, text, scale, seen, output, bias, return_mask=True, **last)
+    result = triton.masked_logits_forward(image, text, scale, seen, output, bias, return_mask=True, **last)
     yield {"logits": result.logits, "penalty": result.penalty.reshape(()), "mask": result.mask}
     ones = torch.ones_like(result.logits)
     outer = triton.masked_logits_backward(
         image, text, scale, seen, output, bias, ones, ones.new_ones(1), None, None, weighted=True, **last
     )
-    yield {"d_offset": outer.d_offset, "d_attended": outer.d_attended}
-    found = triton.class_attention_backward(made, seen, outer.d_attended, outer.deltas, **attention)
+    yield {"doffset": outer.doffset, "dattended": outer.dattended}
+    found = triton.class_attention_backward(made, seen, outer.dattended, outer.deltas, **attention)
     yield {
-        "d_keys": found.keys, "d_values": found.values, "d_q_rational": found.q_rational,
+        "dkeys": found.keys, "dvalues": found.values, "dq_rational": found.q_rational,
         # One for each image; plain PyTorch has their sum.
-        "d_q_text": found.q_text.double().sum(0, keepdim=True), "d_q_image": found.q_image.unsqueeze(1),
+        "dq_text": found.q_text.double().sum(0, keepdim=True), "dq_image": found.q_image.unsqueeze(1),
     }  # fmt: skip
     gradients = triton.parameter_gradients(
-        image, text, scale, seen, found, outer.d_offset, weights, bias=True, scale_factor=factor, **heads
+        image, text, scale, seen, found, outer.doffset, weights, bias=True, scale_factor=factor, **heads
     )
     yield {
         f"d{triton.ROLES[role]}.{part}": value
         for part, values in zip(("weight", "bias"), gradients, strict=True)
         for role, value in values.items()
     }
-    d_image, d_text = triton.feature_gradients(
+    dimage, dtext = triton.rational_projections_backward(
         image, text, scale, weights, found, outer.weighted, scale_factor=factor, **common
     )
-    yield {"dimage": d_image, "dtext": d_text}
+    yield {"dimage": dimage, "dtext": dtext}
 
 
 @cache
@@ -165,16 +165,16 @@ def test_each_launch(device: str, name: str, dtype: str, launch: str) -> None:
         assert value.shape == exact[key].shape, key
         error, allowed = (value - exact[key]).norm(), (plain[key] - exact[key]).norm()
         size = exact[key].norm()
-        if key.startswith(("dq_proj", "dk_proj", "d_q", "d_k")):
+        if key.startswith(("dq_", "dk")):
             # They are differences that nearly cancel, of terms as large as what the values get.
-            size = size + exact["d_values" if key[1] == "_" else "dv_proj." + key.rpartition(".")[2]].norm()
+            size = size + exact["dv_proj." + key.rpartition(".")[2] if "_proj" in key else "dvalues"].norm()
         band = 2 * torch.finfo(stored).eps * size
         assert error <= 3 * allowed + band, f"{key}: {error:.2e}, plain PyTorch's {allowed:.2e}, band {band:.1e}"
 
 
 def test_no_launch_is_left_out() -> None:
     launches = launches_of(CONFIGS["row"], 0, 1, F32, "cpu")
-    assert [name for name in LAUNCHES if name != "feature_gradients"] == list(launches)
+    assert [name for name in LAUNCHES if name != "rational_projections_backward"] == list(launches)
 
 
 def test_they_are_the_launches_of_the_adapter(device: str) -> None:
@@ -185,7 +185,7 @@ def test_they_are_the_launches_of_the_adapter(device: str) -> None:
     output = triton.rational_adapter(
         image.to(device), text.to(device), SCALE, moved, config, penalty="l2", return_mask=True
     )
-    found = made_by("matrix", BF16, device, "masked_logits")
+    found = made_by("matrix", BF16, device, "masked_logits_forward")
     assert output.mask is not None
     assert torch.equal(output.logits.cpu().double(), found["logits"])
     assert torch.equal(output.mask.cpu().double(), found["mask"])

@@ -46,7 +46,7 @@ def test_episodes_are_adapters_of_their_own(penalty: Any, shared: bool) -> None:
     ((output.logits * weights.cuda()).sum() + output.penalty.sum()).backward()
 
     found, wanted = {"image": features[0].grad, "text": features[1].grad}, {"text": torch.zeros_like(text).double()}
-    d_images, per_episode = [], []
+    dimages, per_episode = [], []
     for episode, (mine, _, parameters) in enumerate(drawn):
         exact = {key: value.detach().double().requires_grad_() for key, value in parameters.items()}
         mine, words = mine.double().requires_grad_(), text.detach().double().requires_grad_()
@@ -56,10 +56,10 @@ def test_episodes_are_adapters_of_their_own(penalty: Any, shared: bool) -> None:
         ((alone.logits * weights[here].double()).sum() + alone.penalty).backward()
         torch.testing.assert_close(output.logits[here].cpu().double(), alone.logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(output.penalty[episode].cpu().double(), alone.penalty, rtol=1e-4, atol=1e-6)
-        d_images.append(mine.grad)
+        dimages.append(mine.grad)
         wanted["text"] += words.grad
         per_episode.append({key: value.grad for key, value in exact.items()})
-    wanted["image"] = torch.cat(d_images)
+    wanted["image"] = torch.cat(dimages)
     for key in drawn[0][2]:
         values = torch.stack([one[key] for one in per_episode])
         wanted[key], found[key] = values.sum(0) if shared else values, leaves[key].grad

@@ -140,7 +140,7 @@ def test_episodes_are_adapters_of_their_own(simulated: Simulated) -> None:
         assert output.penalty.shape == (episodes,)
         ((output.logits * weights).sum() + output.penalty.sum()).backward()
     assert len(log) <= 12
-    d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
+    dimage, dtext = torch.zeros_like(image), torch.zeros_like(text)
     for episode, (mine, _, parameters) in enumerate(problems):
         leaves = {key: value.clone().requires_grad_() for key, value in parameters.items()}
         features = (mine.clone().requires_grad_(), text.detach().clone().requires_grad_())
@@ -148,14 +148,14 @@ def test_episodes_are_adapters_of_their_own(simulated: Simulated) -> None:
         assert alone.penalty is not None
         here = slice(2 * episode, 2 * episode + 2)
         ((alone.logits * weights[here]).sum() + alone.penalty).backward()
-        d_image[here], d_text = features[0].grad, d_text + features[1].grad
+        dimage[here], dtext = features[0].grad, dtext + features[1].grad
         torch.testing.assert_close(output.logits[here], alone.logits, rtol=1e-4, atol=1e-4)
         for key, value in leaves.items():
             assert value.grad is not None
             assert stacked[key].grad is not None
             error = (stacked[key].grad[episode] - value.grad).norm()
             assert error <= 1e-4 * (value.grad.norm() + leaves["v_proj." + key.rpartition(".")[2]].grad.norm()), key
-    for feature, wanted in ((image, d_image), (text, d_text)):
+    for feature, wanted in ((image, dimage), (text, dtext)):
         assert feature.grad is not None
         assert (feature.grad - wanted).norm() <= 1e-4 * wanted.norm()
 

@@ -38,46 +38,68 @@ def test_candidates_are_few_and_begin_with_the_table(launch: str) -> None:
 def test_the_fastest_tile_is_kept_and_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     # Of every launch the third tile is fastest; parameter_gradients has no better one than the table's.
-    times = {"class_attention": iter([2.0, 2.0, 1.0, *[3.0] * 7]), "parameter_gradients": iter([1.0] * 10)}
+    times = {"class_attention_forward": iter([2.0, 2.0, 1.0, *[3.0] * 7]), "parameter_gradients": iter([1.0] * 10)}
 
     def run(launch: str) -> Any:
         return lambda tile: (seen.append((launch, tile)), next(times[launch]))[1]
 
     report = tune({launch: run(launch) for launch in times}, SIZES, "NVIDIA A100-SXM4-40GB", lambda call: call(), str)
-    assert report["class_attention"]["ratio"] == 2.0
+    assert report["class_attention_forward"]["ratio"] == 2.0
     assert len(seen) <= 20
     path = cache_file("NVIDIA A100-SXM4-40GB")
-    assert list(json.loads(path.read_text())) == [SIZES.key("class_attention")]
+    assert list(json.loads(path.read_text())) == [SIZES.key("class_attention_forward")]
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100-SXM4-40GB")
     device, near = torch.device("cuda", 0), Sizes(torch.bfloat16, 250, 1500, 512, 64)
-    assert tiles.chosen_tile(device, "class_attention", near) == [t for name, t in seen if name == "class_attention"][2]
+    tried = [tile for name, tile in seen if name == "class_attention_forward"]
+    assert tiles.chosen_tile(device, "class_attention_forward", near) == tried[2]
     assert tiles.chosen_tile(device, "parameter_gradients", near) is None
-    assert tiles.chosen_tile(device, "class_attention", Sizes(torch.bfloat16, 1000, 6000, 512, 64)) is None
-    assert tiles.chosen_tile(torch.device("cpu"), "class_attention", near) is None
+    assert tiles.chosen_tile(device, "class_attention_forward", Sizes(torch.bfloat16, 1000, 6000, 512, 64)) is None
+    assert tiles.chosen_tile(torch.device("cpu"), "class_attention_forward", near) is None
     monkeypatch.setenv("RADA_FAST_TILES", "table")
     tiles.forget()
-    assert tiles.chosen_tile(device, "class_attention", near) is None
+    assert tiles.chosen_tile(device, "class_attention_forward", near) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"class_attention x": {}}', '{"unknown x": {"rows": 1}}'])
-def test_a_broken_file_is_as_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+OLD_TILE = {"queries": 64, "keys": 32, "columns": 64, "warps": 4, "stages": 2}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"class_attention_forward x": {}}',
+        '{"unknown x": {"rows": 1}}',
+        # A file of the time when the forward launch had no suffix.
+        json.dumps({SIZES.key("class_attention"): OLD_TILE}),
+    ],
+)
+def test_a_broken_or_old_file_is_ignored(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "device")
     path = cache_file("device")
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert tiles.chosen_tile(torch.device("cuda", 0), "class_attention", SIZES) is None
+    assert tiles.chosen_tile(torch.device("cuda", 0), "class_attention_forward", SIZES) is None
+    report = tune({"class_attention_forward": lambda tile: 1.0}, SIZES, "device", lambda call: call(), str)
+    assert report["class_attention_forward"]["ratio"] == 1.0
 
 
 def test_a_tile_that_does_not_compile_is_passed_over() -> None:
     import triton
 
     def run(tile: Any) -> float:
-        if tile != table_tile("class_attention", SIZES):
+        if tile != table_tile("class_attention_forward", SIZES):
             raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
         return 1.0
 
-    assert tune({"class_attention": run}, SIZES, "device", lambda call: call(), str)["class_attention"]["tried"] == 1
+    assert (
+        tune({"class_attention_forward": run}, SIZES, "device", lambda call: call(), str)["class_attention_forward"][
+            "tried"
+        ]
+        == 1
+    )
 
 
 def test_every_launch_runs_with_another_tile(simulated: Simulated) -> None:

@@ -23,10 +23,10 @@ from rada_fast.errors import UserError
 from rada_fast.kernels import class_attention, masked_logits, parameter_gradients, rational_projections
 
 TILES: dict[str, Any] = {
-    "rational_projections": rational_projections.Tile,
-    "class_attention": class_attention.Tile,
+    "rational_projections_forward": rational_projections.Tile,
+    "class_attention_forward": class_attention.Tile,
     "class_attention_backward": class_attention.Tile,
-    "masked_logits": masked_logits.Tile,
+    "masked_logits_forward": masked_logits.Tile,
     "masked_logits_backward": masked_logits.Tile,
     "parameter_gradients": parameter_gradients.Tile,
 }
@@ -56,14 +56,14 @@ class Sizes:
 def table_tile(launch: str, sizes: Sizes) -> Any:
     """The kernels' own choice."""
     match launch:
-        case "rational_projections":
+        case "rational_projections_forward":
             return rational_projections.tile_of(sizes.dtype, sizes.rows, sizes.width, sizes.precision)
-        case "class_attention" | "class_attention_backward":
+        case "class_attention_forward" | "class_attention_backward":
             backward = launch.endswith("backward")
             return class_attention.tile_of(
                 sizes.dtype, sizes.classes, sizes.head, backward=backward, precision=sizes.precision
             )
-        case "masked_logits" | "masked_logits_backward":
+        case "masked_logits_forward" | "masked_logits_backward":
             backward = launch.endswith("backward")
             return masked_logits.tile_of(sizes.dtype, sizes.rows, sizes.width, sizes.head, backward=backward)
         case "parameter_gradients":

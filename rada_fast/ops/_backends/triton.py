@@ -15,10 +15,14 @@ from torch import Tensor
 
 from rada_fast import _env
 from rada_fast.config.method import AdapterConfig, MaskPenalty
-from rada_fast.kernels.class_attention import Attended, class_attention, class_attention_backward
-from rada_fast.kernels.masked_logits import masked_logits, masked_logits_backward
+from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
+from rada_fast.kernels.masked_logits import masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.parameter_gradients import parameter_gradients
-from rada_fast.kernels.rational_projections import Projections, feature_gradients, rational_projections
+from rada_fast.kernels.rational_projections import (
+    ProjectionBuffers,
+    rational_projections_backward,
+    rational_projections_forward,
+)
 from rada_fast.ops._backends.cpu import compute_dtype
 from rada_fast.ops._backends.tiles import Sizes, chosen_tile
 from rada_fast.ops._transforms import refuse_second_derivative
@@ -55,7 +59,7 @@ _library.define(
     f"({', '.join(['Tensor'] * (3 + len(_KEPT)))})"
 )
 _library.define(
-    f"rational_adapter_triton_backward(Tensor? d_logits, Tensor? d_penalty, Tensor? d_mask, {_INPUTS}, {_OPTIONS}, "
+    f"rational_adapter_triton_backward(Tensor? dlogits, Tensor? dpenalty, Tensor? dmask, {_INPUTS}, {_OPTIONS}, "
     f"{', '.join(f'Tensor {name}' for name in _KEPT)}, bool[] needed) -> "
     f"({', '.join(['Tensor'] * (_COUNT - 1))})"
 )
@@ -159,16 +163,23 @@ def _forward(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> tuple[Te
     common = {"episodes": episodes, "dtype": compute, "precision": precision}
     tile = _tile_of(image, text, episodes, heads, compute, precision)
     with torch.cuda.device_of(image):
-        made = rational_projections(
-            image, text, scale, weights, biases, scale_factor=factor, tile=tile("rational_projections"), **common
+        made = rational_projections_forward(
+            image,
+            text,
+            scale,
+            weights,
+            biases,
+            scale_factor=factor,
+            tile=tile("rational_projections_forward"),
+            **common,
         )
-        seen = class_attention(
+        seen = class_attention_forward(
             made, num_heads=heads, temperature=temperature, matrix=matrix, precision=precision,
-            tile=tile("class_attention"),
+            tile=tile("class_attention_forward"),
         )  # fmt: skip
-        result = masked_logits(
+        result = masked_logits_forward(
             image, text, scale, seen, output, bias, num_heads=heads, relu=relu, penalty=penalty,
-            return_mask=return_mask, tile=tile("masked_logits"), **common,
+            return_mask=return_mask, tile=tile("masked_logits_forward"), **common,
         )  # fmt: skip
     kept: tuple[Tensor | None, ...] = (
         made.keys, made.values, made.q_rational, made.q_text, made.q_image, seen.text, seen.rational, seen.image,
@@ -216,7 +227,7 @@ def _forward_fake(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> tup
 
 
 def _backward_op(
-    d_logits: Tensor | None, d_penalty: Tensor | None, d_mask: Tensor | None,
+    dlogits: Tensor | None, dpenalty: Tensor | None, dmask: Tensor | None,
     image: Tensor, text: Tensor, scale: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     parameters, rest = rest[: 2 * len(ROLES)], rest[2 * len(ROLES) :]
@@ -226,7 +237,7 @@ def _backward_op(
     factors, totals, peaks, _ = kept[10:]
     weights, biases = _by_role(parameters)
     output, bias = weights["output"], biases.get("output")
-    projections = Projections(keys, values, _given(q_rational), _given(q_text), _given(q_image))
+    projections = ProjectionBuffers(keys, values, _given(q_rational), _given(q_text), _given(q_image))
     attended = Attended(
         _given(o_text), _given(o_rational), _given(o_image), logsums, image_logsums, _given(factors), _given(totals)
     )
@@ -234,10 +245,10 @@ def _backward_op(
     features = needed[0] or needed[1]
     # Test-time training's first step, from a zero output projection, asks for that projection's gradient alone.
     inner = features or any(role != "output" for role in wanted)
-    contiguous = [None if value is None else value.contiguous() for value in (d_logits, d_penalty, d_mask)]
+    contiguous = [None if value is None else value.contiguous() for value in (dlogits, dpenalty, dmask)]
     image, text = image.contiguous(), text.contiguous()
     gradients: dict[str, Tensor] = {}
-    d_image = d_text = None
+    dimage = dtext = None
     tile = _tile_of(image, text, episodes, heads, compute, precision)
     with torch.cuda.device_of(image):
         made = masked_logits_backward(
@@ -247,35 +258,35 @@ def _backward_op(
         )  # fmt: skip
         inward = None
         if inner:
-            assert made.d_attended is not None
+            assert made.dattended is not None
             assert made.deltas is not None
             inward = class_attention_backward(
-                projections, attended, made.d_attended, made.deltas, num_heads=heads, temperature=temperature,
+                projections, attended, made.dattended, made.deltas, num_heads=heads, temperature=temperature,
                 matrix=matrix, precision=precision, tile=tile("class_attention_backward"),
             )  # fmt: skip
-        d_weights, d_biases = parameter_gradients(
-            image, text, scale, attended, inward, made.d_offset, wanted, num_heads=heads, bias=bool(biases),
+        dweights, dbiases = parameter_gradients(
+            image, text, scale, attended, inward, made.doffset, wanted, num_heads=heads, bias=bool(biases),
             scale_factor=factor, precision=precision, tile=tile("parameter_gradients"),
         )  # fmt: skip
         if features:
             assert made.weighted is not None
             assert inward is not None
-            d_image, d_text = feature_gradients(
+            dimage, dtext = rational_projections_backward(
                 image, text, scale, weights, inward, made.weighted, scale_factor=factor, episodes=episodes,
                 precision=precision,
             )  # fmt: skip
     for at, role in enumerate(ROLES):
         if needed[2 + 2 * at]:
-            gradients[f"{role}_weight"] = d_weights[role]
+            gradients[f"{role}_weight"] = dweights[role]
         if needed[3 + 2 * at]:
-            gradients[f"{role}_bias"] = d_biases[role]
+            gradients[f"{role}_bias"] = dbiases[role]
     names = [f"{role}_{part}" for role in ROLES for part in ("weight", "bias")]
-    found = [d_image if needed[0] else None, d_text if needed[1] else None, *(gradients.get(name) for name in names)]
+    found = [dimage if needed[0] else None, dtext if needed[1] else None, *(gradients.get(name) for name in names)]
     return tuple(_filled(value, image) for value in found)
 
 
 def _backward_fake(
-    d_logits: Tensor | None, d_penalty: Tensor | None, d_mask: Tensor | None, image: Tensor, text: Tensor,
+    dlogits: Tensor | None, dpenalty: Tensor | None, dmask: Tensor | None, image: Tensor, text: Tensor,
     scale: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     inputs, needed = (image, text, *rest[: 2 * len(ROLES)]), rest[-1]
@@ -295,11 +306,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(
-    ctx: Any, d_logits: Tensor | None, d_penalty: Tensor | None, d_mask: Tensor | None, *_: Any
+    ctx: Any, dlogits: Tensor | None, dpenalty: Tensor | None, dmask: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     asked = ctx.needs_input_grad
     nothing: tuple[Any, ...] = (None,) * len(asked)
-    if d_logits is None and d_penalty is None and d_mask is None:
+    if dlogits is None and dpenalty is None and dmask is None:
         return nothing
     saved = ctx.saved_tensors
     inputs, kept = saved[:_COUNT], saved[_COUNT:]
@@ -310,14 +321,14 @@ def _backward(
     if any(needed):
         refuse_second_derivative("rational_adapter")
         result = torch.ops.rada_fast.rational_adapter_triton_backward(
-            d_logits, d_penalty, d_mask, *inputs, *ctx.options, *kept, needed
+            dlogits, dpenalty, dmask, *inputs, *ctx.options, *kept, needed
         )
         gradients = [value if wanted else None for value, wanted in zip(result, needed, strict=True)]
-    d_scale = None
-    if asked[2] and d_logits is not None:
+    dscale = None
+    if asked[2] and dlogits is not None:
         # Only the factor in front of the sum carries a gradient; the projections' inputs see s detached.
-        d_scale = (d_logits.float() * kept[-1]).sum().to(inputs[2].dtype)
-    return (gradients[0], gradients[1], d_scale, *gradients[2:], *nothing[_COUNT:])
+        dscale = (dlogits.float() * kept[-1]).sum().to(inputs[2].dtype)
+    return (gradients[0], gradients[1], dscale, *gradients[2:], *nothing[_COUNT:])
 
 
 for _key in ("CPU", "CUDA"):

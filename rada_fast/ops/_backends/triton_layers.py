@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rada_fast.config.method import AdapterConfig, MaskPenalty
-from rada_fast.kernels.class_attention import Attended, class_attention, class_attention_backward
-from rada_fast.kernels.rational_projections import Projections
+from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
+from rada_fast.kernels.rational_projections import ProjectionBuffers
 from rada_fast.ops._transforms import refuse_second_derivative
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
@@ -57,9 +57,11 @@ def _forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     given = [None if value is None else value.contiguous() for value in (q_rational, q_text)]
     image = None if q_image is None else q_image.float().contiguous()
-    made = Projections(keys.contiguous(), values.contiguous(), *given, image)
+    made = ProjectionBuffers(keys.contiguous(), values.contiguous(), *given, image)
     with torch.cuda.device_of(keys):
-        seen = class_attention(made, num_heads=heads, temperature=temperature, matrix=matrix, precision=precision)
+        seen = class_attention_forward(
+            made, num_heads=heads, temperature=temperature, matrix=matrix, precision=precision
+        )
     total = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
     for kind, part in enumerate((seen.text, seen.rational)):
         if part is not None:
@@ -97,7 +99,7 @@ def _backward_op(
     factors: Tensor, totals: Tensor, heads: int, temperature: float, matrix: bool, precision: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     given = [None if value is None else value.contiguous() for value in (q_rational, q_text)]
-    made = Projections(
+    made = ProjectionBuffers(
         keys.contiguous(), values.contiguous(), *given, None if q_image is None else q_image.float().contiguous()
     )
     seen = Attended(
@@ -115,11 +117,11 @@ def _backward_op(
         inward = class_attention_backward(
             made, seen, dattended, deltas, num_heads=heads, temperature=temperature, matrix=matrix, precision=precision
         )
-    d_image = None if q_image is None or inward.q_image is None else inward.q_image.to(q_image.dtype)
-    d_text = None
+    dimage = None if q_image is None or inward.q_image is None else inward.q_image.to(q_image.dtype)
+    dtext = None
     if q_text is not None and inward.q_text is not None:
-        d_text = inward.q_text.unflatten(0, (len(q_text), -1)).float().sum(1).to(q_text.dtype)
-    found = (d_image, d_text, inward.q_rational, inward.keys, inward.values)
+        dtext = inward.q_text.unflatten(0, (len(q_text), -1)).float().sum(1).to(q_text.dtype)
+    found = (dimage, dtext, inward.q_rational, inward.keys, inward.values)
     return tuple(_absent(value, keys) for value in found)
 
 
