@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rada_fast.data.folders import EXAMPLES, is_number
+from rada_fast.data.folders import is_number
 from rada_fast.errors import UserError
 from rada_fast.system import notices
 
@@ -291,17 +291,3 @@ def readable_names(names: Sequence[str], where: str | None = None) -> tuple[str,
     return tuple(
         " ".join(name.replace("_", " ").split()) or original for name, original in zip(shown, names, strict=True)
     )
-
-
-def warn_of_numbers(names: Sequence[str], where: str) -> None:
-    """Warn of names that are nothing but a number, such as "7" or "class 7", and of names that all begin with one."""
-    nothing_else = re.compile(r"(?:(?:class|cls|label|category|cat|id|no|nr|c)[ -]?)?\d+", re.IGNORECASE)
-    numbered = [name for name in names if nothing_else.fullmatch(name)]
-    counted = re.compile(r"(?:[(\[#]|(?:class|label|category|id)[ -]?)?\d+[\s.:,;)\]=|]", re.IGNORECASE)
-    if not numbered and len(names) > 1 and all(counted.match(name) for name in names):
-        numbered = list(names)
-    if numbered:
-        notices.warn(
-            f"{len(numbered)} of {len(names)} class names {where} are or begin with numbers, which say nothing in a "
-            f"prompt ({', '.join(map(repr, numbered[:EXAMPLES]))}); give the classes' own names, --classes FILE"
-        )

@@ -1,16 +1,19 @@
-"""Names of the classes: from folders, ImageNet's ids and numbers, or a file, with a word on what cannot be right."""
+"""The names of the classes, from folders, from ImageNet's ids and numbers, or from a file.
+
+What can stand in no prompt is refused, and what is probably a mistake is warned of.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 from rada_fast.data.folders import EXAMPLES, is_number, is_whole_number
-from rada_fast.data.names import WNID, read_names, readable_names, warn_of_numbers
+from rada_fast.data.names import WNID, read_names, readable_names
 from rada_fast.errors import UserError
 from rada_fast.system import notices
 
@@ -32,16 +35,21 @@ def resolve_class_names(
         raise UserError(
             f"--classes must be given, a file with a name a line: {where} have no name for class {blank[0]}"
         )
+    if spec is None and not folders:
+        raise UserError("--classes must be given, a file with a name a line: these data have no class folders")
+    own = readable_names(folders, where if prompts and spec is None else None)
     if spec is None:
-        if not folders:
-            raise UserError("--classes must be given, a file with a name a line: these data have no class folders")
-        return _names_of_folders(folders, prompts, where)
+        return _names_of_folders(folders, own, prompts, where)
     given = read_names(Path(spec).expanduser(), folders)
-    names = _names_of_file(given, folders, spec, where)
+    readable = readable_names(list(given.values()) if isinstance(given, dict) else given)
+    if isinstance(given, dict):
+        names = _names_by_key(dict(zip(given, readable, strict=True)), folders, spec)
+    else:
+        names = _names_in_order(readable, own, spec, where)
     if prompts:
-        if isinstance(given, list):
-            _warn_of_shuffled(folders, names, spec)
-        warn_of_numbers(names, f"in {spec}")
+        if not isinstance(given, dict):
+            _warn_of_shuffled(folders, own, names, spec)
+        _warn_of_numbers(names, f"in {spec}")
         _warn_of_equal(names)
     return names
 
@@ -72,8 +80,11 @@ def names_of_labels(count: int, spec: str | None, *, prompts: bool, data: str) -
     return names
 
 
-def _names_of_folders(folders: Sequence[str], prompts: bool, where: str) -> tuple[str, ...]:
-    """The folders' own names, or ImageNet's where they are its folders."""
+def _names_of_folders(folders: Sequence[str], readable: tuple[str, ...], prompts: bool, where: str) -> tuple[str, ...]:
+    """The names of the folders themselves, or ImageNet's where they are its folders.
+
+    readable: the folders' names as they can stand in a prompt; prompts, where: see resolve_class_names.
+    """
     if all(is_whole_number(folder) for folder in folders):
         if [int(folder) for folder in folders] == list(range(1000)):
             if prompts:
@@ -87,11 +98,10 @@ def _names_of_folders(folders: Sequence[str], prompts: bool, where: str) -> tupl
         return tuple(folders)
     ids = [folder for folder in folders if WNID.fullmatch(folder)]
     if not ids:
-        names = readable_names(folders, where if prompts else None)
         if prompts:
-            warn_of_numbers(names, f"from {where}")
-            _warn_of_equal(names)
-        return names
+            _warn_of_numbers(readable, f"from {where}")
+            _warn_of_equal(readable)
+        return readable
     known = _imagenet_names()
     foreign = [folder for folder in ids if folder.lower() not in known]
     if prompts and foreign:
@@ -106,46 +116,53 @@ def _names_of_folders(folders: Sequence[str], prompts: bool, where: str) -> tupl
         if len(foreign) == len(folders):
             raise UserError(f"--classes must be given, a file with lines such as {line!r}: {fault}")
         notices.warn(f"{fault}; give --classes FILE with lines such as {line!r}")
-    readable = dict(zip(folders, readable_names(folders), strict=True))
-    names = tuple(known.get(folder.lower(), readable[folder]) for folder in folders)
+    names = tuple(known.get(folder.lower(), name) for folder, name in zip(folders, readable, strict=True))
     if prompts:
         _warn_of_equal(names)
     return names
 
 
-def _names_of_file(given: list[str] | dict[str, str], folders: Sequence[str], spec: str, where: str) -> tuple[str, ...]:
-    """A file's names in the folders' order, as they can stand in a prompt."""
-    if isinstance(given, dict):
-        names = readable_names(list(given.values()))
-        by_key = {_key(key): name for key, name in zip(given, names, strict=True)}
-        if not folders:
-            return names
-        keys = {folder: _key(folder) for folder in folders}
-        if all(is_number(folder) for folder in folders) and all(WNID.fullmatch(key) for key in given):
-            # ImageNet's classes are numbered in the order of their ids.
-            ids = sorted(by_key)
-            keys = {folder: ids[int(folder)] if int(folder) < len(ids) else folder for folder in folders}
-        if missing := [folder for folder, key in keys.items() if key not in by_key]:
-            raise UserError(
-                f"classes file {spec} must name every class folder, {len(missing)} of {len(folders)} are missing: "
-                f"{', '.join(missing[:EXAMPLES])}"
-            )
-        return tuple(by_key[keys[folder]] for folder in folders)
+def _names_by_key(given: Mapping[str, str], folders: Sequence[str], spec: str) -> tuple[str, ...]:
+    """The names in the order of the folders, from a file that gives one for each folder or WordNet id.
+
+    Without folders, the names keep the file's order.
+    """
+    if not folders:
+        return tuple(given.values())
+    by_key = {_key(key): name for key, name in given.items()}
+    keys = {folder: _key(folder) for folder in folders}
+    if all(is_number(folder) for folder in folders) and all(WNID.fullmatch(key) for key in given):
+        # ImageNet's classes are numbered in the order of their ids.
+        ids = sorted(by_key)
+        keys = {folder: ids[int(folder)] if int(folder) < len(ids) else folder for folder in folders}
+    if missing := [folder for folder, key in keys.items() if key not in by_key]:
+        raise UserError(
+            f"classes file {spec} must name every class folder, {len(missing)} of {len(folders)} are missing: "
+            f"{', '.join(missing[:EXAMPLES])}"
+        )
+    return tuple(by_key[keys[folder]] for folder in folders)
+
+
+def _names_in_order(given: tuple[str, ...], own: tuple[str, ...], spec: str, where: str) -> tuple[str, ...]:
+    """The names in the order of the folders, from a file that lists names, or WordNet ids, without keys.
+
+    own: the folders' own readable names; where: what a message calls the folders.
+    """
+    names = given
     if any(WNID.fullmatch(name) for name in given):
         known = _imagenet_names()
-        given = [known.get(name.lower(), name) for name in given]
-    names = readable_names(given)
-    # Names that are the folders' own are theirs wherever they stand, and whatever else the file lists.
+        names = tuple(known.get(name.lower(), name) for name in given)
+    # A name that is also a folder's own belongs to that folder, wherever it stands and whatever else the file lists.
     by_name = {folded(name): name for name in names}
-    own = [folded(name) for name in readable_names(folders)]
-    if folders and len(by_name) == len(names) and len(set(own)) == len(own) and by_name.keys() >= set(own):
-        if [folded(name) for name in names] != own:
+    wanted = [folded(name) for name in own]
+    if own and len(by_name) == len(names) and len(set(wanted)) == len(wanted) and by_name.keys() >= set(wanted):
+        if [folded(name) for name in names] != wanted:
             notices.note(
                 f"classes file {spec} lists the {where} in another order or among others; each has its own name"
             )
-        return tuple(by_name[name] for name in own)
-    if folders and len(names) != len(folders):
-        raise UserError(f"classes file {spec} must hold {len(folders)} names, one a class folder, got {len(names)}")
+        return tuple(by_name[name] for name in wanted)
+    if own and len(names) != len(own):
+        raise UserError(f"classes file {spec} must hold {len(own)} names, one a class folder, got {len(names)}")
     return names
 
 
@@ -159,15 +176,18 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", name.casefold())
 
 
-def _warn_of_shuffled(folders: Sequence[str], names: Sequence[str], spec: str) -> None:
-    """Warn where names were given in another order than the folders', by what both have in common."""
-    own = {folded(name): index for index, name in enumerate(readable_names(folders))}
-    places = [own.get(folded(name)) for name in names]
+def _warn_of_shuffled(folders: Sequence[str], own: Sequence[str], names: Sequence[str], spec: str) -> None:
+    """Warn where a file's names seem to be in another order than the folders.
+
+    own: the folders' own readable names, which some of the file's may equal.
+    """
+    place_of = {folded(name): index for index, name in enumerate(own)}
+    places = [place_of.get(folded(name)) for name in names]
     for index, name in enumerate(names):
         if places[index] not in (None, index):
             notices.warn(
                 f"classes file {spec} names class folder {folders[index]!r} {name!r}, which is what class folder "
-                f"{folders[own[folded(name)]]!r} is called: names must be in the order of the sorted folders"
+                f"{folders[place_of[folded(name)]]!r} is called: names must be in the order of the sorted folders"
             )
             return
     natural = sorted(folders, key=_natural)
@@ -183,6 +203,20 @@ def _warn_of_shuffled(folders: Sequence[str], names: Sequence[str], spec: str) -
 def _natural(name: str) -> list[str | int]:
     """A key that sorts the numbers in names as numbers: texts at even places, numbers between them."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def _warn_of_numbers(names: Sequence[str], where: str) -> None:
+    """Warn of names that are nothing but a number, such as "7" or "class 7", and of names that all begin with one."""
+    nothing_else = re.compile(r"(?:(?:class|cls|label|category|cat|id|no|nr|c)[ -]?)?\d+", re.IGNORECASE)
+    numbered = [name for name in names if nothing_else.fullmatch(name)]
+    counted = re.compile(r"(?:[(\[#]|(?:class|label|category|id)[ -]?)?\d+[\s.:,;)\]=|]", re.IGNORECASE)
+    if not numbered and len(names) > 1 and all(counted.match(name) for name in names):
+        numbered = list(names)
+    if numbered:
+        notices.warn(
+            f"{len(numbered)} of {len(names)} class names {where} are or begin with numbers, which say nothing in a "
+            f"prompt ({', '.join(map(repr, numbered[:EXAMPLES]))}); give the classes' own names, --classes FILE"
+        )
 
 
 def _warn_of_equal(names: Sequence[str]) -> None:
