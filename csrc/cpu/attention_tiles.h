@@ -19,7 +19,7 @@ const Factor<T>* left_factor(const T* stored, int64_t ld, int64_t rows, Factor<T
   if constexpr (std::is_same_v<T, Factor<T>>) {
     return stored;
   } else {
-    vector_math<T>().pack_stored(stored, ld, rows, ld, memory, ld);
+    chosen_loops<AdapterLoops<T>>().pack_stored(stored, ld, rows, ld, memory, ld);
     return memory;
   }
 }
@@ -44,7 +44,7 @@ void pack_queries(const Problem& p, const AttentionState<T>& state, int64_t b, i
   for (const T* query : {state.text_query, state.rational_query ? state.rational_query + b * p.image_size() : nullptr})
     if (query) {
       // In an operand of pairs the columns of a pair lie side by side.
-      vector_math<T>().pack_stored(query + row, p.padded, p.head_width, columns, operand + at * even<Factor<T>>(1), ld);
+      chosen_loops<AdapterLoops<T>>().pack_stored(query + row, p.padded, p.head_width, columns, operand + at * even<Factor<T>>(1), ld);
       at += columns;
     }
 }

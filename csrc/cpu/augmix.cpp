@@ -181,7 +181,7 @@ void check_plan(const Tensor& views, const Tensor& operations, const Tensor& mat
 template <typename T>
 void make(const Planes& planes, const ViewLoops& loops, const ChannelTables& normalised, const View* views,
           int64_t count, const Plan& plan, int64_t size, bool tall_first, T* out) {
-  const AugmixLoops& own = augmix_loops();
+  const AugmixLoops& own = chosen_loops<AugmixLoops>();
   const int64_t stride = bordered_stride(size);
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     Resizer resizer(planes, loops, size, tall_first);
@@ -237,7 +237,7 @@ Tensor augmix(at::TensorList pictures, const Tensor& views, const Tensor& operat
               at::ScalarType dtype, bool tall_first) {
   check_views(pictures, views, size);
   check_plan(views, operations, matrices, weights);
-  const ViewLoops& loops = view_loops();
+  const ViewLoops& loops = chosen_loops<ViewLoops>();
   const ChannelTables normalised(mean, std, loops);
   const Tensor table = views.contiguous(), codes = operations.contiguous(), values = matrices.contiguous(),
                shares = weights.contiguous();

@@ -1,4 +1,3 @@
-// See augmix_loops.h. RADA_CAPABILITY names the namespace this copy is compiled into.
 #include "augmix_loops.h"
 
 #include <cmath>
@@ -158,7 +157,8 @@ void rotation(double degrees, int64_t size, double* matrix) {
 
 }  // namespace
 
-const AugmixLoops& augmix_loops() {
+template <>
+const AugmixLoops& loops() {
   static const AugmixLoops functions{join, histogram, look_up, repeat_edge, transform, mix, rotation};
   return functions;
 }

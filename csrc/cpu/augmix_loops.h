@@ -1,5 +1,5 @@
-// The loops over pixels behind AugMix: tables of values, affine transforms, the mix. Compiled once per instruction set, as
-// vector_math.h says, and rounded as Pillow and PyTorch round.
+// AugMix's loops over pixels: tables of values, affine transforms, the mix. They round as Pillow and PyTorch round. See
+// instruction_set.h for the copies.
 //
 // An image is size x size pixels of four bytes (red, green, blue, 0) with a border of one pixel on every side: `image`
 // points to the first pixel inside it, rows are `stride` pixels apart, and eight bytes may be read at any pixel.
@@ -7,10 +7,12 @@
 
 #include <cstdint>
 
+#include "instruction_set.h"
+
 namespace rada_fast {
 
-inline int64_t bordered_stride(int64_t size) { return size + 2; }
-inline int64_t bordered_pixels(int64_t size) { return bordered_stride(size) * (size + 2) + 2; }
+static inline int64_t bordered_stride(int64_t size) { return size + 2; }
+static inline int64_t bordered_pixels(int64_t size) { return bordered_stride(size) * (size + 2) + 2; }
 
 // What one chain of operations, or the plain view, adds to a mix: values[channel * 256 + byte].
 struct MixTerm {
@@ -38,19 +40,6 @@ struct AugmixLoops {
   void (*rotation)(double degrees, int64_t size, double* matrix);
 };
 
-namespace baseline {
-const AugmixLoops& augmix_loops();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-const AugmixLoops& augmix_loops();
-}
-namespace avx512 {
-const AugmixLoops& augmix_loops();
-}
-#endif
-
-// The best of the above for this processor, as vector_math().
-const AugmixLoops& augmix_loops();
+RADA_LOOPS(AugmixLoops)
 
 }  // namespace rada_fast

@@ -16,16 +16,16 @@ template <typename T>
 void image_forward(const Problem& p, const AttentionState<T>& state, int64_t b, int64_t h, Acc<T>* scores,
                    double* exact) {
   using A = Acc<T>;
-  const auto& math = vector_math<T>();
+  const auto& loops = chosen_loops<AdapterLoops<T>>();
   const int64_t d = p.head_width, at = b * p.image_size() + h * d * p.padded, row = b * p.width + h * d;
   std::fill(exact, exact + p.classes, 0.0);
-  math.add_scaled_rows(state.keys + at, p.padded, state.image_query + row, d, p.classes, exact);
+  loops.add_scaled_rows(state.keys + at, p.padded, state.image_query + row, d, p.classes, exact);
   for (int64_t k = 0; k < p.classes; ++k) scores[k] = static_cast<A>(exact[k]);
-  math.softmax(scores, p.classes, static_cast<A>(p.score_scale));
+  loops.softmax(scores, p.classes, static_cast<A>(p.score_scale));
   const A share = A(1) / static_cast<A>(p.kinds());
   for (int64_t k = 0; k < p.classes; ++k) scores[k] *= share;
   std::fill(state.image_attended + row, state.image_attended + row + d, A(0));
-  math.row_dots(state.values + at, p.padded, scores, d, p.classes, state.image_attended + row);
+  loops.row_dots(state.values + at, p.padded, scores, d, p.classes, state.image_attended + row);
 }
 
 }  // namespace
@@ -34,7 +34,7 @@ template <typename T>
 void class_attention_forward(const Problem& p, int64_t images, const AttentionState<T>& state) {
   using A = Acc<T>;
   using F = Factor<T>;
-  const auto& math = vector_math<T>();
+  const auto& loops = chosen_loops<AdapterLoops<T>>();
   const int64_t d = p.head_width, parts = splits(p, images), wide = p.wide_kinds();
   const int64_t heads = images * p.heads, blocks = p.query_blocks;
   const A share = A(1) / static_cast<A>(p.kinds());
@@ -63,7 +63,7 @@ void class_attention_forward(const Problem& p, int64_t images, const AttentionSt
       if (p.image && part == 0) image_forward(p, state, b, h, scores, exact);
       if (wide == 0) continue;
       if (transposed != head) {
-        math.transpose(keys, p.padded, d, p.classes, key_rows, d);
+        loops.transpose(keys, p.padded, d, p.classes, key_rows, d);
         values = left_factor(state.values + b * p.image_size() + h * d * p.padded, p.padded, d, widened);
         transposed = head;
       }
@@ -77,19 +77,19 @@ void class_attention_forward(const Problem& p, int64_t images, const AttentionSt
           const int64_t rows = std::min(kKeyBlock, p.classes - n0);
           matrix_product<F>(rows, columns, d, key_rows + n0 * d, d, queries, columns, scores, columns, false);
           std::copy(maximum, maximum + columns, next);
-          math.column_maximum(scores, columns, rows, columns, static_cast<A>(p.score_scale), next);
+          loops.column_maximum(scores, columns, rows, columns, static_cast<A>(p.score_scale), next);
           if (p.matrix_softmax)
             for (int64_t c = 0; c < columns; c += width)
               std::fill(next + c, next + c + width, *std::max_element(next + c, next + c + width));
           if (n0 > 0 && !std::equal(next, next + columns, maximum)) {
             for (int64_t c = 0; c < columns; ++c) maximum[c] -= next[c];
-            math.exponential(maximum, columns);
-            math.scale_columns(output, columns, d, columns, maximum);
-            math.scale_columns(sum, columns, 1, columns, maximum);
-            if (sizeof(F) == 2) math.scale_columns(stored_sum, columns, 1, columns, maximum);
+            loops.exponential(maximum, columns);
+            loops.scale_columns(output, columns, d, columns, maximum);
+            loops.scale_columns(sum, columns, 1, columns, maximum);
+            if (sizeof(F) == 2) loops.scale_columns(stored_sum, columns, 1, columns, maximum);
           }
           std::swap(maximum, next);
-          math.exponentials(scores, columns, rows, columns, static_cast<A>(p.score_scale), maximum, sum, stored_sum,
+          loops.exponentials(scores, columns, rows, columns, static_cast<A>(p.score_scale), maximum, sum, stored_sum,
                             probabilities);
           matrix_product<F>(d, columns, even<F>(rows), values + n0, p.padded, probabilities, columns, output, columns,
                             n0 > 0);
@@ -107,8 +107,8 @@ void class_attention_forward(const Problem& p, int64_t images, const AttentionSt
             for (int64_t c = 0; c < width; ++c) state.weights[kind][head * p.padded + q0 + c] = share / l[c];
           }
           for (int64_t c = 0; c < width; ++c) stored[c] = A(1) / stored[c];
-          math.scale_columns(output + kind * width, columns, d, width, stored);
-          math.store_exact(output + kind * width, columns, nullptr, d, width, padding,
+          loops.scale_columns(output + kind * width, columns, d, width, stored);
+          loops.store_exact(output + kind * width, columns, nullptr, d, width, padding,
                            state.attended[kind] + b * p.image_size() + h * d * p.padded + q0, p.padded);
         }
       }
@@ -139,7 +139,7 @@ void class_attention_forward(const Problem& p, int64_t images, const AttentionSt
 template <typename A>
 void combine_attended(const Problem& p, int64_t b, int64_t first_class, int64_t columns, const Attended<A>& state,
                       A* out, int64_t ldo) {
-  const auto& math = vector_math<A>();
+  const auto& loops = chosen_loops<AdapterLoops<A>>();
   const int64_t d = p.head_width;
   for (int64_t h = 0; h < p.heads; ++h)
     for (int64_t c = 0, width = 0; c < columns; c += width) {
@@ -147,9 +147,9 @@ void combine_attended(const Problem& p, int64_t b, int64_t first_class, int64_t 
       width = std::min(kQueryBlock - k0 % kQueryBlock, columns - c);
       const A* constant = p.image ? state.image_attended + b * p.width + h * d : nullptr;
       A* to = out + h * d * ldo + c;
-      if (p.wide_kinds() == 0) math.combine(nullptr, 0, 0, constant, d, width, to, ldo, true);
+      if (p.wide_kinds() == 0) loops.combine(nullptr, 0, 0, constant, d, width, to, ldo, true);
       for (int64_t kind = 0; kind < p.wide_kinds(); ++kind)
-        math.combine(state.attended[kind] + b * p.image_size() + h * d * p.padded + k0, p.padded,
+        loops.combine(state.attended[kind] + b * p.image_size() + h * d * p.padded + k0, p.padded,
                      state.factors[kind][(b * p.heads + h) * p.query_blocks + k0 / kQueryBlock],
                      kind == 0 ? constant : nullptr, d, width, to, ldo, kind == 0);
     }

@@ -22,8 +22,8 @@ struct Backward {
   const Problem& p;
   const AttentionState<T>& state;
   const AttentionGradients<T>& out;
-  const VectorMath<T>& math = vector_math<T>();
-  const VectorMath<F>& factors = vector_math<F>();  // the same, of what is in a product's type already
+  const AdapterLoops<T>& loops = chosen_loops<AdapterLoops<T>>();
+  const AdapterLoops<F>& factors = chosen_loops<AdapterLoops<F>>();  // the same, of what is in a product's type already
   const int64_t d = p.head_width, wide = p.wide_kinds();
   const bool need_scores = out.dkeys || out.drational_query || out.dtext_query || out.dimage_query;
 
@@ -33,7 +33,7 @@ struct Backward {
   void deltas(int64_t b, int64_t h, int64_t kind, A* delta) const {
     const int64_t head = b * p.heads + h;
     std::fill(delta, delta + p.padded, A(0));
-    math.column_dots(out.doutput + offset(b, h), state.attended[kind] + offset(b, h), p.padded, d, p.classes, delta);
+    loops.column_dots(out.doutput + offset(b, h), state.attended[kind] + offset(b, h), p.padded, d, p.classes, delta);
     // The factors hold 1 / |Q|, which P' has already.
     for (int64_t k = 0; k < p.classes; ++k)
       delta[k] *= state.factors[kind][head * p.query_blocks + k / kQueryBlock] * static_cast<A>(p.kinds());
@@ -57,8 +57,8 @@ struct Backward {
       dscores = scratch.take<F>(kKeyBlock * most);
       total_rows = scratch.take<F>(kKeyBlock * kQueryBlock);
     }
-    math.transpose(state.keys + at, p.padded, d, p.classes, key_rows, d);
-    math.transpose(state.values + at, p.padded, d, p.classes, value_rows, d);
+    loops.transpose(state.keys + at, p.padded, d, p.classes, key_rows, d);
+    loops.transpose(state.values + at, p.padded, d, p.classes, value_rows, d);
     const F* keys = nullptr;
     if (out.dtext_query || out.drational_query)
       keys = left_factor(state.keys + at, p.padded, d, scratch.take<F>(left_factor_size<T>(p.padded * d)));
@@ -72,7 +72,7 @@ struct Backward {
       factors.pack_transposed(out.doutput + at + q0, p.padded, d, width, doutput_rows, d);
       for (int64_t kind = 0; kind < wide; ++kind) {
         const T* query = kind == 0 && p.text ? state.text_query + h * d * p.padded : state.rational_query + at;
-        math.pack_transposed(query + q0, p.padded, d, width, query_rows + kind * width * d, d);
+        loops.pack_transposed(query + q0, p.padded, d, width, query_rows + kind * width * d, d);
         for (int64_t c = 0; c < exact; ++c) {
           const int64_t of = p.matrix_softmax ? head : head * p.padded + q0 + c;
           shift[kind * width + c] = state.maxima[kind][of];
@@ -88,7 +88,7 @@ struct Backward {
         matrix_product<F>(rows, columns, d, key_rows + n0 * d, d, queries, columns, scores, columns, false);
         matrix_product<F>(rows, width, d, value_rows + n0 * d, d, doutput, width, dprobabilities, width, false);
         for (int64_t kind = 0; kind < wide; ++kind)
-          math.score_gradients(scores + kind * width, columns, dprobabilities, total, width, rows, width, scale,
+          loops.score_gradients(scores + kind * width, columns, dprobabilities, total, width, rows, width, scale,
                                shift + kind * width, weight + kind * width, delta + kind * p.padded + q0, kind == 0);
         if (dvalues) {
           if (sizeof(F) == 2) factors.store(total, width, nullptr, rows, width, width, total_rows, width);
@@ -124,26 +124,26 @@ struct Backward {
     const A scale = static_cast<A>(p.score_scale), share = A(1) / static_cast<A>(p.kinds());
     A *probability = scratch.take<A>(p.padded), *dscore = scratch.take<A>(p.padded), *doutput = scratch.take<A>(d);
     std::fill(doutput, doutput + d, A(0));
-    math.row_sums(out.doutput + at, p.padded, d, p.classes, doutput);
+    loops.row_sums(out.doutput + at, p.padded, d, p.classes, doutput);
     double* exact = scratch.take<double>(p.padded);
     std::fill(exact, exact + p.classes, 0.0);
-    math.add_scaled_rows(state.keys + at, p.padded, state.image_query + row, d, p.classes, exact);
+    loops.add_scaled_rows(state.keys + at, p.padded, state.image_query + row, d, p.classes, exact);
     for (int64_t k = 0; k < p.classes; ++k) probability[k] = static_cast<A>(exact[k]);
-    math.softmax(probability, p.classes, scale);
+    loops.softmax(probability, p.classes, scale);
     for (int64_t k = 0; k < p.classes; ++k) probability[k] *= share;
-    if (dvalues) math.add_outer(probability, doutput, p.classes, d, dvalues, d);
+    if (dvalues) loops.add_outer(probability, doutput, p.classes, d, dvalues, d);
     if (!need_scores) return;
     std::fill(exact, exact + p.classes, 0.0);
-    math.add_scaled_rows(state.values + at, p.padded, doutput, d, p.classes, exact);
+    loops.add_scaled_rows(state.values + at, p.padded, doutput, d, p.classes, exact);
     // From the same probabilities, so that the gradients of a row add up to zero.
     double sum = 0;
     for (int64_t k = 0; k < p.classes; ++k) sum += static_cast<double>(probability[k]) * exact[k];
     const double delta = sum * static_cast<double>(p.kinds());
     for (int64_t k = 0; k < p.classes; ++k) dscore[k] = scale * probability[k] * static_cast<A>(exact[k] - delta);
-    if (dkeys) math.add_outer(dscore, state.image_query + row, p.classes, d, dkeys, d);
+    if (dkeys) loops.add_outer(dscore, state.image_query + row, p.classes, d, dkeys, d);
     if (out.dimage_query) {
       std::fill(out.dimage_query + row, out.dimage_query + row + d, A(0));
-      math.row_dots(state.keys + at, p.padded, dscore, d, p.classes, out.dimage_query + row);
+      loops.row_dots(state.keys + at, p.padded, dscore, d, p.classes, out.dimage_query + row);
     }
   }
 
@@ -152,7 +152,7 @@ struct Backward {
     A* turned = scratch.take<A>(d * p.padded);
     const auto put = [&](const A* sums, F* to) {
       if (!to) return;
-      math.transpose_exact(sums, d, p.classes, d, turned, p.padded);
+      loops.transpose_exact(sums, d, p.classes, d, turned, p.padded);
       factors.store(turned, p.padded, nullptr, d, p.classes, p.padded, to + offset(b, h), p.padded);
     };
     put(dkeys, out.dkeys);

@@ -3,7 +3,7 @@
 // Square roots are the processor's, correctly rounded. PyTorch's own may come from a vector mathematics library that
 // rounds otherwise (measured: a fifth of the roots differ by one unit in the last place) and takes as long as all the
 // rest; with torch_roots they are taken from there, and with them every bit.
-#include "../episodic_optimizer.h"
+#include "../shared/episodic_optimizer.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/from_blob.h>
@@ -15,9 +15,8 @@
 #include <optional>
 #include <vector>
 
-#include "../episodic_optimizer_arguments.h"
+#include "../shared/episodic_optimizer_arguments.h"
 #include "episodic_optimizer_loops.h"
-#include "instruction_set.h"
 
 namespace rada_fast {
 namespace {
@@ -25,14 +24,6 @@ namespace {
 // Elements: p, m, v, g and the root of a chunk are 320 KiB, well within a second-level cache, and the root's call is far
 // shorter than its work.
 constexpr int64_t kChunk = 16384;
-
-const OptimizerLoops& loops() {
-#if defined(__x86_64__)
-  if (level() == Level::avx512) return avx512::optimizer_loops();
-  if (level() == Level::avx2) return avx2::optimizer_loops();
-#endif
-  return baseline::optimizer_loops();
-}
 
 struct ThreadBuffers {
   std::unique_ptr<float[]> gradient{new float[kChunk]()}, root{new float[kChunk]};
@@ -50,29 +41,30 @@ const float* gradient_of(const OptimizerTensor& t, int64_t at, int64_t count, Th
   }
   const void* here = static_cast<const char*>(t.gradient) + static_cast<size_t>(at) * bytes_of(t.type);
   if (t.type == GradientType::float32) return static_cast<const float*>(here);
-  loops().widen(here, t.type, count, buffer);
+  chosen_loops<OptimizerLoops>().widen(here, t.type, count, buffer);
   buffers.gradient_is_zero = false;
   return buffer;
 }
 
 void step_chunk(const OptimizerScalars& s, bool torch_roots, const OptimizerTensor& t, int64_t row, int64_t begin,
                 int64_t count, ThreadBuffers& buffers) {
+  const OptimizerLoops& loops = chosen_loops<OptimizerLoops>();
   const int64_t at = row * t.row + begin;
   float* parameter = t.parameter + at;
   const float* source = t.source == t.parameter ? parameter : t.source + begin;
   if (s.rule == OptimizerRule::sgd && (t.type != GradientType::none || t.first || s.weight_decay != 0.0f)) {
     float* first = t.first ? t.first + at : nullptr;
-    loops().descend(s, source, gradient_of(t, at, count, buffers), t.fresh, count, first, parameter);
+    loops.descend(s, source, gradient_of(t, at, count, buffers), t.fresh, count, first, parameter);
   } else if (t.first == nullptr) {
-    loops().scale(s.decay, source, count, parameter);
+    loops.scale(s.decay, source, count, parameter);
   } else if (!torch_roots) {
-    loops().adam(s, source, gradient_of(t, at, count, buffers), t.fresh, count, t.first + at, t.second + at, parameter);
+    loops.adam(s, source, gradient_of(t, at, count, buffers), t.fresh, count, t.first + at, t.second + at, parameter);
   } else {
     float *first = t.first + at, *second = t.second + at, *root = buffers.root.get();
-    loops().moments(s, source, gradient_of(t, at, count, buffers), t.fresh, count, first, second);
+    loops.moments(s, source, gradient_of(t, at, count, buffers), t.fresh, count, first, second);
     at::Tensor roots = at::from_blob(root, {count}, at::kFloat);
     at::cpu::sqrt_out(roots, at::from_blob(second, {count}, at::kFloat));
-    loops().update(s, source, first, root, count, parameter);
+    loops.update(s, source, first, root, count, parameter);
   }
 }
 

@@ -161,9 +161,10 @@ void scale(float factor, const float* source, int64_t count, float* parameter) {
 
 }  // namespace
 
-const OptimizerLoops& optimizer_loops() {
-  static const OptimizerLoops loops{widen, adam, moments, update, descend, scale};
-  return loops;
+template <>
+const OptimizerLoops& loops() {
+  static const OptimizerLoops functions{widen, adam, moments, update, descend, scale};
+  return functions;
 }
 
 }  // namespace rada_fast::RADA_CAPABILITY

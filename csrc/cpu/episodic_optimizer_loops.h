@@ -1,10 +1,11 @@
-// The episodic optimiser's vector loops, compiled once per instruction set; see ../episodic_optimizer.h.
+// The episodic optimiser's vector loops. ../shared/episodic_optimizer.h has the arithmetic, instruction_set.h explains
+// the copies.
 //
-// Raw pointers and no library templates, for the reason in vector_math.h. Spans are contiguous; `source` may be the
-// parameter itself, and no two other arrays overlap.
+// Arrays are contiguous. `source` may be the parameter itself; no two other arrays overlap.
 #pragma once
 
-#include "../episodic_optimizer.h"
+#include "../shared/episodic_optimizer.h"
+#include "instruction_set.h"
 
 namespace rada_fast {
 
@@ -26,16 +27,6 @@ struct OptimizerLoops {
   void (*scale)(float factor, const float* source, int64_t count, float* parameter);
 };
 
-namespace baseline {
-const OptimizerLoops& optimizer_loops();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-const OptimizerLoops& optimizer_loops();
-}
-namespace avx512 {
-const OptimizerLoops& optimizer_loops();
-}
-#endif
+RADA_LOOPS(OptimizerLoops)
 
 }  // namespace rada_fast

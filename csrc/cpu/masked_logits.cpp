@@ -18,7 +18,7 @@ template <typename T>
 void attended_operand(const Problem& p, int64_t b, int64_t k0, int64_t columns, const Attended<Acc<T>>& state,
                       Acc<T>* exact, T* operand) {
   combine_attended<Acc<T>>(p, b, k0, columns, state, exact, columns);
-  if (sizeof(T) == 2) vector_math<T>().pack(exact, columns, nullptr, nullptr, p.width, columns, operand, columns);
+  if (sizeof(T) == 2) chosen_loops<AdapterLoops<T>>().pack(exact, columns, nullptr, nullptr, p.width, columns, operand, columns);
 }
 
 template <typename T>
@@ -46,7 +46,7 @@ template <typename T>
 void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<T>& in, const Attended<Acc<T>>& state,
                            Acc<T>* logits, double* penalty, int64_t* peak, Acc<T>* mask) {
   using A = Acc<T>;
-  const auto& math = vector_math<T>();
+  const auto& loops = chosen_loops<AdapterLoops<T>>();
   const int64_t D = p.width, wide = tile_width(p, images, kClassTile), tiles = divide_up(p.classes, wide);
   std::unique_ptr<double[]> sums(new double[static_cast<size_t>(images * tiles)]());
   std::unique_ptr<Peak<A>[]> peaks(new Peak<A>[static_cast<size_t>(images * tiles)]);
@@ -67,11 +67,11 @@ void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<
         matrix_product<T>(rows, columns, D, in.weight + r0 * D, D, operand, columns, product, columns, false);
         const auto block = mask_rows(p, in, b, r0, rows, k0, columns, product);
         std::fill(row, row + columns, A(0));
-        const A found = math.mask_forward(block, row, mask ? mask + (b * D + r0) * p.classes + k0 : nullptr, p.classes);
+        const A found = loops.mask_forward(block, row, mask ? mask + (b * D + r0) * p.classes + k0 : nullptr, p.classes);
         if (p.penalty == Penalty::linf) {
           Peak<A>& best = peaks[static_cast<size_t>(task)];
           if (found > best.value || (found == best.value && k0 * D + r0 < best.at)) {
-            const int64_t at = math.mask_find(block, found, D);
+            const int64_t at = loops.mask_find(block, found, D);
             best.offer(found, k0 * D + r0 + at);
           }
         } else {
@@ -102,7 +102,7 @@ template <typename T>
 void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs<T>& in, const Attended<Acc<T>>& state,
                             const OutputGradients<T>& out) {
   using A = Acc<T>;
-  const auto& math = vector_math<T>();
+  const auto& loops = chosen_loops<AdapterLoops<T>>();
   const int64_t D = p.width, wide = tile_width(p, images, kQueryBlock), tiles = divide_up(p.classes, wide);
   const A per_element = p.penalty == Penalty::linf ? A(0) : out.dpenalty;
   at::parallel_for(0, images * tiles, 1, [&](int64_t begin, int64_t end) {
@@ -124,7 +124,7 @@ void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs
         matrix_product<T>(rows, columns, D, in.weight + r0 * D, D, operand, columns, product, columns, false);
         const auto block = mask_rows(p, in, b, r0, rows, k0, columns, product);
         A* weighted = out.weighted ? out.weighted + at + r0 * p.padded : nullptr;
-        math.mask_backward(block, out.dlogits + b * p.classes + k0, per_element,
+        loops.mask_backward(block, out.dlogits + b * p.classes + k0, per_element,
                            out.dmask ? out.dmask + (b * D + r0) * p.classes + k0 : nullptr, p.classes,
                            gradient + r0 * columns, columns, weighted, p.padded);
         if (p.penalty == Penalty::linf) {
@@ -137,20 +137,20 @@ void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs
           }
         }
       }
-      if (out.doffset) math.store(gradient, columns, nullptr, D, columns, padding, out.doffset + at, p.padded);
+      if (out.doffset) loops.store(gradient, columns, nullptr, D, columns, padding, out.doffset + at, p.padded);
       if (out.attended) {
         // The first row of a tile is even, so pairs of rows do not cross tiles; rows past the classes are never read
         // with anything but zeros against them, and the odd one is zero.
-        math.transpose_exact(exact, columns, D, columns, turned, D);
-        math.pack(turned, D, nullptr, nullptr, columns, D, out.attended + b * p.image_size() + k0 * D, D);
+        loops.transpose_exact(exact, columns, D, columns, turned, D);
+        loops.pack(turned, D, nullptr, nullptr, columns, D, out.attended + b * p.image_size() + k0 * D, D);
       }
       if (!out.dattended) continue;
-      if (sizeof(T) == 2) math.pack(gradient, columns, nullptr, nullptr, D, columns, gradient_operand, columns);
+      if (sizeof(T) == 2) loops.pack(gradient, columns, nullptr, nullptr, D, columns, gradient_operand, columns);
       for (int64_t r0 = 0; r0 < D; r0 += kFeatureBlock) {
         const int64_t rows = std::min(kFeatureBlock, D - r0);
         matrix_product<T>(rows, columns, D, out.transposed + r0 * D, D, gradient_operand, columns, product, columns,
                           false);
-        math.store(product, columns, nullptr, rows, columns, padding, out.dattended + at + r0 * p.padded, p.padded);
+        loops.store(product, columns, nullptr, rows, columns, padding, out.dattended + at + r0 * p.padded, p.padded);
       }
     }
   });
@@ -159,7 +159,7 @@ void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs
 template <typename T>
 void output_weight_gradients(const Problem& p, int64_t images, const T* doffset, const T* attended, Acc<T>* dweight,
                              Acc<T>* dbias, bool add) {
-  const auto& math = vector_math<T>();
+  const auto& loops = chosen_loops<AdapterLoops<T>>();
   const int64_t D = p.width, height = std::clamp<int64_t>(round_up(divide_up(D, 2 * p.threads), 16), 32, 128);
   const int64_t inner = sizeof(T) == 2 ? round_up(p.classes, 2) : p.classes;
   at::parallel_for(0, divide_up(D, height), 1, [&](int64_t begin, int64_t end) {
@@ -171,7 +171,7 @@ void output_weight_gradients(const Problem& p, int64_t images, const T* doffset,
         for (int64_t k0 = 0; dweight && k0 < inner; k0 += kClassTile)
           matrix_product<T>(rows, D, std::min(kClassTile, inner - k0), gradient + k0, p.padded,
                             attended + b * p.image_size() + k0 * D, D, dweight + r0 * D, D, add || b > 0 || k0 > 0);
-        if (dbias) math.row_sums(gradient, p.padded, rows, p.classes, dbias + r0);
+        if (dbias) loops.row_sums(gradient, p.padded, rows, p.classes, dbias + r0);
       }
     }
   });

@@ -1,4 +1,4 @@
-// C (+)= A B of factors (vector_math.h) with the best existing single-threaded matrix product; the caller splits the
+// C (+)= A B of factors (number_types.h) with the best existing single-threaded matrix product; the caller splits the
 // work between threads.
 //
 // float and bfloat16 go to oneDNN's brgemm kernels through ATen, which take strided blocks as they are and reach the
@@ -9,11 +9,11 @@
 
 #include <cstdint>
 
-#include "vector_math.h"
+#include "number_types.h"
 
 namespace rada_fast {
 
-// a: (m, k) rows; b: (k, n) as an operand (see vector_math.h), k even for bfloat16; c: (m, n) rows.
+// a: (m, k) rows; b: (k, n) as an operand (adapter_loops.h), k even for bfloat16; c: (m, n) rows.
 template <typename T>
 void matrix_product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
                     int64_t ldc, bool accumulate);

@@ -38,7 +38,7 @@ void make(const Planes& planes, const ViewLoops& loops, const ChannelTables& tab
 Tensor multi_view_crops(at::TensorList pictures, const Tensor& views, int64_t size, at::ArrayRef<double> mean,
                         at::ArrayRef<double> std, at::ScalarType dtype, bool tall_first) {
   check_views(pictures, views, size);
-  const ViewLoops& loops = view_loops();
+  const ViewLoops& loops = chosen_loops<ViewLoops>();
   const ChannelTables tables(mean, std, loops);
   const Tensor whole = views.contiguous();
   const View* rows = reinterpret_cast<const View*>(whole.const_data_ptr<int64_t>());

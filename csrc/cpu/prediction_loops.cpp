@@ -1,4 +1,3 @@
-// See prediction_loops.h. RADA_CAPABILITY names the namespace this copy is compiled into.
 #include "prediction_loops.h"
 
 #include "vector_scalars.h"
@@ -151,18 +150,23 @@ A marginal(const T* logits, int64_t rows, int64_t classes, A* scratch, T* gradie
   return value;
 }
 
+template <typename T>
+const PredictionLoops<T>& table() {
+  using A = Acc<T>;
+  static const PredictionLoops<T> loops{scratch_row, scratch_marginal, entropy<T, A>, cross_entropy<T, A>,
+                                        marginal<T, A>};
+  return loops;
+}
+
 }  // namespace
 
-template <typename T>
-const PredictionLoops<T>& prediction_loops() {
-  using A = Acc<T>;
-  static const PredictionLoops<T> functions = {scratch_row, scratch_marginal, entropy<T, A>, cross_entropy<T, A>,
-                                               marginal<T, A>};
-  return functions;
-}
-template const PredictionLoops<float>& prediction_loops<float>();
-template const PredictionLoops<double>& prediction_loops<double>();
-template const PredictionLoops<BF16>& prediction_loops<BF16>();
-template const PredictionLoops<Half>& prediction_loops<Half>();
+template <>
+const PredictionLoops<float>& loops() { return table<float>(); }
+template <>
+const PredictionLoops<double>& loops() { return table<double>(); }
+template <>
+const PredictionLoops<BF16>& loops() { return table<BF16>(); }
+template <>
+const PredictionLoops<Half>& loops() { return table<Half>(); }
 
 }  // namespace rada_fast::RADA_CAPABILITY

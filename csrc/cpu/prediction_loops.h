@@ -1,5 +1,4 @@
-// Loops over the logits of predictions: entropies, losses, their gradients. Compiled once per instruction set; raw
-// pointers only, for the reason that vector_math.h gives.
+// Loops over the logits of predictions: entropies, losses, their gradients. See instruction_set.h for the copies.
 //
 // A prediction's statistics leave one of its largest logits out of the sums: with d = max - x and r = sum exp(-d) over
 // all the others,
@@ -11,7 +10,8 @@
 // with nothing but -inf gives NaN; otherwise a logit of -inf is a class of probability 0.
 #pragma once
 
-#include "vector_math.h"
+#include "instruction_set.h"
+#include "number_types.h"
 
 namespace rada_fast {
 
@@ -31,19 +31,9 @@ struct PredictionLoops {
   A (*marginal)(const T* logits, int64_t rows, int64_t classes, A* scratch, T* gradient);
 };
 
-namespace baseline {
-template <typename T>
-const PredictionLoops<T>& prediction_loops();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-template <typename T>
-const PredictionLoops<T>& prediction_loops();
-}
-namespace avx512 {
-template <typename T>
-const PredictionLoops<T>& prediction_loops();
-}
-#endif
+RADA_LOOPS(PredictionLoops<float>)
+RADA_LOOPS(PredictionLoops<double>)
+RADA_LOOPS(PredictionLoops<BF16>)
+RADA_LOOPS(PredictionLoops<Half>)
 
 }  // namespace rada_fast

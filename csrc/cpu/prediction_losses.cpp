@@ -30,7 +30,7 @@ Kind kind_named(c10::string_view name) {
 template <typename T>
 void row_losses(const Tensor& logits, const int64_t* labels, double smoothing, Tensor& losses, T* gradient) {
   using A = Acc<T>;
-  const PredictionLoops<T>& loops = prediction_loops<T>();
+  const PredictionLoops<T>& loops = chosen_loops<PredictionLoops<T>>();
   const int64_t episodes = logits.size(0), n = logits.size(1), classes = logits.size(2), rows = episodes * n;
   const T* in = static_cast<const T*>(logits.const_data_ptr());
   const A share = A(1) / static_cast<A>(n);
@@ -40,13 +40,13 @@ void row_losses(const Tensor& logits, const int64_t* labels, double smoothing, T
     TORCH_CHECK_INDEX(labels[r] >= 0 && labels[r] < classes, "labels must be from 0 to K - 1 = ", classes - 1, ", got ",
                       labels[r]);
   at::parallel_for(0, rows, rows_per_task(classes), [&](int64_t begin, int64_t end) {
-    const Scratch<A> scratch(loops.scratch_row(classes));
+    A* scratch = Scratch::rewound().take<A>(loops.scratch_row(classes));
     for (int64_t r = begin; r < end; ++r) {
       const T* row = in + r * classes;
       T* out = gradient ? gradient + r * classes : nullptr;
       values[r] = labels ? loops.cross_entropy(row, classes, labels[r], static_cast<A>(smoothing), share,
-                                               scratch.get(), out)
-                         : loops.entropy(row, classes, share, scratch.get(), out);
+                                               scratch, out)
+                         : loops.entropy(row, classes, share, scratch, out);
     }
   });
   A* out = losses.mutable_data_ptr<A>();
@@ -60,14 +60,14 @@ void row_losses(const Tensor& logits, const int64_t* labels, double smoothing, T
 template <typename T>
 void marginal_losses(const Tensor& logits, Tensor& losses, T* gradient) {
   using A = Acc<T>;
-  const PredictionLoops<T>& loops = prediction_loops<T>();
+  const PredictionLoops<T>& loops = chosen_loops<PredictionLoops<T>>();
   const int64_t n = logits.size(1), classes = logits.size(2), size = n * classes;
   const T* in = static_cast<const T*>(logits.const_data_ptr());
   A* out = losses.mutable_data_ptr<A>();
   at::parallel_for(0, logits.size(0), rows_per_task(size), [&](int64_t begin, int64_t end) {
-    const Scratch<A> scratch(loops.scratch_marginal(n, classes));
+    A* scratch = Scratch::rewound().take<A>(loops.scratch_marginal(n, classes));
     for (int64_t e = begin; e < end; ++e)
-      out[e] = loops.marginal(in + e * size, n, classes, scratch.get(), gradient ? gradient + e * size : nullptr);
+      out[e] = loops.marginal(in + e * size, n, classes, scratch, gradient ? gradient + e * size : nullptr);
   });
 }
 

@@ -5,23 +5,11 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
-#include "instruction_set.h"
 #include "prediction_loops.h"
+#include "scratch.h"
 
 namespace rada_fast {
-
-// The copy of the loops for this processor.
-template <typename T>
-const PredictionLoops<T>& prediction_loops() {
-#if defined(__x86_64__)
-  if (level() == Level::avx512) return avx512::prediction_loops<T>();
-  if (level() == Level::avx2) return avx2::prediction_loops<T>();
-#endif
-  return baseline::prediction_loops<T>();
-}
 
 // A logit costs about a nanosecond, and a task some microseconds to hand over.
 constexpr int64_t kLogitsPerTask = 16384;
@@ -29,19 +17,6 @@ constexpr int64_t kLogitsPerTask = 16384;
 inline int64_t rows_per_task(int64_t logits_per_row) {
   return std::max<int64_t>(1, kLogitsPerTask / std::max<int64_t>(1, logits_per_row));
 }
-
-template <typename A>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : data_(static_cast<A*>(::operator new(sizeof(A) * count, std::align_val_t(64)))) {}
-  A* get() const { return data_.get(); }
-
- private:
-  struct Delete {
-    void operator()(A* data) const { ::operator delete(data, std::align_val_t(64)); }
-  };
-  std::unique_ptr<A, Delete> data_;
-};
 
 // Calls body.template operator()<T>() with the loops' type of the tensor's dtype.
 template <typename Body>

@@ -90,7 +90,7 @@ Tensor transpose(const Tensor& matrix) {
   Tensor out = at::empty({columns, rows}, matrix.options());
   at::parallel_for(0, divide_up(rows, strip), 1, [&](int64_t begin, int64_t end) {
     const int64_t r0 = begin * strip, r1 = std::min(end * strip, rows);
-    vector_math<T>().transpose(data<T>(matrix) + r0 * columns, columns, r1 - r0, columns, data<T>(out) + r0, rows);
+    chosen_loops<AdapterLoops<T>>().transpose(data<T>(matrix) + r0 * columns, columns, r1 - r0, columns, data<T>(out) + r0, rows);
   });
   return out;
 }
@@ -425,7 +425,7 @@ BackwardResult rational_adapter_backward(
 
 c10::Dict<std::string, std::string> cpu_paths() {
   c10::Dict<std::string, std::string> paths;
-  paths.insert("vectors", vector_math_name());
+  paths.insert("vectors", level_name());
   paths.insert("float32", has_brgemm_float() ? "oneDNN brgemm" : "BLAS gemm");
   paths.insert("bfloat16", has_brgemm_bfloat16() ? "oneDNN brgemm" : "");
   return paths;

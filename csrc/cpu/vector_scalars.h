@@ -1,13 +1,13 @@
 // One value at a time, for the loops that are compiled once per instruction set: conversions, e^x, ln x.
 //
 // Included inside a copy's translation unit only. Everything has internal linkage, so that no other unit can be given
-// this one's code; see vector_math.h.
+// this one's code; see instruction_set.h.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
-#include "vector_math.h"
+#include "number_types.h"
 
 namespace rada_fast::RADA_CAPABILITY {
 namespace {

@@ -154,7 +154,7 @@ int64_t draw_operation(Draws& draws, Drawn operation, double severity, int64_t s
     case Drawn::rotate: {
       const double degrees = signed_value(std::trunc(level(30)));
       if (degrees == 0) return none;
-      augmix_loops().rotation(degrees, size, values);
+      chosen_loops<AugmixLoops>().rotation(degrees, size, values);
       return affine;
     }
     case Drawn::shear_x: values[1] = signed_value(level(0.3)); return affine;

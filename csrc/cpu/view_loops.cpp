@@ -1,4 +1,3 @@
-// See view_loops.h. RADA_CAPABILITY names the namespace this copy is compiled into.
 #include "view_loops.h"
 
 #include <cmath>
@@ -426,7 +425,8 @@ void normalise(const uint16_t* values, int64_t count, const Normalisation& norma
 
 }  // namespace
 
-const ViewLoops& view_loops() {
+template <>
+const ViewLoops& loops() {
   static const ViewLoops functions{axis_weights, pack_columns,    split,   horizontal,
                                    vertical,     vertical_pixels, prepare, normalise};
   return functions;

@@ -1,11 +1,13 @@
-// The loops over pixels behind views of pictures: resampling weights, the two passes of a resize, normalisation, AugMix's
-// operations. Compiled once per instruction set; like vector_math.h, raw pointers and no library templates.
+// Loops over the pixels of views: resampling weights, the two passes of a resize, normalisation. See instruction_set.h for
+// the copies.
 //
 // The arithmetic is Pillow's: weights in double precision, rounded to 22 fractional bits; each pass sums integers, adds a
 // half, shifts and clips to 0..255, so that the first pass is rounded before the second one.
 #pragma once
 
 #include <cstdint>
+
+#include "instruction_set.h"
 
 namespace rada_fast {
 
@@ -15,7 +17,7 @@ constexpr int64_t kOutputPadding = 64;
 // Bytes that a window of a row of pixels may be read past its last weight.
 constexpr int64_t kRowSlack = 64;
 
-inline int64_t padded_outputs(int64_t count) { return (count + kOutputPadding - 1) / kOutputPadding * kOutputPadding; }
+static inline int64_t padded_outputs(int64_t count) { return (count + kOutputPadding - 1) / kOutputPadding * kOutputPadding; }
 
 // One axis of a resize from in_size to out_size, for `count` outputs from `window` on; reversed: from the last to the
 // first, which is how a flip is done.
@@ -65,20 +67,7 @@ struct ViewLoops {
   void (*normalise)(const uint16_t* values, int64_t count, const Normalisation& normalisation, float* out);
 };
 
-namespace baseline {
-const ViewLoops& view_loops();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-const ViewLoops& view_loops();
-}
-namespace avx512 {
-const ViewLoops& view_loops();
-}
-#endif
-
-// The best of the above for this processor, as vector_math().
-const ViewLoops& view_loops();
+RADA_LOOPS(ViewLoops)
 
 // Taps that an output of a resize may have: Pillow's ksize.
 int64_t most_taps(int64_t in_size, int64_t out_size, bool bicubic);

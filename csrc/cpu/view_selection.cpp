@@ -22,14 +22,14 @@ using at::Tensor;
 template <typename T>
 void entropies_of(const Tensor& logits, Tensor& entropies) {
   using A = Acc<T>;
-  const PredictionLoops<T>& loops = prediction_loops<T>();
+  const PredictionLoops<T>& loops = chosen_loops<PredictionLoops<T>>();
   const int64_t rows = entropies.numel(), classes = logits.size(2);
   const T* in = static_cast<const T*>(logits.const_data_ptr());
   A* out = entropies.mutable_data_ptr<A>();
   at::parallel_for(0, rows, rows_per_task(classes), [&](int64_t begin, int64_t end) {
-    const Scratch<A> scratch(loops.scratch_row(classes));
+    A* scratch = Scratch::rewound().take<A>(loops.scratch_row(classes));
     for (int64_t r = begin; r < end; ++r)
-      out[r] = loops.entropy(in + r * classes, classes, A(0), scratch.get(), nullptr);
+      out[r] = loops.entropy(in + r * classes, classes, A(0), scratch, nullptr);
   });
 }
 

@@ -73,7 +73,7 @@ __device__ __forceinline__ Values<kElements> load_gradient(const OptimizerTensor
   }
 }
 
-// The roundings of ../episodic_optimizer.h one by one, none left to the compiler.
+// The roundings of ../shared/episodic_optimizer.h one by one, none left to the compiler.
 __device__ __forceinline__ void adam(const OptimizerScalars& s, float g, float& p, float& m, float& v) {
   if (s.weight_decay != 0.0f) g = __fmaf_rn(s.weight_decay, p, g);
   const float w = s.first_weight, change = __fsub_rn(g, m);

@@ -1,9 +1,9 @@
-// The episodic optimiser's launcher; ../episodic_optimizer.h has the arithmetic and the arguments.
+// The episodic optimiser's launcher; ../shared/episodic_optimizer.h has the arithmetic and the arguments.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "../episodic_optimizer.h"
+#include "../shared/episodic_optimizer.h"
 
 // One launch for every 56 tensors. `tensors` and `scalars` lie in host memory and travel with the launch; what they
 // point to lies on the stream's device. Steps are numbered by the host: a captured graph keeps its numbers.

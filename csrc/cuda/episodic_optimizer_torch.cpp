@@ -1,4 +1,4 @@
-#include "../episodic_optimizer_arguments.h"
+#include "../shared/episodic_optimizer_arguments.h"
 #include "episodic_optimizer.h"
 #include "torch_glue.h"
 

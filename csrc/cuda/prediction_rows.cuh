@@ -13,21 +13,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../shared/accumulate_type.h"
+
 namespace rada_fast {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpSize = 32;
-
-template <typename T>
-struct AccumulateType {
-  using type = float;
-};
-template <>
-struct AccumulateType<double> {
-  using type = double;
-};
-template <typename T>
-using Acc = typename AccumulateType<T>::type;
 
 template <typename T>
 constexpr int kPack = 16 / sizeof(T);  // elements of a 16-byte word

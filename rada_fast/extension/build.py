@@ -198,8 +198,8 @@ def _compile(
         raise UserError("the extension needs ninja to be built and found none (pip install ninja); the rest works")
     work = place / "objects"
     work.mkdir(parents=True, exist_ok=True)
-    copies = [name for _, name, _ in parameters.sources if name.startswith("vector_math_")]
-    paths = ", ".join(name.removeprefix("vector_math_").removesuffix(".o") for name in copies)
+    copies = [name for _, name, _ in parameters.sources if name.startswith("adapter_loops_")]
+    paths = ", ".join(name.removeprefix("adapter_loops_").removesuffix(".o") for name in copies)
     echo(
         f"extension: CPU kernels ({paths}) for {platform.machine()}, {libraries.place_name()}, {compiler}, {jobs} jobs"
     )

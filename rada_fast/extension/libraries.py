@@ -40,7 +40,7 @@ LOOP_FLAGS = {
     "augmix_loops": ["-ffp-contract=off"],
     "view_loops": ["-ffp-contract=off"],
 }
-"""Flags of single sources of vector loops (vector_math.cpp and *_loops.cpp)."""
+"""Flags of single sources of vector loops (*_loops.cpp)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def build_parameters() -> BuildParameters:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sources: list[tuple[Path, str, tuple[str, ...]]] = []
     for source in sorted([*folder.glob("*.cpp"), *(folder / "cpu").glob("*.cpp")]):
-        if source.stem == "vector_math" or source.stem.endswith("_loops"):
+        if source.stem.endswith("_loops"):
             # Kept apart from library headers, so that these flags cannot leak into code that runs everywhere.
             loops = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", *LOOP_FLAGS.get(source.stem, ()))
             for name in VECTOR_FLAGS if x86 else ("baseline",):

@@ -19,7 +19,7 @@ TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class Scalars(ctypes.Structure):
-    """OptimizerScalars in csrc/episodic_optimizer.h."""
+    """OptimizerScalars in csrc/shared/episodic_optimizer.h."""
 
     _fields_ = [("rule", ctypes.c_int32)] + [
         (name, ctypes.c_float)
@@ -31,7 +31,7 @@ class Scalars(ctypes.Structure):
 
 
 class Descriptor(ctypes.Structure):
-    """OptimizerTensor in csrc/episodic_optimizer.h."""
+    """OptimizerTensor in csrc/shared/episodic_optimizer.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("parameter", "source", "first", "second", "gradient")),

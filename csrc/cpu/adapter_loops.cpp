@@ -1,5 +1,4 @@
-// See vector_math.h. RADA_CAPABILITY names the namespace this copy is compiled into.
-#include "vector_math.h"
+#include "adapter_loops.h"
 
 #include <cmath>
 #include <cstring>
@@ -449,25 +448,27 @@ void feature_gradients(const A* drational, int64_t ld, A scale, const A* weighte
 }
 
 template <typename T>
-VectorMath<T> table() {
+const AdapterLoops<T>& table() {
   using A = Acc<T>;
   using F = Factor<T>;
-  return {pack<F, A>, pack_stored<T>, pack_transposed<T>, transpose<T>, transpose<A>, store<T, A>, store<A, A>, column_maximum<A>,
-          exponentials<F, A>, score_gradients<A>, scale_columns<A>, combine<A>, column_dots<F, A>, row_sums<F, A>,
-          add_scaled_rows<T, A>, row_dots<T, A>, add_outer<A>, softmax<A>, exponential<A>, mask_forward<A>,
-          mask_find<A>, mask_backward<A>, feature_gradients<A>};
+  static const AdapterLoops<T> loops{
+      pack<F, A>,         pack_stored<T>,    pack_transposed<T>, transpose<T>,         transpose<A>,
+      store<T, A>,        store<A, A>,       column_maximum<A>,  exponentials<F, A>,   score_gradients<A>,
+      scale_columns<A>,   combine<A>,        column_dots<F, A>,  row_sums<F, A>,       add_scaled_rows<T, A>,
+      row_dots<T, A>,     add_outer<A>,      softmax<A>,         exponential<A>,       mask_forward<A>,
+      mask_find<A>,       mask_backward<A>,  feature_gradients<A>};
+  return loops;
 }
 
 }  // namespace
 
-template <typename T>
-const VectorMath<T>& vector_math() {
-  static const VectorMath<T> functions = table<T>();
-  return functions;
-}
-template const VectorMath<float>& vector_math<float>();
-template const VectorMath<double>& vector_math<double>();
-template const VectorMath<BF16>& vector_math<BF16>();
-template const VectorMath<WideBF16>& vector_math<WideBF16>();
+template <>
+const AdapterLoops<float>& loops() { return table<float>(); }
+template <>
+const AdapterLoops<double>& loops() { return table<double>(); }
+template <>
+const AdapterLoops<BF16>& loops() { return table<BF16>(); }
+template <>
+const AdapterLoops<WideBF16>& loops() { return table<WideBF16>(); }
 
 }  // namespace rada_fast::RADA_CAPABILITY

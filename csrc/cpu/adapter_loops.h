@@ -1,7 +1,4 @@
-// The loops around the matrix products: packing, exponentials, epilogues. Compiled once per instruction set.
-//
-// This header and vector_math.cpp use raw pointers and no library templates: an inline function of a shared header that
-// is compiled with AVX-512 flags could be the copy the linker keeps, and would then stop an older processor.
+// The adapter's loops around its matrix products: packing, exponentials, epilogues. See instruction_set.h.
 //
 // Arrays are row-major; `ld` is the distance between rows in elements. An operand is the right factor of a product:
 // plain rows for float and double, and for bfloat16 pairs of rows interleaved, [rows / 2][columns][2], an odd last row
@@ -10,41 +7,10 @@
 
 #include <cstdint>
 
+#include "instruction_set.h"
+#include "number_types.h"
+
 namespace rada_fast {
-
-struct BF16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-// bfloat16 in memory only, for processors that do not multiply it: every product sees it widened to float.
-struct WideBF16 {
-  uint16_t bits;
-};
-
-// What a product multiplies: the stored type itself, or float for widened bfloat16.
-template <typename T>
-struct FactorType {
-  using type = T;
-};
-template <>
-struct FactorType<WideBF16> {
-  using type = float;
-};
-template <typename T>
-using Factor = typename FactorType<T>::type;
-
-template <typename T>
-struct AccumulateType {
-  using type = float;
-};
-template <>
-struct AccumulateType<double> {
-  using type = double;
-};
-template <typename T>
-using Acc = typename AccumulateType<T>::type;
 
 // Penalty L_s on the mask (Eq. 7).
 enum class Penalty : int { none, l2, l1, linf };
@@ -62,7 +28,7 @@ struct MaskRows {
 };
 
 template <typename T>
-struct VectorMath {
+struct AdapterLoops {
   using A = Acc<T>;
   using F = Factor<T>;
 
@@ -123,24 +89,9 @@ struct VectorMath {
                             int64_t ldt);
 };
 
-namespace baseline {
-template <typename T>
-const VectorMath<T>& vector_math();
-}
-#if defined(__x86_64__)
-namespace avx2 {
-template <typename T>
-const VectorMath<T>& vector_math();
-}
-namespace avx512 {
-template <typename T>
-const VectorMath<T>& vector_math();
-}
-#endif
-
-// The best of the above for this processor, no better than PyTorch's own choice (ATEN_CPU_CAPABILITY).
-template <typename T>
-const VectorMath<T>& vector_math();
-const char* vector_math_name();
+RADA_LOOPS(AdapterLoops<float>)
+RADA_LOOPS(AdapterLoops<double>)
+RADA_LOOPS(AdapterLoops<BF16>)
+RADA_LOOPS(AdapterLoops<WideBF16>)
 
 }  // namespace rada_fast

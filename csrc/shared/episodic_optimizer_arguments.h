@@ -1,6 +1,7 @@
 // Checks the operator's arguments and makes the kernels' descriptors of them, for ATen's tensors and for the stable ABI's.
 #pragma once
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -8,6 +9,38 @@
 #include "episodic_optimizer.h"
 
 namespace rada_fast {
+
+inline OptimizerScalars optimizer_scalars(OptimizerRule rule, int64_t step, double lr, double weight_decay, double beta1,
+                                          double beta2, double eps, double momentum) {
+  const bool sgd = rule == OptimizerRule::sgd, decoupled = rule == OptimizerRule::adamw;
+  const double t = static_cast<double>(step);
+  OptimizerScalars s{};
+  s.rule = rule;
+  s.decay = decoupled ? static_cast<float>(1 - lr * weight_decay) : 1.0f;
+  s.weight_decay = decoupled ? 0.0f : static_cast<float>(weight_decay);
+  s.first_weight = static_cast<float>(1 - beta1);
+  s.beta2 = static_cast<float>(beta2);
+  s.second_weight = static_cast<float>(1 - beta2);
+  s.root_divisor = static_cast<float>(std::pow(1 - std::pow(beta2, t), 0.5));
+  s.eps = static_cast<float>(eps);
+  s.step_size = static_cast<float>(sgd ? -lr : -(lr / (1 - std::pow(beta1, t))));
+  s.momentum = static_cast<float>(momentum);
+  return s;
+}
+
+inline bool optimizer_rule(const std::string& name, OptimizerRule& rule) {
+  if (name == "adamw") rule = OptimizerRule::adamw;
+  else if (name == "adam") rule = OptimizerRule::adam;
+  else if (name == "sgd") rule = OptimizerRule::sgd;
+  else return false;
+  return true;
+}
+
+// How many moments a rule keeps for a tensor that has any.
+inline int moments_of(const OptimizerScalars& s) {
+  if (s.rule == OptimizerRule::sgd) return s.momentum != 0.0f ? 1 : 0;
+  return 2;
+}
 
 // Fills `tensors`, or returns what is wrong.
 template <typename Tensor>
