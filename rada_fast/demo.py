@@ -15,11 +15,11 @@ from rada_fast.config.commands import EFTOptions, TTTOptions
 from rada_fast.config.options import RunOptions
 from rada_fast.config.tools import DemoOptions
 from rada_fast.data.decode import read_image
-from rada_fast.data.sources import ImageFolder, open_source
+from rada_fast.data.open import open_source
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
 from rada_fast.loops.eft import run_eft
-from rada_fast.loops.features import encode_images, spread_limit
+from rada_fast.loops.features import encode_images
 from rada_fast.loops.setup import open_setup
 from rada_fast.loops.ttt import run_ttt
 from rada_fast.modules import load_adapter
@@ -121,13 +121,12 @@ def draw_images(output: Path, config: DemoOptions) -> dict[str, Path]:
 def draw_picture(output: Path, test: Path) -> Path:
     """The trained adapter's mask on new-class images: one in detail, many in the histogram."""
     source = open_source(f"imagefolder:{test}")
-    assert isinstance(source, ImageFolder)
     setup = open_setup(TTTOptions(data=f"imagefolder:{test}"), {"data": source})
     names = setup.class_names(source)
     new = range(math.ceil(len(names) / 2), len(names))
     names = tuple(names[label] for label in new)
     text = setup.text_features(names, training=None)
-    chosen = spread_limit(source.subset(list(new)).samples, HISTOGRAM_IMAGES)
+    chosen = source.subset(list(new)).limited(HISTOGRAM_IMAGES).samples
     encoded = encode_images(chosen, setup.model, title="encode for the picture", workers=0)
     adapter = load_adapter(output / "eft" / "adapter.safetensors")
     parameters = dict(adapter.named_parameters())

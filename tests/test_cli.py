@@ -70,7 +70,7 @@ BAD: dict[str, tuple[str, str]] = {
     "options file": ("ttt --options {0}/torn.toml", "torn.toml is neither TOML nor JSON"),
     "no options file": ("ttt --options {0}/nil.toml", "options file {0}/nil.toml cannot be read"),
     "means": ("ttt --data features:{0}/good.npz --text-features class-means", "class-means needs training images"),
-    "classes of two sets": ("eft --train imagefolder:{0}/pictures --test imagefolder:{0}", "must have the class folders of train"),
+    "classes of two sets": ("eft --train imagefolder:{0}/pictures --test imagefolder:{0}", "must have the classes of train"),
     "stages": ("fft --train features:{0}/good.npz --test features:{0}/good.npz", "stages both trains the image encoder"),
     "resumed": ("fft --train x --test y --finetune-from 20", "--finetune-from must be at most epochs 10, got 20"),
 }  # fmt: skip

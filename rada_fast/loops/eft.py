@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from rada_fast.config.commands import EFTOptions
-from rada_fast.data.sources import FeatureFile, ImageFolder, base_and_new
+from rada_fast.data.sources import Source, base_and_new
 from rada_fast.data.views import image_seed
 from rada_fast.engine.episodes import make_optimizer
 from rada_fast.errors import UserError
 from rada_fast.loops.evaluate import evaluate, unreadable_records
 from rada_fast.loops.features import Features, class_means, encode_crops
-from rada_fast.loops.setup import Problem, Setup, Source, check_same_names, open_setup, open_sources
+from rada_fast.loops.setup import Problem, Setup, open_setup, open_sources
 from rada_fast.loops.training import (
     Batch,
     Training,
@@ -76,11 +76,11 @@ def run_eft(config: EFTOptions) -> dict[str, Any]:
     train = training_set(setup, config)
     text_base, text_new = class_texts(setup, train, config)
     problem = setup.problem([train.names[label] for label in train.base], text_base)
-    problem.check_width(train.features.features, f"--train {config.train}")
+    problem.check_width(train.features.features.shape[-1], f"--train {config.train}")
     # Before anything is encoded, trained or written; pictures have the model's width.
     for option, part in (("--test", "test"), ("--new-test", "new")):
-        if isinstance(source := setup.sources.get(part), FeatureFile):
-            problem.check_width(source.features, f"{option} {specs[part]}")
+        if part in specs:
+            problem.check_width(setup.sources[part].width, f"{option} {specs[part]}")
     with open_run_folder(problem, train, text_base, text_new, config) as folder:
         covers = {"limit": config.run.limit}
         if (summary := folder.finished(covers)) is not None:
@@ -122,7 +122,7 @@ def test_all(
 ) -> dict[str, Any]:
     """The results on every test set; writes images.jsonl."""
     results: dict[str, Any] = {
-        "training_images": len(train.source.samples if isinstance(train.source, ImageFolder) else train.source.ids),
+        "training_images": len(train.source.ids),
         "classes": len(problem.names),
     }
     unreadable = list(training.unreadable.values())
@@ -155,7 +155,7 @@ def training_set(setup: Setup, config: EFTOptions) -> TrainingSet:
     check_same_classes(training, setup.sources["test"], config)
     few = training.subset(base)
     few = few if config.shots is None else few.few_shot(config.shots, config.run.seed)
-    if config.train_views == "crop" and not isinstance(few, ImageFolder):
+    if config.train_views == "crop" and not few.holds_images:
         raise UserError(f"train_views crop needs images, {config.train} holds features")
     # A limit is for the test images: the number of shots already bounds the training images.
     return TrainingSet(few, setup.features(few, title="encode training images"), names, base, new)
@@ -213,14 +213,8 @@ def test_sets(
 
 def check_same_classes(training: Source, testing: Source, config: EFTOptions) -> None:
     """Raise UserError where training and test data are not of the same classes."""
-    if isinstance(training, ImageFolder) and isinstance(testing, ImageFolder) and training.folders != testing.folders:
-        odd = sorted(set(training.folders) ^ set(testing.folders))
-        raise UserError(
-            f"test {config.test} must have the class folders of train {config.train}; only in one of them: "
-            f"{', '.join(odd[:6])}"
-        )
-    if isinstance(training, FeatureFile) and isinstance(testing, FeatureFile):
-        check_same_names(training, testing)
+    if (difference := testing.class_difference(training)) is not None:
+        raise UserError(f"test {config.test} must have the classes of train {config.train}: {difference}")
 
 
 def train_adapter(
@@ -272,7 +266,7 @@ def learning_rate(config: EFTOptions, epoch: int) -> float:
 
 def epoch_features(problem: Problem, train: TrainingSet, config: EFTOptions, epoch: int) -> Features:
     """An epoch's training features: the same centre views, or new random crops drawn from (seed, epoch, image id)."""
-    if config.train_views == "center" or isinstance(train.source, FeatureFile):
+    if config.train_views == "center":
         return train.features
     seed = image_seed(config.run.seed, f"epoch {epoch}")
     title = f"encode epoch {epoch + 1}"

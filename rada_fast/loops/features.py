@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from rada_fast import _env
 from rada_fast.config.commands import ViewKind
+from rada_fast.data.fingerprints import file_stamp
 from rada_fast.data.sources import Sample
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.data.views import CROP_SCALE, ViewDataset, as_it_is
@@ -41,17 +42,6 @@ class Features:
     labels: Tensor
     ids: tuple[str, ...]
     unreadable: tuple[Unreadable, ...] = ()
-
-
-def spread_limit(samples: Sequence[Sample], limit: int | None) -> tuple[Sample, ...]:
-    """At most limit samples, taken in turn from every class, in the original order."""
-    if limit is None or limit >= len(samples):
-        return tuple(samples)
-    by_class: dict[int, list[int]] = {}
-    for index, sample in enumerate(samples):
-        by_class.setdefault(sample.label, []).append(index)
-    ranked = sorted((rank, index) for group in by_class.values() for rank, index in enumerate(group))
-    return tuple(samples[index] for index in sorted(index for _, index in ranked[:limit]))
 
 
 def iterate_views(
@@ -199,15 +189,6 @@ def _features_path(samples: Sequence[Sample], vlm: VisionLanguageModel) -> Path:
     for sample in samples:
         digest.update(os.fsencode(f"{sample.id} {sample.label} {file_stamp(sample.path)}\n"))
     return _env.cache_dir() / "images" / f"{digest.hexdigest()[:32]}.safetensors"
-
-
-def file_stamp(path: Path) -> str:
-    """Size in bytes and time of the last change in nanoseconds, by which a file is known to be the same one."""
-    try:
-        stat = path.stat()
-    except OSError:  # a link that leads nowhere; reading it says why
-        return "missing"
-    return f"{stat.st_size} {stat.st_mtime_ns}{'' if os.access(path, os.R_OK) else ' locked'}"
 
 
 def _read_features(path: Path, samples: Sequence[Sample]) -> Features | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from rada_fast.config.commands import FFTOptions
-from rada_fast.data.sources import FeatureFile, ImageFolder, Sample
+from rada_fast.data.sources import Source
 from rada_fast.data.views import image_seed
 from rada_fast.errors import UserError
 from rada_fast.loops.evaluate import evaluate, unreadable_records
-from rada_fast.loops.features import Features, check_some_readable, iterate_views, spread_limit
-from rada_fast.loops.setup import Problem, Source, check_same_names, open_setup, open_sources
+from rada_fast.loops.features import Features, check_some_readable, iterate_views
+from rada_fast.loops.setup import Problem, open_setup, open_sources
 from rada_fast.loops.training import (
     Batch,
     Training,
@@ -63,7 +63,7 @@ def run_fft(config: FFTOptions) -> dict[str, Any]:
     train, tests = sources["train"], {spec: sources[f"test {spec}"] for spec in config.test}
     stages = [Stage("rada", config.epochs, config.lr, config.penalty_weight, trains_encoder=False)]
     if config.stages == "both":
-        if not all(isinstance(source, ImageFolder) for source in sources.values()):
+        if not all(source.holds_images for source in sources.values()):
             raise UserError("stages both trains the image encoder and needs images; with feature files give rada")
         stages.append(Stage("rada-ft", config.finetune_epochs, config.finetune_lr, 0.0, trains_encoder=True))
 
@@ -71,14 +71,13 @@ def run_fft(config: FFTOptions) -> dict[str, Any]:
     names = setup.class_names(train)
     check_classes(config, train, tests)
     features = None
-    if isinstance(train, FeatureFile) or config.train_views == "center" or config.text.text_features == "class-means":
+    if not train.holds_images or config.train_views == "center" or config.text.text_features == "class-means":
         features = setup.features(train, title="encode training images", limit=config.run.limit)
     problem = setup.problem(names, setup.text_features(names, features))
     if features is not None:
-        problem.check_width(features.features, f"--train {config.train}")
+        problem.check_width(features.features.shape[-1], f"--train {config.train}")
     for spec, source in tests.items():
-        if isinstance(source, FeatureFile):
-            problem.check_width(source.features, f"--test {spec}")
+        problem.check_width(source.width, f"--test {spec}")
     batches = Batches(config, problem, features)
     with open_run_folder(problem, batches, config) as folder:
         covers = {"limit": config.run.limit}
@@ -134,15 +133,8 @@ def train_and_test(
 def check_classes(config: FFTOptions, train: Source, tests: dict[str, Source]) -> None:
     """Raise UserError where a test set has classes that were not trained."""
     for spec, source in tests.items():
-        if isinstance(train, ImageFolder) and isinstance(source, ImageFolder):
-            if unknown := sorted(set(source.folders) - set(train.folders)):
-                raise UserError(f"test {spec} has class folders that train {config.train} lacks: {unknown[:6]}")
-        elif isinstance(train, FeatureFile) and isinstance(source, FeatureFile):
-            check_same_names(train, source)
-            if int(source.labels.max()) > int(train.labels.max()):
-                raise UserError(f"test {spec} has label {int(source.labels.max())}, train ends at {train.labels.max()}")
-        else:
-            raise UserError(f"test {spec} must be of train's kind: both imagefolder or both features")
+        if (fault := source.classes_beyond(train)) is not None:
+            raise UserError(f"test {spec} must have no classes but those of train {config.train}: {fault}")
 
 
 class Batches:
@@ -153,14 +145,11 @@ class Batches:
         self.config = config
         self.problem = problem
         self.features = features
-        self.source = train
-        self.samples: tuple[Sample, ...] = ()
+        self.source = train.limited(config.run.limit)
+        self.samples = self.source.samples
         self.ids: list[str] = []
         """Of the images of the step under way that are still to be encoded."""
-        self.available = len(train.ids) if isinstance(train, FeatureFile) else len(train.samples)
-        if isinstance(train, ImageFolder):
-            self.samples = spread_limit(train.samples, config.run.limit)
-            self.source = replace(train, samples=self.samples)
+        self.available = len(train.ids)
 
     def __len__(self) -> int:
         return len(self.samples) if self.samples else len(self.features.ids) if self.features else 0
@@ -332,9 +321,6 @@ def test_stage(
         title = f"test {spec} after {stage.name}"
         limit = problem.config.run.limit
         features = problem.features(source, title=title, limit=limit, cached=not stage.trains_encoder)
-        labels = None
-        if isinstance(source, ImageFolder) and isinstance(train, ImageFolder) and source.folders != train.folders:
-            labels = [train.folders.index(name) for name in source.folders]
         records = evaluate(
             predict,
             features,
@@ -342,7 +328,7 @@ def test_stage(
             model.logit_scale,
             title=title,
             device=problem.device,
-            labels=labels,
+            labels=source.labels_among(train),
         )
         lines += [{"stage": stage.name, "test": spec} | record for record in records]
         results[spec] = accuracy_of(records, before="zero_shot", after="adapted")

@@ -14,10 +14,12 @@ from torch import Tensor
 from rada_fast import _env
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
-from rada_fast.data.sources import FeatureFile, ImageFolder, open_source
+from rada_fast.data.open import open_source
+from rada_fast.data.readers.features import read_feature_file
+from rada_fast.data.sources import FeatureFile, Source
 from rada_fast.errors import UserError
 from rada_fast.extension import libraries
-from rada_fast.loops.features import Features, class_means, encode_images, spread_limit
+from rada_fast.loops.features import Features, class_means, encode_images
 from rada_fast.models.class_features import (
     class_features,
     given_text_features,
@@ -34,7 +36,6 @@ from rada_fast.ops import backends
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
-Source = ImageFolder | FeatureFile
 RunConfig = TTTOptions | EFTOptions | FFTOptions
 
 DEFAULT_LOGIT_SCALE = 100.0
@@ -68,13 +69,9 @@ class Setup:
 
     def class_names(self, source: Source) -> tuple[str, ...]:
         """Names of a source's classes, in label order."""
-        if isinstance(source, FeatureFile) and self.vlm is not None and self.config.text.text_features is None:
-            # Before names are asked for: no names make prompts of this model fit other features.
-            width, wanted = source.features.shape[-1], self.vlm.embed_dim
-            if width != wanted:
-                raise UserError(
-                    f"data features:{source.path} has features of width {width}, the text features have {wanted}"
-                )
+        if self.vlm is not None and self.config.text.text_features is None:
+            # This comes before the names are asked for, because no names make this model's prompts fit other features.
+            check_width(source.width, self.vlm.embed_dim, f"data features:{source.path}")
         return class_names_of(source, self.config.text)
 
     def features(self, source: Source, *, title: str, limit: int | None = None, cached: bool = True) -> Features:
@@ -82,13 +79,10 @@ class Setup:
 
         cached: see encode_images.
         """
-        if isinstance(source, ImageFolder):
-            samples = spread_limit(source.samples, limit)
-            return encode_images(samples, self.model, title=title, workers=self.config.run.workers, cached=cached)
-        features = source.normalised()
-        # Several views of an image: the first is the original.
-        features = features[:, 0] if features.ndim == 3 else features
-        return Features(features[:limit], source.labels[:limit], tuple(source.ids)[:limit])
+        chosen = source.limited(limit)
+        if (views := chosen.views()) is not None:
+            return Features(views[:, 0], chosen.labels, chosen.ids)
+        return encode_images(chosen.samples, self.model, title=title, workers=self.config.run.workers, cached=cached)
 
     def text_features(self, names: Sequence[str], training: Features | None) -> Tensor:
         """T (K, D), unit norm, on the CPU. training: the images whose class means may be asked for."""
@@ -119,9 +113,9 @@ class Problem(Setup):
     text: Tensor
     adapter: RationalAdapter
 
-    def check_width(self, features: Tensor, data: str) -> None:
+    def check_width(self, width: int | None, data: str) -> None:
         """As the function of this name, for the text features in use."""
-        check_width(features, self.text, data)
+        check_width(width, self.text.shape[-1], data)
 
 
 def open_sources(specs: Mapping[str, str]) -> dict[str, Source]:
@@ -136,7 +130,7 @@ def open_sources(specs: Mapping[str, str]) -> dict[str, Source]:
             source = open_source(spec)
         except UserError as error:
             raise UserError(f"{option} {spec}: {error}") from None
-        if part != "data" and isinstance(source, ImageFolder) and not source.folders:
+        if part != "data" and not source.has_classes:
             raise UserError(f"{option} must be imagefolder:DIR or features:FILE.npz, which have classes, got {spec}")
         sources[part] = source
     return sources
@@ -162,7 +156,7 @@ def open_setup(config: RunConfig, sources: Mapping[str, Source]) -> Setup:
     Raises UserError naming the option that cannot be used.
     """
     check_backend()
-    images = any(isinstance(source, ImageFolder) for source in sources.values())
+    images = any(source.holds_images for source in sources.values())
     vlm = None
     if images or config.text.text_features is None:
         vlm = load_vision_language(config.model, config.run)
@@ -181,7 +175,7 @@ def logit_scale_of(
         return options.logit_scale, "--logit-scale"
     stated = [] if vlm is None else [(vlm.logit_scale, f"model {vlm.name}")]
     for file in (*sources, text_file(options)):
-        if isinstance(file, FeatureFile) and file.logit_scale is not None:
+        if file is not None and file.logit_scale is not None:
             stated.append((file.logit_scale, f"array logit_scale of {file.path}"))
     for value, where in stated:
         if value < LEAST_LOGIT_SCALE and vlm is None:
@@ -205,8 +199,9 @@ def text_file(options: ClassOptions) -> FeatureFile | None:
     given = options.text_features
     if given is None or given == "class-means" or given.startswith("classifier:"):
         return None
-    source = open_source(given) if given.removeprefix("features:") not in (given, "") else None
-    if not isinstance(source, FeatureFile) or source.features.ndim != 2:
+    path = given.removeprefix("features:")
+    source = read_feature_file(Path(path).expanduser()) if path not in (given, "") else None
+    if source is None or source.features.ndim != 2:
         raise UserError(
             "text_features must be class-means, features:FILE.npz with one row a class or classifier:RUN of an fft, "
             f"got {given!r}"
@@ -238,15 +233,10 @@ def load_vision_language(options: ModelOptions, run: RunOptions) -> VisionLangua
 def class_names_of(source: Source, options: ClassOptions) -> tuple[str, ...]:
     """Names of a source's classes, in label order."""
     prompts = options.text_features is None
-    if isinstance(source, ImageFolder):
-        if source.fault is not None:
-            raise UserError(source.fault)
-        return resolve_class_names(source.folders, options.classes, prompts=prompts)
-    if source.class_names is None:
-        count = int(source.labels.max()) + 1
-        return names_of_labels(count, options.classes, prompts=prompts, data=f"feature file {source.path}")
-    where = f"names in the array class_names of {source.path}"
-    return resolve_class_names(source.class_names, options.classes, prompts=prompts, where=where)
+    names = source.class_names
+    if names is None:
+        return names_of_labels(source.num_classes, options.classes, prompts=prompts, data=source.description)
+    return resolve_class_names(names, options.classes, prompts=prompts, where=source.class_names_from)
 
 
 def text_features_of(
@@ -286,17 +276,6 @@ def text_features_of(
     return given_text_features(source, names)
 
 
-def check_same_names(training: FeatureFile, testing: FeatureFile) -> None:
-    """Raise UserError where two feature files name the class of a label differently."""
-    pairs = zip(training.class_names or (), testing.class_names or (), strict=False)
-    for label, (trained, tested) in enumerate(pairs):
-        if trained != tested:
-            raise UserError(
-                f"test {testing.path} must have the classes of train {training.path}: the class_names of label {label} "
-                f"are {tested!r} and {trained!r}"
-            )
-
-
 def warn_of_unused_classifier(vlm: VisionLanguageModel, names: Sequence[str]) -> None:
     """Warn where prompts stand for classes whose classifier was trained together with the image encoder."""
     if vlm.trained is None or vlm.trained.weights is None:
@@ -326,9 +305,11 @@ def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> Rational
         return RationalAdapter(config)
 
 
-def check_width(features: Tensor, text_features: Tensor, data: str) -> None:
-    """Raise UserError where the data's width is not the text features'. data: the option and what it names."""
-    if features.shape[-1] != text_features.shape[-1]:
-        raise UserError(
-            f"{data} has features of width {features.shape[-1]}, the text features have {text_features.shape[-1]}"
-        )
+def check_width(width: int | None, wanted: int, data: str) -> None:
+    """Raise UserError where features are not as wide as the text features.
+
+    width: of the data's features, None where a model will make them; wanted: of the text features; data: the option
+    and its value, for the message.
+    """
+    if width not in (None, wanted):
+        raise UserError(f"{data} has features of width {width}, the text features have {wanted}")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rada_fast.config.commands import TTTOptions
-from rada_fast.data.sources import FeatureFile, Sample
+from rada_fast.data.sources import Source
 from rada_fast.data.views import image_seed
 from rada_fast.engine.episodes import adapt_episodes, prediction_entropy
-from rada_fast.loops.features import iterate_views, spread_limit
-from rada_fast.loops.setup import Problem, Source, open_setup, open_sources
+from rada_fast.loops.features import iterate_views
+from rada_fast.loops.setup import Problem, open_setup, open_sources
 from rada_fast.ops import zero_shot_logits
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, image_record, is_image_record
 from rada_fast.runs.folder import SUPERSEDED, RunFolder, describe_change, reset_peak_memory
@@ -46,14 +46,13 @@ def run_ttt(config: TTTOptions) -> dict[str, Any]:
     mention_fixed_views(config, source)
     names = setup.class_names(source)
     problem = setup.problem(names, setup.text_features(names, training=None))
-    if isinstance(source, FeatureFile):
-        problem.check_width(source.features, f"--data {config.data}")
+    problem.check_width(source.width, f"--data {config.data}")
     # A line is of its image alone: one whose picture has changed is made anew, and all others stay. A feature file's
     # rows have no times of their own, so another file is another run.
-    deciding = ["data"] if isinstance(source, FeatureFile) else []
+    deciding = [] if source.holds_images else ["data"]
     with open_folder("ttt", problem, {"data": source}, deciding=deciding, names=names, text=problem.text) as folder:
-        drop_superseded(folder, labels_of(source))
-        ids = images_of(source, config.run.limit)
+        drop_superseded(folder, source.known_labels())
+        ids = frozenset(source.limited(config.run.limit).ids)
         records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
         done = {record["id"] for record in records}
         covers = {"images": len(ids)}
@@ -75,9 +74,7 @@ def run_ttt(config: TTTOptions) -> dict[str, Any]:
 
 def views_of(config: TTTOptions, source: Source) -> int:
     """How many views of an image the run has: those that a feature file holds, otherwise as many as are asked for."""
-    if not isinstance(source, FeatureFile):
-        return config.views
-    return source.features.shape[1] if source.features.ndim == 3 else 1
+    return config.views if source.num_views is None else source.num_views
 
 
 def mention_fixed_views(config: TTTOptions, source: Source) -> None:
@@ -88,20 +85,8 @@ def mention_fixed_views(config: TTTOptions, source: Source) -> None:
         notices.note(f"--views {held}")
     elif views != config.views:
         notices.warn(f"--views {config.views} {held}")
-    if isinstance(source, FeatureFile) and config.view_kind != TTTOptions.view_kind:
+    if source.num_views is not None and config.view_kind != TTTOptions.view_kind:
         notices.warn(f"--view-kind {config.view_kind} makes no views of a feature file: {config.data} holds its own")
-
-
-def labels_of(source: Source) -> dict[str, int | None]:
-    """The label of every image, by id."""
-    if isinstance(source, FeatureFile):
-        return dict(zip(source.ids, source.labels.tolist(), strict=True))
-    return {sample.id: label_of(sample) for sample in source.samples}
-
-
-def label_of(sample: Sample) -> int | None:
-    """An image's label as its line has it."""
-    return sample.label if sample.label >= 0 else None
 
 
 def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None:
@@ -126,13 +111,6 @@ def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None
         notices.note(f"{len(old)} lines are {what}; they were moved to {folder.path / SUPERSEDED}")
     folder.supersede(IMAGES, list(kept.values()), old)
     folder.accept_inputs()
-
-
-def images_of(source: Source, limit: int | None) -> frozenset[str]:
-    """Ids of the images that the run covers."""
-    if isinstance(source, FeatureFile):
-        return frozenset(source.ids[:limit])
-    return frozenset(sample.id for sample in spread_limit(source.samples, limit))
 
 
 def adapt_to_all(config: TTTOptions, problem: Problem, folder: RunFolder, done: set[str], clock: Clock) -> int:
@@ -172,16 +150,12 @@ class Clock:
 
 def episodes_of(config: TTTOptions, problem: Problem, done: set[str], clock: Clock) -> tuple[int, Iterator[Episode]]:
     """How many images are left, and their episodes, in the order asked for."""
-    source = problem.sources["data"]
-    if isinstance(source, FeatureFile):
-        features = source.normalised()
-        features = features if features.ndim == 3 else features[:, None]
-        count = len(features[: config.run.limit])
-        chosen = [i for i in visiting_order(count, config) if source.ids[i] not in done]
-        return len(chosen), (Episode(source.ids[i], int(source.labels[i]), features[i]) for i in chosen)
-
-    limited = spread_limit(source.samples, config.run.limit)
-    samples = [limited[i] for i in visiting_order(len(limited), config) if limited[i].id not in done]
+    source = problem.sources["data"].limited(config.run.limit)
+    ids, labels = source.ids, source.known_labels()
+    chosen = [i for i in visiting_order(len(ids), config) if ids[i] not in done]
+    if (features := source.views()) is not None:
+        return len(chosen), (Episode(ids[i], labels[ids[i]], features[i]) for i in chosen)
+    samples = [source.samples[i] for i in chosen]
     vlm = problem.model
 
     def encoded() -> Iterator[Episode]:
@@ -190,7 +164,7 @@ def episodes_of(config: TTTOptions, problem: Problem, done: set[str], clock: Clo
         )
         for index, views, reason in stream:
             sample = samples[index]
-            label = label_of(sample)
+            label = labels[sample.id]
             if views is None:
                 yield Episode(sample.id, label, None, reason)
                 continue

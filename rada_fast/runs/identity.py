@@ -8,12 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from rada_fast.data.sources import ImageFolder
-from rada_fast.loops.features import file_stamp
-from rada_fast.loops.setup import Problem, Source
+from rada_fast.data.fingerprints import tensor_fingerprint
+from rada_fast.data.sources import Source
+from rada_fast.loops.setup import Problem
 from rada_fast.models.class_features import resolve_templates
 from rada_fast.modules import RationalAdapter
 from rada_fast.runs.folder import Inputs, RunFolder
@@ -41,8 +40,8 @@ def open_folder(
 
     Raises UserError where the folder cannot be used.
     """
-    inputs = Inputs({part: stamps(source) for part, source in read.items()}, frozenset(deciding))
-    data = [source.root for source in problem.sources.values() if isinstance(source, ImageFolder)]
+    inputs = Inputs({part: source.stamps() for part, source in read.items()}, frozenset(deciding))
+    data = [source.path for source in problem.sources.values() if source.holds_images]
     identity = identity_of(command, problem, names, text, limit)
     folder = RunFolder(problem.config.run, identity, inputs, data, given_paths(problem))
     # Nothing that was given can be refused any more.
@@ -95,24 +94,9 @@ def _deciding_options(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def stamps(source: Source) -> dict[str, str]:
-    """By which a source's images, or a feature file's arrays, are known to be the same ones."""
-    if isinstance(source, ImageFolder):
-        return {sample.id: file_stamp(sample.path) for sample in source.samples}
-    return {"features": tensor_fingerprint(source.features), "labels": tensor_fingerprint(source.labels)}
-
-
 def adapter_fingerprint(adapter: RationalAdapter) -> str:
     """A short hash of an adapter's configuration and weights."""
     digest = hashlib.sha256(repr(adapter.config).encode())
     for name, tensor in adapter.state_dict().items():
         digest.update(f"{name} {tensor_fingerprint(tensor)}".encode())
-    return digest.hexdigest()[:16]
-
-
-def tensor_fingerprint(tensor: Tensor) -> str:
-    """A short hash of a tensor's shape and values."""
-    array = np.ascontiguousarray(tensor.detach().cpu().numpy())
-    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    digest.update(array.data)
     return digest.hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from rada_fast.data.decode import UnreadableImageError, is_picture, read_image
-from rada_fast.data.sources import ImageFolder, open_source
+from rada_fast.data.open import open_source
 
 RAMP = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
 EIGHT = np.round(RAMP / 65535 * 255).astype(np.uint8)
@@ -204,8 +205,54 @@ def test_a_picture_that_goes_away_while_the_run_goes_on_is_unreadable(tmp_path: 
         (tmp_path / name).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
     source = open_source(f"imagefolder:{tmp_path}")
-    assert isinstance(source, ImageFolder)
     views = ViewDataset(source.samples, Preprocess(4, (0.5,) * 3, (0.5,) * 3), 1, "crop", 0)
     (tmp_path / "a" / "a.png").unlink()
     assert views[0] == (0, None, "a.png cannot be read: No such file or directory")
     assert views[1][1] is not None
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    suffix = ".jpg" if mode == "CMYK" else ".tiff" if mode in ("F", "I;16") else ".png"
+    path = tmp_path / f"picture{suffix}"
+    Image.new(mode, (5, 3)).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = read_image(path)
+    assert image.mode == "RGB"
+    assert image.size == (5, 3)
+
+
+def test_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = tmp_path / "good.jpg"
+    Image.effect_noise((64, 64), 50).save(good)
+    cases = {"torn.jpg": good.read_bytes()[:-300], "empty.png": b"", "text.png": b"hello"}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UnreadableImageError, match=f"{name} cannot be read: "):
+            read_image(tmp_path / name)
+    with pytest.raises(UnreadableImageError, match=r"missing.png cannot be read"):
+        read_image(tmp_path / "missing.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+    with pytest.raises(UnreadableImageError, match=r"good.jpg cannot be read: Image size \(4096 pixels\) exceeds"):
+        read_image(good)
+
+
+def test_the_reason_of_an_unreadable_picture_does_not_name_python_objects(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(UnreadableImageError) as caught:
+        read_image(tmp_path / "text.png")
+    assert str(caught.value) == "text.png cannot be read: not an image of a known kind"
+
+
+def test_whatever_a_decoder_raises_is_an_unreadable_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    for error in (KeyError("chunk"), IndexError("list\nindex"), RuntimeError()):
+
+        def fail(*args: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(Image.Image, "convert", fail)
+        with pytest.raises(UnreadableImageError, match=r"a\.png cannot be read: ") as caught:
+            read_image(tmp_path / "a.png")
+        assert "\n" not in str(caught.value)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from rada_fast.data.folders import label_order
-from rada_fast.data.sources import ImageFolder, open_source
+from rada_fast.data.open import open_source
+from rada_fast.data.sources import ImageFolder
 from rada_fast.errors import UserError
 from rada_fast.system import notices
 

@@ -174,3 +174,28 @@ def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
 )
 def test_readable_names(names: list[str], expected: list[str]) -> None:
     assert readable_names(names) == tuple(expected)
+
+
+def test_names_from_files(tmp_path: Path) -> None:
+    cases: dict[str, tuple[str, Any]] = {
+        "lines.txt": ("cat\n\n dog \n", ["cat", "dog"]),
+        "coop.txt": ("n01440764 tench\nn01443537 gold fish\n", {"n01440764": "tench", "n01443537": "gold fish"}),
+        "list.json": ('["cat", "dog"]', ["cat", "dog"]),
+        "object.json": ('{"a": "cat"}', {"a": "cat"}),
+    }
+    for name, (text, expected) in cases.items():
+        (tmp_path / name).write_text(text)
+        assert read_names(tmp_path / name) == expected
+    for name, text, message in (
+        ("empty.txt", "\n", r"holds no class name \(K = 0\)"),
+        ("bad.json", "{", "is not JSON"),
+        ("numbers.json", "[1, 2]", "must hold a list of names"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_names(tmp_path / name)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_names(tmp_path / "none.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not a text file"):
+        read_names(tmp_path / "binary.txt")

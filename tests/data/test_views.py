@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from rada_fast.data import views as views_module
-from rada_fast.data.sources import ImageFolder, open_source
+from rada_fast.data.open import open_source
+from rada_fast.data.sources import ImageFolder
 from rada_fast.data.views import (
     AUGMIX_OPERATIONS,
     Preprocess,

@@ -18,7 +18,7 @@ from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.method import AdapterConfig, EpisodeConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, RunOptions
 from rada_fast.errors import UserError
-from rada_fast.loops import features, setup
+from rada_fast.loops import setup
 from rada_fast.loops import ttt as ttt_loop
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.fft import run_fft
@@ -373,8 +373,3 @@ def test_what_is_said_on_the_way_is_in_the_summary(specks: Path, tmp_path: Path)
     with notices.collecting():
         summary = run_eft(eft(specks, specks, tmp_path / "run"))
     assert any("state.pt is damaged" in line for line in summary["warnings"])
-
-
-def test_a_dangling_link_has_a_stamp(tmp_path: Path) -> None:
-    (tmp_path / "x.png").symlink_to(tmp_path / "nowhere")
-    assert features.file_stamp(tmp_path / "x.png") == "missing"

@@ -12,10 +12,9 @@ import torch
 from rada_fast.config.commands import TTTOptions
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions
-from rada_fast.data.sources import open_source
+from rada_fast.data.open import open_source
 from rada_fast.errors import UserError
 from rada_fast.loops.setup import (
-    check_same_names,
     class_names_of,
     logit_scale_of,
     make_adapter,
@@ -220,11 +219,3 @@ def test_rows_of_text_features_go_to_their_classes(tmp_path: Path, capsys: pytes
     assert "has labels that are not 0 ... 2, each once" in given(labels=np.array([0, 0, 1]))[1][0]
     rows = np.array([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [0, 1.0, 0, 0]])
     assert "2 of 3 classes have the same text feature" in given()[1][0]
-
-
-def test_feature_files_whose_labels_have_other_names_are_not_of_the_same_classes(tmp_path: Path) -> None:
-    train = open_source(features(tmp_path / "a.npz", class_names=["cat", "dog", "owl", "fox"]))
-    check_same_names(train, open_source(features(tmp_path / "b.npz")))
-    check_same_names(train, open_source(features(tmp_path / "c.npz", class_names=["cat", "dog", "owl"])))
-    with pytest.raises(UserError, match="the class_names of label 1 are 'owl' and 'dog'"):
-        check_same_names(train, open_source(features(tmp_path / "d.npz", class_names=["cat", "owl", "dog"])))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rada_fast import cli
 from rada_fast.data import views
-from rada_fast.data.sources import ImageFolder, open_source, read_image
+from rada_fast.data.decode import read_image
+from rada_fast.data.open import open_source
 from rada_fast.loops import features
 from rada_fast.models.vision_language import load_model
 
@@ -30,7 +31,6 @@ def pictures(tmp_path: Path) -> Path:
 
 def views_of(pictures: Path, workers: int) -> list[Tensor]:
     source = open_source(f"imagefolder:{pictures}")
-    assert isinstance(source, ImageFolder)
     stream = features.iterate_views(
         source.samples, load_model("embedded"), views=3, kind="crop", seed=0, workers=workers
     )

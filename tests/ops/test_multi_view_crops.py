@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from rada_fast.data.sources import read_image
+from rada_fast.data.decode import read_image
 from rada_fast.data.views import Preprocess, center_view, crop_view, make_views
 from rada_fast.errors import BackendUnavailableError
 from rada_fast.extension import libraries

@@ -1,0 +1,27 @@
+"""Short texts by which a file or a tensor is recognised as the same one in a later run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+
+def file_stamp(path: Path) -> str:
+    """The size of a file in bytes and the time of its last change in nanoseconds."""
+    try:
+        stat = path.stat()
+    except OSError:  # A link may lead nowhere; the error of reading it gives the reason.
+        return "missing"
+    return f"{stat.st_size} {stat.st_mtime_ns}{'' if os.access(path, os.R_OK) else ' locked'}"
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """A short hash of a tensor's type, shape and values."""
+    array = np.ascontiguousarray(tensor.detach().cpu().numpy())
+    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    digest.update(array.data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,133 @@
+"""Feature files: npz archives with features that a model extracted from images."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rada_fast.data.sources import FeatureFile
+from rada_fast.errors import UserError
+
+MOST_CLASSES = 2**20
+"""A label above this is a mistake: names and text features are made for every class up to the largest."""
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+SMALLEST_FEATURE = 1e-12
+"""A row whose values are all below this has no direction: PyTorch's normalize divides by at least as much."""
+
+
+def read_feature_file(path: Path) -> FeatureFile:
+    """Read the arrays features (N, D) or (N, V, D) and labels (N,), and class_names (K,) and logit_scale if they exist.
+
+    Raises UserError where the file or one of its arrays cannot be used.
+    """
+    if not path.is_file():
+        raise UserError(f"feature file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
+    try:
+        # NumPy would read a bare array, too, and answer anything else with advice to unpickle it.
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is no zip archive")
+        # Opened here: NumPy leaves a file that it cannot read open.
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            _check_headers(path, file.zip)
+            held = sorted(file.files)
+            arrays = {name: file[name] for name in ("features", "labels", "class_names", "logit_scale") if name in held}
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive fails in any of zipfile's, zlib's and NumPy's ways
+        raise UserError(f"feature file {path} is not a readable npz file: {error}") from None
+    if not {"features", "labels"} <= arrays.keys():
+        raise UserError(f"feature file {path} must have the arrays features and labels, it has {held}")
+    features, labels = arrays["features"], arrays["labels"]
+    if features.ndim not in (2, 3) or features.dtype.kind != "f":
+        raise UserError(
+            f"feature file {path}: features must be floating point (N, D) or (N, V, D), "
+            f"got {features.dtype} {features.shape}"
+        )
+    if labels.shape != (len(features),) or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"feature file {path}: labels must be {len(features)} whole numbers, got {labels.dtype} {labels.shape}"
+        )
+    if 0 in features.shape:
+        raise UserError(f"feature file {path}: features must not be empty, got shape {features.shape}")
+    if labels.min() < 0:
+        raise UserError(f"feature file {path}: labels must be at least 0, got {labels.min()} in row {labels.argmin()}")
+    if labels.max() >= MOST_CLASSES:
+        raise UserError(
+            f"feature file {path}: labels must be below {MOST_CLASSES}, they number the classes from 0, "
+            f"got {labels.max()} in row {labels.argmax()}"
+        )
+    # Before the checks: a float64 value past float32's range becomes infinite, a tiny one zero.
+    with np.errstate(over="ignore", under="ignore"):
+        features = features.astype(np.float32)
+    rows = features.reshape(len(features), -1)
+    bad = ~np.isfinite(rows).all(axis=1)
+    if bad.any():
+        raise UserError(
+            f"feature file {path}: features must be finite, got NaN or infinity in {bad.sum()} of {len(rows)} rows, "
+            f"the first is row {bad.argmax()}"
+        )
+    largest = np.maximum(features.max(axis=-1), -features.min(axis=-1)).reshape(len(features), -1)
+    zero = (largest < SMALLEST_FEATURE).any(axis=1)
+    if zero.any():
+        raise UserError(
+            f"feature file {path}: features must not be all zero, row {zero.argmax()} is, the first of {zero.sum()}"
+        )
+    names = arrays.get("class_names")
+    if names is not None and (names.ndim != 1 or names.dtype.kind not in "US" or len(names) <= labels.max()):
+        raise UserError(
+            f"feature file {path}: class_names must be at least {labels.max() + 1} texts, one a label, "
+            f"got {names.dtype} {names.shape}"
+        )
+    found = [] if names is None else names.tolist()
+    try:
+        # In a NumPy array of bytes, names are UTF-8.
+        texts = tuple(str(name, "utf-8") if isinstance(name, bytes) else name for name in found)
+    except UnicodeDecodeError as error:
+        raise UserError(f"feature file {path}: class_names must be texts in UTF-8: {error}") from None
+    return FeatureFile(
+        path,
+        torch.from_numpy(features),
+        torch.from_numpy(labels.astype(np.int64)),
+        tuple(str(index) for index in range(len(labels))),
+        None if names is None else texts,
+        _logit_scale(path, arrays.get("logit_scale")),
+    )
+
+
+def _check_headers(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raise an error where an archive's arrays are not what their headers say, before memory is taken for them."""
+    names = archive.namelist()
+    shapes = {}
+    for name in ("features.npy", "labels.npy", "class_names.npy", "logit_scale.npy"):
+        if names.count(name) > 1:
+            raise ValueError(f"it holds {name} {names.count(name)} times")
+        if name not in names:
+            continue
+        with archive.open(name) as member:
+            version = np.lib.format.read_magic(member)
+            if version not in _HEADER_READERS:
+                raise ValueError(f"{name} is of format {version}, known are {', '.join(map(str, _HEADER_READERS))}")
+            shapes[name], _, dtype = _HEADER_READERS[version](member)
+            stated = member.tell() + math.prod(shapes[name]) * dtype.itemsize
+        held = archive.getinfo(name).file_size
+        if stated != held and not dtype.hasobject:  # objects are refused when they are read
+            raise ValueError(f"{name} must have {stated} bytes for {dtype} {shapes[name]}, it has {held}")
+    features, labels = (shapes.get(name, ()) for name in ("features.npy", "labels.npy"))
+    if len(features) in (2, 3) and len(labels) == 1 and features[0] != labels[0]:
+        raise UserError(f"feature file {path}: labels must be {features[0]} whole numbers, got shape {labels}")
+
+
+def _logit_scale(path: Path, array: np.ndarray[Any, Any] | None) -> float | None:
+    """The multiplier that a feature file states. Raises UserError where it is none."""
+    if array is None:
+        return None
+    value = float(array.item()) if array.size == 1 and array.dtype.kind in "fiu" else math.nan
+    if not 0 < value <= float(np.finfo(np.float32).max):
+        got = f"{array.dtype} {array.shape}" if math.isnan(value) else f"{value:g}"
+        raise UserError(f"feature file {path}: logit_scale must be one number above 0 that float32 holds, got {got}")
+    return value

@@ -1,0 +1,82 @@
+"""Folders of image files: one sub-folder for each class, or images without classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from rada_fast.data.folders import (
+    Found,
+    class_folders,
+    deeper_classes,
+    existing_folder,
+    mention_empty,
+    mention_equal_numbers,
+    mention_single_class,
+    mention_skipped,
+    pictures_below,
+)
+from rada_fast.data.sources import ImageFolder, Sample
+from rada_fast.errors import UserError
+
+
+def read_image_folder(root: Path) -> ImageFolder:
+    """Read a folder that has one sub-folder for each class; images may lie at any depth below it.
+
+    The classes are numbered in the order that `label_order` gives their folders. Raises UserError where there is no
+    class, or where the sub-folders are certainly not the classes; warns of everything that is not used.
+    """
+    folders, skipped = class_folders(root)
+    if not folders:
+        pictures = pictures_below(root, root).pictures
+        hint = f"; for pictures without classes give images:{root}" if pictures else ""
+        with suppress(OSError):
+            above = root.absolute().parent
+            if pictures and sum(path.is_dir() for path in above.iterdir()) > 1:
+                hint += f", for the folders beside it as classes imagefolder:{above}"
+        raise UserError(f"data folder {root} must have one sub-folder a class, it has none{hint}")
+    found = [pictures_below(root / folder, root) for folder in folders]
+    samples = [sample for label, below in enumerate(found) for sample in _samples(below, root, label)]
+    if not samples:
+        raise UserError(f"data folder {root} has {len(folders)} sub-folders but no image{_others(found)}")
+    parts = {
+        folder: [path.relative_to(root / folder).parts for path in below.pictures]
+        for folder, below in zip(folders, found, strict=True)
+        if below.pictures
+    }
+    fault = deeper_classes(root, parts)
+    if fault is not None:
+        fault = f"data folder {root} must have one sub-folder a class, {fault}"
+        if len(parts) == len(folders):
+            raise UserError(fault)
+    skipped += tuple(entry for below in found for entry in below.skipped)
+    source = ImageFolder(root, folders, _sorted(samples), skipped, fault)
+    mention_single_class(root, folders)
+    mention_equal_numbers(root, folders)
+    mention_empty(root, source.empty_folders)
+    mention_skipped(root, skipped)
+    return source
+
+
+def read_unlabelled_images(root: Path) -> ImageFolder:
+    """Read all images below a folder, which have no classes; warns of everything that is not used."""
+    found = pictures_below(existing_folder(root), root)
+    if not found.pictures:
+        raise UserError(f"data folder {root} holds no image{_others([found])}")
+    mention_skipped(root, found.skipped)
+    return ImageFolder(root, (), _sorted(_samples(found, root, -1)), found.skipped)
+
+
+def _samples(found: Found, root: Path, label: int) -> list[Sample]:
+    return [Sample(path.relative_to(root).as_posix(), path, label) for path in found.pictures]
+
+
+def _sorted(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+    return tuple(sorted(samples, key=lambda sample: sample.id))
+
+
+def _others(found: Sequence[Found]) -> str:
+    """An addition in brackets that says what a folder without images holds instead."""
+    skipped = [entry for below in found for entry in below.skipped]
+    return f" (found {skipped[0][0]}, {skipped[0][1]}, and {len(skipped) - 1} more)" if skipped else ""

@@ -1,0 +1,31 @@
+"""Data named KIND:PATH: a kind that does not exist, and a path that was forgotten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rada_fast.data.open import KINDS, open_source
+from rada_fast.errors import UserError
+
+
+def test_a_path_without_a_known_kind_is_answered_with_the_kinds(tmp_path: Path) -> None:
+    (tmp_path / "f.npz").write_bytes(b"")
+    for spec, hint in (
+        (str(tmp_path), rf"did you mean imagefolder:{tmp_path}\?"),
+        (str(tmp_path / "f.npz"), rf"did you mean features:{tmp_path}/f\.npz\?"),
+        ("photos:somewhere", "data must be KIND:PATH with KIND one of imagefolder:DIR .*, images:DIR .*, features:"),
+    ):
+        with pytest.raises(UserError, match=hint):
+            open_source(spec)
+
+
+def test_every_kind_says_how_its_data_are_named() -> None:
+    assert all(kind.usage.startswith(f"{name}:") for name, kind in KINDS.items())
+
+
+@pytest.mark.parametrize("spec", ["imagefolder:", "features:", ""])
+def test_a_kind_without_a_path_is_not_the_current_folder(spec: str) -> None:
+    with pytest.raises(UserError, match="data must be KIND:PATH"):
+        open_source(spec)
