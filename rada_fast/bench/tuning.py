@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from rada_fast import _env
-from rada_fast.config.method import AdapterConfig
+from rada_fast.config.method import ROLES, AdapterConfig
 from rada_fast.config.tools import KernelsOptions
 from rada_fast.errors import UserError
 from rada_fast.kernels.class_attention import class_attention_backward, class_attention_forward
@@ -18,7 +18,7 @@ from rada_fast.kernels.parameter_gradients import parameter_gradients
 from rada_fast.kernels.rational_projections import rational_projections_forward
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops._backends.tiles import Sizes, cache_file, tune
-from rada_fast.ops._backends.triton import ROLES, float32_precision
+from rada_fast.ops._backends.triton import float32_precision
 from rada_fast.system.terminal import PlainConsole, print_json
 
 

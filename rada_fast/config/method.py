@@ -23,6 +23,16 @@ TTTLoss = Literal["mean", "marginal"]
 OptimizerName = Literal["adamw", "adam", "sgd"]
 QUERY_KINDS: tuple[QueryKind, ...] = ("image", "text", "rational")
 MASK_PENALTIES: tuple[MaskPenalty, ...] = ("l2", "l1", "linf")
+ROLES: dict[str, str] = {
+    "image": "q_proj1",
+    "text": "q_proj2",
+    "rational": "q_proj3",
+    "key": "k_proj",
+    "value": "v_proj",
+    "output": "out_proj",
+}
+"""The projections of a layer of attention: what each one makes, and its name in the published code. A role is the kind
+of query, or key, value or output. Operators take the projections' parameters in this order."""
 
 
 @dataclass(frozen=True)

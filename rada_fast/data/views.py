@@ -19,9 +19,7 @@ from torchvision.transforms import functional as F
 
 from rada_fast.data.decode import UnreadableImageError, read_image
 from rada_fast.data.sources import Sample
-from rada_fast.extension import libraries
-from rada_fast.ops import augmix, multi_view_crops, random_augmix, random_views, whole_view
-from rada_fast.ops._backends.choice import reference_asked
+from rada_fast.ops import augmix, multi_view_crops, random_augmix, random_views, views_are_compiled, whole_view
 from rada_fast.ops.multi_view_crops import CROP_SCALE as CROP_SCALE
 
 ViewKind = Literal["crop", "augmix"]
@@ -53,7 +51,7 @@ def image_seed(seed: int, image_id: str) -> int:
 
 def _compiled(image: Image.Image) -> bool:
     """Whether the compiled operators serve: they give what Pillow and torchvision give here, sooner."""
-    return image.mode == "RGB" and not reference_asked() and libraries.load() is None
+    return image.mode == "RGB" and views_are_compiled()
 
 
 def _pixels(image: Image.Image) -> Tensor:

@@ -249,7 +249,10 @@ _cuda_outcome: list[str | None] = []
 
 
 def load() -> str | None:
-    """Load the extension's operators, once. Returns None where they are usable, else the reason; never raises."""
+    """Load the extension's libraries, once. Returns None where that succeeded, else the reason; never raises.
+
+    The ops load through ops/_backends/library.py, which also registers shapes and gradients.
+    """
     if not _outcome:
         _outcome.append(_load())
         _cuda_outcome.append(_load_cuda(_outcome[0]))
@@ -306,9 +309,6 @@ def _load() -> str | None:
                 return f"this wheel carries the extension for {', '.join(carried)}, not for {torch_name()}"
             return "the extension is not built for these sources and this PyTorch; run `rada-fast build`"
         torch.ops.load_library(str(library))
-        from rada_fast.ops._backends import fakes
-
-        fakes.register()
     except Exception as error:  # a broken library must not break anything but itself
         cause = error.__cause__ or error
         return f"the extension does not load: {str(cause).splitlines()[0]}"

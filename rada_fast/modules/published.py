@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from rada_fast.config.method import AdapterConfig
+from rada_fast.config.method import ROLES, AdapterConfig
 from rada_fast.modules.projections import has_bias, has_hooks, reason_to_call, tensors_or_calls
 from rada_fast.ops.rational_adapter import rational_adapter
 
-PROJECTIONS = ("q_proj1", "q_proj2", "q_proj3", "k_proj", "v_proj", "out_proj")
+PROJECTIONS = tuple(ROLES.values())
 ARGUMENTS = ("query1", "query2", "query3", "key", "value", "attn_mask")
 
 _UNUSED = {"alpha"}

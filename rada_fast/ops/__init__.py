@@ -3,7 +3,13 @@
 from rada_fast.ops._backends.choice import BACKENDS, backends, resolve_backend, use_backend
 from rada_fast.ops.augmix import AugmixPlan, augmix, random_augmix
 from rada_fast.ops.episodic_optimizer import EpisodicOptimizer, episodic_optimizer_step
-from rada_fast.ops.multi_view_crops import VIEW_COLUMNS, multi_view_crops, random_views, whole_view
+from rada_fast.ops.multi_view_crops import (
+    VIEW_COLUMNS,
+    multi_view_crops,
+    random_views,
+    views_are_compiled,
+    whole_view,
+)
 from rada_fast.ops.prediction_losses import prediction_loss, prediction_loss_and_gradient
 from rada_fast.ops.rational_adapter import AdapterOutput, rational_adapter, zero_shot_logits
 from rada_fast.ops.view_selection import select_views
@@ -26,6 +32,7 @@ __all__ = [
     "resolve_backend",
     "select_views",
     "use_backend",
+    "views_are_compiled",
     "whole_view",
     "zero_shot_logits",
 ]

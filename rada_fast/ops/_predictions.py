@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops._backends.choice import chosen_backend, resolve_device_backend
-from rada_fast.ops._transforms import TRANSFORM_REASON, under_transform
+from rada_fast.ops._backends.transforms import TRANSFORM_REASON, under_transform
 
 SERVED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rada_fast.ops._backends.choice import resolve_device_backend
-from rada_fast.ops.multi_view_crops import CROP_RATIO, CROP_SCALE, TALL_FIRST, check, draws_compiled
+from rada_fast.ops.multi_view_crops import CROP_RATIO, CROP_SCALE, TALL_FIRST, check, views_are_compiled
 
 AUGMIX_OPERATIONS = ("none", "autocontrast", "equalize", "posterize", "solarize", "affine")
 """By number, what a step of a chain does to the view's pixels; the affine one covers rotations, shears and shifts."""
@@ -74,7 +74,7 @@ def random_augmix(
         raise ValueError(
             f"chains and depth must be at least 1 and severity in 0.1..10, got {chains}, {depth} and {severity}"
         )
-    if draws_compiled(backend):
+    if views_are_compiled(backend):
         drawn = torch.ops.rada_fast.random_augmix(
             height, width, size, count, scale, ratio, chains, depth, severity, generator
         )

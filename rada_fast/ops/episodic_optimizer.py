@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rada_fast.config.method import OptimizerName
 from rada_fast.ops._backends.choice import resolve_device_backend
-from rada_fast.ops._transforms import under_transform
+from rada_fast.ops._backends.transforms import under_transform
 
 _GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -9,7 +9,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from rada_fast.extension import libraries
+from rada_fast.ops._backends import library
 from rada_fast.ops._backends.choice import reference_asked, resolve_device_backend
 
 VIEW_COLUMNS = (
@@ -86,7 +86,7 @@ def random_views(
         raise ValueError(
             f"height, width and size must be at least 1 and count at least 0, got {height}, {width}, {size} and {count}"
         )
-    if draws_compiled(backend):
+    if views_are_compiled(backend):
         drawn: Tensor = torch.ops.rada_fast.random_views(height, width, size, count, scale, ratio, generator)
         return drawn
     from rada_fast.reference import multi_view_crops as reference
@@ -125,10 +125,14 @@ def multi_view_crops(
     return reference.multi_view_crops(pictures, views, size, mean, std, dtype)
 
 
-def draws_compiled(backend: str | None) -> bool:
-    """Whether the extension draws, which it does on the CPU whatever backend is named for tensors elsewhere."""
+def views_are_compiled(backend: str | None = None) -> bool:
+    """Whether the compiled operators draw views, and cut those of pictures on the CPU.
+
+    They draw on the CPU, whatever backend is in force for tensors elsewhere.
+    backend: as the argument of the ops; None asks about the backend in force.
+    """
     if backend is None:
-        return libraries.load() is None and not reference_asked()
+        return library.load() is None and not reference_asked()
     return resolve_device_backend(torch.device("cpu"), backend) == "cpu"
 
 

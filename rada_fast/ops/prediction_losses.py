@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops._backends.choice import chosen_backend
+from rada_fast.ops._backends.transforms import under_transform
 from rada_fast.ops._predictions import check_logits, is_compiled
-from rada_fast.ops._transforms import under_transform
 
 LossKind = Literal["mean", "marginal", "cross_entropy"]
 

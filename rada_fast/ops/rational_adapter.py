@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rada_fast.config.method import MASK_PENALTIES, AdapterConfig, MaskPenalty
+from rada_fast.config.method import MASK_PENALTIES, ROLES, AdapterConfig, MaskPenalty
 from rada_fast.ops._backends.choice import resolve_backend
-from rada_fast.ops._transforms import TRANSFORM_REASON, under_transform
+from rada_fast.ops._backends.transforms import TRANSFORM_REASON, under_transform
 from rada_fast.reference.rational_adapter import AdapterOutput as AdapterOutput
 
 
@@ -19,8 +19,7 @@ def parameter_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     if config.mask_function == "mlp":
         projections = ["fc", "out_proj"]
     else:
-        queries = {"image": "q_proj1", "text": "q_proj2", "rational": "q_proj3"}
-        projections = [queries[kind] for kind in config.queries] + ["k_proj", "v_proj", "out_proj"]
+        projections = [ROLES[role] for role in (*config.queries, "key", "value", "output")]
         for layer in range(config.num_layers - 1):
             projections += [f"layers.{layer}.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
     shapes: dict[str, tuple[int, ...]] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rada_fast.config.method import AdapterConfig
+from rada_fast.config.method import ROLES, AdapterConfig, QueryKind
 
 Parameters = Mapping[str, Tensor] | Callable[[str, Tensor], Tensor]
 """Tensors under the published names, or a function that projects rows by the projection of a name."""
@@ -72,17 +72,16 @@ def rational_projections(
     """
     query_scale, rational_scale = input_scales(logit_scale, config)
     rational = rational_scale * rational_matrix(image_features, text_features)  # (B, K, D)
-    rows = {
-        "image": ("q_proj1", lambda: query_scale * image_features[:, None, :]),  # (B, 1, D)
-        "text": ("q_proj2", lambda: query_scale * text_features[None, :, :]),  # (1, K, D)
-        "rational": ("q_proj3", lambda: rational),  # (B, K, D)
+    rows: dict[QueryKind, Callable[[], Tensor]] = {
+        "image": lambda: query_scale * image_features[:, None, :],  # (B, 1, D)
+        "text": lambda: query_scale * text_features[None, :, :],  # (1, K, D)
+        "rational": lambda: rational,  # (B, K, D)
     }
     queries: dict[str, Tensor] = {
-        kind: split_heads(project(rows[kind][1](), parameters, rows[kind][0]), config.num_heads)
-        for kind in config.queries
+        kind: split_heads(project(rows[kind](), parameters, ROLES[kind]), config.num_heads) for kind in config.queries
     }  # (B | 1, H, 1 | K, d)
-    keys = split_heads(project(rational, parameters, "k_proj"), config.num_heads)  # (B, H, K, d)
-    values = split_heads(project(rational, parameters, "v_proj"), config.num_heads)  # (B, H, K, d)
+    keys = split_heads(project(rational, parameters, ROLES["key"]), config.num_heads)  # (B, H, K, d)
+    values = split_heads(project(rational, parameters, ROLES["value"]), config.num_heads)  # (B, H, K, d)
     return Projections(queries, keys, values)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rada_fast.bench.tuning import launches_of
-from rada_fast.config.method import AdapterConfig
+from rada_fast.config.method import ROLES, AdapterConfig
 from rada_fast.ops._backends import triton
 from rada_fast.reference import class_attention, masked_logits, rational_projections
 from tests.support import problem
@@ -28,7 +28,7 @@ LAUNCHES = {
     "masked_logits_forward": ("logits", "penalty", "mask"),
     "masked_logits_backward": ("doffset", "dattended"),
     "class_attention_backward": ("dkeys", "dvalues", "dq_rational", "dq_text", "dq_image"),
-    "parameter_gradients": tuple(f"d{name}.{part}" for name in triton.ROLES.values() for part in ("weight", "bias")),
+    "parameter_gradients": tuple(f"d{name}.{part}" for name in ROLES.values() for part in ("weight", "bias")),
     "rational_projections_backward": ("dimage", "dtext"),
 }
 
@@ -75,9 +75,7 @@ def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str,
     image, text, parameters = problem(config, BATCH, CLASSES, dtype)
     image, text = image.to(device), text.to(device)
     moved = {key: value.to(device) for key, value in parameters.items()}
-    weights, biases = (
-        {role: moved[f"{key}.{part}"] for role, key in triton.ROLES.items()} for part in ("weight", "bias")
-    )
+    weights, biases = ({role: moved[f"{key}.{part}"] for role, key in ROLES.items()} for part in ("weight", "bias"))
     inner, inner_biases = (
         {role: value for role, value in every.items() if role != "output"} for every in (weights, biases)
     )
@@ -118,7 +116,7 @@ def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str,
         image, text, scale, seen, found, outer.doffset, weights, bias=True, scale_factor=factor, **heads
     )
     yield {
-        f"d{triton.ROLES[role]}.{part}": value
+        f"d{ROLES[role]}.{part}": value
         for part, values in zip(("weight", "bias"), gradients, strict=True)
         for role, value in values.items()
     }

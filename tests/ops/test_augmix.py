@@ -13,13 +13,13 @@ from torch import Tensor
 from rada_fast.data import views as views_module
 from rada_fast.data.views import Preprocess, make_views
 from rada_fast.errors import BackendUnavailableError
-from rada_fast.extension import libraries
 from rada_fast.ops import AugmixPlan, augmix, multi_view_crops, random_augmix, use_backend, whole_view
+from rada_fast.ops._backends import library
 from rada_fast.reference import augmix as reference
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-needs_extension = pytest.mark.skipif(libraries.load() is not None, reason=str(libraries.load()))
+needs_extension = pytest.mark.skipif(library.load() is not None, reason=str(library.load()))
 
 
 def picture(height: int, width: int, seed: int = 0, low: int = 0, high: int = 256) -> Tensor:
@@ -172,7 +172,7 @@ def test_plans_that_cannot_be() -> None:
     for changed, message in changes:
         with pytest.raises(ValueError, match=message):
             augmix([pixels], changed, 8, MEAN, STD)
-        if libraries.load() is None:
+        if library.load() is None:
             # The operator itself does not trust its caller either.
             with pytest.raises(ValueError, match=r"must be|keeps"):
                 torch.ops.rada_fast.augmix([pixels], *changed, 8, MEAN, STD, torch.float32, True)
@@ -187,7 +187,7 @@ def test_without_the_extension_everything_is_made_by_pillow(monkeypatch: pytest.
     pixels = picture(30, 20)
     image = Image.fromarray(pixels.numpy())
     expected = make_views(image, Preprocess(16, MEAN, STD), 4, "augmix", 0)
-    monkeypatch.setattr(libraries, "_outcome", ["not built"])
+    monkeypatch.setattr(library, "load", lambda: "not built")
     assert torch.equal(make_views(image, Preprocess(16, MEAN, STD), 4, "augmix", 0), expected)
     plan = random_augmix(30, 20, 16, 3, torch.Generator().manual_seed(0))
     assert torch.equal(augmix([pixels], plan, 16, MEAN, STD), expected[1:])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rada_fast.config.method import OptimizerName
 from rada_fast.errors import BackendUnavailableError
-from rada_fast.extension import libraries
 from rada_fast.ops import EpisodicOptimizer, backends, episodic_optimizer_step, use_backend
+from rada_fast.ops._backends import library
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 EPISODES = 3
@@ -309,7 +309,7 @@ def test_a_named_backend_serves_or_says_why(monkeypatch: pytest.MonkeyPatch) -> 
         step("cuda")
     with pytest.raises(BackendUnavailableError, match="'triton' cannot serve this call: it has no kernel for this op"):
         step("triton")
-    monkeypatch.setattr(libraries, "load", lambda: "it is not built")
+    monkeypatch.setattr(library, "load", lambda: "it is not built")
     assert torch.equal(step(None).parameters["w"], step("reference").parameters["w"])
     with pytest.raises(BackendUnavailableError, match="backend 'cpu' cannot be used: it is not built"):
         step("cpu")

@@ -33,11 +33,12 @@ from rada_fast.ops import (
     use_backend,
     whole_view,
 )
+from rada_fast.ops._backends import library
 
 COPIES = {"default": "baseline", "avx2": "AVX2", "avx512": "AVX512"}
 """Of each value of ATEN_CPU_CAPABILITY, the copy of the loops that goes with it."""
 
-needs_extension = pytest.mark.skipif(libraries.load() is not None, reason=f"{libraries.load()}")
+needs_extension = pytest.mark.skipif(library.load() is not None, reason=f"{library.load()}")
 
 
 def older() -> list[str]:

@@ -17,13 +17,13 @@ from torchvision import transforms
 from rada_fast.data.decode import read_image
 from rada_fast.data.views import Preprocess, center_view, crop_view, make_views
 from rada_fast.errors import BackendUnavailableError
-from rada_fast.extension import libraries
 from rada_fast.ops import multi_view_crops, random_views, use_backend, whole_view
+from rada_fast.ops._backends import library
 from rada_fast.reference import multi_view_crops as reference
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-needs_extension = pytest.mark.skipif(libraries.load() is not None, reason=str(libraries.load()))
+needs_extension = pytest.mark.skipif(library.load() is not None, reason=str(library.load()))
 
 
 def picture(height: int, width: int, seed: int = 0) -> Tensor:
@@ -152,7 +152,7 @@ def test_a_picture_has_torchvisions_views_for_its_seed(backend: str) -> None:
 
 def test_the_global_random_state_is_left_alone() -> None:
     state = torch.get_rng_state()
-    for backend in ("reference", "cpu" if libraries.load() is None else "reference"):
+    for backend in ("reference", "cpu" if library.load() is None else "reference"):
         random_views(30, 40, 8, 5, torch.Generator().manual_seed(1), backend=backend)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -244,7 +244,7 @@ def test_views_that_leave_their_picture(change: dict[str, int], message: str) ->
     views = view(pixels, 8, **change)
     with pytest.raises(ValueError, match=message):
         multi_view_crops([pixels], views, 8, MEAN, STD)
-    if libraries.load() is None:
+    if library.load() is None:
         # The operator itself does not trust its caller either.
         with pytest.raises(ValueError, match=r"views\[0\]"):
             torch.ops.rada_fast.multi_view_crops([pixels], views, 8, MEAN, STD, torch.float32, True)
@@ -291,7 +291,7 @@ def test_a_backend_that_makes_no_views_says_so(monkeypatch: pytest.MonkeyPatch) 
 def test_without_the_extension_everything_is_made_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.fromarray(picture(30, 20).numpy())
     expected = make_views(image, Preprocess(16, MEAN, STD), 4, "crop", 0)
-    monkeypatch.setattr(libraries, "_outcome", ["not built"])
+    monkeypatch.setattr(library, "load", lambda: "not built")
     assert torch.equal(make_views(image, Preprocess(16, MEAN, STD), 4, "crop", 0), expected)
     pixels = picture(30, 20)
     views = random_views(30, 20, 16, 3, torch.Generator().manual_seed(0))

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rada_fast.errors import BackendUnavailableError
-from rada_fast.extension import libraries
 from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, use_backend
+from rada_fast.ops._backends import library
 
-BACKENDS = ["reference", "cpu"] if libraries.load() is None else ["reference"]
-needs_extension = pytest.mark.skipif(libraries.load() is not None, reason=f"extension: {libraries.load()}")
+BACKENDS = ["reference", "cpu"] if library.load() is None else ["reference"]
+needs_extension = pytest.mark.skipif(library.load() is not None, reason=f"extension: {library.load()}")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 KINDS = ["mean", "marginal", "cross_entropy", "smoothed"]
 
@@ -239,7 +239,7 @@ def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPa
     logits = draw(2, 3, 5, 1.0, torch.float32)
     with use_backend("reference"):
         expected = prediction_loss(logits, "marginal")
-    monkeypatch.setattr(libraries, "load", lambda: "not built")
+    monkeypatch.setattr(library, "load", lambda: "not built")
     assert torch.equal(prediction_loss(logits, "marginal"), expected)
     with use_backend("cpu"), pytest.raises(BackendUnavailableError, match="not built"):
         prediction_loss(logits, "marginal")

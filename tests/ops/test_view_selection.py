@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rada_fast.errors import BackendUnavailableError
-from rada_fast.extension import libraries
 from rada_fast.ops import select_views, use_backend
+from rada_fast.ops._backends import library
 from rada_fast.reference.view_selection import prediction_entropy
 
-BACKENDS = ["reference", "cpu"] if libraries.load() is None else ["reference"]
-needs_extension = pytest.mark.skipif(libraries.load() is not None, reason=f"extension: {libraries.load()}")
+BACKENDS = ["reference", "cpu"] if library.load() is None else ["reference"]
+needs_extension = pytest.mark.skipif(library.load() is not None, reason=f"extension: {library.load()}")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -138,7 +138,7 @@ def test_errors_name_the_argument() -> None:
 
 
 def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libraries, "load", lambda: "not built")
+    monkeypatch.setattr(library, "load", lambda: "not built")
     logits = draw(2, 6, 5, 1.0, torch.float32)
     expected = prediction_entropy(logits).argsort(dim=-1, stable=True)[:, :2]
     assert torch.equal(select_views(logits, 2), expected)

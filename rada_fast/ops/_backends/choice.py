@@ -95,9 +95,9 @@ def reason_unavailable(name: str) -> str | None:
         case "literal" | "reference":
             return None
         case "cpu":
-            from rada_fast.extension import libraries
+            from rada_fast.ops._backends import library
 
-            return libraries.load()
+            return library.load()
         case "cuda":
             return "the adapter has Triton kernels on CUDA, no CUDA C++ ones; ask for 'triton'"
         case "triton":
@@ -153,7 +153,7 @@ def resolve_device_backend(device: torch.device, name: str | None = None) -> str
         "triton" and another device's name are refused as an argument; in force, they are as "auto".
     Raises BackendUnavailableError where a named backend cannot be used or does not serve the device.
     """
-    from rada_fast.extension import libraries
+    from rada_fast.ops._backends import library
 
     if name is None:
         name = chosen_backend()
@@ -169,9 +169,9 @@ def resolve_device_backend(device: torch.device, name: str | None = None) -> str
     reason: str | None = f"no compiled operator serves tensors on {device}"
     match device.type:
         case "cpu":
-            reason = libraries.load()
+            reason = library.load()
         case "cuda":
-            reason = libraries.load_cuda()
+            reason = library.load_cuda()
     if reason is None:
         return device.type
     if name == "auto":

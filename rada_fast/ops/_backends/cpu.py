@@ -7,19 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rada_fast.config.method import AdapterConfig, MaskPenalty
+from rada_fast.config.method import ROLES, AdapterConfig, MaskPenalty
 from rada_fast.extension import libraries
+from rada_fast.ops._backends import library
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
 
-_NAMES = {
-    "image": "q_proj1",
-    "text": "q_proj2",
-    "rational": "q_proj3",
-    "key": "k_proj",
-    "value": "v_proj",
-    "output": "out_proj",
-}
 _SERVED = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -74,12 +67,12 @@ def rational_adapter(
     return_mask: bool = False,
 ) -> AdapterOutput:
     """Arguments and results as ops.rational_adapter; reason_not_served must be None."""
-    assert libraries.load() is None
+    assert library.load() is None
     dtype = compute_dtype(image_features, parameters["out_proj.weight"])
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     scale = as_scale(logit_scale, image_features, exact)
     tensors: list[Tensor | None] = []
-    for role, name in _NAMES.items():
+    for role, name in ROLES.items():
         wanted = role in ("key", "value", "output") or role in config.queries
         for part in ("weight", "bias"):
             value = parameters.get(f"{name}.{part}") if wanted and (part == "weight" or config.bias) else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rada_fast.ops._transforms import refuse_second_derivative
+from rada_fast.ops._backends.transforms import refuse_second_derivative
 
 CLASS_PADDING = 16
 QUERY_BLOCK = 128

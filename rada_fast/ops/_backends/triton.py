@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from rada_fast import _env
-from rada_fast.config.method import AdapterConfig, MaskPenalty
+from rada_fast.config.method import ROLES, AdapterConfig, MaskPenalty
 from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
 from rada_fast.kernels.masked_logits import masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.parameter_gradients import parameter_gradients
@@ -25,18 +25,10 @@ from rada_fast.kernels.rational_projections import (
 )
 from rada_fast.ops._backends.cpu import compute_dtype
 from rada_fast.ops._backends.tiles import Sizes, chosen_tile
-from rada_fast.ops._transforms import refuse_second_derivative
+from rada_fast.ops._backends.transforms import refuse_second_derivative
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
 
-ROLES = {
-    "image": "q_proj1",
-    "text": "q_proj2",
-    "rational": "q_proj3",
-    "key": "k_proj",
-    "value": "v_proj",
-    "output": "out_proj",
-}
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 _INPUTS = "Tensor image, Tensor text, Tensor scale, " + ", ".join(

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
 from rada_fast.kernels.rational_projections import ProjectionBuffers
-from rada_fast.ops._transforms import refuse_second_derivative
+from rada_fast.ops._backends.transforms import refuse_second_derivative
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
 
