@@ -1,0 +1,178 @@
+"""The table of rooms in CONTRIBUTING.md is true: these tests hold it against the sources, and import none of them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOP = ("rada_fast", "kernels", "csrc", "benchmarks", "tests", "docs", ".ci")
+LEFT_OUT = {"__pycache__", "lib", "kernels.egg-info"}
+ENVIRONMENT = re.compile(
+    r"os\.(environ|getenv|putenv)\b"
+    r"|torch\.cuda\.(is_available|device_count|get_device_\w+)\b"
+    r"|torch\.(version\.(cuda|hip)|backends\.cpu\.\w+)\b"
+)
+"""What asks the environment or the devices."""
+
+SYSTEM_HEADERS = {"sys", "immintrin"}
+
+
+@dataclass(frozen=True)
+class Room:
+    """A row of the table.
+
+    patterns: the files, as paths below the checkout with wildcards; a pattern that ends in / is a whole folder.
+    imports: the packages and the rooms of other rows that its files may import, besides the standard library.
+    """
+
+    name: str
+    patterns: tuple[str, ...]
+    imports: frozenset[str]
+
+    def fit(self, path: str) -> int:
+        """The length of the longest pattern that a file fits, or 0."""
+        fitting = (p for p in self.patterns if (path.startswith(p) if p.endswith("/") else fnmatch(path, p)))
+        return max(map(len, fitting), default=0)
+
+
+def rooms() -> list[Room]:
+    """The rows of CONTRIBUTING.md's table, from the top of the house to the ground."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("| room |") :].split("\n\n")[0].splitlines()[2:]
+    found = []
+    for row in table:
+        first, _, third = (cell.strip() for cell in row.strip("|").split(" | "))
+        patterns = tuple(re.findall(r"`([^`]+)`", first))
+        found.append(Room(short(patterns[0]), patterns, frozenset(re.findall(r"`([^`]+)`", third))))
+    return found
+
+
+def short(pattern: str) -> str:
+    """A room's name in the column of imports: ops for rada_fast/ops/, _env for rada_fast/_env.py."""
+    return pattern.removeprefix("rada_fast/").removesuffix("/").removesuffix(".py")
+
+
+ROOMS = rooms()
+
+
+def room_of(path: str) -> Room | None:
+    """The row that lists a file, by the longest pattern where several do."""
+    best = max(ROOMS, key=lambda room: room.fit(path))
+    return best if best.fit(path) else None
+
+
+def files(*suffixes: str) -> list[str]:
+    """The sources of the checkout, as paths below it."""
+    found = (path for top in TOP for path in sorted((ROOT / top).rglob("*")) if path.is_file())
+    paths = [path.relative_to(ROOT) for path in found]
+    return [
+        path.as_posix()
+        for path in paths
+        if not LEFT_OUT & set(path.parts) and (not suffixes or path.suffix in suffixes)
+    ]
+
+
+def file_of(module: str) -> str | None:
+    """The file of one of our modules, or None for a module of another package or a name inside a module."""
+    head, *parts = module.split(".")
+    if head == "rada_fast" and parts[:1] == ["kernels"]:
+        head, parts = "kernels", parts[1:]
+    if head not in ("rada_fast", "kernels", "benchmarks", "tests"):
+        return None
+    place = ROOT.joinpath(head, *parts)
+    for file in (place / "__init__.py", place.with_suffix(".py")):
+        if file.is_file():
+            return file.relative_to(ROOT).as_posix()
+    return None
+
+
+def imported(source: str) -> set[str]:
+    """What a module imports anywhere: files of ours as paths, other packages by name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # A name may be a module of the package or something defined in it.
+            names = [whole if file_of(whole := f"{node.module}.{alias.name}") else node.module for alias in node.names]
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"rada_fast[\w.]*:\w+", str(node.value)):
+            names = [node.value.split(":")[0]]  # a function that is imported when it is called
+        for name in names:
+            package = name.split(".")[0]
+            if package not in sys.stdlib_module_names:
+                found.add(file_of(name) or package)
+    return found
+
+
+def test_every_file_has_a_row() -> None:
+    assert [path for path in files() if room_of(path) is None] == []
+
+
+def test_every_row_has_a_file() -> None:
+    for room in ROOMS:
+        for pattern in room.patterns:
+            assert any(Room("", (pattern,), frozenset()).fit(path) for path in files()), pattern
+
+
+def test_a_room_imports_rooms_below_it_only() -> None:
+    order = [room.name for room in ROOMS]
+    for place, room in enumerate(ROOMS):
+        above = room.imports & set(order[:place])
+        assert not above, f"the row of {room.name} lists {above}, which stand above it"
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if "tests/" not in room.patterns], ids=lambda room: room.name)
+def test_imports_are_those_of_the_table(room: Room) -> None:
+    used: set[str] = set()
+    for path in files(".py"):
+        if room_of(path) is not room:
+            continue
+        for name in imported((ROOT / path).read_text()):
+            home = room_of(name) if "/" in name else None
+            if home is room:
+                continue
+            need = home.name if home else name
+            assert need in room.imports, f"{path} imports {name}, but the row of {room.name} does not list {need}"
+            used.add(need)
+    if any(room_of(path) is room for path in files(".py")):
+        assert used == room.imports, (
+            f"the row of {room.name} lists {room.imports - used}, which none of its files imports"
+        )
+
+
+def test_only_env_asks_the_environment_and_the_devices() -> None:
+    for path in files(".py"):
+        if not path.startswith(("rada_fast/", "kernels/")) or path == "rada_fast/_env.py":
+            continue
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.Attribute) and (found := ENVIRONMENT.match(ast.unparse(node))):
+                raise AssertionError(f"{path}:{node.lineno} asks {found[0]}; let rada_fast/_env.py do it")
+
+
+def test_c_sources_include_what_their_row_lists() -> None:
+    for path in files(".cpp", ".h", ".cu", ".cuh"):
+        room = room_of(path)
+        assert room is not None
+        for line in (ROOT / path).read_text().splitlines():
+            if not (found := re.match(r'#include ([<"])([^>"]+)', line)):
+                continue
+            if found[1] == '"':
+                target = ((ROOT / path).parent / found[2]).resolve()
+                home = room_of(target.relative_to(ROOT).as_posix())
+                need = home.name if home else found[2]
+                assert home is room or need in room.imports, f"{path} includes {found[2]}, which its row does not list"
+            elif (library := found[2].split("/")[0].removesuffix(".h")) != found[2] and library not in SYSTEM_HEADERS:
+                assert library in room.imports, f"{path} includes <{found[2]}>, which its row does not list"
+
+
+def test_no_source_file_is_longer_than_500_lines() -> None:
+    lines = {path: (ROOT / path).read_text().count("\n") for path in files(".py", ".cpp", ".h", ".cu", ".cuh")}
+    assert {path: count for path, count in lines.items() if count > 500} == {}
