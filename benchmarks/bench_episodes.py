@@ -1,13 +1,11 @@
-"""Test-time training on features: E episodes of 64 views, the paper's three steps, against plain PyTorch throughout.
+"""Test-time training on features: E episodes of 64 views and the paper's three steps, against plain PyTorch throughout.
 
-Least to be moved: the views, and of every step the parameters, their gradients and AdamW's moments, as in
-bench_episodic_optimizer.
+At the least, the views must be read once, and every step must move what a step of AdamW moves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,40 +14,39 @@ from torch.nn.functional import normalize
 
 from rada_fast import AdapterConfig, EpisodeConfig, RationalAdapter, adapt_episodes, use_backend
 
-from . import interleaved
+from . import costs
+from .timing import Case, Provider
 
 VIEWS, WIDTH = 64, 512
+TOLERANCE = 1e-2
+"""The first steps of AdamW are signs of gradients, so where a gradient is nearly zero its rounding decides."""
 
 
 @pytest.mark.parametrize("classes", [200, 1000])
 @pytest.mark.parametrize("episodes", [1, 4])
-def test_bench_episodes(
-    benchmark: Any, episodes: int, classes: int, device: str, small_rows: list[dict[str, Any]]
-) -> None:
+def test_bench_episodes(measured: Callable[[Case], None], device: str, episodes: int, classes: int) -> None:
     torch.manual_seed(0)
     adapter = RationalAdapter(AdapterConfig.official(WIDTH)).to(device)
     views, text = (
         normalize(torch.randn(*shape), dim=-1).to(device) for shape in ((episodes, VIEWS, WIDTH), (classes, WIDTH))
     )
 
-    def run(backend: str) -> Callable[[], Tensor]:
-        def step() -> Tensor:
+    def adapted_by(backend: str) -> Callable[[], Tensor]:
+        def call() -> Tensor:
             with use_backend(backend):
                 return adapt_episodes(adapter, views, text, 100.0)
 
-        return step
+        return call
 
-    steps = {"pytorch": run("reference"), "rada_fast": run("auto")}
-    expected, found = steps["pytorch"](), steps["rada_fast"]()
-    # AdamW's first steps are signs: where a gradient is nearly zero its rounding decides.
-    assert float((found - expected).norm() / expected.norm()) <= 1e-2
+    plain = adapted_by("reference")
     parameters = sum(parameter.nbytes for parameter in adapter.parameters())
-    case = f"episodes E={episodes} K={classes} {device}"
-    measured = benchmark.pedantic(
-        interleaved.measure,
-        args=(case, steps, "pytorch"),
-        kwargs={"least_bytes": views.nbytes + episodes * EpisodeConfig().steps * 7 * parameters, "device": device},
-        rounds=1,
+    measured(
+        Case(
+            name=f"episodes E={episodes} K={classes} {device}",
+            device=device,
+            providers={"pytorch": Provider(plain, TOLERANCE), "rada_fast": Provider(adapted_by("auto"), TOLERANCE)},
+            baseline="pytorch",
+            expected=plain(),
+            least_bytes=views.nbytes + episodes * EpisodeConfig().steps * costs.OPTIMIZER_PASSES * parameters,
+        )
     )
-    benchmark.extra_info["providers"] = measured
-    small_rows.extend(measured)

@@ -1,9 +1,9 @@
-"""64 views of one decoded picture of 500 x 375 pixels on one core, every provider in one interleaved run, on the wall.
+"""64 views of one decoded picture of 500 x 375 pixels, made on one core.
 
-Providers of crops: Pillow with ToTensor and Normalize (the reference path of make_views), torchvision's v2 transforms
-on a uint8 tensor, kornia where it is installed, the compiled operator, draws included everywhere. Of AugMix: Pillow and
-the compiled operator. What is equal by design is compared bit for bit before it is timed. A device's time holds the
-picture's copy to it and the wait for it.
+The providers of crops are Pillow with ToTensor and Normalize, which is the reference path of make_views, torchvision's
+v2 transforms on a uint8 tensor, kornia where it is installed, and the compiled operator. Those of AugMix are Pillow and
+the compiled operator. Drawing the views is part of every time, and a device's time includes the copy of the picture to
+it. Pillow and the compiled operator must agree bit for bit; the others draw or round in their own way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rada_fast.data.views import Preprocess, make_views
 from rada_fast.extension import libraries
 from rada_fast.ops import multi_view_crops, random_views, use_backend
 
-from . import interleaved
+from .timing import Case, Provider
 
 PREPROCESS = Preprocess(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 VIEWS, SEED = 64, 3
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(libraries.load() is not None, reason=str(librari
 
 
 def picture() -> Image.Image:
-    """Blocks with noise: neither flat nor pure noise, so that histograms look like a photograph's."""
+    """Blocks of colour with some noise, so that the histograms look like a photograph's."""
     rng = np.random.default_rng(0)
     blocks = np.kron(rng.integers(0, 256, (38, 50, 3)), np.ones((10, 10, 1)))[:375, :500]
     return Image.fromarray((blocks + rng.integers(-20, 20, blocks.shape)).clip(0, 255).astype(np.uint8))
@@ -106,22 +106,27 @@ def on_device() -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["crop", "augmix"])
-def test_bench_views(benchmark: Any, kind: Any, device: str, small_rows: list[dict[str, Any]]) -> None:
+def test_bench_views(measured: Callable[[Case], None], device: str, kind: Any) -> None:
     image = picture()
-    steps = {"pillow": by_pillow(kind), "ours": lambda: make_views(image, PREPROCESS, VIEWS, kind, SEED)}
-    assert torch.equal(steps["ours"](), steps["pillow"]())
+    pillow = by_pillow(kind)
+    providers = {
+        "pillow": Provider(pillow, tolerance=0),
+        "ours": Provider(lambda: make_views(image, PREPROCESS, VIEWS, kind, SEED), tolerance=0),
+    }
     if kind == "crop":
-        steps |= {"torchvision v2": by_torchvision(), "ours, bfloat16": in_bfloat16()}
+        others = {"torchvision v2": by_torchvision(), "ours, bfloat16": in_bfloat16()}
         if device == "cuda" and libraries.load_cuda() is None:
-            steps["ours, on the device"] = on_device()
+            others["ours, on the device"] = on_device()
         if importlib.util.find_spec("kornia") is not None:
-            steps["kornia"] = by_kornia()
-    made = VIEWS * 3 * PREPROCESS.image_size**2 * 4
-    found = benchmark.pedantic(
-        interleaved.measure,
-        args=(f"{VIEWS} views, {kind}", steps, "pillow"),
-        kwargs={"least_bytes": made, "device": "cpu"},
-        rounds=1,
+            others["kornia"] = by_kornia()
+        providers |= {name: Provider(call, tolerance=None) for name, call in others.items()}
+    measured(
+        Case(
+            name=f"{VIEWS} views, {kind}",
+            device="cpu",
+            providers=providers,
+            baseline="pillow",
+            expected=pillow(),
+            least_bytes=VIEWS * 3 * PREPROCESS.image_size**2 * 4,
+        )
     )
-    benchmark.extra_info["providers"] = found
-    small_rows.extend(found)

@@ -1,4 +1,4 @@
-"""What this device can do at most: product rates, bandwidth, the cost of a launch. Every figure is held against it."""
+"""What this device can do at most: its product rates, its bandwidth, and what a launch costs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import device_timing
+from benchmarks import timing
 
 
 @pytest.fixture
 def on_device(device: str) -> None:
     if device == "cpu":
-        pytest.skip("no device: it measures a CUDA device")
+        pytest.skip("no device: this measures a CUDA device")
 
 
 def record(rows: list[dict[str, Any]], case: str, value: float, unit: str) -> None:
@@ -22,29 +22,29 @@ def record(rows: list[dict[str, Any]], case: str, value: float, unit: str) -> No
 
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_bench_floor_products(benchmark: Any, dtype: str, limits: list[dict[str, Any]]) -> None:
-    rate = benchmark.pedantic(device_timing.matrix_peak, args=(dtype,), rounds=1)
-    record(limits, f"{dtype} products", rate / 1e12, "TFLOP/s")
+def test_bench_floor_products(benchmark: Any, dtype: str, rows: list[dict[str, Any]]) -> None:
+    rate = benchmark.pedantic(timing.product_rate, args=(dtype, "cuda"), rounds=1)
+    record(rows, f"{dtype} products", rate / 1e12, "TFLOP/s")
 
 
 @pytest.mark.usefixtures("on_device")
-def test_bench_floor_tf32_products(benchmark: Any, limits: list[dict[str, Any]]) -> None:
+def test_bench_floor_tf32_products(benchmark: Any, rows: list[dict[str, Any]]) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        rate = benchmark.pedantic(device_timing.matrix_peak.__wrapped__, args=("float32",), rounds=1)
+        rate = benchmark.pedantic(timing.product_rate.__wrapped__, args=("float32", "cuda"), rounds=1)
     finally:
         torch.set_float32_matmul_precision(before)
-    record(limits, "TF32 products", rate / 1e12, "TFLOP/s")
+    record(rows, "TF32 products", rate / 1e12, "TFLOP/s")
 
 
 @pytest.mark.usefixtures("on_device")
-def test_bench_floor_bandwidth(benchmark: Any, limits: list[dict[str, Any]]) -> None:
-    record(limits, "copy", benchmark.pedantic(device_timing.bandwidth, rounds=1) / 1e9, "GB/s")
+def test_bench_floor_bandwidth(benchmark: Any, rows: list[dict[str, Any]]) -> None:
+    record(rows, "copy", benchmark.pedantic(timing.bandwidth, args=("cuda",), rounds=1) / 1e9, "GB/s")
 
 
 @pytest.mark.usefixtures("on_device")
-def test_bench_floor_launch(benchmark: Any, limits: list[dict[str, Any]]) -> None:
+def test_bench_floor_launch(benchmark: Any, rows: list[dict[str, Any]]) -> None:
     small = torch.zeros(1, device="cuda")
 
     def hundred() -> None:
@@ -53,10 +53,10 @@ def test_bench_floor_launch(benchmark: Any, limits: list[dict[str, Any]]) -> Non
 
     def measure() -> tuple[float, float]:
         hundred()
-        hosts = sorted(device_timing.host_and_wall_ms(hundred)[0] for _ in range(20))
-        on_device = sorted(device_timing.device_ms(hundred, hosts[-1]) for _ in range(20))
+        hosts = sorted(timing.host_and_wall_ms(hundred)[0] for _ in range(20))
+        on_device = sorted(timing.device_ms(hundred, hosts[-1]) for _ in range(20))
         return hosts[10], on_device[10]
 
     host, on_device = benchmark.pedantic(measure, rounds=1)
-    record(limits, "a launch on the host", 10 * host, "us")
-    record(limits, "a launch on the device", 10 * on_device, "us")
+    record(rows, "a launch on the host", 10 * host, "us")
+    record(rows, "a launch on the device", 10 * on_device, "us")

@@ -78,7 +78,7 @@ class Writer:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             if self.found["outcome"] == "passed":
-                self.found = {"outcome": OUTCOMES[report.when or "call"], **self.error_of(report)}
+                self.found = {"outcome": OUTCOMES[report.when], **self.error_of(report)}
         elif report.skipped and self.found["outcome"] == "passed":
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self.found = {"outcome": "skipped", "error": first_line(reason).removeprefix("Skipped: ")}

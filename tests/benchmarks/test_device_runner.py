@@ -213,15 +213,17 @@ def test_a_copy_is_made_after_every_step(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_summary_shows_figures_in_few_columns() -> None:
     adapter = {
         "benchmark": "b", "case": "official B=6 K=1000 bfloat16 forward+backward cuda", "provider": "triton",
-        "median_ms": 1.5, "ratio": None, "share": 0.25, "host_ms": 0.9, "wall_ms": 1.75, "extra_mib": 100.0,
+        "median_ms": 1.5, "best_ms": 1.25, "spread_ms": 0.0625, "ratio": None, "share": 0.25, "gb_per_s": 900.0,
+        "host_ms": 0.9, "wall_ms": 1.75, "extra_mib": 100.0,
     }  # fmt: skip
-    small = {
-        "benchmark": "s", "case": "select views E=64", "provider": "ours", "us_50": 5.25, "ratio": 2.0,
-        "gb_per_s": 900.0, "host_us": 12.0,
+    small = adapter | {
+        "benchmark": "s", "case": "select views E=64", "provider": "ours", "median_ms": 0.00525, "ratio": 2.0,
     }  # fmt: skip
     limit = {"benchmark": "test_bench_floor_bandwidth", "case": "copy", "value": 2990.123, "unit": "GB/s"}
     text = summary([Result("bench.adapter", said="x" * 300)], [], [adapter, small, limit])
     assert "measured limits: copy 2990 GB/s" in text
-    row = next(line for line in text.splitlines() if line.startswith("official B=6"))
-    assert row.split()[-6:] == ["triton", "1.500", "0.25", "0.900", "1.750", "100"]
+    first, row, second, other = text.splitlines()[-4:]
+    assert (first, second) == (adapter["case"], small["case"])
+    assert row.split() == ["triton", "1.500", "1.250", "0.06250", "0.25", "900.0", "100", "0.9000", "1.750"]
+    assert other.split()[:2] == ["ours", "0.00525"]
     assert all(len(line) <= 120 for line in text.splitlines())

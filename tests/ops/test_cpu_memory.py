@@ -1,4 +1,4 @@
-"""What the compiled backend holds while it runs."""
+"""How much memory the compiled backend needs while it runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ pytestmark = [
 ]
 
 MEASURE = """
-from benchmarks.harness import Case, extra_memory, make_step
+from benchmarks.bench_rational_adapter import Problem, call_of
+from benchmarks.timing import extra_host_mib
 for classes in (1000, 2000):
-    step = make_step(Case(1, classes, "official", "float32", True), "cpu")
-    step()
-    print(extra_memory(step))
+    call = call_of(Problem(1, classes, "official", "float32", True), "cpu")
+    call()
+    print(extra_host_mib(call))
 """
 
 
