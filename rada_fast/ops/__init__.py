@@ -7,7 +7,6 @@ from rada_fast.ops.multi_view_crops import (
     VIEW_COLUMNS,
     multi_view_crops,
     random_views,
-    views_are_compiled,
     whole_view,
 )
 from rada_fast.ops.prediction_losses import prediction_loss, prediction_loss_and_gradient
@@ -32,7 +31,6 @@ __all__ = [
     "resolve_backend",
     "select_views",
     "use_backend",
-    "views_are_compiled",
     "whole_view",
     "zero_shot_logits",
 ]

@@ -13,11 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from rada_fast.data import views as views_module
 from rada_fast.data.open import open_source
 from rada_fast.data.sources import ImageFolder
 from rada_fast.data.views import (
-    AUGMIX_OPERATIONS,
     Preprocess,
     ViewDataset,
     as_it_is,
@@ -79,12 +77,10 @@ def test_views_leave_the_global_random_state_alone_and_repeat(kind: str) -> None
     assert torch.equal(make_views(image, PREPROCESS, 9, kind, 7)[:5], first)  # type: ignore[arg-type]
 
 
-def test_every_augmix_operation_runs_on_every_picture() -> None:
-    torch.manual_seed(0)
-    for operation in AUGMIX_OPERATIONS:
-        for size in ((32, 32), (1, 1)):
-            for _ in range(4):
-                assert operation(picture(*size)).size == size
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (50, 37)])
+def test_augmix_takes_pictures_of_every_size(size: tuple[int, int]) -> None:
+    for seed in range(8):
+        assert bool(make_views(picture(*size), PREPROCESS, 4, "augmix", seed).isfinite().all())
 
 
 def test_augmix_stays_within_the_pictures_range() -> None:
@@ -158,30 +154,3 @@ def test_views_that_cannot_be_made() -> None:
         make_views(picture(), PREPROCESS, 0, "crop", 1)
     with pytest.raises(ValueError, match="kind must be crop or augmix, got 'mix'"):
         make_views(picture(), PREPROCESS, 2, "mix", 1)  # type: ignore[arg-type]
-
-
-def test_augmix_weighs_its_chains_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    # With operations that change nothing every weight is moot: Dirichlet's sum to 1, Beta's two shares as well.
-    monkeypatch.setattr(views_module, "AUGMIX_OPERATIONS", (lambda image: image,))
-    image = picture()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        crop = transforms.RandomHorizontalFlip()(transforms.RandomResizedCrop(32)(image))
-    expected = views_module.to_normalised(crop, PREPROCESS)
-    # Four products and three sums of values below 4: a few units of 4 * 2**-24.
-    torch.testing.assert_close(make_views(image, PREPROCESS, 2, "augmix", 3)[1], expected, rtol=0, atol=2e-6)
-
-    depths: list[int] = []
-
-    def count(image: Image.Image) -> Image.Image:
-        depths.append(1)
-        return image
-
-    monkeypatch.setattr(views_module, "AUGMIX_OPERATIONS", (count,))
-    totals = []
-    for seed in range(60):
-        depths.clear()
-        make_views(image, PREPROCESS, 2, "augmix", seed)
-        totals.append(len(depths))
-    # Three chains of one to three operations.
-    assert set(totals) == set(range(3, 10))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision import transforms
 
-from rada_fast.data import views as views_module
 from rada_fast.data.views import Preprocess, make_views
 from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops import AugmixPlan, augmix, multi_view_crops, random_augmix, use_backend, whole_view
@@ -110,21 +112,75 @@ def test_rotations_have_pillows_matrix(degrees: float, size: int) -> None:
     assert_equal(pixels, one_chain(pixels, size, (5, matrix)), size)
 
 
-@needs_extension
-def test_views_of_a_picture_file_are_those_of_the_slow_way() -> None:
+def published_views(image: Image.Image, size: int, count: int, seed: int) -> Tensor:
+    """AugMix as test-time prompt tuning writes it, with Pillow's and torchvision's own functions for everything."""
+
+    def level(most: float) -> float:
+        return float(torch.empty(()).uniform_(0.1, 1)) * most / 10
+
+    def signed(value: float) -> float:
+        return -value if torch.rand(()) > 0.5 else value
+
+    def affine(view: Image.Image, *matrix: float) -> Image.Image:
+        return view.transform(view.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR)
+
+    operations: list[Callable[[Image.Image], Image.Image]] = [
+        ImageOps.autocontrast,
+        ImageOps.equalize,
+        lambda view: ImageOps.posterize(view, 4 - int(level(4))),
+        lambda view: view.rotate(signed(int(level(30))), resample=Image.Resampling.BILINEAR),
+        lambda view: ImageOps.solarize(view, 256 - int(level(256))),
+        lambda view: affine(view, 1, signed(level(0.3)), 0, 0, 1, 0),
+        lambda view: affine(view, 1, 0, 0, signed(level(0.3)), 1, 0),
+        lambda view: affine(view, 1, 0, signed(int(level(size / 3))), 0, 1, 0),
+        lambda view: affine(view, 1, 0, 0, 0, 1, signed(int(level(size / 3)))),
+    ]
+    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    crop = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()])
+    views = []
+    torch.manual_seed(seed)
+    for _ in range(count):
+        view = crop(image)
+        # Normalised exponentials are Dirichlet(1, 1, 1), and a uniform number is Beta(1, 1).
+        weights = torch.empty(3).exponential_()
+        weights = weights / weights.sum()
+        share = float(torch.rand(()))
+        mix = torch.zeros(())
+        for weight in weights:
+            augmented = view
+            for _ in range(int(torch.randint(1, 4, ()))):
+                augmented = operations[int(torch.randint(9, ()))](augmented)
+            mix = mix + weight * normalise(augmented)
+        views.append(share * normalise(view) + (1 - share) * mix)
+    return torch.stack(views)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+def test_views_of_a_picture_file_are_those_of_the_published_procedure(backend: str) -> None:
     preprocess = Preprocess(32, MEAN, STD)
     for height, width in ((75, 100), (1, 1), (1, 400), (33, 31)):
         image = Image.fromarray(picture(height, width).numpy())
-        made = make_views(image, preprocess, 9, "augmix", 5)
-        with use_backend("reference"):
-            assert torch.equal(made, make_views(image, preprocess, 9, "augmix", 5))
+        for seed in (5, 6):
+            with use_backend(backend):
+                made = make_views(image, preprocess, 9, "augmix", seed)
+            assert torch.equal(made[1:], published_views(image, 32, 8, seed))
 
 
-def test_other_operations_than_the_nine_go_the_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-    monkeypatch.setattr(views_module, "AUGMIX_OPERATIONS", (lambda image: called.append(1) or image,))
-    make_views(Image.fromarray(picture(9, 9).numpy()), Preprocess(8, MEAN, STD), 3, "augmix", 0)
-    assert called
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+def test_augmix_weighs_its_chains_as_published(backend: str) -> None:
+    pixels = picture(37, 50)
+    plan = random_augmix(37, 50, 32, 60, torch.Generator().manual_seed(0), severity=3.0, backend=backend)
+    # Dirichlet's weights sum to 1, and so do Beta's two shares.
+    torch.testing.assert_close(plan.weights[:, :3].sum(1), torch.ones(60))
+    torch.testing.assert_close(plan.weights[:, 3:].sum(1), torch.ones(60))
+    # Where the operations change nothing, the mix is the plain view, but for four products and three sums of values
+    # below 4: a few units of 4 * 2**-24.
+    unchanged = plan._replace(operations=torch.zeros_like(plan.operations))
+    made = augmix([pixels], unchanged, 32, MEAN, STD, backend=backend)
+    expected = multi_view_crops([pixels], plan.views, 32, MEAN, STD, backend=backend)
+    torch.testing.assert_close(made, expected, rtol=0, atol=2e-6)
+    # A chain has one to three operations, the first ones of its row; a rotation by no degree is none.
+    assert set((plan.operations != 0).sum(-1).unique().tolist()) - {0} == {1, 2, 3}
 
 
 @needs_extension
