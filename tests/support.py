@@ -1,7 +1,8 @@
-"""What tests of several rooms share: a drawn problem, its solution, the error budget, the published vectors."""
+"""What several tests share: drawn problems and their solutions, the error budget, published vectors, CUDA graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +126,20 @@ def assert_within_budget(
         assert error <= factor * allowed + band, (
             f"{name}: error {error:.3e}, reference's {allowed:.3e}, band {band:.1e}"
         )
+
+
+def assert_replays_from_a_graph(call: Callable[[], Tensor]) -> None:
+    """Check on a CUDA device that a call can be captured in a graph, and that every replay gives the same answer."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        wanted = call().clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    found.zero_()
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(found, wanted)

@@ -169,30 +169,34 @@ def test_another_runs_folder_is_one_line(given: Path, capsys: pytest.CaptureFixt
     assert run_ttt(given, "--seed", "5", "--overwrite") == 0
 
 
-def test_an_interruption_ends_with_status_130(
-    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("place", "error", "status", "said"),
+    [
+        ("loops.ttt.adapt_episodes", KeyboardInterrupt(), 130, "interrupted; start the same command again to go on"),
+        (
+            "runs.folder.RunFolder.append",
+            OSError(28, "No space left on device"),
+            1,
+            "No space left on device; start the same command again to go on",
+        ),
+    ],
+    ids=["interruption", "full disk"],
+)
+def test_what_ends_a_run_is_one_line_and_a_status(
+    place: str,
+    error: BaseException,
+    status: int,
+    said: str,
+    given: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from rada_fast.loops import ttt
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
 
-    def interrupt(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ttt, "adapt_episodes", interrupt)
-    assert run_ttt(given) == 130
-    assert "start the same command again to go on" in capsys.readouterr().err
-
-
-def test_a_failing_disk_is_one_line_and_status_1(
-    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from rada_fast.runs.folder import RunFolder
-
-    def full(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(RunFolder, "append", full)
-    assert run_ttt(given) == 1
-    assert "No space left on device; start the same command again to go on" in capsys.readouterr().err
+    monkeypatch.setattr(f"rada_fast.{place}", fail)
+    assert run_ttt(given) == status
+    assert said in capsys.readouterr().err
 
 
 def test_an_unusable_backend_is_one_line(

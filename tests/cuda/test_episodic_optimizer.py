@@ -13,6 +13,7 @@ from torch import Tensor
 from rada_fast.extension import libraries
 from rada_fast.ops import EpisodicOptimizer, use_backend
 from tests.cuda.conftest import Launchers
+from tests.support import assert_replays_from_a_graph
 
 RULES = {"adamw": 0, "adam": 1, "sgd": 2}
 TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -300,15 +301,4 @@ def test_an_episode_replays_from_a_graph() -> None:
             optimizer.step({"w": gradient})
         return optimizer.parameters["w"]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        wanted = episode().clone()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = episode()
-    found.zero_()
-    for _ in range(2):
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(found, wanted)
+    assert_replays_from_a_graph(episode)

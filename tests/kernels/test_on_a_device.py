@@ -15,7 +15,7 @@ from rada_fast.config.method import AdapterConfig
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import EpisodicOptimizer, prediction_loss, rational_adapter, use_backend
-from tests.support import problem, published_vectors, solve
+from tests.support import assert_replays_from_a_graph, problem, published_vectors, solve
 from tests.test_compat import PublishedModel
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -169,15 +169,4 @@ def test_a_step_of_test_time_training_replays_from_a_graph() -> None:
             optimizer.step(dict(zip(leaves, gradients, strict=True)))
         return optimizer.parameters["out_proj.weight"]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        wanted = steps().clone()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = steps()
-    found.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(found, wanted)
+    assert_replays_from_a_graph(steps)
