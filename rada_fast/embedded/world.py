@@ -13,15 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rada_fast.embedded import shapes
+from rada_fast.embedded.shapes import TEXTURES as TEXTURES
+from rada_fast.embedded.shapes import Floats
 from rada_fast.errors import UserError
 
-Floats = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]
 
 IMAGE_SIZE = 64
@@ -43,10 +44,7 @@ _RGB: dict[str, tuple[int, int, int]] = {
     "yellow": (246, 222, 48),
 }
 COLOURS: tuple[str, ...] = tuple(_RGB)
-TEXTURES: tuple[str, ...] = ("checkered", "dotted", "plain", "striped", "wavy")
-SHAPES: tuple[str, ...] = (
-    "arrow", "circle", "crescent", "cross", "heart", "hexagon", "ring", "square", "star", "triangle",
-)  # fmt: skip
+SHAPES: tuple[str, ...] = tuple(shapes.IMPLICIT)
 POSITIONS: tuple[str, ...] = (
     "top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
@@ -158,99 +156,6 @@ def class_names() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-# Shapes are implicit functions on [-1, 1]^2, y upwards: negative inside, roughly the distance to the edge.
-
-
-def _polygon(x: Floats, y: Floats, sides: int, inradius: float) -> Floats:
-    angles = np.pi / 2 + np.pi + 2 * np.pi * np.arange(sides) / sides
-    return np.max([np.float32(np.cos(a)) * x + np.float32(np.sin(a)) * y for a in angles], axis=0) - inradius
-
-
-def _arrow(x: Floats, y: Floats) -> Floats:
-    shaft = np.maximum(np.abs(x + 0.42) - 0.58, np.abs(y) - 0.24)
-    head = np.maximum(-0.05 - x, (0.85 * x + np.abs(y) - 0.85) / 1.31)
-    return np.minimum(shaft, head)
-
-
-def _circle(x: Floats, y: Floats) -> Floats:
-    return np.hypot(x, y) - 0.95
-
-
-def _crescent(x: Floats, y: Floats) -> Floats:
-    return np.maximum(np.hypot(x, y) - 1.0, 0.78 - np.hypot(x - 0.52, y))
-
-
-def _cross(x: Floats, y: Floats) -> Floats:
-    ax, ay = np.abs(x), np.abs(y)
-    return np.minimum(np.maximum(ax - 0.32, ay - 0.98), np.maximum(ax - 0.98, ay - 0.32))
-
-
-def _heart(x: Floats, y: Floats) -> Floats:
-    y = y + 0.12
-    lobes = np.hypot(np.abs(x) - 0.42, y - 0.42) - 0.59
-    return np.minimum(lobes, (np.abs(x) + np.abs(y)) * 0.7071 - 0.59)
-
-
-def _hexagon(x: Floats, y: Floats) -> Floats:
-    return _polygon(x, y, 6, 0.86)
-
-
-def _ring(x: Floats, y: Floats) -> Floats:
-    return np.abs(np.hypot(x, y) - 0.73) - 0.25
-
-
-def _square(x: Floats, y: Floats) -> Floats:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.82
-
-
-def _star(x: Floats, y: Floats) -> Floats:
-    sector = 2 * np.pi / 5
-    # Fold onto half a sector: a tip at angle 0 (radius 1.1), a notch at angle pi/5 (radius 0.48).
-    angle = np.abs(np.mod(np.arctan2(x, y) + sector / 2, sector) - sector / 2)
-    radius = np.hypot(x, y)
-    nx, ny = 0.48 * np.sin(np.pi / 5), 1.1 - 0.48 * np.cos(np.pi / 5)
-    scale = float(np.hypot(nx, ny))
-    return ((radius * np.cos(angle) - 1.1) * nx + radius * np.sin(angle) * ny) / scale
-
-
-def _triangle(x: Floats, y: Floats) -> Floats:
-    return _polygon(x, y + 0.12, 3, 0.56)
-
-
-_IMPLICIT: dict[str, Callable[[Floats, Floats], Floats]] = {
-    "arrow": _arrow,
-    "circle": _circle,
-    "crescent": _crescent,
-    "cross": _cross,
-    "heart": _heart,
-    "hexagon": _hexagon,
-    "ring": _ring,
-    "square": _square,
-    "star": _star,
-    "triangle": _triangle,
-}
-
-
-def _tone(texture: str, x: Floats, y: Floats, rng: np.random.Generator, period: float) -> Floats | None:
-    """Return how much of the second tone each point has, in [0, 1]; x, y and period in pixels; None for plain."""
-    angle = rng.uniform(0, 2 * np.pi)
-    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    u = (x * cos + y * sin) / np.float32(period) + np.float32(rng.uniform())
-    v = (y * cos - x * sin) / np.float32(period) + np.float32(rng.uniform())
-    two_pi = np.float32(2 * np.pi)
-    if texture == "plain":
-        return None
-    if texture == "striped":
-        wave = np.sin(two_pi * u)
-    elif texture == "wavy":
-        wave = np.sin(two_pi * (u + 0.36 * np.sin(two_pi * v * 0.5)))
-    elif texture == "checkered":
-        wave = 1.6 * np.sin(np.pi * u * 1.1) * np.sin(np.pi * v * 1.1)
-    else:
-        wave = 2.2 * (0.34 - np.hypot(np.mod(u, 1) - 0.5, np.mod(v, 1) - 0.5)) / 0.34
-    return np.clip(0.5 + 2.5 * wave, 0, 1)
-
-
 def _bilinear(coarse: int) -> Floats:
     """Return the (IMAGE_SIZE, coarse) matrix that upsamples linearly."""
     at = np.linspace(0, coarse - 1, IMAGE_SIZE)
@@ -293,7 +198,7 @@ def _paint_shape(
     # Arrows and crescents point anywhere; the others tilt, so that a square never reads as a diamond.
     angle = rng.uniform(-np.pi, np.pi) if shape in ("arrow", "crescent") else rng.uniform(-0.35, 0.35)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    implicit = _IMPLICIT[shape]
+    implicit = shapes.IMPLICIT[shape]
     x, y = px * cos + py * sin, py * cos - px * sin
     unit = np.float32(1 / radius)
     distance = implicit(x * unit, y * unit) * radius  # pixels
@@ -302,7 +207,7 @@ def _paint_shape(
     rgb = np.clip(np.array(_RGB[colour]) * rng.uniform(0.86, 1.08) + rng.uniform(-12, 12, size=3), 0, 255)
     rgb = rgb.astype(np.float32)
     second = rgb * 0.42 if float(rgb @ _LUMA) > 95 else rgb + (255 - rgb) * 0.62
-    tone = _tone(texture, x, y, rng, period=float(np.clip(rng.uniform(0.42, 0.58) * radius, 5.5, 9.5)))
+    tone = shapes.tone(texture, x, y, rng, period=float(np.clip(rng.uniform(0.42, 0.58) * radius, 5.5, 9.5)))
     paint = np.broadcast_to(rgb, (*distance.shape, 3)) if tone is None else rgb + tone[:, :, None] * (second - rgb)
     # A thin dark rim, and light from above: both keep white on white legible.
     rim = np.clip(distance / 1.4 + 1.0, 0, 1)[:, :, None]
