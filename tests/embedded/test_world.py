@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rada_fast.embedded import world
+from rada_fast.embedded import shapes, world
 from rada_fast.errors import UserError
 
 ALL = list(itertools.product(world.COLOURS, world.TEXTURES, world.SHAPES))
@@ -91,7 +91,7 @@ def test_draw_is_deterministic(combo: tuple[str, str, str]) -> None:
 @pytest.mark.parametrize("shape", world.SHAPES)
 def test_every_shape_fills_a_fair_part_of_its_box(shape: str) -> None:
     y, x = np.meshgrid(np.linspace(1.3, -1.3, 130), np.linspace(-1.3, 1.3, 130), indexing="ij")
-    inside = world._IMPLICIT[shape](x.astype(np.float32), y.astype(np.float32)) < 0
+    inside = shapes.IMPLICIT[shape](x.astype(np.float32), y.astype(np.float32)) < 0
     # Out of the 2 x 2 box: a crescent and an arrow cover the least, a square the most.
     assert 0.2 < inside.mean() * 1.3**2 < 0.8
     assert not inside[:3].any()
