@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks import costs
+from benchmarks.timing import Case, Provider
 from rada_fast import AdapterConfig, EpisodeConfig, RationalAdapter, adapt_episodes, use_backend
-
-from . import costs
-from .timing import Case, Provider
 
 VIEWS, WIDTH = 64, 512
 TOLERANCE = 1e-2

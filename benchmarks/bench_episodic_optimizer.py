@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import costs
+from benchmarks.timing import Case, Provider
 from rada_fast.config.method import AdapterConfig
 from rada_fast.ops import EpisodicOptimizer
 from rada_fast.ops.rational_adapter import parameter_shapes
-
-from . import costs
-from .timing import Case, Provider
 
 MEMORY_PASS = "read-modify-write"
 LR, DECAY = 8e-4, 0.01

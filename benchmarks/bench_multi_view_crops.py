@@ -19,11 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from benchmarks.timing import Case, Provider
 from rada_fast.data.views import Preprocess, make_views
 from rada_fast.extension import libraries
 from rada_fast.ops import multi_view_crops, random_views, use_backend
-
-from .timing import Case, Provider
 
 PREPROCESS = Preprocess(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 VIEWS, SEED = 64, 3

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks.timing import Case, Provider
 from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, use_backend
-
-from .timing import Case, Provider
 
 ROWS = 6
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from benchmarks import costs
+from benchmarks.timing import Case, Provider
 from rada_fast import _env
 from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import backends, use_backend
-
-from . import costs
-from .timing import Case, Provider
 
 SHAPES = [(1, 50), (1, 500), (6, 200), (6, 1000), (64, 100), (32, 1000)]
 MOST_BASELINE_BYTES = 8 * 2**30

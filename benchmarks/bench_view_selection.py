@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Case, Provider
 from rada_fast.ops import select_views, use_backend
-
-from .timing import Case, Provider
 
 VIEWS, COUNT = 64, 6
 

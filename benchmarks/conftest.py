@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import table, timing
 from rada_fast import _env
 from rada_fast.extension import libraries
 from rada_fast.runs.folder import versions
-
-from . import table, timing
 
 Row = dict[str, Any]
 ROWS: list[Row] = []

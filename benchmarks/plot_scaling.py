@@ -14,8 +14,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from . import timing
-from .bench_rational_adapter import Problem, case_of, providers_of
+from benchmarks import timing
+from benchmarks.bench_rational_adapter import Problem, case_of, providers_of
 
 CLASSES = (50, 100, 200, 400, 800, 1600, 4000)
 

@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks import costs
 from rada_fast import _env
 from rada_fast.config.arguments import shortened
 from rada_fast.config.method import AdapterConfig
@@ -33,8 +34,6 @@ from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
 from rada_fast.system.terminal import PlainConsole, print_json
-
-from . import costs
 
 DEVICE = "a100-40gb"
 BESIDE = Path(__file__).resolve().parents[2] / "shared"

@@ -11,10 +11,10 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .facts import said
-from .plan import PLAN, chosen
-from .report import summary
-from .runner import Runner
+from benchmarks.device.facts import said
+from benchmarks.device.plan import PLAN, chosen
+from benchmarks.device.report import summary
+from benchmarks.device.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("rada_fast", "kernels", "csrc", "tests", "benchmarks")

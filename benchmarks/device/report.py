@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import table
-
-from .runner import BAD, COUNTED, Result, short
+from benchmarks.device.runner import BAD, COUNTED, Result, short
 
 MOST_FAILURES = 25
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .plan import Step
+from benchmarks.device.plan import Step
 
 MOST_PROCESSES = 8
 """Of one step. Where so many tests break their process the rest would tell no more."""
