@@ -1,1 +1,1 @@
-"""Images, features and the views made of them."""
+"""Data: image files and extracted features, and the views that are made of images."""

@@ -1,4 +1,4 @@
-"""Image files: which files are pictures, and their decoding to 8-bit RGB."""
+"""Image files: telling which files are pictures, and decoding them to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-"""What Pillow knows but does not decode itself: it would start Ghostscript for EPS, and has stubs for the others."""
+"""Formats that Pillow knows but does not decode itself: it starts Ghostscript for EPS and has stubs for the others."""
 PICTURES_WITHOUT_A_DECODER = frozenset({".heic", ".heif", ".jxl"})
-"""Pictures all the same where no plugin of Pillow reads them: they are counted as unreadable, not passed over."""
+"""Endings of picture files that Pillow decodes only with a plugin. Without it they count as unreadable pictures."""
 NO_HANDLES_LEFT = frozenset({errno.EMFILE, errno.ENFILE})
+"""Errors that say that too many files are open, which is no fault of the file that should be opened."""
 
 _MAGIC = re.compile(
     rb"\xff\xd8\xff"  # JPEG
@@ -49,21 +50,21 @@ class UnreadableImageError(ValueError):
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """The formats that Pillow and its plugins decode."""
+    """Return the formats that Pillow and its plugins decode."""
     Image.init()
     return tuple(name for name in Image.ID if name not in NOT_DECODED)
 
 
 @cache
 def picture_extensions() -> frozenset[str]:
-    """How pictures' names end, in small letters."""
+    """Return the endings of picture files' names, in small letters."""
     decoded = {*_formats(), "MPO"}  # a JPEG of several pictures
     known = {ending for ending, name in Image.registered_extensions().items() if name in decoded}
     return frozenset(known) | PICTURES_WITHOUT_A_DECODER
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a regular file is a picture, readable or not: by its name's ending, otherwise by its first bytes."""
+    """Return whether a regular file is a picture, readable or not, judged by its name's ending or its first bytes."""
     if path.suffix.lower() in picture_extensions():
         return True
     try:
@@ -76,18 +77,18 @@ def is_picture(path: Path) -> bool:
 
 
 def kind_of_entry(mode: int) -> str:
-    """What something that is no regular file is, in words. mode: st_mode of its stat."""
+    """Return what an entry that is not a regular file is, in words. mode: the st_mode of its stat."""
     return next((kind for test, kind in _KINDS if test(mode)), "no regular file")
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open a regular file, and nothing that could wait for a writer or act on being opened.
+    """Open a regular file. A FIFO or a device is refused, because opening it could wait for ever or have an effect.
 
-    Raises OSError where it is something else or cannot be opened.
+    Raises OSError where the path is not a regular file or cannot be opened.
     """
     if not stat.S_ISREG(mode := path.stat().st_mode):
         raise OSError(errno.EINVAL, f"it is {kind_of_entry(mode)}, not a file")
-    # Another program may have put something else in its place by now.
+    # Another program may have replaced the file since the check.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
@@ -99,16 +100,16 @@ def _open_regular(path: Path) -> BinaryIO:
 
 
 def read_image(path: Path) -> Image.Image:
-    """A decoded RGB image.
+    """Decode an image file to RGB.
 
-    Grey, palette, transparent and CMYK pictures are converted as torchvision's loader does: transparency is dropped,
-    the first picture of an animation is taken, and a camera's orientation tag turns nothing. Pixels of 16 bits are
-    scaled to 8; so are floating-point ones, which must lie in 0 ... 1 or, where one is above 1, in 0 ... 255.
+    Grey, palette, transparent and CMYK pictures are converted as torchvision's loader converts them: transparency is
+    dropped, an animation gives its first picture, and the orientation tag of a camera is ignored. Pixels of 16 bits are
+    scaled to 8. So are floating-point pixels, which must lie in 0 ... 1 or, if one is above 1, in 0 ... 255.
 
-    Raises UnreadableImageError where the file is missing, damaged, of no known kind, or too large to be a picture.
+    Raises UnreadableImageError where the file is missing, damaged, of an unknown kind, or too large to be a picture.
     """
     try:
-        # A picture past PIL's pixel limit warns before it raises at twice the limit: both are refused here.
+        # PIL warns of a picture above its pixel limit and raises at twice the limit. Both are refused here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -121,21 +122,21 @@ def read_image(path: Path) -> Image.Image:
         reason = "not an image of a known kind"
     except OSError as error:
         if error.errno in NO_HANDLES_LEFT:
-            # It says nothing about the file: with the run stopped, the same command goes on later.
+            # This error says nothing about the file. The run stops, and the same command can go on later.
             raise
-        # Pillow's own OSErrors have no number, and others' texts would repeat the path.
+        # Pillow's own OSErrors have no number; the texts of the system's errors would repeat the path.
         reason = (error.strerror if error.errno else None) or str(error) or type(error).__name__
-    except Exception as error:  # damaged files reach decoders' code paths that raise anything
+    except Exception as error:  # a decoder may raise anything when a file is damaged
         reason = str(error) or type(error).__name__
     raise UnreadableImageError(f"{path.name} cannot be read: {reason.splitlines()[0]}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any picture; Pillow alone clips what has more than 8 bits, to white or black."""
+    """Convert any picture to 8-bit RGB. Pixels of more than 8 bits are scaled, where Pillow alone would clip them."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _grey(_turned(_from_whole_numbers(np.asarray(image), image), image))
+        return _grey(_with_black_zero(_from_whole_numbers(np.asarray(image), image), image))
     if image.mode == "F":
-        return _grey(_turned(_from_floats(np.asarray(image)), image))
+        return _grey(_with_black_zero(_from_floats(np.asarray(image)), image))
     if image.mode == "RGBa":
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
@@ -145,30 +146,30 @@ def _grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values).convert("RGB")
 
 
-def _turned(values: np.ndarray, image: Image.Image) -> np.ndarray:
-    """8-bit values of a TIFF whose 0 is white, turned: Pillow does that for pixels of 8 bits and fewer only."""
+def _with_black_zero(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Invert the values of a TIFF whose 0 is white. Pillow inverts only pixels of 8 bits and fewer."""
     zero_is_white = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
     return 255 - values if zero_is_white else values
 
 
 def _from_whole_numbers(values: np.ndarray, image: Image.Image) -> np.ndarray:
-    """16-bit grey values to 8 bits, rounded. Pillow hands some of them on as 32-bit ones."""
+    """Scale 16-bit grey values to 8 bits, rounded. Pillow stores some of them in 32 bits."""
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise UnreadableImageError(
             f"pixels of 32-bit whole numbers must lie in 0 ... 65535 to be brightnesses, got {low} ... {high}"
         )
     if image.mode == "I" and image.format not in ("PNG", "PPM") and high <= 255:
-        # 8-bit values in a wide type. PNG's and PPM's own brightnesses always reach to 65535.
+        # These are 8-bit values in a wider type. The brightnesses of PNG and PPM always reach to 65535.
         return values.astype(np.uint8)
-    # Signed values of 16 bits end at half of it.
+    # Signed values of 16 bits end at 32767.
     signed = isinstance(image, TiffImageFile) and image.tag_v2.get(BITSPERSAMPLE) == (16,) and image.mode == "I"
     white = 32767 if signed else 65535
     return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
 def _from_floats(values: np.ndarray) -> np.ndarray:
-    """Floating-point grey values, in 0 ... 1 or 0 ... 255, to 8 bits, rounded."""
+    """Scale floating-point grey values in 0 ... 1 or 0 ... 255 to 8 bits, rounded."""
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 255):  # NaN included
         raise UnreadableImageError(

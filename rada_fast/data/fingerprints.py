@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def file_stamp(path: Path) -> str:
-    """The size of a file in bytes and the time of its last change in nanoseconds."""
+    """Return the size of a file in bytes and the time of its last change in nanoseconds, as one text."""
     try:
         stat = path.stat()
     except OSError:  # A link may lead nowhere; the error of reading it gives the reason.
@@ -20,7 +20,7 @@ def file_stamp(path: Path) -> str:
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
-    """A short hash of a tensor's type, shape and values."""
+    """Return a short hash of a tensor's type, shape and values."""
     array = np.ascontiguousarray(tensor.detach().cpu().numpy())
     digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
     digest.update(array.data)

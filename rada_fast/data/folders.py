@@ -1,4 +1,4 @@
-"""What lies in a folder of pictures: class folders in order, pictures at any depth, and whatever is neither."""
+"""Listings of data folders: the class folders in order, the pictures at any depth, and the entries that are neither."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from rada_fast.data.decode import is_picture, kind_of_entry, picture_extensions
 from rada_fast.errors import UserError
@@ -18,27 +19,34 @@ from rada_fast.system import notices
 SYSTEM_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
 )
-"""What archivers, file servers and systems leave behind; never a class."""
+"""Folders that archivers, file servers and operating systems leave behind. They are never classes."""
 SPLIT = re.compile(r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?)([ _-]?(images?|set|data|\d+))?", re.IGNORECASE)
-"""The names of folders that hold parts of a data set."""
+"""The names of folders that hold one part of a data set, such as "train"."""
 EXAMPLES = 5
-"""Names in one message."""
+"""The largest number of names that a message lists."""
 LOOP = "a link back to a folder that holds it"
 
-Skipped = tuple[str, str]
-"""An entry that is not used: its path below the data folder, and why not."""
+
+class Skipped(NamedTuple):
+    """An entry of a data folder that is not used: its path below the folder, and the reason."""
+
+    path: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Found:
-    """pictures: files, readable or not, sorted; skipped: all else."""
+    """The contents of a folder at every depth.
+
+    pictures: the picture files, readable or not, sorted; skipped: all other entries.
+    """
 
     pictures: tuple[Path, ...]
     skipped: tuple[Skipped, ...]
 
 
 def existing_folder(root: Path) -> Path:
-    """The folder itself. Raises UserError where it is none."""
+    """Return the folder itself. Raises UserError where the path is not a folder."""
     try:
         mode = root.stat().st_mode
     except FileNotFoundError:
@@ -52,7 +60,7 @@ def existing_folder(root: Path) -> Path:
 
 
 def _entries(place: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """A folder's entries, and of each what it is: "folder", "file", or why it is neither."""
+    """Yield the entries of a folder, each with its kind: "folder", "file", or the reason why it is neither."""
     try:
         with os.scandir(place) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
@@ -75,31 +83,32 @@ def _kind(entry: os.DirEntry[str]) -> str:
     except OSError as error:
         if error.errno == errno.ELOOP:
             return "a link round in a circle"
-        # What cannot be reached is counted as unreadable where its name says that it is a picture.
+        # An entry that cannot be reached counts as an unreadable picture if its name says that it is a picture.
         return "file" if Path(entry.name).suffix.lower() in picture_extensions() else error.strerror or "out of reach"
 
 
 def class_folders(root: Path) -> tuple[tuple[str, ...], tuple[Skipped, ...]]:
-    """The names of a data folder's class folders in label order, and its other entries."""
-    names, skipped = [], []
+    """Return the names of the class folders of a data folder in label order, and its other entries."""
+    names: list[str] = []
+    skipped: list[Skipped] = []
     entries = _entries(existing_folder(root))
     above = {_identity(folder) for folder in (root, *root.absolute().parents)}
     for entry, kind in entries:
         if kind == "folder" and _identity(root / entry.name) in above:
-            skipped.append((entry.name, LOOP))
+            skipped.append(Skipped(entry.name, LOOP))
         elif kind == "folder":
             names.append(entry.name)
         else:
-            skipped.append((entry.name, "in no class folder" if kind == "file" else kind))
+            skipped.append(Skipped(entry.name, "in no class folder" if kind == "file" else kind))
     return label_order(names), tuple(skipped)
 
 
 def label_order(names: Sequence[str]) -> tuple[str, ...]:
-    """Class folders in the order of their labels.
+    """Return the class folders in the order of their labels.
 
-    It is text order, as in every published list of folders. Where all names are numbers, as ImageNet-V2's 0 ... 999,
-    it is the order of the numbers, in which their classes' names are listed; as texts, 10 comes before 2, and -1 before
-    -2.
+    The order is that of the names as texts, as in every published list of folders. Names that are all numbers, such as
+    ImageNet-V2's 0 ... 999, are sorted by the numbers, because the names of their classes are listed in that order; as
+    texts, 10 would come before 2, and -1 before -2.
     """
     if all(is_whole_number(name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
@@ -107,19 +116,20 @@ def label_order(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def is_number(name: str) -> bool:
-    """Whether a name consists of the digits 0 to 9."""
+    """Return whether a name consists of the digits 0 to 9."""
     return name.isascii() and name.isdigit()
 
 
 def is_whole_number(name: str) -> bool:
-    """Whether a name is a number as is_number has it, perhaps with a sign."""
+    """Return whether a name consists of the digits 0 to 9, perhaps after a sign."""
     return is_number(name[1:] if name[:1] in ("-", "+") else name)
 
 
 def pictures_below(folder: Path, root: Path) -> Found:
-    """Pictures at any depth below a folder of the data folder root, and what else is there.
+    """Find the pictures at any depth below a folder, and the other entries there.
 
-    Linked folders are followed, but not back into themselves.
+    root: the data folder that contains it. Links to folders are followed, except those that lead back into a folder
+    above them.
     """
     pictures: list[Path] = []
     skipped: list[Skipped] = []
@@ -128,7 +138,7 @@ def pictures_below(folder: Path, root: Path) -> Found:
         place, above = pending.pop()
         if place != root:
             if (own := _identity(place)) in above:
-                skipped.append((place.relative_to(root).as_posix(), LOOP))
+                skipped.append(Skipped(place.relative_to(root).as_posix(), LOOP))
                 continue
             above |= {own}
         empty = True
@@ -141,9 +151,9 @@ def pictures_below(folder: Path, root: Path) -> Found:
                 pictures.append(path)
             else:
                 name = path.relative_to(root).as_posix()
-                skipped.append((name, "not a picture" if kind == "file" else kind))
+                skipped.append(Skipped(name, "not a picture" if kind == "file" else kind))
         if empty and place not in (folder, root):
-            skipped.append((place.relative_to(root).as_posix(), "an empty folder"))
+            skipped.append(Skipped(place.relative_to(root).as_posix(), "an empty folder"))
     return Found(tuple(sorted(pictures)), tuple(sorted(skipped)))
 
 
@@ -156,21 +166,22 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def mention_skipped(root: Path, skipped: Sequence[Skipped]) -> None:
-    """Warn once of everything below a data folder that is not used."""
+    """Give one warning of all entries of a data folder that are not used."""
     if not skipped:
         return
-    # One of each kind first: a hundred hidden files must not hide that a FIFO lay among them.
-    first = dict.fromkeys(reason for _, reason in skipped)
-    one_each = [next(entry for entry in skipped if entry[1] == reason) for reason in first]
-    shown = list(dict.fromkeys([*one_each, *skipped]))[:EXAMPLES]
-    names = ", ".join(f"{name} ({reason})" for name, reason in shown)
+    # The message names one entry for every reason first, so that a hundred hidden files do not hide a FIFO.
+    one_each: dict[str, Skipped] = {}
+    for entry in skipped:
+        one_each.setdefault(entry.reason, entry)
+    shown = list(dict.fromkeys([*one_each.values(), *skipped]))[:EXAMPLES]
+    names = ", ".join(f"{entry.path} ({entry.reason})" for entry in shown)
     more = f" and {len(skipped) - len(shown)} more" if len(skipped) > len(shown) else ""
     entries = "1 entry was" if len(skipped) == 1 else f"{len(skipped)} entries were"
     notices.warn(f"data {root}: {entries} skipped: {names}{more}")
 
 
 def mention_empty(root: Path, empty: Sequence[str]) -> None:
-    """Warn of class folders without a picture, which stay classes."""
+    """Warn of class folders without a picture, which remain classes."""
     if empty:
         one = len(empty) == 1
         holds = "1 class folder holds" if one else f"{len(empty)} class folders hold"
@@ -179,11 +190,11 @@ def mention_empty(root: Path, empty: Sequence[str]) -> None:
 
 
 def deeper_classes(root: Path, pictures: Mapping[str, Sequence[tuple[str, ...]]]) -> str | None:
-    """What is wrong with a data folder whose sub-folders are surely no classes, and what to give instead, or None.
+    """Return why the sub-folders of a data folder cannot be classes and what to give instead, or None where they can.
 
-    pictures: of each class folder that holds any, the parts of its pictures' paths below it.
+    pictures: for each class folder with pictures, the parts of their paths below it.
 
-    Warns where the sub-folders may be no classes.
+    Warns where the sub-folders may not be classes.
     """
     direct = {folder for folder, paths in pictures.items() if any(len(parts) == 1 for parts in paths)}
     below = {folder: sorted({parts[0] for parts in paths if len(parts) > 1}) for folder, paths in pictures.items()}
@@ -216,7 +227,7 @@ def deeper_classes(root: Path, pictures: Mapping[str, Sequence[tuple[str, ...]]]
 
 
 def mention_equal_numbers(root: Path, folders: Sequence[str]) -> None:
-    """Warn of class folders that are the same number: a list in the order of the numbers does not tell them apart."""
+    """Warn of class folders whose names are the same number, which a list of names by number cannot tell apart."""
     if not all(is_whole_number(folder) for folder in folders):
         return
     pairs = [(one, other) for one, other in pairwise(folders) if int(one) == int(other)]
@@ -228,7 +239,7 @@ def mention_equal_numbers(root: Path, folders: Sequence[str]) -> None:
 
 
 def mention_single_class(root: Path, folders: Sequence[str]) -> None:
-    """Warn of a data folder with one class, on which no accuracy means anything."""
+    """Warn of a data folder with a single class, for which an accuracy says nothing."""
     if len(folders) == 1:
         notices.warn(f"data {root} has one class folder only, {folders[0]}: among its classes every answer is right")
 

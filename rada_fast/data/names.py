@@ -1,4 +1,4 @@
-"""Class names from files and folders: lists, tables and numbered or underscored names, made fit for a prompt."""
+"""Class names out of files and folders: lists, tables, and numbered or underscored names, made readable for prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rada_fast.errors import UserError
 from rada_fast.system import notices
 
 Names = list[str] | dict[str, str]
-"""Names in label order, or the name of each class folder."""
+"""The names in label order, or the name of each class by its folder."""
 
 WNID = re.compile(r"n\d{8}", re.IGNORECASE)
 """A WordNet id, as ImageNet's folders are called."""
@@ -40,14 +40,14 @@ _HEADER_WORDS = _KEY_WORDS | _NAME_WORDS | _EITHER_WORDS | _NUMBER_WORDS
 
 
 def read_names(path: Path, folders: Sequence[str] = ()) -> Names:
-    """Class names from a file: a name a line, a table, or JSON.
+    """Read class names from a file that has one name a line, a table, or JSON.
 
-    A table has a line for each class and a number, a class folder or a WordNet id beside the name, in columns between
-    tabs, commas or semicolons, or just "n01440764 tench", "0 tench", "0: tench". JSON is a list of names, or an object
-    of folder, number or WordNet id to name, or of name to number. Numbers must count the classes from 0 or from 1, or
-    be folders.
+    A table has a line for each class, with a number, a class folder or a WordNet id beside the name. Its columns are
+    separated by tabs, commas or semicolons, or its lines look like "n01440764 tench", "0 tench" or "0: tench". JSON is
+    a list of names, an object from folder, number or WordNet id to name, or an object from name to number. Numbers must
+    count the classes from 0 or from 1, or be folders.
 
-    folders: the class folders, which tell a table's columns apart.
+    folders: the class folders, which help to tell the columns of a table apart.
 
     Raises UserError where the file cannot be read, is empty, or does not say which part of a line is the name.
     """
@@ -85,7 +85,10 @@ def _distinct(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    """A list or dictionary written as JSON or Python has it, as in a text file passed around for ImageNet, or None."""
+    """Parse a list or dictionary in the syntax of JSON or Python, as in a well-known text file of ImageNet's names.
+
+    Returns None where the text is something else.
+    """
     if text.lstrip()[:1] not in ("[", "{"):
         return None
     for parse in (json.loads, ast.literal_eval):
@@ -111,12 +114,12 @@ def _names_of_json(value: Any, folders: Sequence[str], path: Path) -> Names:
         raise refused
     entries = {str(key): entry for key, entry in value.items()}
     if entries and all(type(entry) is int for entry in entries.values()):
-        # Name to number, as torchvision's class_to_idx.
+        # The object maps names to numbers, as torchvision's class_to_idx does.
         entries = {str(number): name for name, number in entries.items()}
         if len(entries) < len(value):
             raise UserError(f"classes file {path} must give every name a number of its own")
     if entries and all(isinstance(entry, list | tuple) and len(entry) == 2 for entry in entries.values()):
-        # Number to WordNet id and name, as Keras's imagenet_class_index.json.
+        # The object maps numbers to pairs of WordNet id and name, as Keras's imagenet_class_index.json does.
         if any(WNID.fullmatch(folder) for folder in folders):
             entries = {str(wnid): name for wnid, name in entries.values()}
         else:
@@ -128,7 +131,10 @@ def _names_of_json(value: Any, folders: Sequence[str], path: Path) -> Names:
 
 
 def _by_number(entries: Mapping[str, str], folders: Sequence[str]) -> Names | None:
-    """Names in the order of their numbers, where these count from 0 or 1, or by folder, where folders have numbers."""
+    """Return the names in the order of their numbers, or by folder if the folders are numbers.
+
+    Returns None where the numbers do not count from 0 or 1 and are not the folders either.
+    """
     if not entries or not all(is_number(key) and len(key) < 10 for key in entries):
         return None
     by_number = {int(key): name for key, name in entries.items()}
@@ -150,7 +156,7 @@ def _names_of_lines(lines: list[str], folders: Sequence[str], path: Path) -> Nam
         return {found[1].lower(): found[2].strip("\"' ") for found in synsets if found}
     for delimiter in "\t;,":
         if lines and all(delimiter in line for line in lines):
-            # Quotation marks that are not closed make one row of several lines.
+            # A quotation mark that is not closed joins several lines into one row.
             try:
                 rows = [[part.strip() for part in row] for row in csv.reader(lines, delimiter=delimiter)]
             except csv.Error:
@@ -162,7 +168,7 @@ def _names_of_lines(lines: list[str], folders: Sequence[str], path: Path) -> Nam
     for pattern, number, name in ((_LEADING_NUMBER, 1, 3), (_TRAILING_NUMBER, 2, 1)):
         parts = [pattern.fullmatch(line) for line in lines]
         entries = {found[number]: found[name].strip("\"' ") for found in parts if found}
-        # "1 star", "2 stars", "3 stars" and "grade 0", "grade 1" are names, numbers and all.
+        # In "1 star", "2 stars", "3 stars" and in "grade 0", "grade 1" the numbers belong to the names.
         if lines and len(set(entries.values())) == len(lines) and (names := _by_number(entries, folders)) is not None:
             first = next(found for found in parts if found)
             if pattern is _TRAILING_NUMBER or not set(first[2]) & set(":;,\t"):
@@ -187,7 +193,7 @@ def _is_header(row: Sequence[str]) -> bool:
 
 
 def _coded(rows: Sequence[Sequence[str]]) -> set[int]:
-    """The columns of numbers, and those of WordNet ids."""
+    """Return the columns that hold numbers only or WordNet ids only."""
     tests = (is_number, WNID.fullmatch)
     columns = enumerate(zip(*rows, strict=True))
     return {index for index, column in columns if any(all(test(cell) for cell in column) for test in tests)}
@@ -196,7 +202,7 @@ def _coded(rows: Sequence[Sequence[str]]) -> set[int]:
 def _table(
     rows: list[list[str]], header: list[str] | None, delimiter: str, folders: Sequence[str], path: Path
 ) -> Names | None:
-    """The names of a table's rows, or None where they are names with commas."""
+    """Return the names of a table's rows, or None where the lines are names with commas."""
     body = rows[1:] if header is not None else rows
     if not body:
         return []
@@ -214,7 +220,10 @@ def _table(
 
 
 def _names_of_rows(rows: list[list[str]], header: list[str] | None, folders: Sequence[str], path: Path) -> Names:
-    """The names in a table: which column they are in follows from the header, the folders, or there being one only."""
+    """Return the names in a table.
+
+    The header, the folders, or the fact that there is only one column of texts tells which column holds them.
+    """
     columns = [list(column) for column in zip(*rows, strict=True)]
     words = [cell.strip("\"' ").lower().replace(" ", "_") for cell in header] if header else [""] * len(columns)
     numbers = [index for index, column in enumerate(columns) if all(is_number(cell) for cell in column)]
@@ -241,7 +250,7 @@ def _names_of_rows(rows: list[list[str]], header: list[str] | None, folders: Seq
         entries = dict(zip(columns[index], names, strict=True))
         if len(entries) == len(names) and (found := _by_number(entries, folders)) is not None:
             orders[index] = found
-    # A column called "id" says more than one without a name, which only counts the lines.
+    # A column that is called "id" says more than one without a header, which only counts the lines.
     called = [index for index in orders if words[index] and words[index] in _NUMBER_WORDS] or list(orders)
     if any(orders[index] != orders[called[0]] for index in called):
         raise UserError(
@@ -265,13 +274,13 @@ def _undecided(path: Path, row: Sequence[str]) -> UserError:
 
 
 def readable_names(names: Sequence[str], where: str | None = None) -> tuple[str, ...]:
-    """Names as they can stand in a prompt: spaces for underscores, without the numbers and ids of published folders.
+    """Make names readable for a prompt: spaces replace underscores, and the numbers and ids of folders are taken off.
 
     CUB's "001.Black_footed_Albatross" becomes "Black footed Albatross", Stanford Dogs' "n02085620-Chihuahua" becomes
-    "Chihuahua". Numbers are taken off where all names begin with a different one and differ without it, too: after a
-    dot, filled up with zeros, or counting from 0 or 1.
+    "Chihuahua". Numbers are taken off if every name begins with a number of its own, the names also differ without it,
+    and the numbers come before a dot, are filled up with zeros, or count from 0 or 1.
 
-    where: what the names are, for a warning where the numbers only count, and so may be meant.
+    where: what the names are, for a warning if the numbers count from 0 or 1 and may be meant as parts of the names.
     """
     shown = [found[1] if (found := _WNID_PREFIX.fullmatch(name)) else name for name in names]
     prefixes = [found for name in shown if (found := _NUMBER_PREFIX.fullmatch(name))]

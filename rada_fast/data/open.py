@@ -13,7 +13,7 @@ from rada_fast.errors import UserError
 
 
 class Kind(NamedTuple):
-    """One way in which data lie on disk.
+    """A kind is one way in which data lie on disk.
 
     usage: how its data are named, for messages; read: the function that reads them.
     """
@@ -30,7 +30,7 @@ KINDS = {
 
 
 def open_source(spec: str) -> Source:
-    """The data behind KIND:PATH.
+    """Read the data that KIND:PATH names.
 
     Raises UserError where the kind is unknown or the path does not hold such data.
     """

@@ -23,7 +23,7 @@ from rada_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Sample:
-    """One image file.
+    """A sample is one image file.
 
     id: its path below the data folder, with forward slashes; label: the number of its class, or -1 where it has none.
     """
@@ -35,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Image files by class, which a model has to encode.
+    """Image files by class; a model has to encode them.
 
     path: the data folder; folders: the names of the classes in label order, empty where the images have none; samples:
     all images, readable or not, sorted by id; skipped: the other entries of the folder, each with the reason; fault:
@@ -110,29 +110,29 @@ class ImageFolder:
         """The multiplier that the data state. Image files state none."""
 
     def views(self) -> None:
-        """The stored features of every image's views. Image files have none."""
+        """Return the stored features of the views of every image. Image files have none."""
 
     def known_labels(self) -> dict[str, int | None]:
-        """The label of every image by its id, None where an image has no class."""
+        """Return the label of every image by its id, None where an image has no class."""
         return {sample.id: sample.label if sample.label >= 0 else None for sample in self.samples}
 
     def stamps(self) -> dict[str, str]:
-        """What tells whether each image is still the same: its file's size and time, by its id."""
+        """Return what tells whether each image is still the same: the size and the time of its file, by its id."""
         return {sample.id: file_stamp(sample.path) for sample in self.samples}
 
     def subset(self, labels: Sequence[int]) -> ImageFolder:
-        """Only these classes, labelled 0, 1, ... in the order given."""
+        """Return only these classes, labelled 0, 1, ... in the order given."""
         new = {label: index for index, label in enumerate(labels)}
         samples = tuple(replace(s, label=new[s.label]) for s in self.samples if s.label in new)
         return replace(self, folders=tuple(self.folders[label] for label in labels), samples=samples)
 
     def few_shot(self, shots: int, seed: int) -> ImageFolder:
-        """At most `shots` images of each class; which ones depends on the seed and their ids alone."""
+        """Choose at most `shots` images of each class. The choice depends on the seed and the ids alone."""
         kept = _few_shot(self.labels.tolist(), self.ids, shots, seed)
         return replace(self, samples=tuple(self.samples[index] for index in kept))
 
     def limited(self, limit: int | None) -> ImageFolder:
-        """At most `limit` images, taken in turn from every class, in the original order."""
+        """Choose at most `limit` images, taken in turn from every class, and keep their order."""
         if limit is None or limit >= len(self.samples):
             return self
         by_class: dict[int, list[int]] = {}
@@ -142,21 +142,21 @@ class ImageFolder:
         return replace(self, samples=tuple(self.samples[index] for index in sorted(i for _, i in ranked[:limit])))
 
     def class_difference(self, other: Source) -> str | None:
-        """How the classes differ from those of other data, or None where nothing says that they do."""
+        """Say how the classes differ from those of other data. Returns None where nothing shows that they do."""
         if not isinstance(other, ImageFolder) or self.folders == other.folders:
             return None
         odd = sorted(set(self.folders) ^ set(other.folders))
         return f"only one of them has the class folders {', '.join(odd[:6])}"
 
     def classes_beyond(self, train: Source) -> str | None:
-        """Which classes are not among those that were trained, or None where all are."""
+        """Say which classes are not among those of the training data. Returns None where all are."""
         if not isinstance(train, ImageFolder):
             return _OTHER_KIND
         unknown = sorted(set(self.folders) - set(train.folders))
         return f"train lacks the class folders {', '.join(unknown[:6])}" if unknown else None
 
     def labels_among(self, train: Source) -> list[int] | None:
-        """The labels that these classes have in the training data, or None where they are all its classes."""
+        """Return the labels that these classes have in the training data, or None where they are all of its classes."""
         if not isinstance(train, ImageFolder) or self.folders == train.folders:
             return None
         return [train.folders.index(name) for name in self.folders]
@@ -164,7 +164,7 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """Extracted features of images.
+    """Features that a model has extracted from images.
 
     features: (N, D), or (N, V, D) where each image has V views and the original is the first; float32, as stored;
     labels: (N,) int64; ids: the names of the N images; class_names: in label order, where the file has them;
@@ -219,20 +219,20 @@ class FeatureFile:
         return self.features.shape[1] if self.features.ndim == 3 else 1
 
     def views(self) -> Tensor:
-        """The features of every image's views at unit norm, the original first. Returns (N, V, D)."""
+        """Return the features of every image's views at unit norm, the original first: (N, V, D)."""
         features = normalize(self.features, dim=-1)
         return features if features.ndim == 3 else features[:, None]
 
     def known_labels(self) -> dict[str, int | None]:
-        """The label of every image by its id."""
+        """Return the label of every image by its id."""
         return dict(zip(self.ids, self.labels.tolist(), strict=True))
 
     def stamps(self) -> dict[str, str]:
-        """What tells whether the arrays are still the same: a hash of each, by its name."""
+        """Return what tells whether the arrays are still the same: a hash of each, by its name."""
         return {"features": tensor_fingerprint(self.features), "labels": tensor_fingerprint(self.labels)}
 
     def subset(self, labels: Sequence[int]) -> FeatureFile:
-        """Only these classes, labelled 0, 1, ... in the order given."""
+        """Return only these classes, labelled 0, 1, ... in the order given."""
         new = {label: index for index, label in enumerate(labels)}
         kept = [index for index, label in enumerate(self.labels.tolist()) if label in new]
         names = None if self.class_names is None else tuple(self.class_names[label] for label in labels)
@@ -242,15 +242,15 @@ class FeatureFile:
         )
 
     def few_shot(self, shots: int, seed: int) -> FeatureFile:
-        """At most `shots` images of each class; which ones depends on the seed and their ids alone."""
+        """Choose at most `shots` images of each class. The choice depends on the seed and the ids alone."""
         return self._rows(_few_shot(self.labels.tolist(), self.ids, shots, seed))
 
     def limited(self, limit: int | None) -> FeatureFile:
-        """The first `limit` images."""
+        """Return the first `limit` images."""
         return self if limit is None or limit >= len(self.ids) else self._rows(list(range(limit)))
 
     def class_difference(self, other: Source) -> str | None:
-        """How the classes differ from those of other data, or None where nothing says that they do."""
+        """Say how the classes differ from those of other data. Returns None where nothing shows that they do."""
         if not isinstance(other, FeatureFile):
             return None
         pairs = zip(self.class_names or (), other.class_names or (), strict=False)
@@ -260,7 +260,7 @@ class FeatureFile:
         return None
 
     def classes_beyond(self, train: Source) -> str | None:
-        """Which classes are not among those that were trained, or None where all are."""
+        """Say which classes are not among those of the training data. Returns None where all are."""
         if not isinstance(train, FeatureFile):
             return _OTHER_KIND
         if (difference := self.class_difference(train)) is not None:
@@ -270,7 +270,7 @@ class FeatureFile:
         return None
 
     def labels_among(self, train: Source) -> None:
-        """The labels that these classes have in the training data, which number them the same way."""
+        """Return None: the training data number their classes in the same way."""
 
     def _rows(self, rows: list[int]) -> FeatureFile:
         ids = tuple(self.ids[row] for row in rows)
@@ -283,7 +283,7 @@ _OTHER_KIND = "either both are images or both are features"
 
 
 def _few_shot(labels: Sequence[int], ids: Sequence[str], shots: int, seed: int) -> list[int]:
-    """The indices of at most `shots` items of each class, those with the smallest hashes, in the original order."""
+    """Return the indices of at most `shots` items of each class, those with the smallest hashes, in their order."""
     by_class: dict[int, list[tuple[bytes, int]]] = {}
     for index, (label, id) in enumerate(zip(labels, ids, strict=True)):
         rank = hashlib.sha256(os.fsencode(f"{seed} shot {id}")).digest()
@@ -292,6 +292,6 @@ def _few_shot(labels: Sequence[int], ids: Sequence[str], shots: int, seed: int) 
 
 
 def base_and_new(num_classes: int) -> tuple[list[int], list[int]]:
-    """The labels of the base classes, which are the first half rounded up, and those of the new classes."""
+    """Return the labels of the base classes, which are the first half rounded up, and those of the new classes."""
     middle = (num_classes + 1) // 2
     return list(range(middle)), list(range(middle, num_classes))

@@ -1,4 +1,4 @@
-"""Tensors kept on disk that can be made again: a damaged or unwritable cache costs time, never a run."""
+"""A cache of tensors on disk that can be computed again. A damaged or unwritable cache costs time, but stops no run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rada_fast.system import files
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a cache file, or None where it is missing or damaged."""
+    """Read the tensors of a cache file. Returns None where it is missing or damaged."""
     try:
         return load_file(path)
     except (SafetensorError, OSError):
@@ -21,7 +21,7 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a cache file, whole or not at all; warns where the folder cannot be written."""
+    """Write a cache file as a whole or not at all. Warns where the folder cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_tensors(path, tensors)

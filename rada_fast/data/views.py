@@ -1,4 +1,4 @@
-"""Views of one image: the original, random crops, and AugMix; every draw comes from the seed and the image's id."""
+"""Views of one image: the original, random crops, and AugMix. All draws depend on the seed and the image's id alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AUGMIX_CHAINS, AUGMIX_DEPTH, AUGMIX_SEVERITY = 3, 3, 1.0
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a model expects of its images.
+    """The form in which a model expects its images.
 
     image_size: side S in pixels; mean, std: of each channel, for values in 0..1; interpolation: the filter that resizes
     the original; resize: "shortest" resizes the shorter side to S and cuts out the centre, "squash" resizes both sides
@@ -41,13 +41,13 @@ class Preprocess:
 
 
 def image_seed(seed: int, image_id: str) -> int:
-    """A 63-bit seed that depends on the two arguments alone."""
+    """Return a 63-bit seed that depends on the two arguments alone."""
     digest = hashlib.sha256(os.fsencode(f"{seed} {image_id}")).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def center_view(image: Image.Image, preprocess: Preprocess) -> Tensor:
-    """The original as open_clip's evaluation transform prepares it: resized, cut to its centre, normalised.
+    """Prepare the original as open_clip's evaluation transform does: resized, cut to its centre, normalised.
 
     image: RGB, as read_image returns it. Returns (3, S, S) float32.
     """
@@ -61,7 +61,7 @@ def make_views(
     kind: ViewKind,
     seed: int,
 ) -> Tensor:
-    """The original and num_views - 1 random views.
+    """Make the original and num_views - 1 random views of an image.
 
     Boxes and flips are those that torchvision's RandomResizedCrop (bilinear) and RandomHorizontalFlip draw after
     torch.manual_seed(seed); AugMix draws from the same stream. The global random state does not change.
@@ -91,7 +91,7 @@ def make_views(
 
 
 def crop_view(image: Image.Image, preprocess: Preprocess, seed: int, crop_scale: tuple[float, float]) -> Tensor:
-    """One random crop with a random flip, for training.
+    """Make one random crop with a random flip, for training.
 
     image: RGB, as read_image returns it; crop_scale: the least and the largest share of the image. Returns (3, S, S)
     float32.
@@ -105,12 +105,12 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """(height, width, 3) uint8."""
+    """Return the pixels, (height, width, 3) uint8."""
     return torch.from_numpy(np.array(image))
 
 
 def _original(image: Image.Image, preprocess: Preprocess) -> Tensor:
-    """The view of the original, as a table of one row."""
+    """Return the view of the original, a table with one row."""
     return whole_view(
         image.height,
         image.width,
@@ -121,7 +121,7 @@ def _original(image: Image.Image, preprocess: Preprocess) -> Tensor:
 
 
 def _cut(image: Image.Image, preprocess: Preprocess, views: Tensor) -> Tensor:
-    """The pixels of a table of views. Returns (V, 3, S, S) float32."""
+    """Cut a table of views out of an image. Returns (V, 3, S, S) float32."""
     return multi_view_crops([_pixels(image)], views, preprocess.image_size, preprocess.mean, preprocess.std)
 
 

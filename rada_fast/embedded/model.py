@@ -1,4 +1,4 @@
-"""The embedded CLIP: its tokenizer, its architecture and its shipped weights."""
+"""The embedded CLIP: its tokenizer, its architecture, and the weights that are shipped with the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from rada_fast.embedded.world import IMAGE_SIZE, WORDS
 
 EMBED_DIM = 128
-# The longest caption has 15 words; start and end make 17, and prompts with a few more words still fit.
+# The longest caption has 15 words, which start and end make 17 tokens, so prompts with a few more words still fit.
 CONTEXT_LENGTH = 20
 # Half the pixel range, not the world's own statistics: the test domain is shifted anyway.
 MEAN: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -26,7 +26,7 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 class WordTokenizer:
-    """Words of the drawn world to token ids, called as open_clip's tokenizers are.
+    """Maps the words of the drawn world to token ids. It is called as open_clip's tokenizers are.
 
     Ids: 0 padding, 1 any unknown word, 2 start, then WORDS, and the end token last, because open_clip pools the text
     feature at the highest id of a row.
@@ -68,7 +68,7 @@ def build_model() -> CLIP:
             context_length=CONTEXT_LENGTH, vocab_size=WordTokenizer().vocab_size, width=128, heads=4, layers=2
         ),
     )
-    # So that open_clip's own transforms, made from the model, normalise as pre-training did.
+    # With this, the transforms that open_clip makes for the model normalise as pre-training did.
     set_model_preprocess_cfg(model, {"size": IMAGE_SIZE, "mode": "RGB", "mean": MEAN, "std": STD})
     return model
 

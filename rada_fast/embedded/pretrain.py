@@ -1,4 +1,4 @@
-"""Remake the embedded weights: `python -m rada_fast.embedded.pretrain --output FILE`.
+"""Train the embedded weights again: `python -m rada_fast.embedded.pretrain --output FILE`.
 
 Draws a fixed pool of pictures with fresh captions each time one is used, trains with CLIP's contrastive loss on the
 CPU, and prints zero-shot accuracy on clean and shifted pictures of the demo's classes.
@@ -38,7 +38,7 @@ class Settings:
     steps: int = 1300
     batch: int = 256
     seed: int = 0
-    pool: int = 60_000  # pictures: 737 MB of memory, and each is seen five to six times
+    pool: int = 60_000  # pictures; they take 737 MB of memory, and each is used five to six times
     lr: float = 1.5e-3
     warmup: int = 100
     weight_decay: float = 0.05
@@ -48,7 +48,7 @@ class Settings:
 
 
 _CHUNK = 500
-# Words without a meaning here are sometimes unknown, so that prompts with foreign words keep working.
+# Some words that mean nothing here are replaced by the unknown one, so that prompts with foreign words keep working.
 _UNKNOWN = 0.03
 
 
@@ -73,7 +73,7 @@ def draw_pool(size: int, seed: int) -> tuple[NDArray[np.uint8], list[world.Scene
     if len(jobs) == 1:
         keep(map(_draw_chunk, jobs))
     else:
-        # "spawn": forking a process in which PyTorch has started threads can hang.
+        # The workers are spawned, because a fork of a process in which PyTorch has started threads can hang.
         with multiprocessing.get_context("spawn").Pool() as workers:
             keep(workers.imap(_draw_chunk, jobs))
     return images, scenes
@@ -114,7 +114,7 @@ def make_batch(
     agree = attributes[:, None, :] == attributes[None, :, :]
     matches = torch.from_numpy((agree | ~stated[None, :, :]).all(axis=2))
 
-    # One bilinear resampling does the mirror image and a crop of 80 to 100 % of the side.
+    # One bilinear resampling makes the mirror image and a crop of 80 to 100 % of the side.
     zoom = rng.uniform(0.8, 1.0, size=size)
     offset = rng.uniform(-1, 1, size=(size, 2)) * (1 - zoom)[:, None]
     theta = np.zeros((size, 2, 3), dtype=np.float32)
@@ -178,7 +178,8 @@ def save_weights(model: CLIP, settings: Settings, path: Path) -> None:
     # Measured on 2000 pictures per domain: float16 leaves clean, blur, noise, hue and occlusion accuracy as they were
     # in float32 (80.8, 59.1, 44.4, 69.2, 48.3 %), and halves the file to 3.5 MB.
     state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
-    # One entry: safetensors writes several in random order, and the file should be the same for the same weights.
+    # There is one entry only, because safetensors writes several in random order, and equal weights should give equal
+    # files.
     metadata = {"pretraining": json.dumps({**asdict(settings), "torch": torch.__version__.split("+")[0]})}
     temporary = path.with_name(path.name + ".tmp")
     save_file(state, temporary, metadata=metadata)
@@ -216,7 +217,7 @@ def train(settings: Settings, output: Path, resume: bool, checkpoint_every: int 
     for step in range(first, settings.steps):
         dropping = step < settings.patch_dropout_until * settings.steps and settings.patch_dropout > 0
         model.visual.patch_dropout = PatchDropout(settings.patch_dropout) if dropping else torch.nn.Identity()
-        # Seeded by the step, so that a resumed run sees the batches that it would have seen.
+        # The step decides the seed, so that a resumed run gets the batches that it would have had.
         torch.manual_seed(settings.seed * 1_000_003 + step)
         rng = np.random.default_rng([settings.seed, 1_000_000 + step])
         pixels, tokens, matches = make_batch(images, scenes, tokenizer, settings.batch, rng)

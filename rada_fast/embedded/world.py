@@ -48,7 +48,7 @@ SHAPES: tuple[str, ...] = tuple(shapes.IMPLICIT)
 POSITIONS: tuple[str, ...] = (
     "top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
-# Radius of the main object in pixels. The middle range has no word of its own in captions.
+# Radius of the main object in pixels. Captions have no word for the middle range.
 _RADIUS: dict[str, tuple[float, float]] = {"small": (11.5, 14.0), "medium": (14.0, 18.0), "large": (18.0, 22.0)}
 SIZES: tuple[str, ...] = tuple(_RADIUS)
 _LUMINANCE: dict[str, tuple[float, float]] = {"dark": (30.0, 75.0), "grey": (95.0, 145.0), "light": (175.0, 218.0)}
@@ -74,7 +74,7 @@ WORDS: tuple[str, ...] = _words()
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; everything else (rotation, phase, tint, distractor colours) comes from `draw`'s generator.
+    """The content of a picture. The generator of `draw` decides the rest: rotation, phase, tint, distractor colours.
 
     colour, texture, shape, position, size, background: one of COLOURS, TEXTURES, SHAPES, POSITIONS, SIZES, BACKGROUNDS.
     clutter: number of small distractor shapes, 0 or more.
@@ -108,9 +108,9 @@ class Scene:
 def is_held_out(colour: str, texture: str, shape: str) -> bool:
     """Return whether pre-training must not see this combination.
 
-    Colour c (index 0..9) loses a 2 x 2 block: shapes c//2 and c//2 + 5, textures c%5 and (c+1)%5. Blocks, rather than
-    scattered cells, so that held-out combinations have held-out neighbours one word away. Every pair of words
-    (colour-texture, colour-shape, texture-shape) still occurs in pre-training.
+    Colour c (index 0..9) loses a 2 x 2 block: shapes c//2 and c//2 + 5, textures c%5 and (c+1)%5. It loses
+    blocks rather than scattered cells, so that held-out combinations have held-out neighbours one word away. Every pair
+    of words (colour-texture, colour-shape, texture-shape) still occurs in pre-training.
     """
     c, t, s = COLOURS.index(colour), TEXTURES.index(texture), SHAPES.index(shape)
     return s % 5 == c // 2 and t in (c % 5, (c + 1) % 5)
@@ -209,7 +209,7 @@ def _paint_shape(
     second = rgb * 0.42 if float(rgb @ _LUMA) > 95 else rgb + (255 - rgb) * 0.62
     tone = shapes.tone(texture, x, y, rng, period=float(np.clip(rng.uniform(0.42, 0.58) * radius, 5.5, 9.5)))
     paint = np.broadcast_to(rgb, (*distance.shape, 3)) if tone is None else rgb + tone[:, :, None] * (second - rgb)
-    # A thin dark rim, and light from above: both keep white on white legible.
+    # A thin dark rim and light from above keep white shapes on white legible.
     rim = np.clip(distance / 1.4 + 1.0, 0, 1)[:, :, None]
     light = 1 + 0.16 * np.clip(py * unit, -1, 1)[:, :, None]
     paint = paint * light * (1 - 0.45 * rim)
@@ -239,7 +239,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> Pixels:
     canvas = _paint_background(scene.background, rng)
     radius = rng.uniform(*_RADIUS[scene.size])
     row, column = divmod(POSITIONS.index(scene.position), 3)
-    # Large shapes sit nearer the middle: a shape may touch the border but stays whole in most pictures.
+    # Large shapes lie nearer to the middle: a shape may touch the border but is whole in most pictures.
     spread = min(17.0, IMAGE_SIZE / 2 - 0.9 * radius)
     x = IMAGE_SIZE / 2 + (column - 1) * spread + rng.uniform(-3, 3)
     y = IMAGE_SIZE / 2 + (row - 1) * spread + rng.uniform(-3, 3)
@@ -311,14 +311,14 @@ def _contrast(image: Floats, rng: np.random.Generator) -> Floats:
 
 
 def _hue(image: Floats, rng: np.random.Generator) -> Floats:
-    # Rotation of the chroma plane about the grey axis by 10 to 20 degrees: neighbouring colours are 30 or more apart.
+    # The chroma plane turns about the grey axis by 10 to 20 degrees; neighbouring colours are 30 or more apart.
     angle = rng.uniform(10, 20) * rng.choice([-1, 1]) * np.pi / 180
     saturation = rng.uniform(0.5, 0.9)
     grey = image @ _LUMA
     chroma = image - grey[:, :, None]
     axis = np.ones(3) / np.sqrt(3)
-    turned = chroma * np.cos(angle) + np.cross(np.broadcast_to(axis, image.shape), chroma) * np.sin(angle)
-    return (grey[:, :, None] + saturation * turned).astype(np.float32)
+    rotated = chroma * np.cos(angle) + np.cross(np.broadcast_to(axis, image.shape), chroma) * np.sin(angle)
+    return (grey[:, :, None] + saturation * rotated).astype(np.float32)
 
 
 def _occlusion(image: Floats, rng: np.random.Generator) -> Floats:
@@ -340,7 +340,7 @@ def _sketch(image: Floats, rng: np.random.Generator) -> Floats:
         padded[:-2, :-2] + 2 * padded[:-2, 1:-1] + padded[:-2, 2:]
     )
     strokes = 0.8 * np.clip(np.hypot(dx, dy) / 400.0 - 0.2, 0, 1)[:, :, None]
-    # Coloured pencil: white paper shows through hatching that fades in and out, and edges become strokes.
+    # The picture becomes a pencil drawing: paper shows through hatching that fades in and out, edges become strokes.
     yy, xx = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
     hatch = 0.15 * np.sin(2 * np.pi * (xx + yy) / rng.uniform(3.2, 4.5))
     pressure = np.clip(0.6 + 0.1 * smooth + hatch, 0.2, 1.0)[:, :, None]

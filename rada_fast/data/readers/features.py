@@ -14,7 +14,7 @@ from rada_fast.data.sources import FeatureFile
 from rada_fast.errors import UserError
 
 MOST_CLASSES = 2**20
-"""A label above this is a mistake: names and text features are made for every class up to the largest."""
+"""A label of this size or more is a mistake: every class up to the largest label needs a name and a text feature."""
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 SMALLEST_FEATURE = 1e-12
 """A row whose values are all below this has no direction: PyTorch's normalize divides by at least as much."""
@@ -28,17 +28,17 @@ def read_feature_file(path: Path) -> FeatureFile:
     if not path.is_file():
         raise UserError(f"feature file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
     try:
-        # NumPy would read a bare array, too, and answer anything else with advice to unpickle it.
+        # NumPy would also read a bare array, and would answer anything else with the advice to unpickle it.
         if not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile("it is no zip archive")
-        # Opened here: NumPy leaves a file that it cannot read open.
+        # The file is opened here because NumPy does not close a file that it cannot read.
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             _check_headers(path, file.zip)
             held = sorted(file.files)
             arrays = {name: file[name] for name in ("features", "labels", "class_names", "logit_scale") if name in held}
     except UserError:
         raise
-    except Exception as error:  # a damaged archive fails in any of zipfile's, zlib's and NumPy's ways
+    except Exception as error:  # zipfile, zlib and NumPy raise many errors for a damaged archive
         raise UserError(f"feature file {path} is not a readable npz file: {error}") from None
     if not {"features", "labels"} <= arrays.keys():
         raise UserError(f"feature file {path} must have the arrays features and labels, it has {held}")
@@ -61,7 +61,7 @@ def read_feature_file(path: Path) -> FeatureFile:
             f"feature file {path}: labels must be below {MOST_CLASSES}, they number the classes from 0, "
             f"got {labels.max()} in row {labels.argmax()}"
         )
-    # Before the checks: a float64 value past float32's range becomes infinite, a tiny one zero.
+    # The conversion comes before the checks, because it makes large float64 values infinite and tiny ones zero.
     with np.errstate(over="ignore", under="ignore"):
         features = features.astype(np.float32)
     rows = features.reshape(len(features), -1)
@@ -85,7 +85,7 @@ def read_feature_file(path: Path) -> FeatureFile:
         )
     found = [] if names is None else names.tolist()
     try:
-        # In a NumPy array of bytes, names are UTF-8.
+        # A NumPy array of bytes holds names in UTF-8.
         texts = tuple(str(name, "utf-8") if isinstance(name, bytes) else name for name in found)
     except UnicodeDecodeError as error:
         raise UserError(f"feature file {path}: class_names must be texts in UTF-8: {error}") from None
@@ -100,7 +100,7 @@ def read_feature_file(path: Path) -> FeatureFile:
 
 
 def _check_headers(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raise an error where an archive's arrays are not what their headers say, before memory is taken for them."""
+    """Raise an error where arrays differ from their headers, before memory is allocated for them."""
     names = archive.namelist()
     shapes = {}
     for name in ("features.npy", "labels.npy", "class_names.npy", "logit_scale.npy"):
@@ -115,7 +115,7 @@ def _check_headers(path: Path, archive: zipfile.ZipFile) -> None:
             shapes[name], _, dtype = _HEADER_READERS[version](member)
             stated = member.tell() + math.prod(shapes[name]) * dtype.itemsize
         held = archive.getinfo(name).file_size
-        if stated != held and not dtype.hasobject:  # objects are refused when they are read
+        if stated != held and not dtype.hasobject:  # arrays of objects are refused when they are read
             raise ValueError(f"{name} must have {stated} bytes for {dtype} {shapes[name]}, it has {held}")
     features, labels = (shapes.get(name, ()) for name in ("features.npy", "labels.npy"))
     if len(features) in (2, 3) and len(labels) == 1 and features[0] != labels[0]:
@@ -123,7 +123,7 @@ def _check_headers(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _logit_scale(path: Path, array: np.ndarray[Any, Any] | None) -> float | None:
-    """The multiplier that a feature file states. Raises UserError where it is none."""
+    """Return the multiplier that a feature file states. Raises UserError where it cannot be one."""
     if array is None:
         return None
     value = float(array.item()) if array.size == 1 and array.dtype.kind in "fiu" else math.nan

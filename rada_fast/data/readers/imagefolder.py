@@ -77,6 +77,6 @@ def _sorted(samples: Sequence[Sample]) -> tuple[Sample, ...]:
 
 
 def _others(found: Sequence[Found]) -> str:
-    """An addition in brackets that says what a folder without images holds instead."""
+    """Return an addition to a message that says what a folder without images contains."""
     skipped = [entry for below in found for entry in below.skipped]
     return f" (found {skipped[0][0]}, {skipped[0][1]}, and {len(skipped) - 1} more)" if skipped else ""
