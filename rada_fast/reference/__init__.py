@@ -1,1 +1,1 @@
-"""Plain PyTorch oracles, one file per op: any device, any float dtype, gradients left to autograd."""
+"""Plain PyTorch oracles, one file for each op. They run on any device, with any float type and with autograd."""

@@ -1,4 +1,4 @@
-"""AugMix of views by Pillow's own operations, and its draws by PyTorch's: the compiled operators equal them."""
+"""AugMix of views with Pillow's operations and PyTorch's random numbers; the compiled operators equal it to the bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def augmix(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Arguments and result as ops.augmix with the plan's tensors; tensors of any device go through the host."""
+    """Apply AugMix to views. The arguments and the result are those of ops.augmix, with the tensors of the plan.
+
+    Tensors of another device are copied to the host and back.
+    """
     device = pictures[0].device if pictures else torch.device("cpu")
     images = [Image.fromarray(picture.cpu().contiguous().numpy()) for picture in pictures]
     made = []
@@ -44,7 +47,10 @@ def augmix(
 
 
 def apply(image: Image.Image, operation: int, value: Sequence[float]) -> Image.Image:
-    """One operation; value: an affine matrix, or first the bits to keep or the least value to invert."""
+    """Apply one operation to a view.
+
+    value: an affine matrix, or first the bits to keep or the least value to invert.
+    """
     match operation:
         case 0:
             return image
@@ -71,7 +77,7 @@ def _signed(value: float) -> float:
 
 
 def _rotation(degrees: float, size: int) -> list[float]:
-    """The matrix that Image.rotate makes."""
+    """Return the matrix that Image.rotate uses."""
     angle = -math.radians(degrees % 360.0)
     a, b = round(math.cos(angle), 15), round(math.sin(angle), 15)
     d, e = round(-math.sin(angle), 15), round(math.cos(angle), 15)
@@ -80,7 +86,7 @@ def _rotation(degrees: float, size: int) -> list[float]:
 
 
 def _draw(severity: float, size: int) -> tuple[int, list[float]]:
-    """One of the nine operations and its strength, a share of the largest between 0.1 and severity over 10."""
+    """Draw one of the nine operations and its strength, which is between 0.1 / 10 and severity / 10 of the largest."""
 
     def level(most: float) -> float:
         return _uniform(0.1, severity) * most / 10
@@ -117,7 +123,7 @@ def random_augmix(
     depth: int,
     severity: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments as ops.random_augmix; returns the plan's tensors."""
+    """Draw a plan. The arguments are those of ops.random_augmix; returns the tensors of the plan."""
     views = []
     operations = torch.zeros((count, chains, depth), dtype=torch.int64)
     matrices = torch.zeros((count, chains, depth, 6), dtype=torch.float64)
@@ -126,7 +132,7 @@ def random_augmix(
         for index in range(count):
             views.append(crops.random_views(height, width, size, 1, generator, scale, ratio))
             torch.default_generator.set_state(generator.get_state())
-            # Dirichlet(1, ..., 1) is normalised exponentials; Beta(1, 1) is uniform.
+            # Normalised exponentials are Dirichlet(1, ..., 1), and a uniform number is Beta(1, 1).
             shares = torch.empty(chains).exponential_()
             share = float(torch.rand(()))
             weights[index] = torch.cat([shares / shares.sum(), torch.tensor([share, 1 - share])])

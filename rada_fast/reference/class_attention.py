@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def attention_probabilities(scores: Tensor, softmax: Literal["matrix", "row"], num_classes: int) -> Tensor:
-    """Probabilities of one query kind; low-precision scores are normalised in float32.
+    """Turn the scores of one query kind into probabilities; low-precision scores are normalised in float32.
 
         row:    P[i, :] = softmax_j S[i, :]
         matrix: P = K exp(S) / sum_ij exp(S), one normaliser for a head's whole K x K matrix
 
-    scores: (B, H, I, K), where I is K, or 1 for a query that is the same for every class: its K equal rows make the
-    matrix form a row softmax. The maximum is subtracted before the exponential.
+    scores: (B, H, I, K), where I is K, or 1 for a query that is the same for every class. The K rows of such a query
+    are equal, so its matrix form is the row form. The maximum is subtracted before the exponential.
     """
     exact = scores.to(torch.promote_types(scores.dtype, torch.float32))  # (B, H, I, K)
     if softmax == "row" or scores.shape[-2] != num_classes:
@@ -33,7 +33,7 @@ def class_attention(
     temperature: float,
     softmax: Literal["matrix", "row"],
 ) -> Tensor:
-    """Attention over classes, averaged over the query kinds.
+    """Compute the attention over classes, averaged over the query kinds.
 
         S^c = q^c kk^T / (sqrt(d) tau),   O = (1 / |Q|) sum_c P^c vv
 

@@ -20,7 +20,7 @@ def episodic_optimizer_step(
     eps: float = 1e-8,
     momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The parameter and its moments after a step; nothing given is changed.
+    """Compute the parameter and its moments after one step. The arguments are not changed.
 
     parameter: any shape and floating type; gradient: of a shape that broadcasts with it, None for exactly zero.
     first_moment, second_moment: None for zero. step: counted from 1. SGD's first moment is its momentum buffer.

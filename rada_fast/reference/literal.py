@@ -1,6 +1,6 @@
-"""The adapter as the published code evaluates it: every query repeated to (B, K, D), a K x K softmax per query kind.
+"""The adapter as the published code evaluates it: every query is repeated to (B, K, D) and has a K x K softmax.
 
-It computes what the reference computes and is the baseline of every benchmark. It saves nothing on purpose.
+It gives the results of the reference and is the baseline of every benchmark, so it spares no work on purpose.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rada_fast.reference.rational_projections import (
 
 
 def _attend(queries: list[Tensor], keys: Tensor, values: Tensor, config: AdapterConfig) -> Tensor:
-    """One attention layer on full queries. queries, keys, values: (B, K, D). Returns (B, K, D)."""
+    """Compute one attention layer on full queries. queries, keys, values: (B, K, D). Returns (B, K, D)."""
     num_classes = keys.shape[1]
     keys, values = (split_heads(rows, config.num_heads) for rows in (keys, values))  # (B, H, K, d)
     maps = []
@@ -47,7 +47,10 @@ def literal_adapter(
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
 ) -> AdapterOutput:
-    """Arguments and results as reference.rational_adapter.rational_adapter; (B, H, K, K) tensors in memory."""
+    """Adapt the logits with tensors of (B, H, K, K) in memory.
+
+    The arguments and results are those of reference.rational_adapter.rational_adapter.
+    """
     batch, num_classes = len(image_features), len(text_features)
     scale = as_scale(logit_scale, image_features)
     query_scale, rational_scale = input_scales(scale, config)

@@ -8,21 +8,22 @@ from torch import Tensor
 
 
 def rational_mask(offset: Tensor, mask_activation: Literal["relu", "none"]) -> Tensor:
-    """M = relu(1 + A), or 1 + A without activation. offset: A, (B, K, D). Returns (B, K, D)."""
+    """Compute the mask M = relu(1 + A), or 1 + A without an activation. offset: A, (B, K, D). Returns (B, K, D)."""
     mask = 1 + offset  # (B, K, D)
     return mask.relu() if mask_activation == "relu" else mask
 
 
 def masked_logits(mask: Tensor, rational: Tensor, logit_scale: Tensor) -> Tensor:
-    """logits[b, k] = s sum_c M[b, k, c] R[b, k, c] (Eq. 4). mask, rational: (B, K, D). Returns (B, K)."""
+    """Compute logits[b, k] = s sum_c M[b, k, c] R[b, k, c] (Eq. 4). mask, rational: (B, K, D). Returns (B, K)."""
     return logit_scale * (mask * rational).sum(dim=-1)  # (B, K)
 
 
 def mask_penalty(mask: Tensor, kind: Literal["l2", "l1", "linf"]) -> Tensor:
-    """Penalty L_s on the distance of the mask from 1 (Eq. 7). mask: (B, K, D). Returns a 0-dim tensor.
+    """Compute the penalty L_s on the distance of the mask from 1 (Eq. 7). mask: (B, K, D). Returns a 0-dim tensor.
 
-    l2: mean of (M - 1)^2;  l1: mean of |M - 1|;  linf: mean over images of max |M - 1|, whose gradient goes to one
-    element per image, the first of equal maxima, as the published code's torch.max does. An empty batch gives 0.
+    l2 is the mean of (M - 1)^2, l1 the mean of |M - 1|, and linf the mean over images of max |M - 1|. The gradient of
+    linf goes to one element of each image, the first of equal maxima, as with torch.max in the published code. An empty
+    batch gives 0.
     """
     distance = mask - 1  # (B, K, D)
     if mask.numel() == 0:

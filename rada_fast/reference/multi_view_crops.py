@@ -1,4 +1,4 @@
-"""Views of pictures by Pillow and torchvision themselves: what the compiled operators equal bit for bit."""
+"""Views of pictures by Pillow and torchvision themselves; the compiled operators equal them to the bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def multi_view_crops(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Arguments and result as ops.multi_view_crops; tensors of any device go through the host."""
+    """Cut views out of pictures. The arguments and the result are those of ops.multi_view_crops.
+
+    Tensors of another device are copied to the host and back.
+    """
     images = [Image.fromarray(picture.cpu().contiguous().numpy()) for picture in pictures]
     made = [to_normalised(crop(images[row[0]], row, size), mean, std) for row in views.tolist()]
     device = pictures[0].device if pictures else torch.device("cpu")
@@ -27,7 +30,7 @@ def multi_view_crops(
 
 
 def crop(image: Image.Image, row: Sequence[int], size: int) -> Image.Image:
-    """One view before its normalisation; row: of the table of views."""
+    """Cut one view, before its normalisation. row: a row of the table of views."""
     _, top, left, height, width, resized_height, resized_width, window_top, window_left, flip, bicubic = row
     image = image.crop((left, top, left + width, top + height))
     if image.size != (resized_width, resized_height):
@@ -38,7 +41,7 @@ def crop(image: Image.Image, row: Sequence[int], size: int) -> Image.Image:
 
 
 def to_normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """ToTensor and Normalize: (3, height, width) float32, normalised by channel."""
+    """Convert a view as ToTensor and Normalize do. Returns (3, height, width) float32, normalised by channel."""
     return F.normalize(F.to_tensor(image), list(mean), list(std))
 
 
@@ -51,8 +54,8 @@ def random_views(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Tensor:
-    """Arguments and result as ops.random_views, by torchvision's own transforms."""
-    # get_params and RandomHorizontalFlip see sizes only; they draw from the global stream, which is put back.
+    """Draw views with torchvision's own transforms. The arguments and the result are those of ops.random_views."""
+    # get_params and RandomHorizontalFlip look at sizes only. They draw from the global stream, which is restored.
     picture = torch.empty((1, height, width), device="meta")
     marked = torch.tensor([[0, 1]])
     rows = []

@@ -21,7 +21,7 @@ from rada_fast.reference.rational_projections import (
 
 
 class AdapterOutput(NamedTuple):
-    """What the adapter gives: logits (B, K), the penalty () if asked for, the mask (B, K, D) if asked for."""
+    """The results of the adapter: logits (B, K), and where they are asked for the penalty () and the mask (B, K, D)."""
 
     logits: Tensor
     penalty: Tensor | None
@@ -31,7 +31,7 @@ class AdapterOutput(NamedTuple):
 def mask_offset(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, parameters: Parameters, config: AdapterConfig
 ) -> Tensor:
-    """A = A_1 + ... + A_L, what the adapter adds to a mask of ones. Returns (B, K, D).
+    """Compute A = A_1 + ... + A_L, which the adapter adds to a mask of ones. Returns (B, K, D).
 
     image_features: (B, D); text_features: (K, D); logit_scale: ().
     """
@@ -74,7 +74,7 @@ def rational_adapter(
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
 ) -> AdapterOutput:
-    """Logits of the adapted model, with the mask penalty and the mask if asked for.
+    """Compute the logits of the adapted model, and where they are asked for the mask penalty and the mask.
 
         M = act(1 + A),   logits[b, k] = s sum_c M[b, k, c] f[b, c] T[k, c]   (Eq. 4)
 

@@ -13,11 +13,11 @@ from torch.nn.functional import linear
 from rada_fast.config.method import ROLES, AdapterConfig, QueryKind
 
 Parameters = Mapping[str, Tensor] | Callable[[str, Tensor], Tensor]
-"""Tensors under the published names, or a function that projects rows by the projection of a name."""
+"""Tensors under the published names, or a function that applies the projection of a name to rows."""
 
 
 class Projections(NamedTuple):
-    """Queries by kind, keys and values, split into heads. Each query's second-last axis broadcasts over the classes."""
+    """Queries by kind, keys and values, split into heads. A query's second-last axis broadcasts over the classes."""
 
     queries: dict[str, Tensor]  # image (B, H, 1, d), text (1, H, K, d), rational (B, H, K, d)
     keys: Tensor  # (B, H, K, d)
@@ -25,7 +25,7 @@ class Projections(NamedTuple):
 
 
 def rational_matrix(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Rational matrix R[b, k] = f[b] * T[k] (Eq. 2).
+    """Compute the rational matrix R[b, k] = f[b] * T[k] (Eq. 2).
 
     image_features: (B, D), unit norm; text_features: (K, D), unit norm. Returns (B, K, D).
     Equivalent to ``image_features[:, None] * text_features``.
@@ -34,9 +34,9 @@ def rational_matrix(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 def input_scales(logit_scale: Tensor, config: AdapterConfig) -> tuple[Tensor | float, Tensor | float]:
-    """Multipliers of the image and text queries, and of the rational matrix: (sqrt(s), s), or (1, 1) without scaling.
+    """Return the multiplier of the image and text queries and that of the rational matrix.
 
-    They carry no gradient, as in the published code.
+    They are (sqrt(s), s), or (1, 1) without scaling, and carry no gradient, as in the published code.
     """
     if config.input_scale == "none":
         return 1.0, 1.0
@@ -45,13 +45,13 @@ def input_scales(logit_scale: Tensor, config: AdapterConfig) -> tuple[Tensor | f
 
 
 def split_heads(rows: Tensor, num_heads: int) -> Tensor:
-    """(N, K, D) to (N, H, K, d)."""
+    """Split the columns of (N, K, D) into heads. Returns (N, H, K, d)."""
     return rows.unflatten(-1, (num_heads, -1)).transpose(-3, -2)  # (N, H, K, d)
 
 
 def project(rows: Tensor, parameters: Parameters, name: str) -> Tensor:
-    """One linear projection, with its bias where it has one."""
-    # A tuple: torch.compile before PyTorch 2.11 does not know a union of types.
+    """Apply one linear projection, with its bias where it has one."""
+    # The types are a tuple because torch.compile before PyTorch 2.11 does not know a union of types.
     if isinstance(parameters, (FunctionType, MethodType)):
         projected: Tensor = parameters(name, rows)
         return projected
@@ -62,12 +62,12 @@ def project(rows: Tensor, parameters: Parameters, name: str) -> Tensor:
 def rational_projections(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, parameters: Parameters, config: AdapterConfig
 ) -> Projections:
-    """Queries, keys and values of the first layer (Eq. 6).
+    """Compute the queries, keys and values of the first layer (Eq. 6).
 
         qi[b] = sqrt(s) f[b] Wi^T + bi,  qt[k] = sqrt(s) T[k] Wt^T + bt,  qr[b, k] = s R[b, k] Wr^T + br,
         kk = s R Wk^T + bk,  vv = s R Wv^T + bv
 
-    The image query is one row per image (it is the same for every class), the text query is shared by the batch.
+    The image query has one row for each image, as it is the same for every class; all images share the text query.
     image_features: (B, D); text_features: (K, D); logit_scale: ().
     """
     query_scale, rational_scale = input_scales(logit_scale, config)
@@ -88,7 +88,7 @@ def rational_projections(
 def layer_projections(
     offset: Tensor, rational: Tensor, parameters: Parameters, prefix: str, config: AdapterConfig
 ) -> Projections:
-    """Query, keys and values of a layer above the first (Eq. 16): the summed mask offset asks, R answers.
+    """Compute the query of a layer above the first from the summed mask offset, and keys and values from R (Eq. 16).
 
     offset: (B, K, D), the sum A_1 + ... + A_{l-1}; rational: (B, K, D), already scaled.
     """
@@ -100,9 +100,10 @@ def layer_projections(
 
 
 def as_scale(logit_scale: Tensor | float, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The logit scale as a 0-dim tensor on like's device, of dtype or like's; a tensor keeps its gradient.
+    """Return the logit scale as a 0-dim tensor on the device of like, in dtype or in the type of like.
 
-    A number is filled in on the device: copied there from the host, it would wait for it, which a CUDA graph forbids.
+    A tensor keeps its gradient. A number is filled in on the device, because a copy from the host would wait for the
+    device, which a CUDA graph forbids.
     """
     if isinstance(logit_scale, Tensor):
         return logit_scale.to(like.device, dtype or like.dtype).reshape(())
