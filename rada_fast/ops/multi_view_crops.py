@@ -11,22 +11,7 @@ from torch import Tensor
 
 from rada_fast.ops._backends import library
 from rada_fast.ops._backends.choice import reference_asked, resolve_device_backend
-
-VIEW_COLUMNS = (
-    "picture",
-    "top",
-    "left",
-    "height",
-    "width",
-    "resized_height",
-    "resized_width",
-    "window_top",
-    "window_left",
-    "flip",
-    "bicubic",
-)
-"""Of a table of views, int64: which picture; the box in it; the size that the box is resized to; where in that the view
-of S x S pixels lies; whether it is mirrored; whether the filter is bicubic or bilinear."""
+from rada_fast.ops._backends.compiled import VIEW_COLUMNS as VIEW_COLUMNS
 
 CROP_SCALE = (0.08, 1.0)
 """Share of the picture in a random crop, torchvision's default, which the test-time protocols use."""

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rada_fast.config.method import ROLES, AdapterConfig, MaskPenalty
+from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.extension import libraries
 from rada_fast.ops._backends import library
+from rada_fast.ops._backends.adapter_operator import Requests, backward_follows, options_of, parameters_of
+from rada_fast.ops._backends.compiled import CpuOptions
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
 
@@ -69,29 +71,12 @@ def rational_adapter(
     """Arguments and results as ops.rational_adapter; reason_not_served must be None."""
     assert library.load() is None
     dtype = compute_dtype(image_features, parameters["out_proj.weight"])
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = as_scale(logit_scale, image_features, exact)
-    tensors: list[Tensor | None] = []
-    for role, name in ROLES.items():
-        wanted = role in ("key", "value", "output") or role in config.queries
-        for part in ("weight", "bias"):
-            value = parameters.get(f"{name}.{part}") if wanted and (part == "weight" or config.bias) else None
-            tensors.append(None if value is None else value.to(dtype))
-    inputs = (image_features, text_features, scale, *(value for value in tensors if value is not None))
-    keep = torch.is_grad_enabled() and any(value.requires_grad for value in inputs)
-    logits, mask_penalty, mask, *_ = torch.ops.rada_fast.rational_adapter(
-        image_features,
-        text_features,
-        scale,
+    scale = as_scale(logit_scale, image_features, torch.float64 if dtype == torch.float64 else torch.float32)
+    tensors = (image_features, text_features, scale, *parameters_of(parameters, config, dtype))
+    logits, mask_penalty, mask, *_ = torch.ops.rada_fast.rational_adapter.default(
         *tensors,
-        config.num_heads,
-        config.temperature,
-        config.softmax == "matrix",
-        config.input_scale_factor if config.input_scale == "logit" else 0.0,
-        config.mask_activation == "relu",
-        penalty or "none",
-        widens(config, dtype),
-        return_mask,
-        keep,
+        *options_of(config, penalty),
+        *CpuOptions(widened=widens(config, dtype)),
+        *Requests(return_mask=return_mask, keep=backward_follows(*tensors)),
     )
     return AdapterOutput(logits, mask_penalty if penalty else None, mask.mT if return_mask else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rada_fast.extension import libraries
-from rada_fast.ops._backends import fakes
+from rada_fast.ops._backends import compiled
 
 _registered: list[str | None] = []
 
@@ -30,7 +30,7 @@ def load_cuda() -> str | None:
 
 def _register() -> str | None:
     try:
-        fakes.register()
+        compiled.register()
     except Exception as error:  # a library with other schemas must not break anything but itself
         return f"the extension does not load: {str(error).splitlines()[0]}"
     return None

@@ -7,14 +7,14 @@ or a simulator that has taken the place of its launcher.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from rada_fast import _env
-from rada_fast.config.method import ROLES, AdapterConfig, MaskPenalty
+from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
 from rada_fast.kernels.masked_logits import masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.parameter_gradients import parameter_gradients
@@ -23,37 +23,50 @@ from rada_fast.kernels.rational_projections import (
     rational_projections_backward,
     rational_projections_forward,
 )
+from rada_fast.ops._backends import adapter_operator
+from rada_fast.ops._backends.adapter_operator import (
+    GRADIENTS,
+    Features,
+    Needed,
+    Options,
+    Parameters,
+    Requests,
+    ResultGradients,
+    Results,
+    Scale,
+    Sums,
+    backward_follows,
+    empty_gradients,
+    options_of,
+    parameters_of,
+)
 from rada_fast.ops._backends.cpu import compute_dtype
 from rada_fast.ops._backends.tiles import Sizes, chosen_tile
-from rada_fast.ops._backends.transforms import refuse_second_derivative
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
 
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
-_INPUTS = "Tensor image, Tensor text, Tensor scale, " + ", ".join(
-    f"Tensor? {role}_{part}" for role in ROLES for part in ("weight", "bias")
-)
-_OPTIONS = (
-    "int episodes, int heads, float temperature, bool matrix, float factor, bool relu, str penalty, "
-    "ScalarType compute, str precision"
-)
-_KEPT = (
-    "keys", "values", "q_rational", "q_text", "q_image", "o_text", "o_rational", "o_image", "logsums",
-    "image_logsums", "factors", "totals", "peaks", "sums",
-)  # fmt: skip
-_COUNT = 3 + 2 * len(ROLES)
-_OPTION_COUNT = len(_OPTIONS.split(","))
 
-_library = torch.library.Library("rada_fast", "FRAGMENT")
-_library.define(
-    f"rational_adapter_triton({_INPUTS}, {_OPTIONS}, bool return_mask, bool keep) -> "
-    f"({', '.join(['Tensor'] * (3 + len(_KEPT)))})"
-)
-_library.define(
-    f"rational_adapter_triton_backward(Tensor? dlogits, Tensor? dpenalty, Tensor? dmask, {_INPUTS}, {_OPTIONS}, "
-    f"{', '.join(f'Tensor {name}' for name in _KEPT)}, bool[] needed) -> "
-    f"({', '.join(['Tensor'] * (_COUNT - 1))})"
+class Launch(NamedTuple):
+    """episodes: E; compute: the type of the products; precision: how those of float32 are made (float32_precision)."""
+
+    episodes: int
+    compute: torch.dtype
+    precision: str
+
+
+class Peaks(NamedTuple):
+    """peaks: where in an image's mask the "linf" penalty found its maximum, (B,)."""
+
+    peaks: Tensor | None
+
+
+_NOTHING_KEPT: tuple[Any, ...] = (
+    ProjectionBuffers(None, None, None, None, None),
+    Attended(*[None] * 7),
+    Peaks(None),
+    Sums(None),
 )
 
 
@@ -72,7 +85,7 @@ def float32_precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-# torch.compile takes the answers as they are when it traces, see extension.py.
+# torch.compile takes the answers as they are when it traces, see extension/libraries.py.
 _functions: list[Any] = [executes_on_cpu, float32_precision]
 for _function in _functions:
     _function._dynamo_marked_constant = True
@@ -116,219 +129,214 @@ def reason_not_served(
     return None
 
 
-def _filled(value: Tensor | None, like: Tensor) -> Tensor:
-    """Operators return tensors: a fresh empty one stands for what is absent."""
-    return like.new_empty((0,)) if value is None else value
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {role: value.contiguous() for role, value in tensors.items()}
 
 
-def _given(value: Tensor) -> Tensor | None:
-    return None if value.ndim == 1 and value.numel() == 0 else value
-
-
-def _by_role(parameters: tuple[Tensor | None, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    weights, biases = {}, {}
-    for role, weight, bias in zip(ROLES, parameters[::2], parameters[1::2], strict=True):
-        if weight is not None:
-            weights[role] = weight.contiguous()
-        if bias is not None:
-            biases[role] = bias.contiguous()
-    return weights, biases
-
-
-def _tile_of(
-    image: Tensor, text: Tensor, episodes: int, heads: int, compute: torch.dtype, precision: str
-) -> Callable[[str], Any | None]:
+def _tile_of(features: Features, options: Options, launch: Launch) -> Callable[[str], Any | None]:
     """Of a launch's name, the tile measured on this device, or None."""
-    (batch, width), classes = image.shape, text.shape[0]
-    sizes = Sizes(compute, classes, batch // episodes * classes, width, width // heads, precision)
-    return lambda launch: chosen_tile(image.device, launch, sizes)
+    (batch, width), classes = features.image_features.shape, len(features.text_features)
+    rows = batch // launch.episodes * classes
+    sizes = Sizes(launch.compute, classes, rows, width, width // options.num_heads, launch.precision)
+    return lambda name: chosen_tile(features.image_features.device, name, sizes)
 
 
-def _forward(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    parameters = rest[: 2 * len(ROLES)]
-    episodes, heads, temperature, matrix, factor, relu, penalty, compute, precision, return_mask, keep = rest[
-        2 * len(ROLES) :
-    ]
-    weights, biases = _by_role(parameters)
-    output, bias = weights.pop("output"), biases.pop("output", None)
-    image, text = image.contiguous(), text.contiguous()
-    common = {"episodes": episodes, "dtype": compute, "precision": precision}
-    tile = _tile_of(image, text, episodes, heads, compute, precision)
+def _forward(
+    features: Features, scale: Scale, parameters: Parameters, options: Options, launch: Launch, requests: Requests
+) -> tuple[Any, ...]:
+    weights, biases = _contiguous(parameters.by_role("weight")), _contiguous(parameters.by_role("bias"))
+    output_weight, output_bias = weights.pop("output"), biases.pop("output", None)
+    image, text = features.image_features.contiguous(), features.text_features.contiguous()
+    common = {"episodes": launch.episodes, "dtype": launch.compute, "precision": launch.precision}
+    tile = _tile_of(features, options, launch)
     with torch.cuda.device_of(image):
-        made = rational_projections_forward(
-            image,
-            text,
-            scale,
-            weights,
-            biases,
-            scale_factor=factor,
+        projections = rational_projections_forward(
+            image=image,
+            text=text,
+            logit_scale=scale.logit_scale,
+            weights=weights,
+            biases=biases,
+            scale_factor=options.input_scale_factor,
             tile=tile("rational_projections_forward"),
             **common,
         )
-        seen = class_attention_forward(
-            made, num_heads=heads, temperature=temperature, matrix=matrix, precision=precision,
+        attended = class_attention_forward(
+            projections=projections,
+            num_heads=options.num_heads,
+            temperature=options.temperature,
+            matrix=options.matrix_softmax,
+            precision=launch.precision,
             tile=tile("class_attention_forward"),
-        )  # fmt: skip
-        result = masked_logits_forward(
-            image, text, scale, seen, output, bias, num_heads=heads, relu=relu, penalty=penalty,
-            return_mask=return_mask, tile=tile("masked_logits_forward"), **common,
-        )  # fmt: skip
-    kept: tuple[Tensor | None, ...] = (
-        made.keys, made.values, made.q_rational, made.q_text, made.q_image, seen.text, seen.rational, seen.image,
-        seen.logsums, seen.image_logsums, seen.factors, seen.totals, result.peaks, result.sums,
-    )  # fmt: skip
-    if not keep:
-        kept = (None,) * len(kept)
-    return tuple(_filled(value, image) for value in (result.logits, result.penalty, result.mask, *kept))
+        )
+        masked = masked_logits_forward(
+            image=image,
+            text=text,
+            logit_scale=scale.logit_scale,
+            attended=attended,
+            weight=output_weight,
+            bias=output_bias,
+            num_heads=options.num_heads,
+            relu=options.relu,
+            penalty=options.penalty,
+            return_mask=requests.return_mask,
+            tile=tile("masked_logits_forward"),
+            **common,
+        )
+    results = Results(masked.logits, masked.penalty, masked.mask)
+    if not requests.keep:
+        return results, *_NOTHING_KEPT
+    return results, projections, attended, Peaks(masked.peaks), Sums(masked.sums)
 
 
-def _forward_fake(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    parameters = rest[: 2 * len(ROLES)]
-    episodes, heads, _, matrix, _, _, penalty, compute, _, return_mask, keep = rest[2 * len(ROLES) :]
-    (batch, width), classes = image.shape, text.shape[0]
-    image_on, text_on, rational_on = (parameters[2 * at] is not None for at in range(3))
-    key = parameters[6]
-    assert key is not None
-    shared = 1 if key.ndim == 2 else episodes
-    wide, exact = (batch, classes, width), torch.float32
-    shapes: list[tuple[Any, torch.dtype] | None] = [
-        ((batch, classes), image.dtype),
-        ((episodes,), image.dtype) if penalty != "none" else None,
-        (wide, image.dtype) if return_mask else None,
-    ]
-    kept: list[tuple[Any, torch.dtype] | None] = [
-        (wide, compute),
-        (wide, compute),
-        (wide, compute) if rational_on else None,
-        ((shared, classes, width), compute) if text_on else None,
-        ((batch, width), exact) if image_on else None,
-        (wide, compute) if text_on else None,
-        (wide, compute) if rational_on else None,
-        ((batch, width), exact) if image_on else None,
-        ((2, heads, batch, classes), exact),
-        ((batch, heads), exact),
-        ((2, heads, batch, classes), exact) if matrix else None,
-        ((2, heads, batch), exact) if matrix else None,
-        ((batch,), torch.int64) if penalty == "linf" else None,
-        ((batch, classes), exact),
-    ]
-    shapes += kept if keep else [None] * len(kept)
-    return tuple(
-        image.new_empty((0,)) if shape is None else image.new_empty(shape[0], dtype=shape[1]) for shape in shapes
+def _forward_fake(
+    features: Features, scale: Scale, parameters: Parameters, options: Options, launch: Launch, requests: Requests
+) -> tuple[Any, ...]:
+    (batch, width), classes, episodes = features.image_features.shape, len(features.text_features), launch.episodes
+    stored, compute, exact = features.image_features.dtype, launch.compute, torch.float32
+    weights, matrix, heads = parameters.by_role("weight"), options.matrix_softmax, options.num_heads
+    shared = 1 if parameters.key_weight.ndim == 2 else episodes
+
+    def empty(*shape: int, dtype: torch.dtype, given: bool = True) -> Any:
+        return features.image_features.new_empty(shape, dtype=dtype) if given else None
+
+    results = Results(
+        logits=empty(batch, classes, dtype=stored),
+        penalty=empty(episodes, dtype=stored, given=options.penalty != "none"),
+        mask=empty(batch, classes, width, dtype=stored, given=requests.return_mask),
     )
-
-
-def _backward_op(
-    dlogits: Tensor | None, dpenalty: Tensor | None, dmask: Tensor | None,
-    image: Tensor, text: Tensor, scale: Tensor, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    parameters, rest = rest[: 2 * len(ROLES)], rest[2 * len(ROLES) :]
-    episodes, heads, temperature, matrix, factor, relu, penalty, compute, precision = rest[:_OPTION_COUNT]
-    *kept, needed = rest[_OPTION_COUNT:]
-    keys, values, q_rational, q_text, q_image, o_text, o_rational, o_image, logsums, image_logsums = kept[:10]
-    factors, totals, peaks, _ = kept[10:]
-    weights, biases = _by_role(parameters)
-    output, bias = weights["output"], biases.get("output")
-    projections = ProjectionBuffers(keys, values, _given(q_rational), _given(q_text), _given(q_image))
+    if not requests.keep:
+        return results, *_NOTHING_KEPT
+    projections = ProjectionBuffers(
+        keys=empty(batch, classes, width, dtype=compute),
+        values=empty(batch, classes, width, dtype=compute),
+        q_rational=empty(batch, classes, width, dtype=compute, given="rational" in weights),
+        q_text=empty(shared, classes, width, dtype=compute, given="text" in weights),
+        q_image=empty(batch, width, dtype=exact, given="image" in weights),
+    )
     attended = Attended(
-        _given(o_text), _given(o_rational), _given(o_image), logsums, image_logsums, _given(factors), _given(totals)
+        text=empty(batch, classes, width, dtype=compute, given="text" in weights),
+        rational=empty(batch, classes, width, dtype=compute, given="rational" in weights),
+        image=empty(batch, width, dtype=exact, given="image" in weights),
+        logsums=empty(2, heads, batch, classes, dtype=exact),
+        image_logsums=empty(batch, heads, dtype=exact),
+        factors=empty(2, heads, batch, classes, dtype=exact, given=matrix),
+        totals=empty(2, heads, batch, dtype=exact, given=matrix),
     )
-    wanted = {role: weights[role] for at, role in enumerate(ROLES) if needed[2 + 2 * at] or needed[3 + 2 * at]}
-    features = needed[0] or needed[1]
-    # Test-time training's first step, from a zero output projection, asks for that projection's gradient alone.
-    inner = features or any(role != "output" for role in wanted)
-    contiguous = [None if value is None else value.contiguous() for value in (dlogits, dpenalty, dmask)]
-    image, text = image.contiguous(), text.contiguous()
-    gradients: dict[str, Tensor] = {}
-    dimage = dtext = None
-    tile = _tile_of(image, text, episodes, heads, compute, precision)
-    with torch.cuda.device_of(image):
-        made = masked_logits_backward(
-            image, text, scale, attended, output, bias, *contiguous, _given(peaks), num_heads=heads, relu=relu,
-            penalty=penalty, weighted=features, inner=inner, episodes=episodes, dtype=compute, precision=precision,
-            tile=tile("masked_logits_backward"),
-        )  # fmt: skip
-        inward = None
-        if inner:
-            assert made.dattended is not None
-            assert made.deltas is not None
-            inward = class_attention_backward(
-                projections, attended, made.dattended, made.deltas, num_heads=heads, temperature=temperature,
-                matrix=matrix, precision=precision, tile=tile("class_attention_backward"),
-            )  # fmt: skip
-        dweights, dbiases = parameter_gradients(
-            image, text, scale, attended, inward, made.doffset, wanted, num_heads=heads, bias=bool(biases),
-            scale_factor=factor, precision=precision, tile=tile("parameter_gradients"),
-        )  # fmt: skip
-        if features:
-            assert made.weighted is not None
-            assert inward is not None
-            dimage, dtext = rational_projections_backward(
-                image, text, scale, weights, inward, made.weighted, scale_factor=factor, episodes=episodes,
-                precision=precision,
-            )  # fmt: skip
-    for at, role in enumerate(ROLES):
-        if needed[2 + 2 * at]:
-            gradients[f"{role}_weight"] = dweights[role]
-        if needed[3 + 2 * at]:
-            gradients[f"{role}_bias"] = dbiases[role]
-    names = [f"{role}_{part}" for role in ROLES for part in ("weight", "bias")]
-    found = [dimage if needed[0] else None, dtext if needed[1] else None, *(gradients.get(name) for name in names)]
-    return tuple(_filled(value, image) for value in found)
-
-
-def _backward_fake(
-    dlogits: Tensor | None, dpenalty: Tensor | None, dmask: Tensor | None, image: Tensor, text: Tensor,
-    scale: Tensor, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs, needed = (image, text, *rest[: 2 * len(ROLES)]), rest[-1]
-    return tuple(
-        torch.empty_like(given, memory_format=torch.contiguous_format) if asked else image.new_empty((0,))
-        for given, asked in zip(inputs, needed, strict=True)
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, _, *kept = output
-    ctx.options = inputs[_COUNT : _COUNT + _OPTION_COUNT]
-    ctx.kept = inputs[-1]
-    ctx.save_for_backward(*inputs[:_COUNT], *kept)
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
+    peaks = Peaks(empty(batch, dtype=torch.int64, given=options.penalty == "linf"))
+    return results, projections, attended, peaks, Sums(empty(batch, classes, dtype=exact))
 
 
 def _backward(
-    ctx: Any, dlogits: Tensor | None, dpenalty: Tensor | None, dmask: Tensor | None, *_: Any
-) -> tuple[Any, ...]:
-    asked = ctx.needs_input_grad
-    nothing: tuple[Any, ...] = (None,) * len(asked)
-    if dlogits is None and dpenalty is None and dmask is None:
-        return nothing
-    saved = ctx.saved_tensors
-    inputs, kept = saved[:_COUNT], saved[_COUNT:]
-    needed = [asked[0], asked[1], *asked[3:_COUNT]]
-    gradients: list[Tensor | None] = [None] * len(needed)
-    if not ctx.kept:
-        raise RuntimeError("the forward was told that no gradient follows (keep=False)")
-    if any(needed):
-        refuse_second_derivative("rational_adapter")
-        result = torch.ops.rada_fast.rational_adapter_triton_backward(
-            dlogits, dpenalty, dmask, *inputs, *ctx.options, *kept, needed
+    gradients: ResultGradients,
+    features: Features,
+    scale: Scale,
+    parameters: Parameters,
+    options: Options,
+    launch: Launch,
+    projections: ProjectionBuffers,
+    attended: Attended,
+    peaks: Peaks,
+    needed: Needed,
+) -> tuple[Features, Parameters]:
+    weights, has_bias = _contiguous(parameters.by_role("weight")), parameters.output_bias is not None
+    output_bias = None if parameters.output_bias is None else parameters.output_bias.contiguous()
+    features_wanted, parameters_wanted = GRADIENTS.split(needed.needed)
+    weights_wanted, biases_wanted = parameters_wanted.by_role("weight"), parameters_wanted.by_role("bias")
+    roles = {role: value for role, value in weights.items() if weights_wanted[role] or biases_wanted[role]}
+    to_features = any(features_wanted)
+    # Test-time training's first step, from a zero output projection, asks for that projection's gradient alone.
+    inner = to_features or any(role != "output" for role in roles)
+    dlogits, dpenalty, dmask = (None if value is None else value.contiguous() for value in gradients)
+    image, text = features.image_features.contiguous(), features.text_features.contiguous()
+    dimage = dtext = dprojections = None
+    tile = _tile_of(features, options, launch)
+    with torch.cuda.device_of(image):
+        outer = masked_logits_backward(
+            image=image,
+            text=text,
+            logit_scale=scale.logit_scale,
+            attended=attended,
+            weight=weights["output"],
+            bias=output_bias,
+            dlogits=dlogits,
+            dpenalty=dpenalty,
+            dmask=dmask,
+            peaks=peaks.peaks,
+            num_heads=options.num_heads,
+            relu=options.relu,
+            penalty=options.penalty,
+            weighted=to_features,
+            inner=inner,
+            episodes=launch.episodes,
+            dtype=launch.compute,
+            precision=launch.precision,
+            tile=tile("masked_logits_backward"),
         )
-        gradients = [value if wanted else None for value, wanted in zip(result, needed, strict=True)]
-    dscale = None
-    if asked[2] and dlogits is not None:
-        # Only the factor in front of the sum carries a gradient; the projections' inputs see s detached.
-        dscale = (dlogits.float() * kept[-1]).sum().to(inputs[2].dtype)
-    return (gradients[0], gradients[1], dscale, *gradients[2:], *nothing[_COUNT:])
+        if inner:
+            assert outer.dattended is not None
+            assert outer.deltas is not None
+            dprojections = class_attention_backward(
+                projections=projections,
+                attended=attended,
+                dattended=outer.dattended,
+                deltas=outer.deltas,
+                num_heads=options.num_heads,
+                temperature=options.temperature,
+                matrix=options.matrix_softmax,
+                precision=launch.precision,
+                tile=tile("class_attention_backward"),
+            )
+        dweights, dbiases = parameter_gradients(
+            image=image,
+            text=text,
+            logit_scale=scale.logit_scale,
+            attended=attended,
+            gradients=dprojections,
+            doffset=outer.doffset,
+            wanted=roles,
+            num_heads=options.num_heads,
+            bias=has_bias,
+            scale_factor=options.input_scale_factor,
+            precision=launch.precision,
+            tile=tile("parameter_gradients"),
+        )
+        if to_features:
+            assert outer.weighted is not None
+            assert dprojections is not None
+            dimage, dtext = rational_projections_backward(
+                image=image,
+                text=text,
+                logit_scale=scale.logit_scale,
+                weights=weights,
+                gradients=dprojections,
+                weighted=outer.weighted,
+                scale_factor=options.input_scale_factor,
+                episodes=launch.episodes,
+                precision=launch.precision,
+            )
+    found = {f"{role}_weight": dweights[role] if wanted else None for role, wanted in weights_wanted.items()}
+    found |= {f"{role}_bias": dbiases[role] if wanted else None for role, wanted in biases_wanted.items()}
+    dfeatures: tuple[Any, Any] = (
+        dimage if features_wanted.image_features else None,
+        dtext if features_wanted.text_features else None,
+    )
+    return Features(*dfeatures), Parameters(**found)  # type: ignore[arg-type]
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("rational_adapter_triton", _forward, _key)
-    _library.impl("rational_adapter_triton_backward", _backward_op, _key)
-torch.library.register_fake("rada_fast::rational_adapter_triton", _forward_fake)
-torch.library.register_fake("rada_fast::rational_adapter_triton_backward", _backward_fake)
-torch.library.register_autograd("rada_fast::rational_adapter_triton", _backward, setup_context=_save)
+def _backward_fake(gradients: ResultGradients, *arguments: Any) -> tuple[Features, Parameters]:
+    features, _, parameters, *_, needed = arguments
+    return empty_gradients(features, parameters, needed.needed)
+
+
+adapter_operator.register(
+    "rational_adapter_triton",
+    Launch,
+    [ProjectionBuffers, Attended, Peaks],
+    forward=_forward,
+    fake=_forward_fake,
+    backward=_backward,
+    fake_backward=_backward_fake,
+)
 
 
 def rational_adapter(
@@ -351,30 +359,14 @@ def rational_adapter(
             return_mask=return_mask,
         )  # fmt: skip
     scale = as_scale(logit_scale, image_features, torch.float32)
-    tensors: list[Tensor | None] = []
-    for role, name in ROLES.items():
-        used = role in ("key", "value", "output") or role in config.queries
-        for part in ("weight", "bias"):
-            tensors.append(parameters[f"{name}.{part}"] if used and (part == "weight" or config.bias) else None)
-    inputs = (image_features, text_features, scale, *(value for value in tensors if value is not None))
-    keep = torch.is_grad_enabled() and any(value.requires_grad for value in inputs)
     # Kernels convert as they load: under autocast no copy of the weights is made.
-    logits, mask_penalty, mask, *_ = torch.ops.rada_fast.rational_adapter_triton(
-        image_features,
-        text_features,
-        scale,
+    tensors = (image_features, text_features, scale, *parameters_of(parameters, config))
+    compute = compute_dtype(image_features, parameters["out_proj.weight"])
+    logits, mask_penalty, mask, *_ = torch.ops.rada_fast.rational_adapter_triton.default(
         *tensors,
-        episodes or 1,
-        config.num_heads,
-        config.temperature,
-        config.softmax == "matrix",
-        config.input_scale_factor if config.input_scale == "logit" else 0.0,
-        config.mask_activation == "relu",
-        penalty or "none",
-        compute_dtype(image_features, parameters["out_proj.weight"]),
-        float32_precision(),
-        return_mask,
-        keep,
+        *options_of(config, penalty),
+        *Launch(episodes=episodes or 1, compute=compute, precision=float32_precision()),
+        *Requests(return_mask=return_mask, keep=backward_follows(*tensors)),
     )
     one = mask_penalty.reshape(()) if penalty and episodes is None else mask_penalty
     return AdapterOutput(logits, one if penalty else None, mask if return_mask else None)

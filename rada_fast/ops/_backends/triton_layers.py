@@ -6,8 +6,8 @@ Only one layer is fused as a whole; a layer above asks with the sum of the offse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,30 +16,41 @@ from torch.nn.functional import linear
 from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
 from rada_fast.kernels.rational_projections import ProjectionBuffers
+from rada_fast.ops._backends.registration import Layout, define, register_gradient
 from rada_fast.ops._backends.transforms import refuse_second_derivative
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
 
-_INPUTS = "Tensor? q_image, Tensor? q_text, Tensor? q_rational, Tensor keys, Tensor values"
-_OPTIONS = "int heads, float temperature, bool matrix, str precision"
-_KEPT = (
-    "Tensor text, Tensor rational, Tensor image, Tensor logsums, Tensor image_logsums, Tensor factors, Tensor totals"
-)
 
-_library = torch.library.Library("rada_fast", "FRAGMENT")
-_library.define(f"class_attention_triton({_INPUTS}, {_OPTIONS}) -> (Tensor attended, {_KEPT})")
-_library.define(
-    f"class_attention_triton_backward(Tensor dattended, {_INPUTS}, {_KEPT}, {_OPTIONS}) -> "
-    "(Tensor dq_image, Tensor dq_text, Tensor dq_rational, Tensor dkeys, Tensor dvalues)"
-)
+class Projected(NamedTuple):
+    """Queries (B, D), (1, K, D) and (B, K, D), None for a kind that does not ask; keys and values (B, K, D)."""
+
+    q_image: Tensor | None
+    q_text: Tensor | None
+    q_rational: Tensor | None
+    keys: Tensor
+    values: Tensor
 
 
-def _absent(value: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty((0,)) if value is None else value
+class AttentionOptions(NamedTuple):
+    """precision: how products of float32 are made (triton.float32_precision)."""
+
+    num_heads: int
+    temperature: float
+    matrix_softmax: bool
+    precision: str
 
 
-def _given(value: Tensor) -> Tensor | None:
-    return None if value.ndim == 1 and value.numel() == 0 else value
+class Rows(NamedTuple):
+    """attended: the merged heads, (B, K, D)."""
+
+    attended: Tensor
+
+
+class RowGradients(NamedTuple):
+    """dattended: the gradient of the merged heads, (B, K, D)."""
+
+    dattended: Tensor
 
 
 def _weighted(part: Tensor, factors: Tensor | None, kind: int) -> Tensor:
@@ -51,112 +62,117 @@ def _weighted(part: Tensor, factors: Tensor | None, kind: int) -> Tensor:
     return by_head.flatten(-2)
 
 
-def _forward(
-    q_image: Tensor | None, q_text: Tensor | None, q_rational: Tensor | None, keys: Tensor, values: Tensor,
-    heads: int, temperature: float, matrix: bool, precision: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    given = [None if value is None else value.contiguous() for value in (q_rational, q_text)]
-    image = None if q_image is None else q_image.float().contiguous()
-    made = ProjectionBuffers(keys.contiguous(), values.contiguous(), *given, image)
+def _buffers(projected: Projected) -> ProjectionBuffers:
+    """The projections as the kernels take them: contiguous, the image's query in float32."""
+    q_image, q_text, q_rational = projected.q_image, projected.q_text, projected.q_rational
+    return ProjectionBuffers(
+        keys=projected.keys.contiguous(),
+        values=projected.values.contiguous(),
+        q_rational=None if q_rational is None else q_rational.contiguous(),
+        q_text=None if q_text is None else q_text.contiguous(),
+        q_image=None if q_image is None else q_image.float().contiguous(),
+    )
+
+
+def _forward(projected: Projected, options: AttentionOptions) -> tuple[Rows, Attended]:
+    keys = projected.keys
     with torch.cuda.device_of(keys):
-        seen = class_attention_forward(
-            made, num_heads=heads, temperature=temperature, matrix=matrix, precision=precision
+        attended = class_attention_forward(
+            projections=_buffers(projected),
+            num_heads=options.num_heads,
+            temperature=options.temperature,
+            matrix=options.matrix_softmax,
+            precision=options.precision,
         )
     total = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
-    for kind, part in enumerate((seen.text, seen.rational)):
+    for kind, part in enumerate((attended.text, attended.rational)):
         if part is not None:
-            total += _weighted(part, seen.factors, kind)
-    if seen.image is not None:
-        total += seen.image[:, None]
-    kinds = sum(value is not None for value in (q_image, q_text, q_rational))
-    kept = (seen.text, seen.rational, seen.image, seen.logsums, seen.image_logsums, seen.factors, seen.totals)
-    return (total / kinds).to(keys.dtype), *(_absent(value, keys) for value in kept)
+            total += _weighted(part, attended.factors, kind)
+    if attended.image is not None:
+        total += attended.image[:, None]
+    kinds = sum(value is not None for value in (projected.q_image, projected.q_text, projected.q_rational))
+    return Rows((total / kinds).to(keys.dtype)), attended
 
 
-def _forward_fake(
-    q_image: Tensor | None, q_text: Tensor | None, q_rational: Tensor | None, keys: Tensor, values: Tensor,
-    heads: int, temperature: float, matrix: bool, precision: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _forward_fake(projected: Projected, options: AttentionOptions) -> tuple[Rows, Attended]:
+    keys, heads, matrix = projected.keys, options.num_heads, options.matrix_softmax
     batch, classes, width = keys.shape
-    wide, exact = (batch, classes, width), torch.float32
-    both = ((2, heads, batch, classes), exact)
-    shapes: list[tuple[Any, torch.dtype] | None] = [
-        (wide, keys.dtype),
-        (wide, keys.dtype) if q_text is not None else None,
-        (wide, keys.dtype) if q_rational is not None else None,
-        ((batch, width), exact) if q_image is not None else None,
-        both,
-        ((batch, heads), exact),
-        both if matrix else None,
-        ((2, heads, batch), exact) if matrix else None,
-    ]
-    return tuple(keys.new_empty((0,)) if one is None else keys.new_empty(one[0], dtype=one[1]) for one in shapes)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32, given: bool = True) -> Any:
+        return keys.new_empty(shape, dtype=dtype) if given else None
+
+    attended = Attended(
+        text=empty(batch, classes, width, dtype=keys.dtype, given=projected.q_text is not None),
+        rational=empty(batch, classes, width, dtype=keys.dtype, given=projected.q_rational is not None),
+        image=empty(batch, width, given=projected.q_image is not None),
+        logsums=empty(2, heads, batch, classes),
+        image_logsums=empty(batch, heads),
+        factors=empty(2, heads, batch, classes, given=matrix),
+        totals=empty(2, heads, batch, given=matrix),
+    )
+    return Rows(empty(batch, classes, width, dtype=keys.dtype)), attended
 
 
-def _backward_op(
-    dattended: Tensor, q_image: Tensor | None, q_text: Tensor | None, q_rational: Tensor | None, keys: Tensor,
-    values: Tensor, text: Tensor, rational: Tensor, image: Tensor, logsums: Tensor, image_logsums: Tensor,
-    factors: Tensor, totals: Tensor, heads: int, temperature: float, matrix: bool, precision: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    given = [None if value is None else value.contiguous() for value in (q_rational, q_text)]
-    made = ProjectionBuffers(
-        keys.contiguous(), values.contiguous(), *given, None if q_image is None else q_image.float().contiguous()
-    )
-    seen = Attended(
-        _given(text), _given(rational), _given(image), logsums, image_logsums, _given(factors), _given(totals)
-    )
-    dattended = dattended.to(keys.dtype).contiguous()
+def _backward(
+    gradients: RowGradients, projected: Projected, attended: Attended, options: AttentionOptions
+) -> tuple[tuple[Tensor | None, ...]]:
+    keys, q_image, q_text, heads = projected.keys, projected.q_image, projected.q_text, options.num_heads
+    dattended = gradients.dattended.to(keys.dtype).contiguous()
     batch, classes, _ = keys.shape
     # A head's dO . w O^c of every query: one chunk for each head.
     deltas = torch.zeros((2, heads, batch, classes), dtype=torch.float32, device=keys.device)
-    for kind, part in enumerate((seen.text, seen.rational)):
+    for kind, part in enumerate((attended.text, attended.rational)):
         if part is not None:
-            product = dattended.float() * _weighted(part, seen.factors, kind)
+            product = dattended.float() * _weighted(part, attended.factors, kind)
             deltas[kind] = product.unflatten(-1, (heads, -1)).sum(-1).permute(2, 0, 1)
     with torch.cuda.device_of(keys):
-        inward = class_attention_backward(
-            made, seen, dattended, deltas, num_heads=heads, temperature=temperature, matrix=matrix, precision=precision
+        found = class_attention_backward(
+            projections=_buffers(projected),
+            attended=attended,
+            dattended=dattended,
+            deltas=deltas,
+            num_heads=heads,
+            temperature=options.temperature,
+            matrix=options.matrix_softmax,
+            precision=options.precision,
         )
-    dimage = None if q_image is None or inward.q_image is None else inward.q_image.to(q_image.dtype)
-    dtext = None
-    if q_text is not None and inward.q_text is not None:
-        dtext = inward.q_text.unflatten(0, (len(q_text), -1)).float().sum(1).to(q_text.dtype)
-    found = (dimage, dtext, inward.q_rational, inward.keys, inward.values)
-    return tuple(_absent(value, keys) for value in found)
+    dq_image = None if q_image is None or found.q_image is None else found.q_image.to(q_image.dtype)
+    dq_text = None
+    if q_text is not None and found.q_text is not None:
+        dq_text = found.q_text.unflatten(0, (len(q_text), -1)).float().sum(1).to(q_text.dtype)
+    return ((dq_image, dq_text, found.q_rational, found.keys, found.values),)
 
 
-def _backward_fake(dattended: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    keys = rest[3]
-    return tuple(
-        keys.new_empty((0,)) if value is None else torch.empty_like(value, memory_format=torch.contiguous_format)
-        for value in rest[:5]
+def _backward_fake(
+    gradients: RowGradients, projected: Projected, attended: Attended, options: AttentionOptions
+) -> tuple[tuple[Tensor | None, ...]]:
+    return (
+        tuple(
+            None if value is None else torch.empty_like(value, memory_format=torch.contiguous_format)
+            for value in projected
+        ),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *kept = output
-    ctx.options = inputs[5:]
-    ctx.save_for_backward(*inputs[:5], *kept)
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dattended: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if dattended is None:
-        return (None,) * 9
+def _gradients(
+    gradients: Sequence[Tensor | None], arguments: list[Any], kept: tuple[Tensor, ...], wanted: list[Any]
+) -> Sequence[Any]:
+    projected, options = arguments
     refuse_second_derivative("rational_adapter")
-    saved = ctx.saved_tensors
-    result = torch.ops.rada_fast.class_attention_triton_backward(dattended, *saved, *ctx.options)
-    found = [value if asked else None for value, asked in zip(result, ctx.needs_input_grad[:5], strict=True)]
-    return (*found, None, None, None, None)
+    found = torch.ops.rada_fast.class_attention_triton_backward.default(*gradients, *projected, *kept, *options)
+    return (found,)
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("class_attention_triton", _forward, _key)
-    _library.impl("class_attention_triton_backward", _backward_op, _key)
-torch.library.register_fake("rada_fast::class_attention_triton", _forward_fake)
-torch.library.register_fake("rada_fast::class_attention_triton_backward", _backward_fake)
-torch.library.register_autograd("rada_fast::class_attention_triton", _backward, setup_context=_save)
+_TAKEN = Layout(Projected, AttentionOptions)
+define("class_attention_triton", _TAKEN, Layout(Rows, Attended, results=(Rows, Attended)), _forward, _forward_fake)
+define(
+    "class_attention_triton_backward",
+    Layout(RowGradients, Projected, Attended, AttentionOptions, results=(Attended,)),
+    Layout(Projected, results=(Projected,), prefix="d"),
+    _backward,
+    _backward_fake,
+)
+register_gradient("class_attention_triton", _TAKEN, Layout(Projected), len(Rows._fields), _gradients)
 
 
 def layered_adapter(
@@ -181,10 +197,10 @@ def layered_adapter(
 
     def attend(q_image: Tensor | None, q_text: Tensor | None, q_rows: Tensor | None, prefix: str) -> Tensor:
         keys, values = project(scaled, f"{prefix}k_proj"), project(scaled, f"{prefix}v_proj")  # (B, K, D)
-        attended, *_ = torch.ops.rada_fast.class_attention_triton(
-            q_image, q_text, q_rows, keys, values, config.num_heads, config.temperature, config.softmax == "matrix",
-            precision,
-        )  # fmt: skip
+        attended, *_ = torch.ops.rada_fast.class_attention_triton.default(
+            *Projected(q_image, q_text, q_rows, keys, values),
+            *AttentionOptions(config.num_heads, config.temperature, config.softmax == "matrix", precision),
+        )
         return project(attended, f"{prefix}out_proj")  # (B, K, D)
 
     offset = attend(
