@@ -1,1 +1,1 @@
-"""First contact with a GPU: what tells most in ten minutes, see README.md beside this file."""
+"""First contact with a GPU: the tests and benchmarks that say most about it in ten minutes. README.md explains them."""

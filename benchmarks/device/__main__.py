@@ -1,4 +1,7 @@
-"""``python -m benchmarks.device [STAGE or STEP...]``: see README.md beside this file; run.sh prepares for it."""
+"""Run tests and benchmarks on a GPU machine step by step: ``python -m benchmarks.device [STAGE or STEP...]``.
+
+run.sh prepares the machine and calls this; README.md explains both.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks.device.facts import said
+from benchmarks.device.facts import output_of
 from benchmarks.device.plan import PLAN, chosen
 from benchmarks.device.report import summary
 from benchmarks.device.runner import Runner
@@ -22,14 +25,14 @@ STATE = ("run.json", "facts.json", "steps.jsonl", "tests.jsonl", "figures.jsonl"
 
 
 def identity() -> dict[str, str]:
-    """What an earlier run's results hold for: these sources, versions, devices."""
+    """The sources, versions and devices of this run: the results of a run with others are not its own."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*")):
         if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".ini") and path.is_file():
             digest.update(f"{path.relative_to(ROOT)}\n".encode())
             digest.update(path.read_bytes())
     found = {"sources": digest.hexdigest()[:16], "python": sys.version.split()[0]}
-    found["devices"] = said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") or "none"
+    found["devices"] = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") or "none"
     for name in ("torch", "triton"):
         try:
             found[name] = version(name)
@@ -39,7 +42,10 @@ def identity() -> dict[str, str]:
 
 
 def set_aside(output: Path, now: dict[str, str], afresh: bool) -> str | None:
-    """Move the results of other sources or versions into a folder of their own. Returns what was done, or None."""
+    """Move results of other sources, versions or devices into a folder of their own.
+
+    afresh: move them in any case. Returns a line that says what was moved, or None.
+    """
     kept = output / "run.json"
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     message = None
@@ -50,23 +56,30 @@ def set_aside(output: Path, now: dict[str, str], afresh: bool) -> str | None:
             if (output / name).exists():
                 shutil.move(output / name, place / name)
         changed = ", ".join(name for name in now if before.get(name) != now[name]) or "nothing, but --fresh was given"
-        message = f"what was there is in {place}; changed since: {changed}"
+        message = f"the earlier results are in {place} now; changed since: {changed}"
     output.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(now) + "\n", encoding="utf-8")
     return message
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description="First contact with a GPU.")
-    parser.add_argument("names", nargs="*", metavar="STAGE|STEP", help="all of them without any, in the plan's order")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "results" / "device", help="folder of all that is written"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.device",
+        description="Run tests and benchmarks on a GPU machine step by step; see benchmarks/device/README.md.",
     )
-    parser.add_argument("--copy-to", type=Path, help="another folder that receives a copy of it after every step")
-    parser.add_argument("--budget", type=float, default=540, help="seconds; what is left over waits for the next run")
-    parser.add_argument("--fresh", action="store_true", help="do not go on from what the folder holds; nothing is lost")
-    parser.add_argument("--again", action="store_true", help="run what is named again, whatever became of it before")
-    parser.add_argument("--plan", action="store_true", help="list the steps and end")
+    parser.add_argument(
+        "names", nargs="*", metavar="STAGE|STEP", help="what to run; without any, all steps of the plan"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "device", help="the folder of all results")
+    parser.add_argument(
+        "--copy-to", type=Path, help="another folder, which gets a copy of the results after every step"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=540, help="seconds; steps that do not fit wait for the next run"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start anew; earlier results are moved aside")
+    parser.add_argument("--again", action="store_true", help="run the named steps again, even if they are finished")
+    parser.add_argument("--plan", action="store_true", help="list the steps, and run none")
     options = parser.parse_args(arguments)
     try:
         steps = chosen(options.names)
@@ -78,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if message := set_aside(options.output, identity(), options.fresh):
         print(message)
-    # Whoever ends this run ends the step in progress with it, not only the process that waits for it.
+    # A signal that ends this run must end the step in progress too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runner = Runner(ROOT, options.output, options.budget, lambda line: print(line, flush=True))
     if options.again:

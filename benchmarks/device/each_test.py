@@ -1,7 +1,8 @@
-"""A pytest plugin that writes what becomes of each test as it happens, and leaves a process whose device is broken.
+"""A pytest plugin that records the outcome of each test as it ends, and stops where the device of the process is
+broken.
 
-After an illegal access every later CUDA call of a process fails: its other tests would tell nothing. The session ends
-there, and the runner starts another one with the tests that are left.
+After an illegal memory access every later CUDA call of the process fails, whatever it does. So the session ends there,
+and the runner starts another process for the tests that are left.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ OUTCOMES = {"setup": "error", "call": "failed", "teardown": "error"}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("each test")
-    group.addoption("--events", type=Path, help="a file that receives a JSON line as a test starts and as it ends")
-    group.addoption("--without", type=Path, help="a file with the ids of tests to leave out, one a line")
+    group.addoption("--events", type=Path, help="a file that gets a JSON line when a test starts and when it ends")
+    group.addoption("--without", type=Path, help="a file with the ids of tests to leave out, one on each line")
 
 
 def first_line(text: str) -> str:
@@ -29,18 +30,20 @@ def first_line(text: str) -> str:
 
 
 def device_error() -> str | None:
-    """The error that stays with this process's device, or None. Nothing is started that was not in use."""
+    """The error that every CUDA call of this process raises from now on, or None. This never starts to use a device."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
     try:
         torch.cuda.synchronize()
-    except Exception as error:  # whatever it is, the device does not answer
+    except Exception as error:  # any error means that the device does not answer
         return first_line(str(error)) or type(error).__name__
     return None
 
 
 class Writer:
+    """Writes one JSON line when a test starts, when it ends, and when the session ends."""
+
     def __init__(self, config: pytest.Config) -> None:
         self.file = config.getoption("events").open("a", encoding="utf-8", buffering=1)
         left_out: Path | None = config.getoption("without")

@@ -1,4 +1,4 @@
-"""What the device and its machine are, as JSON: ``python -m benchmarks.device.facts FILE``; one line on the screen."""
+"""Describe the device and its machine: ``python -m benchmarks.device.facts FILE`` writes JSON, and prints one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def said(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """What a program prints, or None where it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
@@ -61,38 +61,38 @@ def examine() -> dict[str, Any]:
     from rada_fast.extension import cuda_toolkit
 
     nvcc = cuda_toolkit.find_nvcc()
-    listed = said("nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader")
+    listed = output_of("nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader")
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     return {
         "devices": devices(),
         "nvidia_smi": [dict(zip(ASKED, line.split(", "), strict=False)) for line in (listed or "").splitlines()],
         "nvcc": str(nvcc) if nvcc else None,
-        "nvcc_version": (said(str(nvcc), "--version") or "").splitlines()[-2:] if nvcc else None,
+        "nvcc_version": (output_of(str(nvcc), "--version") or "").splitlines()[-2:] if nvcc else None,
         "toolkit": str(cuda_toolkit.find_toolkit()),
-        "compiler": (said(compiler, "--version") or compiler).splitlines()[0] if compiler else None,
+        "compiler": (output_of(compiler, "--version") or compiler).splitlines()[0] if compiler else None,
         "ninja": shutil.which("ninja"),
         "torch_cuda": torch.version.cuda,
         "torch_architectures": torch.cuda.get_arch_list() if torch.cuda.is_available() else [],
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},
-        "commit": said("git", "rev-parse", "HEAD"),
+        "commit": output_of("git", "rev-parse", "HEAD"),
     }
 
 
 def line_of(facts: dict[str, Any]) -> str:
-    """The facts that decide what follows."""
+    """The facts that matter for all later steps, in one line."""
     parts = ["no device"]
     if facts["devices"]:
         one = facts["devices"][0]
         shared = (one["shared_memory_per_block_optin"] or 0) // 1024
         parts = [
             f"{one['name']}, sm_{one['capability'].replace('.', '')}, {one['multi_processor_count']} SMs",
-            f"{shared} KiB shared a block",
+            f"{shared} KiB of shared memory for a block",
         ]
         if facts["nvidia_smi"]:
             parts.append(f"driver {facts['nvidia_smi'][0]['driver_version']}")
-    parts.append(f"nvcc {'there' if facts['nvcc'] else 'missing'}, C++ {'there' if facts['compiler'] else 'missing'}")
+    parts.append(f"nvcc {'found' if facts['nvcc'] else 'missing'}, C++ {'found' if facts['compiler'] else 'missing'}")
     missing = [name for name, found in facts["packages"].items() if found is None and name != "ninja"]
     parts += [f"not installed: {', '.join(missing)}"] if missing else []
     return ", ".join(parts)

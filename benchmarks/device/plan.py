@@ -1,4 +1,4 @@
-"""What is run on a device, in this order: what everything else stands on first, and small before large."""
+"""The steps of a first contact, in their order: what all else needs comes first, and small comes before large."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ PYTEST = (
 
 @dataclass(frozen=True)
 class Step:
-    """One process, or for pytest as many as it takes.
+    """One command, or the tests that pytest runs in as many processes as it takes.
 
-    name: "stage.step"; arguments: after ``python -m``; about: a line for the table of the plan.
-    limit: seconds for the whole step; quiet: seconds that one test may take.
-    shows: of a command, the expression whose matches in its output are said in the table.
+    name: "stage.step".
+    about: what it does, in one line.
+    arguments: what follows ``python -m``.
+    limit: the seconds that the whole step may take.
+    test_limit: the seconds that one test may take.
+    shown: for a command, a regular expression; its matches in the output are shown in the summary.
     """
 
     name: str
     about: str
     arguments: tuple[str, ...]
     limit: float
-    quiet: float = 120
-    shows: str | None = None
+    test_limit: float = 120
+    shown: str | None = None
 
     @property
     def stage(self) -> str:
@@ -46,38 +49,41 @@ def bench(name: str, about: str, file: str, chosen: str = "", providers: str = "
     return Step(f"bench.{name}", about, (*PYTEST, f"benchmarks/{file}", *options), 300)
 
 
-# The smallest problem, many classes, test-time training's, both many, a batch of training.
+# The smallest problem, many classes, the size of test-time training, many of both, and a batch of training.
 SHAPES = "official and (B1-K50- or B1-K500- or B6-K200- or B6-K1000- or B64-K100-)"
 ADAPTER = "bench_rational_adapter.py"
 
 PLAN = (
-    Step("see.device", "the device, its limits, compilers, versions",
-         ("benchmarks.device.facts", "{output}/facts.json"), 60, shows="^device: .*"),
+    Step("see.device", "the device, its limits, the compilers, the versions",
+         ("benchmarks.device.facts", "{output}/facts.json"), 60, shown="^device: .*"),
     Step("see.doctor", "rada-fast doctor: backends and their self-test",
-         ("rada_fast", "doctor", "--json"), 120, shows=r'"(triton|auto)": "(?!\d+\.\d+\.)[^"]*"'),
-    Step("build.extension", "C++ operators, and CUDA's for this device where nvcc is",
-         ("rada_fast", "build"), 300, shows=r"(?i)(no )?cuda kernels[^:\n]*(: [^/\n]*)?"),
+         ("rada_fast", "doctor", "--json"), 120, shown=r'"(triton|auto)": "(?!\d+\.\d+\.)[^"]*"'),
+    Step("build.extension", "the C++ operators, and the CUDA ones for this device where nvcc is found",
+         ("rada_fast", "build"), 300, shown=r"(?i)(no )?cuda kernels[^:\n]*(: [^/\n]*)?"),
     checks("launches", "every Triton launch by itself against the reference", "tests/kernels/test_launches.py"),
     checks("adapter", "the adapter, forward and backward, every option and type",
            "tests/kernels/test_rational_adapter.py"),
-    checks("cuda_ops", "CUDA C++ operators", "tests/cuda", "tests/extension/test_cuda_toolkit.py"),
+    checks("cuda_ops", "the CUDA C++ operators", "tests/cuda", "tests/extension/test_cuda_toolkit.py"),
     checks("episodes", "whole episodes of test-time training", "tests/engine/test_episodes.py"),
-    checks("graphs", "captured in CUDA graphs", "tests/kernels", "tests/cuda", "-k", "graph"),
-    checks("context", "episodes at once, compiled, under autocast, strided", "tests/kernels"),
-    bench("floor", "the device's product rates, bandwidth, launch cost", "device/bench_floor.py"),
-    bench("adapter", "the adapter, a training step", ADAPTER, f"{SHAPES} and step", "literal,reference,triton"),
+    checks("graphs", "operators and steps captured in CUDA graphs", "tests/kernels", "tests/cuda", "-k", "graph"),
+    checks("context", "many episodes at once, torch.compile, autocast, strided inputs", "tests/kernels"),
+    bench("floor", "the device's product rates, its bandwidth, the cost of a launch", "device/bench_floor.py"),
+    bench("adapter", "a training step of the adapter", ADAPTER, f"{SHAPES} and step", "literal,reference,triton"),
     bench("episodes", "episodes of test-time training", "bench_episodes.py"),
-    checks("others", "plain PyTorch in float64, the shipped loops, all that no step above has", "tests", limit=300),
+    checks("others", "all tests that no other step has: plain PyTorch in float64, the loops", "tests", limit=300),
     bench("compile", "torch.compile of the reference beside the kernels", ADAPTER, f"{SHAPES} and step",
           "reference,compile,triton"),
     bench("ops", "losses, selection, optimiser, views", "",
           "prediction_losses or view_selection or episodic_optimizer or views"),
-    bench("forward", "the adapter, forward alone", ADAPTER, f"{SHAPES} and forward", "literal,reference,triton"),
+    bench("forward", "the adapter's forward pass alone", ADAPTER, f"{SHAPES} and forward", "literal,reference,triton"),
 )  # fmt: skip
 
 
 def chosen(names: list[str]) -> list[Step]:
-    """The steps of stages or of single steps, in the plan's order. Raises ValueError naming what there is not."""
+    """The steps with these names or of stages with these names, in the plan's order.
+
+    Raises ValueError naming a stage or step that does not exist.
+    """
     for name in names:
         if name not in (*STAGES, *(step.name for step in PLAN)):
             raise ValueError(f"no stage or step {name!r}; there are {', '.join((*STAGES, *(s.name for s in PLAN)))}")

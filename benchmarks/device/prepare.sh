@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Fetch what a GPU machine without a network lacks into .whl/: run this where there is a network, in the project's root.
+# Fetch the packages that a GPU machine without a network lacks into .whl/. Run this where there is a network.
 #
-#   bash benchmarks/device/prepare.sh [PYTHON_VERSION]      (3.12 without one; the GPU machine's)
+#   bash benchmarks/device/prepare.sh [PYTHON_VERSION]      (the GPU machine's; 3.12 by default)
 #
-# That machine's own Python is taken to hold torch, torchvision, triton, timm, pytest, pytest-benchmark, hypothesis,
-# safetensors and matplotlib. Git ignores .whl/; a way to copy that leaves out ignored files must name it.
+# The machine's own Python must have torch, torchvision, triton, timm, pytest, pytest-benchmark, hypothesis, safetensors and
+# matplotlib. Git ignores .whl/, so a tool that copies only what Git knows must be told of it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 version=${1:-3.12}

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# First contact with a GPU, on a machine without a network, in a copy of this checkout with .whl/ beside it (prepare.sh):
+# Run tests and benchmarks on a GPU machine without a network, in a copy of this checkout with .whl/ in it (prepare.sh):
 #
 #   bash benchmarks/device/run.sh [STAGE or STEP...] [--budget SECONDS] [--output FOLDER]
 #
-# Without names everything runs in the order of `--plan`; started again, it goes on where the time was over. Files go to
-# results/device, and a copy to $OUT if it is set; see README.md beside this file. PYTHON names another interpreter.
+# Without names everything runs in the order that `--plan` prints. Started again, it goes on where the time was over. Files
+# go to results/device, and a copy to $OUT if it is set. README.md explains more. PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 work=${RADA_FAST_DEVICE_WORK:-/tmp/rada_fast_device}
 mkdir -p "$work"
 if compgen -G '.whl/*.whl' > /dev/null; then
-  # Once for these wheels, and out of reach of the machine's own packages.
+  # Install these wheels once, in a folder of their own, so that the machine's packages stay as they are.
   stamp=$work/site-$(ls -l .whl/*.whl | sha256sum | cut -c 1-16)
   if [ ! -e "$stamp" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \

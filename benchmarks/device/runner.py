@@ -1,7 +1,8 @@
-"""Runs steps as processes of their own, so that none fails by another's fault; goes on where an earlier run stopped.
+"""Runs the steps of a plan in processes of their own, so that no test fails because of another.
 
 A test that crashes its process, hangs or breaks the device is recorded as such, and a new process runs the tests after
-it. Everything is written as it happens: a run that is cut off has lost the test in progress alone.
+it. Every result is written as soon as it is known: a run that is cut off loses only the test in progress, and the next
+run goes on from there.
 """
 
 from __future__ import annotations
@@ -22,29 +23,39 @@ from typing import Any
 from benchmarks.device.plan import Step
 
 MOST_PROCESSES = 8
-"""Of one step. Where so many tests break their process the rest would tell no more."""
+"""The most processes of one step. Where so many tests break their process, the others would say no more."""
 LEAST_SECONDS = 10.0
-"""A step is not started with less than this left: importing PyTorch takes most of it."""
+"""A step is not started if less time is left: importing PyTorch takes most of it."""
 SECONDS_TO_START = 60.0
-"""Until the first test: importing PyTorch and the tests, on a machine whose disk is cold."""
+"""A process may take this long before its first test: it imports PyTorch and the tests, perhaps from a cold disk."""
 COUNTED = ("passed", "failed", "error", "crashed", "hung", "skipped")
 BAD = ("failed", "error", "crashed", "hung")
 
 
 @dataclass
 class Result:
-    """What became of a step. state: passed, failed, skipped (all its tests), no device, or unfinished (out of time)."""
+    """The result of a step.
+
+    state: passed, failed, skipped (all its tests are), no device, or unfinished (the time was over).
+    counts: how many tests had which outcome.
+    message: the first line of the first error, or what a command's output shows.
+    """
 
     step: str
     state: str = "passed"
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
-    said: str = ""
-    """The first error's first line, or what a command tells of itself."""
+    message: str = ""
 
 
 class Runner:
-    """output: folder of everything that is written; budget: seconds for all steps of this run."""
+    """Runs steps and keeps their results.
+
+    root: the folder of the checkout.
+    output: the folder of all results.
+    budget: the seconds for all steps of this run.
+    echo: prints a line of progress.
+    """
 
     def __init__(self, root: Path, output: Path, budget: float, echo: Callable[[str], None] = print) -> None:
         self.root, self.output, self.echo = root, output.resolve(), echo
@@ -52,7 +63,7 @@ class Runner:
         (self.output / "logs").mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """The records of a file of JSON lines, but for a last one that was cut off."""
+        """The records of a file of JSON lines, without a last one that was cut off."""
         path = self.output / name
         records = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -65,7 +76,7 @@ class Runner:
             file.write(json.dumps(record) + "\n")
 
     def forget(self, steps: Sequence[Step]) -> None:
-        """Take the steps' records out, so that they run again; their figures and logs stay beside the new ones."""
+        """Remove the records of steps, so that they run again. Their figures and logs stay."""
         names = {step.name for step in steps}
         for file in ("steps.jsonl", "tests.jsonl"):
             kept = [record for record in self.read(file) if record["step"] not in names]
@@ -79,12 +90,12 @@ class Runner:
 
     @property
     def has_device(self) -> bool:
-        """False only where the facts say so: without them a step finds out by itself."""
+        """False only if the facts say so; before they are known, every step finds out by itself."""
         path = self.output / "facts.json"
         return not path.is_file() or bool(json.loads(path.read_text(encoding="utf-8"))["devices"])
 
     def environment(self) -> dict[str, str]:
-        """Ours, with device code for the device that is here unless something else is asked for."""
+        """This process's variables, with the machine's devices as those to build for unless a variable names others."""
         environment = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | os.environ
         path = self.output / "facts.json"
         devices = json.loads(path.read_text(encoding="utf-8"))["devices"] if path.is_file() else []
@@ -94,7 +105,7 @@ class Runner:
         return environment
 
     def run(self, steps: Sequence[Step]) -> list[Result]:
-        """Run what no earlier run has finished. A step's result is written once it is final."""
+        """Run the steps that no earlier run has finished. The result of a step is written once it is final."""
         known = {record["step"]: Result(**record) for record in self.read("steps.jsonl")}
         results = []
         for step in steps:
@@ -103,12 +114,14 @@ class Runner:
                 self.echo(f"-- {step.name}: {known[step.name].state} in an earlier run")
                 continue
             if self.left < LEAST_SECONDS:
-                results.append(Result(step.name, "unfinished", said="no time was left; the same command goes on"))
+                results.append(
+                    Result(step.name, "unfinished", message="no time was left; the same command will run it")
+                )
                 continue
             self.echo(f"-- {step.name}: {step.about}")
             start = time.monotonic()
             if step.stage == "bench" and not self.has_device:
-                result = Result(step.name, "no device", said="it measures a CUDA device and none is visible")
+                result = Result(step.name, "no device", message="this measures a CUDA device, and none is visible")
             elif step.uses_pytest:
                 result = self.tests(step)
             else:
@@ -116,14 +129,14 @@ class Runner:
             result.seconds = round(time.monotonic() - start, 1)
             if result.state != "unfinished":
                 self.append("steps.jsonl", asdict(result))
-            self.echo(f"   {result.state} in {result.seconds:.0f} s {words(result.counts)} {result.said}".rstrip())
+            self.echo(f"   {result.state} in {result.seconds:.0f} s {words(result.counts)} {result.message}".rstrip())
             results.append(result)
         return results
 
     def start(self, step: Step, *more: str) -> subprocess.Popen[bytes]:
         arguments = [part.replace("{output}", str(self.output)) for part in (*step.arguments, *more)]
         with (self.output / "logs" / f"{step.name}.log").open("ab") as log:
-            # A session of its own: what it has started ends with it.
+            # In a session of its own, so that all that it starts can be ended with it.
             return subprocess.Popen(
                 [sys.executable, "-m", *arguments], cwd=self.root, env=self.environment(),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -141,20 +154,20 @@ class Runner:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
             if limit < step.limit:
-                return Result(step.name, "unfinished", said="out of time")
-            return Result(step.name, "failed", said=f"hung: killed after {limit:.0f} s")
+                return Result(step.name, "unfinished", message="out of time")
+            return Result(step.name, "failed", message=f"hung: killed after {limit:.0f} s")
         finally:
             end(process)
         text = self.log(step)
         if status:
-            return Result(step.name, "failed", said=f"{ended(status)}: {last_line(text)}")
+            return Result(step.name, "failed", message=f"{ended(status)}: {last_line(text)}")
         shown = (
-            [match.group().strip(" :") for match in re.finditer(step.shows, text, re.MULTILINE)] if step.shows else []
+            [match.group().strip(" :") for match in re.finditer(step.shown, text, re.MULTILINE)] if step.shown else []
         )
-        return Result(step.name, said=", ".join(dict.fromkeys(shown)))
+        return Result(step.name, message=", ".join(dict.fromkeys(shown)))
 
     def tests(self, step: Step) -> Result:
-        """One process after the other until every test has an outcome, or the time of the step is over."""
+        """Run one process after the other, until every test has an outcome or the time of the step is over."""
         events, without = self.output / "events.jsonl", self.output / "without.txt"
         until = time.monotonic() + min(step.limit, self.left)
         short_of_time = self.left < step.limit
@@ -170,22 +183,25 @@ class Runner:
             if ending != "broken":
                 break
         else:
-            ending, trouble = "dead", f"the rest was left after {MOST_PROCESSES} processes that broke"
+            ending, trouble = "dead", f"the other tests were left out after {MOST_PROCESSES} processes that broke"
         unfinished = ending == "out of time" and short_of_time
         return self.verdict(step, trouble, unfinished)
 
     def watch(self, step: Step, process: subprocess.Popen[bytes], events: Path, until: float) -> tuple[str, str]:
-        """Record what the process's tests do until it ends. Returns how it ended, and what is to be said of it:
-        finished; broken, and a new process can run the other tests; dead, and a new one would be too; out of time."""
-        seen, running, since, ending = 0, "", time.monotonic(), ""
+        """Record the outcomes of a process's tests until it ends. Returns how it ended, and an explanation or "".
+
+        It ended "finished", "broken" (a new process can run the other tests), "dead" (a new one would end in the same
+        way), or "out of time".
+        """
+        known, running, since, ending = 0, "", time.monotonic(), ""
         while True:
-            # Asked before the file is read: what an ended process wrote is all there.
+            # This comes before the file is read, so that nothing is missed of a process that has ended.
             status = process.poll()
             lines = events.read_text(encoding="utf-8").split("\n")[:-1] if events.is_file() else []
-            for line in lines[seen:]:
+            for line in lines[known:]:
                 event = json.loads(line)
                 kind = event.pop("event")
-                seen, since, running = seen + 1, time.monotonic(), event["test"] if kind == "start" else ""
+                known, since, running = known + 1, time.monotonic(), event["test"] if kind == "start" else ""
                 if kind == "end":
                     self.outcome(step, **event)
                 elif kind == "uncollected":
@@ -193,7 +209,7 @@ class Runner:
                 elif kind in ("finished", "broken"):
                     ending = kind
             now = time.monotonic()
-            patience = step.quiet if seen else max(step.quiet, SECONDS_TO_START)
+            patience = step.test_limit if known else max(step.test_limit, SECONDS_TO_START)
             if status is not None or now > until or now - since > patience:
                 break
             time.sleep(0.05)
@@ -203,7 +219,7 @@ class Runner:
             if status is None and now > until:
                 return "out of time", "out of time"
             if status is None:
-                self.outcome(step, running, "hung", f"killed after {step.quiet:.0f} s", ms=1e3 * step.quiet)
+                self.outcome(step, running, "hung", f"killed after {step.test_limit:.0f} s", ms=1e3 * step.test_limit)
             else:
                 self.outcome(step, running, "crashed", ended(status), self.log(step)[-3000:])
             return "broken", ""
@@ -220,34 +236,34 @@ class Runner:
                 file.write(f"{'=' * 100}\n{step.name}: {test}: {outcome}\n{details}\n\n")
 
     def verdict(self, step: Step, trouble: str, unfinished: bool) -> Result:
-        # Of a file that does not import there is a record for each process that tried.
+        # A file that cannot be imported has a record for each process that tried.
         records = list({one["test"]: one for one in self.read("tests.jsonl") if one["step"] == step.name}.values())
         counts = {name: sum(record["outcome"] == name for record in records) for name in COUNTED}
         counts = {name: count for name, count in counts.items() if count}
         first = next((record for record in records if record["outcome"] in BAD), None)
-        said = f"{short(first['test'])}: {first['error']}" if first else trouble
+        message = f"{short(first['test'])}: {first['error']}" if first else trouble
         if unfinished:
-            return Result(step.name, "unfinished", counts=counts, said=said)
+            return Result(step.name, "unfinished", counts=counts, message=message)
         if first or trouble:
-            return Result(step.name, "failed", counts=counts, said=said)
+            return Result(step.name, "failed", counts=counts, message=message)
         if not counts:
-            return Result(step.name, "skipped", said="no test is left for it")
+            return Result(step.name, "skipped", message="no test was left for this step")
         if set(counts) == {"skipped"}:
             reasons = sorted({record["error"] for record in records})
-            return Result(step.name, "skipped", counts=counts, said="; ".join(reasons))
+            return Result(step.name, "skipped", counts=counts, message="; ".join(reasons))
         return Result(step.name, counts=counts)
 
 
 def same_run(recorded: str, step: Step) -> bool:
-    """Whether a test of a recorded step need not run again in this one. A benchmark may, with other providers."""
+    """Whether a test that a recorded step has run is done for this one; a benchmark is not, as its providers differ."""
     return recorded == step.name or (step.stage == "tests" and recorded.startswith("tests."))
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process with all that it has started, also what outlived it."""
+    """Kill a process and everything that it has started and left running."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    # A driver that does not answer may keep a killed process for a while: the others need not wait for it.
+    # A driver that does not answer may keep a killed process alive for a while; there is no need to wait for that.
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(30)
 
@@ -260,11 +276,11 @@ def ended(status: int | None) -> str:
 
 
 def last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
 def short(test: str) -> str:
-    """A test's name without its folders."""
+    """The name of a test without its folders."""
     return test.rpartition("/")[2]
 
 

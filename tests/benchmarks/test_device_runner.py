@@ -1,4 +1,4 @@
-"""The runner of a first contact with a GPU, without one: crashes, hangs and broken devices are made up."""
+"""The runner of a first contact with a GPU, tried without one: crashes, hangs and broken devices are acted."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_last(): pass
 }
 
 
-def step_of(*files: str, quiet: float = 60, limit: float = 60, name: str = "tests.sample") -> Step:
+def step_of(*files: str, test_limit: float = 60, limit: float = 60, name: str = "tests.sample") -> Step:
     ini = str(ROOT / "benchmarks/device/pytest.ini")
     arguments = tuple(ini if part == "benchmarks/device/pytest.ini" else part for part in plan.PYTEST)
-    return Step(name, "a sample", (*arguments, *files), limit, quiet)
+    return Step(name, "a sample", (*arguments, *files), limit, test_limit)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_no_test_fails_by_anothers_fault(here: Path, lines: list[str]) -> None:
     made = Runner(here, here / "out", 60, lines.append)
-    (result,) = made.run([step_of("test_a.py", "test_b.py", "test_c.py", quiet=2)])
+    (result,) = made.run([step_of("test_a.py", "test_b.py", "test_c.py", test_limit=2)])
     found = {runner.short(record["test"]).split("::")[-1]: record for record in made.read("tests.jsonl")}
     assert {name: record["outcome"] for name, record in found.items()} == {
         "test_before": "passed",
@@ -120,14 +120,14 @@ def test_commands_fail_hang_and_tell(here: Path, lines: list[str]) -> None:
     (here / "bad.py").write_text("raise SystemExit('no compiler')\n")
     (here / "slow.py").write_text("import time\ntime.sleep(60)\n")
     steps = [
-        Step("see.good", "", ("good",), 20, shows="^device: .*"),
+        Step("see.good", "", ("good",), 20, shown="^device: .*"),
         Step("see.bad", "", ("bad",), 20),
         Step("see.slow", "", ("slow",), 1),
     ]
     good, bad, slow = Runner(here, here / "out", 60, lines.append).run(steps)
-    assert (good.state, good.said) == ("passed", "device: fine")
-    assert (bad.state, bad.said) == ("failed", "ended with status 1: no compiler")
-    assert (slow.state, slow.said) == ("failed", "hung: killed after 1 s")
+    assert (good.state, good.message) == ("passed", "device: fine")
+    assert (bad.state, bad.message) == ("failed", "ended with status 1: no compiler")
+    assert (slow.state, slow.message) == ("failed", "hung: killed after 1 s")
 
     (here / "bad.py").write_text("print('mended')\n")
     made = Runner(here, here / "out", 60, lines.append)
@@ -141,7 +141,7 @@ def test_benchmarks_say_that_there_is_no_device(here: Path, lines: list[str]) ->
     made = Runner(here, here / "out", 60, lines.append)
     (here / "out" / "facts.json").write_text('{"devices": []}')
     (result,) = made.run([next(step for step in PLAN if step.stage == "bench")])
-    assert (result.state, result.said) == ("no device", "it measures a CUDA device and none is visible")
+    assert (result.state, result.message) == ("no device", "this measures a CUDA device, and none is visible")
     # Nothing of it was started.
     assert not list((here / "out" / "logs").iterdir())
 
@@ -190,10 +190,10 @@ def test_results_of_other_sources_are_set_aside(tmp_path: Path) -> None:
 
 
 def test_results_without_a_device_do_not_hold_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "said", lambda *command: None)
+    monkeypatch.setattr(program, "output_of", lambda *command: None)
     before = program.identity()
     assert before["devices"] == "none"
-    monkeypatch.setattr(program, "said", lambda *command: "NVIDIA H100 80GB HBM3, 580.1")
+    monkeypatch.setattr(program, "output_of", lambda *command: "NVIDIA H100 80GB HBM3, 580.1")
     after = program.identity()
     assert after["devices"] != before["devices"]
     assert {name for name in after if after[name] != before[name]} == {"devices"}
@@ -220,7 +220,7 @@ def test_the_summary_shows_figures_in_few_columns() -> None:
         "benchmark": "s", "case": "select views E=64", "provider": "ours", "median_ms": 0.00525, "ratio": 2.0,
     }  # fmt: skip
     limit = {"benchmark": "test_bench_floor_bandwidth", "case": "copy", "value": 2990.123, "unit": "GB/s"}
-    text = summary([Result("bench.adapter", said="x" * 300)], [], [adapter, small, limit])
+    text = summary([Result("bench.adapter", message="x" * 300)], [], [adapter, small, limit])
     assert "measured limits: copy 2990 GB/s" in text
     first, row, second, other = text.splitlines()[-4:]
     assert (first, second) == (adapter["case"], small["case"])
