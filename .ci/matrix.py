@@ -52,7 +52,7 @@ import importlib.metadata, json, platform
 names = ("torch", "triton", "torchvision", "numpy")
 print(json.dumps({"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}))
 """
-LOADED = "from rada_fast import extension as e; print(e.{}() or 'usable')"
+LOADED = "from rada_fast.extension import libraries; print(libraries.{}() or 'usable')"
 REFUSED = "from rada_fast.extension.cuda_toolkit import torch_refusal as r; print(r() or '')"
 COMPILED = """
 import torch, rada_fast
