@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up first; the rest is for working on the code.
+# `make demo` and `make test` set everything up first. The other targets are for working on the code.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
 
-# Two processes on two cores: most of the time goes into the simulator, which runs on one. Threads that wait must not spin,
-# since there are more of them than cores.
+# One process for each core, but no more than four: most of the time goes into a simulator that runs on one core. There
+# are more threads than cores, so that those that wait must not spin.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
@@ -24,25 +24,27 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Some cases only: make bench CASES="K200 and official". The whole grid takes most of an hour on two cores.
+# All benchmarks take most of an hour on two cores. To run only some: make bench CASES="K200 and official"
 CASES ?=
 bench: setup
 	mkdir -p results
 	$(BIN)/python -m pytest benchmarks -k "$(CASES)" --benchmark-json results/bench.json --benchmark-quiet
 
+# How time and memory of the adapter grow with the number of classes, as a picture.
 scaling: setup
 	$(BIN)/python -m benchmarks.plot_scaling --output results/scaling
 
-# What the Triton kernels count in a PTX simulator that is not published: make simulate SIZES="1x50 6x200". No GPU needed.
+# Counts of operations and bytes of the Triton kernels, for developers who have the PTX simulator; it is not published.
+# For other sizes: make simulate SIZES="1x50 6x200"
 SIZES ?=
 simulate: setup
 	$(BIN)/python -m benchmarks.simulate $(if $(SIZES),--sizes $(SIZES))
 
-# The CPU's operators compiled with the address and undefined-behaviour sanitizers, in a place of their own, and their
-# tests: minutes. Python and PyTorch are not instrumented, so the run-time library comes first, and leaks, which would be
-# theirs, are not looked for.
-# No thread sanitizer: the OpenMP runtime under PyTorch's parallel loops is not instrumented, so the sanitizer does not see
-# its barriers and reports a race wherever one loop reads what another wrote, in correct programs too.
+# Compile the CPU operators with the address and undefined-behaviour sanitizers, apart from the usual build, and run
+# their tests. This takes minutes. Python and PyTorch are not instrumented: the sanitizers' library must therefore be
+# loaded before them, and leaks are not looked for, as those found would be theirs.
+# The thread sanitizer is of no use here. The OpenMP library under PyTorch's parallel loops is not instrumented either,
+# so the sanitizer does not see its barriers, and reports a race wherever one loop reads what another wrote.
 SANITIZE := RADA_FAST_SANITIZE=address,undefined USE_CUDA=0
 sanitize: $(READY)
 	$(SANITIZE) $(BIN)/rada-fast build
@@ -50,21 +52,22 @@ sanitize: $(READY)
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest tests/ops -p no:cacheprovider
 
-# The promised versions of Python, PyTorch and Triton, each set in a fresh environment: an hour. See .ci/matrix.py for parts.
+# Try the promised versions of Python, PyTorch and Triton, each set in a fresh environment: an hour. To try only some of
+# them, pass options of .ci/matrix.py: make matrix MATRIX="--sets oldest newest"
 MATRIX ?=
 matrix:
 	$(PYTHON) .ci/matrix.py $(MATRIX)
 
 setup: $(READY) build
 
-# Made again when the dependencies change.
+# The environment is updated when the dependencies change.
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rada_fast needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
-# Without a C++ compiler everything else works, so a build that cannot be made says so and stops nothing.
+# Everything else works without a C++ compiler, so a build that fails says why, and stops nothing.
 build: $(READY)
 	-$(BIN)/rada-fast build
 

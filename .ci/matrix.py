@@ -1,12 +1,14 @@
-"""The promised versions, tried: every set in a fresh environment of its own, one after the other.
+"""Try the promised versions of Python, PyTorch and Triton, each set of them in a fresh environment.
 
-    make matrix                                     # everything: about fifteen minutes a set on two cores
+    make matrix                                     # everything: about fifteen minutes for each set on two cores
     make matrix MATRIX="--sets oldest newest --tests tests/kernels tests/ops"
 
-Of every set: the environment, the build of the CPU extension and of the CUDA library, torch.compile of the adapter in
-one graph, the tests. A failure is a line of the table and the next step goes on where it can. Steps that are finished
-for the same sources are not done again, so a run that was cut off goes on. OUTPUT/matrix.jsonl has a line a step,
-OUTPUT/table.md the table, OUTPUT/logs what each step said. An environment takes about 5 GB and goes after its set.
+The steps of a set are: make the environment, build the CPU extension, build the CUDA library, compile the adapter with
+torch.compile in one graph, run the tests. A step that fails becomes an entry of the table, and the next one is tried if
+it can be. Steps that are finished for the same sources are not repeated, so a run that was cut off goes on.
+
+OUTPUT/matrix.jsonl has a line for each step, OUTPUT/table.md the table, and OUTPUT/logs the output of each step. An
+environment takes about 5 GB, and is removed after its set.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ NOT_FOR_TESTS = ("torch", "torchvision", "ruff", "mypy", "pre-commit")
 
 @dataclass(frozen=True)
 class VersionSet:
-    """python: a minor version. packages: what pip gets besides the project's own dependencies; the newest without."""
+    """One set of versions.
+
+    python: its minor version, such as 3.11.
+    packages: what pip installs besides the project's dependencies; of a name without a version, the newest release.
+    """
 
     python: str
     packages: tuple[str, ...]
@@ -73,7 +79,7 @@ print("auto and reference, forward and backward")
 
 
 class Matrix:
-    """The run: its folder, its records, and what each step does."""
+    """One run: its folder, its records, and its steps."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -83,7 +89,7 @@ class Matrix:
         self.sources = _sources()
 
     def records(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """The newest record of every set and step for the sources and tests at hand; a line cut off is left out."""
+        """The newest record of each set and step for these sources and tests, without a line that was cut off."""
         found = {}
         for line in self.lines.read_text(encoding="utf-8").splitlines() if self.lines.exists() else []:
             try:
@@ -101,7 +107,7 @@ class Matrix:
                 print(f"matrix: {name} is finished for these sources")
                 continue
             for step in STEPS:
-                # An environment that was cut off or removed is made again for what is left.
+                # An environment that was left incomplete or removed is made again for the remaining steps.
                 if step not in finished or (step == "environment" and not self.ready(name)):
                     self.do(name, step)
                     if step == "environment" and not self.ready(name):
@@ -123,12 +129,12 @@ class Matrix:
         print(f"matrix: {name}: {step} ...", flush=True)
         start = time.monotonic()
         try:
-            status, said = getattr(self, f"_{step}")(name)
-        except Exception as error:  # one step's failure is a line of the table
-            status, said = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+            status, message = getattr(self, f"_{step}")(name)
+        except Exception as error:  # a step that fails becomes an entry of the table
+            status, message = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
         record = {
-            "set": name, "step": step, "status": status, "said": said, "seconds": round(time.monotonic() - start, 1),
-            "sources": self.sources,
+            "set": name, "step": step, "status": status, "message": message,
+            "seconds": round(time.monotonic() - start, 1), "sources": self.sources,
         }  # fmt: skip
         if step == "tests":
             record["tests"] = self.options.tests
@@ -136,11 +142,11 @@ class Matrix:
             record |= json.loads(self.python(name, step, "-c", VERSIONS)[1])
         with self.lines.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record) + "\n")
-        print(f"matrix: {name}: {step}: {status}, {said} ({record['seconds']} s)", flush=True)
+        print(f"matrix: {name}: {step}: {status}, {message} ({record['seconds']} s)", flush=True)
 
     def command(self, name: str, step: str, *words: str, **variables: str) -> tuple[int, str]:
-        """Run a command for a step; what it says is kept in the step's log. Returns its status and its output."""
-        # A configuration file of pip's could constrain the versions that are asked for here.
+        """Run a command for a step, and add its output to the step's log. Returns its exit status and its output."""
+        # A configuration file of pip could constrain the versions that are asked for here.
         environment = os.environ | {"PIP_CONFIG_FILE": os.devnull} | variables
         done = subprocess.run(
             words, cwd=ROOT, env=environment, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -169,21 +175,21 @@ class Matrix:
 
     def _cpu(self, name: str) -> tuple[str, str]:
         self.python(name, "cpu", "-m", "rada_fast", "build", USE_CUDA="0")
-        _, said = self.python(name, "cpu", "-c", LOADED.format("load"))
-        return "ok" if said == "usable" else "failed", said
+        _, reason = self.python(name, "cpu", "-c", LOADED.format("load"))
+        return "ok" if reason == "usable" else "failed", reason
 
     def _cuda(self, name: str) -> tuple[str, str]:
         refused = self.python(name, "cuda", "-c", REFUSED)[1]
         if refused:
             return "without", refused
-        # One architecture shows that the sources compile; continuous integration makes the others.
+        # One architecture is enough to show that the sources compile; continuous integration builds the others.
         _, built = self.python(name, "cuda", "-m", "rada_fast", "build", TORCH_CUDA_ARCH_LIST="8.0")
-        _, said = self.python(name, "cuda", "-c", LOADED.format("load_cuda"))
-        return "ok" if said == "usable" else "failed", said if said == "usable" else f"{said} ({built})"
+        _, reason = self.python(name, "cuda", "-c", LOADED.format("load_cuda"))
+        return ("ok", reason) if reason == "usable" else ("failed", f"{reason} ({built})")
 
     def _compile(self, name: str) -> tuple[str, str]:
-        status, said = self.python(name, "compile", "-c", COMPILED)
-        return "failed" if status else "ok", said
+        status, output = self.python(name, "compile", "-c", COMPILED)
+        return "failed" if status else "ok", output
 
     def _tests(self, name: str) -> tuple[str, str]:
         words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *self.options.pytest.split(), *self.options.tests]
@@ -192,7 +198,7 @@ class Matrix:
         return "failed" if status else "ok", ", ".join(counts) or (output.splitlines() or ["no output"])[-1]
 
     def write_table(self) -> str:
-        """The table of the records, for the README."""
+        """Write the table of the records, which the documentation shows. Returns its text."""
         records = self.records()
         rows = [
             "| set | Python | torch | Triton | CPU extension | CUDA library | torch.compile | tests |",
@@ -203,8 +209,8 @@ class Matrix:
             versions = of.get("environment", {})
             shown = [str(versions.get(key, "-")).partition("+")[0] for key in ("python", "torch", "triton")]
             for step in ("cpu", "cuda", "compile", "tests"):
-                record = of.get(step, {"status": "not tried", "said": ""})
-                shown.append(record["said"] if step == "tests" and record["said"] else record["status"])
+                record = of.get(step, {"status": "not tried", "message": ""})
+                shown.append(record["message"] if step == "tests" and record["message"] else record["status"])
             rows.append(f"| {' | '.join([name, *shown])} |")
         text = "\n".join(rows) + "\n"
         (self.output / "table.md").write_text(text, encoding="utf-8")
@@ -212,7 +218,7 @@ class Matrix:
 
 
 def _sources() -> str:
-    """Of what is committed and what is changed since."""
+    """A digest of the commit and of the changes since."""
     digest = hashlib.sha256()
     for command in (["git", "rev-parse", "HEAD"], ["git", "diff", "HEAD"]):
         digest.update(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
@@ -220,7 +226,7 @@ def _sources() -> str:
 
 
 def _interpreter(version: str) -> str:
-    """A Python of that minor version: on PATH, or among pyenv's."""
+    """The path of a Python of that minor version, found on PATH or among those of pyenv."""
     on_path = shutil.which(f"python{version}")
     others = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
     for candidate in ([on_path] if on_path else []) + [str(path) for path in others]:
@@ -228,19 +234,19 @@ def _interpreter(version: str) -> str:
         done = subprocess.run(asked, capture_output=True, text=True, check=False)
         if done.stdout.strip() == version:
             return candidate
-    raise FileNotFoundError(f"no Python {version} on PATH or among pyenv's")
+    raise FileNotFoundError(f"there is no Python {version} on PATH or among those of pyenv")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Try the promised versions, each set in an environment of its own.")
-    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="all by default")
     parser.add_argument(
         "--tests", nargs="+", default=["tests"], help="files or folders of tests; all of them by default"
     )
     parser.add_argument(
-        "--pytest", default="-n 2 --dist worksteal", help="further options of pytest, in one word: --pytest='-n 4'"
+        "--pytest", default="-n 2 --dist worksteal", help="further options of pytest, in quotes: --pytest='-n 4'"
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "matrix")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "matrix", help="the folder of all results")
     parser.add_argument("--keep", action="store_true", help="keep the environments, about 5 GB each")
     return Matrix(parser.parse_args()).run()
 
