@@ -231,7 +231,7 @@ def _command(arguments: list[str]) -> int:
     _env.place_other_caches()
     try:
         with notices.collecting(hold=True):
-            with termination.held():
+            with termination.deferred():
                 run = COMMANDS[command].load()
             result = run(config)
             # A loop returns the summary of its run, every other command its exit status.

@@ -1,1 +1,1 @@
-"""What a program needs of the operating system: files, signals, the terminal, and warnings."""
+"""Services of the operating system: files, signals and the terminal; and the warnings that a command gives."""

@@ -1,7 +1,7 @@
-"""Every write of results goes through here: files that appear whole or not at all, lines that are whole, one error.
+"""The writing of results: a file appears as a whole or not at all, and so does a line.
 
-Whatever a library raises where a disk is full or a folder has gone becomes an OSError that names the file. Files get
-the permissions that the user's umask leaves.
+Whatever a library raises when a disk is full or a folder has disappeared becomes an OSError that names the file. Files
+get the permissions that the user's umask allows.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.partial")
-"""Names of files that are being written, or that a killed process left behind."""
+"""The names of files that are being written or that a killed process has left behind."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file; it must be ASCII, so that file names in any encoding make readable files."""
+    """Write a text file. It must be ASCII, so that the file is readable whatever the encoding of file names is."""
     _write_whole(path, lambda temporary: temporary.write_text(text, encoding="ascii"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors. metadata: for the file's header."""
+    """Write tensors in the format of safetensors. metadata: texts for the header of the file."""
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -35,9 +35,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def write_state(path: Path, state: Mapping[str, Any], *, previous: Path) -> None:
-    """Write tensors and plain values as a torch file, with a checksum of every part; the file before it is kept.
+    """Write tensors and plain values as a torch file, with a checksum of every part, and keep the file that was there.
 
-    previous: where that one goes.
+    previous: the path to which that file is moved.
     """
     import torch
 
@@ -47,7 +47,7 @@ def write_state(path: Path, state: Mapping[str, Any], *, previous: Path) -> None
             try:
                 torch.save(dict(state), cast(BinaryIO, recorder))
             except RuntimeError:
-                # torch's own message tells neither the file nor the reason.
+                # PyTorch's own message names neither the file nor the reason.
                 if recorder.error is not None:
                     raise recorder.error from None
                 raise
@@ -60,7 +60,7 @@ def write_state(path: Path, state: Mapping[str, Any], *, previous: Path) -> None
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add an ASCII line; it is with the operating system before this returns, or the file is as it was."""
+    """Add an ASCII line to a file. If the operating system does not take the whole line, the file stays as it was."""
     with path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
@@ -74,23 +74,23 @@ def append_line(path: Path, line: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove one file, where it exists."""
+    """Remove one file if it exists."""
     path.unlink(missing_ok=True)
 
 
 def rename(path: Path, new: Path) -> None:
-    """Give a file another name in its folder, in place of what had that name."""
+    """Give a file another name in its folder; it replaces a file that has this name."""
     path.replace(new)
 
 
 def _write_whole(
     path: Path, write: Callable[[Path], object], before_replacing: Callable[[], None] | None = None
 ) -> None:
-    """Let write() write a temporary file beside path, and put it in path's place when it is with the disk."""
+    """Let write() write a temporary file beside path, and move it to path when the disk has it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     with _one_error(path):
         try:
-            # Made here for the permissions that the umask leaves; safetensors and tempfile choose their own.
+            # The file is created here to get the permissions of the umask; safetensors and tempfile choose their own.
             temporary.open("wb").close()
             permissions = temporary.stat().st_mode
             write(temporary)
@@ -108,7 +108,7 @@ def _write_whole(
 
 @contextmanager
 def _one_error(path: Path) -> Iterator[None]:
-    """OSError, naming the file, for whatever a failing disk makes of a write."""
+    """Turn every error of a failed write into an OSError that names the file."""
     from safetensors import SafetensorError
 
     try:
@@ -124,14 +124,14 @@ def _one_error(path: Path) -> Iterator[None]:
 
 
 def _named(error: OSError, path: Path) -> OSError:
-    """The same error of the file that was to be written, not of its temporary stand-in."""
+    """Return the same error for the file itself instead of its temporary copy."""
     if error.errno is None:
         return error
     return OSError(error.errno, error.strerror, str(path))
 
 
 class _ErrorRecorder:
-    """A file that remembers the error of a failed write, which torch.save would hide."""
+    """A file that keeps the error of a failed write, which torch.save would hide."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

@@ -1,7 +1,7 @@
-"""Warnings for whoever runs a command: each is said once, on standard error, and recorded in the run's summary.
+"""Warnings for the user of a command: each is printed once, on standard error, and recorded in the run's summary.
 
-Anything that goes on although it may not be what was meant says so here: notices.warn("..."). A command runs inside
-notices.collecting(), which also decorates a function, and its summary holds notices.so_far().
+Code that goes on although its input may be a mistake calls notices.warn("..."). A command runs inside
+notices.collecting(), which also decorates a function, and its summary contains notices.so_far().
 """
 
 from __future__ import annotations
@@ -16,83 +16,86 @@ from rada_fast.errors import UserError
 
 
 @dataclass
-class _Said:
-    """warnings: those of a run; held: lines to be printed later, or None where they are printed at once."""
+class _Notices:
+    """The notices of one run.
+
+    warnings: the warnings so far; pending: lines to be printed later, or None if lines are printed at once.
+    """
 
     warnings: list[str] = field(default_factory=list)
-    held: list[str] | None = None
+    pending: list[str] | None = None
 
 
-_outside = _Said()
-_said: ContextVar[_Said] = ContextVar("rada_fast_notices", default=_outside)
+_outside = _Notices()
+_current: ContextVar[_Notices] = ContextVar("rada_fast_notices", default=_outside)
 
 
 def warn(message: str) -> None:
-    """Say that something may not be what was meant, once in a run, and keep it for the summary.
+    """Print once in a run that something may be a mistake, and keep it for the summary.
 
-    message: one line that names the argument or file, what is the matter with it, and what to do.
+    message: one line that names the argument or file, what is wrong with it, and what to do.
     """
     message = one_line(" ".join(message.splitlines()))
-    said = _said.get()
-    if message not in said.warnings:
-        said.warnings.append(message)
-        _say(f"rada-fast: warning: {message}")
+    notices = _current.get()
+    if message not in notices.warnings:
+        notices.warnings.append(message)
+        _print_or_keep(f"rada-fast: warning: {message}")
 
 
 def note(message: str) -> None:
-    """Say what is good to know and is as it should be; the summary does not hold it."""
-    _say(f"rada-fast: note: {one_line(' '.join(message.splitlines()))}")
+    """Print something that is useful to know but no mistake. The summary does not contain it."""
+    _print_or_keep(f"rada-fast: note: {one_line(' '.join(message.splitlines()))}")
 
 
 def so_far() -> list[str]:
-    """The warnings of this run, in the order in which they were first said."""
-    return list(_said.get().warnings)
+    """Return the warnings of this run, in the order in which they were first printed."""
+    return list(_current.get().warnings)
 
 
 @contextmanager
 def collecting(*, hold: bool = False) -> Iterator[None]:
-    """Begin a run that has not warned of anything yet; what an outer run has said comes back at the end.
+    """Begin a run without warnings; at its end, the warnings of an outer run are in force again.
 
-    hold: print nothing before release() or the end. A run that is refused with a UserError then says that alone: what
-    was noticed on the way there is of no use to who has to change the command.
+    hold: print nothing before release() or the end. A run that is refused with a UserError then prints that error
+    alone, because earlier notices do not help a user who has to change the command.
     """
-    said = _Said(held=[] if hold else None)
-    token = _said.set(said)
+    notices = _Notices(pending=[] if hold else None)
+    token = _current.set(notices)
     try:
         yield
     except UserError:
-        said.held = None
+        notices.pending = None
         raise
     finally:
         release()
-        _said.reset(token)
+        _current.reset(token)
 
 
 def release() -> None:
-    """Print what was held back, and from now on everything at once: the run is about to take long, or has begun."""
-    said = _said.get()
-    lines, said.held = said.held or [], None
+    """Print the pending lines, and from now on every line at once: the run can no longer be refused."""
+    notices = _current.get()
+    lines, notices.pending = notices.pending or [], None
     for line in lines:
         _print(line)
 
 
 def one_line(text: str) -> str:
-    """A text on one line, what cannot be printed written out."""
+    """Return a text on one line, with escape sequences for characters that cannot be printed."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text
     )
 
 
-def _say(line: str) -> None:
-    held = _said.get().held
-    if held is None:
+def _print_or_keep(line: str) -> None:
+    pending = _current.get().pending
+    if pending is None:
         _print(line)
     else:
-        held.append(line)
+        pending.append(line)
 
 
 def _print(line: str) -> None:
-    # Without a standard error, or with one that nobody reads any more, the summary alone has it.
+    # If there is no standard error, or nobody reads it any more, the summary alone contains the line.
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What commands show: tables and lines that hold every text as it is, and JSON that every reader takes."""
+"""The output of commands: tables and lines that show every text unchanged, and JSON that every reader accepts."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDE = 4096
-"""Columns where output goes to a file or a pipe, in which nothing needs to be folded."""
+FILE_WIDTH = 4096
+"""The width of output to a file or a pipe, in columns. It is so large that nothing is folded."""
 
 
 class PlainConsole(Console):
-    """A console that takes texts as they are: a path's brackets and colons are no markup, its end is not cut.
+    """A console that prints texts unchanged: brackets and colons of a path are not markup, and long lines are not cut.
 
-    stderr: whether it writes to standard error.
+    stderr: whether the console writes to standard error.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
         if not self.is_terminal:
-            self.width = WIDE
+            self.width = FILE_WIDTH
 
     def on_broken_pipe(self) -> None:
-        """Go on without a reader of standard error; end quietly, in the command line, without one of the output."""
+        """Go on if nobody reads standard error; if nobody reads the output, let the command line end quietly."""
         if not self.stderr:
             raise BrokenPipeError
 
 
 def table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
-    """Two columns: what, and how much. Long values are folded, never cut."""
+    """Make a table with two columns, names and values. Long values are folded, never cut."""
     result = Table(title=title, show_header=False, title_justify="left")
     result.add_column(style="bold", overflow="fold")
     result.add_column(justify="right", overflow="fold")
@@ -42,12 +42,12 @@ def table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
-    """Print a value as JSON on standard output; what is no finite number is null, which JSON can say."""
+    """Print a value as JSON on standard output. NaN and infinity, which JSON lacks, become null."""
     print(json.dumps(finite(value), indent=indent, allow_nan=False), flush=True)
 
 
 def finite(value: Any) -> Any:
-    """A plain value with None for NaN and infinity."""
+    """Return a plain value with None in place of NaN and infinity."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and Ctrl-C as exceptions that end a command in good order, whatever library they come up in."""
+"""SIGTERM, SIGHUP and Ctrl-C as exceptions that end a command in good order, whichever library is running."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from types import FrameType
 from typing import Any
 
 WORDS = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
-"""The signals by which schedulers and terminals end a process, and what a command says when it ends by one."""
+"""The signals by which schedulers and terminals end a process, and the word that a command prints for each."""
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end. Like an interruption from the keyboard, libraries let it pass."""
+    """The process was asked to end. Libraries let this exception pass, as they do an interruption from the keyboard."""
 
     def __init__(self, number: int = signal.SIGTERM) -> None:
         super().__init__(WORDS[signal.Signals(number)])
@@ -22,16 +22,16 @@ class Terminated(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """What a shell reports of a process that the signal has ended."""
+        """The exit status that a shell reports for a process that the signal has ended."""
         return 128 + self.number
 
 
 _asked: KeyboardInterrupt | None = None
-"""What was raised when the process was asked to end."""
+"""The exception that was raised when the process was asked to end."""
 
 
 def raise_if_asked() -> None:
-    """Raise again what a signal has raised, where a library has taken it for an error of its own or dropped it."""
+    """Raise the exception of a signal again, in case a library has replaced or dropped it."""
     if _asked is not None:
         raise _asked
 
@@ -40,9 +40,9 @@ def raise_if_asked() -> None:
 def raising_terminated() -> Iterator[None]:
     """Raise Terminated at the first SIGTERM or SIGHUP, as Ctrl-C raises KeyboardInterrupt; a second ends the process.
 
-    Compiled libraries that call Python, torch.save for one, turn whatever is raised there into errors of their own:
-    such an error becomes the signal's exception again. A program that has an answer of its own to a signal, or runs
-    this outside of its main thread, keeps its way.
+    Compiled libraries that call Python, such as torch.save, turn an exception in there into an error of their own;
+    such an error becomes the signal's exception again. Nothing changes for a signal that the program itself handles, or
+    outside of the main thread.
     """
     global _asked
     ours: dict[int, signal._HANDLER] = dict.fromkeys(WORDS, signal.SIG_DFL)
@@ -76,30 +76,30 @@ def raising_terminated() -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Answer a signal only at the end, and a second one of its kind at once.
+def deferred() -> Iterator[None]:
+    """Handle a signal at the end of the block, but a second one of its kind at once.
 
-    While PyTorch is imported, an exception raised by a signal can be swallowed, and would leave it half imported.
+    An exception that a signal raises during the import of PyTorch can be lost, and PyTorch would be half imported.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before: dict[int, Any] = {}
-    came: list[int] = []
+    arrived: list[int] = []
 
-    def hold(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+    def defer(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
         signal.signal(number, before[number])
 
     for number in (signal.SIGINT, *WORDS):
         handler = signal.getsignal(number)
         if callable(handler):
             before[number] = handler
-            signal.signal(number, hold)
+            signal.signal(number, defer)
     try:
         yield
     finally:
-        for held_back, handler in before.items():
-            signal.signal(held_back, handler)
-        for asked in came:
-            signal.raise_signal(asked)
+        for usual, handler in before.items():
+            signal.signal(usual, handler)
+        for late in arrived:
+            signal.raise_signal(late)

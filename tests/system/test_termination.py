@@ -19,7 +19,7 @@ from rada_fast.config.options import RunOptions
 from rada_fast.loops import ttt
 from rada_fast.runs.folder import RunFolder
 from rada_fast.system import files
-from rada_fast.system.termination import Terminated, held, raise_if_asked, raising_terminated
+from rada_fast.system.termination import Terminated, deferred, raise_if_asked, raising_terminated
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ def test_another_answer_to_the_signal_is_kept(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_signal_that_is_held_is_answered_at_the_end(number: int, raised: type[BaseException]) -> None:
     def hold() -> None:
-        with held():
+        with deferred():
             os.kill(os.getpid(), number)
             done.append(number)
 
@@ -165,7 +165,7 @@ def test_a_signal_that_is_held_is_answered_at_the_end(number: int, raised: type[
 
 def test_the_second_signal_is_not_held() -> None:
     def hold() -> None:
-        with held():
+        with deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             done.append(True)
