@@ -1,1 +1,1 @@
-"""The compiled extension: where its compilers are, how it is built, and how a library is found and loaded."""
+"""The compiled extension: finding its compilers, building it, and finding and loading its libraries."""

@@ -1,6 +1,6 @@
-"""The extension's build with ninja, and the wheel that carries what it made.
+"""The build of the extension with ninja, and the wheel that carries its libraries.
 
-``build`` is the only function of the package that compiles.
+Nothing else in the package compiles: ``build`` is the only function that does.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from rada_fast.extension.cuda_toolkit import Toolkit
 from rada_fast.extension.libraries import CUDA_LIBRARY, LIBRARY, BuildParameters
 
 LOCK_TIMEOUT = 600.0
-"""Seconds to wait for another build of the same thing: a full build takes about one minute on two cores."""
+"""The longest wait for another build of the same libraries, in seconds. A full build takes minutes on two cores."""
 MEMORY_PER_JOB = 1.5 * 2**30
-"""Bytes one compiler may take; the largest source, with all of ATen's headers, was seen at 1.1 GiB."""
+"""The memory that one compiler may take, in bytes. The largest source, with all of ATen's headers, took 1.1 GiB."""
 
 
 @contextmanager
 def _lock(path: Path, timeout: float) -> Iterator[None]:
-    """Hold an advisory lock. The system drops it with its process, so that a killed build blocks nobody."""
+    """Hold an advisory lock. The system releases it when the process ends, so that a killed build blocks nobody."""
     import fcntl
 
     deadline = time.monotonic() + timeout
@@ -46,7 +46,7 @@ def _lock(path: Path, timeout: float) -> Iterator[None]:
                 break
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    break  # a file system without locks: the only builder is assumed
+                    break  # the file system has no locks; no other build is assumed to run
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"another build holds {path} for more than {timeout:.0f} s; try again later"
@@ -56,7 +56,7 @@ def _lock(path: Path, timeout: float) -> Iterator[None]:
 
 
 def default_jobs() -> int:
-    """Compilers to run at once: one per processor, fewer where memory is short."""
+    """Return how many compilers to run at once: one for each processor, or fewer if memory is short."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(processors, int(_env.available_memory() // MEMORY_PER_JOB)))
 
@@ -107,8 +107,8 @@ def _ninja_text(parameters: BuildParameters, output: Path) -> str:
 def _install(made: Path, library: Path, echo: Callable[[str], None]) -> None:
     """Move a library to its place with its SHA-256 beside it.
 
-    A library in use must not change under its readers, so it comes by a rename, and it does not stay among the objects:
-    the next build links it again rather than trust what may have been cut off since.
+    It is renamed, because a library in use must not change under its readers. It does not stay among the objects: the
+    next build links it again, as the file may have been damaged in the meantime.
     """
     library.parent.mkdir(parents=True, exist_ok=True)
     recorded = libraries.hash_file(library)
@@ -130,9 +130,9 @@ def _install(made: Path, library: Path, echo: Callable[[str], None]) -> None:
     made.replace(library)
 
 
-def _served(library: Path, toolkit: Toolkit) -> bool:
-    """Whether a CUDA library holds all the device code that this toolkit would make."""
-    code, _, compiler = libraries.said_of(library).partition(" by ")
+def _is_current(library: Path, toolkit: Toolkit) -> bool:
+    """Return whether a CUDA library contains all the device code that this toolkit would make."""
+    code, _, compiler = libraries.build_note(library).partition(" by ")
     same = compiler.partition(" (")[0] == f"nvcc {toolkit.version}"
     return same and set(toolkit.device_code.split(", ")) <= set(code.split(", "))
 
@@ -140,19 +140,19 @@ def _served(library: Path, toolkit: Toolkit) -> bool:
 def build(
     *, jobs: int | None = None, timeout: float = LOCK_TIMEOUT, echo: Callable[[str], None] = print, force: bool = False
 ) -> Path:
-    """Compile the extension with ninja, once per PyTorch version, Python interface, sources and flags.
+    """Compile the extension with ninja, once for each PyTorch version, Python interface, set of sources and of flags.
 
-    The CUDA kernels go into a library of their own, where nvcc is found, PyTorch is built with CUDA, and a device is
-    there or TORCH_CUDA_ARCH_LIST or USE_CUDA=1 asks for them. Where they are not made a line says why and the rest is
-    built; USE_CUDA=1 makes that an error, USE_CUDA=0 leaves them out.
-    A library is up to date where it is what a build recorded (see ``libraries.fault_of``); a damaged one is made again.
+    The CUDA kernels go into a library of their own. It is built if nvcc is found, PyTorch was built with CUDA, and a
+    device is there or TORCH_CUDA_ARCH_LIST or USE_CUDA=1 asks for it. Otherwise a message gives the reason and the rest
+    is built; USE_CUDA=1 makes that an error, and USE_CUDA=0 leaves the kernels out.
+    A library is up to date if its SHA-256 is the recorded one (see ``libraries.fault_of``); a damaged one is replaced.
 
-    jobs: compilers at once; None for as many as processors and memory allow.
-    timeout: seconds to wait for another build of the same thing.
-    echo: receives the messages, a line each.
-    force: compile even where the library is there.
+    jobs: how many compilers run at once; None for as many as processors and memory allow.
+    timeout: the longest wait for another build of the same libraries, in seconds.
+    echo: receives the messages, one line each.
+    force: compile even if the library exists.
 
-    Returns the CPU library's path. Raises UserError with the reason where it cannot be built.
+    Returns the path of the CPU library. Raises UserError with the reason if it cannot be built.
     """
     if platform.system() != "Linux":
         raise UserError(f"the extension is built on Linux only, this is {platform.system()}; everything else works")
@@ -163,8 +163,8 @@ def build(
         raise UserError(f"USE_CUDA=1 asks for CUDA kernels, which cannot be built: {toolkit}")
     (library, faults), (cuda_library, cuda_faults) = (libraries.search(cuda, carried=False) for cuda in (False, True))
     if cuda_library is not None and not isinstance(toolkit, Toolkit):
-        cuda_words = f"CUDA kernels as built before, for {libraries.said_of(cuda_library)}"
-    cuda_ready = not isinstance(toolkit, Toolkit) or (cuda_library is not None and _served(cuda_library, toolkit))
+        cuda_words = f"CUDA kernels as built before, for {libraries.build_note(cuda_library)}"
+    cuda_ready = not isinstance(toolkit, Toolkit) or (cuda_library is not None and _is_current(cuda_library, toolkit))
     if library is not None and cuda_ready and not force:
         echo(f"extension: up to date for {libraries.place_name()}, {cuda_words}: {library}")
         return library
@@ -189,7 +189,7 @@ def _compile(
 ) -> Path:
     library, cuda_library = libraries.library_in(place), libraries.library_in(place, cuda=True)
     with_cuda = isinstance(parameters.cuda, Toolkit)
-    # An environment that is used without being activated has its ninja beside its Python.
+    # If an environment is used without being activated, its ninja lies beside its Python.
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     compiler = shutil.which(shlex.split(parameters.compiler)[0])
     if compiler is None:
@@ -212,14 +212,14 @@ def _compile(
             subprocess.run([*command, "-t", "clean"], capture_output=True, check=False)
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode and not force and re.search(r"^FAILED: .*\.so\s*$", result.stdout, re.MULTILINE):
-            # What compiled and does not link may be objects that an earlier build left cut off.
+            # Sources that compile but do not link may have objects that an earlier build left incomplete.
             subprocess.run([*command, "-t", "clean"], capture_output=True, check=False)
             result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             echo(result.stdout[-4000:])
             if full := re.search(r"^.*No space left on device.*$", result.stdout, re.MULTILINE):
                 raise UserError(f"the extension cannot be built in {place}: {full[0].strip()}")
-            # Broken CUDA kernels are no reason to go without the others: is it only them?
+            # The CPU library is built even if only the CUDA kernels do not compile.
             alone = [*command, str(work / LIBRARY)]
             if subprocess.run(alone, capture_output=True, check=False).returncode or _env.use_cuda():
                 raise UserError(f"the extension did not compile (ninja -C {work} shows why)")
@@ -233,15 +233,15 @@ def _compile(
 
 
 def run_build(options: BuildOptions) -> int:
-    """Compile the extension as the command's options ask. Returns the exit status."""
+    """Run the command: compile the extension as its options say. Returns the exit status."""
     build(jobs=options.jobs, timeout=options.timeout, force=options.force)
     return 0
 
 
 def build_wheel(output: Path | str = "dist", *, echo: Callable[[str], None] = print) -> Path:
-    """Make a wheel that carries the libraries, from a checkout. Returns the wheel's path.
+    """Make a wheel of a checkout that carries the libraries. Returns the path of the wheel.
 
-    `pip install .` stays pure Python; only this sets the variable that setup.py reads.
+    A wheel made by `pip install .` is pure Python; only this function sets the variable that setup.py reads.
     """
     library = build(echo=echo)
     target = Path(output).resolve()

@@ -1,6 +1,6 @@
-"""The CUDA toolkit of the extension's build: where nvcc is, which device code it makes, what the kernels use.
+"""The CUDA toolkit of the build: where nvcc is, which device code it makes, and what resources the kernels use.
 
-A reason is a string: nothing here raises where CUDA is merely absent.
+Nothing here raises because CUDA is absent: a function returns the reason as a text instead of its result.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from rada_fast import _env
 
 DEFAULT_TARGETS = (80, 90, 100)
-"""Compute capabilities built for without a device: A100, H100, B200, and PTX of the last for what comes after."""
+"""The compute capabilities to build for without a device: A100, H100, B200; PTX of the last serves later devices."""
 LEAST_TARGET = 80
 LEAST_TORCH = (2, 10)
-"""The glue is compiled against the LibTorch stable ABI as it is since this PyTorch, and runs on all later ones."""
+"""The first PyTorch with the stable ABI that the glue is compiled against. It runs on all later ones."""
 CONVENTIONAL = Path("/usr/local/cuda")
 
 
 @dataclass(frozen=True)
 class Toolkit:
-    """What compiles the CUDA kernels.
+    """The tools that compile the CUDA kernels, and the devices they compile for.
 
-    version: nvcc's own; include: folders of headers, best first; runtime: folder of libcudart_static.a;
-    targets: compute capabilities compiled for; ptx: those whose PTX goes along; note: what was left out and why.
+    version: of nvcc; include: folders of headers, the preferred first; runtime: the folder of libcudart_static.a;
+    targets: compute capabilities to compile for; ptx: those to include PTX of; note: what was left out and why.
     """
 
     nvcc: Path
@@ -52,23 +53,23 @@ class Toolkit:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """nvcc's options for the device code and the headers."""
+        """The options of nvcc for the device code and the headers."""
         code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in self.targets]
         code += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in self.ptx]
         return (*code, *(f"-isystem={folder}" for folder in self.include))
 
 
-def _asked(nvcc: Path, *question: str) -> str:
-    """What nvcc answers on both streams; empty where it does not run."""
+def _output_of(nvcc: Path, *arguments: str) -> str:
+    """Run nvcc and return its output on both streams, or an empty text if it does not run."""
     try:
-        done = subprocess.run([str(nvcc), *question], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run([str(nvcc), *arguments], capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout + done.stderr if done.returncode == 0 else ""
 
 
 def _wheels() -> list[Path]:
-    """Folders of the installed nvidia packages: include, lib and, with the compiler's wheel, bin lie in them."""
+    """Return the folders of the installed nvidia packages, which contain include, lib and, for the compiler, bin."""
     spec = importlib.util.find_spec("nvidia") if _env.has_module("nvidia") else None
     roots = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
     return sorted((folder for root in roots for folder in root.glob("*") if folder.is_dir()), reverse=True)
@@ -76,7 +77,7 @@ def _wheels() -> list[Path]:
 
 def _candidates() -> Iterator[Path]:
     if home := _env.cuda_home():
-        # Whoever names a toolkit means that one, and wants to hear where it is not.
+        # A user who names a toolkit wants that one, and an error if it is not there.
         yield home / "bin" / "nvcc"
         return
     yield CONVENTIONAL / "bin" / "nvcc"
@@ -87,26 +88,37 @@ def _candidates() -> Iterator[Path]:
 
 
 def find_nvcc() -> Path | None:
-    """The compiler itself: CUDA_HOME's, the conventional place's, PATH's, the nvidia-cuda-nvcc wheel's; or None.
+    """Find nvcc in CUDA_HOME, in the conventional place, on PATH, or in the nvidia-cuda-nvcc wheel; or return None.
 
-    A command on PATH may be a script that starts a compiler elsewhere, so each is asked where it really is.
+    A command on PATH may be a script that starts a compiler elsewhere, so each candidate prints its true place.
     """
     for candidate in _candidates():
         if not candidate.is_file():
             continue
-        here = re.search(r"^#\$ _HERE_=(.+)$", _asked(candidate, "--dryrun", "-x", "cu", "/dev/null"), re.MULTILINE)
+        here = re.search(r"^#\$ _HERE_=(.+)$", _output_of(candidate, "--dryrun", "-x", "cu", "/dev/null"), re.MULTILINE)
         if here and (Path(here[1]) / "nvcc").is_file():
             return Path(here[1]) / "nvcc"
     return None
 
 
-def _targets_for(nvcc: Path, devices: list[int]) -> tuple[tuple[str, ...], tuple[str, ...], str] | str:
-    """As _wanted_targets, for the devices that are there. One that nvcc does not know yet gets the newest PTX."""
+class Targets(NamedTuple):
+    """The devices to compile for: as device code, as PTX, and a note of what was left out and why."""
+
+    targets: tuple[str, ...]
+    ptx: tuple[str, ...]
+    note: str
+
+
+def _targets_for(nvcc: Path, devices: list[int]) -> Targets | str:
+    """Choose the targets for the devices of this machine. A device that nvcc does not know yet gets the newest PTX.
+
+    Returns the reason instead if there are none.
+    """
     words = ", ".join(f"sm_{device}" for device in devices)
     served = [device for device in devices if device >= LEAST_TARGET]
     if not served:
         return f"the kernels need compute capability 8.0 or newer, the devices here are {words}"
-    able = {int(number) for number in re.findall(r"sm_(\d+)\b", _asked(nvcc, "--list-gpu-code"))}
+    able = {int(number) for number in re.findall(r"sm_(\d+)\b", _output_of(nvcc, "--list-gpu-code"))}
     known = [device for device in served if device in able or not able]
     newest = max((target for target in able if LEAST_TARGET <= target <= served[-1]), default=0)
     needs_ptx = known != served
@@ -114,25 +126,25 @@ def _targets_for(nvcc: Path, devices: list[int]) -> tuple[tuple[str, ...], tuple
         return f"{nvcc} compiles for none of {words}"
     old = [f"sm_{device}" for device in devices if device < LEAST_TARGET]
     targets = known or [newest]
-    return (
+    return Targets(
         tuple(map(str, targets)),
         (str(newest),) if needs_ptx else (),
         f"not {', '.join(old)}: the kernels need 8.0" if old else "",
     )
 
 
-def _wanted_targets(nvcc: Path) -> tuple[tuple[str, ...], tuple[str, ...], str] | str:
-    """Targets, PTX and a note of what was left out; or the reason why nothing is left."""
+def _wanted_targets(nvcc: Path) -> Targets | str:
+    """Choose the targets of a build, or return the reason why there are none."""
     listed = _env.cuda_arch_list()
     if listed is None and (devices := _env.device_capabilities()):
         return _targets_for(nvcc, devices)
     if listed is None:
-        able = _asked(nvcc, "--list-gpu-code").split()
+        able = _output_of(nvcc, "--list-gpu-code").split()
         targets = [str(target) for target in DEFAULT_TARGETS if not able or f"sm_{target}" in able]
         missing = [f"sm_{target}" for target in DEFAULT_TARGETS if str(target) not in targets]
         if not targets:
             return f"{nvcc} compiles for none of {', '.join(missing)}"
-        return (
+        return Targets(
             tuple(targets),
             (targets[-1],),
             f"not {', '.join(missing)}: this nvcc does not know it" if missing else "",
@@ -150,11 +162,11 @@ def _wanted_targets(nvcc: Path) -> tuple[tuple[str, ...], tuple[str, ...], str] 
         ptx += [name] if match[4] and name not in ptx else []
     if not targets:
         return f"TORCH_CUDA_ARCH_LIST={listed} names none from 8.0, which the kernels need"
-    return tuple(targets), tuple(ptx), f"not {', '.join(old)}: the kernels need 8.0" if old else ""
+    return Targets(tuple(targets), tuple(ptx), f"not {', '.join(old)}: the kernels need 8.0" if old else "")
 
 
 def torch_refusal() -> str | None:
-    """Why the installed PyTorch cannot take the CUDA kernels, or None where it can."""
+    """Return why the installed PyTorch cannot use the CUDA kernels, or None if it can."""
     if _env.cuda_version() is None:
         return "this PyTorch is built without CUDA"
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < LEAST_TORCH:
@@ -163,9 +175,9 @@ def torch_refusal() -> str | None:
 
 
 def asked_toolkit() -> Toolkit | str:
-    """What a build compiles the CUDA kernels with, or the reason why it leaves them out.
+    """Return the toolkit with which a build compiles the CUDA kernels, or the reason why it leaves them out.
 
-    Minutes of compiling are of no use on a machine without a device, so there they are made only where asked for.
+    They take minutes to compile and are useless without a device, so on such a machine they are built on request only.
     """
     found = find_toolkit()
     if isinstance(found, str) or _env.use_cuda() or _env.cuda_arch_list() or _env.device_capabilities():
@@ -174,7 +186,7 @@ def asked_toolkit() -> Toolkit | str:
 
 
 def find_toolkit() -> Toolkit | str:
-    """What CUDA kernels can be compiled with here, or the reason why they cannot."""
+    """Find the toolkit that can compile CUDA kernels on this machine, or return the reason why none can."""
     if _env.use_cuda() is False:
         return "USE_CUDA=0"
     if refusal := torch_refusal():
@@ -183,10 +195,10 @@ def find_toolkit() -> Toolkit | str:
     if nvcc is None:
         home = _env.cuda_home()
         return f"no nvcc in CUDA_HOME={home}" if home else "nvcc was not found (CUDA_HOME names its toolkit)"
-    version = re.search(r"\bV(\d+\.\d+\.\d+)", _asked(nvcc, "--version"))
+    version = re.search(r"\bV(\d+\.\d+\.\d+)", _output_of(nvcc, "--version"))
     if version is None:
         return f"{nvcc} does not say its version"
-    # The runtime is linked in: one newer than PyTorch's could want a newer driver than PyTorch does.
+    # The runtime is linked into the library. A newer one than PyTorch's could need a newer driver than PyTorch does.
     if version[1].split(".")[0] != str(_env.cuda_version()).split(".")[0]:
         return f"{nvcc} is of CUDA {version[1]}, PyTorch of {_env.cuda_version()}"
     roots = [nvcc.parent.parent, *(folder for folder in _wheels() if folder != nvcc.parent.parent)]
@@ -201,8 +213,11 @@ def find_toolkit() -> Toolkit | str:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel uses on one target, as ptxas says. threads: of a block, from __launch_bounds__, else 1024;
-    spills: bytes stored and loaded; shared: bytes known when compiled (a launch may ask for more)."""
+    """The resources of one kernel on one target, as ptxas reports them.
+
+    threads: of a block, from __launch_bounds__, else 1024; spills: bytes stored and loaded; shared: bytes of shared
+    memory that are known when the kernel is compiled (a launch may ask for more).
+    """
 
     kernel: str
     threads: int
@@ -213,7 +228,7 @@ class Resources:
 
 
 def _demangled(name: str) -> str:
-    """A kernel's name without its arguments; PyTorch has loaded the library that knows how."""
+    """Return the name of a kernel without its arguments. PyTorch has loaded the library that does this."""
     try:
         demangle = ctypes.CDLL("libstdc++.so.6")["__cxa_demangle"]
     except (OSError, AttributeError):
@@ -235,7 +250,7 @@ def _demangled(name: str) -> str:
 
 
 def kernel_resources(toolkit: Toolkit, source: Path, target: int) -> list[Resources]:
-    """Compile one source for one target and read what each of its kernels uses. Needs no device."""
+    """Compile one source for one target and read the resources of each of its kernels. This needs no device."""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         include = [f"-isystem={place}" for place in toolkit.include]

@@ -1,6 +1,6 @@
-"""The compiled extension: one description of its sources and flags, where its libraries are, and how they are loaded.
+"""The compiled extension: the description of its sources and flags, the places of its libraries, and their loading.
 
-Nothing here runs at import. ``load`` only looks and never raises; `build` compiles.
+Nothing here runs at import. ``load`` only looks for libraries and never raises; ``build`` compiles them.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ VECTOR_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
 }
-"""Flags of each copy of the vector loops. Everything else is compiled for the oldest processor of the family."""
+"""The flags of each copy of the vector loops. All other sources are compiled for the oldest processor of the family."""
 LOOP_FLAGS = {
-    # Its arithmetic rounds where torch.optim's does: which products are fused is written out, not left to the compiler.
+    # The arithmetic rounds where torch.optim rounds, so the source says which products are fused, not the compiler.
     "episodic_optimizer_loops": ["-ffp-contract=off"],
-    # Pillow's results to the bit: a fused product and sum would round once where Pillow rounds twice.
+    # The results equal Pillow's to the bit. A fused product and sum would round once where Pillow rounds twice.
     "augmix_loops": ["-ffp-contract=off"],
     "view_loops": ["-ffp-contract=off"],
 }
-"""Flags of single sources of vector loops (*_loops.cpp)."""
+"""Further flags of some sources of vector loops (*_loops.cpp)."""
 
 
 @dataclass(frozen=True)
 class BuildParameters:
-    """Everything that decides what the library is.
+    """Everything that the content of the libraries depends on.
 
     compiler: the C++ compiler's command.
     sources: (source, object name, flags of its own).
@@ -65,7 +65,7 @@ class BuildParameters:
 
 
 def source_dir() -> Path | None:
-    """Folder of the C++ sources: inside an installed package, or beside the package in a checkout; None without."""
+    """Return the folder of the C++ sources, in an installed package or beside it in a checkout, or None without one."""
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
         if (folder / "ops.cpp").is_file():
             return folder
@@ -73,7 +73,7 @@ def source_dir() -> Path | None:
 
 
 def build_parameters() -> BuildParameters:
-    """The one description of sources and flags. Raises UserError without sources."""
+    """Describe the sources and flags of the libraries. Raises UserError if there are no sources."""
     folder = source_dir()
     if folder is None:
         raise UserError("this installation has no C++ sources of the extension")
@@ -81,7 +81,7 @@ def build_parameters() -> BuildParameters:
     sources: list[tuple[Path, str, tuple[str, ...]]] = []
     for source in sorted([*folder.glob("*.cpp"), *(folder / "cpu").glob("*.cpp")]):
         if source.stem.endswith("_loops"):
-            # Kept apart from library headers, so that these flags cannot leak into code that runs everywhere.
+            # These sources include no library headers, so that their flags cannot reach code that runs everywhere.
             loops = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", *LOOP_FLAGS.get(source.stem, ()))
             for name in VECTOR_FLAGS if x86 else ("baseline",):
                 own = (*loops, f"-DRADA_CAPABILITY={name}", *VECTOR_FLAGS[name])
@@ -94,19 +94,19 @@ def build_parameters() -> BuildParameters:
     debug: tuple[str, ...] = ("-g",) if _env.debug_build() else ("-DNDEBUG",)
     sanitized: tuple[str, ...] = ()
     if sanitizers := _env.sanitizers():
-        # vptr asks for type information that PyTorch's libraries keep to themselves.
+        # The check vptr needs type information that PyTorch's libraries do not export.
         sanitized = (f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
         debug = ("-g", "-fno-omit-frame-pointer")
     toolkit = cuda_toolkit.asked_toolkit()
     kernels, glue = (sorted((folder / "cuda").glob(pattern)) for pattern in ("*.cu", "*.cpp"))
-    # The static runtime needs no other CUDA library in the process, and its names stay its own.
+    # The static runtime needs no other CUDA library in the process, and does not export its names.
     runtime = f"-L{toolkit.runtime}" if isinstance(toolkit, Toolkit) else ""
     cuda_link = (runtime, "-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread")
     return BuildParameters(
         compiler=_env.cxx() or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "c++",
         sources=tuple(sources),
         flags=("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", abi, *debug, *sanitized, *include),
-        # Without -fopenmp here: the OpenMP runtime is the one PyTorch has loaded, never a second one.
+        # There is no -fopenmp here, so that the OpenMP runtime of PyTorch serves and no second one is loaded.
         link=("-shared", *sanitized, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"),
         cuda=toolkit,
         cuda_sources=tuple((source, f"cuda_{source.stem}.o") for source in kernels),
@@ -121,14 +121,14 @@ def torch_name() -> str:
 
 
 def place_name() -> str:
-    # Objects of a sanitized build lie apart: neither it nor the next plain one compiles the other's again.
+    # A sanitized build has a folder of its own, so that it and a plain build keep their objects.
     suffix = "-sanitized" if _env.sanitizers() else ""
     return f"{torch_name()}-{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}{suffix}"
 
 
 @cache
 def _sources_key(folder: Path, cuda: bool = False) -> str:
-    """Of everything that a library may be made of: all folders but the other library's own."""
+    """Return a hash of all sources that a library may depend on: those of the other library alone are left out."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in ("*.cpp", "*.h", "*.cu", "*.cuh") for path in folder.rglob(pattern)):
         if path.relative_to(folder).parts[0] != ("cpu" if cuda else "cuda"):
@@ -138,16 +138,16 @@ def _sources_key(folder: Path, cuda: bool = False) -> str:
 
 
 def _flags_key(cuda: bool = False) -> str:
-    # The device code is not part of it: a library is found whatever TORCH_CUDA_ARCH_LIST says where it is loaded.
+    # The device code is not part of the key, so a library is found whatever TORCH_CUDA_ARCH_LIST is when it is loaded.
     common = (_env.debug_build(), _env.sanitizers(), platform.machine())
     own = (_env.cuda_version(),) if cuda else (VECTOR_FLAGS, LOOP_FLAGS, torch.compiled_with_cxx11_abi())
     return hashlib.sha256(repr((*own, *common)).encode()).hexdigest()[:8]
 
 
 def places() -> list[Path]:
-    """Folders in which built libraries are looked for: inside a checkout, then in the caches.
+    """Return the folders in which built libraries are looked for: that in a checkout, then those in the caches.
 
-    They are named after PyTorch's version and Python's interface; the libraries in them after the sources and flags.
+    Their names contain PyTorch's version and Python's interface. In them, each set of sources and flags has a folder.
     """
     folder = source_dir()
     in_checkout = folder is not None and folder.parent != PACKAGE and (folder.parent / "pyproject.toml").is_file()
@@ -156,7 +156,7 @@ def places() -> list[Path]:
 
 
 def build_place() -> Path:
-    """The folder of ``places`` that a build writes to: the first that can be written to."""
+    """Return the folder that a build writes to, the first of ``places`` that can be written to."""
     for place in places():
         if _env.is_writable(place):
             return place
@@ -164,7 +164,7 @@ def build_place() -> Path:
 
 
 def library_in(place: Path, cuda: bool = False) -> Path:
-    """Where a build for the sources at hand puts its library. Raises UserError without sources."""
+    """Return the path of the library that a build of the present sources makes. Raises UserError without sources."""
     folder = source_dir()
     if folder is None:
         raise UserError("this installation has no C++ sources of the extension")
@@ -172,9 +172,9 @@ def library_in(place: Path, cuda: bool = False) -> Path:
 
 
 def carried_library(cuda: bool = False) -> Path:
-    """Where a wheel carries the library for the PyTorch that is installed; it may not exist.
+    """Return the path at which a wheel carries the library for the installed PyTorch; the file may not exist.
 
-    The CUDA library stands on the stable ABI: one serves all PyTorch releases of a CUDA major version.
+    The CUDA library uses the stable ABI, so one serves all PyTorch releases of a CUDA major version.
     """
     if cuda:
         return PACKAGE / "lib" / cuda_name() / CUDA_LIBRARY
@@ -186,14 +186,14 @@ def cuda_name() -> str:
 
 
 def hash_file(library: Path) -> Path:
-    """Where the library's SHA-256 stands, as `sha256sum` writes and checks it."""
+    """Return the path of the file with the library's SHA-256, as `sha256sum` writes and checks it."""
     return library.with_name(f"{library.name}.sha256")
 
 
 def fault_of(library: Path) -> str | None:
-    """Why a file must not be loaded as the library that a build made, or None.
+    """Return why a library must not be loaded, or None if it is the file that a build made.
 
-    To load a library whose end is missing kills the process, so its SHA-256 is compared first.
+    Loading a library whose end is missing kills the process, so its SHA-256 is compared first.
     """
     try:
         if not library.is_file() and not library.is_dir() and library.exists():
@@ -214,9 +214,10 @@ def fault_of(library: Path) -> str | None:
 
 
 def search(cuda: bool = False, *, carried: bool = True) -> tuple[Path | None, list[str]]:
-    """The library to load, and what is wrong with those that come before it.
+    """Find the library to load. Returns its path or None, and the faults of the libraries that were passed over.
 
-    Built from the sources at hand, in any of ``places``; else, with carried, the wheel's own; or None.
+    A library that was built from the present sources comes first, in the order of ``places``; then, with carried, the
+    one that a wheel carries.
     """
     candidates = [] if source_dir() is None else [library_in(place, cuda) for place in places()]
     if carried:
@@ -232,12 +233,12 @@ def search(cuda: bool = False, *, carried: bool = True) -> tuple[Path | None, li
 
 
 def find_library(cuda: bool = False) -> Path | None:
-    """The library that ``load`` would take, or None."""
+    """Return the library that ``load`` would load, or None."""
     return search(cuda)[0]
 
 
-def said_of(library: Path) -> str:
-    """What a build wrote beside a CUDA library: its device code and compiler."""
+def build_note(library: Path) -> str:
+    """Return the note that a build wrote beside a CUDA library: its device code and compiler."""
     try:
         return library.with_suffix(".txt").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -249,7 +250,7 @@ _cuda_outcome: list[str | None] = []
 
 
 def load() -> str | None:
-    """Load the extension's libraries, once. Returns None where that succeeded, else the reason; never raises.
+    """Load the libraries of the extension once. Returns None, or the reason why it did not load; never raises.
 
     The ops load through ops/_backends/library.py, which also registers shapes and gradients.
     """
@@ -260,7 +261,7 @@ def load() -> str | None:
 
 
 def damage() -> str | None:
-    """Why a library that lies where it belongs is not used, or None where one is used or none was ever built."""
+    """Return why an existing library is not used, or None if one is used or none was ever built."""
     reason = load()
     if reason is None:
         return None
@@ -269,30 +270,30 @@ def damage() -> str | None:
 
 
 def load_cuda() -> str | None:
-    """Whether the operators serve CUDA tensors: None, else the reason; never raises. A device need not be there."""
+    """Return None if the operators accept CUDA tensors, or the reason why not; never raises and needs no device."""
     load()
     return _cuda_outcome[0]
 
 
 def cpu_paths() -> dict[str, str]:
-    """How the loaded extension computes here: "vectors", "float32", "bfloat16"; an empty word is no product of it."""
+    """Return how the loaded extension computes "vectors", "float32" and "bfloat16"; empty where it has no products."""
     return dict(torch.ops.rada_fast.cpu_paths())
 
 
 def bfloat16_products() -> str:
-    """How the loaded extension multiplies bfloat16 here: "native", or as "float32" after widening its tiles.
+    """Return how the loaded extension multiplies bfloat16: "native", or "float32" if it widens the tiles first.
 
-    RADA_FAST_BFLOAT16 decides; raises UserError where it asks for native products and there are none.
+    RADA_FAST_BFLOAT16 decides. Raises UserError if it asks for native products and there are none.
     """
     asked, possible = _env.bfloat16_products(), bool(cpu_paths()["bfloat16"])
     if asked == "native" and not possible:
         raise UserError("RADA_FAST_BFLOAT16=native: this processor or build of PyTorch has no products of bfloat16")
-    # oneDNN takes bfloat16 on every AVX-512 processor, and emulates the instructions where these are missing.
+    # oneDNN accepts bfloat16 on every AVX-512 processor, and emulates the instructions if they are missing.
     return asked or ("native" if possible and _env.multiplies("bfloat16") else "float32")
 
 
-# What torch.compiler.assume_constant_result sets, without importing the compiler: torch.compile takes the answer of a
-# call as it is instead of tracing files being looked for.
+# torch.compile takes the results of these functions as constants instead of tracing a search for files. This is what
+# torch.compiler.assume_constant_result sets; calling it would import the compiler.
 _functions: list[Any] = [load, load_cuda, cpu_paths, bfloat16_products]
 for _function in _functions:
     _function._dynamo_marked_constant = True
@@ -309,7 +310,7 @@ def _load() -> str | None:
                 return f"this wheel carries the extension for {', '.join(carried)}, not for {torch_name()}"
             return "the extension is not built for these sources and this PyTorch; run `rada-fast build`"
         torch.ops.load_library(str(library))
-    except Exception as error:  # a broken library must not break anything but itself
+    except Exception as error:  # a broken library must not stop anything else
         cause = error.__cause__ or error
         return f"the extension does not load: {str(cause).splitlines()[0]}"
     return None
@@ -327,7 +328,7 @@ def _load_cuda(reason: str | None) -> str | None:
         if library is None:
             return "the CUDA kernels are not built; run `rada-fast build` where nvcc and a device are found"
         torch.ops.load_library(str(library))
-    except Exception as error:  # nor may it break the CPU's operators
+    except Exception as error:  # nor may it stop the operators of the CPU
         cause = error.__cause__ or error
         return f"the CUDA kernels do not load: {str(cause).splitlines()[0]}"
     return None
@@ -338,7 +339,7 @@ def _describe_cuda() -> dict[str, str]:
     library = find_library(cuda=True)
     facts = {"CUDA kernels": reason or "usable", "CUDA library": str(library or "none")}
     if library is not None:
-        facts["CUDA device code"] = said_of(library) or "not said"
+        facts["CUDA device code"] = build_note(library) or "not said"
     if reason is None and _env.has_cuda():
         taken = int(torch.ops.rada_fast.device_architecture(torch.empty(0, device="cuda"))) // 10
         major, minor = _env.cuda_device_capability()
@@ -347,7 +348,7 @@ def _describe_cuda() -> dict[str, str]:
 
 
 def describe() -> dict[str, str]:
-    """What `doctor` says about the extension: whether it is usable, where it is, which instruction paths it takes."""
+    """Describe the extension for `doctor`: whether it is usable, where it is, which instructions it uses."""
     reason = load()
     library, faults = search()
     facts = {"state": reason or "usable", "library": str(library or "none"), "build place": str(build_place())}

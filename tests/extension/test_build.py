@@ -253,4 +253,4 @@ def test_a_cuda_library_with_more_device_code_serves(tmp_path: Path) -> None:
         ("", False),
     ):
         library.with_suffix(".txt").write_text(f"{said}\n")
-        assert build._served(library, toolkit) is serves, said
+        assert build._is_current(library, toolkit) is serves, said

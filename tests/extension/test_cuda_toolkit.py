@@ -169,7 +169,7 @@ def test_the_build_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> N
     build.build(echo=said.append)
     assert len(said) == 1
     library = libraries.find_library(cuda=True)
-    before = library and f"CUDA kernels as built before, for {libraries.said_of(library)}"
+    before = library and f"CUDA kernels as built before, for {libraries.build_note(library)}"
     assert (before or "no CUDA kernels: USE_CUDA=0") in said[0]
     monkeypatch.setenv("USE_CUDA", "1")
     monkeypatch.setattr(torch.version, "cuda", None)
