@@ -15,13 +15,14 @@ from rada_fast.config.commands import EFTOptions, TTTOptions
 from rada_fast.config.options import RunOptions
 from rada_fast.config.tools import DemoOptions
 from rada_fast.data.decode import read_image
-from rada_fast.data.open import open_source
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
 from rada_fast.loops.eft import run_eft
-from rada_fast.loops.features import encode_images
-from rada_fast.loops.setup import open_setup
+from rada_fast.loops.setup import open_data_and_model
 from rada_fast.loops.ttt import run_ttt
+from rada_fast.models.class_features import ClassGroup, text_features
+from rada_fast.models.class_names import class_names_of
+from rada_fast.models.image_features import encode_images
 from rada_fast.modules import load_adapter
 from rada_fast.ops import rational_adapter
 from rada_fast.reports.pictures import mask_picture
@@ -83,12 +84,12 @@ def run_demo(config: DemoOptions) -> int:
 def check_output(output: Path) -> None:
     """Raise UserError where the folder holds anything that no demo made, which its files could replace."""
     try:
-        there = {path.name for path in output.iterdir()}
+        found = {path.name for path in output.iterdir()}
     except FileNotFoundError:
         return
     except OSError as error:
         raise UserError(f"output {output} cannot be used: {error.strerror}") from None
-    foreign = there - MADE if WORLD in there else there
+    foreign = found - MADE if WORLD in found else found
     if foreign:
         raise UserError(
             f"output {output} must be empty, new, or an earlier demo's folder, it holds {ascii(min(foreign))[1:-1]}; "
@@ -120,19 +121,20 @@ def draw_images(output: Path, config: DemoOptions) -> dict[str, Path]:
 
 def draw_picture(output: Path, test: Path) -> Path:
     """The trained adapter's mask on new-class images: one in detail, many in the histogram."""
-    source = open_source(f"imagefolder:{test}")
-    setup = open_setup(TTTOptions(data=f"imagefolder:{test}"), {"data": source})
-    names = setup.class_names(source)
+    options = TTTOptions(data=f"imagefolder:{test}")
+    opened = open_data_and_model(options, {"data": options.data})
+    source = opened.sources["data"]
+    names = class_names_of(source, None, prompts=True)
     new = range(math.ceil(len(names) / 2), len(names))
     names = tuple(names[label] for label in new)
-    text = setup.text_features(names, training=None)
+    (text,) = text_features(options.text, [ClassGroup(names)], opened.model)
     chosen = source.subset(list(new)).limited(HISTOGRAM_IMAGES).samples
-    encoded = encode_images(chosen, setup.model, title="encode for the picture", workers=0)
+    encoded = encode_images(chosen, opened.model.loaded(), title="encode for the picture", workers=0)
     adapter = load_adapter(output / "eft" / "adapter.safetensors")
     parameters = dict(adapter.named_parameters())
     with torch.no_grad():
         result = rational_adapter(
-            encoded.features, text, setup.logit_scale, parameters, adapter.config, return_mask=True
+            encoded.features, text, opened.logit_scale, parameters, adapter.config, return_mask=True
         )
     assert result.mask is not None
     first = encoded.features[0]
@@ -149,7 +151,7 @@ def draw_picture(output: Path, test: Path) -> Path:
         mask=result.mask[0],
         rational=rational,
         class_names=names,
-        logit_scale=setup.logit_scale,
+        logit_scale=opened.logit_scale,
         histogram=result.mask,
     )
     return path

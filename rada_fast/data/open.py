@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rada_fast.data.readers.features import read_feature_file
 from rada_fast.data.readers.imagefolder import read_image_folder, read_unlabelled_images
-from rada_fast.data.sources import Source
+from rada_fast.data.sources import FeatureFile, Source
 from rada_fast.errors import UserError
 
 
@@ -27,6 +27,25 @@ KINDS = {
     "images": Kind("images:DIR (no labels)", read_unlabelled_images),
     "features": Kind("features:FILE.npz (arrays features, labels)", read_feature_file),
 }
+
+
+def open_text_file(given: str | None) -> FeatureFile | None:
+    """The feature file that an option for text features names, or None where the option names something else.
+
+    given: the option's value: None for prompts, class-means, classifier:RUN, or features:FILE.npz.
+
+    Raises UserError where it is none of these, or where the file has not one row for each class.
+    """
+    if given is None or given == "class-means" or given.startswith("classifier:"):
+        return None
+    path = given.removeprefix("features:")
+    source = read_feature_file(Path(path).expanduser()) if path not in (given, "") else None
+    if source is None or source.features.ndim != 2:
+        raise UserError(
+            "text_features must be class-means, features:FILE.npz with one row a class or classifier:RUN of an fft, "
+            f"got {given!r}"
+        )
+    return source
 
 
 def open_source(spec: str) -> Source:

@@ -1,20 +1,77 @@
-"""Test on features: one record an image, with the answers before and after adaptation."""
+"""Evaluation on features: one record for each image, with the answers before and after adaptation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rada_fast.loops.features import Features, Unreadable
+from rada_fast.data.sources import Source
+from rada_fast.errors import UserError
+from rada_fast.loops.setup import Setup
+from rada_fast.models.class_features import class_means
+from rada_fast.models.image_features import Features, features_of
 from rada_fast.ops import zero_shot_logits
-from rada_fast.reports.summary import image_record
+from rada_fast.reports.summary import image_record, unreadable_records
 from rada_fast.runs.progress import progress
 
 CHUNK_ELEMENTS = 2**24
-"""Most elements of one (B, K, D) tensor while testing: 64 MiB in float32."""
+"""The most elements of one (B, K, D) tensor during an evaluation: 64 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Data to evaluate an adapter on, before their images are encoded.
+
+    name: of the evaluation in the results; text: T (K, D) of the classes, None where the means of the images' own
+    features describe them; num_classes: K.
+    """
+
+    name: str
+    source: Source
+    text: Tensor | None
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Encoded images to evaluate an adapter on, with the text features (K, D) of their classes, on the device."""
+
+    name: str
+    images: Features
+    text: Tensor
+
+
+def encode_evaluation(data: Sequence[EvaluationData], setup: Setup) -> list[EvaluationSet]:
+    """Encode the images of evaluations. Raises UserError where some have labels without text features."""
+    sets, run = [], setup.options.run
+    for one in data:
+        title = f"encode {one.name} test images"
+        images = features_of(one.source, setup.model, title=title, workers=run.workers, limit=run.limit)
+        text = class_means(images, one.num_classes) if one.text is None else one.text
+        if len(images.labels) and int(images.labels.max()) >= len(text):
+            raise UserError(
+                f"test images of {one.name} have label {int(images.labels.max())}, but there are {len(text)} classes"
+            )
+        sets.append(EvaluationSet(one.name, images, text.to(setup.device)))
+    return sets
+
+
+def evaluate_sets(sets: Sequence[EvaluationSet], setup: Setup) -> dict[str, list[dict[str, Any]]]:
+    """The records of every evaluation set with the adapter as it is now, by the set's name."""
+    records = {}
+    for one in sets:
+
+        def predict(images: Tensor, text: Tensor = one.text) -> Tensor:
+            logits: Tensor = setup.adapter(images, text, setup.logit_scale)
+            return logits
+
+        title = f"test {one.name}"
+        records[one.name] = evaluate(predict, one.images, one.text, setup.logit_scale, title=title, device=setup.device)
+    return records
 
 
 @torch.no_grad()
@@ -56,8 +113,3 @@ def evaluate(
                 records.append(image_record(images.ids[first + offset], label, status, before, after))
             advance(len(part))
     return records + [record | {"label": classes[record["label"]]} for record in unreadable_records(images.unreadable)]
-
-
-def unreadable_records(images: Iterable[Unreadable]) -> list[dict[str, Any]]:
-    """One record for each image that could not be read."""
-    return [{"id": id, "label": label, "status": "unreadable", "error": reason} for id, label, reason in images]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,28 +19,29 @@ from rada_fast.config.commands import FFTOptions
 from rada_fast.data.sources import Source
 from rada_fast.data.views import image_seed
 from rada_fast.errors import UserError
-from rada_fast.loops.evaluate import evaluate, unreadable_records
-from rada_fast.loops.features import Features, check_some_readable, iterate_views
-from rada_fast.loops.setup import Problem, open_setup, open_sources
+from rada_fast.loops.evaluate import evaluate
+from rada_fast.loops.identity import open_folder
+from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.loops.training import (
     Batch,
+    Plan,
     Training,
-    drawing_from,
     shuffled,
     step_loss,
-    train_epoch,
+    train,
     training_time,
     warm_up_then_cosine,
 )
+from rada_fast.models.class_features import ClassGroup, text_features
+from rada_fast.models.class_names import class_names_of
+from rada_fast.models.image_features import Features, check_some_readable, features_of, iterate_views
 from rada_fast.modules.rational_classifier import RationalClassifier
-from rada_fast.reports.summary import accuracy_of, already_finished, finish
+from rada_fast.reports.summary import accuracy_of, already_finished, finish, unreadable_records
 from rada_fast.runs.folder import RunFolder, reset_peak_memory
-from rada_fast.runs.identity import open_folder
-from rada_fast.runs.progress import progress
 
 IMAGES = "images.jsonl"
 TRAIN_CROP_SCALE = (0.9, 1.0)
-"""Share of the picture in a training crop, open_clip's own training default."""
+"""The share of the picture in a training crop, which is open_clip's own training default."""
 
 
 @dataclass(frozen=True)
@@ -54,210 +55,207 @@ class Stage:
     trains_encoder: bool
 
 
-def run_fft(config: FFTOptions) -> dict[str, Any]:
-    """Train both stages and test after each; returns the summary that it also writes.
+@dataclass(frozen=True)
+class Task:
+    """All that a run of fft works on.
+
+    setup: with the trained classes; stages: in their order; images: the training images; features: of their centre
+    views, where a stage or the text features need them; evaluation: the data to evaluate on, by their KIND:PATH;
+    limit: the most training images, None where all are taken.
+    """
+
+    setup: Setup
+    stages: tuple[Stage, ...]
+    images: Source
+    features: Features | None
+    evaluation: dict[str, Source]
+    limit: int | None
+
+    @property
+    def num_images(self) -> int:
+        """The number of training images: all image files, but only the readable ones of encoded data."""
+        return len(self.images.samples) or len(self.features.ids if self.features is not None else ())
+
+
+def run_fft(options: FFTOptions) -> dict[str, Any]:
+    """Train both stages and evaluate after each; returns the summary that it also writes.
 
     Raises UserError naming an option that cannot be used.
     """
-    sources = open_sources({"train": config.train, **{f"test {spec}": spec for spec in config.test}})
-    train, tests = sources["train"], {spec: sources[f"test {spec}"] for spec in config.test}
-    stages = [Stage("rada", config.epochs, config.lr, config.penalty_weight, trains_encoder=False)]
-    if config.stages == "both":
-        if not all(source.holds_images for source in sources.values()):
-            raise UserError("stages both trains the image encoder and needs images; with feature files give rada")
-        stages.append(Stage("rada-ft", config.finetune_epochs, config.finetune_lr, 0.0, trains_encoder=True))
-
-    setup = open_setup(config, sources)
-    names = setup.class_names(train)
-    check_classes(config, train, tests)
-    features = None
-    if not train.holds_images or config.train_views == "center" or config.text.text_features == "class-means":
-        features = setup.features(train, title="encode training images", limit=config.run.limit)
-    problem = setup.problem(names, setup.text_features(names, features))
-    if features is not None:
-        problem.check_width(features.features.shape[-1], f"--train {config.train}")
-    for spec, source in tests.items():
-        problem.check_width(source.width, f"--test {spec}")
-    batches = Batches(config, problem, features)
-    with open_run_folder(problem, batches, config) as folder:
-        covers = {"limit": config.run.limit}
+    task = open_task(options)
+    setup = task.setup
+    read = {**setup.sources, "train": task.images}
+    # The images that are trained on decide the weights.
+    with open_folder(setup, read, deciding=["train"], names=setup.names, text=setup.text, limit=task.limit) as folder:
+        covers = {"limit": options.run.limit}
         if (summary := folder.finished(covers)) is not None:
-            return already_finished(folder, summary, resumed=sum(stage.epochs for stage in stages))
-        results, resumed = train_and_test(stages, problem, batches, tests, folder)
-        return finish(folder, "fft", problem, results, covers=covers, resumed=resumed)
+            return already_finished(folder, summary, resumed=sum(stage.epochs for stage in task.stages))
+        results, resumed = train_and_evaluate(task, options, folder)
+        return finish(folder, setup.facts(), results, covers=covers, resumed=resumed)
 
 
-def open_run_folder(problem: Problem, batches: Batches, config: FFTOptions) -> RunFolder:
-    """The run's folder: the images that are trained on decide the weights."""
-    train = batches.source
-    limit = config.run.limit
-    return open_folder(
-        "fft",
-        problem,
-        {**problem.sources, "train": train},
-        deciding=["train"],
-        names=problem.names,
-        text=problem.text,
-        limit=limit if limit is not None and len(batches) < batches.available else None,
-    )
+def open_task(options: FFTOptions) -> Task:
+    """Open all that the options name, each once.
+
+    Raises UserError naming an option that cannot be used.
+    """
+    stages = [Stage("rada", options.epochs, options.lr, options.penalty_weight, trains_encoder=False)]
+    only_images = None
+    if options.stages == "both":
+        only_images = "stages both trains the image encoder and needs images; with feature files give rada"
+        stages.append(Stage("rada-ft", options.finetune_epochs, options.finetune_lr, 0.0, trains_encoder=True))
+    parts = {spec: f"test {spec}" for spec in options.test}
+    specs = {"train": options.train, **{part: spec for spec, part in parts.items()}}
+    opened = open_data_and_model(options, specs, only_images=only_images)
+    source, evaluation = opened.sources["train"], {spec: opened.sources[part] for spec, part in parts.items()}
+
+    names = class_names_of(source, options.text.classes, prompts=options.text.text_features is None)
+    for spec, data in evaluation.items():
+        if (fault := data.classes_beyond(source)) is not None:
+            raise UserError(f"test {spec} must have no classes but those of train {options.train}: {fault}")
+
+    images, features = source.limited(options.run.limit), None
+    if not images.holds_images or options.train_views == "center" or options.text.text_features == "class-means":
+        features = features_of(images, opened.model, title="encode training images", workers=options.run.workers)
+    (text,) = text_features(options.text, [ClassGroup(names, features)], opened.model, opened.text_file)
+    setup = open_setup("fft", options, opened, names, text)
+    limit = options.run.limit if len(images.ids) < len(source.ids) else None
+    return Task(setup, tuple(stages), images, features, evaluation, limit)
 
 
-def train_and_test(
-    stages: list[Stage], problem: Problem, batches: Batches, tests: dict[str, Source], folder: RunFolder
-) -> tuple[dict[str, Any], int]:
-    """Every stage's training and test; returns the results and how many epochs an earlier run had finished."""
+def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tuple[dict[str, Any], int]:
+    """Train and evaluate every stage; returns the results and how many epochs an earlier run had finished."""
+    setup = task.setup
     reset_peak_memory()
     start = time.perf_counter()
-    model = RationalClassifier(problem.text, problem.adapter, problem.logit_scale).to(problem.device)
-    results: dict[str, Any] = {"training_images": len(batches), "classes": len(problem.names)}
+    model = RationalClassifier(setup.text, setup.adapter, setup.logit_scale).to(setup.device)
+    results: dict[str, Any] = {"training_images": task.num_images, "classes": len(setup.names)}
     done: list[Training] = []
     lines, resumed = [], 0
-    for stage in stages:
-        training, first = train_stage(stage, model, problem, batches, done, folder)
+    for stage in task.stages:
+        training, first = train_stage(stage, model, task, options, done, folder)
         done.append(training)
         resumed += first
-        save_weights(stage, model, problem, folder)
-        results[stage.name], records = test_stage(stage, model, problem, tests)
+        save_weights(stage, model, setup, folder)
+        results[stage.name], records = evaluate_stage(stage, model, task)
         lines += records
     folder.accept_inputs()
     unreadable = {image[0]: image for training in done for image in training.unreadable.values()}
     folder.write_lines(IMAGES, [{"train": True} | record for record in unreadable_records(unreadable.values())] + lines)
-    # An image is tested after every stage, and counts once.
-    torn = {(line["test"], line["id"]) for line in lines if line["status"] == "unreadable"}
-    results["unreadable"] = len(unreadable) + len(torn)
+    # An image is evaluated after every stage, and counts once.
+    unreadable_evaluated = {(line["test"], line["id"]) for line in lines if line["status"] == "unreadable"}
+    results["unreadable"] = len(unreadable) + len(unreadable_evaluated)
     epochs = [record for training in done for record in training.records]
     results["time"] = {"seconds": round(time.perf_counter() - start, 3), **training_time(epochs)}
     return results, resumed
 
 
-def check_classes(config: FFTOptions, train: Source, tests: dict[str, Source]) -> None:
-    """Raise UserError where a test set has classes that were not trained."""
-    for spec, source in tests.items():
-        if (fault := source.classes_beyond(train)) is not None:
-            raise UserError(f"test {spec} must have no classes but those of train {config.train}: {fault}")
-
-
+@dataclass
 class Batches:
-    """Training batches: (features or images, labels), in an order drawn from (seed, stage, epoch)."""
+    """The training batches of a stage: inputs and labels, in an order drawn from (seed, stage, epoch).
 
-    def __init__(self, config: FFTOptions, problem: Problem, features: Features | None) -> None:
-        train = problem.sources["train"]
-        self.config = config
-        self.problem = problem
-        self.features = features
-        self.source = train.limited(config.run.limit)
-        self.samples = self.source.samples
-        self.ids: list[str] = []
-        """Of the images of the step under way that are still to be encoded."""
-        self.available = len(train.ids)
+    crops: whether each epoch makes random crops of its own; ids: of the images of the current step that are still to
+    be encoded.
+    """
 
-    def __len__(self) -> int:
-        return len(self.samples) if self.samples else len(self.features.ids) if self.features else 0
+    task: Task
+    stage: Stage
+    batch_size: int
+    crops: bool
+    ids: list[str] = field(default_factory=list)
+
+    @property
+    def fixed(self) -> Features | None:
+        """The features that serve every epoch, or None where each epoch reads the images."""
+        reads_images = self.stage.trains_encoder or (self.crops and self.task.images.holds_images)
+        return None if reads_images else self.task.features
+
+    @property
+    def steps(self) -> int:
+        """The most steps of an epoch: a step whose images are all unreadable is left out."""
+        fixed = self.fixed
+        count = len(self.task.images.samples) if fixed is None else len(fixed.labels)
+        return -(-count // self.batch_size)
 
     def take_ids(self, count: int) -> list[str]:
-        """What the next count images of the step are called."""
+        """The names of the next images of the current step."""
         taken, self.ids = self.ids[:count], self.ids[count:]
         return taken
 
-    def fixed(self, stage: Stage) -> Features | None:
-        """The features that serve every epoch of a stage, or None where each epoch makes views of its own."""
-        if stage.trains_encoder or (self.samples and self.config.train_views == "crop"):
-            return None
-        return self.features
+    def epoch(self, epoch: int, training: Training) -> Iterator[Batch]:
+        """The steps of an epoch: images (B, 3, S, S), or unit-norm features (B, D) where these are fixed.
 
-    def steps(self, stage: Stage) -> int:
-        """Steps of an epoch, at most: one whose images are all unreadable is left out."""
-        fixed = self.fixed(stage)
-        count = len(self.samples) if fixed is None else len(fixed.labels)
-        return -(-count // self.config.batch_size)
-
-    def epoch(self, stage: Stage, epoch: int, training: Training) -> Iterator[Batch]:
-        """Steps of an epoch. For the encoder's training, images (B, 3, S, S); else unit-norm features (B, D).
-
-        What cannot be read is noted in the training. Raises UserError where nothing can.
+        The training is told what cannot be read. Raises UserError where nothing can.
         """
-        config, fixed = self.config, self.fixed(stage)
-        count = len(self.samples) if fixed is None else len(fixed.labels)
-        order = shuffled(count, config.batch_size, config.run.seed, f"{stage.name} epoch {epoch}")
-        if fixed is not None:
+        run = self.task.setup.options.run
+        name = training.epoch_name(epoch)
+        if (fixed := self.fixed) is not None:
             training.note_unreadable(fixed.unreadable)
-            for step in order:
+            for step in shuffled(len(fixed.labels), self.batch_size, run.seed, name):
                 yield fixed.features[step], fixed.labels[step]
             return
+        images = self.task.images.samples
         unreadable = []
-        for step in order:
-            samples = [self.samples[index] for index in step.tolist()]
-            images, labels = [], []
+        for step in shuffled(len(images), self.batch_size, run.seed, name):
+            samples = [images[index] for index in step.tolist()]
+            views, labels = [], []
             self.ids = []
-            crops = config.train_views == "crop"
             stream = iterate_views(
                 samples,
-                self.problem.model,
-                views=0 if crops else 1,
+                self.task.setup.model.loaded(),
+                views=0 if self.crops else 1,
                 kind="crop",
-                seed=image_seed(config.run.seed, f"{stage.name} views {epoch}"),
-                workers=config.run.workers,
+                seed=image_seed(run.seed, f"{self.stage.name} views {epoch}"),
+                workers=run.workers,
                 crop_scale=TRAIN_CROP_SCALE,
             )
             for index, view, reason in stream:
                 if view is None:
                     unreadable.append((samples[index].id, samples[index].label, reason or ""))
                 else:
-                    images.append(view[0])
+                    views.append(view[0])
                     labels.append(samples[index].label)
                     self.ids.append(samples[index].id)
-            if images:
-                yield torch.stack(images), torch.tensor(labels)
-        check_some_readable(unreadable, self.samples)
+            if views:
+                yield torch.stack(views), torch.tensor(labels)
+        check_some_readable(unreadable, images)
         training.note_unreadable(unreadable)
 
 
-def learning_rate(stage: Stage, config: FFTOptions, step: int, total: int) -> float:
-    """Linear warm-up, then a cosine to zero. step: from 0; total: the stage's steps."""
-    return warm_up_then_cosine(stage.lr, step, total, min(config.warmup_steps, total // 5))
-
-
-def _scales(stage: Stage, problem: Problem) -> bool:
-    return stage.trains_encoder and problem.model.precision == "float16"
+def learning_rate(stage: Stage, warmup_steps: int, step: int, total: int) -> float:
+    """The rate of a step of a stage, counted from 0 of total: a linear warm-up, then a cosine to zero."""
+    return warm_up_then_cosine(stage.lr, step, total, min(warmup_steps, total // 5))
 
 
 def train_stage(
-    stage: Stage,
-    model: RationalClassifier,
-    problem: Problem,
-    batches: Batches,
-    done: list[Training],
-    folder: RunFolder,
+    stage: Stage, model: RationalClassifier, task: Task, options: FFTOptions, done: list[Training], folder: RunFolder
 ) -> tuple[Training, int]:
-    """Train one stage, or what is left of it; returns the training and how many epochs an earlier run had finished.
+    """Train one stage, or do what is left of it; returns the training and how many epochs an earlier run had finished.
 
     done: the stages before it.
     """
-    config = batches.config
+    setup = task.setup
     trained = nn.ModuleList([model])
     if stage.trains_encoder:
         assert done[0].kept is not None
         model.load_state_dict(done[0].kept)
-        visual = problem.model.model.visual
+        visual = setup.model.loaded().model.visual
         trained.append(visual)
         visual.requires_grad_(True).train()
     training = Training(
         folder,
         f"{stage.name}.pt",
         trained,
-        AdamW(trained.parameters(), lr=stage.lr, weight_decay=config.weight_decay),
-        torch.amp.GradScaler(
-            problem.device.type, enabled=stage.trains_encoder and problem.model.precision == "float16"
-        ),
+        AdamW(trained.parameters(), lr=stage.lr, weight_decay=options.weight_decay),
+        torch.amp.GradScaler(setup.device.type, enabled=stage.trains_encoder and setup.model.precision == "float16"),
         name=stage.name,
         earlier=[record for earlier in done for record in earlier.records],
     )
-    first = training.resume()
-    steps = batches.steps(stage)
+    batches = Batches(task, stage, options.batch_size, crops=options.train_views == "crop")
 
     def loss(inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if inputs.ndim == 4:
-            vlm, ids = problem.model, batches.take_ids(len(inputs))
+            vlm, ids = setup.model.loaded(), batches.take_ids(len(inputs))
             if not stage.trains_encoder:
                 inputs = vlm.encode_images(inputs, ids)
             else:
@@ -265,70 +263,68 @@ def train_stage(
                 # In float32 and after a step it is the learning rate that makes an encoder overflow.
                 if vlm.precision != "float32" or not training.optimizer.state:
                     vlm.check_features(inputs, "image", ids)
-        logits, penalty = model(inputs, config.penalty)
+        logits, penalty = model(inputs, options.penalty)
         return step_loss(logits, penalty, target, stage.penalty_weight)
 
-    with progress(f"full fine-tuning, {stage.name}", (stage.epochs - first) * steps) as advance:
-        for epoch in range(first, stage.epochs):
+    def after_epoch(epoch: int, record: dict[str, Any]) -> None:
+        if not stage.trains_encoder and epoch + 1 == options.finetune_from:
+            training.kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
-            def rate(step: int, before: int = epoch * steps) -> float:
-                return learning_rate(stage, config, before + step, stage.epochs * steps)
-
-            with drawing_from(config.run.seed, f"{stage.name} epoch {epoch}", problem.device):
-                record = train_epoch(
-                    training,
-                    batches.epoch(stage, epoch, training),
-                    loss,
-                    rate,
-                    lr=stage.lr,
-                    option="finetune_lr" if stage.trains_encoder else "lr",
-                    micro_batch=config.micro_batch,
-                    on_step=advance,
-                )
-            if not stage.trains_encoder and epoch + 1 == config.finetune_from:
-                training.kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-            training.save(record)
+    steps = batches.steps
+    plan = Plan(
+        stage.epochs,
+        steps,
+        lambda epoch, step: learning_rate(stage, options.warmup_steps, epoch * steps + step, stage.epochs * steps),
+        stage.lr,
+        option="finetune_lr" if stage.trains_encoder else "lr",
+        micro_batch=options.micro_batch,
+        seed=options.run.seed,
+    )
+    title = f"full fine-tuning, {stage.name}"
+    resumed = train(
+        training, plan, lambda epoch: batches.epoch(epoch, training), loss, title=title, after_epoch=after_epoch
+    )
     if stage.trains_encoder:
-        problem.model.model.visual.requires_grad_(False).eval()
-    return training, first
+        visual.requires_grad_(False).eval()
+    return training, resumed
 
 
-def save_weights(stage: Stage, model: RationalClassifier, problem: Problem, folder: RunFolder) -> None:
-    """The stage's adapter, classifier and, where it was trained, image encoder, as safetensors."""
+def save_weights(stage: Stage, model: RationalClassifier, setup: Setup, folder: RunFolder) -> None:
+    """Write a stage's adapter, its classifier and, where it was trained, the image encoder, as safetensors."""
     folder.save_adapter(f"{stage.name}-adapter.safetensors", model.adapter)
     tensors: dict[str, Tensor] = {"classifier.weight": model.weight}
     if stage.trains_encoder:
-        visual = problem.model.model.visual.state_dict()
+        visual = setup.model.loaded().model.visual.state_dict()
         tensors |= {f"visual.{name}": tensor for name, tensor in visual.items()}
     folder.save_tensors(f"{stage.name}-model.safetensors", tensors)
 
 
-def test_stage(
-    stage: Stage, model: RationalClassifier, problem: Problem, tests: dict[str, Source]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Accuracies on every test set, of the zero-shot model and after this stage; and a record for every image.
+def evaluate_stage(stage: Stage, model: RationalClassifier, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The accuracies on all data to evaluate on, zero-shot and after this stage, and a record for every image.
 
-    A set with some of the training classes, as ImageNet-A's 200, is judged among those.
+    Data with some of the training classes, such as ImageNet-A's 200, are predicted among those alone.
     """
-    train = problem.sources["train"]
+    setup = task.setup
 
     def predict(images: Tensor) -> Tensor:
         logits: Tensor = model.adapter(images, model.weight, model.logit_scale)
         return logits
 
+    run = setup.options.run
     results, lines = {}, []
-    for spec, source in tests.items():
+    for spec, source in task.evaluation.items():
         title = f"test {spec} after {stage.name}"
-        limit = problem.config.run.limit
-        features = problem.features(source, title=title, limit=limit, cached=not stage.trains_encoder)
+        # The features that are cached on disk are those of the encoder as it was loaded.
+        cached = not stage.trains_encoder
+        images = features_of(source, setup.model, title=title, workers=run.workers, limit=run.limit, cached=cached)
         records = evaluate(
             predict,
-            features,
-            problem.text,
+            images,
+            setup.text,
             model.logit_scale,
             title=title,
-            device=problem.device,
-            labels=source.labels_among(train),
+            device=setup.device,
+            labels=source.labels_among(setup.sources["train"]),
         )
         lines += [{"stage": stage.name, "test": spec} | record for record in records]
         results[spec] = accuracy_of(records, before="zero_shot", after="adapted")

@@ -1,4 +1,4 @@
-"""Training as eft and fft share it: schedules, an epoch and its record, and the state from which a run goes on."""
+"""The training loop of eft and fft: epochs and their records, schedules, and the state from which a run goes on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from rada_fast.data.views import image_seed
 from rada_fast.errors import UserError
-from rada_fast.loops.features import Unreadable
+from rada_fast.models.image_features import Unreadable
 from rada_fast.runs.folder import RunFolder
+from rada_fast.runs.progress import progress
 
 EPOCHS = "epochs.jsonl"
 
@@ -52,6 +53,10 @@ class Training:
         """Where the weights are."""
         return next(self.trained.parameters()).device
 
+    def epoch_name(self, epoch: int) -> str:
+        """What an epoch, counted from 0, is called where its draws are seeded."""
+        return f"{self.name} epoch {epoch}" if self.name else f"epoch {epoch}"
+
     def resume(self) -> int:
         """Take up what the folder holds of this training; returns the number of finished epochs."""
         self.folder.load_state(self.state_file, self._take)
@@ -81,7 +86,8 @@ class Training:
         self.optimizer.load_state_dict(optimizer)
         self.scaler.load_state_dict(scaler)
         self.trained.load_state_dict(trained)
-        self.records, self.kept, self.unreadable = records, kept, unreadable
+        self.records, self.kept = records, kept
+        self.unreadable |= unreadable
 
     def save(self, record: dict[str, Any]) -> None:
         """Save the state after an epoch, then add the epoch's line."""
@@ -100,6 +106,65 @@ class Training:
     def note_unreadable(self, images: Iterable[Unreadable]) -> None:
         """Remember training images that could not be read, each once."""
         self.unreadable |= {image[0]: image for image in images}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a training lasts and how fast it learns.
+
+    epochs: in all; steps: of an epoch, at most; rate: the learning rate of a step, from the numbers of the epoch and of
+    the step in it, both from 0; lr, option: what sets it, and that option's name; micro_batch: images at once, where a
+    step is to be split, its gradients accumulated; seed: of PyTorch's own draws.
+    """
+
+    epochs: int
+    steps: int
+    rate: Callable[[int, int], float]
+    lr: float
+    option: str = "lr"
+    micro_batch: int | None = None
+    seed: int = 0
+
+
+def train(
+    training: Training,
+    plan: Plan,
+    batches: Callable[[int], Iterable[Batch]],
+    loss: Loss,
+    *,
+    title: str,
+    after_epoch: Callable[[int, dict[str, Any]], None] | None = None,
+) -> int:
+    """Train, or do what is left of it; returns how many epochs an earlier run had finished.
+
+    batches: the steps of an epoch; title: of the progress bar; after_epoch: called with the number of the epoch, from
+    0, and its record, to which it may add, before the state is saved.
+
+    Raises UserError where the loss or a weight is no number.
+    """
+    first = training.resume()
+    with progress(title, (plan.epochs - first) * plan.steps) as advance:
+        for epoch in range(first, plan.epochs):
+
+            def rate(step: int, epoch: int = epoch) -> float:
+                return plan.rate(epoch, step)
+
+            with drawing_from(plan.seed, training.epoch_name(epoch), training.device):
+                record = train_epoch(
+                    training,
+                    batches(epoch),
+                    loss,
+                    rate,
+                    lr=plan.lr,
+                    option=plan.option,
+                    micro_batch=plan.micro_batch,
+                    on_step=advance,
+                )
+            if after_epoch is not None:
+                after_epoch(epoch, record)
+            training.save(record)
+            advance(0, note=f"loss {record['loss']:.4f}")
+    return first
 
 
 def warm_up_then_cosine(lr: float, step: int, total: int, warmup: int) -> float:
@@ -157,7 +222,7 @@ def train_epoch(
     start = time.perf_counter()
     device = training.device
     # Sums stay on the device and are read once an epoch: loss, cross-entropy, penalty, accuracy.
-    sums, seen, last_rate = torch.zeros(4, device=device), 0, rate(0)
+    sums, count, last_rate = torch.zeros(4, device=device), 0, rate(0)
     for step, (inputs, labels) in enumerate(batches):
         last_rate = rate(step)
         for group in training.optimizer.param_groups:
@@ -170,17 +235,17 @@ def train_epoch(
             sums += parts * len(target)
         training.scaler.step(training.optimizer)
         training.scaler.update()
-        seen += len(labels)
+        count += len(labels)
         if on_step is not None:
             on_step()
-    mean, entropy, penalty, accuracy = (sums / max(seen, 1)).tolist()
+    mean, entropy, penalty, accuracy = (sums / max(count, 1)).tolist()
     epoch, seconds = len(training.records) + 1, time.perf_counter() - start
     # The last step's weights have made no loss yet.
-    whole = all(bool(parameter.isfinite().all()) for parameter in training.trained.parameters())
-    if not math.isfinite(mean) or not whole:
-        made = "the weights no numbers" if math.isfinite(mean) else f"the loss {mean}"
+    finite = all(bool(parameter.isfinite().all()) for parameter in training.trained.parameters())
+    if not math.isfinite(mean) or not finite:
+        fault = "the weights no numbers" if math.isfinite(mean) else f"the loss {mean}"
         stage = f" of {training.name}" if training.name else ""
-        raise UserError(f"{option} {lr} made {made} in epoch {epoch}{stage}: give a smaller one")
+        raise UserError(f"{option} {lr} made {fault} in epoch {epoch}{stage}: give a smaller one")
     return ({"stage": training.name} if training.name else {}) | {
         "epoch": epoch,
         "lr": last_rate,
@@ -188,8 +253,8 @@ def train_epoch(
         "cross_entropy": round(entropy, 6),
         "penalty": round(penalty, 8),
         "train_top1": round(100 * accuracy, 3),
-        "images": seen,
-        "images_per_second": round(seen / seconds, 3),
+        "images": count,
+        "images_per_second": round(count / seconds, 3),
         "seconds": round(seconds, 3),
     }
 

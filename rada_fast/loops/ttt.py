@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from rada_fast.config.commands import TTTOptions
+from rada_fast.config.method import EpisodeConfig
 from rada_fast.data.sources import Source
 from rada_fast.data.views import image_seed
 from rada_fast.engine.episodes import adapt_episodes, prediction_entropy
-from rada_fast.loops.features import iterate_views
-from rada_fast.loops.setup import Problem, open_setup, open_sources
+from rada_fast.loops.identity import open_folder
+from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
+from rada_fast.models.class_features import ClassGroup, text_features
+from rada_fast.models.class_names import class_names_of
+from rada_fast.models.image_features import iterate_views
 from rada_fast.ops import zero_shot_logits
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, image_record, is_image_record
 from rada_fast.runs.folder import SUPERSEDED, RunFolder, describe_change, reset_peak_memory
-from rada_fast.runs.identity import open_folder
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
@@ -36,63 +39,70 @@ class Episode:
     error: str | None = None
 
 
-def run_ttt(config: TTTOptions) -> dict[str, Any]:
-    """Adapt to and predict every image of the data; returns the summary that it also writes.
+def run_ttt(options: TTTOptions) -> dict[str, Any]:
+    """Adapt to every image of the data and predict it; returns the summary that it also writes.
 
     Raises UserError naming the option that cannot be used.
     """
-    setup = open_setup(config, open_sources({"data": config.data}))
+    setup = open_ttt(options)
     source = setup.sources["data"]
-    mention_fixed_views(config, source)
-    names = setup.class_names(source)
-    problem = setup.problem(names, setup.text_features(names, training=None))
-    problem.check_width(source.width, f"--data {config.data}")
-    # A line is of its image alone: one whose picture has changed is made anew, and all others stay. A feature file's
-    # rows have no times of their own, so another file is another run.
+    # A line depends on its image alone: where a picture has changed, its line is made anew, and all others stay. The
+    # rows of a feature file have no times of their own, so that another file makes another run.
     deciding = [] if source.holds_images else ["data"]
-    with open_folder("ttt", problem, {"data": source}, deciding=deciding, names=names, text=problem.text) as folder:
+    with open_folder(setup, {"data": source}, deciding=deciding, names=setup.names, text=setup.text) as folder:
         drop_superseded(folder, source.known_labels())
-        ids = frozenset(source.limited(config.run.limit).ids)
+        chosen = source.limited(options.run.limit)
+        ids = frozenset(chosen.ids)
         records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
         done = {record["id"] for record in records}
         covers = {"images": len(ids)}
         if len(done) == len(ids) and (summary := folder.finished(covers)) is not None:
             return already_finished(folder, summary, resumed=len(done))
         clock = Clock()
-        total = adapt_to_all(config, problem, folder, done, clock)
+        total = adapt_to_all(setup, chosen, options, folder, done, clock)
         records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
         accuracy = accuracy_of(records, before="zero_shot", after="adapted")
         results = {
-            "classes": len(names),
-            "views": views_of(config, source),
+            "classes": len(setup.names),
+            "views": num_views(options, source),
             **accuracy,
             "unreadable": accuracy["status"]["unreadable"],
             "time": clock.report(total),
         }
-        return finish(folder, "ttt", problem, results, covers=covers, resumed=len(done))
+        return finish(folder, setup.facts(), results, covers=covers, resumed=len(done))
 
 
-def views_of(config: TTTOptions, source: Source) -> int:
-    """How many views of an image the run has: those that a feature file holds, otherwise as many as are asked for."""
-    return config.views if source.num_views is None else source.num_views
+def open_ttt(options: TTTOptions) -> Setup:
+    """Open all that the options name, each once. Raises UserError naming an option that cannot be used."""
+    opened = open_data_and_model(options, {"data": options.data})
+    source = opened.sources["data"]
+    mention_fixed_views(options, source)
+    names = class_names_of(source, options.text.classes, prompts=options.text.text_features is None)
+    (text,) = text_features(options.text, [ClassGroup(names)], opened.model, opened.text_file)
+    return open_setup("ttt", options, opened, names, text)
 
 
-def mention_fixed_views(config: TTTOptions, source: Source) -> None:
+def num_views(options: TTTOptions, source: Source) -> int:
+    """The number of views of an image: a feature file holds so many, and of pictures as many are made as asked for."""
+    return options.views if source.num_views is None else source.num_views
+
+
+def mention_fixed_views(options: TTTOptions, source: Source) -> None:
     """Say where the views of a feature file are not those that were asked for."""
-    views = views_of(config, source)
-    held = f"makes no views of a feature file: {config.data} holds {views} of each image"
-    if views != config.views and config.views == TTTOptions.views:
-        notices.note(f"--views {held}")
-    elif views != config.views:
-        notices.warn(f"--views {config.views} {held}")
-    if source.num_views is not None and config.view_kind != TTTOptions.view_kind:
-        notices.warn(f"--view-kind {config.view_kind} makes no views of a feature file: {config.data} holds its own")
+    views = num_views(options, source)
+    fixed = f"makes no views of a feature file: {options.data} holds {views} of each image"
+    if views != options.views and options.views == TTTOptions.views:
+        notices.note(f"--views {fixed}")
+    elif views != options.views:
+        notices.warn(f"--views {options.views} {fixed}")
+    if source.num_views is not None and options.view_kind != TTTOptions.view_kind:
+        notices.warn(f"--view-kind {options.view_kind} makes no views of a feature file: {options.data} holds its own")
 
 
 def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None:
-    """Take out of images.jsonl what is no image's line as it is now: each has one, of its picture and its label.
+    """Move lines out of images.jsonl that are not the only line of an image with its picture and label of today.
 
-    labels: those of all images, by id.
+    labels: of all images, by id.
     """
     before, now = folder.before.get("data", {}), folder.inputs.parts["data"]
     by_image = "data" not in folder.inputs.deciding  # otherwise a run with other data has been refused
@@ -113,34 +123,40 @@ def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None
     folder.accept_inputs()
 
 
-def adapt_to_all(config: TTTOptions, problem: Problem, folder: RunFolder, done: set[str], clock: Clock) -> int:
-    """Adapt to and record every image that is not done yet; returns how many those were."""
+def adapt_to_all(
+    setup: Setup, source: Source, options: TTTOptions, folder: RunFolder, done: set[str], clock: Clock
+) -> int:
+    """Adapt to every image that is not done yet and record it; returns how many there were.
+
+    source: the images that the run covers; done: the ids of those that an earlier run has recorded.
+    """
     reset_peak_memory()
     pending: list[Episode] = []
-    total, stream = episodes_of(config, problem, done, clock)
-    with progress("test-time training", total) as advance:
-        for episode in stream:
+    order = visiting_order(len(source.ids), options.order_seed)
+    chosen = [index for index in order if source.ids[index] not in done]
+    with progress("test-time training", len(chosen)) as advance:
+        for episode in episodes_of(setup, source, options, chosen, clock):
             pending.append(episode)
-            if len(pending) == config.episodes:
-                adapt_and_record(pending, folder, problem, config, clock)
+            if len(pending) == options.episodes:
+                adapt_and_record(pending, setup, options.episode, folder, clock)
                 advance(len(pending))
                 pending.clear()
-        adapt_and_record(pending, folder, problem, config, clock)
+        adapt_and_record(pending, setup, options.episode, folder, clock)
         advance(len(pending))
-    return total
+    return len(chosen)
 
 
 class Clock:
-    """Seconds spent by part of the work, and as a whole."""
+    """The seconds that a run has spent, as a whole and by part of the work."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.parts = {"encode": 0.0, "adapt": 0.0}
 
     def report(self, images: int) -> dict[str, float | None]:
-        """Of the images done since the start: how many, seconds in all and by part, and images per second.
+        """How many images were done since the start, the seconds in all and by part, and the images per second.
 
-        Reading and view making are what the parts leave over.
+        The seconds that the parts leave over went into reading images and making views.
         """
         seconds = time.perf_counter() - self.start
         parts = {f"{name}_seconds": round(value, 3) for name, value in self.parts.items()}
@@ -148,49 +164,42 @@ class Clock:
         return {"images": images, "seconds": round(seconds, 3), **parts, "images_per_second": speed}
 
 
-def episodes_of(config: TTTOptions, problem: Problem, done: set[str], clock: Clock) -> tuple[int, Iterator[Episode]]:
-    """How many images are left, and their episodes, in the order asked for."""
-    source = problem.sources["data"].limited(config.run.limit)
-    ids, labels = source.ids, source.known_labels()
-    chosen = [i for i in visiting_order(len(ids), config) if ids[i] not in done]
+def episodes_of(
+    setup: Setup, source: Source, options: TTTOptions, chosen: Sequence[int], clock: Clock
+) -> Iterator[Episode]:
+    """The episodes of some images, in the order in which they are chosen. chosen: their indices in the source."""
+    labels = source.known_labels()
     if (features := source.views()) is not None:
-        return len(chosen), (Episode(ids[i], labels[ids[i]], features[i]) for i in chosen)
-    samples = [source.samples[i] for i in chosen]
-    vlm = problem.model
-
-    def encoded() -> Iterator[Episode]:
-        stream = iterate_views(
-            samples, vlm, views=config.views, kind=config.view_kind, seed=config.run.seed, workers=config.run.workers
-        )
-        for index, views, reason in stream:
-            sample = samples[index]
-            label = labels[sample.id]
-            if views is None:
-                yield Episode(sample.id, label, None, reason)
-                continue
-            start = time.perf_counter()
-            # One image a call: the shapes, and with them the bits, depend on nothing but the image.
-            features = vlm.encode_images(views, [sample.id])
-            clock.parts["encode"] += time.perf_counter() - start
-            yield Episode(sample.id, label, features)
-
-    return len(samples), encoded()
+        for index in chosen:
+            yield Episode(source.ids[index], labels[source.ids[index]], features[index])
+        return
+    model, run = setup.model.loaded(), options.run
+    samples = [source.samples[index] for index in chosen]
+    stream = iterate_views(
+        samples, model, views=options.views, kind=options.view_kind, seed=run.seed, workers=run.workers
+    )
+    for index, views, reason in stream:
+        id = samples[index].id
+        if views is None:
+            yield Episode(id, labels[id], None, reason)
+            continue
+        start = time.perf_counter()
+        # One image is encoded at a time, so that the shapes, and with them the last bits, depend on the image alone.
+        encoded = model.encode_images(views, [id])
+        clock.parts["encode"] += time.perf_counter() - start
+        yield Episode(id, labels[id], encoded)
 
 
-def visiting_order(count: int, config: TTTOptions) -> list[int]:
-    """Indices in the order in which images are visited."""
-    if config.order_seed is None:
+def visiting_order(count: int, seed: int | None) -> list[int]:
+    """Indices in the order in which images are visited: as they are, or shuffled by a seed."""
+    if seed is None:
         return list(range(count))
-    generator = torch.Generator().manual_seed(image_seed(config.order_seed, "order"))
+    generator = torch.Generator().manual_seed(image_seed(seed, "order"))
     return torch.randperm(count, generator=generator).tolist()
 
 
 def adapt_and_record(
-    episodes: list[Episode],
-    folder: RunFolder,
-    problem: Problem,
-    config: TTTOptions,
-    clock: Clock,
+    episodes: list[Episode], setup: Setup, config: EpisodeConfig, folder: RunFolder, clock: Clock
 ) -> None:
     """Adapt to a group of episodes and append one line for each."""
     readable = [episode for episode in episodes if episode.views is not None]
@@ -201,11 +210,11 @@ def adapt_and_record(
     if not readable:
         return
     start = time.perf_counter()
-    text, scale = problem.text, problem.logit_scale
+    text, scale = setup.text, setup.logit_scale
     views = torch.stack([episode.views for episode in readable if episode.views is not None])  # (E, V, D)
-    views = views.to(problem.device)
-    adapted = adapt_episodes(problem.adapter, views, text, scale, config.episode).cpu()  # (E, K)
-    # Each original by itself, as its episode was, so that its bits do not depend on the group.
+    views = views.to(setup.device)
+    adapted = adapt_episodes(setup.adapter, views, text, scale, config).cpu()  # (E, K)
+    # Each original view is predicted by itself, as its episode was, so that its bits do not depend on the group.
     zero_shot = torch.cat([zero_shot_logits(view[:1], text, scale) for view in views]).cpu()  # (E, K)
     clock.parts["adapt"] += time.perf_counter() - start
     entropies = zip(prediction_entropy(zero_shot).tolist(), prediction_entropy(adapted).tolist(), strict=True)

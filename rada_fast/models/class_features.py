@@ -1,4 +1,4 @@
-"""Class names, prompt templates and the text features T made of them."""
+"""The text features T of the classes: encoded prompts, means of images, a trained classifier, or a file."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from rada_fast import _env
+from rada_fast.config.options import ClassOptions
 from rada_fast.data.folders import EXAMPLES
 from rada_fast.data.sources import FeatureFile
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.errors import UserError
-from rada_fast.models.class_names import folded
-from rada_fast.models.class_names import resolve_class_names as resolve_class_names
-from rada_fast.models.vision_language import VisionLanguageModel
+from rada_fast.models.class_names import folded, resolve_class_names
+from rada_fast.models.image_features import Features
+from rada_fast.models.trained import read_classifier
+from rada_fast.models.vision_language import Model, VisionLanguageModel
+from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
 PHOTO = "a photo of a {}."
@@ -43,33 +48,106 @@ EQUAL = 1e-6
 """Rounding of one prompt's feature: a unit-norm row's values are far larger."""
 
 
-def resolve_templates(spec: str) -> tuple[str, ...]:
+class ClassGroup(NamedTuple):
+    """Classes whose text features are made together.
+
+    names: of the classes, in label order; images: the features of their images, for the option class-means.
+    """
+
+    names: Sequence[str]
+    images: Features | None = None
+
+
+def text_features(
+    options: ClassOptions, groups: Sequence[ClassGroup], model: Model, file: FeatureFile | None = None
+) -> list[Tensor]:
+    """The text features T of groups of classes, one tensor (K, D) for each, on the CPU.
+
+    They are of unit norm, unless they are the classifier of a run of fft, whose rows are taken as they were trained.
+
+    groups: together they hold all classes in label order; file: what open_text_file gives for the options.
+
+    Raises UserError where the options do not fit the classes.
+    """
+    given = options.text_features
+    if given is None:
+        templates = resolve_templates(options.templates)
+        return [_features_of_prompts(model.loaded(), group.names, templates) for group in groups]
+    if given == "class-means":
+        means = [class_means(group.images, len(group.names)) for group in groups]
+        for group, rows in zip(groups, means, strict=True):
+            warn_of_equal_features(group.names, rows)
+        return means
+    names = [name for group in groups for name in group.names]
+    if file is not None:
+        rows = given_text_features(file, names)
+    else:
+        rows = read_classifier(Path(given.partition(":")[2]))
+        if len(rows) != len(names):
+            raise UserError(
+                f"text_features {given} holds a classifier of {len(rows)} classes, the data have {len(names)}"
+            )
+    return list(rows.split([len(group.names) for group in groups]))
+
+
+def _features_of_prompts(model: VisionLanguageModel, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """The features of prompts, kept in the cache folder."""
+    warn_of_unused_classifier(model, names)
+    warn_of_cut_names(model, names, templates)
+    with progress("encode prompts", len(set(names)) * len(templates)) as advance:
+        return class_features(model, names, templates, cache_dir=_env.cache_dir() / "text", progress=advance)
+
+
+def warn_of_unused_classifier(model: VisionLanguageModel, names: Sequence[str]) -> None:
+    """Warn where prompts stand for classes whose classifier was trained together with the image encoder."""
+    if model.trained is not None and model.trained.num_classes == len(names):
+        place = model.trained.path
+        notices.warn(
+            f"the image encoder of {place} was trained with a classifier of as many classes, which prompts replace "
+            f"here; --text-features classifier:{place} takes it"
+        )
+
+
+def class_means(images: Features | None, num_classes: int) -> Tensor:
+    """The unit-norm mean feature of the images of each class. Returns (K, D).
+
+    Raises UserError where a class has no image, or the run has no training images at all.
+    """
+    if images is None:
+        raise UserError("text_features class-means needs training images, which this command has none of")
+    sums = torch.zeros(num_classes, images.features.shape[1]).index_add(0, images.labels, images.features)
+    if empty := [str(label) for label in range(num_classes) if not bool((images.labels == label).any())]:
+        raise UserError(f"text_features class-means needs an image of every class, none of {', '.join(empty[:8])}")
+    return normalize(sums, dim=-1)
+
+
+def resolve_templates(given: str) -> tuple[str, ...]:
     """The prompt templates of an option: a template with {}, a known name, or a file (JSON list or a line each).
 
     Raises UserError naming the known ones where it is none of these, or a template has no {}.
     """
-    if "{}" in spec:
-        return (spec,)
-    if spec == "photo":
+    if "{}" in given:
+        return (given,)
+    if given == "photo":
         return (PHOTO,)
-    if spec in ("openai", "simple"):
+    if given in ("openai", "simple"):
         from open_clip import zero_shot_metadata
 
         makers = {
             "openai": zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES,
             "simple": zero_shot_metadata.SIMPLE_IMAGENET_TEMPLATES,
-        }[spec]
+        }[given]
         return tuple(make("{}") for make in makers)
-    if spec in DATASET_TEMPLATES:
-        return (DATASET_TEMPLATES[spec],)
-    path = Path(spec).expanduser()
+    if given in DATASET_TEMPLATES:
+        return (DATASET_TEMPLATES[given],)
+    path = Path(given).expanduser()
     try:
         exists = path.is_file()
     except OSError:  # a text too long for a file's name
         exists = False
     if not exists:
         known = ["photo", "simple", "openai", *DATASET_TEMPLATES]
-        raise UserError(f"templates must be a template with {{}}, a file, or one of {', '.join(known)}; got {spec!r}")
+        raise UserError(f"templates must be a template with {{}}, a file, or one of {', '.join(known)}; got {given!r}")
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
@@ -90,8 +168,8 @@ def warn_of_cut_names(vlm: VisionLanguageModel, names: Sequence[str], templates:
     shorter = {name: found[1] for name, prompt in prompts.items() if (found := re.fullmatch(r"(.*\W)\w+\W*", prompt))}
     if not shorter:
         return
-    whole, without = (vlm.tokenizer([texts[name] for name in shorter]) for texts in (prompts, shorter))
-    cut = [name for name, same in zip(shorter, (whole == without).all(dim=-1).tolist(), strict=True) if same]
+    tokens, shorter_tokens = (vlm.tokenizer([texts[name] for name in shorter]) for texts in (prompts, shorter))
+    cut = [name for name, same in zip(shorter, (tokens == shorter_tokens).all(dim=-1).tolist(), strict=True) if same]
     if cut:
         shown = ", ".join(repr(_short(name)) for name in cut[:EXAMPLES])
         notices.warn(

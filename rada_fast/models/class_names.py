@@ -14,69 +14,73 @@ from pathlib import Path
 
 from rada_fast.data.folders import EXAMPLES, is_number, is_whole_number
 from rada_fast.data.names import WNID, read_names, readable_names
+from rada_fast.data.sources import Source
 from rada_fast.errors import UserError
 from rada_fast.system import notices
 
 
-def resolve_class_names(
-    folders: Sequence[str], spec: str | None, *, prompts: bool = True, where: str = "class folders"
-) -> tuple[str, ...]:
-    """Names of the classes, in the folders' order.
+def class_names_of(source: Source, file: str | None, *, prompts: bool) -> tuple[str, ...]:
+    """The names of the classes of data, in the order of their labels.
 
-    folders: class folders' names; none where the data have no classes of their own and a file has to name them.
-    spec: None takes open_clip's names for ImageNet's folders (n01440764, ..., or all numbers from 0 to 999), else the
-        folder's name made readable; otherwise a file (see read_names): as many names as folders, or a name for each.
-    prompts: whether the names will stand in prompts: then numbers are refused, and odd or equal names are warned of.
-    where: what folders are, in a message.
+    file: the file that --classes names, or None; data without names need one where prompts do, and it may then name
+    more classes than the labels number; prompts: whether the names will stand in prompts.
 
-    Raises UserError naming the file, what was expected and what it holds.
+    Raises UserError where prompts need names that nothing gives, or where the file does not fit the data.
     """
-    if prompts and (blank := [label for label, folder in enumerate(folders) if not folder.strip()]) and spec is None:
-        raise UserError(
-            f"--classes must be given, a file with a name a line: {where} have no name for class {blank[0]}"
-        )
-    if spec is None and not folders:
-        raise UserError("--classes must be given, a file with a name a line: these data have no class folders")
-    own = readable_names(folders, where if prompts and spec is None else None)
-    if spec is None:
-        return _names_of_folders(folders, own, prompts, where)
-    given = read_names(Path(spec).expanduser(), folders)
-    readable = readable_names(list(given.values()) if isinstance(given, dict) else given)
-    if isinstance(given, dict):
-        names = _names_by_key(dict(zip(given, readable, strict=True)), folders, spec)
-    else:
-        names = _names_in_order(readable, own, spec, where)
-    if prompts:
-        if not isinstance(given, dict):
-            _warn_of_shuffled(folders, own, names, spec)
-        _warn_of_numbers(names, f"in {spec}")
-        _warn_of_equal(names)
-    return names
-
-
-def names_of_labels(count: int, spec: str | None, *, prompts: bool, data: str) -> tuple[str, ...]:
-    """Names of the classes of data that are labels 0 ... count - 1 without names.
-
-    spec: a file (see read_names) with at least as many; prompts: whether the names will stand in prompts; data: where
-    the labels are from.
-
-    Raises UserError where prompts need names and there are none, or too few.
-    """
-    if spec is None:
+    own, count, data = source.class_names, source.num_classes, source.description
+    if own is None and file is None:
         if prompts:
             raise UserError(
                 f"--classes must be given, a file with a name a line in the order of the labels: {data} has no array "
                 "class_names, and a prompt needs names"
             )
         return tuple(f"class {label}" for label in range(count))
-    names = resolve_class_names((), spec, prompts=prompts)
+    names = resolve_class_names(own or (), file, prompts=prompts, where=source.class_names_from)
+    if own is not None:
+        return names
     if len(names) < count:
-        raise UserError(f"classes file {spec} must hold {count} names, one a label of {data}, got {len(names)}")
+        raise UserError(f"classes file {file} must hold {count} names, one a label of {data}, got {len(names)}")
     if len(names) > count and prompts:
         notices.warn(
-            f"classes file {spec} holds {len(names)} names, the labels of {data} end at {count - 1}: check that they "
+            f"classes file {file} holds {len(names)} names, the labels of {data} end at {count - 1}: check that they "
             "number these names"
         )
+    return names
+
+
+def resolve_class_names(
+    folders: Sequence[str], file: str | None, *, prompts: bool = True, where: str = "class folders"
+) -> tuple[str, ...]:
+    """Names of the classes, in the folders' order.
+
+    folders: class folders' names; none where the data have no classes of their own and a file has to name them.
+    file: None takes open_clip's names for ImageNet's folders (n01440764, ..., or all numbers from 0 to 999), else the
+        folder's name made readable; otherwise a file (see read_names): as many names as folders, or a name for each.
+    prompts: whether the names will stand in prompts: then numbers are refused, and odd or equal names are warned of.
+    where: what folders are, in a message.
+
+    Raises UserError naming the file, what was expected and what it holds.
+    """
+    if prompts and (blank := [label for label, folder in enumerate(folders) if not folder.strip()]) and file is None:
+        raise UserError(
+            f"--classes must be given, a file with a name a line: {where} have no name for class {blank[0]}"
+        )
+    if file is None and not folders:
+        raise UserError("--classes must be given, a file with a name a line: these data have no class folders")
+    own = readable_names(folders, where if prompts and file is None else None)
+    given = read_names(Path(file).expanduser(), folders) if file is not None else []
+    readable = readable_names(list(given.values()) if isinstance(given, dict) else given)
+    if file is None:
+        return _names_of_folders(folders, own, prompts, where)
+    if isinstance(given, dict):
+        names = _names_by_key(dict(zip(given, readable, strict=True)), folders, file)
+    else:
+        names = _names_in_order(readable, own, file, where)
+    if prompts:
+        if not isinstance(given, dict):
+            _warn_of_shuffled(folders, own, names, file)
+        _warn_of_numbers(names, f"in {file}")
+        _warn_of_equal(names)
     return names
 
 
@@ -107,11 +111,13 @@ def _names_of_folders(folders: Sequence[str], readable: tuple[str, ...], prompts
     if prompts and foreign:
         wordnet = _wordnet_names()
         line = f"{foreign[0]} NAME"
-        told = ", ".join(f"{id} ({wordnet.get(id.lower(), 'unknown to WordNet, too')})" for id in foreign[:EXAMPLES])
+        examples = ", ".join(
+            f"{id} ({wordnet.get(id.lower(), 'unknown to WordNet, too')})" for id in foreign[:EXAMPLES]
+        )
         more = f" and {len(foreign) - EXAMPLES} more" if len(foreign) > EXAMPLES else ""
         fault = (
             f"{len(foreign)} of {len(folders)} {where} are not among ImageNet's 1000 classes, and their ids say "
-            f"nothing in a prompt: {told}{more}"
+            f"nothing in a prompt: {examples}{more}"
         )
         if len(foreign) == len(folders):
             raise UserError(f"--classes must be given, a file with lines such as {line!r}: {fault}")
@@ -122,7 +128,7 @@ def _names_of_folders(folders: Sequence[str], readable: tuple[str, ...], prompts
     return names
 
 
-def _names_by_key(given: Mapping[str, str], folders: Sequence[str], spec: str) -> tuple[str, ...]:
+def _names_by_key(given: Mapping[str, str], folders: Sequence[str], file: str) -> tuple[str, ...]:
     """The names in the order of the folders, from a file that gives one for each folder or WordNet id.
 
     Without folders, the names keep the file's order.
@@ -137,13 +143,13 @@ def _names_by_key(given: Mapping[str, str], folders: Sequence[str], spec: str) -
         keys = {folder: ids[int(folder)] if int(folder) < len(ids) else folder for folder in folders}
     if missing := [folder for folder, key in keys.items() if key not in by_key]:
         raise UserError(
-            f"classes file {spec} must name every class folder, {len(missing)} of {len(folders)} are missing: "
+            f"classes file {file} must name every class folder, {len(missing)} of {len(folders)} are missing: "
             f"{', '.join(missing[:EXAMPLES])}"
         )
     return tuple(by_key[keys[folder]] for folder in folders)
 
 
-def _names_in_order(given: tuple[str, ...], own: tuple[str, ...], spec: str, where: str) -> tuple[str, ...]:
+def _names_in_order(given: tuple[str, ...], own: tuple[str, ...], file: str, where: str) -> tuple[str, ...]:
     """The names in the order of the folders, from a file that lists names, or WordNet ids, without keys.
 
     own: the folders' own readable names; where: what a message calls the folders.
@@ -158,11 +164,11 @@ def _names_in_order(given: tuple[str, ...], own: tuple[str, ...], spec: str, whe
     if own and len(by_name) == len(names) and len(set(wanted)) == len(wanted) and by_name.keys() >= set(wanted):
         if [folded(name) for name in names] != wanted:
             notices.note(
-                f"classes file {spec} lists the {where} in another order or among others; each has its own name"
+                f"classes file {file} lists the {where} in another order or among others; each has its own name"
             )
         return tuple(by_name[name] for name in wanted)
     if own and len(names) != len(own):
-        raise UserError(f"classes file {spec} must hold {len(own)} names, one a class folder, got {len(names)}")
+        raise UserError(f"classes file {file} must hold {len(own)} names, one a class folder, got {len(names)}")
     return names
 
 
@@ -176,7 +182,7 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", name.casefold())
 
 
-def _warn_of_shuffled(folders: Sequence[str], own: Sequence[str], names: Sequence[str], spec: str) -> None:
+def _warn_of_shuffled(folders: Sequence[str], own: Sequence[str], names: Sequence[str], file: str) -> None:
     """Warn where a file's names seem to be in another order than the folders.
 
     own: the folders' own readable names, which some of the file's may equal.
@@ -186,7 +192,7 @@ def _warn_of_shuffled(folders: Sequence[str], own: Sequence[str], names: Sequenc
     for index, name in enumerate(names):
         if places[index] not in (None, index):
             notices.warn(
-                f"classes file {spec} names class folder {folders[index]!r} {name!r}, which is what class folder "
+                f"classes file {file} names class folder {folders[index]!r} {name!r}, which is what class folder "
                 f"{folders[place_of[folded(name)]]!r} is called: names must be in the order of the sorted folders"
             )
             return
@@ -195,7 +201,7 @@ def _warn_of_shuffled(folders: Sequence[str], own: Sequence[str], names: Sequenc
         first = next(index for index, folder in enumerate(folders) if folder != natural[index])
         if _natural(folders[first])[0::2] == _natural(natural[first])[0::2]:
             notices.warn(
-                f"classes file {spec} names class folders in text order, in which {folders[first]!r} comes before "
+                f"classes file {file} names class folders in text order, in which {folders[first]!r} comes before "
                 f"{natural[first]!r}; check that its names are in that order, or give 'folder,name' lines"
             )
 

@@ -33,7 +33,8 @@ class TrainedRun:
     """A run whose weights go on being used.
 
     path: as it was given; model, pretrained, seed: what the run started from; weights: the file of fft's last stage, or
-    None; trained_encoder: whether that file holds an image encoder, which a run with frozen encoders does not leave.
+    None; trained_encoder: whether that file holds an image encoder, which a run with frozen encoders does not leave;
+    num_classes: the rows of the classifier in that file, or None.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class TrainedRun:
     fingerprint: str | None
     weights: Path | None
     trained_encoder: bool
+    num_classes: int | None
 
     def put_encoder_into(self, model: nn.Module) -> None:
         """Give a model the image encoder that was trained. Raises UserError where it does not fit."""
@@ -87,6 +89,7 @@ def open_run(path: Path) -> TrainedRun | None:
         options.get("model"),
         weights,
         trained,
+        None if weights is None else _rows(weights, CLASSIFIER),
     )
 
 
@@ -117,6 +120,15 @@ def _names(path: Path) -> frozenset[str] | None:
     try:
         with safe_open(path, framework="pt") as file:
             return frozenset(file.keys())
+    except (SafetensorError, OSError):
+        return None
+
+
+def _rows(path: Path, name: str) -> int | None:
+    """The first dimension of a tensor in a safetensors file, which is not read; None where there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return next(iter(file.get_slice(name).get_shape()), None)
     except (SafetensorError, OSError):
         return None
 

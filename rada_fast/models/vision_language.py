@@ -1,4 +1,4 @@
-"""Vision-language models: any of open_clip's, or the embedded one, frozen, behind one small interface."""
+"""Vision-language models: one of open_clip's, the embedded one, or the absence of one where a run needs none."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rada_fast import _env
+from rada_fast.config.options import ModelOptions
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
 from rada_fast.models.trained import MOST_STARTS, TrainedRun, open_run
@@ -90,6 +92,27 @@ class VisionLanguageModel:
             raise UserError(f"model {self.name} has the logit scale {scale}: its weights {self.pretrained} are damaged")
         return scale
 
+    def loaded(self) -> Self:
+        """The model itself; where a run has none, AbsentModel refuses here."""
+        return self
+
+    def stated_scale(self) -> tuple[float, str] | None:
+        """The multiplier s that the model brings, and its name for a message."""
+        return self.logit_scale, f"model {self.name}"
+
+    def check_width(self, width: int | None, what: str) -> None:
+        """Raise UserError where features are not as wide as those of this model.
+
+        width: of the features, None where the model itself will make them; what: the features, for the message.
+        """
+        if width not in (None, self.embed_dim):
+            raise UserError(f"{what} of width {width}, model {self.name} makes features of width {self.embed_dim}")
+
+    def facts(self) -> dict[str, Any] | None:
+        """What a summary says about the model."""
+        names = ("name", "pretrained", "fingerprint", "precision", "precision_asked")
+        return {name: getattr(self, name) for name in names}
+
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
         if self.precision == "float32":
@@ -145,6 +168,62 @@ class VisionLanguageModel:
             features = normalize(self.model.encode_text(tokens).float(), dim=-1)
         self.check_features(features, "text", texts)
         return features
+
+
+@dataclass(frozen=True)
+class AbsentModel:
+    """The model of a run that encodes neither images nor prompts, because files hold the features of both.
+
+    It answers what a run asks of every model. device, precision: as the options ask for them.
+    """
+
+    device: torch.device
+    precision: Precision
+    fingerprint: None = None
+
+    def loaded(self) -> NoReturn:
+        """Raise UserError, as there is nothing that could encode."""
+        raise UserError("data must be images to be encoded by a model, got feature files")
+
+    def stated_scale(self) -> None:
+        """The multiplier s that the model brings: none."""
+
+    def check_width(self, width: int | None, what: str) -> None:
+        """Accept features of any width, as there are none of a model that they would have to fit."""
+
+    def facts(self) -> None:
+        """What a summary says about the model: nothing."""
+
+
+Model = VisionLanguageModel | AbsentModel
+
+
+def open_model(options: ModelOptions, *, needed: bool, seed: int) -> Model:
+    """The model that the options ask for, on its device, or an AbsentModel where none is needed.
+
+    seed: of random weights.
+
+    Raises UserError where the device does not exist or the model cannot be loaded.
+    """
+    device = resolve_device(options.device)
+    if not needed:
+        return AbsentModel(device, options.precision)
+    return load_model(options.model, options.pretrained, device=device, precision=options.precision, seed=seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that an option names. Raises UserError where there is none of that name."""
+    if name == "auto":
+        return torch.device("cuda" if _env.has_cuda() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device must be auto, cpu or cuda[:N], got {name!r}") from None
+    if device.type == "cuda" and not _env.has_cuda():
+        raise UserError(f"device {name!r} was asked for, but PyTorch sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= _env.cuda_device_count():
+        raise UserError(f"device {name!r} was asked for, but PyTorch sees {_env.cuda_device_count()} CUDA devices here")
+    return device
 
 
 def _fingerprint(name: str, model: nn.Module) -> str:

@@ -13,6 +13,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,29 +85,53 @@ def load_adapter(path: str | os.PathLike[str], config: AdapterConfig | None = No
     Returns a RationalAdapter in the file's dtype (float16 and bfloat16 become float32).
     Raises UserError where the file is missing, damaged, or holds no adapter that fits.
     """
+    stored = read_adapter(path)
+    return stored.build(stored.config() if config is None else config)
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter's file as it was read.
+
+    path: the file; tensors: the parameters; stated: the configuration that the file states, as those of save_adapter do
+    and published ones do not; factor: the input scale factor
+    of the published variant that the file is of.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    stated: AdapterConfig | None
+    factor: float
+
+    def config(self) -> AdapterConfig:
+        """The stated configuration, or for a published file the official preset at its width.
+
+        Raises UserError where the width does not fit the preset.
+        """
+        width, bias = self.tensors["out_proj.weight"].shape[0], "out_proj.bias" in self.tensors
+        return self.stated or _official_config(self.path, width, bias=bias, factor=self.factor)
+
+    def build(self, config: AdapterConfig) -> RationalAdapter:
+        """The adapter with a configuration. Raises UserError where the tensors do not fit it."""
+        return _build(self.path, self.tensors, config)
+
+
+def read_adapter(path: str | os.PathLike[str]) -> StoredAdapter:
+    """Read an adapter's file once. path: as load_adapter takes it, which says more about it.
+
+    Raises UserError where the file is missing, damaged, or holds no adapter.
+    """
     path = _adapter_file(Path(path))
     try:
         size = path.stat().st_size
         if _is_safetensors(path, size):
-            state, stored = _read_safetensors(path)
+            state, stated = _read_safetensors(path)
         else:
-            state, stored = _read_published(path, size), None
+            state, stated = _read_published(path, size), None
     except OSError as error:
         raise UserError(f"adapter checkpoint {path} cannot be read: {error.strerror or error}") from None
-    state, factor = _adapter_entries(path, state, size)
-    if config is None:
-        width = state["out_proj.weight"].shape[0]
-        config = stored or _official_config(path, width, bias="out_proj.bias" in state, factor=factor)
-    return _build(path, state, config)
-
-
-def states_configuration(path: str | os.PathLike[str]) -> bool:
-    """Whether an adapter's file says what its arithmetic is, as those of save_adapter do and published ones do not.
-
-    path: as load_adapter takes it. Raises UserError where the file is missing or damaged.
-    """
-    file = _adapter_file(Path(path))
-    return _is_safetensors(file, file.stat().st_size) and _read_safetensors(file)[1] is not None
+    tensors, factor = _adapter_entries(path, state, size)
+    return StoredAdapter(path, tensors, stated, factor)
 
 
 def _adapter_file(path: Path) -> Path:

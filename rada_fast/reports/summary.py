@@ -1,17 +1,16 @@
-"""What a run reports: a record an image, accuracies over the records, the summary and its table."""
+"""What a run reports: one record for each image, accuracies over the records, the summary and its table."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import RunOptions
-from rada_fast.loops.setup import Problem
-from rada_fast.models.vision_language import VisionLanguageModel
 from rada_fast.ops import resolve_backend
 from rada_fast.runs.folder import RunFolder, peak_memory, versions
 from rada_fast.system import notices
@@ -32,6 +31,11 @@ def image_record(id: str, label: int | None, status: str, before: Tensor, after:
         "adapted": best_after,
         "confidence": [round(float(logits.softmax(-1).max()), 6) for logits in (before, after)],
     }
+
+
+def unreadable_records(images: Iterable[tuple[str, int, str]]) -> list[dict[str, Any]]:
+    """One record for each image that could not be read. images: their ids, their labels and the reasons."""
+    return [{"id": id, "label": label, "status": "unreadable", "error": reason} for id, label, reason in images]
 
 
 def is_image_record(record: Mapping[str, Any], label: int | None) -> bool:
@@ -70,29 +74,40 @@ def percent(right: int, total: int) -> float | None:
     return round(100 * right / total, 3) if total else None
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a summary says about how a run was set up.
+
+    command, options: what was asked for; adapter: the configuration of the adapter; model: what the model says about
+    itself, or None where the run has none; logit_scale: the multiplier s, and what says so.
+    """
+
+    command: str
+    options: Mapping[str, Any]
+    adapter: AdapterConfig
+    model: Mapping[str, Any] | None
+    logit_scale: Mapping[str, Any]
+
+
 def finish(
-    folder: RunFolder,
-    command: str,
-    problem: Problem,
-    results: dict[str, Any],
-    *,
-    covers: Mapping[str, Any],
-    resumed: int,
+    folder: RunFolder, facts: RunFacts, results: dict[str, Any], *, covers: Mapping[str, Any], resumed: int
 ) -> dict[str, Any]:
-    """Write and return the summary: what ran, on what, and the results. covers: what of the inputs these are about."""
-    adapter, vlm = problem.adapter, problem.vlm
+    """Write and return the summary: what ran, on what, and the results.
+
+    covers: which part of the inputs the results are about; resumed: how much of the work an earlier run had done.
+    """
     summary = {
-        "command": command,
-        "preset": adapter.config.preset,
+        "command": facts.command,
+        "preset": facts.adapter.preset,
         **results,
         "resumed": resumed,
         "warnings": notices.so_far(),
         "peak_memory": peak_memory(),
         "backend": resolve_backend(),
-        "model": _of_model(vlm) if vlm else None,
-        "logit_scale": {"value": problem.logit_scale, "from": problem.logit_scale_from},
-        "adapter": adapter.config.to_dict(),
-        "config": dataclasses.asdict(problem.config),
+        "model": facts.model,
+        "logit_scale": facts.logit_scale,
+        "adapter": facts.adapter.to_dict(),
+        "config": facts.options,
         "versions": versions(),
         "output": str(folder.path),
         "files": folder.left(),
@@ -100,11 +115,6 @@ def finish(
     }
     folder.write_summary(summary)
     return summary
-
-
-def _of_model(vlm: VisionLanguageModel) -> dict[str, Any]:
-    names = ("name", "pretrained", "fingerprint", "precision", "precision_asked")
-    return {name: getattr(vlm, name) for name in names}
 
 
 def already_finished(folder: RunFolder, summary: dict[str, Any], *, resumed: int) -> dict[str, Any]:

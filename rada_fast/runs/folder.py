@@ -206,11 +206,11 @@ class RunFolder:
             if not path.is_file():
                 return None
             summary = json.loads(path.read_text(encoding="ascii"))
-            there = all(
+            complete = all(
                 (self.path / name).is_file() and size in (None, (self.path / name).stat().st_size)
                 for name, size in summary.get("files", {}).items()
             )
-            return dict(summary) if self.resumed and there and summary["run"] == self.digest(covers) else None
+            return dict(summary) if self.resumed and complete and summary["run"] == self.digest(covers) else None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from rada_fast.config.options import ModelOptions, RunOptions
 from rada_fast.data.views import Preprocess
-from rada_fast.loops import setup
+from rada_fast.models import vision_language
 from rada_fast.models.vision_language import VisionLanguageModel
 
 SIZE, WIDTH = 8, 16
@@ -40,7 +40,8 @@ def tokenize(texts: list[str]) -> Tensor:
     return torch.tensor([[ord(letter) % 128 for letter in text[:40].ljust(40)] for text in texts])
 
 
-def load_tiny(options: ModelOptions, run: RunOptions) -> VisionLanguageModel:
+def load_tiny(*given: Any, **more: Any) -> VisionLanguageModel:
+    """The tiny model, whatever the arguments of load_model ask for."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = TinyCLIP()
@@ -52,7 +53,7 @@ def load_tiny(options: ModelOptions, run: RunOptions) -> VisionLanguageModel:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run loads the tiny model, whatever its options ask for."""
-    monkeypatch.setattr(setup, "load_vision_language", load_tiny)
+    monkeypatch.setattr(vision_language, "load_model", load_tiny)
 
 
 @pytest.fixture

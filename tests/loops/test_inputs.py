@@ -18,11 +18,11 @@ from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.method import AdapterConfig, EpisodeConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, RunOptions
 from rada_fast.errors import UserError
-from rada_fast.loops import setup
 from rada_fast.loops import ttt as ttt_loop
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.fft import run_fft
 from rada_fast.loops.ttt import run_ttt
+from rada_fast.models import vision_language
 from rada_fast.modules import RationalAdapter, save_adapter
 from rada_fast.reports.summary import show
 from rada_fast.system import notices
@@ -198,14 +198,14 @@ def test_names_templates_adapters_and_weights_are_part_of_a_run(
     save_adapter(other, adapter)
     refused("adapter file")
     adapter.write_bytes(before[adapter])
-    load = setup.load_vision_language
+    load = vision_language.load_model
 
-    def load_other(options: Any, run: Any) -> Any:
-        vlm = load(options, run)
+    def load_other(*given: Any, **more: Any) -> Any:
+        vlm = load(*given, **more)
         vlm.fingerprint = "weights that were written over the old ones"
         return vlm
 
-    monkeypatch.setattr(setup, "load_vision_language", load_other)
+    monkeypatch.setattr(vision_language, "load_model", load_other)
     refused("model")
 
 

@@ -20,8 +20,8 @@ from rada_fast.config.method import EpisodeConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
-from rada_fast.loops import eft as eft_loop
 from rada_fast.loops import fft as fft_loop
+from rada_fast.loops import training as training_loop
 from rada_fast.loops import ttt as ttt_loop
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.fft import run_fft
@@ -265,7 +265,7 @@ def test_eft_goes_on_to_the_same_weights(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_views: str
 ) -> None:
     run_eft(eft(pictures, tmp_path / "whole", train_views=train_views))
-    original = eft_loop.train_epoch
+    original = training_loop.train_epoch
 
     def cut(*args: Any, **kwargs: Any) -> Any:
         if len(args[0].records) == 2:
@@ -273,7 +273,7 @@ def test_eft_goes_on_to_the_same_weights(
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(eft_loop, "train_epoch", cut)
+        patch.setattr(training_loop, "train_epoch", cut)
         with pytest.raises(KeyboardInterrupt):
             run_eft(eft(pictures, tmp_path / "cut", train_views=train_views))
     summary = run_eft(eft(pictures, tmp_path / "cut", train_views=train_views))
@@ -383,10 +383,9 @@ def test_a_runs_folder_is_taken_as_its_adapter(tmp_path: Path, command: str) -> 
 
 
 def test_learning_rates_warm_up_and_fall() -> None:
-    config = FFTOptions(train="x", test=("y",), warmup_steps=4)
     stage = fft_loop.Stage("rada", 2, 1.0, 1.0, trains_encoder=False)
-    rates = [fft_loop.learning_rate(stage, config, step, 40) for step in range(40)]
+    rates = [fft_loop.learning_rate(stage, 4, step, 40) for step in range(40)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert all(earlier > later for earlier, later in itertools.pairwise(rates[4:]))
-    short = [fft_loop.learning_rate(stage, config, step, 5) for step in range(5)]
+    short = [fft_loop.learning_rate(stage, 4, step, 5) for step in range(5)]
     assert short[0] == 1.0

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.method import EpisodeConfig
-from rada_fast.config.options import ModelOptions, RunOptions
+from rada_fast.config.options import RunOptions
 from rada_fast.errors import UserError
-from rada_fast.loops import setup
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.evaluate import evaluate
-from rada_fast.loops.features import Features
 from rada_fast.loops.fft import run_fft
 from rada_fast.loops.ttt import run_ttt
+from rada_fast.models import vision_language
+from rada_fast.models.image_features import Features
 from rada_fast.models.vision_language import VisionLanguageModel
 
 from .conftest import load_tiny
@@ -46,8 +46,8 @@ def overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("RADA_FAST_CACHE", str(tmp_path / "cache"))
 
     def apply(precision: str, after: int, *, texts: bool = False) -> None:
-        def load(options: ModelOptions, run: RunOptions) -> VisionLanguageModel:
-            vlm = load_tiny(options, run)
+        def load(*given: Any, **more: Any) -> VisionLanguageModel:
+            vlm = load_tiny()
             vlm.precision = precision  # type: ignore[assignment]
             if texts:
                 vlm.model.letters.weight[ord("d")] = torch.nan
@@ -57,7 +57,7 @@ def overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setattr(VisionLanguageModel, "_arithmetic", lambda self: torch.autograd.set_grad_enabled(True))
             return vlm
 
-        monkeypatch.setattr(setup, "load_vision_language", load)
+        monkeypatch.setattr(vision_language, "load_model", load)
 
     return apply
 
@@ -106,7 +106,7 @@ def test_an_encoder_that_is_trained_is_named_not_the_learning_rate(specks: Path,
 
 
 def test_damaged_weights_without_a_scale_are_named() -> None:
-    vlm = load_tiny(ModelOptions(), RunOptions(output="x"))
+    vlm = load_tiny()
     for value in (torch.nan, 1e6):
         vlm.model.logit_scale.data.fill_(value)
         with pytest.raises(UserError, match=r"model tiny has the logit scale (nan|inf): its weights"):
@@ -114,7 +114,7 @@ def test_damaged_weights_without_a_scale_are_named() -> None:
 
 
 def test_all_zero_features_are_no_direction() -> None:
-    vlm = load_tiny(ModelOptions(), RunOptions(output="x"))
+    vlm = load_tiny()
     vlm.check_features(torch.eye(3), "image", ["a", "b", "c"])
     spoilt = torch.eye(3)
     spoilt[1] = 0

@@ -12,18 +12,16 @@ import torch
 from rada_fast.config.commands import TTTOptions
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions
-from rada_fast.data.open import open_source
+from rada_fast.data.open import open_source, open_text_file
 from rada_fast.errors import UserError
-from rada_fast.loops.setup import (
-    class_names_of,
-    logit_scale_of,
-    make_adapter,
-    open_setup,
-    open_sources,
-    text_features_of,
-)
+from rada_fast.loops.setup import make_adapter, open_data_and_model
+from rada_fast.models.class_features import ClassGroup, text_features
+from rada_fast.models.class_names import class_names_of
+from rada_fast.models.vision_language import AbsentModel
 from rada_fast.modules import RationalAdapter, save_adapter
 from rada_fast.system import notices
+
+ABSENT = AbsentModel(torch.device("cpu"), "float32")
 
 
 def ours(path: Path, **changes: Any) -> str:
@@ -94,7 +92,9 @@ def scale(tmp_path: Path, data: float | None, text: float | None, option: float 
         features(tmp_path / f"{name}.npz", **({} if value is None else {"logit_scale": np.float32(value)}))
         for name, value in (("data", data), ("text", text))
     ]
-    return logit_scale_of(ClassOptions(text_features=specs[1], logit_scale=option), None, [open_source(specs[0])])
+    options = ClassOptions(text_features=specs[1], logit_scale=option)
+    opened = open_data_and_model(TTTOptions(data=specs[0], text=options), {"data": specs[0]})
+    return opened.logit_scale, opened.logit_scale_from
 
 
 def test_the_scale_is_the_files_or_the_options_or_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,8 +126,8 @@ def test_the_models_scale_must_be_its_features(tmp_path: Path) -> None:
 
     def opened(**changes: Any) -> tuple[float, str]:
         config = TTTOptions(data=features(tmp_path / "f.npz", **width, **changes))
-        setup = open_setup(config, open_sources({"data": config.data}))
-        return setup.logit_scale, setup.logit_scale_from
+        opened = open_data_and_model(config, {"data": config.data})
+        return opened.logit_scale, opened.logit_scale_from
 
     value, source = opened()
     assert source == "model embedded"
@@ -139,14 +139,14 @@ def test_the_models_scale_must_be_its_features(tmp_path: Path) -> None:
 def test_labels_without_names_make_no_prompts(tmp_path: Path) -> None:
     source = open_source(features(tmp_path / "f.npz"))
     with pytest.raises(UserError, match=r"classes must be given.*f.npz has no array class_names"):
-        class_names_of(source, ClassOptions())
-    assert class_names_of(source, ClassOptions(text_features="class-means")) == ("class 0", "class 1", "class 2")
+        class_names_of(source, None, prompts=True)
+    assert class_names_of(source, None, prompts=False) == ("class 0", "class 1", "class 2")
     numbered = open_source(features(tmp_path / "g.npz", class_names=["0", "1", "2"]))
     with pytest.raises(UserError, match=r"names in the array class_names of .*g.npz are numbers \(0, 1, 2\)"):
-        class_names_of(numbered, ClassOptions())
+        class_names_of(numbered, None, prompts=True)
     ids = open_source(features(tmp_path / "h.npz", class_names=["n01440764", "n01443537", "n01484850"]))
     with notices.collecting():
-        assert class_names_of(ids, ClassOptions()) == ("tench", "goldfish", "great white shark")
+        assert class_names_of(ids, None, prompts=True) == ("tench", "goldfish", "great white shark")
         assert notices.so_far() == []
 
 
@@ -158,17 +158,17 @@ def test_a_folder_that_holds_no_classes_of_its_own_names_the_one_that_does(tmp_p
         Image.new("RGB", (2, 2)).save(tmp_path / "images" / name / "a.png")
     (tmp_path / "annotations").mkdir()
     with pytest.raises(UserError, match=rf"did you mean imagefolder:{tmp_path}/images\?"):
-        class_names_of(open_source(f"imagefolder:{tmp_path}"), ClassOptions())
+        class_names_of(open_source(f"imagefolder:{tmp_path}"), None, prompts=True)
 
 
 def test_a_feature_files_views_are_those_that_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rada_fast.loops.ttt import mention_fixed_views, views_of
+    from rada_fast.loops.ttt import mention_fixed_views, num_views
 
     spec = features(tmp_path / "f.npz", features=np.random.default_rng(0).normal(size=(3, 10, 16)))
     single = open_source(features(tmp_path / "g.npz"))
     source = open_source(spec)
     config = TTTOptions(data=spec)
-    assert (views_of(config, source), views_of(config, single)) == (10, 1)
+    assert (num_views(config, source), num_views(config, single)) == (10, 1)
     with notices.collecting():
         mention_fixed_views(config, source)
         mention_fixed_views(TTTOptions(data=spec, views=10), source)
@@ -205,7 +205,8 @@ def test_rows_of_text_features_go_to_their_classes(tmp_path: Path, capsys: pytes
         """Which row each class gets, and what was warned of."""
         spec = features(tmp_path / "t.npz", features=rows, **arrays)
         with notices.collecting():
-            found = text_features_of(ClassOptions(text_features=spec), ("black cat", "dog", "tench"), None, None)
+            options, group = ClassOptions(text_features=spec), ClassGroup(("black cat", "dog", "tench"))
+            (found,) = text_features(options, [group], ABSENT, open_text_file(spec))
             return found.argmax(dim=-1).tolist(), notices.so_far()
 
     assert given() == ([0, 1, 2], [])

@@ -6,11 +6,13 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from timm.data import ImageNetInfo
 
+from rada_fast.data.sources import FeatureFile
 from rada_fast.errors import UserError
-from rada_fast.models.class_names import names_of_labels, resolve_class_names
+from rada_fast.models.class_names import class_names_of, resolve_class_names
 from rada_fast.system import notices
 
 SYNSETS = ImageNetInfo().label_names()
@@ -181,15 +183,20 @@ def test_equal_names_are_said(tmp_path: Path) -> None:
     assert named(list("abcde"), str(path), prompts=False)[1] == []
 
 
+def labelled(count: int) -> FeatureFile:
+    """Features of so many classes, which have numbers and no names."""
+    return FeatureFile(Path("f.npz"), torch.ones(count, 2), torch.arange(count), tuple(map(str, range(count))))
+
+
 def test_labels_without_names(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"f.npz has no array class_names, and a prompt needs names"):
-        names_of_labels(3, None, prompts=True, data="f.npz")
-    assert names_of_labels(3, None, prompts=False, data="f.npz") == ("class 0", "class 1", "class 2")
+        class_names_of(labelled(3), None, prompts=True)
+    assert class_names_of(labelled(3), None, prompts=False) == ("class 0", "class 1", "class 2")
     path = tmp_path / "names.txt"
     path.write_text("a\nb\nc\nd\n")
     with notices.collecting():
-        assert names_of_labels(3, str(path), prompts=True, data="f.npz") == ("a", "b", "c", "d")
+        assert class_names_of(labelled(3), str(path), prompts=True) == ("a", "b", "c", "d")
         (warning,) = notices.so_far()
-    assert "holds 4 names, the labels of f.npz end at 2: check that they number these names" in warning
-    with pytest.raises(UserError, match=r"must hold 5 names, one a label of f.npz, got 4"):
-        names_of_labels(5, str(path), prompts=True, data="f.npz")
+    assert "holds 4 names, the labels of feature file f.npz end at 2: check that they number these names" in warning
+    with pytest.raises(UserError, match=r"must hold 5 names, one a label of feature file f.npz, got 4"):
+        class_names_of(labelled(5), str(path), prompts=True)

@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 
 from rada_fast import _env
 from rada_fast.errors import UserError
-from rada_fast.models.class_features import class_features, resolve_class_names, resolve_templates
+from rada_fast.models.class_features import class_features, resolve_templates
+from rada_fast.models.class_names import resolve_class_names
 from rada_fast.models.vision_language import VisionLanguageModel, load_model, precision_on
 from rada_fast.system import notices
 

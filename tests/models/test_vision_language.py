@@ -14,8 +14,9 @@ import torch
 from open_clip.pretrained import _PRETRAINED
 from safetensors.torch import save_file
 
+from rada_fast.config.options import ModelOptions
 from rada_fast.errors import UserError
-from rada_fast.models.vision_language import VisionLanguageModel, _record_of_file, load_model
+from rada_fast.models.vision_language import AbsentModel, VisionLanguageModel, _record_of_file, load_model, open_model
 
 SMALL = {
     "embed_dim": 16,
@@ -207,3 +208,13 @@ def test_only_the_method_for_fine_tuning_keeps_gradients(precision: Any) -> None
     gradients = [parameter.grad for parameter in model.model.visual.parameters()]
     assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
     assert any(bool(gradient.any()) for gradient in gradients)
+
+
+def test_a_run_that_encodes_nothing_has_an_absent_model() -> None:
+    model = open_model(ModelOptions(model="no such model", device="cpu"), needed=False, seed=0)
+    assert isinstance(model, AbsentModel)
+    assert (model.device, model.precision) == (torch.device("cpu"), "float32")
+    assert (model.fingerprint, model.stated_scale(), model.facts()) == (None, None, None)
+    model.check_width(7, "anything")
+    with pytest.raises(UserError, match="data must be images to be encoded by a model, got feature files"):
+        model.loaded()

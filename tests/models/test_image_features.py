@@ -16,7 +16,7 @@ from rada_fast import cli
 from rada_fast.data import views
 from rada_fast.data.decode import read_image
 from rada_fast.data.open import open_source
-from rada_fast.loops import features
+from rada_fast.models import image_features
 from rada_fast.models.vision_language import load_model
 
 
@@ -31,7 +31,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def views_of(pictures: Path, workers: int) -> list[Tensor]:
     source = open_source(f"imagefolder:{pictures}")
-    stream = features.iterate_views(
+    stream = image_features.iterate_views(
         source.samples, load_model("embedded"), views=3, kind="crop", seed=0, workers=workers
     )
     made = [made for _, made, _ in stream]
@@ -48,7 +48,7 @@ def test_views_come_through_the_pipe_where_shared_memory_is_full(
 ) -> None:
     alone = views_of(pictures, workers=0)
     monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
-    _, sent, _ = features.ready_to_send((0, torch.ones(2), None))
+    _, sent, _ = image_features.ready_to_send((0, torch.ones(2), None))
     assert not isinstance(sent, Tensor)
     for expected, found in zip(alone, views_of(pictures, workers=1), strict=True):
         assert torch.equal(expected, found)
@@ -59,13 +59,13 @@ def test_images_are_read_here_where_no_process_can_be_started(
 ) -> None:
     expected = views_of(pictures, workers=0)
 
-    class Refused(features.DataLoader):  # type: ignore[type-arg]
+    class Refused(image_features.DataLoader):  # type: ignore[type-arg]
         def __iter__(self) -> Any:
             if self.num_workers:
                 raise OSError(38, "Function not implemented")
             return super().__iter__()
 
-    monkeypatch.setattr(features, "DataLoader", Refused)
+    monkeypatch.setattr(image_features, "DataLoader", Refused)
     found = views_of(pictures, workers=2)
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
     assert "warning: --workers 2 cannot be started" in capsys.readouterr().err
@@ -75,13 +75,13 @@ def test_images_are_read_here_where_no_process_can_be_started(
 def test_a_worker_that_ends_while_it_sends_is_told_from_a_full_disk(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    class Broken(features.DataLoader):  # type: ignore[type-arg]
+    class Broken(image_features.DataLoader):  # type: ignore[type-arg]
         def __iter__(self) -> Any:
             raise error
             yield
 
-    monkeypatch.setattr(features, "DataLoader", Broken)
-    monkeypatch.setattr(features, "SECONDS_TO_SIGNAL", 0.0)
+    monkeypatch.setattr(image_features, "DataLoader", Broken)
+    monkeypatch.setattr(image_features, "SECONDS_TO_SIGNAL", 0.0)
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
         views_of(pictures, workers=1)
 

@@ -1,4 +1,4 @@
-"""Features of images: read, viewed, encoded, cached on disk; each loop's images pass through here."""
+"""The features of images: pictures are read, viewed and encoded, and the results are cached on disk."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
 from rada_fast import _env
 from rada_fast.config.commands import ViewKind
 from rada_fast.data.fingerprints import file_stamp
-from rada_fast.data.sources import Sample
+from rada_fast.data.sources import Sample, Source
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
-from rada_fast.data.views import CROP_SCALE, ViewDataset, as_it_is
+from rada_fast.data.views import CROP_SCALE, ViewDataset, as_it_is, image_seed
 from rada_fast.errors import UserError
-from rada_fast.models.vision_language import VisionLanguageModel
+from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
@@ -42,6 +41,19 @@ class Features:
     labels: Tensor
     ids: tuple[str, ...]
     unreadable: tuple[Unreadable, ...] = ()
+
+
+def features_of(
+    source: Source, model: Model, *, title: str, workers: int, limit: int | None = None, cached: bool = True
+) -> Features:
+    """The features of the original view of a source's images, or of at most limit of them, on the CPU.
+
+    title: of the progress bar; workers: see iterate_views; cached: see encode_images.
+    """
+    chosen = source.limited(limit)
+    if (views := chosen.views()) is not None:
+        return Features(views[:, 0], chosen.labels, chosen.ids)
+    return encode_images(chosen.samples, model.loaded(), title=title, workers=workers, cached=cached)
 
 
 def iterate_views(
@@ -116,25 +128,19 @@ def encode_images(
     features, unreadable = [], []
     kept: list[Sample] = []
     pending: list[Tensor] = []
-
-    def flush() -> None:
-        if pending:
-            ids = [sample.id for sample in kept[-len(pending) :]]
-            features.append(vlm.encode_images(torch.stack(pending), ids).cpu())
-            pending.clear()
-
+    stream = iterate_views(samples, vlm, views=1, kind="crop", seed=0, workers=workers)
     with progress(title, len(samples)) as advance:
-        stream = iterate_views(samples, vlm, views=1, kind="crop", seed=0, workers=workers)
         for index, view, reason in stream:
             if view is None:
                 unreadable.append((samples[index].id, samples[index].label, reason or ""))
             else:
                 kept.append(samples[index])
                 pending.append(view[0])
-                if len(pending) == batch:
-                    flush()
+            if pending and (len(pending) == batch or index == len(samples) - 1):
+                ids = [sample.id for sample in kept[-len(pending) :]]
+                features.append(vlm.encode_images(torch.stack(pending), ids).cpu())
+                pending.clear()
             advance()
-        flush()
     check_some_readable(unreadable, samples)
     result = Features(
         torch.cat(features),
@@ -148,14 +154,14 @@ def encode_images(
 
 
 def encode_crops(
-    samples: Sequence[Sample], vlm: VisionLanguageModel, *, title: str, seed: int, workers: int
+    samples: Sequence[Sample], vlm: VisionLanguageModel, *, title: str, seed: int, draw: str, workers: int
 ) -> Features:
-    """Features of one random crop an image, drawn from (seed, image id).
+    """The features of one random crop of each image, drawn from the seed, the name of the draw and the image's id.
 
     Raises UserError where not one of the images can be read, or the features of one are no numbers.
     """
     features, kept, unreadable = [], [], []
-    stream = iterate_views(samples, vlm, views=0, kind="crop", seed=seed, workers=workers)
+    stream = iterate_views(samples, vlm, views=0, kind="crop", seed=image_seed(seed, draw), workers=workers)
     with progress(title, len(samples)) as advance:
         for index, views, reason in stream:
             if views is None:
@@ -174,14 +180,6 @@ def check_some_readable(unreadable: Sequence[Unreadable], samples: Sequence[Samp
     if unreadable and len(unreadable) == len(samples):
         root = str(samples[0].path).removesuffix(samples[0].id).rstrip("/")
         raise UserError(f"data {root}: none of the {len(samples)} images could be read; the first: {unreadable[0][2]}")
-
-
-def class_means(training: Features, num_classes: int) -> Tensor:
-    """Unit-norm mean feature of each class. Returns (K, D). Raises UserError where a class has no image."""
-    sums = torch.zeros(num_classes, training.features.shape[1]).index_add(0, training.labels, training.features)
-    if empty := [str(label) for label in range(num_classes) if not bool((training.labels == label).any())]:
-        raise UserError(f"text_features class-means needs an image of every class, none of {', '.join(empty[:8])}")
-    return normalize(sums, dim=-1)
 
 
 def _features_path(samples: Sequence[Sample], vlm: VisionLanguageModel) -> Path:
