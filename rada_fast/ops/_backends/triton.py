@@ -79,10 +79,17 @@ def executes_on_cpu() -> bool:
 
 
 def float32_precision() -> str:
-    """tl.dot's input_precision for float32: RADA_FAST_FLOAT32, else after torch.set_float32_matmul_precision."""
+    """The input_precision of tl.dot for float32: what RADA_FAST_FLOAT32 asks for, else what PyTorch is set to.
+
+    PyTorch can be set by torch.set_float32_matmul_precision, by allow_tf32 or, from 2.9 on, by fp32_precision, which
+    reads rightly whichever of them was used; the first one's reader raises after the last one's.
+    """
     if asked := _env.float32_products():
         return asked
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:  # PyTorch 2.8
+        setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if setting == "tf32" else "tf32x3"
 
 
 # torch.compile takes the answers as they are when it traces, see extension/libraries.py.
