@@ -25,12 +25,8 @@ def augmix(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Apply AugMix to views. The arguments and the result are those of ops.augmix, with the tensors of the plan.
-
-    Tensors of another device are copied to the host and back.
-    """
-    device = pictures[0].device if pictures else torch.device("cpu")
-    images = [Image.fromarray(picture.cpu().contiguous().numpy()) for picture in pictures]
+    """Apply AugMix to views. The arguments and the result are those of ops.augmix, with the tensors of the plan."""
+    images = crops.on_the_host(pictures)
     made = []
     for row, chains, values, (*shares, share, rest) in zip(
         views.tolist(), operations.tolist(), matrices.tolist(), weights.cpu().unbind(0), strict=True
@@ -43,7 +39,7 @@ def augmix(
                 image = apply(image, operation, value)
             mixed = mixed + weight * crops.to_normalised(image, mean, std)
         made.append(share * crops.to_normalised(view, mean, std) + rest * mixed)
-    return torch.stack(made).to(device, dtype) if made else torch.empty((0, 3, size, size), dtype=dtype, device=device)
+    return crops.on_their_device(made, pictures, size, dtype)
 
 
 def apply(image: Image.Image, operation: int, value: Sequence[float]) -> Image.Image:

@@ -19,14 +19,23 @@ def multi_view_crops(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Cut views out of pictures. The arguments and the result are those of ops.multi_view_crops.
-
-    Tensors of another device are copied to the host and back.
-    """
-    images = [Image.fromarray(picture.cpu().contiguous().numpy()) for picture in pictures]
+    """Cut views out of pictures. The arguments and the result are those of ops.multi_view_crops."""
+    images = on_the_host(pictures)
     made = [to_normalised(crop(images[row[0]], row, size), mean, std) for row in views.tolist()]
+    return on_their_device(made, pictures, size, dtype)
+
+
+def on_the_host(pictures: Sequence[Tensor]) -> list[Image.Image]:
+    """Copy pictures to the host, as images of Pillow."""
+    return [Image.fromarray(picture.cpu().contiguous().numpy()) for picture in pictures]
+
+
+def on_their_device(views: list[Tensor], pictures: Sequence[Tensor], size: int, dtype: torch.dtype) -> Tensor:
+    """Put views together on the device of their pictures. views: each (3, S, S). Returns (N, 3, S, S)."""
     device = pictures[0].device if pictures else torch.device("cpu")
-    return torch.stack(made).to(device, dtype) if made else torch.empty((0, 3, size, size), dtype=dtype, device=device)
+    return (
+        torch.stack(views).to(device, dtype) if views else torch.empty((0, 3, size, size), dtype=dtype, device=device)
+    )
 
 
 def crop(image: Image.Image, row: Sequence[int], size: int) -> Image.Image:

@@ -11,6 +11,7 @@ from rada_fast.reference.class_attention import class_attention
 from rada_fast.reference.masked_logits import mask_penalty, masked_logits, rational_mask
 from rada_fast.reference.rational_projections import (
     Parameters,
+    Projections,
     as_scale,
     input_scales,
     layer_projections,
@@ -40,27 +41,23 @@ def mask_offset(
         rational = scale * rational_matrix(image_features, text_features)  # (B, K, D)
         return project(project(rational, parameters, "fc").relu(), parameters, "out_proj")  # (B, K, D)
 
-    projections = rational_projections(image_features, text_features, logit_scale, parameters, config)
-    attended = class_attention(
-        projections.queries.values(),
-        projections.keys,
-        projections.values,
-        temperature=config.temperature,
-        softmax=config.softmax,
-    )  # (B, K, D)
-    offset = project(attended, parameters, "out_proj")  # A_1: (B, K, D)
-    for layer in range(2, config.num_layers + 1):
-        prefix = f"layers.{layer - 2}."
-        rational = input_scales(logit_scale, config)[1] * rational_matrix(image_features, text_features)  # (B, K, D)
-        projections = layer_projections(offset, rational, parameters, prefix, config)
-        attended = class_attention(
+    def attend(projections: Projections) -> Tensor:
+        """Compute the attention of one layer. Returns (B, K, D)."""
+        return class_attention(
             projections.queries.values(),
             projections.keys,
             projections.values,
             temperature=config.temperature,
             softmax=config.softmax,
-        )  # (B, K, D)
-        offset = offset + project(attended, parameters, f"{prefix}out_proj")  # (B, K, D)
+        )
+
+    projections = rational_projections(image_features, text_features, logit_scale, parameters, config)
+    offset = project(attend(projections), parameters, "out_proj")  # A_1: (B, K, D)
+    for layer in range(2, config.num_layers + 1):
+        prefix = f"layers.{layer - 2}."
+        rational = input_scales(logit_scale, config)[1] * rational_matrix(image_features, text_features)  # (B, K, D)
+        projections = layer_projections(offset, rational, parameters, prefix, config)
+        offset = offset + project(attend(projections), parameters, f"{prefix}out_proj")  # (B, K, D)
     return offset
 
 
