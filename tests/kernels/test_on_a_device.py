@@ -15,8 +15,8 @@ from rada_fast.config.method import AdapterConfig
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import EpisodicOptimizer, prediction_loss, rational_adapter, use_backend
+from tests.compat.published import PublishedModel
 from tests.support import assert_replays_from_a_graph, problem, published_vectors, solve
-from tests.test_compat import PublishedModel
 
 BF16, F32 = torch.bfloat16, torch.float32
 CONFIG = AdapterConfig.official(128)

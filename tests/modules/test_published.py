@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rada_fast.compat import SimpleMultiheadAttention, patch, unpatch
-from tests.test_compat import PublishedAttention, published_rows, same_as_own
+from tests.compat.published import PublishedAttention, published_rows, same_as_own
 
 
 class Odd(PublishedAttention):
