@@ -15,8 +15,7 @@ from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules.projections import ZeroLinear, tensors_or_calls
 from rada_fast.modules.published import ARGUMENTS, PROJECTIONS, adapter_config, projections_of, reason_against
-from rada_fast.ops import rational_adapter
-from rada_fast.ops._backends.transforms import under_transform
+from rada_fast.ops import rational_adapter, under_transform
 from rada_fast.reference.class_attention import attention_probabilities
 from rada_fast.reference.rational_projections import split_heads
 

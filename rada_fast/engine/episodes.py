@@ -16,8 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from rada_fast.config.method import EpisodeConfig, MaskPenalty, OptimizerName
 from rada_fast.modules.projections import GIVE_VALUES, is_no_ordinary_tensor
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
-from rada_fast.ops import prediction_loss, rational_adapter, select_views, zero_shot_logits
-from rada_fast.ops._backends.transforms import under_transform
+from rada_fast.ops import prediction_loss, rational_adapter, select_views, under_transform, zero_shot_logits
 from rada_fast.ops.rational_adapter import check_features, check_scale
 
 

@@ -1,10 +1,11 @@
 """Public ops: checks, choice of backend, autograd. One file per op."""
 
 from rada_fast.ops._backends.choice import BACKENDS, backends, resolve_backend, use_backend
+from rada_fast.ops._backends.transforms import under_transform
+from rada_fast.ops._views import CROP_SCALE, VIEW_COLUMNS
 from rada_fast.ops.augmix import AugmixPlan, augmix, random_augmix
 from rada_fast.ops.episodic_optimizer import EpisodicOptimizer, episodic_optimizer_step
 from rada_fast.ops.multi_view_crops import (
-    VIEW_COLUMNS,
     multi_view_crops,
     random_views,
     whole_view,
@@ -15,6 +16,7 @@ from rada_fast.ops.view_selection import select_views
 
 __all__ = [
     "BACKENDS",
+    "CROP_SCALE",
     "VIEW_COLUMNS",
     "AdapterOutput",
     "AugmixPlan",
@@ -30,6 +32,7 @@ __all__ = [
     "rational_adapter",
     "resolve_backend",
     "select_views",
+    "under_transform",
     "use_backend",
     "whole_view",
     "zero_shot_logits",

@@ -8,8 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rada_fast.ops._backends.choice import resolve_device_backend
-from rada_fast.ops.multi_view_crops import CROP_RATIO, CROP_SCALE, TALL_FIRST, check, views_are_compiled
+from rada_fast.ops._views import (
+    CROP_RATIO,
+    CROP_SCALE,
+    TALL_FIRST,
+    check_draw,
+    check_views,
+    cuts_compiled,
+    views_are_compiled,
+)
 
 AUGMIX_OPERATIONS = ("none", "autocontrast", "equalize", "posterize", "solarize", "affine")
 """By number, what a step of a chain does to the view's pixels; the affine one covers rotations, shears and shifts."""
@@ -66,10 +73,7 @@ def random_augmix(
     share is uniform.
     Raises ValueError for sizes, chains or a depth below 1, a negative count, or a severity outside 0.1..10.
     """
-    if min(height, width, size) < 1 or count < 0:
-        raise ValueError(
-            f"height, width and size must be at least 1 and count at least 0, got {height}, {width}, {size} and {count}"
-        )
+    check_draw(height, width, size, count)
     if min(chains, depth) < 1 or not 0.1 <= severity <= 10:
         raise ValueError(
             f"chains and depth must be at least 1 and severity in 0.1..10, got {chains}, {depth} and {severity}"
@@ -105,7 +109,7 @@ def augmix(
     Equivalent to share * plain + rest * sum(weight * normalise(chain(view))) with PIL's ImageOps and Image.transform.
     """
     views, operations, matrices, weights = plan
-    check(pictures, views, size, mean, std, dtype)
+    check_views(pictures, views, size, mean, std, dtype)
     count, (chains, depth) = len(views), operations.shape[1:] if operations.ndim == 3 else (0, 0)
     for name, tensor, shape, kind in (
         ("operations", operations, (count, chains, depth), torch.int64),
@@ -123,12 +127,11 @@ def augmix(
     bits = matrices[..., 0][operations == AUGMIX_OPERATIONS.index("posterize")]
     if bool(((bits < 1) | (bits > 8)).any()):
         raise ValueError(f"posterize keeps 1 to 8 bits, got {sorted(set(bits.tolist()))}")
-    device = pictures[0].device if len(pictures) else torch.device("cpu")
-    if resolve_device_backend(device, backend) in ("cpu", "cuda"):
-        made: Tensor = torch.ops.rada_fast.augmix(
+    if cuts_compiled(pictures, backend):
+        mixed: Tensor = torch.ops.rada_fast.augmix(
             list(pictures), views, operations, matrices, weights, size, list(mean), list(std), dtype, TALL_FIRST
         )
-        return made
+        return mixed
     from rada_fast.reference import augmix as reference
 
     return reference.augmix(pictures, views, operations, matrices, weights, size, mean, std, dtype)

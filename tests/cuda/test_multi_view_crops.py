@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rada_fast.extension import libraries
 from rada_fast.ops import multi_view_crops, random_views, use_backend, whole_view
-from rada_fast.ops.multi_view_crops import TALL_FIRST
+from rada_fast.ops._views import TALL_FIRST
 from rada_fast.reference import multi_view_crops as reference
 from tests.cuda.conftest import Launchers
 from tests.ops.test_multi_view_crops import MEAN, STD, picture, view

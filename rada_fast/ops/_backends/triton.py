@@ -148,19 +148,33 @@ def _tile_of(features: Features, options: Options, launch: Launch) -> Callable[[
     return lambda name: chosen_tile(features.image_features.device, name, sizes)
 
 
+def _problem(features: Features, scale: Scale) -> dict[str, Tensor]:
+    """The arguments that name the problem, which most launches take."""
+    image, text = features.image_features.contiguous(), features.text_features.contiguous()
+    return {"image": image, "text": text, "logit_scale": scale.logit_scale}
+
+
+def _attention(options: Options, launch: Launch) -> dict[str, Any]:
+    """The arguments of the launches of class attention that say how it is computed."""
+    return {
+        "num_heads": options.num_heads,
+        "temperature": options.temperature,
+        "matrix": options.matrix_softmax,
+        "precision": launch.precision,
+    }
+
+
 def _forward(
     features: Features, scale: Scale, parameters: Parameters, options: Options, launch: Launch, requests: Requests
 ) -> tuple[Any, ...]:
     weights, biases = _contiguous(parameters.by_role("weight")), _contiguous(parameters.by_role("bias"))
     output_weight, output_bias = weights.pop("output"), biases.pop("output", None)
-    image, text = features.image_features.contiguous(), features.text_features.contiguous()
+    problem = _problem(features, scale)
     common = {"episodes": launch.episodes, "dtype": launch.compute, "precision": launch.precision}
     tile = _tile_of(features, options, launch)
-    with torch.cuda.device_of(image):
+    with torch.cuda.device_of(features.image_features):
         projections = rational_projections_forward(
-            image=image,
-            text=text,
-            logit_scale=scale.logit_scale,
+            **problem,
             weights=weights,
             biases=biases,
             scale_factor=options.input_scale_factor,
@@ -168,17 +182,10 @@ def _forward(
             **common,
         )
         attended = class_attention_forward(
-            projections=projections,
-            num_heads=options.num_heads,
-            temperature=options.temperature,
-            matrix=options.matrix_softmax,
-            precision=launch.precision,
-            tile=tile("class_attention_forward"),
+            projections=projections, tile=tile("class_attention_forward"), **_attention(options, launch)
         )
         masked = masked_logits_forward(
-            image=image,
-            text=text,
-            logit_scale=scale.logit_scale,
+            **problem,
             attended=attended,
             weight=output_weight,
             bias=output_bias,
@@ -254,14 +261,12 @@ def _backward(
     # Test-time training's first step, from a zero output projection, asks for that projection's gradient alone.
     inner = to_features or any(role != "output" for role in roles)
     dlogits, dpenalty, dmask = (None if value is None else value.contiguous() for value in gradients)
-    image, text = features.image_features.contiguous(), features.text_features.contiguous()
+    problem = _problem(features, scale)
     dimage = dtext = dprojections = None
     tile = _tile_of(features, options, launch)
-    with torch.cuda.device_of(image):
+    with torch.cuda.device_of(features.image_features):
         outer = masked_logits_backward(
-            image=image,
-            text=text,
-            logit_scale=scale.logit_scale,
+            **problem,
             attended=attended,
             weight=weights["output"],
             bias=output_bias,
@@ -287,16 +292,11 @@ def _backward(
                 attended=attended,
                 dattended=outer.dattended,
                 deltas=outer.deltas,
-                num_heads=options.num_heads,
-                temperature=options.temperature,
-                matrix=options.matrix_softmax,
-                precision=launch.precision,
                 tile=tile("class_attention_backward"),
+                **_attention(options, launch),
             )
         dweights, dbiases = parameter_gradients(
-            image=image,
-            text=text,
-            logit_scale=scale.logit_scale,
+            **problem,
             attended=attended,
             gradients=dprojections,
             doffset=outer.doffset,
@@ -311,9 +311,7 @@ def _backward(
             assert outer.weighted is not None
             assert dprojections is not None
             dimage, dtext = rational_projections_backward(
-                image=image,
-                text=text,
-                logit_scale=scale.logit_scale,
+                **problem,
                 weights=weights,
                 gradients=dprojections,
                 weighted=outer.weighted,

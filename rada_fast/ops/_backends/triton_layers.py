@@ -41,6 +41,12 @@ class AttentionOptions(NamedTuple):
     precision: str
 
 
+def _attention(options: AttentionOptions) -> dict[str, Any]:
+    """The options, as the kernels' launches name them."""
+    named = options._asdict()
+    return {"matrix": named.pop("matrix_softmax"), **named}
+
+
 class Rows(NamedTuple):
     """attended: the merged heads, (B, K, D)."""
 
@@ -77,13 +83,7 @@ def _buffers(projected: Projected) -> ProjectionBuffers:
 def _forward(projected: Projected, options: AttentionOptions) -> tuple[Rows, Attended]:
     keys = projected.keys
     with torch.cuda.device_of(keys):
-        attended = class_attention_forward(
-            projections=_buffers(projected),
-            num_heads=options.num_heads,
-            temperature=options.temperature,
-            matrix=options.matrix_softmax,
-            precision=options.precision,
-        )
+        attended = class_attention_forward(projections=_buffers(projected), **_attention(options))
     total = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
     for kind, part in enumerate((attended.text, attended.rational)):
         if part is not None:
@@ -131,10 +131,7 @@ def _backward(
             attended=attended,
             dattended=dattended,
             deltas=deltas,
-            num_heads=heads,
-            temperature=options.temperature,
-            matrix=options.matrix_softmax,
-            precision=options.precision,
+            **_attention(options),
         )
     dq_image = None if q_image is None or found.q_image is None else found.q_image.to(q_image.dtype)
     dq_text = None
