@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from rada_fast.config.commands import ViewKind
 from rada_fast.data.decode import UnreadableImageError, read_image
 from rada_fast.data.sources import Sample
-from rada_fast.ops import CROP_SCALE, augmix, multi_view_crops, random_augmix, random_views, whole_view
+from rada_fast.ops import CROP_SCALE as CROP_SCALE
+from rada_fast.ops import augmix, multi_view_crops, random_augmix, random_views, whole_view
 
 AUGMIX_CHAINS, AUGMIX_DEPTH, AUGMIX_SEVERITY = 3, 3, 1.0
 """AugMix as test-time prompt tuning uses it: three chains of one to three operations at the lowest severity."""

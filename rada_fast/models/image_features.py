@@ -21,10 +21,9 @@ from rada_fast.config.commands import ViewKind
 from rada_fast.data.fingerprints import file_stamp
 from rada_fast.data.sources import Sample, Source
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
-from rada_fast.data.views import ViewDataset, as_it_is, image_seed
+from rada_fast.data.views import CROP_SCALE, ViewDataset, as_it_is, image_seed
 from rada_fast.errors import UserError
 from rada_fast.models.vision_language import Model, VisionLanguageModel
-from rada_fast.ops import CROP_SCALE
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
