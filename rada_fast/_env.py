@@ -187,6 +187,20 @@ def cuda_device_name(index: int | None = None) -> str:
     return torch.cuda.get_device_name(index)
 
 
+def current_cuda_device() -> int:
+    """The index of the CUDA device that a new tensor would be made on."""
+    import torch
+
+    return torch.cuda.current_device()
+
+
+def is_capturing() -> bool:
+    """Whether what is launched on the current CUDA stream is captured into a graph instead of run."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def cuda_device_capability() -> tuple[int, int]:
     """The compute capability of the current CUDA device, (8, 0) for sm_80."""
     import torch

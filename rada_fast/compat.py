@@ -199,7 +199,7 @@ def _is_recorded() -> bool:
     return (
         torch._C._get_tracing_state() is not None
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-        or (_env.has_cuda() and torch.cuda.is_current_stream_capturing())
+        or _env.is_capturing()
     )
 
 

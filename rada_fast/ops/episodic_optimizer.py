@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from functools import partial
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -72,10 +73,15 @@ def episodic_optimizer_step(
     device = parameters[0].device
     match resolve_device_backend(device, backend):
         case "reference":
-            _reference_step(
-                parameters, first_moments, second_moments, gradients, sources, fresh,
-                name, step, lr, weight_decay, betas, eps, momentum,
+            from rada_fast.reference.episodic_optimizer import episodic_optimizer_step as reference
+
+            rule = partial(
+                reference, rule=name, step=step, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps,
+                momentum=momentum,
             )  # fmt: skip
+            lists = (parameters, first_moments, second_moments, gradients, sources, fresh)
+            for values in zip(*lists, strict=True):
+                _reference_step(_Entry(*values), rule)
         case _:
             for index, gradient in enumerate(gradients):
                 if gradient is not None and gradient.dtype not in _GRADIENTS:
@@ -96,40 +102,33 @@ def _check_float32(name: str, tensors: Sequence[Tensor | None]) -> None:
             )
 
 
-def _reference_step(
-    parameters: Sequence[Tensor],
-    first_moments: Sequence[Tensor],
-    second_moments: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    sources: Sequence[Tensor | None],
-    fresh: Sequence[bool],
-    name: str,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    momentum: float,
-) -> None:
-    from rada_fast.reference.episodic_optimizer import episodic_optimizer_step as reference
+class _Entry(NamedTuple):
+    """One of each of the step's lists, in their order."""
 
-    for parameter, *moments, gradient, source, zero in zip(
-        parameters, first_moments, second_moments, gradients, sources, fresh, strict=True
-    ):
-        shape = parameter.shape
-        if source is not None:
-            # Whole copies one after the other, whatever the shapes: the parameter's own order of elements.
-            copies = parameter.numel() // max(source.numel(), 1)
-            source = source.reshape(1, -1).expand(copies, -1).reshape(shape)
-        made = reference(
-            parameter if source is None else source,
-            None if gradient is None else gradient.reshape(shape),
-            *(None if zero or not moment.numel() else moment for moment in moments),
-            rule=name, step=step, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum,
-        )  # fmt: skip
-        for target, value in zip((parameter, *moments), made, strict=True):
-            if value is not None and target.numel():
-                target.copy_(value)
+    parameter: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+    gradient: Tensor | None
+    source: Tensor | None
+    fresh: bool
+
+
+def _reference_step(entry: _Entry, rule: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """Write into one parameter and its moments what the reference makes of them under a rule."""
+    parameter, moments = entry.parameter, (entry.first_moment, entry.second_moment)
+    shape, source = parameter.shape, entry.source
+    if source is not None:
+        # Whole copies one after the other, whatever the shapes: the parameter's own order of elements.
+        copies = parameter.numel() // max(source.numel(), 1)
+        source = source.reshape(1, -1).expand(copies, -1).reshape(shape)
+    results = rule(
+        parameter if source is None else source,
+        None if entry.gradient is None else entry.gradient.reshape(shape),
+        *(None if entry.fresh or not moment.numel() else moment for moment in moments),
+    )
+    for target, value in zip((parameter, *moments), results, strict=True):
+        if value is not None and target.numel():
+            target.copy_(value)
 
 
 @dataclass
@@ -148,10 +147,6 @@ class _Slot:
     first: Tensor | None = None
     second: Tensor | None = None
     frozen: bool = False
-
-
-# Parameter, first and second moment, gradient, source, fresh: one of each of the step's lists.
-_Entry = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool]
 
 
 class EpisodicOptimizer:
@@ -297,9 +292,13 @@ class EpisodicOptimizer:
                 entries.append(entry)
         if not entries:
             return
-        parameters, first, second, given, sources, fresh = (list(values) for values in zip(*entries, strict=True))
         episodic_optimizer_step(
-            parameters, first, second, given, sources, fresh,
+            parameters=[entry.parameter for entry in entries],
+            first_moments=[entry.first_moment for entry in entries],
+            second_moments=[entry.second_moment for entry in entries],
+            gradients=[entry.gradient for entry in entries],
+            sources=[entry.source for entry in entries],
+            fresh=[entry.fresh for entry in entries],
             name=self.name, step=self.steps, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas,
             eps=self.eps, momentum=self.momentum, torch_roots=self.torch_roots, backend=self.backend,
         )  # fmt: skip
@@ -318,7 +317,7 @@ class EpisodicOptimizer:
             if slot.shared is None:
                 slot.shared = torch.empty_like(slot.initial)
             slot.current = "shared"
-            return slot.shared, nothing, nothing, None, None if source is slot.shared else source, True
+            return _Entry(slot.shared, nothing, nothing, None, None if source is slot.shared else source, fresh=True)
         if slot.own is None:
             slot.own = slot.initial.new_empty((self.episodes, *slot.initial.shape))
             slot.first = torch.empty_like(slot.own) if moments else nothing
@@ -326,4 +325,4 @@ class EpisodicOptimizer:
         assert slot.first is not None
         assert slot.second is not None
         fresh, slot.fresh, slot.current = slot.fresh, False, "own"
-        return slot.own, slot.first, slot.second, gradient, source, fresh
+        return _Entry(slot.own, slot.first, slot.second, gradient, source, fresh)

@@ -117,7 +117,7 @@ def chosen_tile(device: torch.device, launch: str, sizes: Sizes) -> Any | None:
     """The tile measured for such sizes on this device, or None for the table's. It reads the disk once a process."""
     if device.type != "cuda":
         return None
-    return _chosen(device.index if device.index is not None else torch.cuda.current_device(), launch, sizes)
+    return _chosen(device.index if device.index is not None else _env.current_cuda_device(), launch, sizes)
 
 
 def forget() -> None:
@@ -139,7 +139,7 @@ def tune(
     Returns for each launch the table's tile, the fastest one and their ratio. Raises UserError while a CUDA graph is
     being captured.
     """
-    if _env.has_cuda() and torch.cuda.is_current_stream_capturing():
+    if _env.is_capturing():
         raise UserError("tiles cannot be tuned while a CUDA graph is being captured")
     path = cache_file(device)
     kept = {key: asdict(value) for key, value in _measured(path).items()}
