@@ -1,4 +1,16 @@
-"""Triton kernels and their launchers, one file per op; installed as rada_fast.kernels."""
+"""Triton kernels and their launchers, one module or package per op; installed as rada_fast.kernels.
+
+A name that ends in _kernel is a Triton entry point. The launcher beside it, which takes PyTorch tensors, is called
+<op>_forward or <op>_backward; parameter_gradients is a backward pass alone.
+
+Every entry point takes its parameters in this order, and launchers pass them by name:
+
+1. tensors that are read, in the order of the equations, then tensors that are written; an argument that is None turns
+   the code that would use it off when the kernel is compiled;
+2. numbers: sizes, then strides, then factors such as `scale` and `share` (one over the number of query kinds);
+3. compile-time constants: sizes (D, HEAD), options, blocks (BLOCK_M rows, BLOCK_N columns, BLOCK_C columns of a step of
+   a reduction, ...), and how products are made (COMPUTE, PRECISION).
+"""
 
 from rada_fast import _env
 

@@ -2,9 +2,9 @@
 
     dW[o, c] = sum_rows dY[row, o] X[row, c],   dbias[o] = sum_rows dY[row, o]
 
-X is scale R for keys, values and the rational query, sqrt(scale) T and sqrt(scale) f for the other queries, O for the
-output projection; all are made in the prologue. A program owns one block of one weight (of one episode) and goes
-through all its rows: no parts, nothing to add up afterwards, the same order every time.
+X is scale R for keys, values and the rational query, sqrt(scale) T and sqrt(scale) f for the other queries, and O for
+the output projection; R and O are computed where they are used. A program owns one block of one weight of one episode
+and goes through all rows, always in the same order, so that nothing has to be added up afterwards.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rada_fast.kernels._common import (
+    COMPUTE_TYPES,
     attended_rows,
     block_of,
     default_precision,
@@ -28,8 +29,8 @@ from rada_fast.kernels._common import (
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.rational_projections import ProjectionBuffers
 
-ROLES = ("key", "value", "rational", "output", "text", "image")
-"""Longest first: the wide ones go through B K rows."""
+ROLE_ORDER = ("key", "value", "rational", "output", "text", "image")
+"""The roles in the order of their programs. The first four go through B K rows and start first."""
 
 
 @dataclass(frozen=True)
@@ -44,156 +45,196 @@ class Tile:
 
 
 def tile_of(dtype: torch.dtype, width: int, precision: str = "ieee") -> Tile:
-    """The table."""
+    """The tile for a problem, from a table."""
     if dtype == torch.float32:
-        # As in class_attention: short reductions. Products of TF32: one stage, a strip of 16 rows for each warp.
+        # Short reductions, as in class_attention. For TF32 products one stage, and a strip of 16 rows for each warp.
         block = block_of(width, 64)
         return Tile(block, block, 16, 4, 2) if precision == "ieee" else Tile(block, block, 16, block // 16, 1)
-    # 128 x 64: at D 512 the four wide weights are 128 programs for 108 processors; 128 x 128 would be 64.
+    # With 128 x 64 the four weights that go through B K rows are 128 programs at D 512, for 108 processors; with
+    # 128 x 128 they would be 64.
     return Tile(block_of(width, 128), block_of(width, 64), 64, 8, 3)
 
 
 @triton.jit
 def _block(
-    image, text, attended_text, attended_rational, attended_image, factors, gradient, out_weight, out_bias,
-    first_row, first_image, images, classes, total_rows, out_column, in_column, share, scale,
-    SOURCE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr,
-    IMAGE: tl.constexpr, MATRIX: tl.constexpr, TWO: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """SOURCE: 0, X = R; 1, O; 2, T, with dY summed over the images; 3, f."""
-    o = out_column + tl.arange(0, BLOCK_O)
-    i = in_column + tl.arange(0, BLOCK_I)
+    features,
+    attended,
+    dy,
+    weight,
+    bias,
+    episode,
+    images,
+    classes,
+    first_output,
+    first_input,
+    share,
+    scale,
+    SOURCE: tl.constexpr,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TWO_IMAGES: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store one block of one weight's gradient, and the gradient of the bias beside it.
+
+    features: (image, text); weight, bias: where the gradients go. SOURCE tells what X is. 0: R. 1: O. 2: T, and dY is
+    summed over the images. 3: f.
+    """
+    image, text = features
+    first_image = episode * images
+    first_row = first_image * classes
+    o = first_output + tl.arange(0, BLOCK_O)
+    i = first_input + tl.arange(0, BLOCK_I)
     rows = images * classes
     if SOURCE == 2:
         rows = classes
     elif SOURCE == 3:
         rows = images
-    acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    accumulator = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     for start in range(0, rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        ok = row < rows
+        valid = row < rows
+        tile = (start, row, valid, rows, classes, first_image)
         if SOURCE == 0:
-            x = rational_rows(image, text, first_image, start, row, ok, rows, classes, i, D, BLOCK_R, TWO)
+            x = rational_rows(features, tile, i, D, BLOCK_R, TWO_IMAGES)
         elif SOURCE == 1:
-            x = attended_rows(
-                attended_text, attended_rational, attended_image, factors, first_row, first_image, start, row, ok, rows,
-                classes, total_rows, in_column, i, share, D, HEAD, BLOCK_R, BLOCK_I, TWO, TEXT, RATIONAL, IMAGE, MATRIX,
-            )  # fmt: skip
+            x = attended_rows(attended, tile, i, first_input, share, D, HEAD, BLOCK_R, BLOCK_I, TWO_IMAGES)
         elif SOURCE == 2:
-            x = tl.load(text + row[:, None] * D + i[None, :], mask=ok[:, None], other=0.0)
+            x = tl.load(text + row[:, None] * D + i[None, :], mask=valid[:, None], other=0.0)
         else:
-            x = tl.load(image + (first_image + row)[:, None] * D + i[None, :], mask=ok[:, None], other=0.0)
+            x = tl.load(image + (first_image + row)[:, None] * D + i[None, :], mask=valid[:, None], other=0.0)
         if SOURCE == 2:
-            dy = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+            y = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
             for b in range(images):
-                at = (first_row + b * classes + row)[:, None] * D + o[None, :]
-                dy += tl.load(gradient + at, mask=ok[:, None], other=0.0).to(tl.float32)
+                offsets = (first_row + b * classes + row)[:, None] * D + o[None, :]
+                y += tl.load(dy + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
         elif SOURCE == 3:
-            dy = tl.load(gradient + (first_image + row)[:, None] * D + o[None, :], mask=ok[:, None], other=0.0)
+            y = tl.load(dy + (first_image + row)[:, None] * D + o[None, :], mask=valid[:, None], other=0.0)
         else:
-            dy = tl.load(gradient + (first_row + row)[:, None] * D + o[None, :], mask=ok[:, None], other=0.0)
-        acc = product(tl.trans(dy.to(COMPUTE)), x.to(COMPUTE), acc, PRECISION)
-    there = o[:, None] * D + i[None, :]
-    tl.store(out_weight + there, (acc * scale).to(out_weight.dtype.element_ty))
-    if BIAS:
-        if in_column == 0:
-            # dY again, out of the cache, by one program in D / BLOCK_I.
+            y = tl.load(dy + (first_row + row)[:, None] * D + o[None, :], mask=valid[:, None], other=0.0)
+        accumulator = product(tl.trans(y.to(COMPUTE)), x.to(COMPUTE), accumulator, PRECISION)
+    weight += episode * (D * D)
+    tl.store(weight + o[:, None] * D + i[None, :], (accumulator * scale).to(weight.dtype.element_ty))
+    if HAS_BIAS:
+        bias += episode * D
+        if first_input == 0:
+            # dY is read again, out of the cache, by one program in D / BLOCK_I.
             total = tl.zeros((BLOCK_O,), tl.float32)
-            dy_rows = rows
+            bias_rows = rows
             if SOURCE == 2:
-                dy_rows = images * classes
+                bias_rows = images * classes
             first = first_row
             if SOURCE == 3:
                 first = first_image
-            for start in range(0, dy_rows, BLOCK_R):
+            for start in range(0, bias_rows, BLOCK_R):
                 row = start + tl.arange(0, BLOCK_R)
-                at = (first + row)[:, None] * D + o[None, :]
-                total += tl.sum(tl.load(gradient + at, mask=(row < dy_rows)[:, None], other=0.0).to(tl.float32), 0)
-            store_column_sums(out_bias + o, total, o < D, BLOCK_R, BLOCK_O)
+                offsets = (first + row)[:, None] * D + o[None, :]
+                y = tl.load(dy + offsets, mask=(row < bias_rows)[:, None], other=0.0)
+                total += tl.sum(y.to(tl.float32), 0)
+            store_column_sums(bias + o, total, o < D, BLOCK_R, BLOCK_O)
 
 
 @triton.jit
 def parameter_gradients_kernel(
-    image, text, logit_scale, attended_text, attended_rational, attended_image, factors,
-    dkeys, dvalues, dq_rational, doffset, dq_text, dq_image,
-    key_weight, key_bias, value_weight, value_bias, rational_weight, rational_bias,
-    output_weight, output_bias, text_weight, text_bias, image_weight, image_bias,
-    images, classes, total_rows, share,
-    KEY_ON: tl.constexpr, VALUE_ON: tl.constexpr, RATIONAL_ON: tl.constexpr, OUTPUT_ON: tl.constexpr,
-    TEXT_ON: tl.constexpr, IMAGE_ON: tl.constexpr,
-    D: tl.constexpr, HEAD: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, IMAGE: tl.constexpr,
-    MATRIX: tl.constexpr, FACTOR: tl.constexpr, TWO: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Axis 0: role among those asked for, block of outputs, block of inputs. Axis 1: episodes."""
+    image,
+    text,
+    logit_scale,
+    attended_text,
+    attended_rational,
+    attended_image,
+    factors,
+    dkeys,
+    dvalues,
+    dq_rational,
+    doffset,
+    dq_text,
+    dq_image,
+    key_weight,
+    key_bias,
+    value_weight,
+    value_bias,
+    rational_weight,
+    rational_bias,
+    output_weight,
+    output_bias,
+    text_weight,
+    text_bias,
+    image_weight,
+    image_bias,
+    images,
+    classes,
+    total_rows,
+    share,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    FACTOR: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TWO_IMAGES: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Axis 0: role among those asked for, block of outputs, block of inputs. Axis 1: episodes.
+
+    A role is asked for where its weight is not None, the output projection where HAS_OUTPUT says so.
+    """
     inputs: tl.constexpr = D // BLOCK_I
     blocks: tl.constexpr = inputs * (D // BLOCK_O)
     program, episode = tl.program_id(0), tl.program_id(1).to(tl.int64)
     role, block = program // blocks, program % blocks
-    out_column, in_column = (block // inputs) * BLOCK_O, (block % inputs) * BLOCK_I
-    first_image = episode * images
-    first_row = first_image * classes
-    to_weight, to_bias = episode * (D * D), episode * D
+    first_output, first_input = (block // inputs) * BLOCK_O, (block % inputs) * BLOCK_I
+    features = (image, text)
+    attended = (attended_text, attended_rational, attended_image, factors, total_rows)
     scale = input_scale(logit_scale, FACTOR)
-    value_at: tl.constexpr = KEY_ON
-    rational_at: tl.constexpr = value_at + VALUE_ON
-    output_at: tl.constexpr = rational_at + RATIONAL_ON
-    text_at: tl.constexpr = output_at + OUTPUT_ON
-    image_at: tl.constexpr = text_at + TEXT_ON
-    if role < output_at:
-        if output_at > 0:
-            # doffset has these pointers' type; one of the roles below replaces it.
-            gradient, weight, bias = doffset, output_weight, output_bias
-            if KEY_ON:
+    value_role: tl.constexpr = 0 if key_weight is None else 1
+    rational_role: tl.constexpr = value_role + (0 if value_weight is None else 1)
+    output_role: tl.constexpr = rational_role + (0 if rational_weight is None else 1)
+    text_role: tl.constexpr = output_role + HAS_OUTPUT
+    image_role: tl.constexpr = text_role + (0 if text_weight is None else 1)
+    if role < output_role:
+        if output_role > 0:
+            # The output projection's pointers have the right types; those of one of the roles below replace them.
+            dy, weight, bias = doffset, output_weight, output_bias
+            if key_weight is not None:
                 if role == 0:
-                    gradient, weight, bias = dkeys, key_weight, key_bias
-            if VALUE_ON:
-                if role == value_at:
-                    gradient, weight, bias = dvalues, value_weight, value_bias
-            if RATIONAL_ON:
-                if role == rational_at:
-                    gradient, weight, bias = dq_rational, rational_weight, rational_bias
-            if BIAS:
-                bias += to_bias
+                    dy, weight, bias = dkeys, key_weight, key_bias
+            if value_weight is not None:
+                if role == value_role:
+                    dy, weight, bias = dvalues, value_weight, value_bias
+            if rational_weight is not None:
+                if role == rational_role:
+                    dy, weight, bias = dq_rational, rational_weight, rational_bias
             _block(
-                image, text, attended_text, attended_rational, attended_image, factors, gradient, weight + to_weight,
-                bias, first_row, first_image, images, classes, total_rows, out_column, in_column, share, scale,
-                0, D, HEAD, TEXT, RATIONAL, IMAGE, MATRIX, TWO, BIAS, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
+                features, attended, dy, weight, bias, episode, images, classes, first_output, first_input, share, scale,
+                0, D, HEAD, HAS_BIAS, TWO_IMAGES, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
             )  # fmt: skip
-    elif role < text_at:
-        if OUTPUT_ON:
-            bias = output_bias
-            if BIAS:
-                bias += to_bias
+    elif role < text_role:
+        if HAS_OUTPUT:
             _block(
-                image, text, attended_text, attended_rational, attended_image, factors, doffset,
-                output_weight + to_weight, bias, first_row, first_image, images, classes, total_rows, out_column,
-                in_column, share, 1.0,
-                1, D, HEAD, TEXT, RATIONAL, IMAGE, MATRIX, TWO, BIAS, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
+                features, attended, doffset, output_weight, output_bias, episode, images, classes, first_output,
+                first_input, share, 1.0,
+                1, D, HEAD, HAS_BIAS, TWO_IMAGES, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
             )  # fmt: skip
-    elif role < image_at:
-        if TEXT_ON:
-            bias = text_bias
-            if BIAS:
-                bias += to_bias
+    elif role < image_role:
+        if text_weight is not None:
             _block(
-                image, text, attended_text, attended_rational, attended_image, factors, dq_text,
-                text_weight + to_weight, bias, first_row, first_image, images, classes, total_rows, out_column,
-                in_column, share, tl.sqrt(scale),
-                2, D, HEAD, TEXT, RATIONAL, IMAGE, MATRIX, TWO, BIAS, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
+                features, attended, dq_text, text_weight, text_bias, episode, images, classes, first_output,
+                first_input, share, tl.sqrt(scale),
+                2, D, HEAD, HAS_BIAS, TWO_IMAGES, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
             )  # fmt: skip
-    elif IMAGE_ON:
-        bias = image_bias
-        if BIAS:
-            bias += to_bias
+    elif image_weight is not None:
         _block(
-            image, text, attended_text, attended_rational, attended_image, factors, dq_image,
-            image_weight + to_weight, bias, first_row, first_image, images, classes, total_rows, out_column,
-            in_column, share, tl.sqrt(scale),
-            3, D, HEAD, TEXT, RATIONAL, IMAGE, MATRIX, TWO, BIAS, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
+            features, attended, dq_image, image_weight, image_bias, episode, images, classes, first_output, first_input,
+            share, tl.sqrt(scale),
+            3, D, HEAD, HAS_BIAS, TWO_IMAGES, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
         )  # fmt: skip
 
 
@@ -212,44 +253,63 @@ def parameter_gradients(
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of the weights in `wanted` and, with bias=True, of their biases, in one launch.
+    """Compute the gradients of the weights in `wanted` and, with bias=True, of their biases, in one launch.
 
-    gradients: of the projections, as class_attention_backward makes them, None where the output's alone is wanted;
+    gradients: of the projections, as class_attention_backward returns them; None if only the output's are wanted.
     doffset: dA.
-    wanted: by role (see ROLES) the weight itself, (D, D) or (E, D, D), all alike; its gradient has its shape and dtype.
+    wanted: by role (see ROLE_ORDER) the weights, (D, D) or (E, D, D), all alike; a gradient has its weight's shape and
+        dtype.
     """
     weights = {role: torch.empty_like(value, memory_format=torch.contiguous_format) for role, value in wanted.items()}
     biases = {role: value.new_empty(value.shape[:-1]) for role, value in weights.items()} if bias else {}
     (batch, width), classes = image.shape, text.shape[0]
     if batch == 0:
-        return {role: value.zero_() for role, value in weights.items()}, {
-            role: value.zero_() for role, value in biases.items()
-        }
+        for value in (*weights.values(), *biases.values()):
+            value.zero_()
+        return weights, biases
     if not wanted:
         return weights, biases
-    one = next(iter(weights.values()))
-    episodes = one.shape[0] if one.ndim == 3 else 1
-    images, dtype = batch // episodes, doffset.dtype
+    some_weight = next(iter(weights.values()))
+    episodes = some_weight.shape[0] if some_weight.ndim == 3 else 1
+    dtype = doffset.dtype
     tile = tile or tile_of(dtype, width, precision)
     inner = gradients or ProjectionBuffers(None, None, None, None, None)
-    kinds = [attended.text is not None, attended.rational is not None, attended.image is not None]
-    # Without biases their pointers are the weights', so that the kernel has something to choose from; none is written.
-    pointers = [part.get(role) for role in ROLES for part in (weights, biases if bias else weights)]
-    if "output" not in wanted:
-        # A pointer of the right type for the kernel to choose from; it is never written.
-        pointers[6], pointers[7] = one, next(iter(biases.values()), one)
+    # The kernel chooses among the pointers of several roles, so that an output projection that is not asked for needs
+    # pointers of the right type, and biases that do not exist need some pointer. Nothing is written to them.
+    weight_pointers = {"output": some_weight} | weights
+    bias_pointers = {"output": next(iter(biases.values()))} | biases if bias else weight_pointers
     parameter_gradients_kernel[(len(weights) * (width // tile.outputs) * (width // tile.inputs), episodes)](
-        image, text, logit_scale, attended.text, attended.rational, attended.image, attended.factors,
-        inner.keys, inner.values, inner.q_rational, doffset, inner.q_text, inner.q_image,
-        *pointers, images, classes, batch * classes, 1 / sum(kinds),
-        **{f"{role.upper()}_ON": int(role in weights) for role in ROLES},
-        D=width, HEAD=width // num_heads, TEXT=kinds[0], RATIONAL=kinds[1], IMAGE=kinds[2],
-        MATRIX=attended.factors is not None, FACTOR=scale_factor, TWO=classes >= tile.rows, BIAS=bias,
-        BLOCK_O=tile.outputs, BLOCK_I=tile.inputs, BLOCK_R=tile.rows,
-        COMPUTE=_TYPES[dtype], PRECISION=default_precision(dtype, precision),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        image=image,
+        text=text,
+        logit_scale=logit_scale,
+        attended_text=attended.text,
+        attended_rational=attended.rational,
+        attended_image=attended.image,
+        factors=attended.factors,
+        dkeys=inner.keys,
+        dvalues=inner.values,
+        dq_rational=inner.q_rational,
+        doffset=doffset,
+        dq_text=inner.q_text,
+        dq_image=inner.q_image,
+        **{f"{role}_weight": weight_pointers.get(role) for role in ROLE_ORDER},
+        **{f"{role}_bias": bias_pointers.get(role) for role in ROLE_ORDER},
+        images=batch // episodes,
+        classes=classes,
+        total_rows=batch * classes,
+        share=1 / sum(kind is not None for kind in (attended.text, attended.rational, attended.image)),
+        D=width,
+        HEAD=width // num_heads,
+        FACTOR=scale_factor,
+        HAS_OUTPUT=int("output" in weights),
+        HAS_BIAS=bias,
+        TWO_IMAGES=classes >= tile.rows,
+        BLOCK_O=tile.outputs,
+        BLOCK_I=tile.inputs,
+        BLOCK_R=tile.rows,
+        COMPUTE=COMPUTE_TYPES[dtype],
+        PRECISION=default_precision(dtype, precision),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return weights, biases
-
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rada_fast.bench.compiled import step_launches
 from rada_fast.bench.tuning import launches_of
 from rada_fast.config.method import ROLES, AdapterConfig
 from rada_fast.ops._backends import triton
@@ -168,6 +169,15 @@ def test_each_launch(device: str, name: str, dtype: str, launch: str) -> None:
             size = size + exact["dv_proj." + key.rpartition(".")[2] if "_proj" in key else "dvalues"].norm()
         band = 2 * torch.finfo(stored).eps * size
         assert error <= 3 * allowed + band, f"{key}: {error:.2e}, plain PyTorch's {allowed:.2e}, band {band:.1e}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kernels_are_named_and_called_by_one_rule(name: str) -> None:
+    for kernel, positional, _ in step_launches(CONFIGS[name], BATCH, CLASSES, F32):
+        assert kernel.__name__.endswith("_kernel")
+        assert positional == (), f"{kernel.__name__} is not launched by keyword"
+        constants = [parameter.is_constexpr for parameter in kernel.params]
+        assert constants == sorted(constants), f"{kernel.__name__} has a compile-time constant too early"
 
 
 def test_no_launch_is_left_out() -> None:

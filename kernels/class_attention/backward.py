@@ -1,0 +1,128 @@
+"""Backward pass of the attention over classes; the equations stand in the package's docstring.
+
+    dP[i, j] = dO[i] . v[j],   dS^c = P^c * (dP - delta^c) / |Q|
+    dq^c = dS^c k / (sqrt(d) tau),   dk = sum_c (dS^c)^T q^c / (sqrt(d) tau),   dv = sum_c (P^c)^T dO / |Q|
+
+delta^c[i] is dO[i] . w[i] O^c[i] for the row softmax, and the mean of these over the head for the matrix softmax.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from rada_fast.kernels._common import LOG2E, cdiv, default_precision
+from rada_fast.kernels.class_attention.backward_keys import class_attention_backward_keys_kernel
+from rada_fast.kernels.class_attention.backward_queries import class_attention_backward_queries_kernel
+from rada_fast.kernels.class_attention.deltas import row_deltas_kernel
+from rada_fast.kernels.class_attention.forward import Attended
+from rada_fast.kernels.class_attention.tiles import Tile, piece_columns, splits_head, tile_of
+from rada_fast.kernels.rational_projections import ProjectionBuffers
+
+
+def class_attention_backward(
+    projections: ProjectionBuffers,
+    attended: Attended,
+    dattended: Tensor,
+    deltas: Tensor,
+    *,
+    num_heads: int,
+    temperature: float,
+    matrix: bool,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> ProjectionBuffers:
+    """Compute the gradients of every projection in two launches, for the row softmax in three; q_text's is (B, K, D).
+
+    dattended: dO, (B, K, D); deltas: (2, D/g, B, K) float32, dO . w O^c over chunks of g columns, text query first.
+    """
+    keys, values = projections.keys, projections.values
+    batch, classes, width = keys.shape
+    head = width // num_heads
+    tile = tile or tile_of(keys.dtype, classes, head, backward=True, precision=precision)
+    text, rational, image = projections.q_text, projections.q_rational, projections.q_image
+    gradients = ProjectionBuffers(
+        keys=torch.empty_like(keys),
+        values=torch.empty_like(keys),
+        q_rational=None if rational is None else torch.empty_like(keys),
+        q_text=None if text is None else torch.empty_like(keys),
+        q_image=None if image is None else torch.empty_like(image),
+    )
+    if batch == 0:
+        return gradients
+    float32 = {"dtype": torch.float32, "device": keys.device}
+    image_pairs = torch.empty((batch, num_heads, classes, 4), **float32) if image is not None else None
+    dattended_sum = torch.empty((batch, width), **float32) if image is not None else None
+    # Of the text and the rational query those in use; what is stored for them lies together.
+    used = slice(0 if text is not None else 1, 2 if rational is not None else 1)
+    kinds = used.stop - used.start
+    chunks = deltas.shape[1] // num_heads
+    if not matrix and kinds:
+        chunk_deltas, deltas = deltas, torch.empty((2, num_heads, batch, classes), **float32)
+        row_deltas_kernel[(kinds * num_heads * batch,)](
+            deltas=chunk_deltas[used],
+            sums=deltas[used],
+            batch=batch,
+            classes=classes,
+            CHUNKS=chunks,
+            BLOCK=max(128, min(1024, triton.next_power_of_2(classes))),
+            num_warps=4,
+        )
+    vector = triton.next_power_of_2(head)
+    common = {
+        "q_image": image,
+        "q_text": text,
+        "q_rational": rational,
+        "keys": keys,
+        "values": values,
+        "dattended": dattended,
+        "logsums": attended.logsums,
+        "totals": attended.totals if matrix else None,
+        "deltas": deltas,
+        "image_pairs": image_pairs,
+        "dattended_sum": dattended_sum,
+        "batch": batch,
+        "classes": classes,
+        "images_per_text": batch // (text.shape[0] if text is not None else 1),
+        "scale": LOG2E / (math.sqrt(head) * temperature),
+        "share": 1 / (kinds + (image is not None)),
+        "D": width,
+        "HEAD": head,
+        "CHUNKS": chunks,
+        "SPLIT_HEAD": splits_head(keys.dtype, head, tile),
+        "BLOCK_D": tile.columns,
+        "BLOCK_C": piece_columns(keys.dtype, head),
+        "BLOCK_S": max(256, min(512, triton.next_power_of_2(classes))),
+        "PRECISION": default_precision(keys.dtype, precision),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    # Tiles of keys are as high as tiles of queries, so that either pass reads what the other owns in short strips.
+    tiles, groups = cdiv(classes, tile.queries), cdiv(head, tile.columns)
+    query_tiles = tiles if kinds else 0
+    class_attention_backward_queries_kernel[(batch * num_heads * groups * (query_tiles + (image is not None)),)](
+        attended_image=attended.image,
+        image_logsums=attended.image_logsums,
+        dq_image=gradients.q_image,
+        dq_text=gradients.q_text,
+        dq_rational=gradients.q_rational,
+        tiles=query_tiles,
+        HEAD_VECTOR=vector,
+        BLOCK_Q=tile.queries,
+        BLOCK_K=tile.keys,
+        # The image query's two accumulators of 64 x 64 spill on Blackwell.
+        BLOCK_I=max(1, min(32, 4096 // vector)),
+        **common,
+    )
+    class_attention_backward_keys_kernel[(batch * num_heads * groups * tiles,)](
+        dkeys=gradients.keys,
+        dvalues=gradients.values,
+        tiles=tiles,
+        BLOCK_Q=tile.keys,
+        BLOCK_K=tile.queries,
+        **common,
+    )
+    return gradients

@@ -1,0 +1,237 @@
+"""Gradients of the queries of the attention over classes; backward.py holds the equations and the launcher."""
+
+import triton
+import triton.language as tl
+
+from rada_fast.kernels._common import arange_by_fours, product, store_column_sums
+from rada_fast.kernels.class_attention.deltas import head_statistics
+from rada_fast.kernels.class_attention.scores import LN2, program_place, split_head_scores
+
+
+@triton.jit
+def _query_statistics(
+    logsums,
+    totals,
+    deltas,
+    b,
+    head,
+    i,
+    valid,
+    batch,
+    classes,
+    KIND: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The log2-sums and deltas of a tile of queries, (BLOCK_Q,) each. totals is None for the row softmax."""
+    if totals is not None:
+        log_sum, mean = head_statistics(totals, deltas, b, head, batch, classes, KIND, HEADS, CHUNKS, BLOCK_S)
+        return tl.zeros((BLOCK_Q,), tl.float32) + log_sum, tl.zeros((BLOCK_Q,), tl.float32) + mean
+    else:
+        row = (KIND * HEADS + head) * (batch * classes) + b * classes
+        return tl.load(logsums + row + i, mask=valid, other=0.0), tl.load(deltas + row + i, mask=valid, other=0.0)
+
+
+@triton.jit
+def _query_gradient(
+    queries,
+    keys,
+    k,
+    dp,
+    statistics,
+    dq,
+    i_valid,
+    j_valid,
+    scale,
+    HEAD: tl.constexpr,
+    SPLIT_HEAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq and what one tile of keys adds to it. queries, keys: of a split head pointers to rows, else q and k^T."""
+    log_sum, delta = statistics
+    if SPLIT_HEAD:
+        scores = split_head_scores(queries, keys, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+    else:
+        scores = product(queries, tl.trans(k), None, PRECISION)
+    p = tl.exp2(tl.where(j_valid[None, :], scores * scale - log_sum[:, None], float("-inf")))
+    ds = p * (dp - delta[:, None])
+    return product(ds.to(k.dtype), k, dq, PRECISION)
+
+
+@triton.jit
+def _image_query_gradient(
+    q_image,
+    keys,
+    values,
+    dattended,
+    attended_image,
+    image_logsums,
+    dq_image,
+    image_pairs,
+    dattended_sum,
+    b,
+    head,
+    classes,
+    scale,
+    dscale,
+    share,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_VECTOR: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """dq of one image query and head, the sum of dO over the classes, and for each key the pair (P, dS)."""
+    heads: tl.constexpr = D // HEAD
+    first = b * classes
+    column = head * HEAD
+    c = arange_by_fours(HEAD_VECTOR)
+    c_valid = c < HEAD
+    row = b * D + column + c
+    do_rows = tl.zeros((BLOCK_I, HEAD_VECTOR), tl.float32)
+    for start in range(0, classes, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        valid = (i < classes)[:, None] & c_valid[None, :]
+        do_tile = tl.load(dattended + (first + i)[:, None] * D + (column + c)[None, :], mask=valid, other=0.0)
+        do_rows += do_tile.to(tl.float32)
+    do = tl.sum(do_rows, 0)
+    store_column_sums(dattended_sum + row, do, c_valid, BLOCK_I, HEAD_VECTOR)
+    delta = tl.sum(do_rows * tl.load(attended_image + row, mask=c_valid, other=0.0)[None, :])
+    q = tl.load(q_image + row, mask=c_valid, other=0.0) * scale
+    log_sum = tl.load(image_logsums + b * heads + head)
+    dq = tl.zeros((BLOCK_I, HEAD_VECTOR), tl.float32)
+    for start in range(0, classes, BLOCK_I):
+        j = start + tl.arange(0, BLOCK_I)
+        j_valid = j < classes
+        offsets = (first + j)[:, None] * D + (column + c)[None, :]
+        valid = j_valid[:, None] & c_valid[None, :]
+        k = tl.load(keys + offsets, mask=valid, other=0.0).to(tl.float32)
+        p = tl.exp2(tl.sum(k * q[None, :], 1) - log_sum)
+        v = tl.load(values + offsets, mask=valid, other=0.0).to(tl.float32)
+        ds = p * (tl.sum(v * do[None, :], 1) - delta)
+        dq += ds[:, None] * k
+        # P and dS of a key alternate, stored from the tile's own layout: the four columns of one thread.
+        pair_offsets = ((b * heads + head) * classes + j)[:, None] * 4 + c[None, :]
+        pair = tl.where((c % 2 == 0)[None, :], (p * share)[:, None], (ds * dscale)[:, None])
+        tl.store(image_pairs + pair_offsets, pair, mask=j_valid[:, None] & (c < 4)[None, :])
+    store_column_sums(dq_image + row, tl.sum(dq, 0) * dscale, c_valid, BLOCK_I, HEAD_VECTOR)
+
+
+@triton.jit
+def class_attention_backward_queries_kernel(
+    q_image,
+    q_text,
+    q_rational,
+    keys,
+    values,
+    dattended,
+    attended_image,
+    logsums,
+    image_logsums,
+    totals,
+    deltas,
+    dq_image,
+    dq_text,
+    dq_rational,
+    image_pairs,
+    dattended_sum,
+    batch,
+    classes,
+    tiles,
+    images_per_text,
+    scale,
+    share,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_VECTOR: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLIT_HEAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq of a tile of queries over all keys; programs as in the forward pass. scale: of scores in base 2."""
+    HAS_TEXT: tl.constexpr = q_text is not None
+    HAS_RATIONAL: tl.constexpr = q_rational is not None
+    heads: tl.constexpr = D // HEAD
+    groups: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
+    dscale = scale * LN2 * share
+    all_tiles = tiles
+    if q_image is not None:
+        all_tiles += 1
+    tile, group, head, b = program_place(all_tiles, groups, heads)
+    column = head * HEAD
+    first = b * classes
+    if tile < tiles:
+        i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        i_valid = i < classes
+        c = tl.arange(0, BLOCK_D)
+        c_valid = group * BLOCK_D + c < HEAD
+        out_columns = column + group * BLOCK_D + c
+        valid = i_valid[:, None] & c_valid[None, :]
+        do_rows = dattended + (first + i) * D + column
+        if not SPLIT_HEAD:
+            do = tl.load(do_rows[:, None] + c[None, :], mask=valid, other=0.0)
+        if HAS_TEXT:
+            text = q_text + ((b // images_per_text) * classes + i) * D + column
+            if not SPLIT_HEAD:
+                text = tl.load(text[:, None] + c[None, :], mask=valid, other=0.0)
+            text_statistics = _query_statistics(
+                logsums, totals, deltas, b, head, i, i_valid, batch, classes, 0, heads, CHUNKS, BLOCK_Q, BLOCK_S
+            )
+        if HAS_RATIONAL:
+            rational = q_rational + (first + i) * D + column
+            if not SPLIT_HEAD:
+                rational = tl.load(rational[:, None] + c[None, :], mask=valid, other=0.0)
+            rational_statistics = _query_statistics(
+                logsums, totals, deltas, b, head, i, i_valid, batch, classes, 1, heads, CHUNKS, BLOCK_Q, BLOCK_S
+            )
+        dq_text_tile = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        dq_rational_tile = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        for start in range(0, classes, BLOCK_K):
+            j = start + tl.arange(0, BLOCK_K)
+            j_valid = j < classes
+            key_rows = keys + (first + j) * D + column
+            value_rows = values + (first + j) * D + column
+            k = tl.load(
+                keys + (first + j)[:, None] * D + out_columns[None, :],
+                mask=j_valid[:, None] & c_valid[None, :],
+                other=0.0,
+            )
+            if SPLIT_HEAD:
+                dp = split_head_scores(
+                    do_rows, value_rows, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION
+                )
+            else:
+                v = tl.load(value_rows[None, :] + c[:, None], mask=j_valid[None, :] & c_valid[:, None], other=0.0)
+                dp = product(do, v, None, PRECISION)
+            # Keys beyond the last are rows of zeros: whatever their dS is, it adds nothing.
+            if HAS_TEXT:
+                dq_text_tile = _query_gradient(
+                    text, key_rows, k, dp, text_statistics, dq_text_tile, i_valid, j_valid, scale,
+                    HEAD, SPLIT_HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
+                )  # fmt: skip
+            if HAS_RATIONAL:
+                dq_rational_tile = _query_gradient(
+                    rational, key_rows, k, dp, rational_statistics, dq_rational_tile, i_valid, j_valid, scale,
+                    HEAD, SPLIT_HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
+                )  # fmt: skip
+        offsets = (first + i)[:, None] * D + out_columns[None, :]
+        if HAS_TEXT:
+            tl.store(dq_text + offsets, (dq_text_tile * dscale).to(dq_text.dtype.element_ty), mask=valid)
+        if HAS_RATIONAL:
+            tl.store(dq_rational + offsets, (dq_rational_tile * dscale).to(dq_rational.dtype.element_ty), mask=valid)
+    elif q_image is not None:
+        if group == 0:
+            _image_query_gradient(
+                q_image, keys, values, dattended, attended_image, image_logsums, dq_image, image_pairs, dattended_sum,
+                b, head, classes, scale, dscale, share, D, HEAD, HEAD_VECTOR, BLOCK_I,
+            )  # fmt: skip

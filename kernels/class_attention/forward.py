@@ -1,0 +1,335 @@
+"""Forward pass of the attention over classes; the equations stand in the package's docstring."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rada_fast.kernels._common import (
+    LOG2E,
+    arange_by_fours,
+    cdiv,
+    default_precision,
+    product,
+    store_column_sums,
+)
+from rada_fast.kernels.class_attention.scores import program_place, query_scores, text_and_rational_scores
+from rada_fast.kernels.class_attention.tiles import Tile, piece_columns, splits_head, tile_of
+from rada_fast.kernels.rational_projections import ProjectionBuffers
+
+
+@triton.jit
+def _online_softmax_update(scores, v, state, PRECISION: tl.constexpr):
+    """One step of the online softmax by rows. state: (running_max, running_sum, accumulator)."""
+    running_max, running_sum, accumulator = state
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    p = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp2(running_max - new_max)
+    running_sum = running_sum * rescale + tl.sum(p, 1)
+    accumulator = product(p.to(v.dtype), v, accumulator * rescale[:, None], PRECISION)
+    return new_max, running_sum, accumulator
+
+
+@triton.jit
+def _store_attended(attended, logsums, state, offsets, valid, stores_logsum):
+    """Store one kind's O^c, normalised by rows, and its log-sums.
+
+    attended: pointer to the image's first row; logsums: pointers to the rows' own.
+    """
+    running_max, running_sum, accumulator = state
+    accumulator = accumulator / running_sum[:, None]
+    tl.store(attended + offsets, accumulator.to(attended.dtype.element_ty), mask=valid)
+    tl.store(logsums, running_max + tl.log2(running_sum), mask=stores_logsum)
+
+
+@triton.jit
+def _image_query(
+    q_image,
+    keys,
+    values,
+    attended_image,
+    image_logsums,
+    b,
+    head,
+    classes,
+    scale,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_VECTOR: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """O^image of one image and head, and its log-sum."""
+    heads: tl.constexpr = D // HEAD
+    first = b * classes
+    column = head * HEAD
+    c = arange_by_fours(HEAD_VECTOR)
+    c_valid = c < HEAD
+    q = tl.load(q_image + b * D + column + c, mask=c_valid, other=0.0) * scale
+    # Every row of the tile has a softmax of its own, so that nothing crosses warps before the end.
+    # -1e38 takes the place of minus infinity, of which a difference would be NaN.
+    running_max = tl.full((BLOCK_I,), -1e38, tl.float32)
+    running_sum = tl.zeros((BLOCK_I,), tl.float32)
+    accumulator = tl.zeros((BLOCK_I, HEAD_VECTOR), tl.float32)
+    for start in range(0, classes, BLOCK_I):
+        j = start + tl.arange(0, BLOCK_I)
+        j_valid = j < classes
+        offsets = (first + j)[:, None] * D + (column + c)[None, :]
+        valid = j_valid[:, None] & c_valid[None, :]
+        k = tl.load(keys + offsets, mask=valid, other=0.0).to(tl.float32)
+        scores = tl.where(j_valid, tl.sum(k * q[None, :], 1), float("-inf"))
+        new_max = tl.maximum(running_max, scores)
+        rescale = tl.exp2(running_max - new_max)
+        p = tl.exp2(scores - new_max)
+        v = tl.load(values + offsets, mask=valid, other=0.0).to(tl.float32)
+        running_sum = running_sum * rescale + p
+        accumulator = accumulator * rescale[:, None] + p[:, None] * v
+        running_max = new_max
+    largest = tl.max(tl.broadcast_to(running_max[:, None], (BLOCK_I, HEAD_VECTOR)))
+    rescale = tl.exp2(running_max - largest)
+    total = tl.sum(tl.where((c == 0)[None, :], (running_sum * rescale)[:, None], 0.0))
+    accumulator = accumulator * (rescale / total)[:, None]
+    store_column_sums(attended_image + b * D + column + c, tl.sum(accumulator, 0), c_valid, BLOCK_I, HEAD_VECTOR)
+    tl.store(image_logsums + b * heads + head, largest + tl.log2(total))
+
+
+@triton.jit
+def class_attention_forward_kernel(
+    q_image,
+    q_text,
+    q_rational,
+    keys,
+    values,
+    attended_image,
+    attended_text,
+    attended_rational,
+    logsums,
+    image_logsums,
+    batch,
+    classes,
+    tiles,
+    images_per_text,
+    scale,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_VECTOR: tl.constexpr,
+    SPLIT_HEAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Axis 0: query tile (the last one is the image query), group of output columns, head, image."""
+    HAS_TEXT: tl.constexpr = q_text is not None
+    HAS_RATIONAL: tl.constexpr = q_rational is not None
+    heads: tl.constexpr = D // HEAD
+    groups: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
+    all_tiles = tiles
+    if q_image is not None:
+        all_tiles += 1
+    tile, group, head, b = program_place(all_tiles, groups, heads)
+    column = head * HEAD
+    first = b * classes
+    if tile < tiles:
+        i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        i_valid = i < classes
+        c = tl.arange(0, BLOCK_D)
+        c_valid = group * BLOCK_D + c < HEAD
+        out_columns = column + group * BLOCK_D + c
+        if HAS_TEXT:
+            text_rows = q_text + ((b // images_per_text) * classes * D + column) + i * D
+            if not SPLIT_HEAD:
+                text = tl.load(text_rows[:, None] + c[None, :], mask=i_valid[:, None] & c_valid[None, :], other=0.0)
+        if HAS_RATIONAL:
+            rational_rows = q_rational + (first * D + column) + i * D
+            if not SPLIT_HEAD:
+                rational = tl.load(
+                    rational_rows[:, None] + c[None, :], mask=i_valid[:, None] & c_valid[None, :], other=0.0
+                )
+        no_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        no_sum = tl.zeros((BLOCK_Q,), tl.float32)
+        no_output = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        text_state = (no_max, no_sum, no_output)
+        rational_state = (no_max, no_sum, no_output)
+        for start in range(0, classes, BLOCK_K):
+            j = start + tl.arange(0, BLOCK_K)
+            j_valid = j < classes
+            v = tl.load(
+                values + first * D + (j[:, None] * D + out_columns[None, :]),
+                mask=j_valid[:, None] & c_valid[None, :],
+                other=0.0,
+            )
+            key_rows = keys + (first * D + column) + j * D
+            if not SPLIT_HEAD:
+                k = tl.load(key_rows[None, :] + c[:, None], mask=j_valid[None, :] & c_valid[:, None], other=0.0)
+            elif HAS_TEXT and HAS_RATIONAL:
+                text_scores, rational_scores = text_and_rational_scores(
+                    text_rows, rational_rows, key_rows, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION
+                )
+            elif HAS_TEXT:
+                text_scores = query_scores(
+                    text_rows, key_rows, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION
+                )
+            elif HAS_RATIONAL:
+                rational_scores = query_scores(
+                    rational_rows, key_rows, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION
+                )
+            if HAS_TEXT:
+                if not SPLIT_HEAD:
+                    text_scores = product(text, k, None, PRECISION)
+                scores = tl.where(j_valid[None, :], text_scores * scale, float("-inf"))
+                text_state = _online_softmax_update(scores, v, text_state, PRECISION)
+            if HAS_RATIONAL:
+                if not SPLIT_HEAD:
+                    rational_scores = product(rational, k, None, PRECISION)
+                scores = tl.where(j_valid[None, :], rational_scores * scale, float("-inf"))
+                rational_state = _online_softmax_update(scores, v, rational_state, PRECISION)
+        offsets = i[:, None] * D + out_columns[None, :]
+        valid = i_valid[:, None] & c_valid[None, :]
+        rows = batch * classes
+        # Every group of columns has the same log-sums; the first one stores them.
+        stores_logsum = i < tl.where(group == 0, classes, 0)
+        if HAS_TEXT:
+            text_logsums = logsums + (head * rows + first) + i
+            _store_attended(attended_text + first * D, text_logsums, text_state, offsets, valid, stores_logsum)
+        if HAS_RATIONAL:
+            rational_logsums = logsums + ((heads + head) * rows + first) + i
+            _store_attended(
+                attended_rational + first * D, rational_logsums, rational_state, offsets, valid, stores_logsum
+            )
+    elif q_image is not None:
+        if group == 0:
+            _image_query(
+                q_image, keys, values, attended_image, image_logsums, b, head, classes, scale,
+                D, HEAD, HEAD_VECTOR, BLOCK_I,
+            )  # fmt: skip
+
+
+@triton.jit
+def softmax_factors_kernel(logsums, factors, totals, classes, BLOCK: tl.constexpr):
+    """w[i] = K exp2(logsum[i] - log-sum of the head's whole matrix), and that log-sum less log2 K.
+
+    Axis 0: query kind, head, image.
+    """
+    row = tl.program_id(0).to(tl.int64) * classes
+    # -1e38 takes the place of minus infinity, of which a difference would be NaN.
+    running_max = tl.full((BLOCK,), -1e38, tl.float32)
+    for start in range(0, classes, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        running_max = tl.maximum(running_max, tl.load(logsums + row + i, mask=i < classes, other=-1e38))
+    largest = tl.max(running_max, 0)
+    running_sum = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, classes, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        running_sum += tl.exp2(tl.load(logsums + row + i, mask=i < classes, other=float("-inf")) - largest)
+    total = largest + tl.log2(tl.sum(running_sum, 0) / classes)
+    tl.store(totals + tl.program_id(0), total)
+    for start in range(0, classes, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        w = tl.exp2(tl.load(logsums + row + i, mask=i < classes, other=float("-inf")) - total)
+        tl.store(factors + row + i, w, mask=i < classes)
+
+
+@dataclass
+class Attended:
+    """What the attention returns, None where a query kind or the matrix softmax is not in use.
+
+    text, rational: O^c, (B, K, D), normalised by rows; image: O^image, (B, D) float32.
+    logsums: (2, H, B, K) and image_logsums: (B, H), the log2 of the sums of exponentials, text query first.
+    factors: (2, H, B, K), the rows' factors w of the matrix softmax; totals: (2, H, B), a head's log2-sum less log2 K.
+    """
+
+    text: Tensor | None
+    rational: Tensor | None
+    image: Tensor | None
+    logsums: Tensor
+    image_logsums: Tensor
+    factors: Tensor | None
+    totals: Tensor | None
+
+
+def class_attention_forward(
+    projections: ProjectionBuffers,
+    *,
+    num_heads: int,
+    temperature: float,
+    matrix: bool,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> Attended:
+    """Compute the attention of every query kind in use in one launch, and in a second one the matrix softmax's factors.
+
+    projections: as rational_projections_forward returns them. temperature: divides the scores, beside sqrt(d).
+    """
+    keys, values = projections.keys, projections.values
+    batch, classes, width = keys.shape
+    head = width // num_heads
+    tile = tile or tile_of(keys.dtype, classes, head, precision=precision)
+    float32 = {"dtype": torch.float32, "device": keys.device}
+    text, rational, image = projections.q_text, projections.q_rational, projections.q_image
+    attended = Attended(
+        text=None if text is None else torch.empty_like(keys),
+        rational=None if rational is None else torch.empty_like(keys),
+        image=None if image is None else torch.empty_like(image),
+        logsums=torch.empty((2, num_heads, batch, classes), **float32),
+        image_logsums=torch.empty((batch, num_heads), **float32),
+        factors=torch.empty((2, num_heads, batch, classes), **float32) if matrix else None,
+        totals=torch.empty((2, num_heads, batch), **float32) if matrix else None,
+    )
+    if batch == 0:
+        return attended
+    # Of the text and the rational query those in use; what is stored for them lies together.
+    used = slice(0 if text is not None else 1, 2 if rational is not None else 1)
+    kinds = used.stop - used.start
+    tiles = cdiv(classes, tile.queries) if kinds else 0
+    programs = batch * num_heads * cdiv(head, tile.columns) * (tiles + (image is not None))
+    vector = triton.next_power_of_2(head)
+    split = splits_head(keys.dtype, head, tile)
+    class_attention_forward_kernel[(programs,)](
+        q_image=image,
+        q_text=text,
+        q_rational=rational,
+        keys=keys,
+        values=values,
+        attended_image=attended.image,
+        attended_text=attended.text,
+        attended_rational=attended.rational,
+        logsums=attended.logsums,
+        image_logsums=attended.image_logsums,
+        batch=batch,
+        classes=classes,
+        tiles=tiles,
+        images_per_text=batch // (text.shape[0] if text is not None else 1),
+        scale=LOG2E / (math.sqrt(head) * temperature),
+        D=width,
+        HEAD=head,
+        HEAD_VECTOR=vector,
+        SPLIT_HEAD=split,
+        BLOCK_Q=tile.queries,
+        BLOCK_K=tile.keys,
+        BLOCK_D=tile.columns,
+        BLOCK_C=piece_columns(keys.dtype, head),
+        BLOCK_I=max(1, min(64, 4096 // vector)),
+        PRECISION=default_precision(keys.dtype, precision),
+        # A kind alone has four warps side by side, but eight in two layers (see text_and_rational_scores).
+        num_warps=min(tile.warps, 4) if split and kinds < 2 else tile.warps,
+        num_stages=tile.stages,
+    )
+    if matrix and kinds:
+        assert attended.factors is not None
+        assert attended.totals is not None
+        softmax_factors_kernel[(kinds * num_heads * batch,)](
+            logsums=attended.logsums[used],
+            factors=attended.factors[used],
+            totals=attended.totals[used],
+            classes=classes,
+            BLOCK=max(128, min(1024, triton.next_power_of_2(classes))),
+            num_warps=4,
+        )
+    return attended

@@ -1,0 +1,67 @@
+"""The sizes of the tiles that programs of the attention over classes work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from rada_fast.kernels._common import block_of
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile; output columns of a program; warps; pipeline stages."""
+
+    queries: int
+    keys: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = False, precision: str = "ieee") -> Tile:
+    """The tile for a problem, from a table made for A100's 164 KB of shared memory and 255 registers a thread."""
+    split = head > 128
+    columns = min(max(16, triton.next_power_of_2(head)), 128)
+    if dtype == torch.float32:
+        # Products without tensor cores keep all of both operands in registers, and a product of three TF32 products
+        # keeps each operand three times. Reductions are therefore short. There is one stage, since more would send the
+        # operands through shared memory.
+        if precision == "ieee":
+            return Tile(32, 16 if backward else 32, min(columns, 64), 8 if head > 64 else 4, 1)
+        # Eight warps lie side by side here and four lie one above the other: with other tiles several warps would
+        # compute the same products. Heads of 16 spill 32 bytes in the forward pass on sm_80, in the mask of the columns
+        # 16 to 31 that they do not have.
+        return Tile(16, 64, 64, 8, 1) if backward else Tile(64, 16, 32, 4, 1)
+    if backward and split:
+        # The output is wider than high, so that eight warps lie side by side. A head's last piece may need a mask.
+        return Tile(32, 32, 64, 8, 2)
+    if backward and head > 64:
+        # dk and dv of 64 x 128 spill. Scores are wider than high, so that their warps lie side by side: on 32 x 32
+        # eight warps would share two strips of 16 rows and compute each product four times.
+        return Tile(32, 64, columns, 8, 2)
+    if split:
+        # Two accumulators of 64 x 128 take 128 registers of a thread with four warps; eight halve that.
+        return Tile(64, 32, columns, 8, 2)
+    if head > 64:
+        # Each of eight warps has a strip of 16 rows: on 64 rows two warps would compute the same scores. Heads of 128
+        # spill two registers on sm_80, and more with other tiles.
+        return Tile(128, 32, columns, 8, 2)
+    if classes <= 256 or backward:
+        # The last block of keys is rarely full: 200 classes are 7 blocks of 32 keys, and 4 blocks of 64 would be 28 %
+        # more. In the backward pass two accumulators and three score tiles of 64 x 64 spill, and eight warps on 64 x 32
+        # compute every product twice.
+        return Tile(64, 32, columns, 4, 2)
+    return Tile(128, 64, columns, 8, 2)
+
+
+def splits_head(dtype: torch.dtype, head: int, tile: Tile) -> bool:
+    """Whether scores go through a head in pieces; float32's always do, see tile_of."""
+    return head > tile.columns or dtype == torch.float32
+
+
+def piece_columns(dtype: torch.dtype, head: int) -> int:
+    """The number of columns of such a piece."""
+    return 16 if dtype == torch.float32 else max(16, block_of(head, 64))

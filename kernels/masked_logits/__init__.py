@@ -1,0 +1,22 @@
+"""Output projection, mask, masked logits and mask penalty (RAda, arXiv:2507.15480, Eq. 4 and 7).
+
+    A = O Wo^T + bo,   M = relu(1 + A) or 1 + A,   logits[b, k] = s sum_c M[b, k, c] R[b, k, c]
+    dA = (s dlogits R + dL_s/dM) 1[1 + A > 0 or no relu],   dO = dA Wo
+
+A program owns a tile of rows and a block of columns of A. It combines O from its query kinds as it reads them, and
+computes R at the end. A and M never reach memory unless the mask is asked for; the backward pass computes A again. Each
+sum over columns is stored as one part for each chunk of columns, and a second launch adds the parts in their order.
+"""
+
+from rada_fast.kernels.masked_logits.backward import MaskedLogitsGradients, masked_logits_backward
+from rada_fast.kernels.masked_logits.forward import MaskedLogits, masked_logits_forward
+from rada_fast.kernels.masked_logits.tiles import Tile, tile_of
+
+__all__ = [
+    "MaskedLogits",
+    "MaskedLogitsGradients",
+    "Tile",
+    "masked_logits_backward",
+    "masked_logits_forward",
+    "tile_of",
+]

@@ -1,0 +1,237 @@
+"""Backward pass of the masked logits; the equations stand in the package's docstring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rada_fast.kernels._common import (
+    block_of,
+    cdiv,
+    default_precision,
+    product,
+    query_kind_rows,
+    rational_rows,
+    store_chunk_sums,
+)
+from rada_fast.kernels.class_attention import Attended
+from rada_fast.kernels.masked_logits.offset import common_arguments, one_plus_offset, program_tile
+from rada_fast.kernels.masked_logits.tiles import CHUNK, PENALTIES, Tile, tile_of
+
+
+@triton.jit
+def masked_logits_backward_offset_kernel(
+    image,
+    text,
+    logit_scale,
+    attended_text,
+    attended_rational,
+    attended_image,
+    factors,
+    weight,
+    bias,
+    dlogits,
+    dpenalty,
+    dmask,
+    peaks,
+    doffset,
+    weighted,
+    images,
+    classes,
+    total_rows,
+    weight_stride,
+    bias_stride,
+    share,
+    elements,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    RELU: tl.constexpr,
+    PENALTY: tl.constexpr,
+    TWO_IMAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dA, for which A is computed again; programs as in the forward pass."""
+    episode, n, _block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
+    _start, row, valid, _rows, _classes, first_image = tile
+    first_row = first_image * classes
+    if bias is not None:
+        bias += episode * bias_stride
+    m = one_plus_offset(
+        (attended_text, attended_rational, attended_image, factors, total_rows), weight + episode * weight_stride, bias,
+        tile, n, share, D, HEAD, TWO_IMAGES, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
+    )  # fmt: skip
+    offsets = (first_row + row)[:, None] * D + n[None, :]
+    clamped = m <= 0.0
+    if RELU:
+        m = tl.where(clamped, 0.0, m)
+    dm = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if dlogits is not None:
+        g = tl.load(dlogits + first_row + row, mask=valid, other=0.0).to(tl.float32) * tl.load(logit_scale)
+        dm += g[:, None] * rational_rows((image, text), tile, n, D, BLOCK_M, TWO_IMAGES)
+        if weighted is not None:
+            tl.store(weighted + offsets, (g[:, None] * m).to(weighted.dtype.element_ty), mask=valid[:, None])
+    elif weighted is not None:
+        tl.store(weighted + offsets, dm.to(weighted.dtype.element_ty), mask=valid[:, None])
+    if PENALTY > 0:
+        d = tl.load(dpenalty + episode).to(tl.float32)
+        distance = m - 1.0
+        sign = tl.where(distance > 0.0, 1.0, tl.where(distance < 0.0, -1.0, 0.0))
+        if PENALTY == 1:
+            dm += (2.0 * d / elements) * distance
+        elif PENALTY == 2:
+            dm += (d / elements) * sign
+        else:
+            peak = tl.load(peaks + first_image + row // classes, mask=valid, other=-1)
+            is_peak = (row % classes).to(tl.int64)[:, None] * D + n[None, :] == peak[:, None]
+            dm += tl.where(is_peak, sign * (d / images), 0.0)
+    if dmask is not None:
+        dm += tl.load(dmask + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
+    if RELU:
+        dm = tl.where(clamped, 0.0, dm)
+    tl.store(doffset + offsets, dm.to(doffset.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def masked_logits_backward_attended_kernel(
+    attended_text,
+    attended_rational,
+    factors,
+    weight,
+    doffset,
+    dattended,
+    deltas,
+    images,
+    classes,
+    total_rows,
+    weight_stride,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dO, and the sums of dO . w O^c over chunks of CHUNK columns, each of which lies in one head."""
+    one_head: tl.constexpr = HEAD % BLOCK_N == 0
+    episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
+    _start, row, valid, _rows, _classes, first_image = tile
+    first_column = block * BLOCK_N
+    batch_row = first_image * classes + row
+    weight += episode * weight_stride
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for c in range(0, D, BLOCK_C):
+        columns = c + tl.arange(0, BLOCK_C)
+        x = tl.load(doffset + batch_row[:, None] * D + columns[None, :], mask=valid[:, None], other=0.0)
+        w = tl.load(weight + columns[:, None] * D + n[None, :])
+        accumulator = product(x, w.to(COMPUTE), accumulator, PRECISION)
+    # Rounded as the kernels that read it see it: the sums of P (dP - delta) then cancel as they should.
+    rounded = accumulator.to(dattended.dtype.element_ty)
+    tl.store(dattended + batch_row[:, None] * D + n[None, :], rounded, mask=valid[:, None])
+    do = rounded.to(tl.float32)
+    chunk = first_column // CHUNK
+    if attended_text is not None:
+        o = query_kind_rows(attended_text, factors, batch_row, valid, n, first_column, total_rows, 0, D, HEAD, one_head)
+        store_chunk_sums(deltas, do * o, chunk, batch_row, total_rows, valid, BLOCK_M, BLOCK_N, CHUNK)
+    if attended_rational is not None:
+        o = query_kind_rows(
+            attended_rational, factors, batch_row, valid, n, first_column, total_rows, 1, D, HEAD, one_head
+        )
+        chunk += D // CHUNK
+        store_chunk_sums(deltas, do * o, chunk, batch_row, total_rows, valid, BLOCK_M, BLOCK_N, CHUNK)
+
+
+@dataclass
+class MaskedLogitsGradients:
+    """What the backward pass returns, None where it was not asked for.
+
+    doffset: dA and dattended: dO, (B, K, D); deltas: (2, D/g, B, K) float32, where g divides a head's width;
+    weighted: s dlogits M, (B, K, D).
+    """
+
+    doffset: Tensor
+    dattended: Tensor | None
+    deltas: Tensor | None
+    weighted: Tensor | None
+
+
+def masked_logits_backward(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    attended: Attended,
+    weight: Tensor,
+    bias: Tensor | None,
+    dlogits: Tensor | None,
+    dpenalty: Tensor | None,
+    dmask: Tensor | None,
+    peaks: Tensor | None,
+    *,
+    num_heads: int,
+    relu: bool,
+    penalty: str = "none",
+    weighted: bool = False,
+    inner: bool = True,
+    episodes: int = 1,
+    dtype: torch.dtype | None = None,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> MaskedLogitsGradients:
+    """Compute dA and dO in two launches, with weighted=True also s dlogits M, which the features' gradients need.
+
+    With inner=False it computes dA alone, in one launch: the output projection's own gradient needs nothing else.
+    """
+    (batch, width), classes = image.shape, text.shape[0]
+    head = width // num_heads
+    rows = batch // episodes * classes
+    dtype = dtype or text.dtype
+    tile = tile or tile_of(dtype, rows, width, head, backward=True)
+    shape, chunk = (batch, classes, width), block_of(head, CHUNK)
+    float32 = {"dtype": torch.float32, "device": image.device}
+    gradients = MaskedLogitsGradients(
+        doffset=image.new_empty(shape, dtype=dtype),
+        dattended=image.new_empty(shape, dtype=dtype) if inner else None,
+        deltas=torch.empty((2, width // chunk, batch, classes), **float32) if inner else None,
+        weighted=image.new_empty(shape, dtype=dtype) if weighted else None,
+    )
+    if batch == 0:
+        return gradients
+    arguments = common_arguments(image, text, attended, weight, bias, num_heads, episodes, dtype, tile)
+    grid = (cdiv(rows, tile.rows) * (width // tile.columns), episodes)
+    precision = default_precision(dtype, precision)
+    masked_logits_backward_offset_kernel[grid](
+        **arguments,
+        logit_scale=logit_scale,
+        dlogits=dlogits,
+        dpenalty=dpenalty,
+        dmask=dmask,
+        peaks=peaks,
+        doffset=gradients.doffset,
+        weighted=gradients.weighted,
+        elements=float(rows * width),
+        RELU=relu,
+        PENALTY=PENALTIES[penalty] if dpenalty is not None else 0,
+        PRECISION=precision,
+    )
+    if not inner:
+        return gradients
+    for unused in ("image", "text", "attended_image", "bias", "bias_stride", "share", "TWO_IMAGES"):
+        del arguments[unused]
+    masked_logits_backward_attended_kernel[grid](
+        **arguments | {"BLOCK_C": block_of(width, 64 if dtype != torch.float32 else 32)},
+        doffset=gradients.doffset,
+        dattended=gradients.dattended,
+        deltas=gradients.deltas,
+        CHUNK=chunk,
+        PRECISION=precision,
+    )
+    return gradients

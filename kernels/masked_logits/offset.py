@@ -1,0 +1,96 @@
+"""What the forward and the backward pass share: a program's tile, 1 + A of that tile, and its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rada_fast.kernels._common import COMPUTE_TYPES, attended_rows, episode_stride, product
+from rada_fast.kernels.class_attention import Attended
+from rada_fast.kernels.masked_logits.tiles import Tile
+
+
+@triton.jit
+def program_tile(images, classes, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program's episode, columns, block of columns and tile of rows (see _common). Neighbours share their rows."""
+    blocks: tl.constexpr = D // BLOCK_N
+    program, episode = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = program % blocks
+    start = (program // blocks) * BLOCK_M
+    row = start + tl.arange(0, BLOCK_M)
+    rows = images * classes
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    return episode, n, block, (start, row, row < rows, rows, classes, episode * images)
+
+
+@triton.jit
+def one_plus_offset(
+    attended,
+    weight,
+    bias,
+    tile,
+    n,
+    share,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TWO_IMAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """1 + A for one tile of rows and the columns n."""
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for c in range(0, D, BLOCK_C):
+        columns = c + tl.arange(0, BLOCK_C)
+        o = attended_rows(attended, tile, columns, c, share, D, HEAD, BLOCK_M, BLOCK_C, TWO_IMAGES)
+        w = tl.load(weight + n[None, :] * D + columns[:, None])
+        accumulator = product(o.to(COMPUTE), w.to(COMPUTE), accumulator, PRECISION)
+    if bias is not None:
+        accumulator += tl.load(bias + n).to(tl.float32)[None, :]
+    return 1.0 + accumulator
+
+
+def common_arguments(
+    image: Tensor,
+    text: Tensor,
+    attended: Attended,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    episodes: int,
+    dtype: torch.dtype,
+    tile: Tile,
+) -> dict[str, Any]:
+    """The arguments that the forward kernel and the kernel of dA share."""
+    width, classes, stride = image.shape[1], len(text), episode_stride(weight)
+    return {
+        "image": image,
+        "text": text,
+        "attended_text": attended.text,
+        "attended_rational": attended.rational,
+        "attended_image": attended.image,
+        "factors": attended.factors,
+        "weight": weight,
+        "bias": bias,
+        "images": len(image) // episodes,
+        "classes": classes,
+        "total_rows": len(image) * classes,
+        "weight_stride": stride,
+        "bias_stride": width if stride else 0,
+        "share": 1 / sum(kind is not None for kind in (attended.text, attended.rational, attended.image)),
+        "D": width,
+        "HEAD": width // num_heads,
+        "TWO_IMAGES": classes >= tile.rows,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_C": tile.depth,
+        "COMPUTE": COMPUTE_TYPES[dtype],
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
