@@ -1,4 +1,4 @@
-"""What the GPU kernels compile to, for any target on any machine: registers, spills, shared memory, occupancy."""
+"""Compiles the GPU kernels for any target on any machine, and reports registers, spills, shared memory, occupancy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +29,7 @@ TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"
 }  # fmt: skip
-# Shared memory of a processor less what the system keeps of each block (KiB), and its most warps.
+# What a processor has for the blocks on it: shared memory in KiB, then registers, warps and blocks.
 _SHARED_KIB = {80: 164, 90: 228, 100: 228}
 _REGISTERS, _MOST_WARPS, _MOST_BLOCKS = 65536, 64, 32
 _TENSOR = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE)
@@ -52,7 +52,7 @@ class Compiled:
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Launches inside the block are written down, not executed."""
+    """A block in which kernel launches are recorded in the list and not executed."""
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     jit = triton.runtime.jit.JITFunction
 
@@ -82,51 +82,60 @@ def step_launches(
     return launches
 
 
-def _specialised(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict, dict, dict, dict]:
-    """Signature, constants, alignments and options, as Triton's launcher finds them."""
+class Specialization(NamedTuple):
+    """What Triton compiles a kernel for: parameters' types, and by position their constants and alignments."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int], Any]
+    alignments: dict[tuple[int], list[list[Any]]]
+    options: dict[str, Any]
+
+
+def _specialization(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
+    """The specialization that Triton's launcher would choose for these arguments."""
     names = [parameter.name for parameter in kernel.params]
     bound = dict(zip(names, args, strict=False)) | {key: value for key, value in kwargs.items() if key in names}
     options = {key: value for key, value in kwargs.items() if key not in names}
-    signature, constants, alignments = {}, {}, {}
-    for at, parameter in enumerate(kernel.params):
+    found = Specialization({}, {}, {}, options)
+    for position, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
         aligned = False
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(at,)] = value
+            found.signature[parameter.name] = "constexpr"
+            found.constants[(position,)] = value
         elif isinstance(value, Tensor):
-            signature[parameter.name], aligned = _POINTERS[value.dtype], True
+            found.signature[parameter.name], aligned = _POINTERS[value.dtype], True
         elif isinstance(value, int):
-            signature[parameter.name], aligned = "i32", value % 16 == 0
+            found.signature[parameter.name], aligned = "i32", value % 16 == 0
         else:
-            signature[parameter.name] = "fp32"
+            found.signature[parameter.name] = "fp32"
         if aligned:
-            alignments[(at,)] = [["tt.divisibility", 16]]
-    return signature, constants, alignments, options
+            found.alignments[(position,)] = [["tt.divisibility", 16]]
+    return found
 
 
 def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: int, case: str) -> Compiled:
-    """Compile what a launch would run; ptxas says what it used."""
+    """Compile what a launch would run, and read from the output of ptxas what it uses."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    signature, constants, alignments, options = _specialised(kernel, args, kwargs)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=alignments)
-    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    ptx, warps, shared = made.asm["ptx"], made.metadata.num_warps, made.metadata.shared
-    named = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
-    assert named
+    found = _specialization(kernel, args, kwargs)
+    source = ASTSource(fn=kernel, signature=found.signature, constexprs=found.constants, attrs=found.alignments)
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=found.options)
+    ptx, warps, shared = binary.asm["ptx"], binary.metadata.num_warps, binary.metadata.shared
+    target_line = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
+    assert target_line
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx, encoding="utf-8")
-        arch, made_of = named[1].split(",")[0], str(path.with_suffix(".cubin"))
+        arch, cubin = target_line[1].split(",")[0], str(path.with_suffix(".cubin"))
         # Up to Triton 3.5 there was one assembler for all devices.
         assembler = get_ptxas(target) if inspect.signature(get_ptxas).parameters else get_ptxas()
-        command = [assembler.path, "-v", f"-arch={arch}", str(path), "-o", made_of]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = int(re.findall(r"Used (\d+) registers", said)[-1])
-    spills = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", said))
+        command = [assembler.path, "-v", f"-arch={arch}", str(path), "-o", cubin]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = int(re.findall(r"Used (\d+) registers", report)[-1])
+    spills = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", report))
     return Compiled(
         kernel.__name__, f"sm_{target}", case, warps, registers, spills, shared,
         _occupancy(target, warps, registers, shared), len(_TENSOR.findall(ptx)),
@@ -144,9 +153,9 @@ def _occupancy(target: int, warps: int, registers: int, shared: int) -> float:
 
 
 def compile_cuda(target: int) -> list[Compiled] | str:
-    """Every kernel of csrc/cuda for one target; or the reason why they cannot be compiled here.
+    """Compile every kernel of csrc/cuda for one target; returns the reason where that cannot be done here.
 
-    Shared memory, and with it occupancy, is what is known when compiled: a launch may ask for more.
+    Shared memory, and with it occupancy, is what the compiler knows; a launch may ask for more.
     """
     toolkit, folder = cuda_toolkit.find_toolkit(), libraries.source_dir()
     if isinstance(toolkit, str) or folder is None:
@@ -176,7 +185,7 @@ def run_kernels(config: KernelsOptions) -> int:
     case = f"{config.preset} D {config.embed_dim}, B {config.batch}, K {config.classes}, {config.dtype}"
     rows = []
     console = PlainConsole()
-    # Narrower, every figure would be cut.
+    # In a narrower table every figure would be cut.
     console.width = max(console.width, 120)
     launches = step_launches(adapter, config.batch, config.classes, TYPES[config.dtype])
     for target in config.targets:
@@ -186,11 +195,11 @@ def run_kernels(config: KernelsOptions) -> int:
             rows.append(compile_launch(*launch, target, case))
     cuda_rows = []
     for target in config.targets:
-        made = compile_cuda(target)
-        if isinstance(made, str):
-            PlainConsole(stderr=True).print(f"no table of the CUDA C++ kernels: {made}")
+        compiled = compile_cuda(target)
+        if isinstance(compiled, str):
+            PlainConsole(stderr=True).print(f"no table of the CUDA C++ kernels: {compiled}")
             break
-        cuda_rows += made
+        cuda_rows += compiled
     tables = {case: rows, "CUDA C++": cuda_rows} if cuda_rows else {case: rows}
     rows = rows + cuda_rows
     if config.json:

@@ -1,4 +1,4 @@
-"""`rada-fast kernels --tune`: which tiles are fastest on this device, see ops/_backends/tiles.py."""
+"""`rada-fast kernels --tune` measures which tiles are fastest on this device; ops/_backends/tiles.py keeps them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rada_fast.system.terminal import PlainConsole, print_json
 def launches_of(
     adapter: AdapterConfig, batch: int, classes: int, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Callable[[Any], Any]]:
-    """One training step's launches by name, each a function of its tile; None takes the table's."""
+    """The launches of one training step by name, each a function of its tile; None stands for the table's tile."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def launches_of(
 
     image, text = 0.05 * draw(batch, adapter.embed_dim), 0.05 * draw(classes, adapter.embed_dim)
     state = RationalAdapter(adapter).state_dict()
-    given = {
+    by_role = {
         role: {
             part: 0.05 * draw(*state[f"{name}.{part}"].shape)
             for part in ("weight", "bias")
@@ -41,8 +41,8 @@ def launches_of(
         }
         for role, name in ROLES.items()
     }
-    weights = {role: parts["weight"] for role, parts in given.items() if "weight" in parts}
-    biases = {role: parts["bias"] for role, parts in given.items() if "bias" in parts}
+    weights = {role: parts["weight"] for role, parts in by_role.items() if "weight" in parts}
+    biases = {role: parts["bias"] for role, parts in by_role.items() if "bias" in parts}
     output, bias = weights["output"], biases.get("output")
     inner = {role: value for role, value in weights.items() if role != "output"}
     inner_biases = {role: value for role, value in biases.items() if role != "output"}
@@ -63,40 +63,51 @@ def launches_of(
             image, text, scale, inner, inner_biases, scale_factor=factor, precision=precision, tile=tile
         )
 
-    made = project(None)
+    projections = project(None)
 
     def attend(tile: Any) -> Any:
-        return class_attention_forward(made, **attention, tile=tile)
+        return class_attention_forward(projections, **attention, tile=tile)
 
-    seen = attend(None)
+    attended = attend(None)
 
     def forward(tile: Any) -> Any:
-        return masked_logits_forward(image, text, scale, seen, output, bias, **last, tile=tile)
+        return masked_logits_forward(image, text, scale, attended, output, bias, **last, tile=tile)
 
-    def offsets(tile: Any) -> Any:
+    def mask_backward(tile: Any) -> Any:
         return masked_logits_backward(
-            image, text, scale, seen, output, bias, ones, one, None, None, **last, tile=tile
-        )  # fmt: skip
+            image, text, scale, attended, output, bias, ones, one, None, None, **last, tile=tile
+        )
 
-    outer = offsets(None)
+    mask_gradients = mask_backward(None)
 
-    def inward(tile: Any) -> Any:
-        return class_attention_backward(made, seen, outer.dattended, outer.deltas, **attention, tile=tile)
+    def attend_backward(tile: Any) -> Any:
+        dattended, deltas = mask_gradients.dattended, mask_gradients.deltas
+        return class_attention_backward(projections, attended, dattended, deltas, **attention, tile=tile)
 
-    gradients = inward(None)
+    projection_gradients = attend_backward(None)
 
     def parameters(tile: Any) -> Any:
         return parameter_gradients(
-            image, text, scale, seen, gradients, outer.doffset, weights, num_heads=heads, bias=bool(biases),
-            scale_factor=factor, precision=precision, tile=tile,
-        )  # fmt: skip
+            image,
+            text,
+            scale,
+            attended,
+            projection_gradients,
+            mask_gradients.doffset,
+            weights,
+            num_heads=heads,
+            bias=bool(biases),
+            scale_factor=factor,
+            precision=precision,
+            tile=tile,
+        )
 
     return {
         "rational_projections_forward": project,
         "class_attention_forward": attend,
         "masked_logits_forward": forward,
-        "masked_logits_backward": offsets,
-        "class_attention_backward": inward,
+        "masked_logits_backward": mask_backward,
+        "class_attention_backward": attend_backward,
         "parameter_gradients": parameters,
     }
 
@@ -125,7 +136,7 @@ def run_tuning(config: KernelsOptions, adapter: AdapterConfig, dtype: torch.dtyp
     for name in ("launch", "table", "fastest", "table's time / its time"):
         table.add_column(name)
     for launch, found in report.items():
-        table.add_row(launch, *(" ".join(map(str, found[key].values())) for key in ("table", "fastest")),
-                      f"{found['ratio']:.2f}")  # fmt: skip
+        tiles = (" ".join(map(str, found[key].values())) for key in ("table", "fastest"))
+        table.add_row(launch, *tiles, f"{found['ratio']:.2f}")
     PlainConsole().print(table)
     return 0
