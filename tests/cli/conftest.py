@@ -1,4 +1,4 @@
-"""Things to give the commands, good and bad, made once."""
+"""Files and folders to give to the commands, good ones and bad ones, made once for all tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be used, by kind: every command says so in one line that names the option, and ends with status 2."""
+"""Input that cannot be used: every command says so in one line that names the option, and ends with status 2."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ EFT = "eft --train imagefolder:{0}/pictures --test imagefolder:{0}/pictures"
 FFT = "fft --train imagefolder:{0}/pictures --test imagefolder:{0}/pictures"
 LONG, MANY_DIGITS = "x" * 5000, "9" * 5000
 
-# (command line, the option that its line must name). {0} is the folder of things; a tuple's parts are not split.
+# A command line, and what its message must contain. {0} is the folder of the fixture things. A command line that is a tuple
+# is not split at its spaces.
 REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     # commands
     ("tt --data x", "'tt'"),
     ("TTT --data x", "'TTT'"),
     ("--data x", "'--data'"),
     (("",), "''"),
-    # unknown options, with the nearest that there is
+    # unknown options, with the nearest known one
     (f"{TTT} --stepz 3", "--stepz is no option of 'rada-fast ttt'; did you mean --steps?"),
     (f"{TTT} --step 3", "did you mean --steps?"),
     (f"{TTT} --out o", "did you mean --output?"),
@@ -123,7 +124,7 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     (f"{FFT} --warmup-steps -1", "--warmup-steps"),
     ("demo --images 0", "--images"),
     ("demo --images 2147483647", "--images must be a whole number of at most"),
-    # a file or a name of another kind than the option's
+    # files and names that are of another kind than the option wants
     (f"{TTT} --text-features features:", "--text-features must be class-means, features:FILE.npz"),
     (f"{TTT} --model /etc", "--model '/etc' is neither one of open_clip's nor 'embedded'\n"),
     ("ttt --data features:{0}/empty", "--data features:{0}/empty: feature file {0}/empty is a folder"),
@@ -142,7 +143,7 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     ("kernels --embed-dim 500", "--embed-dim must be a multiple of 8 with preset 'official', got 500"),
     ("kernels --embed-dim 1000000", "--embed-dim"),
     ("fft --train x --test y --epochs 3", "--finetune-from must be at most epochs 3, got 5; unless given it is 5"),
-    # neither finite nor short
+    # numbers that are infinite, not a number, or very long
     (f"{TTT} --lr inf", "--lr must be at most"),
     (f"{TTT} --lr -inf", "--lr must be above 0, got -inf"),
     (f"{TTT} --lr nan", "--lr must be above 0, got nan"),
@@ -164,7 +165,7 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     (f"{TTT} --lr {MANY_DIGITS}", "--lr must be at most"),
     (f"kernels --classes {MANY_DIGITS}", "--classes"),
     (f"demo --images {MANY_DIGITS}", "--images"),
-    # empty, with NUL characters, not UTF-8, over many lines
+    # values that are empty, hold NUL characters, are not UTF-8, or go over many lines
     (("ttt", "--data", ""), "--data must neither be empty"),
     (("ttt", "--data", " "), "--data"),
     ("ttt --data=", "--data"),
@@ -190,7 +191,7 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     (("ttt", "--options="), "--options"),
     (("ttt", "--options", ""), "--options"),
     (("ttt", "--options", "a\0b"), "--options"),
-    # homes that are not known, paths that are too long
+    # home folders of unknown users, paths that are too long
     ("ttt --data imagefolder:~nouser/x", "--data begins with a home folder"),
     ("ttt --data ~nouser/x", "--data"),
     (f"{TTT} --output ~nouser/x", "--output begins with a home folder"),
@@ -310,12 +311,12 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
 ]  # fmt: skip
 
 
-def test_there_are_many() -> None:
+def test_no_refusal_was_lost() -> None:
     assert len(REFUSED) >= 250
 
 
 @pytest.mark.parametrize("row", range(len(REFUSED)))
-def test_what_cannot_be_used_is_one_line_with_the_options_name(
+def test_input_that_cannot_be_used_is_refused_in_one_line_with_the_option(
     things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, named = REFUSED[row]
@@ -343,7 +344,7 @@ VARIABLES: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "command"), VARIABLES)
-def test_variables_that_mean_nothing_are_one_line(
+def test_a_variable_with_a_meaningless_value_is_refused_in_one_line(
     things: Path,
     tmp_path: Path,
     name: str,
@@ -369,13 +370,13 @@ def test_a_backend_that_cannot_be_used_is_refused_before_anything_is_read(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RADA_FAST_BACKEND", "cuda")
     assert cli.main(TTT.format(things).split()) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("rada-fast: RADA_FAST_BACKEND=cuda: backend 'cuda' cannot be used: ")
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("rada-fast: RADA_FAST_BACKEND=cuda: backend 'cuda' cannot be used: ")
+    assert message.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_extension_is_told_and_recorded(
+def test_a_damaged_extension_is_reported_and_recorded(
     things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -384,10 +385,10 @@ def test_a_damaged_extension_is_told_and_recorded(
     monkeypatch.setattr(libraries, "search", lambda cuda=False: (None, ["x.so is damaged"]))
     command = f"ttt --data features:{things}/good.npz --text-features features:{things}/text.npz --output o"
     assert cli.main(command.split()) == 0
-    said = "x.so is damaged; run `rada-fast build`; until then this runs on plain PyTorch, more slowly"
-    assert f"rada-fast: warning: {said}\n" in capsys.readouterr().err
+    message = "x.so is damaged; run `rada-fast build`; until then this runs on plain PyTorch, more slowly"
+    assert f"rada-fast: warning: {message}\n" in capsys.readouterr().err
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())
-    assert said in summary["warnings"]
+    assert message in summary["warnings"]
     assert summary["backend"] == "reference"
 
 
@@ -400,7 +401,7 @@ WRONG: dict[type, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_option_of_every_command_refuses_what_is_no_value_of_it(command: str) -> None:
+def test_every_option_of_every_command_refuses_values_of_another_kind(command: str) -> None:
     options = options_of(cli.COMMANDS[command].options)
     needed = [f"{option.flag}=imagefolder:x" for option in options.values() if option.required]
     cli.parse(command, needed)
@@ -415,7 +416,7 @@ def test_every_option_of_every_command_refuses_what_is_no_value_of_it(command: s
                 cli.parse(command, [*others, option.flag])
 
 
-def test_a_path_is_known_by_itself_alone(tmp_path: Path) -> None:
+def test_an_option_is_named_only_if_its_whole_path_is_mentioned(tmp_path: Path) -> None:
     config = cli.parse("ttt", ["--data", f"features:{tmp_path}/f.npz", "--output", "o"])
     assert name_option("no class has two names", config) == "no class has two names"
     assert name_option("o cannot be written", config) == "--output: o cannot be written"

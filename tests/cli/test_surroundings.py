@@ -1,4 +1,4 @@
-"""What surrounds a command: streams that are closed or full, users without a home, errors that nobody foresaw."""
+"""Commands in unusual surroundings: closed or full streams, users without a home folder, unforeseen errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_full_disk_under_standard_output_is_told() -> None:
+def test_a_full_disk_under_standard_output_is_reported() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([*COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
@@ -55,7 +55,7 @@ def failing_with(error: BaseException) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "status", "message"),
     [
         (KeyError("x"), 70, "a fault of rada-fast itself, please report it with what RADA_FAST_TRACEBACK=1 adds: KeyError"),
         (RuntimeError("two\nlines"), 70, "RuntimeError: two lines"),
@@ -70,30 +70,28 @@ def failing_with(error: BaseException) -> Any:
         (KeyboardInterrupt(), 130, "interrupted; start the same command again to go on"),
     ],
 )  # fmt: skip
-def test_whatever_is_raised_is_one_line_and_a_status(
-    error: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_every_error_becomes_one_line_and_a_status(
+    error: BaseException, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli.Command, "load", failing_with(error))
     assert cli.main(["doctor"]) == status
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("rada-fast: ")
-    assert said in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
 
 
-def test_the_place_of_an_error_is_shown_where_asked(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cli.Command, "load", failing_with(KeyError("x")))
     monkeypatch.setenv("RADA_FAST_TRACEBACK", "1")
     assert cli.main(["doctor"]) == 70
-    said = capsys.readouterr().err
-    assert "Traceback (most recent call last)" in said
-    assert "in run\n" in said
+    message = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in message
+    assert "in run\n" in message
 
 
-def test_the_variables_backends_are_the_ops() -> None:
+def test_the_variable_and_the_ops_have_the_same_backends() -> None:
     assert set(_env.BACKEND_NAMES) == {"auto", *ops.BACKENDS}
 
 
@@ -107,7 +105,7 @@ def test_options_files_in_any_unicode_encoding_are_read(tmp_path: Path, encoding
     assert (config.episode.steps, config.data) == (7, "imagefolder:é")
 
 
-def test_homes_are_written_out_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "o.toml").write_text("")
     command = """
@@ -136,7 +134,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(
     assert all(text in shown for text in ("[red]title[/blue] :smile:", "[/]", "a [link=x]b" + "c" * 200))
 
 
-def test_json_holds_only_what_json_can_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_holds_no_infinity_or_nan(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": (-float("inf"),), "d": "x"}, indent=None)
     assert capsys.readouterr().out == '{"a": null, "b": [null, 1.5], "c": [null], "d": "x"}\n'
     assert finite(True) is True
@@ -163,7 +161,7 @@ def test_libraries_get_a_place_where_there_is_no_home(tmp_path: Path, monkeypatc
     assert os.environ["MPLCONFIGDIR"] == str(tmp_path / "cache" / "matplotlib")
 
 
-def test_a_backend_that_fails_the_self_test_is_told_beside_the_others(
+def test_a_backend_that_fails_the_self_test_is_reported_beside_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rada_fast import doctor
@@ -182,7 +180,7 @@ def test_a_backend_that_fails_the_self_test_is_told_beside_the_others(
     assert float(tested["reference"]) < 1e-5
 
 
-def test_doctor_tells_of_a_backend_in_force_that_cannot_serve(
+def test_doctor_reports_a_chosen_backend_that_cannot_be_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RADA_FAST_BACKEND", "cuda")
@@ -192,7 +190,7 @@ def test_doctor_tells_of_a_backend_in_force_that_cannot_serve(
     assert "self-test" in shown
 
 
-def test_a_folder_that_is_gone_is_one_line(
+def test_a_current_folder_that_is_gone_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "gone").mkdir()
@@ -213,15 +211,15 @@ def test_a_folder_that_is_gone_is_one_line(
         ("ttt --data x --output {0}/new/folder", "--output {0}/new/folder cannot be written"),
     ],
 )
-def test_what_may_not_be_read_or_written_is_one_line(
+def test_missing_permissions_are_reported_in_one_line(
     things: Path, command: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The tests may run as the superuser, who may do everything.
+    # The superuser may do everything, and the tests may run as the superuser.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert cli.main(command.format(things).split()) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"rada-fast: {named.format(things)}")
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"rada-fast: {named.format(things)}")
+    assert message.count("\n") == 1
 
 
 def test_progress_on_a_terminal_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
