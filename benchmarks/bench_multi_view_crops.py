@@ -97,9 +97,9 @@ def on_device() -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         views = random_views(375, 500, PREPROCESS.image_size, VIEWS, torch.Generator().manual_seed(SEED))
-        made = multi_view_crops([pixels.cuda()], views, PREPROCESS.image_size, PREPROCESS.mean, PREPROCESS.std)
+        crops = multi_view_crops([pixels.cuda()], views, PREPROCESS.image_size, PREPROCESS.mean, PREPROCESS.std)
         torch.cuda.synchronize()
-        return made
+        return crops
 
     return run
 

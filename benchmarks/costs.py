@@ -51,26 +51,32 @@ def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int)
     """
     width, heads, images = config.embed_dim, config.num_heads, episodes * batch
     rows, matrix = images * classes, config.softmax == "matrix"
-    wide, text, image = 2 * rows * width, 2 * classes * width, 2 * images * width  # (B, K, D), T and f
+    # The bytes of a tensor of the shape (B, K, D), of the text features and of the image features.
+    class_rows, text, image = 2 * rows * width, 2 * classes * width, 2 * images * width
     q_text, q_image = episodes * text, 2 * image  # the image query and its attention are float32
     weight = episodes * 2 * width * (width + config.bias)
-    statistics, each = 4 * 2 * heads * rows, 4 * rows
+    statistics, row_sums = 4 * 2 * heads * rows, 4 * rows
     factors = statistics if matrix else 0
-    attended = 2 * wide + q_image + factors
-    queries = q_text + wide + q_image
-    attention_reads = queries + 3 * wide + statistics  # queries, keys, values, dO, deltas
+    attended = 2 * class_rows + q_image + factors
+    queries = q_text + class_rows + q_image
+    attention_reads = queries + 3 * class_rows + statistics  # queries, keys, values, doutput, deltas
     return {
-        "rational_projections_forward_kernel": image + text + 5 * weight + queries + 2 * wide,
-        "class_attention_forward_kernel": queries + 2 * wide + 2 * wide + q_image + statistics,
+        "rational_projections_forward_kernel": image + text + 5 * weight + queries + 2 * class_rows,
+        "class_attention_forward_kernel": queries + 2 * class_rows + 2 * class_rows + q_image + statistics,
         "softmax_factors_kernel": 2 * statistics,
-        "masked_logits_forward_kernel": image + text + attended + weight + each,
-        "masked_logits_reduce_kernel": 2 * each + 2 * rows,
-        "masked_logits_backward_offset_kernel": image + text + attended + weight + 2 * rows + wide,
-        "masked_logits_backward_attended_kernel": wide + 2 * wide + factors + weight + wide + statistics,
+        "masked_logits_forward_kernel": image + text + attended + weight + row_sums,
+        "masked_logits_reduce_kernel": 2 * row_sums + 2 * rows,
+        "masked_logits_backward_offset_kernel": image + text + attended + weight + 2 * rows + class_rows,
+        "masked_logits_backward_attended_kernel": class_rows
+        + 2 * class_rows
+        + factors
+        + weight
+        + class_rows
+        + statistics,
         "row_deltas_kernel": 2 * statistics,
         "class_attention_backward_queries_kernel": attention_reads + (0 if matrix else statistics) + q_image + queries,
-        "class_attention_backward_keys_kernel": attention_reads + (0 if matrix else statistics) + 2 * wide,
-        "parameter_gradients_kernel": image + text + attended + 4 * wide + q_text + q_image + 6 * weight,
+        "class_attention_backward_keys_kernel": attention_reads + (0 if matrix else statistics) + 2 * class_rows,
+        "parameter_gradients_kernel": image + text + attended + 4 * class_rows + q_text + q_image + 6 * weight,
     }
 
 

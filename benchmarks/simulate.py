@@ -55,8 +55,8 @@ def _tensors(
     text = normalize(draw(classes, config.embed_dim), dim=-1)
     lead = (episodes,) if episodes > 1 else ()
     parameters = {key: 0.1 * draw(*lead, *value.shape) for key, value in RationalAdapter(config).state_dict().items()}
-    made = {key: value.to(device, torch.bfloat16).requires_grad_() for key, value in parameters.items()}
-    return image.to(device, torch.bfloat16), text.to(device, torch.bfloat16), made
+    stored = {key: value.to(device, torch.bfloat16).requires_grad_() for key, value in parameters.items()}
+    return image.to(device, torch.bfloat16), text.to(device, torch.bfloat16), stored
 
 
 def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
         assert output.penalty is not None
         (output.logits.float().sum() + output.penalty.sum()).backward()
     least = costs.least_operations(episodes * batch, classes, config.embed_dim)
-    must = costs.kernel_bytes(config, episodes, batch, classes)
+    least_moved = costs.kernel_bytes(config, episodes, batch, classes)
     size = {"episodes": episodes, "batch": batch, "classes": classes}
 
     def row(name: str, stats: list[Any], minimum: float) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
             "tensor_over_least": sum(whole.tensor_flops.values()) / minimum,
             "requested_bytes": whole.global_ld["bytes"] + whole.global_st["bytes"],
             "unique_bytes": unique,
-            "unique_over_least": unique / sum(must[part.kernel] for part in stats),
+            "unique_over_least": unique / sum(least_moved[part.kernel] for part in stats),
             "sector_efficiency_load": whole.efficiency("ld"),
             "sector_efficiency_store": whole.efficiency("st"),
             "shared_over_ideal": whole.shared_wavefronts / max(1, whole.shared_ideal),
