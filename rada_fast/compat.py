@@ -1,4 +1,4 @@
-"""Drop-in for the published code: its attention class under its own signature, and in-place patching of live models."""
+"""For users of the published code: its attention class with its signature, and patching of live models in place."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from rada_fast.reference.rational_projections import split_heads
 
 
 class SimpleMultiheadAttention(nn.Module):
-    """The published code's attention module: same constructor, forward signature, parameter names and start.
+    """The published code's attention module: its constructor, forward signature, parameter names and initial values.
 
     embed_dim: D; num_heads: H; t: temperature; dropout: applied to the attention maps while training;
-    batch_first: accepted and ignored, as there; bias: biases in the projections.
+    batch_first: accepted and ignored, as in the published code; bias: whether the projections have biases.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class SimpleMultiheadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mask offset A (B, K, D) and the first query's attention map (B, H, K, K), for any inputs (B, K, D).
 
-        Nothing is assumed about the inputs here; forward_features is the fast way where they come from features.
+        The inputs may be any tensors. Where they come from features, forward_features is faster.
         """
         sources = {"q_proj1": query1, "q_proj2": query2, "q_proj3": query3, "k_proj": key, "v_proj": value}
         query1, query2, query3, keys, values = (
@@ -83,7 +83,7 @@ class SimpleMultiheadAttention(nn.Module):
         """Logits (B, K) and mask (B, K, D), straight from unit-norm features, through the backend in force.
 
         image_features: (B, D); text_features: (K, D); logit_scale: the multiplier s. Raises ValueError while dropout is
-        active, which only forward applies.
+        active, because only forward applies it.
         """
         if self.training and self.dropout.p > 0:
             raise ValueError(f"dropout {self.dropout.p} is applied by forward alone: call eval() first, or forward")
@@ -99,28 +99,29 @@ class SimpleMultiheadAttention(nn.Module):
 def patch(model: nn.Module) -> list[str]:
     """Serve the rational adapters inside a live published model through rada_fast's backends.
 
-    Every module with the published projections gets a new forward, by way of its class: parameter objects, buffers,
-    hooks and the optimiser's hold on the parameters stay, and copies, pickles and replicas are patched as it is. The
-    published model hands its adapter repeated rows; the patched forward takes them back to one row per image and per
-    class. It verifies on every call that this computes what the module's own forward does, and leaves the call to that
-    one, with a warning the first time, where it does not or cannot tell:
+    Every module with the published projections gets a new forward, by way of its class. Its parameters, buffers and
+    hooks stay the same objects, so that an optimiser keeps working; copies, pickles and replicas are patched too. The
+    published model repeats its features for every image and class; the patched forward goes back to one row for each
+    image and each class. On every call it verifies that this computes what the module's own forward does. Where it does
+    not, or where that cannot be decided, the module's own forward runs, with a warning the first time. These are:
 
-    - a projection that is more than its weight and bias (LoRA, hooks, sharded), a module with parameters, children or a
-      forward that are not the published ones (its own forward is tried on drawn weights, anew for every other shape and
-      whenever an attribute of it or of its class has changed);
+    - a projection that is more than its weight and bias (LoRA, hooks, sharded weights);
+    - a module whose parameters, children or forward are not the published ones. Its own forward is tried on random
+      weights, once for every shape and again whenever an attribute of it or of its class has changed;
     - an attention mask, active dropout, an empty batch;
-    - inputs that are not one row per image, one row per class and their product, such as text conditioned on the image;
-    - inputs whose gradients flow in another way than from those two;
-    - silently, a call that is recorded (torch.compile, torch.jit.trace, CUDA graphs) or transformed by torch.func,
-      whose values cannot be verified.
+    - inputs that are not one row for each image, one row for each class and their product, for instance text features
+      that depend on the image;
+    - inputs whose gradients do not flow to these two features alone;
+    - without a warning, a call that is recorded (torch.compile, torch.jit.trace, CUDA graphs) or transformed by
+      torch.func, since its values cannot be compared.
 
-    Gradients reach the features that the inputs are made of, not the products in between: to ask for the gradient of
-    those (autograd.grad, retain_grad), unpatch.
+    Gradients reach the features that the inputs are computed from, but not the products in between. Whoever needs the
+    gradient of those (autograd.grad, retain_grad) has to unpatch.
 
-    The second value a patched adapter returns, an attention map no published model uses, is None.
+    The second value that a patched adapter returns is None: it is an attention map that no published model uses.
 
-    model: any module that holds a published adapter, at any depth. Returns the patched modules' names; patching twice
-    is patching once. Raises UserError where there is no adapter in it.
+    model: any module that holds a published adapter, at any depth. Returns the names of the patched modules. A module
+    that is patched already stays patched. Raises UserError where the model holds no adapter.
     """
     found = list(_adapters(model))
     if not found:
@@ -130,7 +131,7 @@ def patch(model: nn.Module) -> list[str]:
     names = []
     for name, module in found:
         if "forward" in module.__dict__:
-            # It would not be asked: an instance's forward goes before its class's.
+            # A forward of the instance is called instead of its class's, so that ours would never run.
             warnings.warn(
                 f"rada_fast leaves the adapter {name!r} to its own forward: it was replaced on the instance",
                 stacklevel=2,
@@ -140,14 +141,14 @@ def patch(model: nn.Module) -> list[str]:
             module.__dict__.pop(_OFF, None)
         else:
             module.__class__ = _patched_class(cast(Any, type(module)))
-            # What was found, shared with the replicas that data parallelism makes for every call.
+            # What is known about the module. Data parallelism's replicas, new at every call, share it.
             module.__dict__[_STATE] = {}
         names.append(name)
     return names
 
 
 def unpatch(model: nn.Module) -> list[str]:
-    """Give every patched adapter inside a model its own forward back. Returns the names of those it had patched."""
+    """Give every patched adapter inside a model its own forward back. Returns the names of these adapters."""
     names = []
     for name, module in _adapters(model):
         if not isinstance(module, _Patched) or _OFF in module.__dict__:
@@ -178,7 +179,7 @@ _STATE, _OFF = "_rada_fast_state", "_rada_fast_off"
 
 @cache
 def _patched_class(kind: type) -> Any:
-    """The class with the patched forward, under its own name."""
+    """A subclass with the patched forward, which has the name of the class."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (_Patched, kind), names)
 
@@ -195,7 +196,7 @@ def _own_forward(kind: type) -> Any:
 
 
 def _is_recorded() -> bool:
-    """Whether calls are being recorded (torch.jit.trace, make_fx, CUDA graphs), to be replayed on values unseen."""
+    """Whether calls are recorded (torch.jit.trace, make_fx, CUDA graphs), to be replayed with other values."""
     return (
         torch._C._get_tracing_state() is not None
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
@@ -204,20 +205,20 @@ def _is_recorded() -> bool:
 
 
 class _Patched:
-    """The patched module's forward: the published arguments in, the mask offset out."""
+    """The forward of patched modules: it takes the published arguments and returns the mask offset."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self)
         if kind.__bases__[0] is not _Patched:
             return super().__reduce_ex__(protocol)
-        # The class is made at run time: its name leads to the one it was made of.
-        # What was found about this module holds functions, and is found again about the copy.
+        # The class is created at run time, so the one it is derived from is stored instead. What is known about the
+        # module contains functions, which cannot be pickled; it is found again for the copy.
         return _new_patched, (kind.__bases__[1],), {**self.__dict__, _STATE: {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module = cast(nn.Module, self)
         own = super().forward  # type: ignore[misc]
-        # Traced or transformed, the values that have to be compared are not there.
+        # While a call is traced or transformed, its inputs have no values that could be compared.
         if torch.compiler.is_compiling() or under_transform() or _is_recorded() or _OFF in module.__dict__:
             return own(*args, **kwargs)
         names = [name for name in ARGUMENTS if name != "query3" or "q_proj1" in module._modules]

@@ -1,7 +1,7 @@
-"""Adapter checkpoints: safetensors of our own, and the published code's files, read without executing anything.
+"""Checkpoints of adapters: our own safetensors, and the published code's files, whose pickled code is never executed.
 
-Nothing that a file says is believed before it is compared with what the file holds: not the sizes of its tensors, not
-its configuration. No memory is taken that the file does not fill.
+What a file says about itself, the sizes of its tensors or its configuration, is compared with its contents before it is
+used. No more memory is allocated than the file fills.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from rada_fast.system import files
 
 FORMAT = "rada_fast.adapter.v1"
 RUN_FILES = ("adapter.safetensors", "rada-ft-adapter.safetensors", "rada-adapter.safetensors")
-"""Where the runs of this package leave their adapter, the one that was trained last first."""
+"""The files to which the runs of this package write their adapter; the one that is trained last comes first."""
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_WIDTH = 2**14
-"""Widest embedding that is read, several times any vision-language model's."""
+"""The widest embedding that is read, several times as wide as any vision-language model's."""
 
 
 def save_adapter(adapter: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -135,7 +135,7 @@ def read_adapter(path: str | os.PathLike[str]) -> StoredAdapter:
 
 
 def _adapter_file(path: Path) -> Path:
-    """The file itself, or the one that a run's folder holds or points to."""
+    """The path itself where it is a file, or the file that a run's folder contains or points to."""
     if "\0" in str(path):
         raise UserError(f"adapter checkpoint must be a path, got one with a NUL character: {str(path)!r}")
     try:
@@ -193,7 +193,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], AdapterConfig | None]
             raise UserError(f"it must be an object, got {type(values).__name__}")
         layers = values.get("num_layers", 1)
         held = len({name.split(".")[1] for name in state if re.fullmatch(r"layers\.\d+\..+", name)}) + 1
-        # Compared before a configuration is made, whose parameters are listed one by one.
+        # Compared before a configuration is created, since that lists its parameters one by one.
         if isinstance(layers, int) and layers > held:
             raise UserError(f"num_layers must be what the file holds, {held}, got {_shown(layers)}")
         for name, value in values.items():
@@ -210,10 +210,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], AdapterConfig | None]
 
 
 def _read_published(path: Path, size: int) -> dict[Any, Any]:
-    """A torch file, unpickled with every class but tensors and plain containers replaced by an inert one."""
+    """Read a torch file. Every class in it but tensors and plain containers is replaced by one that does nothing."""
     try:
         with warnings.catch_warnings():
-            # torch warns of pickles it did not write; what matters is whether they load.
+            # torch warns of pickles that it did not write. All that matters is whether they load.
             warnings.simplefilter("ignore")
             inert = [(type("Inert", (_Inert,), {}), name) for name in _named_classes(path, size)]
             with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
@@ -243,7 +243,7 @@ def _named_classes(path: Path, size: int) -> list[str]:
     if not zipfile.is_zipfile(path):
         return []
     with zipfile.ZipFile(path) as archive:
-        # torch packs nothing and lets no two records overlap; an archive that grows in memory is not its.
+        # torch compresses nothing and lets no two records overlap, so an archive that unpacks to more is not torch's.
         if sum(record.file_size for record in archive.infolist()) > size:
             raise UserError(f"adapter checkpoint {path} would unpack to more than the file's {size} bytes")
     return torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -267,7 +267,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value of the file's in a message: printable, and cut where it is long."""
+    """A value from the file for a message: printable, and cut off where it is long."""
     try:
         text = str(value)
     except ValueError:  # a whole number of thousands of digits
@@ -308,7 +308,7 @@ def _adapter_entries(path: Path, state: Mapping[Any, Any], size: int) -> tuple[d
                 )
             entries[f"q_proj1.{leaf}"] = entries.pop(f"q_proj.{leaf}")
             factor = 4.0
-    if prefix:  # a whole model's dictionary: what else lies under the prefix (an unused "alpha") is not the adapter's
+    if prefix:  # a whole model's dictionary: other entries under the prefix (an unused "alpha") are not the adapter's
         entries = {name: value for name, value in entries.items() if name.endswith((".weight", ".bias"))}
     entries.pop("alpha", None)
     tensors = {name: _plain(path, name, value, size) for name, value in entries.items()}
@@ -322,7 +322,7 @@ def _adapter_entries(path: Path, state: Mapping[Any, Any], size: int) -> tuple[d
 
 
 def _plain(path: Path, name: str, value: object, size: int) -> Tensor:
-    """A tensor as the file holds it, without its class. Raises UserError where it is not dense, finite and there."""
+    """A tensor of the file as a plain Tensor. Raises UserError unless it is dense and finite and has its values."""
     problem = None
     if not isinstance(value, Tensor):
         problem = f"must be a floating-point tensor, got {_kind(value)}"

@@ -1,4 +1,4 @@
-"""The projections of an adapter as what they are: linear layers that other code may wrap, hook or parametrise."""
+"""The projections of an adapter, linear layers that other code may wrap, hook or parametrise: how they are used."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def is_sharded(value: object) -> bool:
 
 
 _ORDINARY_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
-"""How tensors and parameters answer PyTorch's functions; a subclass that overrides it computes something else."""
+"""What PyTorch's functions call of a tensor or parameter. A subclass that overrides it computes something else."""
 
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
-"""Where wrappers hold their module: torch.compile's, activation checkpoints', data parallelism's and averages'."""
+"""The attributes with which torch.compile, activation checkpoints, data parallelism and averages hold a module."""
 
 
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero, also where ``reset_parameters`` starts it again (meta device, FSDP)."""
 
     def reset_parameters(self) -> None:
-        # Drawn all the same: layers that are made after this one start as they did beside a torch.nn.Linear.
+        # Random numbers are drawn nevertheless: later layers then start as they do after a torch.nn.Linear.
         super().reset_parameters()
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -49,7 +49,7 @@ class ZeroLinear(nn.Linear):
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module would call hooks as well: its own, or those registered for all modules."""
-    # Written out: adapters ask this of every projection at every call.
+    # Written out for speed: every call of an adapter asks this of every projection.
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -80,12 +80,12 @@ def reason_to_call(layer: nn.Module) -> str | None:
 
 
 def has_parametrisations(layer: nn.Module) -> bool:
-    """Whether reading the layer's weight or bias computes it (torch.nn.utils.parametrize), which may change a state."""
+    # Replicas, tied and parametrised layers have these attributes but not all named_parameters. Each is read once.
     return "parametrizations" in layer._modules
 
 
 def has_bias(layer: nn.Module) -> bool:
-    """Whether a linear layer adds a bias; a parametrised one is not computed for the answer."""
+    """Whether a linear layer adds a bias. A parametrised bias is not computed to answer this."""
     parametrised = layer._modules.get("parametrizations")
     if parametrised is not None and "bias" in parametrised._modules:
         return True
@@ -93,7 +93,7 @@ def has_bias(layer: nn.Module) -> bool:
 
 
 def tensors_or_calls(layers: Mapping[str, nn.Module], *, bias: bool) -> dict[str, Tensor] | ProjectionCalls:
-    """The weight and bias of every projection, under its name, or the way to call them where one is more than that.
+    """The weight and bias of every projection by name, or ProjectionCalls where a projection is more than these.
 
     bias: whether the configuration has biases; a layer that differs in that is called too.
     """
@@ -110,7 +110,7 @@ def tensors_or_calls(layers: Mapping[str, nn.Module], *, bias: bool) -> dict[str
             return ProjectionCalls(project, f"{name} {reason}")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        # Attributes, not named_parameters: replicas, tied and parametrised layers have them too. Each is read once.
+        # Replicas, tied and parametrised layers have these attributes, but not all named_parameters. Each is read once.
         tensors[f"{name}.weight"] = cast(Tensor, layer.weight)
         if (added := layer.bias) is not None:
             tensors[f"{name}.bias"] = cast(Tensor, added)
@@ -158,7 +158,7 @@ def stored_value(name: str, layer: nn.Module, leaf: str) -> Tensor:
 
 @contextmanager
 def _evaluating(layer: nn.Module) -> Iterator[None]:
-    """Parametrisations that learn from being read, as spectral norm's power iteration does, learn nothing."""
+    """Keep parametrisations from changing their state when they are read, as spectral norm's power iteration does."""
     training = [module for module in layer.modules() if module.training]
     for module in training:
         module.training = False

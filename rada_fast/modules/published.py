@@ -1,4 +1,4 @@
-"""Whether a call of a live published adapter may be served by rada_fast's op: all that must hold for it, every time."""
+"""Whether rada_fast's op may serve a call of a live published adapter: everything that is verified on every call."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _OF_EVERY_MODULE = (frozenset(nn.Module().__dict__) - {"training"}) | {
 }
 _MOST_SETTINGS = 200
 _MOST_TRIALS = 16
-"""Settings and shapes that are remembered; a module that is called with more shapes is trusted with the rest."""
+"""How many settings and shapes are remembered. For further shapes the results of these decide."""
 _MOST_SCORES = 2**21
-"""Attention scores of a trial at the call's own shape; beyond, a part of the call is tried."""
+"""The most attention scores of a trial that has the call's own shape; of a larger call a part is tried."""
 _REPEATING = {"MulBackward0", "RepeatBackward0", "ExpandBackward0", "UnsqueezeBackward0"}
-"""Gradient nodes between the published queries and the features that they repeat."""
+"""Names of the gradient nodes that may lie between the published queries and the features that they repeat."""
 
 
 def projections_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The projections under the standard names; None for one that is not there."""
+    """The projections under the standard names, None for one that is missing."""
     children = module._modules
     first = "q_proj1" if "q_proj1" in children else "q_proj"
     return {name: children.get(first if name == "q_proj1" else name) for name in PROJECTIONS}
@@ -98,7 +98,7 @@ def _reason_of_dropout(dropout: nn.Module | None) -> str | None:
 
 
 def _reason_of_widths(layers: Mapping[str, Any]) -> str | None:
-    """Whether the projections have one width, and all of them a bias or none."""
+    """Why the projections do not fit, or None where they have one width and all of them a bias or none."""
     output = layers["out_proj"]
     width, bias = output.in_features, has_bias(output)
     for name, layer in layers.items():
@@ -110,7 +110,7 @@ def _reason_of_widths(layers: Mapping[str, Any]) -> str | None:
 
 
 def _reason_of_state(module: nn.Module) -> str | None:
-    """Something that the published module does not hold, and that a forward could use."""
+    """A tensor or child that the published module does not have and that a forward could use, or None."""
     known = {*PROJECTIONS, "q_proj", "dropout"}
     odd = [name for name, child in module._modules.items() if name not in known and child is not None]
     for held in (module._parameters, module._buffers, module.__dict__):
@@ -123,7 +123,7 @@ class _NotComparableError(Exception):
 
 
 def _frozen(value: Any, budget: list[int]) -> Any:
-    """A setting as something that differs from what it becomes when it is changed in place."""
+    """A copy of a setting that no longer equals the setting once that is changed in place."""
     budget[0] -= 1
     if budget[0] < 0:
         raise _NotComparableError
@@ -142,8 +142,10 @@ def _frozen(value: Any, budget: list[int]) -> Any:
 
 
 def _settings(module: nn.Module, own: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """What the module's forward could depend on beside its projections: its attributes and those of its classes, and
-    the plain values that its functions take from around them."""
+    """Everything beside the projections that the module's forward could depend on.
+
+    These are its attributes, those of its classes, and the plain values that its functions use from outside of them.
+    """
     for name, value in module.__dict__.items():
         if name not in _OF_EVERY_MODULE:
             yield name, value
@@ -175,7 +177,7 @@ def _settings(module: nn.Module, own: Callable[..., Any]) -> Iterator[tuple[str,
 def _reason_of_arithmetic(
     module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows: list[Tensor], state: dict[str, Any]
 ) -> str | None:
-    """Whether the module's own forward is the published one, tried once for each of its settings and shapes."""
+    """Why the module's own forward is not the published one, or None; it is tried once for every setting and shape."""
     budget = [_MOST_SETTINGS]
     settings: list[Any] = [type(module), own]
     name = ""
@@ -196,8 +198,10 @@ def _reason_of_arithmetic(
 
 
 def _try(module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows: list[Tensor]) -> str | None:
-    """Compare the own forward with the op in float64 on drawn weights: the real ones may be zero. The inputs are drawn
-    ones and the call's own, whose size or shape the forward may depend on."""
+    """Compare the module's own forward with the op in float64, with random weights since the real ones may be zero.
+
+    The inputs are random ones, and then the call's own, on whose sizes or shape the forward may depend.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -236,7 +240,7 @@ def _try(module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows:
 
 
 def _drawn_twin(module: nn.Module, config: AdapterConfig, draw: Callable[..., Tensor]) -> nn.Module:
-    """The module with plain projections of drawn weights on the CPU, sharing everything else."""
+    """The module with plain projections of random weights on the CPU; everything else is shared with it."""
     width = config.embed_dim
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
@@ -251,10 +255,10 @@ def _drawn_twin(module: nn.Module, config: AdapterConfig, draw: Callable[..., Te
 
 
 def _reason_of_form(module: nn.Module, rows: list[Tensor]) -> str | None:
-    """Whether the inputs have values to be compared, of one shape and type."""
+    """Why the inputs cannot be compared, or None where they have values, one shape and one type."""
     first = rows[0]
     layer: Any = module._modules["out_proj"]
-    # Not its weight where it has parameters: of a parametrised layer that would be computed. Replicas have none.
+    # A parametrised layer would compute its weight, so a parameter is read. Replicas have a weight but no parameters.
     parameter = next(layer.parameters(), None)
     weight: Tensor = layer.weight if parameter is None else parameter
     for row in rows:
@@ -268,7 +272,7 @@ def _reason_of_form(module: nn.Module, rows: list[Tensor]) -> str | None:
 
 
 def _reason_of_values(rows: list[Tensor]) -> str | None:
-    """Whether the inputs are one row per image, one row per class and their product, also in their gradients."""
+    """Why the inputs, or their gradients, are not a row for each image, one for each class and the product, or None."""
     if torch.is_grad_enabled() and any(row.requires_grad for row in rows):
         if any(row.retains_grad or row._backward_hooks for row in rows):
             return "the gradients of its inputs are retained or hooked"
@@ -281,11 +285,14 @@ def _reason_of_values(rows: list[Tensor]) -> str | None:
 
 
 def _compare(rows: list[Tensor]) -> list[bool]:
-    """Whether the image's rows are alike, the text's, and all others their product; read from the device once."""
+    """Whether the image's rows are equal, whether the text's are, and whether all others are the product of both.
+
+    The answers are read from the device at once.
+    """
     query1, query2, *products = rows
     image, text = query1[:, :1], query2[:1]
     product = image * text
-    # One buffer for all that follows: fresh memory of this size costs ten times what is done with it.
+    # One buffer serves all comparisons: to allocate one of this size takes ten times as long as a comparison.
     scratch = torch.empty_like(product)
 
     def largest_difference(left: Tensor, right: Tensor) -> Tensor:
@@ -311,7 +318,7 @@ def _compare(rows: list[Tensor]) -> list[bool]:
 def _flows_as_published(rows: list[Tensor]) -> bool:
     """Whether products and queries come from the same two features, by the published model's own steps.
 
-    Equal values do not tell: a detached factor, or another path to one, has them too.
+    Equal values are no proof: a detached factor, or another path to one, has the same values.
     """
     query1, query2, *products = rows
     ways = [_repeated_from(query) if query.requires_grad else [] for query in (query1, query2)]
@@ -331,7 +338,7 @@ def _live(node: Any) -> list[Edge]:
 
 
 def _repeated_from(query: Tensor) -> list[Edge]:
-    """The query's own edge and those behind it, as far as constants and repetition alone lie between."""
+    """The query's gradient edge and those behind it, as far as only constants and repetition lie between them."""
     edges = [_edge(query)]
     while len(edges) < 8 and edges[-1][0].name() in _REPEATING:
         behind = _live(edges[-1][0])

@@ -60,8 +60,10 @@ class RationalAdapter(nn.Module):
         return f"config={self.config}"
 
     def reset_parameters(self) -> None:
-        """Start all projections anew, the output projections at zero; for an adapter made on the meta device, after
-        ``to_empty``."""
+        """Initialise all projections again, the output projections to zero.
+
+        An adapter that was created on the meta device needs this after ``to_empty``.
+        """
         for _, layer in self._projections():
             layer.reset_parameters()  # type: ignore[operator]
 

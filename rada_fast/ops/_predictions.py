@@ -1,4 +1,4 @@
-"""What the ops over predictions share: which implementation serves a call on its tensors' device."""
+"""What the ops over predictions share: the check of the logits, and which implementation serves a call."""
 
 from __future__ import annotations
 

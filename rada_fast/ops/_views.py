@@ -60,7 +60,7 @@ def check_views(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> None:
-    """Raise ValueError where pictures, views and what is to be made of them do not go together."""
+    """Raise ValueError where the views do not lie in the pictures, or an argument has a wrong shape, type or device."""
     for index, picture in enumerate(pictures):
         if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.numel() == 0:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""AugMix (Hendrycks et al., ICLR 2020) of views of decoded pictures, with Pillow's arithmetic; and how it is drawn."""
+"""AugMix (Hendrycks et al., ICLR 2020) of views of decoded pictures with Pillow's arithmetic, and how it is drawn."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rada_fast.ops._views import (
 )
 
 AUGMIX_OPERATIONS = ("none", "autocontrast", "equalize", "posterize", "solarize", "affine")
-"""By number, what a step of a chain does to the view's pixels; the affine one covers rotations, shears and shifts."""
+"""What a step of a chain can do to a view's pixels, by number; "affine" covers rotations, shears and shifts."""
 
 
 class AugmixPlan(NamedTuple):
-    """What is made of N views by C chains of up to L operations; all on the CPU, where they are drawn and checked.
+    """How AugMix changes N views, by C chains of up to L operations. The tensors are on the CPU, which draws them.
 
     views: (N, 11) int64, as ops.multi_view_crops has them.
     operations: (N, C, L) int64, numbers of AUGMIX_OPERATIONS.
@@ -39,7 +39,7 @@ class AugmixPlan(NamedTuple):
     weights: Tensor
 
     def with_plain(self, views: Tensor) -> AugmixPlan:
-        """The plan with further views before its own, (M, 11), that stay as they are."""
+        """This plan after further views, (M, 11), that AugMix leaves as they are."""
         count, (_, chains, depth) = len(views), self.operations.shape
         weights = torch.zeros((count, chains + 2))
         weights[:, chains] = 1
@@ -65,7 +65,7 @@ def random_augmix(
     severity: float = 1.0,
     backend: str | None = None,
 ) -> AugmixPlan:
-    """Views and what AugMix makes of each, drawn one after another as test-time prompt tuning draws them.
+    """Views and how AugMix changes each, drawn one after another as test-time prompt tuning draws them.
 
     height, width: of the picture, in pixels; size: S; count: views N; generator: on the CPU; scale, ratio: see
     random_views; chains: C, each of one to depth (L) of nine operations: autocontrast, equalize, posterize, rotate,
@@ -102,7 +102,7 @@ def augmix(
 ) -> Tensor:
     """AugMix of views: out = share * n(view) + rest * sum_c weight_c * n(chain_c(view)), n(x) = (x / 255 - mean) / std.
 
-    pictures, size, mean, std, dtype: as ops.multi_view_crops; plan: what is made of which views (AugmixPlan).
+    pictures, size, mean, std, dtype: as ops.multi_view_crops; plan: the views and how each is changed.
     Returns (N, 3, S, S), on the pictures' device. Chains work on 8-bit pixels with Pillow's arithmetic, and are mixed
     in float32; float32 results equal PIL's and PyTorch's bit for bit, the others are those rounded.
     Raises ValueError where an argument has a wrong shape or type, or a view leaves its picture.

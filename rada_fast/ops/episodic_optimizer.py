@@ -50,10 +50,10 @@ def episodic_optimizer_step(
     sources: where parameters are read instead of from themselves: one copy, float32, contiguous, of which the parameter
         holds a whole number one after the other; None for the parameter itself.
     fresh: whether the moments are zero; they are then written without being read, and may be uninitialised.
-    step: t, counted from 1. It is a number of the host's: a captured graph holds the step that it was captured at, so
-        capture an episode's steps in order.
-    torch_roots: take Adam's square roots from PyTorch, which on a CPU may have them from a library that rounds the last
-        place otherwise: every bit is then torch.optim's, at about twice the time.
+    step: t, counted from 1. The host holds it, so that a captured graph repeats the step at which it was captured:
+        capture the steps of an episode in their order.
+    torch_roots: take Adam's square roots from PyTorch. On a CPU it may call a library for them that rounds the last
+        place in another way; every bit is then torch.optim's, at about twice the time.
 
     Returns nothing. Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend
     cannot serve. The roundings are those of torch.optim's single-tensor form (foreach=False) on a CPU, one by one, with
@@ -93,7 +93,7 @@ def episodic_optimizer_step(
 
 
 def _check_float32(name: str, tensors: Sequence[Tensor | None]) -> None:
-    """Raise TypeError where one is of another type: in float16 eps is 0, and steps are lost in bfloat16 too."""
+    """Raise TypeError unless all are float32: eps is 0 in float16, and bfloat16 loses steps too."""
     for index, tensor in enumerate(tensors):
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(
@@ -215,7 +215,7 @@ class EpisodicOptimizer:
                     f"initial[{key!r}] must be float32, got {tensor.dtype} (bfloat16 and float16 are copied)"
                 )
             with torch.inference_mode(False):
-                # What inference mode made takes no part in autograd, which the parameters are for.
+                # Tensors from inference mode take no part in autograd, for which the parameters are meant.
                 start = tensor.clone() if tensor.is_inference() else tensor.detach()
                 slot = _Slot(start.float().contiguous(), "initial", True)
             slot.frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
@@ -253,7 +253,7 @@ class EpisodicOptimizer:
     @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """Take one step. A gradient that is None or not there is exactly zero for every episode.
+        """Take one step. A gradient that is None or missing is exactly zero for every episode.
 
         gradients: name to (E, ...), float32|bfloat16|float16, any stride.
         Raises ValueError or TypeError naming a gradient that belongs to no parameter or does not fit it; nothing has
@@ -304,7 +304,7 @@ class EpisodicOptimizer:
         )  # fmt: skip
 
     def _entry(self, slot: _Slot, gradient: Tensor | None) -> _Entry | None:
-        """What the step works on for one parameter, or None where it changes nothing; the slot is as it leaves it."""
+        """What the step reads and writes for one parameter, or None where it changes nothing; updates the slot."""
         nothing = slot.initial.new_empty(0)
         decoupled = self.name == "adamw"
         moments = 2 if self.name != "sgd" else int(self.momentum != 0)

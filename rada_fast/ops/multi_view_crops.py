@@ -80,7 +80,7 @@ def multi_view_crops(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
-    """Views of pictures, each made in one pass from its picture's pixels: out = (resize(box) / 255 - mean) / std.
+    """Views of pictures, each cut from its picture's pixels in one pass: out = (resize(box) / 255 - mean) / std.
 
     pictures: each (height, width, 3) uint8, contiguous or any stride, of any sizes; views: (N, 11) int64 on the CPU, a
     row a view (VIEW_COLUMNS); size: S; mean, std: by channel, of values in 0..1; dtype: float32, bfloat16 or float16.

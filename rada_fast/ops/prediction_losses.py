@@ -1,4 +1,4 @@
-"""Losses over predictions, with the gradient with respect to the logits made in the same pass."""
+"""Losses over predictions; the pass that computes one also computes its gradient with respect to the logits."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def prediction_loss(
         cross_entropy:  (1/n) sum_i -sum_k t_ik ln p_ik,   t = (1 - a) onehot(label) + a / K,  a = label_smoothing
 
     with H(p) = -sum_k p_k ln p_k. The forward pass reads the logits once and writes the gradient beside the loss where
-    one follows; the backward pass multiplies it by d_losses[e]. Where that is known to be 1, and the multiplication is
+    one follows; the backward pass multiplies it by dlosses[e]. Where that is known to be 1, and the multiplication is
     worth saving, prediction_loss_and_gradient gives the gradient itself. There is no second derivative.
 
     logits: (E, n, K), or (n, K) for one episode; float32|float64|bfloat16|float16, n >= 1, K >= 1, any stride. -inf is
@@ -113,7 +113,7 @@ def prediction_loss_and_gradient(
             )(batched)
             return (losses, gradient) if logits.ndim == 3 else (losses[0], gradient[0])
         with torch.inference_mode(False), torch.enable_grad():
-            # Tensors made in inference mode take no part in autograd; their copies do.
+            # Tensors from inference mode take no part in autograd; their copies do.
             leaf = (batched.clone() if batched.is_inference() else batched).requires_grad_()
             losses = reference(leaf, kind, targets, label_smoothing)
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)

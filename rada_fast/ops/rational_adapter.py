@@ -31,9 +31,10 @@ def parameter_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
 
 
 class ProjectionCalls(NamedTuple):
-    """Projections that are more than a weight and a bias, for plain PyTorch to call.
+    """Projections of which one is more than a weight and a bias, so that plain PyTorch has to call them.
 
-    call: of (a projection's name, rows (..., D)), the projected rows; reason: which projection that is, and why.
+    call: a function of a projection's name and rows (..., D) that returns the projected rows; reason: which projection
+        has to be called, and why.
     """
 
     call: Callable[[str, Tensor], Tensor]
@@ -41,7 +42,7 @@ class ProjectionCalls(NamedTuple):
 
 
 def check_features(name: str, tensor: Tensor, rows: str, embed_dim: int) -> None:
-    """Raise TypeError or ValueError where features are not (rows, D), floating point."""
+    """Raise TypeError or ValueError unless a tensor of features is (rows, D) and floating point."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.ndim != rows.count(",") + 2:
@@ -53,7 +54,7 @@ def check_features(name: str, tensor: Tensor, rows: str, embed_dim: int) -> None
 
 
 def check_scale(logit_scale: object) -> None:
-    """Raise TypeError or ValueError where the multiplier is not one real number."""
+    """Raise TypeError or ValueError unless the multiplier is one real number."""
     if isinstance(logit_scale, Tensor):
         if logit_scale.numel() != 1:
             raise ValueError(f"logit_scale must be a single multiplier, got shape {tuple(logit_scale.shape)}")
@@ -100,7 +101,7 @@ def check_inputs(
             raise ValueError(f"parameters must hold {name!r} for this configuration")
         given = tuple(parameters[name].shape)
         if at == 0 and episodes is not None and len(given) > len(shape):
-            # All have a leading axis of episodes, or none has.
+            # Either every parameter has a leading axis of episodes or none has.
             lead = (episodes,)
         if given != lead + shape:
             raise ValueError(f"parameter {name!r} must be {lead + shape}, got {given}")
@@ -144,10 +145,10 @@ def rational_adapter(
     config: the adapter's arithmetic.
     penalty: "l2", "l1", "linf" (Eq. 7) or None.
     return_mask: also return M, (B, K, D).
-    episodes: E, a divisor of B, or None. With E, image b belongs to episode b // (B/E), parameters are those of one
-        adapter for all or, with a leading axis of E on every one, an adapter for each episode, and the penalty is (E,),
-        each episode's own. One call is as E calls, one for each episode.
-    backend: None for the one in force (see use_backend), or a backend's name.
+    episodes: E, a divisor of B, or None. With E, one call does what E calls would do, one for each episode: image b
+        belongs to episode b // (B/E), and the penalty is (E,), one for each. The parameters are those of one adapter
+        for all, or every one has a leading axis of E, an adapter for each episode.
+    backend: the name of a backend, or None for the one in force (see use_backend).
 
     Returns AdapterOutput(logits (B, K), penalty (), (E,) or None, mask (B, K, D) or None), in image_features' dtype.
     Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend cannot serve.
@@ -202,7 +203,7 @@ def _by_episode(
     episodes: int,
     **options: Any,
 ) -> AdapterOutput:
-    """One call for each episode, for backends that know one adapter only."""
+    """One call for each episode, for backends that take the parameters of one adapter only."""
     shapes = parameter_shapes(config)
     own = {
         name: parameters[name].unbind() if parameters[name].ndim > len(shape) else (parameters[name],) * episodes
@@ -221,5 +222,5 @@ def _by_episode(
 
 
 def zero_shot_logits(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """CLIP's own logits s f T^T (Eq. 1), what a zero output projection gives. Returns (B, K)."""
+    """CLIP's own logits s f T^T (Eq. 1), (B, K), as an adapter gives them whose output projection is zero."""
     return logit_scale * (image_features @ text_features.mT)

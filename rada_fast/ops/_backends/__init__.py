@@ -1,1 +1,1 @@
-"""What executes an op: the choice among backends, and one file for each way to run the adapter."""
+"""What executes an op: the choice of a backend, one file for each backend of the adapter, and their operators."""

@@ -70,7 +70,7 @@ class Options(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """return_mask: whether the mask is a result; keep: whether a backward pass follows."""
+    """return_mask: whether the mask is wanted; keep: whether a backward pass may follow, which needs what is kept."""
 
     return_mask: bool
     keep: bool
@@ -105,7 +105,7 @@ class Needed(NamedTuple):
 
 
 GRADIENTS = Layout(Features, Parameters, prefix="d")
-"""What the backward operators return: the gradient of s is made of the sums instead."""
+"""What the backward operators return. The gradient of s is not among it: the sums give it."""
 
 
 def options_of(config: AdapterConfig, penalty: MaskPenalty | None) -> Options:
@@ -123,7 +123,7 @@ def options_of(config: AdapterConfig, penalty: MaskPenalty | None) -> Options:
 def parameters_of(
     named: Mapping[str, Tensor], config: AdapterConfig, dtype: torch.dtype | None = None
 ) -> list[Tensor | None]:
-    """The fields of Parameters out of tensors under the published names, converted where a dtype is given."""
+    """The values of Parameters, from tensors under the published names; with a dtype they are converted to it."""
     tensors: list[Tensor | None] = []
     for role, name in ROLES.items():
         used = role in ("key", "value", "output") or role in config.queries
@@ -193,6 +193,7 @@ def register(
     def gradients(
         given: Sequence[Tensor | None], arguments: list[Any], saved: tuple[Tensor, ...], wanted: list[Any]
     ) -> tuple[Features, Scale, Parameters]:
+        dresults = ResultGradients(*given)
         features, scale, parameters, shared, own, requests = arguments
         wanted_features, wanted_scale, wanted_parameters = wanted
         if not requests.keep:
@@ -202,12 +203,11 @@ def register(
         needed = [*wanted_features, *wanted_parameters]
         if any(needed):
             refuse_second_derivative("rational_adapter")
-            found = operator(*given, *features, *scale, *parameters, *shared, *own, *kept_tensors, needed)
+            found = operator(*dresults, *features, *scale, *parameters, *shared, *own, *kept_tensors, needed)
         dscale = None
-        dlogits = given[Results._fields.index("logits")]
-        if wanted_scale.logit_scale and dlogits is not None:
+        if wanted_scale.logit_scale and dresults.dlogits is not None:
             # Only the factor in front of the sum carries a gradient; the projections' inputs see s detached.
-            dscale = (dlogits.to(sums.dtype) * sums).sum().to(scale.logit_scale.dtype)
+            dscale = (dresults.dlogits.to(sums.dtype) * sums).sum().to(scale.logit_scale.dtype)
         dfeatures, dparameters = GRADIENTS.split(found)
         return dfeatures, Scale(dscale), dparameters  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Which backend serves a call: argument, then ``use_backend``, then RADA_FAST_BACKEND, then "auto"."""
+"""Which backend serves a call: the argument's, else ``use_backend``'s, else RADA_FAST_BACKEND's, else "auto"."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ COMPILED = ("triton", "cpu")
 
 _chosen: ContextVar[str | None] = ContextVar("rada_fast_backend", default=None)
 _traced = threading.local()
-"""What ``_chosen`` holds, once more for torch.compile, which before PyTorch 2.13 cannot trace a ContextVar's ``get``.
-Its attribute ``name`` is missing where nothing is chosen; compiled code is guarded by it, so another choice compiles
-anew."""
+"""A copy of ``_chosen`` for torch.compile, which cannot trace a ContextVar's ``get`` before PyTorch 2.13. Its attribute
+``name`` is missing where nothing is chosen. Compiled code is guarded by it, so that another choice compiles again."""
 
 _blocks: dict[object, str] = {}
 _last_entered: str | None = None
-"""Of the blocks that are open in any thread, the one that was entered last: threads that have entered none follow it,
-such as data parallelism's, whose replicas belong to the thread that called them."""
+"""The backend of the block that was entered last, of all that are open in any thread. A thread that has entered no
+block follows it, for instance one of data parallelism's, whose replicas belong to the thread that called them."""
 _lock = threading.Lock()
 
 
@@ -70,14 +69,14 @@ def use_backend(name: str) -> Iterator[None]:
         _note_block(block, None)
         _chosen.reset(token)
         if (outer := _chosen.get()) is None:
-            # Missing as before, so that what was compiled outside of the block serves again.
+            # The attribute was missing before; without it, what was compiled outside of the block serves again.
             _traced.__dict__.pop("name", None)
         else:
             _traced.name = outer
 
 
 def chosen_backend() -> str:
-    """The backend in force where a call names none: of ``use_backend``, else of RADA_FAST_BACKEND, else "auto"."""
+    """The backend of a call that names none: that of ``use_backend``, else of RADA_FAST_BACKEND, else "auto"."""
     return _in_force() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
 
 
@@ -85,7 +84,7 @@ def _has_triton() -> bool:
     return _env.has_module("triton")
 
 
-# torch.compile before PyTorch 2.11 does not trace a module being looked for, and the answer stays the same.
+# torch.compile before PyTorch 2.11 cannot trace the search for a module. The answer stays the same in a process.
 _has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -111,12 +110,12 @@ def reason_unavailable(name: str) -> str | None:
 
 
 def backends() -> dict[str, str]:
-    """Every backend with "usable", or the reason why it is not."""
+    """Every backend by name, with "usable" or the reason why it cannot be used."""
     return {name: reason_unavailable(name) or "usable" for name in BACKENDS}
 
 
 def reference_asked() -> bool:
-    """Whether plain PyTorch was named, by ``use_backend`` or RADA_FAST_BACKEND."""
+    """Whether ``use_backend`` or RADA_FAST_BACKEND names plain PyTorch."""
     return (_in_force() or _env.backend_variable()) in ("literal", "reference")
 
 
@@ -124,14 +123,14 @@ def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None
     """The backend to serve a call with.
 
     name: the call's own argument, if it has one. "auto" takes the fastest usable backend that serves the call.
-    refusal: of a compiled backend's name, why it cannot serve this call, or None; without it, only the installation
-        counts.
+    refusal: a function of a compiled backend's name that says why it cannot serve this call, or None where it can.
+        Without it, only the installation counts.
     Raises BackendUnavailableError where a named backend cannot be used.
     """
     if name is None:
         name = chosen_backend()
     if _check_name(name, "backend") == "auto":
-        # A simulator makes Triton usable without a device, but nobody's first choice.
+        # A simulator makes Triton usable without a device, but "auto" should not take it.
         candidates = COMPILED if _env.has_cuda() else ("cpu",)
         for candidate in candidates:
             if reason_unavailable(candidate) is None and (refusal is None or refusal(candidate) is None):
@@ -145,12 +144,12 @@ def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None
 
 
 def resolve_device_backend(device: torch.device, name: str | None = None) -> str:
-    """The backend of an op with kernels in C++ and CUDA C++, chosen by where its tensors are: "cpu", "cuda" or
-    "reference".
+    """The backend of an op that has kernels in C++ and CUDA C++: "cpu", "cuda" or "reference".
 
-    name: the call's own argument, if it has one. "auto" takes the compiled operator where it is usable. "literal" is
-        the reference here: the published code's arithmetic concerns the adapter.
-        "triton" and another device's name are refused as an argument; in force, they are as "auto".
+    device: where the call's tensors are, which decides.
+    name: the call's own argument, if it has one. "auto" takes the compiled operator where it is usable. "literal" means
+        the reference here, because the published code's arithmetic concerns the adapter alone. As an argument, "triton"
+        and the name of another device are refused; where they are in force, they mean "auto".
     Raises BackendUnavailableError where a named backend cannot be used or does not serve the device.
     """
     from rada_fast.ops._backends import library
@@ -158,7 +157,7 @@ def resolve_device_backend(device: torch.device, name: str | None = None) -> str
     if name is None:
         name = chosen_backend()
         if name == "triton" or (name in ("cpu", "cuda") and name != device.type):
-            # In force it is the adapter's backend: the other parts of a step choose their own.
+            # The backend in force is meant for the adapter; the other parts of a step choose their own.
             name = "auto"
     if _check_name(name, "backend") in ("reference", "literal"):
         return "reference"

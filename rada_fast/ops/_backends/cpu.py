@@ -1,4 +1,4 @@
-"""The registered operator behind the public one: what it serves, its arguments, its results."""
+"""The adapter by the compiled operator for CPU tensors: which calls it serves, and how it is called."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SERVED = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def compute_dtype(image_features: Tensor, weight: Tensor) -> torch.dtype:
-    """Type of the matrix products: autocast's where it is on, else the parameters'."""
+    """The type of the matrix products: autocast's where that is on, else the parameters' own."""
     device = image_features.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -27,8 +27,10 @@ def compute_dtype(image_features: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def widens(config: AdapterConfig, dtype: torch.dtype) -> bool:
-    """Whether tiles of this type are widened and multiplied as float32: bfloat16 without products of its own, or with
-    heads of an odd width, which the pairs that those products take do not fill.
+    """Whether tiles of this type are converted to float32 before they are multiplied.
+
+    That is so for bfloat16 where the processor has no products of it, and where heads have an odd width, since those
+    products take pairs.
     """
     return dtype == torch.bfloat16 and (config.head_dim % 2 == 1 or libraries.bfloat16_products() == "float32")
 
@@ -68,7 +70,7 @@ def rational_adapter(
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
 ) -> AdapterOutput:
-    """Arguments and results as ops.rational_adapter; reason_not_served must be None."""
+    """The arguments and results are those of ops.rational_adapter. reason_not_served must be None for them."""
     assert library.load() is None
     dtype = compute_dtype(image_features, parameters["out_proj.weight"])
     scale = as_scale(logit_scale, image_features, torch.float64 if dtype == torch.float64 else torch.float32)

@@ -1,7 +1,8 @@
-"""Tiles measured on a device, kept on disk, in place of the kernels' tables.
+"""Tiles that were measured on a device and stand on disk, to be used in place of the kernels' tables.
 
-`rada-fast kernels --tune` measures; calls only look. One file for each device and Triton version holds, for each launch
-and range of sizes, the fastest of ten tiles at most. RADA_FAST_TILES=table turns it off.
+`rada-fast kernels --tune` measures them; a call only looks them up. There is one file for each device and version of
+Triton. It holds the fastest of at most ten tiles for each launch and range of sizes. RADA_FAST_TILES=table leaves the
+files unread.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ LEAST_GAIN = 1.02
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a choice depends on. classes and rows (of one episode) count by their power of two."""
+    """What the choice of a tile depends on; of classes and rows (of one episode) only the next power of two."""
 
     dtype: torch.dtype
     classes: int
@@ -54,7 +55,7 @@ class Sizes:
 
 
 def table_tile(launch: str, sizes: Sizes) -> Any:
-    """The kernels' own choice."""
+    """The tile that the kernels' own table chooses."""
     match launch:
         case "rational_projections_forward":
             return rational_projections.tile_of(sizes.dtype, sizes.rows, sizes.width, sizes.precision)
@@ -93,7 +94,7 @@ def cache_file(device: str) -> Path:
 
 @cache
 def _measured(path: Path) -> dict[str, Any]:
-    """What a file holds; a file that does not fit is as none."""
+    """The tiles in a file; none where it does not exist or does not fit."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {
@@ -114,7 +115,7 @@ def _chosen(device: int, launch: str, sizes: Sizes) -> Any | None:
 
 
 def chosen_tile(device: torch.device, launch: str, sizes: Sizes) -> Any | None:
-    """The tile measured for such sizes on this device, or None for the table's. It reads the disk once a process."""
+    """The tile that was measured for such sizes on this device, or None. A process reads the disk once."""
     if device.type != "cuda":
         return None
     return _chosen(device.index if device.index is not None else _env.current_cuda_device(), launch, sizes)
@@ -135,7 +136,7 @@ def tune(
 ) -> dict[str, dict[str, Any]]:
     """Measure the candidates of every launch and write those that beat the table to the device's file.
 
-    launches: by name, what runs the launch with a tile; measure: seconds of a call, any unit.
+    launches: by name, a function that runs the launch with a tile; measure: the time that a call takes, in any unit.
     Returns for each launch the table's tile, the fastest one and their ratio. Raises UserError while a CUDA graph is
     being captured.
     """
@@ -160,7 +161,7 @@ def tune(
             kept[key] = asdict(fastest[1])
         report[launch] = {"table": asdict(base[1]), "fastest": asdict(fastest[1]), "ratio": ratio, "tried": len(times)}
         echo(f"{launch}: {len(times)} tiles, the fastest {ratio:.2f} times the table's speed")
-        # What is measured is kept at once: a run that is stopped loses nothing.
+        # It is written after every launch, so that a run that is stopped loses nothing.
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -11,14 +11,14 @@ def under_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-# torch.compile takes the answer as it is when it traces; it guards both states by itself.
+# torch.compile takes the answer of the moment in which it traces; it guards both states itself.
 under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 TRANSFORM_REASON = "it serves no transform of torch.func and no forward-mode differentiation; 'reference' does"
 
 
 def refuse_second_derivative(name: str) -> None:
-    """Called in a gradient formula: raises RuntimeError where that gradient is to be differentiated again."""
+    """Raise RuntimeError where a gradient is to be differentiated again; formulas of gradients call this."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} has no second derivative on a compiled backend, and create_graph=True asks for one; "

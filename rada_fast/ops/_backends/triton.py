@@ -1,7 +1,7 @@
-"""The Triton backend: registered operators around the launchers in kernels/, what they serve, their gradients.
+"""The Triton backend: operators around the launches in kernels/, which calls they serve, and their gradients.
 
-The operators run on CUDA tensors; on CPU tensors only where something executes Triton kernels there: its interpreter,
-or a simulator that has taken the place of its launcher.
+The operators run on CUDA tensors. They run on CPU tensors only where something executes Triton kernels there: Triton's
+interpreter, or a simulator that has taken the place of its launcher.
 """
 
 from __future__ import annotations
@@ -92,13 +92,14 @@ def float32_precision() -> str:
     return "tf32" if setting == "tf32" else "tf32x3"
 
 
-# torch.compile takes the answers as they are when it traces, see extension/libraries.py.
+# torch.compile takes the answers of the moment in which it traces, see extension/libraries.py.
 _functions: list[Any] = [executes_on_cpu, float32_precision]
 for _function in _functions:
     _function._dynamo_marked_constant = True
 
 
 def reason_unavailable() -> str | None:
+    """Why no Triton kernel can run in this process, or None where one can."""
     if _env.has_cuda() or executes_on_cpu():
         return None
     return "no CUDA device is visible"
@@ -141,7 +142,7 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tile_of(features: Features, options: Options, launch: Launch) -> Callable[[str], Any | None]:
-    """Of a launch's name, the tile measured on this device, or None."""
+    """A function of a launch's name that finds the tile measured on this device, or None."""
     (batch, width), classes = features.image_features.shape, len(features.text_features)
     rows = batch // launch.episodes * classes
     sizes = Sizes(launch.compute, classes, rows, width, width // options.num_heads, launch.precision)
@@ -258,7 +259,7 @@ def _backward(
     weights_wanted, biases_wanted = parameters_wanted.by_role("weight"), parameters_wanted.by_role("bias")
     roles = {role: value for role, value in weights.items() if weights_wanted[role] or biases_wanted[role]}
     to_features = any(features_wanted)
-    # Test-time training's first step, from a zero output projection, asks for that projection's gradient alone.
+    # The first step of test-time training starts from a zero output projection and wants its gradient alone.
     inner = to_features or any(role != "output" for role in roles)
     dlogits, dpenalty, dmask = (None if value is None else value.contiguous() for value in gradients)
     problem = _problem(features, scale)
@@ -355,7 +356,7 @@ def rational_adapter(
     return_mask: bool = False,
     episodes: int | None = None,
 ) -> AdapterOutput:
-    """Arguments and results as ops.rational_adapter; reason_not_served must be None."""
+    """The arguments and results are those of ops.rational_adapter. reason_not_served must be None for them."""
     if config.num_layers > 1:
         from rada_fast.ops._backends.triton_layers import layered_adapter
 
@@ -364,7 +365,7 @@ def rational_adapter(
             return_mask=return_mask,
         )  # fmt: skip
     scale = as_scale(logit_scale, image_features, torch.float32)
-    # Kernels convert as they load: under autocast no copy of the weights is made.
+    # The kernels convert what they load: under autocast no copy of the weights is made.
     tensors = (image_features, text_features, scale, *parameters_of(parameters, config))
     compute = compute_dtype(image_features, parameters["out_proj.weight"])
     logits, mask_penalty, mask, *_ = torch.ops.rada_fast.rational_adapter_triton.default(

@@ -1,7 +1,8 @@
-"""Several layers (RAda, arXiv:2507.15480, Eq. 16) on CUDA: attention over classes by the Triton kernels, as an operator
-of its own, between PyTorch's own products.
+"""An adapter of several layers on CUDA (RAda, arXiv:2507.15480, Eq. 16).
 
-Only one layer is fused as a whole; a layer above asks with the sum of the offsets below, which has to be in memory.
+The Triton kernels compute the attention over classes, as an operator of its own; PyTorch computes the products around
+it. Only a single layer is fused as a whole: a layer above another one takes its queries from the sum of the offsets
+below it, which has to be in memory.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class RowGradients(NamedTuple):
 
 
 def _weighted(part: Tensor, factors: Tensor | None, kind: int) -> Tensor:
-    """w O of one kind, in float32: (B, K, D)."""
+    """What one kind of query attends to, times its factors w where there are any, in float32: (B, K, D)."""
     part = part.float()
     if factors is None:
         return part
@@ -119,7 +120,7 @@ def _backward(
     keys, q_image, q_text, heads = projected.keys, projected.q_image, projected.q_text, options.num_heads
     dattended = gradients.dattended.to(keys.dtype).contiguous()
     batch, classes, _ = keys.shape
-    # A head's dO . w O^c of every query: one chunk for each head.
+    # dO . w O of every query and head; a head is one chunk.
     deltas = torch.zeros((2, heads, batch, classes), dtype=torch.float32, device=keys.device)
     for kind, part in enumerate((attended.text, attended.rational)):
         if part is not None:
@@ -183,7 +184,7 @@ def layered_adapter(
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
 ) -> AdapterOutput:
-    """Arguments and results as ops.rational_adapter, for any number of layers of attention."""
+    """The arguments and results are those of ops.rational_adapter, for any number of layers of attention."""
     scale = as_scale(logit_scale, image_features)
     factor = config.input_scale_factor * scale.detach() if config.input_scale == "logit" else scale.new_ones(())
     rational = image_features[:, None] * text_features  # (B, K, D)
