@@ -108,7 +108,7 @@ def open_data_and_model(
     if prompts:
         # This comes before the names are asked for, because no names make this model's prompts fit other features.
         for part, source in sources.items():
-            model.check_width(source.width, f"{given[part]} has features")
+            check_width(source.width, model.loaded().embed_dim, given[part])
     return DataAndModel(sources, given, model, text_file, scale, origin)
 
 

@@ -100,12 +100,10 @@ class VisionLanguageModel:
         """The multiplier s that the model brings, and its name for a message."""
         return self.logit_scale, f"model {self.name}"
 
-    def check_width(self, width: int | None, what: str) -> None:
-        """Raise UserError where features are not as wide as those of this model.
-
-        width: of the features, None where the model itself will make them; what: the features, for the message.
-        """
-        if width not in (None, self.embed_dim):
+    def check_width(self, width: int, what: str) -> None:
+        """Raise UserError where features are not as wide as those of this model. what: what a message
+        calls them."""
+        if width != self.embed_dim:
             raise UserError(f"{what} of width {width}, model {self.name} makes features of width {self.embed_dim}")
 
     def facts(self) -> dict[str, Any] | None:
@@ -188,7 +186,7 @@ class AbsentModel:
     def stated_scale(self) -> None:
         """The multiplier s that the model brings: none."""
 
-    def check_width(self, width: int | None, what: str) -> None:
+    def check_width(self, width: int, what: str) -> None:
         """Accept features of any width, as there are none of a model that they would have to fit."""
 
     def facts(self) -> None:
