@@ -80,7 +80,7 @@ def reason_to_call(layer: nn.Module) -> str | None:
 
 
 def has_parametrisations(layer: nn.Module) -> bool:
-    # Replicas, tied and parametrised layers have these attributes but not all named_parameters. Each is read once.
+    """Whether reading the layer's weight or bias computes it (torch.nn.utils.parametrize), which may change a state."""
     return "parametrizations" in layer._modules
 
 

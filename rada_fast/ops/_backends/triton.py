@@ -175,28 +175,17 @@ def _forward(
     tile = _tile_of(features, options, launch)
     with torch.cuda.device_of(features.image_features):
         projections = rational_projections_forward(
-            **problem,
-            weights=weights,
-            biases=biases,
-            scale_factor=options.input_scale_factor,
-            tile=tile("rational_projections_forward"),
-            **common,
-        )
+            **problem, weights=weights, biases=biases, scale_factor=options.input_scale_factor,
+            tile=tile("rational_projections_forward"), **common,
+        )  # fmt: skip
         attended = class_attention_forward(
-            projections=projections, tile=tile("class_attention_forward"), **_attention(options, launch)
-        )
+            projections=projections, tile=tile("class_attention_forward"), **_attention(options, launch),
+        )  # fmt: skip
         masked = masked_logits_forward(
-            **problem,
-            attended=attended,
-            weight=output_weight,
-            bias=output_bias,
-            num_heads=options.num_heads,
-            relu=options.relu,
-            penalty=options.penalty,
-            return_mask=requests.return_mask,
-            tile=tile("masked_logits_forward"),
-            **common,
-        )
+            **problem, attended=attended, weight=output_weight, bias=output_bias, num_heads=options.num_heads,
+            relu=options.relu, penalty=options.penalty, return_mask=requests.return_mask,
+            tile=tile("masked_logits_forward"), **common,
+        )  # fmt: skip
     results = Results(masked.logits, masked.penalty, masked.mask)
     if not requests.keep:
         return results, *_NOTHING_KEPT
@@ -267,59 +256,30 @@ def _backward(
     tile = _tile_of(features, options, launch)
     with torch.cuda.device_of(features.image_features):
         outer = masked_logits_backward(
-            **problem,
-            attended=attended,
-            weight=weights["output"],
-            bias=output_bias,
-            dlogits=dlogits,
-            dpenalty=dpenalty,
-            dmask=dmask,
-            peaks=peaks.peaks,
-            num_heads=options.num_heads,
-            relu=options.relu,
-            penalty=options.penalty,
-            weighted=to_features,
-            inner=inner,
-            episodes=launch.episodes,
-            dtype=launch.compute,
-            precision=launch.precision,
-            tile=tile("masked_logits_backward"),
-        )
+            **problem, attended=attended, weight=weights["output"], bias=output_bias, dlogits=dlogits,
+            dpenalty=dpenalty, dmask=dmask, peaks=peaks.peaks, num_heads=options.num_heads, relu=options.relu,
+            penalty=options.penalty, weighted=to_features, inner=inner, episodes=launch.episodes,
+            dtype=launch.compute, precision=launch.precision, tile=tile("masked_logits_backward"),
+        )  # fmt: skip
         if inner:
             assert outer.dattended is not None
             assert outer.deltas is not None
             dprojections = class_attention_backward(
-                projections=projections,
-                attended=attended,
-                dattended=outer.dattended,
-                deltas=outer.deltas,
-                tile=tile("class_attention_backward"),
-                **_attention(options, launch),
-            )
+                projections=projections, attended=attended, dattended=outer.dattended, deltas=outer.deltas,
+                tile=tile("class_attention_backward"), **_attention(options, launch),
+            )  # fmt: skip
         dweights, dbiases = parameter_gradients(
-            **problem,
-            attended=attended,
-            gradients=dprojections,
-            doffset=outer.doffset,
-            wanted=roles,
-            num_heads=options.num_heads,
-            bias=has_bias,
-            scale_factor=options.input_scale_factor,
-            precision=launch.precision,
-            tile=tile("parameter_gradients"),
-        )
+            **problem, attended=attended, gradients=dprojections, doffset=outer.doffset, wanted=roles,
+            num_heads=options.num_heads, bias=has_bias, scale_factor=options.input_scale_factor,
+            precision=launch.precision, tile=tile("parameter_gradients"),
+        )  # fmt: skip
         if to_features:
             assert outer.weighted is not None
             assert dprojections is not None
             dimage, dtext = rational_projections_backward(
-                **problem,
-                weights=weights,
-                gradients=dprojections,
-                weighted=outer.weighted,
-                scale_factor=options.input_scale_factor,
-                episodes=launch.episodes,
-                precision=launch.precision,
-            )
+                **problem, weights=weights, gradients=dprojections, weighted=outer.weighted,
+                scale_factor=options.input_scale_factor, episodes=launch.episodes, precision=launch.precision,
+            )  # fmt: skip
     found = {f"{role}_weight": dweights[role] if wanted else None for role, wanted in weights_wanted.items()}
     found |= {f"{role}_bias": dbiases[role] if wanted else None for role, wanted in biases_wanted.items()}
     dfeatures: tuple[Any, Any] = (
