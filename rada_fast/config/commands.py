@@ -39,7 +39,7 @@ class TTTOptions:
     """
 
     data: str
-    """Images as KIND:PATH: imagefolder:DIR (a sub-folder a class), images:DIR (no labels; needs --classes), or
+    """Images as KIND:PATH: imagefolder:DIR (one sub-folder for each class), images:DIR (no labels; needs --classes), or
     features:FILE.npz (arrays features (N, V, D) or (N, D), and labels)."""
     views: int = 64
     """Views of an image, the original included (paper: 64)."""

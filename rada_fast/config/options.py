@@ -55,12 +55,12 @@ class ClassOptions:
     """The classes and their text features."""
 
     classes: str | None = None
-    """Class names: a text file (a name a line, or a table with a number or folder beside it) or JSON. Default: the
+    """Class names: a text file (one name per line, or a table with a number or folder beside it) or JSON. Default: the
     folders' names; ImageNet's folders are recognised."""
     templates: str = "photo"
     """A template with {}, photo, simple (7), openai (80), a CoOp data set's name such as dtd, or a file."""
     text_features: str | None = None
-    """Use these as T instead of encoding prompts: a features:FILE.npz with one row a class, classifier:RUN, the
+    """Use these as T instead of encoding prompts: a features:FILE.npz with one row for each class, classifier:RUN, the
     classifier that an fft in that folder has trained, or "class-means": the mean of each class's training features."""
     logit_scale: float | None = None
     """Multiplier s of the logits. Default: the model's; without a model, the array logit_scale of the feature files, or

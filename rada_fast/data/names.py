@@ -40,7 +40,7 @@ _HEADER_WORDS = _KEY_WORDS | _NAME_WORDS | _EITHER_WORDS | _NUMBER_WORDS
 
 
 def read_names(path: Path, folders: Sequence[str] = ()) -> Names:
-    """Read class names from a file that has one name a line, a table, or JSON.
+    """Read class names from a file that has one name per line, a table, or JSON.
 
     A table has a line for each class, with a number, a class folder or a WordNet id beside the name. Its columns are
     separated by tabs, commas or semicolons, or its lines look like "n01440764 tench", "0 tench" or "0: tench". JSON is
@@ -181,10 +181,10 @@ def _names_of_lines(lines: list[str], folders: Sequence[str], path: Path) -> Nam
         raise UserError(f"classes file {path} must number its names from 0 or 1, got {lines[0]!r} first")
     if lines and all(re.fullmatch(r"""[{\[].*["'].*[}\]],?""", line) for line in lines):
         raise UserError(
-            f"classes file {path} must hold names, got {lines[0][:80]!r} first; write a name a line, or one JSON list"
+            f"classes file {path} must hold names, got {lines[0][:80]!r} first; write one name per line or a JSON list"
         )
     if len(lines) == 1 and "," in lines[0]:
-        notices.warn(f"classes file {path} has one line, taken as one name; write a name a line: {lines[0][:80]!r}")
+        notices.warn(f"classes file {path} has one line, taken as one name; write one name per line: {lines[0][:80]!r}")
     return lines
 
 
@@ -269,7 +269,7 @@ def _names_of_rows(rows: list[list[str]], header: list[str] | None, folders: Seq
 def _undecided(path: Path, row: Sequence[str]) -> UserError:
     return UserError(
         f"classes file {path} must say which of its {len(row)} columns holds the names, got {', '.join(row)!r} first; "
-        "write a name a line, or a first line such as 'index,name' or 'folder,name'"
+        "write one name per line, or a first line such as 'index,name' or 'folder,name'"
     )
 
 

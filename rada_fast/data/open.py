@@ -23,7 +23,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "imagefolder": Kind("imagefolder:DIR (a sub-folder a class)", read_image_folder),
+    "imagefolder": Kind("imagefolder:DIR (one sub-folder for each class)", read_image_folder),
     "images": Kind("images:DIR (no labels)", read_unlabelled_images),
     "features": Kind("features:FILE.npz (arrays features, labels)", read_feature_file),
 }
@@ -34,7 +34,7 @@ def open_text_file(given: str | None) -> FeatureFile | None:
 
     given: the option's value: None for prompts, class-means, classifier:RUN, or features:FILE.npz.
 
-    Raises UserError where it is none of these, or where the file has not one row for each class.
+    Raises UserError where it is none of these, or where the file does not have one row for each class.
     """
     if given is None or given == "class-means" or given.startswith("classifier:"):
         return None
@@ -42,8 +42,8 @@ def open_text_file(given: str | None) -> FeatureFile | None:
     source = read_feature_file(Path(path).expanduser()) if path not in (given, "") else None
     if source is None or source.features.ndim != 2:
         raise UserError(
-            "text_features must be class-means, features:FILE.npz with one row a class or classifier:RUN of an fft, "
-            f"got {given!r}"
+            "text_features must be class-means, features:FILE.npz with one row for each class or classifier:RUN of an "
+            f"fft, got {given!r}"
         )
     return source
 

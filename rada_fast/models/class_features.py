@@ -233,7 +233,7 @@ def class_features(
 
 
 def given_text_features(file: FeatureFile, names: Sequence[str]) -> Tensor:
-    """Text features T that a file holds, a row a class, in the order of names.
+    """Text features T that a file holds, one row for each class, in the order of names.
 
     file: its labels number the rows' classes, and its class_names, where it has them, name these; names: of the K
     classes.

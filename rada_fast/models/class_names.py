@@ -31,15 +31,15 @@ def class_names_of(source: Source, file: str | None, *, prompts: bool) -> tuple[
     if own is None and file is None:
         if prompts:
             raise UserError(
-                f"--classes must be given, a file with a name a line in the order of the labels: {data} has no array "
-                "class_names, and a prompt needs names"
+                f"--classes must be given, a file with one name per line in the order of the labels: {data} has no "
+                "array class_names, and a prompt needs names"
             )
         return tuple(f"class {label}" for label in range(count))
     names = resolve_class_names(own or (), file, prompts=prompts, where=source.class_names_from)
     if own is not None:
         return names
     if len(names) < count:
-        raise UserError(f"classes file {file} must hold {count} names, one a label of {data}, got {len(names)}")
+        raise UserError(f"classes file {file} must hold {count} names, one for each label of {data}, got {len(names)}")
     if len(names) > count and prompts:
         notices.warn(
             f"classes file {file} holds {len(names)} names, the labels of {data} end at {count - 1}: check that they "
@@ -63,10 +63,10 @@ def resolve_class_names(
     """
     if prompts and (blank := [label for label, folder in enumerate(folders) if not folder.strip()]) and file is None:
         raise UserError(
-            f"--classes must be given, a file with a name a line: {where} have no name for class {blank[0]}"
+            f"--classes must be given, a file with one name per line: {where} have no name for class {blank[0]}"
         )
     if file is None and not folders:
-        raise UserError("--classes must be given, a file with a name a line: these data have no class folders")
+        raise UserError("--classes must be given, a file with one name per line: these data have no class folders")
     own = readable_names(folders, where if prompts and file is None else None)
     given = read_names(Path(file).expanduser(), folders) if file is not None else []
     readable = readable_names(list(given.values()) if isinstance(given, dict) else given)
@@ -96,8 +96,9 @@ def _names_of_folders(folders: Sequence[str], readable: tuple[str, ...], prompts
             return tuple(_imagenet_names().values())
         if prompts:
             raise UserError(
-                f"--classes must be given, a file with a name a line in the order of the numbers: {where} are numbers "
-                f"({', '.join(folders[:EXAMPLES])}), which say nothing in a prompt such as 'a photo of a {folders[0]}.'"
+                f"--classes must be given, a file with one name per line in the order of the numbers: {where} are "
+                f"numbers ({', '.join(folders[:EXAMPLES])}), which say nothing in a prompt such as "
+                f"'a photo of a {folders[0]}.'"
             )
         return tuple(folders)
     ids = [folder for folder in folders if WNID.fullmatch(folder)]
@@ -168,7 +169,7 @@ def _names_in_order(given: tuple[str, ...], own: tuple[str, ...], file: str, whe
             )
         return tuple(by_name[name] for name in wanted)
     if own and len(names) != len(own):
-        raise UserError(f"classes file {file} must hold {len(own)} names, one a class folder, got {len(names)}")
+        raise UserError(f"classes file {file} must hold {len(own)} names, one for each class folder, got {len(names)}")
     return names
 
 

@@ -217,7 +217,7 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     ("ttt --data imagefolder:", "data must be KIND:PATH"),
     ("ttt --data imagefolder:{0}/nowhere", "data folder {0}/nowhere does not exist"),
     ("ttt --data imagefolder:{0}/file", "data folder {0}/file is a file"),
-    ("ttt --data imagefolder:{0}/empty", "data folder {0}/empty must have one sub-folder a class"),
+    ("ttt --data imagefolder:{0}/empty", "data folder {0}/empty must have one sub-folder for each class"),
     ("ttt --data imagefolder:{0}/loop", "--data"),
     ("ttt --data imagefolder:/dev/null", "--data /dev/null must be a file or a folder, got a device"),
     ("ttt --data images:{0}/empty", "--data"),

@@ -87,7 +87,7 @@ def test_columns_are_told_apart_by_the_folders(tmp_path: Path) -> None:
         ("0,1\n1,2\n", "must say which of its 2 columns holds the names, got '0, 1' first"),
         (
             "a\tcat\nb\tdog\n",
-            "must say which of its 2 columns holds the names, got 'a, cat' first; write a name a line",
+            "must say which of its 2 columns holds the names, got 'a, cat' first; write one name per line",
         ),
         ("0,2,cat\n1,1,dog\n2,0,owl\n", r"must number its names once, its columns 1 and 2 do it in different ways"),
         ('{"id": 0, "name": "a"}\n{"id": 1, "name": "b"}\n', "must hold names, got"),
@@ -142,7 +142,7 @@ def test_json_that_holds_no_names(tmp_path: Path, text: str, message: str) -> No
 def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     for text, message in (
-        ("cat, dog, owl\n", "has one line, taken as one name; write a name a line"),
+        ("cat, dog, owl\n", "has one line, taken as one name; write one name per line"),
         ("0 cat\n1 great dane\n", "are taken for the classes' numbers, not for parts of the names: '0 cat' is 'cat'"),
         ("cat 0\ndog 1\n", "are taken for the classes' numbers, not for parts of the names: 'cat 0' is 'cat'"),
         ("tench, Tinca\ngoldfish, Carassius\n", "the commas are taken as parts of the names, such as 'tench, Tinca'"),

@@ -198,5 +198,5 @@ def test_labels_without_names(tmp_path: Path) -> None:
         assert class_names_of(labelled(3), str(path), prompts=True) == ("a", "b", "c", "d")
         (warning,) = notices.so_far()
     assert "holds 4 names, the labels of feature file f.npz end at 2: check that they number these names" in warning
-    with pytest.raises(UserError, match=r"must hold 5 names, one a label of feature file f.npz, got 4"):
+    with pytest.raises(UserError, match=r"must hold 5 names, one for each label of feature file f.npz, got 4"):
         class_names_of(labelled(5), str(path), prompts=True)

@@ -186,7 +186,7 @@ def test_class_names(tmp_path: Path) -> None:
     assert resolve_class_names(["a", "b"], str(tmp_path / "two.txt")) == ("cat", "dog")
     assert resolve_class_names(["a", "b"], str(tmp_path / "by_folder.json")) == ("cat", "dog")
     assert resolve_class_names([], str(tmp_path / "two.txt")) == ("cat", "dog")
-    with pytest.raises(UserError, match="must hold 3 names, one a class folder, got 2"):
+    with pytest.raises(UserError, match="must hold 3 names, one for each class folder, got 2"):
         resolve_class_names(["a", "b", "c"], str(tmp_path / "two.txt"))
     with pytest.raises(UserError, match="must name every class folder, 1 of 3 are missing: c"):
         resolve_class_names(["a", "b", "c"], str(tmp_path / "by_folder.json"))

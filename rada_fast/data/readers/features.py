@@ -80,7 +80,7 @@ def read_feature_file(path: Path) -> FeatureFile:
     names = arrays.get("class_names")
     if names is not None and (names.ndim != 1 or names.dtype.kind not in "US" or len(names) <= labels.max()):
         raise UserError(
-            f"feature file {path}: class_names must be at least {labels.max() + 1} texts, one a label, "
+            f"feature file {path}: class_names must be at least {labels.max() + 1} texts, one for each label, "
             f"got {names.dtype} {names.shape}"
         )
     found = [] if names is None else names.tolist()

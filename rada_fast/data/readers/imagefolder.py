@@ -35,7 +35,7 @@ def read_image_folder(root: Path) -> ImageFolder:
             above = root.absolute().parent
             if pictures and sum(path.is_dir() for path in above.iterdir()) > 1:
                 hint += f", for the folders beside it as classes imagefolder:{above}"
-        raise UserError(f"data folder {root} must have one sub-folder a class, it has none{hint}")
+        raise UserError(f"data folder {root} must have one sub-folder for each class, it has none{hint}")
     found = [pictures_below(root / folder, root) for folder in folders]
     samples = [sample for label, below in enumerate(found) for sample in _samples(below, root, label)]
     if not samples:
@@ -47,7 +47,7 @@ def read_image_folder(root: Path) -> ImageFolder:
     }
     fault = deeper_classes(root, parts)
     if fault is not None:
-        fault = f"data folder {root} must have one sub-folder a class, {fault}"
+        fault = f"data folder {root} must have one sub-folder for each class, {fault}"
         if len(parts) == len(folders):
             raise UserError(fault)
     skipped += tuple(entry for below in found for entry in below.skipped)

@@ -49,7 +49,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path, folder: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "flat" / "a.png")
     cases = {
         f"imagefolder:{tmp_path / 'none'}": "does not exist",
-        f"imagefolder:{tmp_path / 'empty'}": "must have one sub-folder a class, it has none",
+        f"imagefolder:{tmp_path / 'empty'}": "must have one sub-folder for each class, it has none",
         f"imagefolder:{tmp_path / 'flat'}": "for pictures without classes give images:",
         f"imagefolder:{tmp_path / 'classes'}": "has 1 sub-folders but no image",
         f"imagefolder:{folder / 'a_cat' / 'notes.txt'}": "is a file, not a folder",
