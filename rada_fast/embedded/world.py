@@ -306,8 +306,8 @@ def _noise(image: Floats, rng: np.random.Generator) -> Floats:
 
 def _contrast(image: Floats, rng: np.random.Generator) -> Floats:
     level = np.float32(rng.uniform(90, 165))
-    faded: Floats = (image - image.mean()) * np.float32(rng.uniform(0.3, 0.5)) + level
-    return faded
+    flattened: Floats = (image - image.mean()) * np.float32(rng.uniform(0.3, 0.5)) + level
+    return flattened
 
 
 def _hue(image: Floats, rng: np.random.Generator) -> Floats:

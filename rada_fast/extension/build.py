@@ -104,7 +104,7 @@ def _ninja_text(parameters: BuildParameters, output: Path) -> str:
     return "\n".join([*lines, ""])
 
 
-def _install(made: Path, library: Path, echo: Callable[[str], None]) -> None:
+def _install(built: Path, library: Path, echo: Callable[[str], None]) -> None:
     """Move a library to its place with its SHA-256 beside it.
 
     It is renamed, because a library in use must not change under its readers. It does not stay among the objects: the
@@ -119,7 +119,7 @@ def _install(made: Path, library: Path, echo: Callable[[str], None]) -> None:
             )
             path.rename(aside)
             echo(f"extension: {path} was a folder, which is now {aside}")
-    with made.open("rb") as opened:
+    with built.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     fresh = recorded.with_name(f"{recorded.name}.{os.getpid()}")
     try:
@@ -127,7 +127,7 @@ def _install(made: Path, library: Path, echo: Callable[[str], None]) -> None:
         fresh.replace(recorded)
     finally:
         fresh.unlink(missing_ok=True)
-    made.replace(library)
+    built.replace(library)
 
 
 def _is_current(library: Path, toolkit: Toolkit) -> bool:
@@ -260,6 +260,6 @@ def build_wheel(output: Path | str = "dist", *, echo: Callable[[str], None] = pr
     )
     if result.returncode:
         raise UserError(f"the wheel was not made: {(result.stderr or result.stdout).strip().splitlines()[-1]}")
-    made = sorted(set(target.glob("*.whl")) - before) or sorted(target.glob("*.whl"), key=lambda p: p.stat().st_mtime)
-    echo(f"wheel: {made[-1]}")
-    return made[-1]
+    wheels = sorted(set(target.glob("*.whl")) - before) or sorted(target.glob("*.whl"), key=lambda p: p.stat().st_mtime)
+    echo(f"wheel: {wheels[-1]}")
+    return wheels[-1]

@@ -95,9 +95,11 @@ def find_nvcc() -> Path | None:
     for candidate in _candidates():
         if not candidate.is_file():
             continue
-        here = re.search(r"^#\$ _HERE_=(.+)$", _output_of(candidate, "--dryrun", "-x", "cu", "/dev/null"), re.MULTILINE)
-        if here and (Path(here[1]) / "nvcc").is_file():
-            return Path(here[1]) / "nvcc"
+        place = re.search(
+            r"^#\$ _HERE_=(.+)$", _output_of(candidate, "--dryrun", "-x", "cu", "/dev/null"), re.MULTILINE
+        )
+        if place and (Path(place[1]) / "nvcc").is_file():
+            return Path(place[1]) / "nvcc"
     return None
 
 
@@ -235,11 +237,11 @@ def _demangled(name: str) -> str:
         return name
     demangle.restype = ctypes.c_void_p
     status = ctypes.c_int()
-    made = demangle(name.encode(), None, None, ctypes.byref(status))
-    if status.value or not made:
+    demangled = demangle(name.encode(), None, None, ctypes.byref(status))
+    if status.value or not demangled:
         return name
-    text = ctypes.string_at(made).decode()
-    ctypes.CDLL(None).free(ctypes.c_void_p(made))
+    text = ctypes.string_at(demangled).decode()
+    ctypes.CDLL(None).free(ctypes.c_void_p(demangled))
     text = text.replace("(anonymous namespace)::", "").replace("rada_fast::", "").removeprefix("void ")
     depth = 0
     for at, letter in enumerate(text):
@@ -259,10 +261,10 @@ def kernel_resources(toolkit: Toolkit, source: Path, target: int) -> list[Resour
         subprocess.run(command, check=True, capture_output=True)
         text = ptx.read_text(encoding="utf-8")
         command = [str(toolkit.nvcc.parent / "ptxas"), "-v", f"-arch=sm_{target}", str(ptx), "-o", f"{ptx}.cubin"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     bodies = {match[1]: match[0] for match in re.finditer(r"\.entry (\w+)\(.*?^}", text, re.MULTILINE | re.DOTALL)}
     found = []
-    for part in re.split(r"Compiling entry function '", said)[1:]:
+    for part in re.split(r"Compiling entry function '", report)[1:]:
         name = part.split("'")[0]
         body = bodies[name]
         bound = re.search(r"\.maxntid (\d+)(?:, (\d+))?(?:, (\d+))?", body)

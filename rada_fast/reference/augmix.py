@@ -27,7 +27,7 @@ def augmix(
 ) -> Tensor:
     """Apply AugMix to views. The arguments and the result are those of ops.augmix, with the tensors of the plan."""
     images = crops.on_the_host(pictures)
-    made = []
+    results = []
     for row, chains, values, (*shares, share, rest) in zip(
         views.tolist(), operations.tolist(), matrices.tolist(), weights.cpu().unbind(0), strict=True
     ):
@@ -38,8 +38,8 @@ def augmix(
             for operation, value in zip(chain, steps, strict=True):
                 image = apply(image, operation, value)
             mixed = mixed + weight * crops.to_normalised(image, mean, std)
-        made.append(share * crops.to_normalised(view, mean, std) + rest * mixed)
-    return crops.on_their_device(made, pictures, size, dtype)
+        results.append(share * crops.to_normalised(view, mean, std) + rest * mixed)
+    return crops.on_their_device(results, pictures, size, dtype)
 
 
 def apply(image: Image.Image, operation: int, value: Sequence[float]) -> Image.Image:

@@ -21,8 +21,8 @@ def multi_view_crops(
 ) -> Tensor:
     """Cut views out of pictures. The arguments and the result are those of ops.multi_view_crops."""
     images = on_the_host(pictures)
-    made = [to_normalised(crop(images[row[0]], row, size), mean, std) for row in views.tolist()]
-    return on_their_device(made, pictures, size, dtype)
+    results = [to_normalised(crop(images[row[0]], row, size), mean, std) for row in views.tolist()]
+    return on_their_device(results, pictures, size, dtype)
 
 
 def on_the_host(pictures: Sequence[Tensor]) -> list[Image.Image]:

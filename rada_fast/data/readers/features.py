@@ -34,14 +34,16 @@ def read_feature_file(path: Path) -> FeatureFile:
         # The file is opened here because NumPy does not close a file that it cannot read.
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             _check_headers(path, file.zip)
-            held = sorted(file.files)
-            arrays = {name: file[name] for name in ("features", "labels", "class_names", "logit_scale") if name in held}
+            stored = sorted(file.files)
+            arrays = {
+                name: file[name] for name in ("features", "labels", "class_names", "logit_scale") if name in stored
+            }
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many errors for a damaged archive
         raise UserError(f"feature file {path} is not a readable npz file: {error}") from None
     if not {"features", "labels"} <= arrays.keys():
-        raise UserError(f"feature file {path} must have the arrays features and labels, it has {held}")
+        raise UserError(f"feature file {path} must have the arrays features and labels, it has {stored}")
     features, labels = arrays["features"], arrays["labels"]
     if features.ndim not in (2, 3) or features.dtype.kind != "f":
         raise UserError(
@@ -114,9 +116,9 @@ def _check_headers(path: Path, archive: zipfile.ZipFile) -> None:
                 raise ValueError(f"{name} is of format {version}, known are {', '.join(map(str, _HEADER_READERS))}")
             shapes[name], _, dtype = _HEADER_READERS[version](member)
             stated = member.tell() + math.prod(shapes[name]) * dtype.itemsize
-        held = archive.getinfo(name).file_size
-        if stated != held and not dtype.hasobject:  # arrays of objects are refused when they are read
-            raise ValueError(f"{name} must have {stated} bytes for {dtype} {shapes[name]}, it has {held}")
+        stored = archive.getinfo(name).file_size
+        if stated != stored and not dtype.hasobject:  # arrays of objects are refused when they are read
+            raise ValueError(f"{name} must have {stated} bytes for {dtype} {shapes[name]}, it has {stored}")
     features, labels = (shapes.get(name, ()) for name in ("features.npy", "labels.npy"))
     if len(features) in (2, 3) and len(labels) == 1 and features[0] != labels[0]:
         raise UserError(f"feature file {path}: labels must be {features[0]} whole numbers, got shape {labels}")
