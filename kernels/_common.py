@@ -184,38 +184,21 @@ def store_column_sums(out, sums, valid, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
-def store_chunks(
-    out,
-    values,
-    first_chunk,
-    row,
-    stride,
-    valid,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def store_chunks(out, values, first_chunk, row, stride, valid, CHUNK: tl.constexpr):
     """out[first_chunk + c, row] = values[row, c], which were reduced over chunks of CHUNK columns; of the threads that
     hold a chunk one stores."""
-    chunks: tl.constexpr = BLOCK_N // CHUNK
+    rows: tl.constexpr = values.shape[0]
+    chunks: tl.constexpr = values.shape[1]
     offsets = (first_chunk + tl.arange(0, chunks)).to(tl.int64)[None, :] * stride + row[:, None]
     stores = (tl.arange(0, CHUNK) == 0)[None, None, :] & valid[:, None, None]
-    broadcast = tl.broadcast_to(values[:, :, None], (BLOCK_M, chunks, CHUNK))
-    tl.store(tl.broadcast_to((out + offsets)[:, :, None], (BLOCK_M, chunks, CHUNK)), broadcast, mask=stores)
+    broadcast = tl.broadcast_to(values[:, :, None], (rows, chunks, CHUNK))
+    tl.store(tl.broadcast_to((out + offsets)[:, :, None], (rows, chunks, CHUNK)), broadcast, mask=stores)
 
 
 @triton.jit
-def store_chunk_sums(
-    out,
-    values,
-    first_chunk,
-    row,
-    stride,
-    valid,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def store_chunk_sums(out, values, first_chunk, row, stride, valid, CHUNK: tl.constexpr):
     """out[first_chunk + c, row] = the sum of the values' columns c CHUNK to (c + 1) CHUNK - 1."""
-    sums = tl.sum(tl.reshape(values, (BLOCK_M, BLOCK_N // CHUNK, CHUNK)), 2)
-    store_chunks(out, sums, first_chunk, row, stride, valid, BLOCK_M, BLOCK_N, CHUNK)
+    rows: tl.constexpr = values.shape[0]
+    chunks: tl.constexpr = values.shape[1] // CHUNK
+    sums = tl.sum(tl.reshape(values, (rows, chunks, CHUNK)), 2)
+    store_chunks(out, sums, first_chunk, row, stride, valid, CHUNK)

@@ -70,10 +70,10 @@ def _block(
     share,
     scale,
     SOURCE: tl.constexpr,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TWO_IMAGES: tl.constexpr,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -182,8 +182,9 @@ def parameter_gradients_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Axis 0: role among those asked for, block of outputs, block of inputs. Axis 1: episodes.
+    """Compute one block of one weight's gradient, and of its bias's.
 
+    Axis 0: role among those asked for, block of outputs, block of inputs. Axis 1: episodes.
     A role is asked for where its weight is not None, the output projection where HAS_OUTPUT says so.
     """
     inputs: tl.constexpr = D // BLOCK_I
@@ -214,27 +215,27 @@ def parameter_gradients_kernel(
                     dy, weight, bias = dq_rational, rational_weight, rational_bias
             _block(
                 features, attended, dy, weight, bias, episode, images, classes, first_output, first_input, share, scale,
-                0, D, HEAD, HAS_BIAS, TWO_IMAGES, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
+                0, HAS_BIAS, TWO_IMAGES, D, HEAD, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
             )  # fmt: skip
     elif role < text_role:
         if HAS_OUTPUT:
             _block(
                 features, attended, doffset, output_weight, output_bias, episode, images, classes, first_output,
                 first_input, share, 1.0,
-                1, D, HEAD, HAS_BIAS, TWO_IMAGES, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
+                1, HAS_BIAS, TWO_IMAGES, D, HEAD, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
             )  # fmt: skip
     elif role < image_role:
         if text_weight is not None:
             _block(
                 features, attended, dq_text, text_weight, text_bias, episode, images, classes, first_output,
                 first_input, share, tl.sqrt(scale),
-                2, D, HEAD, HAS_BIAS, TWO_IMAGES, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
+                2, HAS_BIAS, TWO_IMAGES, D, HEAD, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
             )  # fmt: skip
     elif image_weight is not None:
         _block(
             features, attended, dq_image, image_weight, image_bias, episode, images, classes, first_output, first_input,
             share, tl.sqrt(scale),
-            3, D, HEAD, HAS_BIAS, TWO_IMAGES, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
+            3, HAS_BIAS, TWO_IMAGES, D, HEAD, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
         )  # fmt: skip
 
 
@@ -279,37 +280,18 @@ def parameter_gradients(
     weight_pointers = {"output": some_weight} | weights
     bias_pointers = {"output": next(iter(biases.values()))} | biases if bias else weight_pointers
     parameter_gradients_kernel[(len(weights) * (width // tile.outputs) * (width // tile.inputs), episodes)](
-        image=image,
-        text=text,
-        logit_scale=logit_scale,
-        attended_text=attended.text,
-        attended_rational=attended.rational,
-        attended_image=attended.image,
+        image=image, text=text, logit_scale=logit_scale,
+        attended_text=attended.text, attended_rational=attended.rational, attended_image=attended.image,
         factors=attended.factors,
-        dkeys=inner.keys,
-        dvalues=inner.values,
-        dq_rational=inner.q_rational,
-        doffset=doffset,
-        dq_text=inner.q_text,
+        dkeys=inner.keys, dvalues=inner.values, dq_rational=inner.q_rational, doffset=doffset, dq_text=inner.q_text,
         dq_image=inner.q_image,
         **{f"{role}_weight": weight_pointers.get(role) for role in ROLE_ORDER},
         **{f"{role}_bias": bias_pointers.get(role) for role in ROLE_ORDER},
-        images=batch // episodes,
-        classes=classes,
-        total_rows=batch * classes,
+        images=batch // episodes, classes=classes, total_rows=batch * classes,
         share=1 / sum(kind is not None for kind in (attended.text, attended.rational, attended.image)),
-        D=width,
-        HEAD=width // num_heads,
-        FACTOR=scale_factor,
-        HAS_OUTPUT=int("output" in weights),
-        HAS_BIAS=bias,
-        TWO_IMAGES=classes >= tile.rows,
-        BLOCK_O=tile.outputs,
-        BLOCK_I=tile.inputs,
-        BLOCK_R=tile.rows,
-        COMPUTE=COMPUTE_TYPES[dtype],
-        PRECISION=default_precision(dtype, precision),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        D=width, HEAD=width // num_heads, FACTOR=scale_factor, HAS_OUTPUT=int("output" in weights), HAS_BIAS=bias,
+        TWO_IMAGES=classes >= tile.rows, BLOCK_O=tile.outputs, BLOCK_I=tile.inputs, BLOCK_R=tile.rows,
+        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return weights, biases

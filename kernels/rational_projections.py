@@ -68,10 +68,10 @@ def _project(
     classes,
     first_column,
     scale,
-    D: tl.constexpr,
     USE_IMAGE: tl.constexpr,
     USE_TEXT: tl.constexpr,
     TWO_IMAGES: tl.constexpr,
+    D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -140,7 +140,10 @@ def rational_projections_forward_kernel(
     BLOCK_I: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Axis 0: tiles of the outputs (B, K, D), then of the text query, then of the image query. Axis 1: episodes."""
+    """Compute a tile of one of the projections.
+
+    Axis 0: tiles of the outputs (B, K, D), then of the text query, then of the image query. Axis 1: episodes.
+    """
     program, episode = tl.program_id(0), tl.program_id(1).to(tl.int64)
     compute: tl.constexpr = keys.dtype.element_ty
     features = (image, text)
@@ -171,7 +174,7 @@ def rational_projections_forward_kernel(
             bias += bias_offset
         _project(
             out, features, weight + weight_offset, bias, first_image * classes, first_image, tile * BLOCK_M, rows,
-            classes, first_column, scale, D, True, True, TWO_IMAGES, BLOCK_M, BLOCK_N, BLOCK_C, compute, PRECISION,
+            classes, first_column, scale, True, True, TWO_IMAGES, D, BLOCK_M, BLOCK_N, BLOCK_C, compute, PRECISION,
         )  # fmt: skip
     elif program < row_programs + text_programs:
         if q_text is not None:
@@ -182,7 +185,7 @@ def rational_projections_forward_kernel(
             _project(
                 q_text, features, text_weight + weight_offset, bias, episode * classes, first_image,
                 program // blocks * BLOCK_M, classes, classes, (program % blocks) * BLOCK_N, tl.sqrt(scale),
-                D, False, True, TWO_IMAGES, BLOCK_M, BLOCK_N, BLOCK_C, compute, PRECISION,
+                False, True, TWO_IMAGES, D, BLOCK_M, BLOCK_N, BLOCK_C, compute, PRECISION,
             )  # fmt: skip
     elif q_image is not None:
         program -= row_programs + text_programs
@@ -193,7 +196,7 @@ def rational_projections_forward_kernel(
             _project(
                 q_image, features, image_weight + weight_offset, bias, first_image, first_image,
                 program // blocks * BLOCK_I, images, 1, (program % blocks) * BLOCK_N, tl.sqrt(scale),
-                D, True, False, False, BLOCK_I, BLOCK_N, BLOCK_C, compute, PRECISION,
+                True, False, False, D, BLOCK_I, BLOCK_N, BLOCK_C, compute, PRECISION,
             )  # fmt: skip
 
 
@@ -254,40 +257,20 @@ def rational_projections_forward(
     if batch == 0:
         return projections
     rational_projections_forward_kernel[(programs, episodes)](
-        image=image,
-        text=text,
-        logit_scale=logit_scale,
-        image_weight=weights.get("image"),
-        image_bias=biases.get("image"),
-        text_weight=weights.get("text"),
+        image=image, text=text, logit_scale=logit_scale,
+        image_weight=weights.get("image"), image_bias=biases.get("image"), text_weight=weights.get("text"),
         text_bias=biases.get("text"),
-        rational_weight=weights.get("rational"),
-        rational_bias=biases.get("rational"),
-        key_weight=weights["key"],
-        key_bias=biases.get("key"),
-        value_weight=weights["value"],
-        value_bias=biases.get("value"),
-        q_image=projections.q_image,
-        q_text=projections.q_text,
-        q_rational=projections.q_rational,
-        keys=projections.keys,
-        values=projections.values,
-        images=images,
-        classes=classes,
-        weight_stride=episode_stride(weights["key"]),
+        rational_weight=weights.get("rational"), rational_bias=biases.get("rational"), key_weight=weights["key"],
+        key_bias=biases.get("key"), value_weight=weights["value"], value_bias=biases.get("value"),
+        q_image=projections.q_image, q_text=projections.q_text, q_rational=projections.q_rational,
+        keys=projections.keys, values=projections.values,
+        images=images, classes=classes, weight_stride=episode_stride(weights["key"]),
         bias_stride=biases["key"].stride(0) if biases and not shared else 0,
-        D=width,
-        FACTOR=scale_factor,
-        SHARED=shared,
-        TWO_IMAGES=classes >= tile.rows,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns,
-        BLOCK_C=tile.depth,
-        BLOCK_I=tile.image_rows,
+        D=width, FACTOR=scale_factor, SHARED=shared, TWO_IMAGES=classes >= tile.rows, BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns, BLOCK_C=tile.depth, BLOCK_I=tile.image_rows,
         PRECISION=default_precision(dtype, precision),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return projections
 
 
@@ -384,7 +367,7 @@ def image_gradient_reduce_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """df: the sum of its parts in their order, and what comes through the image query.
+    """Compute df, the sum of its parts in their order and of what comes through the image query.
 
     Axes: images, columns, episodes.
     """
@@ -441,49 +424,23 @@ def rational_projections_backward(
     if batch == 0:
         return dimage, dtext.zero_()
     rational_projections_backward_kernel[(tiles, width // block_n)](
-        image=image,
-        text=text,
-        logit_scale=logit_scale,
-        text_weight=weights.get("text"),
-        rational_weight=weights.get("rational"),
-        key_weight=weights["key"],
+        image=image, text=text, logit_scale=logit_scale,
+        text_weight=weights.get("text"), rational_weight=weights.get("rational"), key_weight=weights["key"],
         value_weight=weights["value"],
-        dq_text=gradients.q_text,
-        dq_rational=gradients.q_rational,
-        dkeys=gradients.keys,
-        dvalues=gradients.values,
+        dq_text=gradients.q_text, dq_rational=gradients.q_rational, dkeys=gradients.keys, dvalues=gradients.values,
         weighted=weighted,
-        dtext=dtext,
-        image_parts=image_parts,
-        batch=batch,
-        images=images,
-        classes=classes,
-        weight_stride=stride,
-        D=width,
-        FACTOR=scale_factor,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_C=block_c,
+        dtext=dtext, image_parts=image_parts,
+        batch=batch, images=images, classes=classes, weight_stride=stride,
+        D=width, FACTOR=scale_factor, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         PRECISION=default_precision(gradients.keys.dtype, precision),
-        num_warps=8 if without_tensor_cores else 4,
-        num_stages=2,
-    )
+        num_warps=8 if without_tensor_cores else 4, num_stages=2,
+    )  # fmt: skip
     image_gradient_reduce_kernel[(cdiv(images, 16), width // block_n, episodes)](
-        logit_scale=logit_scale,
-        image_weight=weights.get("image"),
-        dq_image=gradients.q_image,
+        logit_scale=logit_scale, image_weight=weights.get("image"), dq_image=gradients.q_image,
         image_parts=image_parts,
         dimage=dimage,
-        batch=batch,
-        images=images,
-        parts=parts,
-        weight_stride=stride,
-        D=width,
-        FACTOR=scale_factor,
-        BLOCK_M=16,
-        BLOCK_N=block_n,
-        BLOCK_C=block_c,
-        num_warps=4,
-        num_stages=2,
-    )
+        batch=batch, images=images, parts=parts, weight_stride=stride,
+        D=width, FACTOR=scale_factor, BLOCK_M=16, BLOCK_N=block_n, BLOCK_C=block_c,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
     return dimage, dtext

@@ -104,19 +104,14 @@ def class_attention_backward(
     tiles, groups = cdiv(classes, tile.queries), cdiv(head, tile.columns)
     query_tiles = tiles if kinds else 0
     class_attention_backward_queries_kernel[(batch * num_heads * groups * (query_tiles + (image is not None)),)](
-        attended_image=attended.image,
-        image_logsums=attended.image_logsums,
-        dq_image=gradients.q_image,
-        dq_text=gradients.q_text,
-        dq_rational=gradients.q_rational,
+        attended_image=attended.image, image_logsums=attended.image_logsums, dq_image=gradients.q_image,
+        dq_text=gradients.q_text, dq_rational=gradients.q_rational,
         tiles=query_tiles,
-        HEAD_VECTOR=vector,
-        BLOCK_Q=tile.queries,
-        BLOCK_K=tile.keys,
+        HEAD_VECTOR=vector, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
         # The image query's two accumulators of 64 x 64 spill on Blackwell.
         BLOCK_I=max(1, min(32, 4096 // vector)),
         **common,
-    )
+    )  # fmt: skip
     class_attention_backward_keys_kernel[(batch * num_heads * groups * tiles,)](
         dkeys=gradients.keys,
         dvalues=gradients.values,

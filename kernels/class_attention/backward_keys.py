@@ -5,7 +5,7 @@ import triton.language as tl
 
 from rada_fast.kernels._common import product
 from rada_fast.kernels.class_attention.deltas import head_statistics
-from rada_fast.kernels.class_attention.scores import LN2, program_place, split_head_scores
+from rada_fast.kernels.class_attention.scores import LN2, program_place, split_head_scores, tile_place
 
 
 @triton.jit
@@ -33,10 +33,10 @@ def _key_gradients(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(p_sum, dk) and what one tile of queries of one kind adds to them.
+    """Return (p_sum, dk) with the contribution of one tile of queries of one kind added.
 
-    query_rows: pointers to rows of the whole width; keys: of a split head pointers to rows, else k. logsums, deltas:
-    pointers to those of the kind, head and image.
+    query_rows: pointers to rows of the whole width. keys: k itself, or pointers to its rows if the head is split.
+    logsums, deltas: pointers to the values of this kind, head and image.
     """
     q = tl.load(query_rows[:, None] + out_columns[None, :], mask=i_valid[:, None] & c_valid[None, :], other=0.0)
     if SPLIT_HEAD:
@@ -89,8 +89,10 @@ def class_attention_backward_keys_kernel(
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of a tile of keys over all queries. Scores are computed as (keys, queries), so that P never has to be
-    transposed."""
+    """Compute dk and dv of a tile of keys over all queries.
+
+    Scores are computed as (keys, queries), so that P never has to be transposed.
+    """
     HAS_TEXT: tl.constexpr = q_text is not None
     HAS_RATIONAL: tl.constexpr = q_rational is not None
     MATRIX: tl.constexpr = totals is not None
@@ -101,11 +103,7 @@ def class_attention_backward_keys_kernel(
     column = head * HEAD
     first = b * classes
     rows = batch * classes
-    j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    j_valid = j < classes
-    c = tl.arange(0, BLOCK_D)
-    c_valid = group * BLOCK_D + c < HEAD
-    out_columns = column + group * BLOCK_D + c
+    j, j_valid, c, c_valid, out_columns = tile_place(tile, group, column, classes, HEAD, BLOCK_K, BLOCK_D)
     valid = j_valid[:, None] & c_valid[None, :]
     k = keys + (first + j) * D + column
     v = values + (first + j) * D + column

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from rada_fast.kernels._common import arange_by_fours, product, store_column_sums
 from rada_fast.kernels.class_attention.deltas import head_statistics
-from rada_fast.kernels.class_attention.scores import LN2, program_place, split_head_scores
+from rada_fast.kernels.class_attention.scores import LN2, program_place, split_head_scores, tile_place
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _query_statistics(
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """The log2-sums and deltas of a tile of queries, (BLOCK_Q,) each. totals is None for the row softmax."""
+    """The log2-sums and the deltas of a tile of queries, (BLOCK_Q,) each; totals is None for the row softmax."""
     if totals is not None:
         log_sum, mean = head_statistics(totals, deltas, b, head, batch, classes, KIND, HEADS, CHUNKS, BLOCK_S)
         return tl.zeros((BLOCK_Q,), tl.float32) + log_sum, tl.zeros((BLOCK_Q,), tl.float32) + mean
@@ -52,7 +52,10 @@ def _query_gradient(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq and what one tile of keys adds to it. queries, keys: of a split head pointers to rows, else q and k^T."""
+    """Return dq with the contribution of one tile of keys added.
+
+    queries: q itself, or pointers to its rows if the head is split; only then are keys, pointers to rows, used.
+    """
     log_sum, delta = statistics
     if SPLIT_HEAD:
         scores = split_head_scores(queries, keys, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
@@ -85,7 +88,7 @@ def _image_query_gradient(
     HEAD_VECTOR: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """dq of one image query and head, the sum of dO over the classes, and for each key the pair (P, dS)."""
+    """Store dq of one image query and head, the sum of dO over the classes, and for each key the pair (P, dS)."""
     heads: tl.constexpr = D // HEAD
     first = b * classes
     column = head * HEAD
@@ -158,7 +161,10 @@ def class_attention_backward_queries_kernel(
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of a tile of queries over all keys; programs as in the forward pass. scale: of scores in base 2."""
+    """Compute dq of a tile of queries over all keys; programs as in the forward pass.
+
+    scale: 1 / (sqrt(d) tau) for scores in base 2; share: 1/|Q|.
+    """
     HAS_TEXT: tl.constexpr = q_text is not None
     HAS_RATIONAL: tl.constexpr = q_rational is not None
     heads: tl.constexpr = D // HEAD
@@ -171,11 +177,7 @@ def class_attention_backward_queries_kernel(
     column = head * HEAD
     first = b * classes
     if tile < tiles:
-        i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        i_valid = i < classes
-        c = tl.arange(0, BLOCK_D)
-        c_valid = group * BLOCK_D + c < HEAD
-        out_columns = column + group * BLOCK_D + c
+        i, i_valid, c, c_valid, out_columns = tile_place(tile, group, column, classes, HEAD, BLOCK_Q, BLOCK_D)
         valid = i_valid[:, None] & c_valid[None, :]
         do_rows = dattended + (first + i) * D + column
         if not SPLIT_HEAD:

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def row_deltas_kernel(deltas, sums, batch, classes, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """sums[kind, head, b]: the sum of the deltas over a head's chunks, which the row softmax subtracts.
+    """Add up the deltas of a head's chunks into sums[kind, head, b], which the row softmax subtracts.
 
     Axis 0: query kind, head, image.
     """
@@ -33,8 +33,10 @@ def head_statistics(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of one query kind (0: text, 1: rational), head and image under the matrix softmax: the head's log2-sum, and
-    (1/K) sum_i dO[i] . O^c[i]."""
+    """The log2-sum of one head under the matrix softmax, and its mean delta, (1/K) sum_i dO[i] . w[i] O^c[i].
+
+    KIND is 0 for the text query and 1 for the rational query.
+    """
     rows = batch * classes
     log_sum = tl.load(totals + (KIND * HEADS + head) * batch + b)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -18,7 +18,12 @@ from rada_fast.kernels._common import (
     product,
     store_column_sums,
 )
-from rada_fast.kernels.class_attention.scores import program_place, query_scores, text_and_rational_scores
+from rada_fast.kernels.class_attention.scores import (
+    program_place,
+    query_scores,
+    text_and_rational_scores,
+    tile_place,
+)
 from rada_fast.kernels.class_attention.tiles import Tile, piece_columns, splits_head, tile_of
 from rada_fast.kernels.rational_projections import ProjectionBuffers
 
@@ -63,7 +68,7 @@ def _image_query(
     HEAD_VECTOR: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """O^image of one image and head, and its log-sum."""
+    """Store O^image of one image and head, and its log-sum."""
     heads: tl.constexpr = D // HEAD
     first = b * classes
     column = head * HEAD
@@ -125,7 +130,10 @@ def class_attention_forward_kernel(
     BLOCK_I: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Axis 0: query tile (the last one is the image query), group of output columns, head, image."""
+    """Compute O^c of a tile of queries and a group of output columns, over all keys.
+
+    Axis 0: query tile (the last one is the image query), group of output columns, head, image.
+    """
     HAS_TEXT: tl.constexpr = q_text is not None
     HAS_RATIONAL: tl.constexpr = q_rational is not None
     heads: tl.constexpr = D // HEAD
@@ -137,11 +145,7 @@ def class_attention_forward_kernel(
     column = head * HEAD
     first = b * classes
     if tile < tiles:
-        i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        i_valid = i < classes
-        c = tl.arange(0, BLOCK_D)
-        c_valid = group * BLOCK_D + c < HEAD
-        out_columns = column + group * BLOCK_D + c
+        i, i_valid, c, c_valid, out_columns = tile_place(tile, group, column, classes, HEAD, BLOCK_Q, BLOCK_D)
         if HAS_TEXT:
             text_rows = q_text + ((b // images_per_text) * classes * D + column) + i * D
             if not SPLIT_HEAD:
@@ -213,7 +217,7 @@ def class_attention_forward_kernel(
 
 @triton.jit
 def softmax_factors_kernel(logsums, factors, totals, classes, BLOCK: tl.constexpr):
-    """w[i] = K exp2(logsum[i] - log-sum of the head's whole matrix), and that log-sum less log2 K.
+    """Compute w[i] = K exp2(logsum[i] - log-sum of the head's whole matrix), and that log-sum less log2 K.
 
     Axis 0: query kind, head, image.
     """
@@ -292,35 +296,17 @@ def class_attention_forward(
     vector = triton.next_power_of_2(head)
     split = splits_head(keys.dtype, head, tile)
     class_attention_forward_kernel[(programs,)](
-        q_image=image,
-        q_text=text,
-        q_rational=rational,
-        keys=keys,
-        values=values,
-        attended_image=attended.image,
-        attended_text=attended.text,
-        attended_rational=attended.rational,
-        logsums=attended.logsums,
-        image_logsums=attended.image_logsums,
-        batch=batch,
-        classes=classes,
-        tiles=tiles,
-        images_per_text=batch // (text.shape[0] if text is not None else 1),
+        q_image=image, q_text=text, q_rational=rational, keys=keys, values=values,
+        attended_image=attended.image, attended_text=attended.text, attended_rational=attended.rational,
+        logsums=attended.logsums, image_logsums=attended.image_logsums,
+        batch=batch, classes=classes, tiles=tiles, images_per_text=batch // (text.shape[0] if text is not None else 1),
         scale=LOG2E / (math.sqrt(head) * temperature),
-        D=width,
-        HEAD=head,
-        HEAD_VECTOR=vector,
-        SPLIT_HEAD=split,
-        BLOCK_Q=tile.queries,
-        BLOCK_K=tile.keys,
-        BLOCK_D=tile.columns,
-        BLOCK_C=piece_columns(keys.dtype, head),
-        BLOCK_I=max(1, min(64, 4096 // vector)),
+        D=width, HEAD=head, HEAD_VECTOR=vector, SPLIT_HEAD=split, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+        BLOCK_D=tile.columns, BLOCK_C=piece_columns(keys.dtype, head), BLOCK_I=max(1, min(64, 4096 // vector)),
         PRECISION=default_precision(keys.dtype, precision),
         # A kind alone has four warps side by side, but eight in two layers (see text_and_rational_scores).
-        num_warps=min(tile.warps, 4) if split and kinds < 2 else tile.warps,
-        num_stages=tile.stages,
-    )
+        num_warps=min(tile.warps, 4) if split and kinds < 2 else tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     if matrix and kinds:
         assert attended.factors is not None
         assert attended.totals is not None

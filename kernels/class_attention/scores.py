@@ -20,6 +20,16 @@ def program_place(tiles, GROUPS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
+def tile_place(tile, group, column, classes, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(rows, which of them exist, columns of the group, which of them exist, their places in a row of all heads)."""
+    row = tile * BLOCK + tl.arange(0, BLOCK)
+    row_valid = row < classes
+    c = tl.arange(0, BLOCK_D)
+    c_valid = group * BLOCK_D + c < HEAD
+    return row, row_valid, c, c_valid, column + group * BLOCK_D + c
+
+
+@triton.jit
 def _load_piece(rows, valid, columns, HEAD: tl.constexpr, BLOCK_C: tl.constexpr):
     """Some columns of a head's rows, (rows, columns). rows: pointers; the last piece may have columns to spare."""
     if HEAD % BLOCK_C == 0:

@@ -27,13 +27,13 @@ from rada_fast.kernels.masked_logits.tiles import CHUNK, PENALTIES, Tile, tile_o
 def masked_logits_backward_offset_kernel(
     image,
     text,
-    logit_scale,
     attended_text,
     attended_rational,
     attended_image,
     factors,
     weight,
     bias,
+    logit_scale,
     dlogits,
     dpenalty,
     dmask,
@@ -49,16 +49,16 @@ def masked_logits_backward_offset_kernel(
     elements,
     D: tl.constexpr,
     HEAD: tl.constexpr,
+    TWO_IMAGES: tl.constexpr,
     RELU: tl.constexpr,
     PENALTY: tl.constexpr,
-    TWO_IMAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dA, for which A is computed again; programs as in the forward pass."""
+    """Compute dA, and A again for it; programs as in the forward pass."""
     episode, n, _block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
     _start, row, valid, _rows, _classes, first_image = tile
     first_row = first_image * classes
@@ -66,7 +66,7 @@ def masked_logits_backward_offset_kernel(
         bias += episode * bias_stride
     m = one_plus_offset(
         (attended_text, attended_rational, attended_image, factors, total_rows), weight + episode * weight_stride, bias,
-        tile, n, share, D, HEAD, TWO_IMAGES, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
+        tile, n, share, TWO_IMAGES, D, HEAD, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
     )  # fmt: skip
     offsets = (first_row + row)[:, None] * D + n[None, :]
     clamped = m <= 0.0
@@ -121,7 +121,7 @@ def masked_logits_backward_attended_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dO, and the sums of dO . w O^c over chunks of CHUNK columns, each of which lies in one head."""
+    """Compute dO, and the sums of dO . w O^c over chunks of CHUNK columns, each of which lies in one head."""
     one_head: tl.constexpr = HEAD % BLOCK_N == 0
     episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
     _start, row, valid, _rows, _classes, first_image = tile
@@ -141,13 +141,13 @@ def masked_logits_backward_attended_kernel(
     chunk = first_column // CHUNK
     if attended_text is not None:
         o = query_kind_rows(attended_text, factors, batch_row, valid, n, first_column, total_rows, 0, D, HEAD, one_head)
-        store_chunk_sums(deltas, do * o, chunk, batch_row, total_rows, valid, BLOCK_M, BLOCK_N, CHUNK)
+        store_chunk_sums(deltas, do * o, chunk, batch_row, total_rows, valid, CHUNK)
     if attended_rational is not None:
         o = query_kind_rows(
             attended_rational, factors, batch_row, valid, n, first_column, total_rows, 1, D, HEAD, one_head
         )
         chunk += D // CHUNK
-        store_chunk_sums(deltas, do * o, chunk, batch_row, total_rows, valid, BLOCK_M, BLOCK_N, CHUNK)
+        store_chunk_sums(deltas, do * o, chunk, batch_row, total_rows, valid, CHUNK)
 
 
 @dataclass
@@ -210,18 +210,10 @@ def masked_logits_backward(
     precision = default_precision(dtype, precision)
     masked_logits_backward_offset_kernel[grid](
         **arguments,
-        logit_scale=logit_scale,
-        dlogits=dlogits,
-        dpenalty=dpenalty,
-        dmask=dmask,
-        peaks=peaks,
-        doffset=gradients.doffset,
-        weighted=gradients.weighted,
-        elements=float(rows * width),
-        RELU=relu,
-        PENALTY=PENALTIES[penalty] if dpenalty is not None else 0,
-        PRECISION=precision,
-    )
+        logit_scale=logit_scale, dlogits=dlogits, dpenalty=dpenalty, dmask=dmask, peaks=peaks,
+        doffset=gradients.doffset, weighted=gradients.weighted, elements=float(rows * width),
+        RELU=relu, PENALTY=PENALTIES[penalty] if dpenalty is not None else 0, PRECISION=precision,
+    )  # fmt: skip
     if not inner:
         return gradients
     for unused in ("image", "text", "attended_image", "bias", "bias_stride", "share", "TWO_IMAGES"):

@@ -38,18 +38,21 @@ def masked_logits_forward_kernel(
     share,
     D: tl.constexpr,
     HEAD: tl.constexpr,
+    TWO_IMAGES: tl.constexpr,
     RELU: tl.constexpr,
     PENALTY: tl.constexpr,
     CHUNK: tl.constexpr,
     PEAK_CHUNK: tl.constexpr,
-    TWO_IMAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Axis 0: row tile and column block. Axis 1: episodes."""
+    """Compute a tile of M, and what it contributes to the logits and the penalty.
+
+    Axis 0: row tile and column block. Axis 1: episodes.
+    """
     episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
     _start, row, valid, _rows, _classes, first_image = tile
     batch_row = first_image * classes + row
@@ -57,15 +60,13 @@ def masked_logits_forward_kernel(
         bias += episode * bias_stride
     m = one_plus_offset(
         (attended_text, attended_rational, attended_image, factors, total_rows), weight + episode * weight_stride, bias,
-        tile, n, share, D, HEAD, TWO_IMAGES, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
+        tile, n, share, TWO_IMAGES, D, HEAD, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
     )  # fmt: skip
     if RELU:
         # Not a maximum: that would turn NaN into 0.
         m = tl.where(m <= 0.0, 0.0, m)
     r = rational_rows((image, text), tile, n, D, BLOCK_M, TWO_IMAGES)
-    store_chunk_sums(
-        logit_parts, m * r, block * (BLOCK_N // CHUNK), batch_row, total_rows, valid, BLOCK_M, BLOCK_N, CHUNK
-    )
+    store_chunk_sums(logit_parts, m * r, block * (BLOCK_N // CHUNK), batch_row, total_rows, valid, CHUNK)
     distance = tl.where(valid[:, None], m - 1.0, 0.0)
     part = episode * tl.num_programs(0) + tl.program_id(0)
     if PENALTY == 1:
@@ -77,8 +78,8 @@ def masked_logits_forward_kernel(
         size = tl.reshape(tl.abs(distance), (BLOCK_M, chunks, PEAK_CHUNK))
         value, column = tl.max(size, 2, return_indices=True, return_indices_tie_break_left=True)
         column += block * BLOCK_N + (tl.arange(0, chunks) * PEAK_CHUNK)[None, :]
-        store_chunks(peak_values, value, block * chunks, batch_row, total_rows, valid, BLOCK_M, BLOCK_N, PEAK_CHUNK)
-        store_chunks(peak_columns, column, block * chunks, batch_row, total_rows, valid, BLOCK_M, BLOCK_N, PEAK_CHUNK)
+        store_chunks(peak_values, value, block * chunks, batch_row, total_rows, valid, PEAK_CHUNK)
+        store_chunks(peak_columns, column, block * chunks, batch_row, total_rows, valid, PEAK_CHUNK)
     if mask is not None:
         tl.store(mask + batch_row[:, None] * D + n[None, :], m.to(mask.dtype.element_ty), mask=valid[:, None])
 
@@ -107,8 +108,9 @@ def masked_logits_reduce_kernel(
     BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Axis 0: the images, for their logits, then the episodes, for their penalty.
+    """Add up the parts of the logits and of the penalty.
 
+    Axis 0: the images, for their logits, then the episodes, for their penalty.
     elements: the number of mask elements that the penalty is a mean over. BLOCK is four times the number of threads:
     they lie along the classes, so that one thread adds up all parts of a class.
     """
@@ -218,39 +220,18 @@ def masked_logits_forward(
     peak_columns = torch.empty_like(peak_values, dtype=torch.int32) if peak_values is not None else None
     masked_logits_forward_kernel[(programs, episodes)](
         **common_arguments(image, text, attended, weight, bias, num_heads, episodes, dtype, tile),
-        logit_parts=logit_parts,
-        penalty_parts=penalty_parts,
-        peak_values=peak_values,
-        peak_columns=peak_columns,
+        logit_parts=logit_parts, penalty_parts=penalty_parts, peak_values=peak_values, peak_columns=peak_columns,
         mask=outputs.mask,
-        RELU=relu,
-        PENALTY=kind,
-        CHUNK=CHUNK,
-        PEAK_CHUNK=PEAK_CHUNK,
-        PRECISION=default_precision(dtype, precision),
-    )
+        RELU=relu, PENALTY=kind, CHUNK=CHUNK, PEAK_CHUNK=PEAK_CHUNK, PRECISION=default_precision(dtype, precision),
+    )  # fmt: skip
     masked_logits_reduce_kernel[(batch + (episodes if kind else 0),)](
-        logit_scale=logit_scale,
-        logit_parts=logit_parts,
-        penalty_parts=penalty_parts,
-        peak_values=peak_values,
+        logit_scale=logit_scale, logit_parts=logit_parts, penalty_parts=penalty_parts, peak_values=peak_values,
         peak_columns=peak_columns,
-        logits=outputs.logits,
-        sums=outputs.sums,
-        penalty=outputs.penalty,
-        peaks=outputs.peaks,
-        batch=batch,
-        images=images,
-        classes=classes,
-        total_rows=batch * classes,
-        parts=programs,
+        logits=outputs.logits, sums=outputs.sums, penalty=outputs.penalty, peaks=outputs.peaks,
+        batch=batch, images=images, classes=classes, total_rows=batch * classes, parts=programs,
         elements=float(images * classes * width),
-        D=width,
-        BLOCKS=width // CHUNK,
-        PEAKS=width // PEAK_CHUNK,
-        PENALTY=kind,
-        BLOCK=512,
+        D=width, BLOCKS=width // CHUNK, PEAKS=width // PEAK_CHUNK, PENALTY=kind, BLOCK=512,
         PIECE=max(2, min(8 if kind == 3 else 16, triton.next_power_of_2(width // CHUNK))),
         num_warps=4,
-    )
+    )  # fmt: skip
     return outputs
