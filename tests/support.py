@@ -76,6 +76,7 @@ def solve(
     backend: str,
     penalty: str | None = "l2",
     wanted: set[str] | None = None,
+    logit_scale: float = 20.0,
 ) -> dict[str, Tensor]:
     """Outputs and gradients of one backend, in float64. wanted: which inputs ask for gradients; None means all."""
     image, text, parameters = inputs
@@ -85,7 +86,7 @@ def solve(
         for name, tensor in leaves.items()
     }
     output = rational_adapter(
-        leaves["image"], leaves["text"], 20.0, {name: leaves[name] for name in parameters}, config,
+        leaves["image"], leaves["text"], logit_scale, {name: leaves[name] for name in parameters}, config,
         penalty=penalty, return_mask=True, backend=backend,
     )  # fmt: skip
     labels = torch.arange(len(image), device=image.device) % len(text)

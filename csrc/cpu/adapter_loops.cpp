@@ -146,7 +146,7 @@ void store(const A* source, int64_t ld, const A* bias, int64_t rows, int64_t col
 }
 
 template <typename A>
-void column_maximum(const A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, A* maximum) {
+void column_maximum(const A* scores, int64_t ld, int64_t rows, int64_t columns, A* running_max) {
   constexpr int64_t strip = 64;
   for (int64_t c0 = 0; c0 < columns; c0 += strip) {
     const int64_t width = columns - c0 < strip ? columns - c0 : strip;
@@ -158,18 +158,18 @@ void column_maximum(const A* scores, int64_t ld, int64_t rows, int64_t columns, 
       for (int64_t c = 0; c < width; ++c) best[c] = best[c] < row[c] ? row[c] : best[c];
     }
     for (int64_t c = 0; c < width; ++c)
-      maximum[c0 + c] = maximum[c0 + c] < scale * best[c] ? scale * best[c] : maximum[c0 + c];
+      running_max[c0 + c] = running_max[c0 + c] < best[c] ? best[c] : running_max[c0 + c];
   }
 }
 
 template <typename T, typename A>
-void exponentials(A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, const A* shift, A* sum, A* stored_sum,
-                  T* operand) {
+void exponentials(A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, const A* maximum, A* sum,
+                  A* stored_sum, T* operand) {
   for (int64_t r = 0; r < rows; ++r) {
     A* row = scores + r * ld;
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
-      const A p = exponential_of(scale * row[c] - shift[c]);
+      const A p = exponential_of(scale * (row[c] - maximum[c]));
       sum[c] += p;
       row[c] = as_stored<T>(p);
       if constexpr (sizeof(T) == 2) stored_sum[c] += row[c];
@@ -186,7 +186,7 @@ void exponentials(A* scores, int64_t ld, int64_t rows, int64_t columns, A scale,
 
 template <typename A>
 void score_gradients(A* scores, int64_t ld, const A* dprobabilities, A* total, int64_t ldp, int64_t rows,
-                     int64_t columns, A scale, const A* shift, const A* weight, const A* delta, bool first) {
+                     int64_t columns, A scale, const A* maximum, const A* weight, const A* delta, bool first) {
   for (int64_t r = 0; r < rows; ++r) {
     A* row = scores + r * ld;
     const A* dp = dprobabilities + r * ldp;
@@ -194,14 +194,14 @@ void score_gradients(A* scores, int64_t ld, const A* dprobabilities, A* total, i
     if (first) {
 #pragma omp simd
       for (int64_t c = 0; c < columns; ++c) {
-        const A p = weight[c] * exponential_of(scale * row[c] - shift[c]);
+        const A p = weight[c] * exponential_of(scale * (row[c] - maximum[c]));
         row[c] = scale * p * (dp[c] - delta[c]);
         all[c] = p;
       }
     } else {
 #pragma omp simd
       for (int64_t c = 0; c < columns; ++c) {
-        const A p = weight[c] * exponential_of(scale * row[c] - shift[c]);
+        const A p = weight[c] * exponential_of(scale * (row[c] - maximum[c]));
         row[c] = scale * p * (dp[c] - delta[c]);
         all[c] += p;
       }
@@ -309,11 +309,10 @@ void softmax(A* scores, int64_t count, A scale) {
   A best = -HUGE_VAL;
 #pragma omp simd reduction(max : best)
   for (int64_t i = 0; i < count; ++i) best = best < scores[i] ? scores[i] : best;
-  best *= scale;
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) {
-    scores[i] = exponential_of(scale * scores[i] - best);
+    scores[i] = exponential_of(scale * (scores[i] - best));
     sum += scores[i];
   }
   const A inverse = A(1) / sum;
@@ -322,9 +321,9 @@ void softmax(A* scores, int64_t count, A scale) {
 }
 
 template <typename A>
-void exponential(A* values, int64_t count) {
+void rescales(const A* before, const A* after, A scale, int64_t count, A* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) values[i] = exponential_of(values[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] = exponential_of(scale * (before[i] - after[i]));
 }
 
 // M of 1 + A. A NaN is no number below 0 and stays one, as in PyTorch.
@@ -350,14 +349,16 @@ A mask_forward_of(const MaskRows<A>& in, A* logits, A* mask, int64_t mask_ld) {
       if constexpr (penalty == Penalty::l1) row_total += distance < 0 ? -distance : distance;
     }
     if constexpr (penalty == Penalty::linf) {
-#pragma omp simd reduction(max : row_total)
+      A nans = 0;  // counted apart: a NaN is no maximum
+#pragma omp simd reduction(max : row_total) reduction(+ : nans)
       for (int64_t c = 0; c < in.columns; ++c) {
         const A open = offset[c] + constant;
         const A distance = opened(open, relu) - A(1);
         const A size = distance < 0 ? -distance : distance;
         row_total = row_total < size ? size : row_total;
+        nans += size != size ? A(1) : A(0);
       }
-      total = total < row_total ? row_total : total;
+      total = total != total || nans > 0 ? A(NAN) : (total < row_total ? row_total : total);
     } else {
       total += row_total;
     }
@@ -392,9 +393,10 @@ int64_t mask_find(const MaskRows<A>& in, A value, int64_t width) {
     const A constant = A(1) + (in.bias ? in.bias[r] : A(0));
     for (int64_t c = 0; c < in.columns; ++c) {
       const A open = in.offset[r * in.ld + c] + constant;
-      const A distance = opened(open, in.relu) - A(1);
+      const A distance = opened(open, in.relu) - A(1), size = distance < 0 ? -distance : distance;
+      const bool found = size == value || (size != size && value != value);
       const int64_t at = c * width + r;
-      if ((distance < 0 ? -distance : distance) == value && at < least) least = at;
+      if (found && at < least) least = at;
     }
   }
   return least;
@@ -455,20 +457,19 @@ const AdapterLoops<T>& table() {
       pack<F, A>,         pack_stored<T>,    pack_transposed<T>, transpose<T>,         transpose<A>,
       store<T, A>,        store<A, A>,       column_maximum<A>,  exponentials<F, A>,   score_gradients<A>,
       scale_columns<A>,   combine<A>,        column_dots<F, A>,  row_sums<F, A>,       add_scaled_rows<T, A>,
-      row_dots<T, A>,     add_outer<A>,      softmax<A>,         exponential<A>,       mask_forward<A>,
+      row_dots<T, A>,     add_outer<A>,      softmax<A>,         rescales<A>,          mask_forward<A>,
       mask_find<A>,       mask_backward<A>,  feature_gradients<A>};
   return loops;
 }
 
 }  // namespace
 
-template <>
-const AdapterLoops<float>& loops() { return table<float>(); }
-template <>
-const AdapterLoops<double>& loops() { return table<double>(); }
-template <>
-const AdapterLoops<BF16>& loops() { return table<BF16>(); }
-template <>
-const AdapterLoops<WideBF16>& loops() { return table<WideBF16>(); }
+#define RADA_DEFINE(T)              \
+  template <>                       \
+  const AdapterLoops<T>& loops() {  \
+    return table<T>();              \
+  }
+RADA_STORED_TYPES(RADA_DEFINE)
+#undef RADA_DEFINE
 
 }  // namespace rada_fast::RADA_CAPABILITY

@@ -1,8 +1,8 @@
 // The adapter's loops around its matrix products: packing, exponentials, epilogues. See instruction_set.h.
 //
-// Arrays are row-major; `ld` is the distance between rows in elements. An operand is the right factor of a product:
-// plain rows for float and double, and for bfloat16 pairs of rows interleaved, [rows / 2][columns][2], an odd last row
-// paired with zeros.
+// Arrays are row-major; `ld` is the distance between rows in elements. An operand is the right factor of a product. For
+// float and double it has plain rows. For bfloat16 its rows are interleaved in pairs, [rows / 2][columns][2], and an odd
+// last row is paired with zeros.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@ namespace rada_fast {
 // Penalty L_s on the mask (Eq. 7).
 enum class Penalty : int { none, l2, l1, linf };
 
+// A block of the mask before its activation, and everything that its logits and its penalty need.
 template <typename A>
 struct MaskRows {
   const A* offset;         // A without its bias, [rows][ld]: one row per feature, one column per class
@@ -36,7 +37,7 @@ struct AdapterLoops {
   void (*pack)(const A* source, int64_t ld, const A* row_scale, const A* column_scale, int64_t rows, int64_t columns,
                F* operand, int64_t ldo);
   void (*pack_stored)(const T* source, int64_t ld, int64_t rows, int64_t columns, F* operand, int64_t ldo);
-  // The operand of the transpose of source (rows, columns); bfloat16 wants an even number of columns.
+  // The operand of the transpose of source (rows, columns); bfloat16 needs an even number of columns.
   void (*pack_transposed)(const T* source, int64_t ld, int64_t rows, int64_t columns, F* operand, int64_t ldo);
 
   void (*transpose)(const T* source, int64_t ld, int64_t rows, int64_t columns, F* out, int64_t ldo);
@@ -47,18 +48,20 @@ struct AdapterLoops {
   void (*store_exact)(const A* source, int64_t ld, const A* bias, int64_t rows, int64_t columns, int64_t padded, A* out,
                       int64_t ldo);
 
-  // maximum[c] = max(maximum[c], scale * max_r scores[r][c])
-  void (*column_maximum)(const A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, A* maximum);
-  // P = exp(scale * scores - shift[c]), left as an operand (float: over the scores). Adds its column sums to sum, and
-  // those of P as stored to stored_sum: where all P are alike, so are their roundings, and only the second normalises
-  // what the operand gives. (Float and double: not written.)
-  void (*exponentials)(A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, const A* shift, A* sum,
+  // Maxima are those of the scores themselves, before they are scaled: S - maximum is exact where S is the maximum, and
+  // the rounding of a scaled score, which may be of any size, never becomes an exponent.
+  //
+  // running_max[c] = max(running_max[c], max_r scores[r][c])
+  void (*column_maximum)(const A* scores, int64_t ld, int64_t rows, int64_t columns, A* running_max);
+  // P = exp(scale * (S - maximum[c])), left as an operand; float and double overwrite the scores. Adds the columns' sums
+  // of P to sum, and of P as it is stored to stored_sum: a product with the operand is normalised by the second, because
+  // equal probabilities are all rounded the same way. Float and double do not write stored_sum.
+  void (*exponentials)(A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, const A* maximum, A* sum,
                        A* stored_sum, F* operand);
-  // Of one query kind: P = weight[c] * exp(scale * S - shift[c]); dS = scale * P * (dP - delta[c]), in place of the
-  // scores; total (+)= P.
+  // For one query kind: P = weight[c] * exp(scale * (S - maximum[c])); dS = scale * P * (dP - delta[c]), which overwrites
+  // the scores; total = P where this kind is the first, else total += P.
   void (*score_gradients)(A* scores, int64_t ld, const A* dprobabilities, A* total, int64_t ldp, int64_t rows,
-                          int64_t columns, A scale, const A* shift, const A* weight, const A* delta,
-                          bool first);
+                          int64_t columns, A scale, const A* maximum, const A* weight, const A* delta, bool first);
   void (*scale_columns)(A* values, int64_t ld, int64_t rows, int64_t columns, const A* factor);
 
   // out (+)= factor * source, or a constant per row.
@@ -67,20 +70,21 @@ struct AdapterLoops {
   // sum[c] += sum_r a[r][c] * b[r][c]
   void (*column_dots)(const F* a, const A* b, int64_t ld, int64_t rows, int64_t columns, A* sum);
   void (*row_sums)(const F* source, int64_t ld, int64_t rows, int64_t columns, A* sum);  // adds
-  // out[c] += sum_r factor[r] * source[r][c], in double: a single row is cheap, and what follows may cancel.
+  // out[c] += sum_r factor[r] * source[r][c], in double: a single row is cheap, and later differences may cancel.
   void (*add_scaled_rows)(const T* source, int64_t ld, const A* factor, int64_t rows, int64_t columns, double* out);
   void (*row_dots)(const T* source, int64_t ld, const A* weights, int64_t rows, int64_t columns, A* out);  // adds
   void (*add_outer)(const A* left, const A* right, int64_t rows, int64_t columns, A* out, int64_t ldo);
   void (*softmax)(A* scores, int64_t count, A scale);  // in place
-  void (*exponential)(A* values, int64_t count);
+  // out[i] = exp(scale * (before[i] - after[i])): what a sum is multiplied by when its running maximum grows.
+  void (*rescales)(const A* before, const A* after, A scale, int64_t count, A* out);
 
-  // M = act(1 + A + bias); logits[c] += sum_r M image[r] text[r][c]; returns the penalty's sum (l2, l1) or maximum
-  // (linf) over the block; mask (may be null) receives M.
+  // M = act(1 + A + bias); logits[c] += sum_r M image[r] text[r][c]. Returns the penalty's sum (l2, l1) or its maximum
+  // (linf, NaN where one M is NaN) over the block. mask receives M and may be null.
   A (*mask_forward)(const MaskRows<A>& rows, A* logits, A* mask, int64_t mask_ld);
-  // The least c * width + r where |M - 1| is `value`.
+  // The least c * width + r where |M - 1| is `value`, which may be NaN.
   int64_t (*mask_find)(const MaskRows<A>& rows, A value, int64_t width);
-  // gradient[r][c] = dlogits[c] image[r] text[r][c] + dpenalty * d|M - 1|^n + dmask[r][c] where 1 + A > 0; weighted
-  // receives dlogits[c] * M. dmask and weighted may be null. linf's own term is added by the caller.
+  // gradient[r][c] = dlogits[c] image[r] text[r][c] + dpenalty * d|M - 1|^n + dmask[r][c] where 1 + A > 0. weighted
+  // receives dlogits[c] * M. dmask and weighted may be null. The caller adds the term of linf.
   void (*mask_backward)(const MaskRows<A>& rows, const A* dlogits, A dpenalty, const A* dmask, int64_t ldm, A* gradient,
                         int64_t ldg, A* weighted, int64_t ldw);
   // With g = scale * drational + weighted: dimage[r] += sum_c g text[r][c]; dtext[r][c] += g image[r].
@@ -89,9 +93,8 @@ struct AdapterLoops {
                             int64_t ldt);
 };
 
-RADA_LOOPS(AdapterLoops<float>)
-RADA_LOOPS(AdapterLoops<double>)
-RADA_LOOPS(AdapterLoops<BF16>)
-RADA_LOOPS(AdapterLoops<WideBF16>)
+#define RADA_ADAPTER_LOOPS(T) RADA_LOOPS(AdapterLoops<T>)
+RADA_STORED_TYPES(RADA_ADAPTER_LOOPS)
+#undef RADA_ADAPTER_LOOPS
 
 }  // namespace rada_fast

@@ -11,16 +11,16 @@
 
 namespace rada_fast {
 
-// What attention gave, of `images` images; a null pointer is a query kind not in use. Kind 0 is the text query where it
-// is in use.
+// What the attention computes for `images` images. Pointers of query kinds that are not in use are null. The arrays of two
+// belong to the kinds with a query per class: the text query, where it is in use, and then the rational query.
 template <typename A>
 struct Attended {
-  A* attended[2];              // (images, D, padded), each block normalised by itself; exact, for delta
+  A* attended[2];              // (images, D, padded), each block normalised by itself; not rounded, for delta
   A* factors[2];               // (images, H, query_blocks): O = factor * attended, 1 / |Q| included
   A* image_attended;           // (images, D), 1 / |Q| included
 };
 
-// What it is made of, and in the base what the forward writes.
+// The inputs of the attention, and everything that its forward writes.
 template <typename T>
 struct AttentionState : Attended<Acc<T>> {
   const T* keys;               // (images, D, padded)
@@ -28,8 +28,8 @@ struct AttentionState : Attended<Acc<T>> {
   const Acc<T>* image_query;   // (images, D)
   const T* text_query;         // (D, padded), shared by the images
   const T* rational_query;     // (images, D, padded)
-  // Written by the forward: P / |Q| = weight * exp(S - maximum). Kept apart: the logarithm of the sum would round at the
-  // scores' size.
+  // Written by the forward: P / |Q| = weight * exp((S - maximum) / (sqrt(d) tau)), with S before it is scaled. The weight
+  // is kept apart from the maximum: a logarithm of the sum would be rounded at the size of the scores.
   Acc<T>* maxima[2];           // (images, H, padded), or (images, H) with the matrix softmax
   Acc<T>* weights[2];          // likewise
 };
@@ -37,7 +37,7 @@ struct AttentionState : Attended<Acc<T>> {
 template <typename T>
 void class_attention_forward(const Problem& problem, int64_t images, const AttentionState<T>& state);
 
-// What is not asked for is null. Gradients of the attention's output are per image (D, padded), zero in the padding.
+// Null where a gradient is not needed. The gradients of the attention's output are zero in the padding.
 template <typename T>
 struct AttentionGradients {
   const Factor<T>* doutput;    // dO: (images, D, padded)
@@ -52,7 +52,7 @@ template <typename T>
 void class_attention_backward(const Problem& problem, int64_t images, const AttentionState<T>& state,
                               const AttentionGradients<T>& gradients);
 
-// O^T of some classes of one image from its parts: (D, columns) into out.
+// Adds up the kinds: O^T of some classes of one image, (D, columns), into out.
 template <typename A>
 void combine_attended(const Problem& problem, int64_t b, int64_t first_class, int64_t columns,
                       const Attended<A>& state, A* out, int64_t ldo);

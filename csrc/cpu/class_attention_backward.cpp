@@ -1,4 +1,4 @@
-// The attention's backward: probabilities are formed again from the saved log-sums, tile by tile.
+// The attention's backward. Probabilities are formed again, tile by tile, from the saved maxima and weights.
 //
 // With P' = P / |Q| and dP = dO vv^T:   dvv += (sum_c P'^c)^T dO,   dS^c = P'^c (dP - delta^c) / (sqrt(d) tau),
 //     dkk += dS^c^T q^c,   dq^c = dS^c kk,   delta^c = dO_i . O^c_i, or its mean over the queries (matrix softmax).
@@ -15,17 +15,107 @@
 namespace rada_fast {
 namespace {
 
+// One thread's arrays while it works on the blocks of one head. What ends in _rows is laid out row by row as a left
+// factor; the others of type F are operands, right factors.
 template <typename T>
-struct Backward {
+struct HeadBuffers {
   using A = Acc<T>;
   using F = Factor<T>;
+  // Of the head.
+  F *key_rows, *value_rows;  // (classes, d)
+  const F* keys;             // (d, padded); null where no query per class needs a gradient
+  A* delta;                  // (kinds, padded)
+  // Of a block of queries, kind after kind.
+  F *queries, *query_rows;    // (d, columns), (columns, d)
+  F *doutput, *doutput_rows;  // (d, width), (width, d)
+  A *maximum, *weight;        // (columns)
+  A* dqueries;                // (d, columns)
+  // Of a tile of keys and queries.
+  A *scores, *dprobabilities;  // (keys, columns), (keys, width)
+  A* total;                    // sum of P' over the kinds, (keys, width)
+  F *dscores_rows, *dscores, *total_rows;  // float and double: where the scores and the total are
+
+  HeadBuffers(const Problem& p, Scratch& scratch) {
+    const int64_t d = p.head_width, most = p.per_class_kinds() * kQueryBlock;
+    key_rows = scratch.take<F>(p.padded * d);
+    value_rows = scratch.take<F>(p.padded * d);
+    keys = nullptr;
+    queries = scratch.take<F>(d * most);
+    query_rows = scratch.take<F>(d * most);
+    doutput = scratch.take<F>(d * kQueryBlock);
+    doutput_rows = scratch.take<F>(d * kQueryBlock);
+    scores = scratch.take<A>(kKeyBlock * most);
+    dprobabilities = scratch.take<A>(kKeyBlock * kQueryBlock);
+    total = scratch.take<A>(kKeyBlock * kQueryBlock);
+    dqueries = scratch.take<A>(d * most);
+    delta = scratch.take<A>(2 * p.padded);
+    maximum = scratch.take<A>(most);
+    weight = scratch.take<A>(most);
+    if (sizeof(F) == 2) {
+      dscores_rows = scratch.take<F>(kKeyBlock * most);
+      dscores = scratch.take<F>(kKeyBlock * most);
+      total_rows = scratch.take<F>(kKeyBlock * kQueryBlock);
+    } else {
+      dscores_rows = dscores = reinterpret_cast<F*>(scores);
+      total_rows = reinterpret_cast<F*>(total);
+    }
+  }
+};
+
+// A block of queries: `exact` of each kind from q0 on, and `width` columns for them, an even number for bfloat16.
+struct QueryBlock {
+  int64_t q0, exact, width, columns;
+  bool first;  // of its task
+};
+
+template <typename T>
+class Backward {
+ public:
+  using A = Acc<T>;
+  using F = Factor<T>;
+
+  Backward(const Problem& problem, const AttentionState<T>& attention, const AttentionGradients<T>& gradients)
+      : p(problem), state(attention), out(gradients) {}
+
+  // Adds up dkeys and dvalues (each (classes, d), or null) of a head over the blocks from first to last of the kinds that
+  // have a query per class, and stores these queries' gradients.
+  void per_class_queries(int64_t b, int64_t h, int64_t first, int64_t last, A* dkeys, A* dvalues,
+                         Scratch& scratch) const {
+    HeadBuffers<T> buffers(p, scratch);
+    load_head(b, h, buffers, scratch);
+    for (int64_t number = first; number < last; ++number) {
+      const int64_t q0 = number * kQueryBlock, exact = std::min(kQueryBlock, p.classes - q0), width = even<F>(exact);
+      const QueryBlock block{q0, exact, width, kinds * width, number == first};
+      load_block(b, h, block, buffers);
+      for (int64_t n0 = 0; n0 < p.classes; n0 += kKeyBlock)
+        tile(block, n0, std::min(kKeyBlock, p.classes - n0), buffers, dkeys, dvalues);
+      store_queries(b, h, block, buffers);
+    }
+  }
+
+  // Adds the image query's single row and stores the sums of a head.
+  void finish(int64_t b, int64_t h, A* dkeys, A* dvalues, Scratch& scratch) const {
+    if (p.image) image_query(b, h, dkeys, dvalues, scratch);
+    A* transposed = scratch.take<A>(d * p.padded);
+    const auto store = [&](const A* sums, F* to) {
+      if (!to) return;
+      loops.transpose_exact(sums, d, p.classes, d, transposed, p.padded);
+      factors.store(transposed, p.padded, nullptr, d, p.classes, p.padded, to + offset(b, h), p.padded);
+    };
+    store(dkeys, out.dkeys);
+    store(dvalues, out.dvalues);
+  }
+
+ private:
   const Problem& p;
   const AttentionState<T>& state;
   const AttentionGradients<T>& out;
   const AdapterLoops<T>& loops = chosen_loops<AdapterLoops<T>>();
-  const AdapterLoops<F>& factors = chosen_loops<AdapterLoops<F>>();  // the same, of what is in a product's type already
-  const int64_t d = p.head_width, wide = p.wide_kinds();
-  const bool need_scores = out.dkeys || out.drational_query || out.dtext_query || out.dimage_query;
+  const AdapterLoops<F>& factors = chosen_loops<AdapterLoops<F>>();  // for arrays of what a product multiplies
+  const int64_t d = p.head_width, kinds = p.per_class_kinds();
+  const A scale = static_cast<A>(p.score_scale);
+  const bool need_queries = out.dtext_query || out.drational_query;
+  const bool need_scores = need_queries || out.dkeys || out.dimage_query;
 
   int64_t offset(int64_t b, int64_t h) const { return b * p.image_size() + h * d * p.padded; }
 
@@ -34,7 +124,7 @@ struct Backward {
     const int64_t head = b * p.heads + h;
     std::fill(delta, delta + p.padded, A(0));
     loops.column_dots(out.doutput + offset(b, h), state.attended[kind] + offset(b, h), p.padded, d, p.classes, delta);
-    // The factors hold 1 / |Q|, which P' has already.
+    // The factors hold 1 / |Q|, which P' holds already.
     for (int64_t k = 0; k < p.classes; ++k)
       delta[k] *= state.factors[kind][head * p.query_blocks + k / kQueryBlock] * static_cast<A>(p.kinds());
     if (p.matrix_softmax)
@@ -42,86 +132,84 @@ struct Backward {
                 static_cast<A>(std::accumulate(delta, delta + p.classes, 0.0) / static_cast<double>(p.classes)));
   }
 
-  void wide_queries(int64_t b, int64_t h, int64_t first, int64_t last, A* dkeys, A* dvalues, Scratch& scratch) const {
-    const int64_t head = b * p.heads + h, at = offset(b, h), most = wide * kQueryBlock;
-    const A scale = static_cast<A>(p.score_scale);
-    F *key_rows = scratch.take<F>(p.padded * d), *value_rows = scratch.take<F>(p.padded * d);
-    F *queries = scratch.take<F>(d * most), *query_rows = scratch.take<F>(d * most);
-    F *doutput = scratch.take<F>(d * kQueryBlock), *doutput_rows = scratch.take<F>(d * kQueryBlock);
-    A *scores = scratch.take<A>(kKeyBlock * most), *dprobabilities = scratch.take<A>(kKeyBlock * kQueryBlock);
-    A *total = scratch.take<A>(kKeyBlock * kQueryBlock), *dqueries = scratch.take<A>(d * most);
-    A *delta = scratch.take<A>(2 * p.padded), *shift = scratch.take<A>(most), *weight = scratch.take<A>(most);
-    F *dscores_rows = reinterpret_cast<F*>(scores), *dscores = dscores_rows, *total_rows = reinterpret_cast<F*>(total);
-    if (sizeof(F) == 2) {
-      dscores_rows = scratch.take<F>(kKeyBlock * most);
-      dscores = scratch.take<F>(kKeyBlock * most);
-      total_rows = scratch.take<F>(kKeyBlock * kQueryBlock);
-    }
-    loops.transpose(state.keys + at, p.padded, d, p.classes, key_rows, d);
-    loops.transpose(state.values + at, p.padded, d, p.classes, value_rows, d);
-    const F* keys = nullptr;
-    if (out.dtext_query || out.drational_query)
-      keys = left_factor(state.keys + at, p.padded, d, scratch.take<F>(left_factor_size<T>(p.padded * d)));
-    for (int64_t kind = 0; kind < wide; ++kind) deltas(b, h, kind, delta + kind * p.padded);
+  void load_head(int64_t b, int64_t h, HeadBuffers<T>& buffers, Scratch& scratch) const {
+    const int64_t at = offset(b, h);
+    loops.transpose(state.keys + at, p.padded, d, p.classes, buffers.key_rows, d);
+    loops.transpose(state.values + at, p.padded, d, p.classes, buffers.value_rows, d);
+    if (need_queries)
+      buffers.keys = left_factor(state.keys + at, p.padded, d, scratch.take<F>(left_factor_size<T>(p.padded * d)));
+    for (int64_t kind = 0; kind < kinds; ++kind) deltas(b, h, kind, buffers.delta + kind * p.padded);
+  }
 
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t q0 = block * kQueryBlock, exact = std::min(kQueryBlock, p.classes - q0), width = even<F>(exact);
-      const int64_t columns = wide * width;
-      pack_queries(p, state, b, h, q0, width, queries, columns);
-      factors.pack_stored(out.doutput + at + q0, p.padded, d, width, doutput, width);
-      factors.pack_transposed(out.doutput + at + q0, p.padded, d, width, doutput_rows, d);
-      for (int64_t kind = 0; kind < wide; ++kind) {
-        const T* query = kind == 0 && p.text ? state.text_query + h * d * p.padded : state.rational_query + at;
-        loops.pack_transposed(query + q0, p.padded, d, width, query_rows + kind * width * d, d);
-        for (int64_t c = 0; c < exact; ++c) {
-          const int64_t of = p.matrix_softmax ? head : head * p.padded + q0 + c;
-          shift[kind * width + c] = state.maxima[kind][of];
-          weight[kind * width + c] = state.weights[kind][of];
-        }
-        for (int64_t c = exact; c < width; ++c) {
-          shift[kind * width + c] = std::numeric_limits<A>::infinity();
-          weight[kind * width + c] = 0;
-        }
+  void load_block(int64_t b, int64_t h, const QueryBlock& block, const HeadBuffers<T>& buffers) const {
+    const int64_t head = b * p.heads + h, at = offset(b, h), q0 = block.q0, width = block.width;
+    pack_queries(p, state, b, h, q0, width, buffers.queries, block.columns);
+    factors.pack_stored(out.doutput + at + q0, p.padded, d, width, buffers.doutput, width);
+    factors.pack_transposed(out.doutput + at + q0, p.padded, d, width, buffers.doutput_rows, d);
+    for (int64_t kind = 0; kind < kinds; ++kind) {
+      const T* query = kind == 0 && p.text ? state.text_query + h * d * p.padded : state.rational_query + at;
+      loops.pack_transposed(query + q0, p.padded, d, width, buffers.query_rows + kind * width * d, d);
+      A *maximum = buffers.maximum + kind * width, *weight = buffers.weight + kind * width;
+      for (int64_t c = 0; c < block.exact; ++c) {
+        const int64_t from = p.matrix_softmax ? head : head * p.padded + q0 + c;
+        maximum[c] = state.maxima[kind][from];
+        weight[c] = state.weights[kind][from];
       }
-      for (int64_t n0 = 0; n0 < p.classes; n0 += kKeyBlock) {
-        const int64_t rows = std::min(kKeyBlock, p.classes - n0);
-        matrix_product<F>(rows, columns, d, key_rows + n0 * d, d, queries, columns, scores, columns, false);
-        matrix_product<F>(rows, width, d, value_rows + n0 * d, d, doutput, width, dprobabilities, width, false);
-        for (int64_t kind = 0; kind < wide; ++kind)
-          loops.score_gradients(scores + kind * width, columns, dprobabilities, total, width, rows, width, scale,
-                               shift + kind * width, weight + kind * width, delta + kind * p.padded + q0, kind == 0);
-        if (dvalues) {
-          if (sizeof(F) == 2) factors.store(total, width, nullptr, rows, width, width, total_rows, width);
-          matrix_product<F>(rows, d, width, total_rows, width, doutput_rows, d, dvalues + n0 * d, d, block > first);
-        }
-        if (!need_scores) continue;
-        if (sizeof(F) == 2) {
-          factors.store(scores, columns, nullptr, rows, columns, columns, dscores_rows, columns);
-          factors.pack_stored(dscores_rows, columns, rows, columns, dscores, columns);
-        }
-        if (dkeys)
-          matrix_product<F>(rows, d, columns, dscores_rows, columns, query_rows, d, dkeys + n0 * d, d, block > first);
-        if (out.dtext_query || out.drational_query)
-          matrix_product<F>(d, columns, even<F>(rows), keys + n0, p.padded, dscores, columns, dqueries,
-                            columns, n0 > 0);
+      for (int64_t c = block.exact; c < width; ++c) {
+        maximum[c] = std::numeric_limits<A>::infinity();
+        weight[c] = 0;
       }
-      const int64_t padding = q0 + exact == p.classes ? p.padded - q0 : exact;
-      if (out.dtext_query)
-        for (int64_t r = 0; r < d; ++r) {
-          A* to = out.dtext_query + at + r * p.padded + q0;
-          std::copy(dqueries + r * columns, dqueries + r * columns + exact, to);
-          std::fill(to + exact, to + padding, A(0));
-        }
-      if (out.drational_query)
-        factors.store(dqueries + (wide - 1) * width, columns, nullptr, d, exact, padding,
-                   out.drational_query + at + q0, p.padded);
     }
   }
 
-  // The image query's one row, added to the head's sums over the wide queries.
+  // One block of queries with `rows` keys from n0 on.
+  void tile(const QueryBlock& block, int64_t n0, int64_t rows, const HeadBuffers<T>& buffers, A* dkeys,
+            A* dvalues) const {
+    const int64_t width = block.width, columns = block.columns;
+    A *scores = buffers.scores, *dprobabilities = buffers.dprobabilities, *total = buffers.total;
+    matrix_product<F>(rows, columns, d, buffers.key_rows + n0 * d, d, buffers.queries, columns, scores, columns, false);
+    matrix_product<F>(rows, width, d, buffers.value_rows + n0 * d, d, buffers.doutput, width, dprobabilities, width,
+                      false);
+    for (int64_t kind = 0; kind < kinds; ++kind)
+      loops.score_gradients(scores + kind * width, columns, dprobabilities, total, width, rows, width, scale,
+                            buffers.maximum + kind * width, buffers.weight + kind * width,
+                            buffers.delta + kind * p.padded + block.q0, kind == 0);
+    if (dvalues) {
+      if (sizeof(F) == 2) factors.store(total, width, nullptr, rows, width, width, buffers.total_rows, width);
+      matrix_product<F>(rows, d, width, buffers.total_rows, width, buffers.doutput_rows, d, dvalues + n0 * d, d,
+                        !block.first);
+    }
+    if (!need_scores) return;
+    if (sizeof(F) == 2) {
+      factors.store(scores, columns, nullptr, rows, columns, columns, buffers.dscores_rows, columns);
+      factors.pack_stored(buffers.dscores_rows, columns, rows, columns, buffers.dscores, columns);
+    }
+    if (dkeys)
+      matrix_product<F>(rows, d, columns, buffers.dscores_rows, columns, buffers.query_rows, d, dkeys + n0 * d, d,
+                        !block.first);
+    if (need_queries)
+      matrix_product<F>(d, columns, even<F>(rows), buffers.keys + n0, p.padded, buffers.dscores, columns,
+                        buffers.dqueries, columns, n0 > 0);
+  }
+
+  void store_queries(int64_t b, int64_t h, const QueryBlock& block, const HeadBuffers<T>& buffers) const {
+    const int64_t at = offset(b, h) + block.q0, columns = block.columns;
+    const int64_t padding = block.q0 + block.exact == p.classes ? p.padded - block.q0 : block.exact;
+    if (out.dtext_query)
+      for (int64_t r = 0; r < d; ++r) {
+        const A* from = buffers.dqueries + r * columns;
+        A* to = out.dtext_query + at + r * p.padded;
+        std::copy(from, from + block.exact, to);
+        std::fill(to + block.exact, to + padding, A(0));
+      }
+    if (out.drational_query)
+      factors.store(buffers.dqueries + (kinds - 1) * block.width, columns, nullptr, d, block.exact, padding,
+                    out.drational_query + at, p.padded);
+  }
+
   void image_query(int64_t b, int64_t h, A* dkeys, A* dvalues, Scratch& scratch) const {
     const int64_t at = offset(b, h), row = b * p.width + h * d;
-    const A scale = static_cast<A>(p.score_scale), share = A(1) / static_cast<A>(p.kinds());
+    const A share = A(1) / static_cast<A>(p.kinds());
     A *probability = scratch.take<A>(p.padded), *dscore = scratch.take<A>(p.padded), *doutput = scratch.take<A>(d);
     std::fill(doutput, doutput + d, A(0));
     loops.row_sums(out.doutput + at, p.padded, d, p.classes, doutput);
@@ -135,7 +223,7 @@ struct Backward {
     if (!need_scores) return;
     std::fill(exact, exact + p.classes, 0.0);
     loops.add_scaled_rows(state.values + at, p.padded, doutput, d, p.classes, exact);
-    // From the same probabilities, so that the gradients of a row add up to zero.
+    // delta from the same probabilities, so that the gradients of a row add up to zero.
     double sum = 0;
     for (int64_t k = 0; k < p.classes; ++k) sum += static_cast<double>(probability[k]) * exact[k];
     const double delta = sum * static_cast<double>(p.kinds());
@@ -146,18 +234,6 @@ struct Backward {
       loops.row_dots(state.keys + at, p.padded, dscore, d, p.classes, out.dimage_query + row);
     }
   }
-
-  void finish(int64_t b, int64_t h, A* dkeys, A* dvalues, Scratch& scratch) const {
-    if (p.image) image_query(b, h, dkeys, dvalues, scratch);
-    A* turned = scratch.take<A>(d * p.padded);
-    const auto put = [&](const A* sums, F* to) {
-      if (!to) return;
-      loops.transpose_exact(sums, d, p.classes, d, turned, p.padded);
-      factors.store(turned, p.padded, nullptr, d, p.classes, p.padded, to + offset(b, h), p.padded);
-    };
-    put(dkeys, out.dkeys);
-    put(dvalues, out.dvalues);
-  }
 };
 
 }  // namespace
@@ -166,9 +242,9 @@ template <typename T>
 void class_attention_backward(const Problem& p, int64_t images, const AttentionState<T>& state,
                               const AttentionGradients<T>& out) {
   using A = Acc<T>;
-  const Backward<T> backward{p, state, out};
+  const Backward<T> backward(p, state, out);
   const int64_t heads = images * p.heads, size = p.classes * p.head_width, blocks = p.query_blocks;
-  const int64_t parts = p.wide_kinds() ? splits(p, images) : 1;
+  const int64_t parts = p.per_class_kinds() ? splits(p, images) : 1;
   std::unique_ptr<A[]> shared(parts > 1 ? new A[static_cast<size_t>(2 * heads * parts * size)] : nullptr);
 
   at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
@@ -177,8 +253,8 @@ void class_attention_backward(const Problem& p, int64_t images, const AttentionS
       const int64_t head = task / parts, part = task % parts, b = head / p.heads, h = head % p.heads;
       A* sums = shared ? shared.get() + 2 * task * size : scratch.take<A>(2 * size);
       A *dkeys = out.dkeys ? sums : nullptr, *dvalues = out.dvalues ? sums + size : nullptr;
-      if (p.wide_kinds())
-        backward.wide_queries(b, h, part * blocks / parts, (part + 1) * blocks / parts, dkeys, dvalues, scratch);
+      if (p.per_class_kinds())
+        backward.per_class_queries(b, h, part * blocks / parts, (part + 1) * blocks / parts, dkeys, dvalues, scratch);
       else
         std::fill(sums, sums + 2 * size, A(0));
       if (!shared) backward.finish(b, h, dkeys, dvalues, scratch);
@@ -200,10 +276,7 @@ void class_attention_backward(const Problem& p, int64_t images, const AttentionS
 #define RADA_INSTANTIATE(T)                                                                      \
   template void class_attention_backward<T>(const Problem&, int64_t, const AttentionState<T>&,   \
                                             const AttentionGradients<T>&);
-RADA_INSTANTIATE(float)
-RADA_INSTANTIATE(double)
-RADA_INSTANTIATE(BF16)
-RADA_INSTANTIATE(WideBF16)
+RADA_STORED_TYPES(RADA_INSTANTIATE)
 #undef RADA_INSTANTIATE
 
 }  // namespace rada_fast

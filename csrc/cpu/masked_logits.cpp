@@ -13,7 +13,7 @@ int64_t tile_width(const Problem& p, int64_t images, int64_t most) {
   return std::clamp<int64_t>(round_up(divide_up(p.classes, tiles), 16), 32, most);
 }
 
-// O^T of a tile as an operand; the exact tile is left in `exact`, which float and double use as the operand itself.
+// Forms O^T of a tile as an operand. The tile itself stays in `exact`, which float and double use as the operand.
 template <typename T>
 void attended_operand(const Problem& p, int64_t b, int64_t k0, int64_t columns, const Attended<Acc<T>>& state,
                       Acc<T>* exact, T* operand) {
@@ -32,8 +32,14 @@ template <typename A>
 struct Peak {
   A value = -1;
   int64_t at = 0;
+  // Whether a candidate is larger, or as large and earlier. A NaN is the largest value, as in torch.max.
+  bool precedes(A candidate, int64_t where) const {
+    const bool nan = value != value, candidate_nan = candidate != candidate;
+    if (nan || candidate_nan) return candidate_nan && (!nan || where < at);
+    return candidate > value || (candidate == value && where < at);
+  }
   void offer(A candidate, int64_t where) {
-    if (candidate > value || (candidate == value && where < at)) {
+    if (precedes(candidate, where)) {
       value = candidate;
       at = where;
     }
@@ -47,19 +53,19 @@ void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<
                            Acc<T>* logits, double* penalty, int64_t* peak, Acc<T>* mask) {
   using A = Acc<T>;
   const auto& loops = chosen_loops<AdapterLoops<T>>();
-  const int64_t D = p.width, wide = tile_width(p, images, kClassTile), tiles = divide_up(p.classes, wide);
+  const int64_t D = p.width, width = tile_width(p, images, kClassTile), tiles = divide_up(p.classes, width);
   std::unique_ptr<double[]> sums(new double[static_cast<size_t>(images * tiles)]());
   std::unique_ptr<Peak<A>[]> peaks(new Peak<A>[static_cast<size_t>(images * tiles)]);
   at::parallel_for(0, images * tiles, 1, [&](int64_t begin, int64_t end) {
     Scratch& scratch = Scratch::rewound();
-    A* exact = scratch.take<A>(D * wide);
-    T* operand = sizeof(T) == 2 ? scratch.take<T>(round_up(D, 2) * wide) : reinterpret_cast<T*>(exact);
-    A* product = scratch.take<A>(kFeatureBlock * wide);
-    // Sums over blocks of features, added in double: one chain of D float additions would lose a digit.
-    A* row = scratch.take<A>(wide);
-    double* totals = scratch.take<double>(wide);
+    A* exact = scratch.take<A>(D * width);
+    T* operand = sizeof(T) == 2 ? scratch.take<T>(round_up(D, 2) * width) : reinterpret_cast<T*>(exact);
+    A* product = scratch.take<A>(kFeatureBlock * width);
+    // The sums over blocks of features are added in double: one chain of D float additions would lose a digit.
+    A* row = scratch.take<A>(width);
+    double* totals = scratch.take<double>(width);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / tiles, k0 = task % tiles * wide, columns = std::min(wide, p.classes - k0);
+      const int64_t b = task / tiles, k0 = task % tiles * width, columns = std::min(width, p.classes - k0);
       attended_operand(p, b, k0, columns, state, exact, operand);
       std::fill(totals, totals + columns, 0.0);
       for (int64_t r0 = 0; r0 < D; r0 += kFeatureBlock) {
@@ -70,7 +76,7 @@ void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<
         const A found = loops.mask_forward(block, row, mask ? mask + (b * D + r0) * p.classes + k0 : nullptr, p.classes);
         if (p.penalty == Penalty::linf) {
           Peak<A>& best = peaks[static_cast<size_t>(task)];
-          if (found > best.value || (found == best.value && k0 * D + r0 < best.at)) {
+          if (best.precedes(found, k0 * D + r0)) {
             const int64_t at = loops.mask_find(block, found, D);
             best.offer(found, k0 * D + r0 + at);
           }
@@ -103,20 +109,20 @@ void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs
                             const OutputGradients<T>& out) {
   using A = Acc<T>;
   const auto& loops = chosen_loops<AdapterLoops<T>>();
-  const int64_t D = p.width, wide = tile_width(p, images, kQueryBlock), tiles = divide_up(p.classes, wide);
+  const int64_t D = p.width, width = tile_width(p, images, kQueryBlock), tiles = divide_up(p.classes, width);
   const A per_element = p.penalty == Penalty::linf ? A(0) : out.dpenalty;
   at::parallel_for(0, images * tiles, 1, [&](int64_t begin, int64_t end) {
     Scratch& scratch = Scratch::rewound();
-    A *exact = scratch.take<A>(D * wide), *gradient = scratch.take<A>(D * wide);
+    A *exact = scratch.take<A>(D * width), *gradient = scratch.take<A>(D * width);
     T *operand = reinterpret_cast<T*>(exact), *gradient_operand = reinterpret_cast<T*>(gradient);
     if (sizeof(T) == 2) {
-      operand = scratch.take<T>(D * wide);
-      gradient_operand = scratch.take<T>(D * wide);
+      operand = scratch.take<T>(D * width);
+      gradient_operand = scratch.take<T>(D * width);
     }
-    A* product = scratch.take<A>(kFeatureBlock * wide);
-    A* turned = scratch.take<A>(D * wide);
+    A* product = scratch.take<A>(kFeatureBlock * width);
+    A* transposed = scratch.take<A>(D * width);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / tiles, k0 = task % tiles * wide, columns = std::min(wide, p.classes - k0);
+      const int64_t b = task / tiles, k0 = task % tiles * width, columns = std::min(width, p.classes - k0);
       const int64_t padding = k0 + columns == p.classes ? p.padded - k0 : columns, at = b * p.image_size() + k0;
       attended_operand(p, b, k0, columns, state, exact, operand);
       for (int64_t r0 = 0; r0 < D; r0 += kFeatureBlock) {
@@ -139,10 +145,10 @@ void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs
       }
       if (out.doffset) loops.store(gradient, columns, nullptr, D, columns, padding, out.doffset + at, p.padded);
       if (out.attended) {
-        // The first row of a tile is even, so pairs of rows do not cross tiles; rows past the classes are never read
-        // with anything but zeros against them, and the odd one is zero.
-        loops.transpose_exact(exact, columns, D, columns, turned, D);
-        loops.pack(turned, D, nullptr, nullptr, columns, D, out.attended + b * p.image_size() + k0 * D, D);
+        // A tile starts at an even row, so no pair of rows lies in two tiles. Rows past the classes are only ever
+        // multiplied by zeros, and the odd one is zero itself.
+        loops.transpose_exact(exact, columns, D, columns, transposed, D);
+        loops.pack(transposed, D, nullptr, nullptr, columns, D, out.attended + b * p.image_size() + k0 * D, D);
       }
       if (!out.dattended) continue;
       if (sizeof(T) == 2) loops.pack(gradient, columns, nullptr, nullptr, D, columns, gradient_operand, columns);
@@ -183,9 +189,7 @@ void output_weight_gradients(const Problem& p, int64_t images, const T* doffset,
   template void masked_logits_backward<T>(const Problem&, int64_t, const OutputInputs<T>&, const Attended<Acc<T>>&,  \
                                           const OutputGradients<T>&);                                               \
   template void output_weight_gradients<T>(const Problem&, int64_t, const T*, const T*, Acc<T>*, Acc<T>*, bool);
-RADA_INSTANTIATE(float)
-RADA_INSTANTIATE(double)
-RADA_INSTANTIATE(BF16)
+RADA_FACTOR_TYPES(RADA_INSTANTIATE)
 #undef RADA_INSTANTIATE
 
 }  // namespace rada_fast

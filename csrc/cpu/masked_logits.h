@@ -1,5 +1,6 @@
-// Output projection with everything after it in its epilogue (Eq. 4 and 7): A = O Wo^T + bo, M = act(1 + A),
-// logits = s sum_c M R, penalty. Neither A, M nor R reaches memory unless the mask itself is asked for.
+// The output projection, and everything that follows it while its tiles are still in the cache (Eq. 4 and 7):
+// A = O Wo^T + bo, M = act(1 + A), logits = s sum_c M R, and the penalty. A and R are never written to memory, and M only
+// where the mask itself is asked for.
 #pragma once
 
 #include "class_attention.h"
@@ -14,8 +15,9 @@ struct OutputInputs {
   const Acc<T>* bias;   // (D) or null
 };
 
-// logits: (images, K), without the factor s. penalty: (images): the image's sum of (M-1)^2 or |M-1|, or its maximum,
-// which lies at peak[image] = k D + c (the first of equal ones). mask: (images, D, K) or null.
+// logits: (images, K), without the factor s. mask: (images, D, K) or null.
+// penalty: (images), an image's sum of (M - 1)^2 or |M - 1|, or for linf its maximum |M - 1|, NaN where one M is NaN.
+// peak: (images), where that maximum is: k D + c, the first of equal ones.
 template <typename T>
 void masked_logits_forward(const Problem& problem, int64_t images, const OutputInputs<T>& in,
                            const Attended<Acc<T>>& state, Acc<T>* logits, double* penalty, int64_t* peak,
@@ -39,7 +41,7 @@ template <typename T>
 void masked_logits_backward(const Problem& problem, int64_t images, const OutputInputs<T>& in,
                             const Attended<Acc<T>>& state, const OutputGradients<T>& out);
 
-// dWo = dA^T O, added to what dweight holds if `add`; dbo += sum dA; either may be null.
+// dWo = dA^T O, added to what dweight holds where `add` is true; dbo += sum dA. Either may be null.
 template <typename T>
 void output_weight_gradients(const Problem& problem, int64_t images, const T* doffset, const T* attended,
                              Acc<T>* dweight, Acc<T>* dbias, bool add);

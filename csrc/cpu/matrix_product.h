@@ -1,10 +1,10 @@
-// C (+)= A B of factors (number_types.h) with the best existing single-threaded matrix product; the caller splits the
-// work between threads.
+// C (+)= A B on one thread, with the fastest matrix product that PyTorch has; the caller splits the work between threads.
 //
 // float and bfloat16 go to oneDNN's brgemm kernels through ATen, which take strided blocks as they are and reach the
 // same rate at every shape used here (measured on Zen 4: 114 of 116 GFLOP/s per core in float, 220 of 230 in bfloat16;
-// MKL's sgemm gives 68 to 100 at these sizes). double, and float where oneDNN has no kernel, go through ATen's mm. What a
-// processor without products of bfloat16 multiplies is float (WideBF16): ATen's own product is hundreds of times slower.
+// MKL's sgemm gives 68 to 100 at these sizes). double, and float where oneDNN has no kernel, go through ATen's mm. A
+// processor without products of bfloat16 multiplies float instead (WideBF16): ATen's own product is hundreds of times
+// slower.
 #pragma once
 
 #include <cstdint>

@@ -31,4 +31,8 @@ struct FactorType<WideBF16> {
 template <typename T>
 using Factor = typename FactorType<T>::type;
 
+// X(T) for every type that the adapter stores, and for every type that its products multiply.
+#define RADA_STORED_TYPES(X) X(float) X(double) X(BF16) X(WideBF16)
+#define RADA_FACTOR_TYPES(X) X(float) X(double) X(BF16)
+
 }  // namespace rada_fast

@@ -1,8 +1,8 @@
-// Sizes and scalars of one call, and the layout every kernel shares.
+// Sizes and scalars of one call, and the layout that all files share.
 //
-// Everything per class is stored feature-major, class-minor: (D, classes), the classes padded to a multiple of 16 with
-// zeros. In this layout every product below finds its left factor in place, and sums over the features of a class are
-// vertical, not across a vector.
+// Arrays with a value per class are stored as (D, classes), the classes padded with zeros to a multiple of 16. In this
+// layout the left factor of every product is already in place, and a sum over the features of a class adds vectors
+// instead of the elements of one vector.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ struct Problem {
   int threads;
 
   int64_t kinds() const { return int64_t(image) + int64_t(text) + int64_t(rational); }
-  int64_t wide_kinds() const { return int64_t(text) + int64_t(rational); }  // those with one query per class
+  int64_t per_class_kinds() const { return int64_t(text) + int64_t(rational); }  // kinds with one query per class
   int64_t image_size() const { return width * padded; }
 };
 

@@ -13,7 +13,7 @@ void rational_projections(const Problem& p, int64_t images, const Acc<T>* image,
   using F = Factor<T>;
   const auto& loops = chosen_loops<AdapterLoops<T>>();
   const int64_t D = p.width, tiles = divide_up(p.classes, kClassTile), blocks = divide_up(D, kFeatureBlock);
-  // Few tiles, as for one image with few classes: the features are split too, and each part forms R again.
+  // With few tiles, as for one image with few classes, the features are split as well; each part forms R again.
   const int64_t units = count * blocks;
   const int64_t parts = std::clamp<int64_t>(divide_up(4 * p.threads, images * tiles), 1, units);
 
@@ -52,7 +52,7 @@ void rational_projection_gradients(const Problem& p, int64_t images, const Acc<T
   constexpr int64_t depth = kQueryBlock;  // classes per operand
   const int64_t D = p.width;
   const int64_t height = std::clamp<int64_t>(round_up(divide_up(D, 2 * p.threads), 16), 32, 256);
-  // A task owns some rows of every gradient, so that R is formed once for all of them and nothing is shared.
+  // A task owns some rows of every gradient: it forms R once for all of them, and no two tasks write to the same place.
   at::parallel_for(0, divide_up(D, height), 1, [&](int64_t begin, int64_t end) {
     Scratch& scratch = Scratch::rewound();
     T* rational = scratch.take<T>(depth * D);
@@ -117,17 +117,12 @@ void rational_matrix_gradients(const Problem& p, int64_t images, const Acc<T>* i
                                                  const ProjectionGradient<T>*, int64_t);                             \
   template void rational_matrix_gradients<T>(const Problem&, int64_t, const Acc<T>*, const Acc<T>*, const T* const*, \
                                              const T* const*, int64_t, const Acc<T>*, Acc<T>*, Acc<T>*);
-RADA_INSTANTIATE(float)
-RADA_INSTANTIATE(double)
-RADA_INSTANTIATE(BF16)
+RADA_FACTOR_TYPES(RADA_INSTANTIATE)
 #undef RADA_INSTANTIATE
 #define RADA_INSTANTIATE(T)                                                                                          \
   template void rational_projections<T>(const Problem&, int64_t, const Acc<T>*, const Acc<T>*, const Projection<T>*, \
                                         int64_t);
-RADA_INSTANTIATE(float)
-RADA_INSTANTIATE(double)
-RADA_INSTANTIATE(BF16)
-RADA_INSTANTIATE(WideBF16)
+RADA_STORED_TYPES(RADA_INSTANTIATE)
 #undef RADA_INSTANTIATE
 
 }  // namespace rada_fast

@@ -1,4 +1,4 @@
-// Projections of the rational matrix (Eq. 2 and 6): W (s R[b])^T + bias, with R formed tile by tile as the operand.
+// Projections of the rational matrix (Eq. 2 and 6): W (s R[b])^T + bias. R itself is formed tile by tile as an operand.
 #pragma once
 
 #include "problem.h"
@@ -22,17 +22,18 @@ struct ProjectionGradient {
   const T* gradient;      // of the projection's output: (images, D, padded)
   Acc<T>* dweight;        // (D, D), or null
   Acc<T>* dbias;          // (D) to add to, or null
-  bool add;               // to what dweight holds; else dweight is written without being read
+  bool add;               // whether to add to what dweight holds; otherwise dweight is written without being read
 };
 
-// rows: (K, D), T as it is.
+// text_rows: (K, D), T without padding.
 template <typename T>
 void rational_projection_gradients(const Problem& problem, int64_t images, const Acc<T>* image, const Acc<T>* text_rows,
                                    const ProjectionGradient<T>* projections, int64_t count);
 
-// df and dT through R: the projections' input gradients sum_w W_w^T dout_w, and what came past them (weighted).
-// transposed[w]: W_w^T (D, D). weighted: (images, D, padded), logit_scale * dlogits * M. Adds to dimage (images, D)
-// and dtext (D, padded). Deterministic: a class tile belongs to one thread, and images add up in order.
+// df and dT through R. R receives sum_w W_w^T dout_w from the projections, and `weighted` directly from the logits.
+// transposed[w]: W_w^T, (D, D). gradients[w]: dout_w, (images, D, padded). weighted: (images, D, padded),
+// logit_scale * dlogits * M. Adds to dimage (images, D) and dtext (D, padded). Results do not depend on the threads: a tile
+// of classes belongs to one thread, and the images are added in order.
 template <typename T>
 void rational_matrix_gradients(const Problem& problem, int64_t images, const Acc<T>* image, const Acc<T>* text,
                                const T* const* transposed, const T* const* gradients, int64_t count,

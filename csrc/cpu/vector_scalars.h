@@ -1,7 +1,5 @@
-// One value at a time, for the loops that are compiled once per instruction set: conversions, e^x, ln x.
-//
-// Included inside a copy's translation unit only. Everything has internal linkage, so that no other unit can be given
-// this one's code; see instruction_set.h.
+// Functions of one value for the vector loops: conversions, e^x, ln x. Only *_loops.cpp include this file. Everything here
+// has internal linkage, for the reason that instruction_set.h gives.
 #pragma once
 
 #include <cmath>
@@ -35,7 +33,7 @@ inline float load(Half x) {
   return value;
 }
 
-// Round to nearest even. The values are finite; a NaN stays one because its quiet bit survives the shift.
+// Rounds to nearest even: the upper 16 bits are the bfloat16. A NaN stays one because its quiet bit is set.
 inline uint32_t rounded(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -47,7 +45,7 @@ inline void put(double& out, double x) { out = x; }
 inline void put(BF16& out, float x) { out.bits = static_cast<uint16_t>(rounded(x) >> 16); }
 inline void put(WideBF16& out, float x) { out.bits = static_cast<uint16_t>(rounded(x) >> 16); }
 
-// Round to nearest even, overflow to infinity.
+// Rounds to nearest even; too large values become infinite.
 inline void put(Half& out, float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -66,9 +64,10 @@ inline void put(Half& out, float x) {
   out.bits = static_cast<uint16_t>(sign | (bits >= 143u << 23 ? huge : finite));
 }
 
-// e^x with a relative error below 2 ulp; 0 below -87.3 and infinity above 88.7. Cephes' polynomial on [-ln2/2, ln2/2].
+// e^x of x <= 0, with a relative error below 2 ulp; 0 below -87.3. A positive x counts as 0, a NaN stays one. Cephes'
+// polynomial on [-ln2/2, ln2/2].
 inline float exponential_of(float x) {
-  const float clamped = x < -87.33f ? -87.33f : (x > 88.72f ? 88.72f : x);
+  const float clamped = x < -87.33f ? -87.33f : (x > 0.0f ? 0.0f : x);
   const float shifted = clamped * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -79,17 +78,13 @@ inline float exponential_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  // Two factors, because 2^128 is no float while e^88.72 is one.
-  const int32_t whole = static_cast<int32_t>(n);
-  const int32_t half = whole >> 1;
-  const int32_t low_bits = (half + 127) << 23, high_bits = (whole - half + 127) << 23;
-  float low, high;
-  std::memcpy(&low, &low_bits, 4);
-  std::memcpy(&high, &high_bits, 4);
-  const float value = p * low * high;
-  return x < -87.33f ? 0.0f : (x > 88.72f ? HUGE_VALF : value);
+  const int32_t power_bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;  // 2^n, n from -126 to 0
+  std::memcpy(&power, &power_bits, 4);
+  return x < -87.33f ? 0.0f : p * power;
 }
-inline double exponential_of(double x) { return std::exp(x); }
+inline double exponential_of(double x) { return std::exp(x > 0.0 ? 0.0 : x); }
+
 // ln x with a relative error below 2 ulp for x > 0, denormals included; -infinity at 0. Cephes' polynomial.
 inline float logarithm_of(float x) {
   const bool tiny = x < 0x1p-126f;

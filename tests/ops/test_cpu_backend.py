@@ -7,6 +7,7 @@ gradients, plus two roundings of the largest value: the reference may happen to 
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import pytest
 import torch
@@ -219,6 +220,52 @@ def test_scores_far_apart_and_many_classes() -> None:
         (output.logits.sum() + output.penalty).backward()
         assert bool(output.logits.isfinite().all())
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in parameters.values())
+
+
+BY_SCORES = ("dimage", "dtext", "dq_proj", "dk_proj")
+"""Gradients that come through the scores, wholly or in part."""
+
+
+# Scores grow with the square of the scale, and their roundings with them: 1e12 and 1e16 here. K = 101 has one tile of
+# keys, 397 a running maximum over two; D / H = 64, 8 and 10, the last of which no power of two scales.
+@pytest.mark.parametrize("logit_scale", [1e6, 1e8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "widened"])
+@pytest.mark.parametrize("softmax", ["matrix", "row"])
+@pytest.mark.parametrize(("embed_dim", "num_heads", "classes"), [(64, 1, 101), (64, 8, 397), (60, 6, 397)])
+def test_logit_scales_far_beyond_clips(
+    embed_dim: int, num_heads: int, classes: int, softmax: Literal["matrix", "row"], dtype: torch.dtype | str,
+    logit_scale: float, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if dtype == "widened":
+        monkeypatch.setenv("RADA_FAST_BFLOAT16", "float32")
+    stored = torch.bfloat16 if isinstance(dtype, str) else dtype
+    config = AdapterConfig.official(embed_dim, num_heads=num_heads, softmax=softmax)
+    inputs = problem(config, 2, classes, stored)
+    exact = solve(config, inputs, torch.float64, "reference", logit_scale=logit_scale)
+    plain = solve(config, inputs, stored, "reference", logit_scale=logit_scale)
+    fast = solve(config, inputs, stored, "cpu", logit_scale=logit_scale)
+    assert all(bool(value.isfinite().all()) for value in fast.values())
+    if stored == torch.bfloat16:
+        # Where two scores are closer than a rounding, another key than the exact one may get all the weight. That is one
+        # row of a row softmax, but all that a matrix softmax gives.
+        near = [(fast[name] - exact[name]).norm() <= 0.2 * exact[name].norm() for name in ("logits", "mask")]
+        assert softmax == "matrix" or all(near)
+        return
+    # Probabilities are 0 or 1, and the scores' gradients 0 times the scale: their roundings say nothing.
+    kept = [name for name in exact if not name.startswith(BY_SCORES)]
+    assert_within_budget(*({name: found[name] for name in kept} for found in (exact, plain, fast)), stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_largest_distance_of_a_mask_with_nan_is_nan(dtype: torch.dtype) -> None:
+    for name in ("official", "no-relu"):
+        image, text, parameters = problem(CONFIGS[name], 3, 101, dtype)
+        image[1] = torch.nan
+        found = [
+            rational_adapter(image, text, 20.0, parameters, CONFIGS[name], penalty="linf", backend=backend).penalty
+            for backend in ("cpu", "reference")
+        ]
+        assert all(penalty is not None and bool(penalty.isnan()) for penalty in found)
 
 
 @pytest.mark.parametrize("name", ["official", "paper"])

@@ -10,6 +10,8 @@ import copy
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -131,6 +133,16 @@ def test_every_older_copy_gives_the_same_answers(capability: str, own: dict[str,
     found = json.loads(done.stdout)
     assert found["vectors"] == COPIES[capability]
     check(found, own)
+
+
+@needs_extension
+def test_the_copies_share_no_name_that_a_linker_could_merge() -> None:
+    objects = sorted((libraries.build_place() / "objects").glob("*_loops_*.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("no objects of a build here, or no nm to read them")
+    # Weak symbols: of several with one name, the linker keeps any, for instance the one compiled for AVX-512.
+    done = subprocess.run(["nm", "-A", "-C", *objects], capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if re.search(r":[0-9a-f]{16} [WVu] ", line)] == []
 
 
 def test_no_instruction_set_is_tried_that_the_processor_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
