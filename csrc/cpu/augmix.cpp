@@ -1,5 +1,5 @@
-// AugMix of views of pictures on the CPU: each view is resized, goes through chains of operations on 8-bit pixels as
-// Pillow's ImageOps and Image.transform make them, and the chains are mixed after normalisation. See view_frames.h.
+// AugMix of views of pictures on the CPU. Each view is resized and goes through chains of operations on 8-bit pixels, which
+// compute what Pillow's ImageOps and Image.transform do; the chains are mixed after normalisation. See view_frames.h.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -11,10 +11,7 @@ namespace {
 
 using at::Tensor;
 
-enum class Operation : int64_t { none, autocontrast, equalize, posterize, solarize, affine };
-constexpr int64_t kOperations = 6;
-
-// A value of each channel for each of its values.
+// For each channel and each of its values: a new value; how often the value occurs.
 using Table = std::array<uint8_t, 3 * 256>;
 using Counts = std::array<uint32_t, 3 * 256>;
 
@@ -70,7 +67,7 @@ Table table_of(Operation operation, double amount, const Counts& counts) {
   return table;
 }
 
-// Pixels with tables still to be applied to them: operations on values are put together before any pixel is touched.
+// Pixels, and a table that is still to be applied to them: operations on values are combined before any pixel changes.
 class Chain {
  public:
   Chain(const AugmixLoops& loops, int64_t size)
@@ -198,7 +195,7 @@ void make(const Planes& planes, const ViewLoops& loops, const ChannelTables& nor
       own.repeat_edge(plain, size, stride);
       const float* weights = plan.weights + view * (plan.chains + 2);
       const float share = weights[plan.chains], rest = weights[plan.chains + 1];
-      // Nothing times a finite mix is nothing: the plain view.
+      // The mix has weight 0 and is finite: only the plain view is left.
       const int64_t used = share == 1.0f && rest == 0.0f ? 0 : plan.chains;
       Counts counts;
       bool counted = false;

@@ -18,7 +18,7 @@ void join(const uint16_t* const* rows, int64_t count, uint32_t* out) {
 }
 
 void histogram(const uint32_t* image, int64_t size, int64_t stride, uint32_t* counts) {
-  // Neighbours are often equal: two sets of counters, so that one increment need not wait for the other.
+  // Neighbours are often equal. With two sets of counters, one increment need not wait for the other.
   uint32_t sets[2][3 * 256];
   std::memset(sets, 0, sizeof(sets));
   for (int64_t y = 0; y < size; ++y) {
@@ -55,7 +55,7 @@ void repeat_edge(uint32_t* image, int64_t size, int64_t stride) {
   std::memcpy(image + size * stride - 1, image + (size - 1) * stride - 1, (size + 2) * sizeof(uint32_t));
 }
 
-// Four neighbours mixed as Pillow's bilinear filter does, in double precision; `at` is the upper left one.
+// Mixes four neighbours in double precision, as Pillow's bilinear filter does; `at` is the upper left one.
 inline uint32_t between(const uint32_t* at, int64_t stride, double right, double down) {
 #if defined(__AVX2__)
   const auto four = [](__m128i pixels) { return _mm256_cvtepi32_pd(_mm_cvtepu8_epi32(pixels)); };

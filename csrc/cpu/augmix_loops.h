@@ -14,7 +14,7 @@ namespace rada_fast {
 static inline int64_t bordered_stride(int64_t size) { return size + 2; }
 static inline int64_t bordered_pixels(int64_t size) { return bordered_stride(size) * (size + 2) + 2; }
 
-// What one chain of operations, or the plain view, adds to a mix: values[channel * 256 + byte].
+// One term of a mix, a chain of operations or the plain view: a pixel's byte adds values[channel * 256 + byte].
 struct MixTerm {
   const uint32_t* image;
   const float* values;
@@ -29,8 +29,8 @@ struct AugmixLoops {
   void (*look_up)(const uint32_t* image, int64_t size, int64_t stride, const uint8_t* table, uint32_t* out);
   // The border repeats the image's edge.
   void (*repeat_edge)(uint32_t* image, int64_t size, int64_t stride);
-  // out(x, y) = image, bilinear, at matrix * (x + 0.5, y + 0.5, 1); zero where that is outside. The border is read.
-  // Scratch: 5 * size doubles.
+  // out(x, y) = the image at matrix * (x + 0.5, y + 0.5, 1), bilinear, and zero where that is outside. The border is read.
+  // scratch has 5 * size doubles.
   void (*transform)(const uint32_t* image, int64_t size, int64_t stride, const double* matrix, double* scratch,
                     uint32_t* out);
   // One row of one channel: out = plain + rest * (0 + term 0 + term 1 + ...).

@@ -1,8 +1,8 @@
-// One pass over all tensors of all episodes, in chunks that stay in a core's cache.
+// One step of the optimiser: a pass over all tensors of all episodes, in chunks that stay in a core's cache.
 //
-// Square roots are the processor's, correctly rounded. PyTorch's own may come from a vector mathematics library that
-// rounds otherwise (measured: a fifth of the roots differ by one unit in the last place) and takes as long as all the
-// rest; with torch_roots they are taken from there, and with them every bit.
+// Square roots are the processor's, which are correctly rounded. PyTorch may take its own from a vector mathematics library
+// that rounds differently (measured: a fifth of the roots differ by one unit in the last place) and needs as long as all
+// the rest. With torch_roots they come from PyTorch, and every bit of the result is PyTorch's.
 #include "../shared/episodic_optimizer.h"
 
 #include <ATen/Parallel.h>
@@ -21,8 +21,8 @@
 namespace rada_fast {
 namespace {
 
-// Elements: p, m, v, g and the root of a chunk are 320 KiB, well within a second-level cache, and the root's call is far
-// shorter than its work.
+// Elements of a chunk. Its p, m, v, g and root take 320 KiB, well within a second-level cache, and the call for the roots
+// takes far less time than its work.
 constexpr int64_t kChunk = 16384;
 
 struct ThreadBuffers {
@@ -39,9 +39,9 @@ const float* gradient_of(const OptimizerTensor& t, int64_t at, int64_t count, Th
     buffers.gradient_is_zero = true;
     return buffer;
   }
-  const void* here = static_cast<const char*>(t.gradient) + static_cast<size_t>(at) * bytes_of(t.type);
-  if (t.type == GradientType::float32) return static_cast<const float*>(here);
-  chosen_loops<OptimizerLoops>().widen(here, t.type, count, buffer);
+  const void* from = static_cast<const char*>(t.gradient) + static_cast<size_t>(at) * bytes_of(t.type);
+  if (t.type == GradientType::float32) return static_cast<const float*>(from);
+  chosen_loops<OptimizerLoops>().widen(from, t.type, count, buffer);
   buffers.gradient_is_zero = false;
   return buffer;
 }
@@ -72,7 +72,7 @@ void step_all(const OptimizerScalars& s, bool torch_roots, const std::vector<Opt
   std::vector<int64_t> ends;
   int64_t tasks = 0;
   for (const auto& t : tensors) ends.push_back(tasks += (t.row + kChunk - 1) / kChunk * t.rows);
-  // Tensors cost differently, so threads take the next task rather than a share.
+  // Tensors cost differently, so every thread takes the next task instead of a fixed share.
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
     thread_local ThreadBuffers buffers;
@@ -81,7 +81,7 @@ void step_all(const OptimizerScalars& s, bool torch_roots, const std::vector<Opt
       while (task >= ends[which]) ++which;
       const OptimizerTensor& t = tensors[which];
       const int64_t local = task - (which ? ends[which - 1] : 0);
-      // Rows change fastest: what all copies start from is read once.
+      // Rows change fastest, so that the row that all copies start from is read from memory once.
       const int64_t row = local % t.rows, begin = local / t.rows * kChunk;
       step_chunk(s, torch_roots, t, row, begin, std::min(kChunk, t.row - begin), buffers);
     }

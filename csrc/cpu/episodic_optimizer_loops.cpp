@@ -1,7 +1,5 @@
-// See episodic_optimizer_loops.h. RADA_CAPABILITY names the namespace this copy is compiled into.
-//
-// Compiled without contraction: what is fused is written as fma(), which is one instruction or, on a processor that has
-// none, two roundings, as in PyTorch's own vectors.
+// This file is compiled without contraction: a fused product and sum is written as fma(). That is one instruction, or two
+// roundings on a processor without it, as in PyTorch's own vectors.
 #include "episodic_optimizer_loops.h"
 
 #include <cstring>

@@ -29,7 +29,7 @@ struct Row {
   A spread;  // sum exp(-d) d
 };
 
-// distance: values in, d out; weight = exp(-d). A row without a finite maximum gets r = NaN.
+// distance holds the values and receives d; weight receives exp(-d). A row without a finite maximum gets r = NaN.
 template <bool with_spread, typename A>
 Row<A> statistics(A best, int64_t classes, A* __restrict distance, A* __restrict weight) {
   A others = 0, spread = 0, ties = 0;
@@ -80,7 +80,7 @@ A cross_entropy(const T* logits, int64_t classes, int64_t label, A smoothing, A 
   const bool known = label >= 0 && label < classes;
   const A count = static_cast<A>(classes), uniform = smoothing / count;
   const A scale = (known ? factor : A(NAN)) / (1 + row.others), floor = factor * uniform;
-  // The target's own sum, so that a certain prediction of one class has gradient 0.
+  // The target's value is added up separately, so that a certain prediction of one class has gradient 0.
   const A target = factor * (uniform + (1 - smoothing));
   if (gradient) {
 #pragma omp simd aligned(weight : 64)
@@ -121,7 +121,7 @@ A marginal(const T* logits, int64_t rows, int64_t classes, A* scratch, T* gradie
   A value = 0;
 #pragma omp simd reduction(+ : value) aligned(log_mean : 64)
   for (int64_t c = 0; c < classes; ++c) {
-    // Of the sum, which is no smaller than any of its terms: their mean could be 0 where a probability is not.
+    // The logarithm of the sum, which is no smaller than any of its terms: their mean could be 0 where a probability is not.
     const A total = log_mean[c];
     log_mean[c] = logarithm_of(total) + log_share;
     value -= total == 0 ? A(0) : share * total * log_mean[c];
@@ -129,7 +129,8 @@ A marginal(const T* logits, int64_t rows, int64_t classes, A* scratch, T* gradie
   if (!gradient) return value;
   for (int64_t r = 0; r < rows; ++r) {
     const A* probability = scratch + r * ld;
-    // sum_k p_k ln q_k - ln q_c, from the row's likeliest class on: beside its p near 1 the others' would drown.
+    // sum_k p_k ln q_k - ln q_c, with ln q counted from that of the row's likeliest class: its p is near 1, and the terms of
+    // the others would be lost beside it.
     A origin = -HUGE_VAL;
 #pragma omp simd reduction(max : origin) aligned(probability, log_mean : 64)
     for (int64_t c = 0; c < classes; ++c) {

@@ -1,8 +1,8 @@
 // Losses over the predictions of every episode, with their gradients in the same pass.
 //
-// Mean entropy and cross-entropy: a task is some rows; a row is read once, and its gradient written while its
-// exponentials are still in the nearest cache. The episode's loss is the sum of its rows' in their order, so that the
-// threads' number does not show. Marginal entropy: a task is some episodes, since every class needs all their rows.
+// For mean entropy and cross-entropy a task is some rows. A row is read once, and its gradient is written while its
+// exponentials are still in the nearest cache. An episode's loss adds up its rows in order, so that the result does not
+// depend on the number of threads. For marginal entropy a task is some episodes: every class needs all rows of its episode.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -35,7 +35,7 @@ void row_losses(const Tensor& logits, const int64_t* labels, double smoothing, T
   const T* in = static_cast<const T*>(logits.const_data_ptr());
   const A share = A(1) / static_cast<A>(n);
   std::vector<A> values(rows);
-  // Checked before, so that no exception has to leave a thread.
+  // Labels are checked here, because no exception may leave a thread.
   for (int64_t r = 0; labels && r < rows; ++r)
     TORCH_CHECK_INDEX(labels[r] >= 0 && labels[r] < classes, "labels must be from 0 to K - 1 = ", classes - 1, ", got ",
                       labels[r]);

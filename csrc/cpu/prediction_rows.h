@@ -1,4 +1,4 @@
-// What the kernels over predictions share: types of the loops, scratch of a thread, rows to a task.
+// Helpers of the operators on predictions: the type of the loops for a tensor, and how many rows make a task.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -18,7 +18,7 @@ inline int64_t rows_per_task(int64_t logits_per_row) {
   return std::max<int64_t>(1, kLogitsPerTask / std::max<int64_t>(1, logits_per_row));
 }
 
-// Calls body.template operator()<T>() with the loops' type of the tensor's dtype.
+// Calls body.template operator()<T>() with the loops' number type for the tensor's dtype.
 template <typename Body>
 void with_loop_type(const at::Tensor& logits, const Body& body) {
   switch (logits.scalar_type()) {

@@ -25,8 +25,8 @@ class Draws {
         own_(at::check_generator<at::CPUGeneratorImpl>(generator_)),
         value_(at::empty({1}, at::kFloat)) {}
 
-  // torch.empty(1).uniform_(low, high), by PyTorch itself: whether it fuses the product and the sum is for the
-  // processor to say, and the last bit with it.
+  // torch.empty(1).uniform_(low, high), by PyTorch itself: whether the product and the sum are fused, and with it the last
+  // bit, depends on the processor.
   float uniform(double low, double high) {
     value_.uniform_(low, high, generator_);
     return *value_.const_data_ptr<float>();
@@ -42,7 +42,7 @@ class Draws {
     return at::uniform_int_from_to_distribution<int64_t>(end - begin, begin)(own_);
   }
   int64_t below(int64_t end) { return between(0, end); }
-  // Of a symmetric Dirichlet distribution with parameter 1: exponentials over their sum.
+  // A draw from the symmetric Dirichlet distribution with parameter 1: exponentials over their sum.
   Tensor shares(int64_t count) {
     const Tensor drawn = at::empty({count}, at::kFloat).exponential_(1.0, generator_);
     return drawn / drawn.sum();
@@ -89,7 +89,7 @@ class BoxDraws {
   }
 
  private:
-  // PyTorch's own exponential: the last bit of another may differ, and a box with it.
+  // PyTorch's own exponential: another one may differ in the last bit, and the box would differ too.
   double exponential(float x) {
     *value_.mutable_data_ptr<float>() = x;
     value_.exp_();
@@ -132,37 +132,37 @@ Tensor random_views(int64_t height, int64_t width, int64_t size, int64_t count, 
   return out;
 }
 
-// The nine operations of the test-time protocols' AugMix, in their order.
+// The nine operations that the test-time protocols' AugMix draws from, in their order.
 enum class Drawn : int64_t {
   autocontrast, equalize, posterize, rotate, solarize, shear_x, shear_y, translate_x, translate_y
 };
 constexpr int64_t kDrawn = 9;
 
-// One operation's strength: its number among csrc/cpu/augmix.cpp's, and its values.
-int64_t draw_operation(Draws& draws, Drawn operation, double severity, int64_t size, double* values) {
+// Draws the strength of one operation: writes its six values and returns which operation it is.
+Operation draw_operation(Draws& draws, Drawn drawn, double severity, int64_t size, double* values) {
   const auto level = [&](double most) { return static_cast<double>(draws.uniform(0.1, severity)) * most / 10; };
   const auto is_negative = [&] { return draws.unit() > 0.5f; };
   const auto signed_value = [&](double value) { return is_negative() ? -value : value; };
+  const auto pixels = [&] { return signed_value(std::trunc(level(static_cast<double>(size) / 3))); };
   std::fill_n(values, 6, 0.0);
   values[0] = values[4] = 1.0;
-  constexpr int64_t none = 0, affine = 5;
-  switch (operation) {
-    case Drawn::autocontrast: return 1;
-    case Drawn::equalize: return 2;
-    case Drawn::posterize: values[0] = 4 - std::trunc(level(4)); return 3;
-    case Drawn::solarize: values[0] = 256 - std::trunc(level(256)); return 4;
+  switch (drawn) {
+    case Drawn::autocontrast: return Operation::autocontrast;
+    case Drawn::equalize: return Operation::equalize;
+    case Drawn::posterize: values[0] = 4 - std::trunc(level(4)); return Operation::posterize;
+    case Drawn::solarize: values[0] = 256 - std::trunc(level(256)); return Operation::solarize;
     case Drawn::rotate: {
       const double degrees = signed_value(std::trunc(level(30)));
-      if (degrees == 0) return none;
+      if (degrees == 0) return Operation::none;
       chosen_loops<AugmixLoops>().rotation(degrees, size, values);
-      return affine;
+      return Operation::affine;
     }
-    case Drawn::shear_x: values[1] = signed_value(level(0.3)); return affine;
-    case Drawn::shear_y: values[3] = signed_value(level(0.3)); return affine;
-    case Drawn::translate_x: values[2] = signed_value(std::trunc(level(static_cast<double>(size) / 3))); return affine;
-    case Drawn::translate_y: values[5] = signed_value(std::trunc(level(static_cast<double>(size) / 3))); return affine;
+    case Drawn::shear_x: values[1] = signed_value(level(0.3)); return Operation::affine;
+    case Drawn::shear_y: values[3] = signed_value(level(0.3)); return Operation::affine;
+    case Drawn::translate_x: values[2] = pixels(); return Operation::affine;
+    case Drawn::translate_y: values[5] = pixels(); return Operation::affine;
   }
-  return none;
+  return Operation::none;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> random_augmix(int64_t height, int64_t width, int64_t size, int64_t count,
@@ -191,8 +191,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> random_augmix(int64_t height, int64_t
     for (int64_t chain = 0; chain < chains; ++chain) {
       const int64_t first = (i * chains + chain) * depth, steps = draws.between(1, depth + 1);
       for (int64_t step = first; step < first + steps; ++step)
-        operations.mutable_data_ptr<int64_t>()[step] = draw_operation(
-            draws, static_cast<Drawn>(draws.below(kDrawn)), severity, size, matrices.mutable_data_ptr<double>() + 6 * step);
+        operations.mutable_data_ptr<int64_t>()[step] = static_cast<int64_t>(
+            draw_operation(draws, static_cast<Drawn>(draws.below(kDrawn)), severity, size,
+                           matrices.mutable_data_ptr<double>() + 6 * step));
     }
   }
   return {out, operations, matrices, weights};

@@ -1,4 +1,3 @@
-// See view_frames.h.
 #include "view_frames.h"
 
 #include <ATen/Parallel.h>
@@ -52,7 +51,7 @@ at::Tensor empty_in_large_pages(at::IntArrayRef sizes, at::ScalarType dtype) {
   constexpr uintptr_t page = uintptr_t{1} << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr()), end = begin + out.nbytes();
   const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  // Only advice: where it is refused everything is as before.
+  // This is only advice: where the system refuses it, nothing changes.
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return out;
@@ -75,7 +74,7 @@ Planes::Planes(at::TensorList pictures, const ViewLoops& loops, int64_t slack) {
   }
   pixels_ = empty_in_large_pages({total + slack}, at::kByte);
   uint8_t* pixels = pixels_.mutable_data_ptr<uint8_t>();
-  // What lies past the last plane is read, and multiplied by zero.
+  // The bytes past the last plane are read and multiplied by zero.
   std::fill_n(pixels + total, slack, uint8_t{0});
   for (size_t i = 0; i < pictures.size(); ++i)
     places_.push_back({pixels + starts[i], pictures[i].size(0), pictures[i].size(1)});
@@ -117,7 +116,7 @@ AxisWeights Resizer::Storage::fill(const Axis& axis, std::vector<double>& scratc
   scratch.resize(most * 64);
   AxisWeights out{most, padded, first.data(), taps.data(), weights.data()};
   loops.axis_weights(axis, scratch.data(), out);
-  // Pillow's bound is generous: an output of a window of three has at most three or four taps.
+  // Pillow's bound is generous: with a window of three, an output has at most three or four taps.
   out.most_taps = *std::max_element(taps.begin(), taps.end());
   return out;
 }
@@ -142,8 +141,7 @@ void Resizer::start(const View& view) {
   columns_.products = products_.data();
   loops_.pack_columns(columns_);
   weights_.resize(rows_.most_taps);
-  vertical_first_ = tall_first_ && view.height > view.resized_height &&
-                    view.height - view.resized_height > 2 * (view.width - view.resized_width);
+  vertical_first_ = vertical_first(view, tall_first_);
   if (vertical_first_) {
     const AxisWeights& axis = columns_.axis;
     const auto [low, high] = std::minmax(axis.first[0], axis.first[size_ - 1]);
@@ -155,7 +153,7 @@ void Resizer::start(const View& view) {
     ring_rows_ = rows_.most_taps;
     ring_.resize(ring_rows_ * 3 * padded_);
     taps_.resize(rows_.most_taps);
-    made_ = 0;
+    next_row_ = 0;
   }
 }
 
@@ -164,12 +162,12 @@ void Resizer::across_then_down(const View& view, int64_t y) {
   const auto ring_row = [&](int64_t row, int64_t plane) {
     return ring_.data() + (row % ring_rows_ * 3 + plane) * padded_;
   };
-  for (made_ = std::max(made_, first); made_ < first + count; ++made_) {
+  for (next_row_ = std::max(next_row_, first); next_row_ < first + count; ++next_row_) {
     std::array<const uint8_t*, 3> in;
     std::array<uint16_t*, 3> out;
     for (int64_t plane = 0; plane < 3; ++plane) {
-      in[plane] = planes_.row(view.picture, plane, view.top + made_) + view.left;
-      out[plane] = ring_row(made_, plane);
+      in[plane] = planes_.row(view.picture, plane, view.top + next_row_) + view.left;
+      out[plane] = ring_row(next_row_, plane);
     }
     loops_.horizontal(columns_, in.data(), out.data());
   }

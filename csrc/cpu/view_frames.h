@@ -1,4 +1,4 @@
-// Views of pictures on the CPU: what the tables of views mean, and a resize of one view row by row. See view_loops.h.
+// Views of pictures on the CPU: the checks of their table, and the resize of one view row by row. See view_loops.h.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,22 +7,15 @@
 #include <cmath>
 #include <vector>
 
+#include "../shared/view_table.h"
 #include "view_loops.h"
 
 namespace rada_fast {
 
-// One row of the table of views, in the order of its columns: a box of a picture, the size that the box is resized to,
-// where the view lies in the result, mirrored or not, bicubic or bilinear.
-struct View {
-  int64_t picture, top, left, height, width, resized_height, resized_width, window_top, window_left, flip, bicubic;
-};
-constexpr int64_t kViewColumns = 11;
-static_assert(sizeof(View) == kViewColumns * sizeof(int64_t));
-
 // Raises an error where a view leaves its picture or its window the resized box.
 void check_views(at::TensorList pictures, const at::Tensor& views, int64_t size);
 
-// The pictures by planes, (3, height, width) each: a layout that every view of a picture shares.
+// The pictures as planes, (3, height, width) each. All views of a picture read the same planes.
 class Planes {
  public:
   Planes(at::TensorList pictures, const ViewLoops& loops, int64_t slack);
@@ -40,11 +33,11 @@ class Planes {
   at::Tensor pixels_;
 };
 
-// An uninitialised tensor whose pages are asked for in 2 MiB pieces, where the system knows them: of 38 MB of views, as
-// many as 64 of 224 pixels have, the page faults of 4 KiB would cost more time than all arithmetic.
+// An uninitialised tensor that asks the system for pages of 2 MiB, where there are such. The 38 MB of 64 views of 224 pixels
+// would otherwise cost more time in page faults of 4 KiB than in arithmetic.
 at::Tensor empty_in_large_pages(at::IntArrayRef sizes, at::ScalarType dtype);
 
-// Bytes that a view's windows may be read past a row.
+// How many bytes past the end of a row may be read for a view.
 int64_t row_slack(const View* views, int64_t count);
 
 // (v / 255 - mean) / std of the 256 values of three channels, as PyTorch computes them in float32.
@@ -58,14 +51,13 @@ class ChannelTables {
   std::array<Normalisation, 3> normalisations_;
 };
 
-// One view after another, each row by row. The horizontal pass comes first, and its rows that the vertical one still needs
-// are kept in a ring; with `tall_first`, as in Pillow from version 13 on, the vertical pass comes first where the height
-// shrinks by more than twice what the width does. One object a thread.
+// Resizes one view after another, each row by row; every thread has an object of its own. Where the horizontal pass comes
+// first (see vertical_first), a ring keeps the rows that the vertical pass still needs.
 class Resizer {
  public:
   Resizer(const Planes& planes, const ViewLoops& loops, int64_t size, bool tall_first);
 
-  // row(y, words): three rows of `size` values 0..255, in 16-bit words.
+  // Calls row(y, words) for each y with three rows, one per channel, of `size` values 0..255 in 16-bit words.
   template <typename Row>
   void resize(const View& view, Row row) {
     start(view);
@@ -100,10 +92,10 @@ class Resizer {
   std::vector<uint16_t> ring_, out_;
   std::vector<const uint16_t*> taps_;
   std::vector<const uint8_t*> pixel_taps_;
-  std::vector<uint8_t> strip_;              // where the vertical pass is the first: a row of each plane
-  int64_t strip_begin_, strip_padded_;      // the columns of it that are needed
+  std::vector<uint8_t> strip_;              // where the vertical pass is the first: its row of each plane
+  int64_t strip_begin_, strip_padded_;      // the columns of the strip that are needed
   std::array<uint16_t*, 3> out_rows_;
-  int64_t ring_rows_, made_;  // rows below made_ have been through the horizontal pass
+  int64_t ring_rows_, next_row_;  // rows below next_row_ have been through the horizontal pass
 };
 
 }  // namespace rada_fast

@@ -20,7 +20,7 @@ inline double filter(bool bicubic, double x) {
   return x < 1.0 ? near : (x < 2.0 ? far : 0.0);
 }
 
-// Precompute_coeffs and normalize_coeffs_8bpc of Pillow's Resample.c, over a window of the outputs.
+// Pillow's precompute_coeffs and normalize_coeffs_8bpc (Resample.c), over a window of the outputs.
 template <bool bicubic>
 void weights_of(const Axis& axis, double* scratch, const AxisWeights& out) {
   const double scale = static_cast<double>(static_cast<float>(axis.in_size)) / static_cast<double>(axis.out_size);
@@ -34,7 +34,7 @@ void weights_of(const Axis& axis, double* scratch, const AxisWeights& out) {
     const int32_t last = static_cast<int32_t>(axis.count - 1), size = static_cast<int32_t>(axis.in_size);
     const int32_t window = static_cast<int32_t>(axis.window), origin = static_cast<int32_t>(begin);
     for (int32_t i = 0; i < chunk; ++i) {
-      // What is past the end repeats the last output and is never stored.
+      // Outputs past the end repeat the last one and are never stored.
       const int32_t at = origin + i < last ? origin + i : last;
       center[i] = (static_cast<double>(window + (axis.reversed ? last - at : at)) + 0.5) * scale;
       const int32_t low = static_cast<int32_t>(center[i] - support + 0.5);
@@ -94,90 +94,68 @@ constexpr int kLowBits = 15;
 inline int16_t low_of(int32_t weight) { return static_cast<int16_t>(weight & ((1 << kLowBits) - 1)); }
 inline int16_t high_of(int32_t weight) { return static_cast<int16_t>(weight >> kLowBits); }
 
+// The vectors of this copy. RADA_VECTOR(operation) is the intrinsic of that name for their width.
 #if defined(__AVX512BW__)
+#define RADA_VECTOR(operation) _mm512_##operation
 using Int = __m512i;
-constexpr int kLanes = 4;
+using Float = __m512;
 inline Int load(const void* p) { return _mm512_loadu_si512(p); }
 inline void store(void* p, Int v) { _mm512_storeu_si512(p, v); }
 inline Int zero() { return _mm512_setzero_si512(); }
-inline Int spread(int32_t v) { return _mm512_set1_epi32(v); }
-inline Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
-inline Int dot(Int a, Int b) { return _mm512_madd_epi16(a, b); }
-inline Int shuffle(Int a, Int b) { return _mm512_shuffle_epi8(a, b); }
-inline Int up(Int a) { return _mm512_slli_epi32(a, kLowBits); }
-inline Int down(Int a) { return _mm512_srai_epi32(a, kWeightBits); }
-inline Int pack(Int a, Int b) { return _mm512_packs_epi32(a, b); }
-inline Int pack_bytes(Int a, Int b) { return _mm512_packus_epi16(a, b); }
-inline Int low_bytes(Int a, Int b) { return _mm512_unpacklo_epi8(a, b); }
-inline Int high_bytes(Int a, Int b) { return _mm512_unpackhi_epi8(a, b); }
-inline Int low_pairs(Int a, Int b) { return _mm512_unpacklo_epi16(a, b); }
-inline Int high_pairs(Int a, Int b) { return _mm512_unpackhi_epi16(a, b); }
-inline Int byte_range(Int a) {
-  return _mm512_min_epi16(_mm512_max_epi16(a, zero()), _mm512_set1_epi16(255));
-}
-inline Int lanes(__m128i a, __m128i b, __m128i c, __m128i d) {
-  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
-  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(c), d, 1);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
 template <typename Lane>
 inline Int window(Lane lane) {
-  return lanes(lane(0), lane(1), lane(2), lane(3));
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(lane(0)), lane(1), 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(lane(2)), lane(3), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
-using Float = __m512;
-constexpr int kFloats = 16;
-inline Float spread(float v) { return _mm512_set1_ps(v); }
 inline Float words_to_float(const uint16_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
-inline void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
-inline Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
-inline Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
-inline Float fused(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
-inline Float fused_negated(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }
 #else
+#define RADA_VECTOR(operation) _mm256_##operation
 using Int = __m256i;
-constexpr int kLanes = 2;
+using Float = __m256;
 inline Int load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 inline Int zero() { return _mm256_setzero_si256(); }
-inline Int spread(int32_t v) { return _mm256_set1_epi32(v); }
-inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
-inline Int dot(Int a, Int b) { return _mm256_madd_epi16(a, b); }
-inline Int shuffle(Int a, Int b) { return _mm256_shuffle_epi8(a, b); }
-inline Int up(Int a) { return _mm256_slli_epi32(a, kLowBits); }
-inline Int down(Int a) { return _mm256_srai_epi32(a, kWeightBits); }
-inline Int pack(Int a, Int b) { return _mm256_packs_epi32(a, b); }
-inline Int pack_bytes(Int a, Int b) { return _mm256_packus_epi16(a, b); }
-inline Int low_bytes(Int a, Int b) { return _mm256_unpacklo_epi8(a, b); }
-inline Int high_bytes(Int a, Int b) { return _mm256_unpackhi_epi8(a, b); }
-inline Int low_pairs(Int a, Int b) { return _mm256_unpacklo_epi16(a, b); }
-inline Int high_pairs(Int a, Int b) { return _mm256_unpackhi_epi16(a, b); }
-inline Int byte_range(Int a) {
-  return _mm256_min_epi16(_mm256_max_epi16(a, zero()), _mm256_set1_epi16(255));
-}
 template <typename Lane>
 inline Int window(Lane lane) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(lane(0)), lane(1), 1);
 }
-using Float = __m256;
-constexpr int kFloats = 8;
-inline Float spread(float v) { return _mm256_set1_ps(v); }
 inline Float words_to_float(const uint16_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-inline void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
-inline Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
-inline Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
-inline Float fused(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
-inline Float fused_negated(Float a, Float b, Float c) { return _mm256_fnmadd_ps(a, b, c); }
 #endif
+constexpr int kLanes = sizeof(Int) / 16, kFloats = sizeof(Float) / sizeof(float);
+
+inline Int spread(int32_t v) { return RADA_VECTOR(set1_epi32)(v); }
+inline Int add(Int a, Int b) { return RADA_VECTOR(add_epi32)(a, b); }
+inline Int dot(Int a, Int b) { return RADA_VECTOR(madd_epi16)(a, b); }
+inline Int shuffle(Int a, Int b) { return RADA_VECTOR(shuffle_epi8)(a, b); }
+inline Int up(Int a) { return RADA_VECTOR(slli_epi32)(a, kLowBits); }
+inline Int down(Int a) { return RADA_VECTOR(srai_epi32)(a, kWeightBits); }
+inline Int pack(Int a, Int b) { return RADA_VECTOR(packs_epi32)(a, b); }
+inline Int pack_bytes(Int a, Int b) { return RADA_VECTOR(packus_epi16)(a, b); }
+inline Int low_bytes(Int a, Int b) { return RADA_VECTOR(unpacklo_epi8)(a, b); }
+inline Int high_bytes(Int a, Int b) { return RADA_VECTOR(unpackhi_epi8)(a, b); }
+inline Int low_pairs(Int a, Int b) { return RADA_VECTOR(unpacklo_epi16)(a, b); }
+inline Int high_pairs(Int a, Int b) { return RADA_VECTOR(unpackhi_epi16)(a, b); }
+inline Int byte_range(Int a) {
+  return RADA_VECTOR(min_epi16)(RADA_VECTOR(max_epi16)(a, zero()), RADA_VECTOR(set1_epi16)(255));
+}
+inline Float spread(float v) { return RADA_VECTOR(set1_ps)(v); }
+inline void store(float* p, Float v) { RADA_VECTOR(storeu_ps)(p, v); }
+inline Float multiply(Float a, Float b) { return RADA_VECTOR(mul_ps)(a, b); }
+inline Float subtract(Float a, Float b) { return RADA_VECTOR(sub_ps)(a, b); }
+inline Float fused(Float a, Float b, Float c) { return RADA_VECTOR(fmadd_ps)(a, b, c); }
+inline Float fused_negated(Float a, Float b, Float c) { return RADA_VECTOR(fnmadd_ps)(a, b, c); }
+#undef RADA_VECTOR
 
 constexpr int kBytes = 16 * kLanes;
 // Outputs of two vectors, whose 32-bit results are packed into one of 16-bit words.
 constexpr int kPair = 8 * kLanes;
 
-// Four outputs share a lane of 16 bytes. Packing takes lanes of two vectors in turn, so the first vector of a pair holds
+// Four outputs share a lane of 16 bytes. Packing takes the lanes of two vectors in turn, so the first vector of a pair holds
 // the blocks 0, 2, ... of its outputs and the second 1, 3, ...: then the words come out in order.
 inline int64_t block_of(int64_t vector, int lane) { return vector / 2 * 2 * kLanes + 2 * lane + vector % 2; }
 
@@ -270,63 +248,72 @@ inline int32_t two(int16_t a, int16_t b) {
                               static_cast<uint32_t>(static_cast<uint16_t>(b)) << 16);
 }
 
-void vertical(const uint16_t* const* rows, const int32_t* weights, int64_t taps, int64_t padded, uint16_t* out) {
-  constexpr int64_t step = 2 * kPair;  // two vectors of words share the spread weights
-  for (int64_t at = 0; at < padded; at += step) {
-    Int low[4], high[4];
+// Sums of products with a pair of taps' weights: four vectors of 32-bit sums, their low and high parts apart.
+struct VerticalSums {
+  Int low[4], high[4];
+  VerticalSums() {
     for (int i = 0; i < 4; ++i) {
       low[i] = spread(kHalf);
       high[i] = zero();
     }
+  }
+  // The sum of vector i, shifted back to whole numbers.
+  Int shifted(int i) const { return down(add(low[i], up(high[i]))); }
+};
+
+// The weights of two taps in every 32-bit word; the second is zero past the last tap.
+struct PairWeights {
+  Int low, high;
+  PairWeights(const int32_t* weights, int64_t tap, bool whole) {
+    const int32_t a = weights[tap], b = whole ? weights[tap + 1] : 0;
+    low = spread(two(low_of(a), low_of(b)));
+    high = spread(two(high_of(a), high_of(b)));
+  }
+};
+
+inline void multiply_add(VerticalSums& sums, int i, Int pair, const PairWeights& weights) {
+  sums.low[i] = add(sums.low[i], dot(pair, weights.low));
+  sums.high[i] = add(sums.high[i], dot(pair, weights.high));
+}
+
+void vertical(const uint16_t* const* rows, const int32_t* weights, int64_t taps, int64_t padded, uint16_t* out) {
+  constexpr int64_t step = 2 * kPair;  // two vectors of words share the spread weights
+  for (int64_t at = 0; at < padded; at += step) {
+    VerticalSums sums;
     for (int64_t tap = 0; tap < taps; tap += 2) {
       const bool whole = tap + 1 < taps;
-      const int32_t a = weights[tap], b = whole ? weights[tap + 1] : 0;
+      const PairWeights pair_weights(weights, tap, whole);
       const uint16_t *upper = rows[tap] + at, *lower = (whole ? rows[tap + 1] : rows[tap]) + at;
-      const Int low_weights = spread(two(low_of(a), low_of(b))), high_weights = spread(two(high_of(a), high_of(b)));
       for (int i = 0; i < 2; ++i) {
         const Int above = load(upper + i * kPair), below = load(lower + i * kPair);
-        const Int left = low_pairs(above, below), right = high_pairs(above, below);
-        low[2 * i] = add(low[2 * i], dot(left, low_weights));
-        low[2 * i + 1] = add(low[2 * i + 1], dot(right, low_weights));
-        high[2 * i] = add(high[2 * i], dot(left, high_weights));
-        high[2 * i + 1] = add(high[2 * i + 1], dot(right, high_weights));
+        multiply_add(sums, 2 * i, low_pairs(above, below), pair_weights);
+        multiply_add(sums, 2 * i + 1, high_pairs(above, below), pair_weights);
       }
     }
-    for (int i = 0; i < 2; ++i) {
-      const Int left = down(add(low[2 * i], up(high[2 * i])));
-      const Int right = down(add(low[2 * i + 1], up(high[2 * i + 1])));
-      store(out + at + i * kPair, byte_range(pack(left, right)));
-    }
+    for (int i = 0; i < 2; ++i)
+      store(out + at + i * kPair, byte_range(pack(sums.shifted(2 * i), sums.shifted(2 * i + 1))));
   }
 }
 
 void vertical_pixels(const uint8_t* const* rows, const int32_t* weights, int64_t taps, int64_t padded, uint8_t* out) {
   for (int64_t at = 0; at < padded; at += kBytes) {
-    Int low[4], high[4];
-    for (int i = 0; i < 4; ++i) {
-      low[i] = spread(kHalf);
-      high[i] = zero();
-    }
+    VerticalSums sums;
     for (int64_t tap = 0; tap < taps; tap += 2) {
       const bool whole = tap + 1 < taps;
-      const int32_t a = weights[tap], b = whole ? weights[tap + 1] : 0;
+      const PairWeights pair_weights(weights, tap, whole);
       const Int above = load(rows[tap] + at), below = load((whole ? rows[tap + 1] : rows[tap]) + at);
-      const Int low_weights = spread(two(low_of(a), low_of(b))), high_weights = spread(two(high_of(a), high_of(b)));
       const Int left = low_bytes(above, below), right = high_bytes(above, below);
       const Int pairs[4] = {low_bytes(left, zero()), high_bytes(left, zero()), low_bytes(right, zero()),
                             high_bytes(right, zero())};
-      for (int i = 0; i < 4; ++i) {
-        low[i] = add(low[i], dot(pairs[i], low_weights));
-        high[i] = add(high[i], dot(pairs[i], high_weights));
-      }
+      for (int i = 0; i < 4; ++i) multiply_add(sums, i, pairs[i], pair_weights);
     }
-    for (int i = 0; i < 4; ++i) low[i] = down(add(low[i], up(high[i])));
-    store(out + at, pack_bytes(pack(low[0], low[1]), pack(low[2], low[3])));
+    store(out + at,
+          pack_bytes(pack(sums.shifted(0), sums.shifted(1)), pack(sums.shifted(2), sums.shifted(3))));
   }
 }
 
 void split(const uint8_t* pixels, int64_t count, uint8_t* red, uint8_t* green, uint8_t* blue) {
-  // Of 48 bytes, which go where: plane p takes bytes p, p + 3, ... of the three loads.
+  // Where each of 48 bytes goes: plane p takes the bytes p, p + 3, ... of the three loads.
   alignas(16) uint8_t picks[3][3][16];
   std::memset(picks, 0x80, sizeof(picks));
   for (int plane = 0; plane < 3; ++plane)

@@ -1,8 +1,8 @@
 // Loops over the pixels of views: resampling weights, the two passes of a resize, normalisation. See instruction_set.h for
 // the copies.
 //
-// The arithmetic is Pillow's: weights in double precision, rounded to 22 fractional bits; each pass sums integers, adds a
-// half, shifts and clips to 0..255, so that the first pass is rounded before the second one.
+// The arithmetic is Pillow's. Weights are computed in double precision and rounded to 22 fractional bits. Each pass adds up
+// integers and a half, shifts the sum and clips it to 0..255, so that the first pass is rounded before the second one.
 #pragma once
 
 #include <cstdint>
@@ -14,36 +14,36 @@ namespace rada_fast {
 constexpr int kWeightBits = 22;
 // Rows of outputs are padded to this many, so that no vector loop needs a tail of its own.
 constexpr int64_t kOutputPadding = 64;
-// Bytes that a window of a row of pixels may be read past its last weight.
+// How many bytes past its last weight a window of a row of pixels may read.
 constexpr int64_t kRowSlack = 64;
 
 static inline int64_t padded_outputs(int64_t count) { return (count + kOutputPadding - 1) / kOutputPadding * kOutputPadding; }
 
-// One axis of a resize from in_size to out_size, for `count` outputs from `window` on; reversed: from the last to the
-// first, which is how a flip is done.
+// One axis of a resize from in_size to out_size, for `count` outputs from `window` on. reversed: from the last to the first,
+// which mirrors the view.
 struct Axis {
   int64_t in_size, out_size, window, count;
   bool reversed, bicubic;
 };
 
-// Which inputs an output sees and with which weights: first[i], taps[i], weights[tap * padded + i] (0 past its taps).
+// Output i sees the inputs first[i] .. first[i] + taps[i] - 1 with weights[tap * padded + i], which is 0 past its taps.
 struct AxisWeights {
   int64_t most_taps, padded;
   int32_t *first, *taps, *weights;
 };
 
-// The horizontal pass's tables besides the weights: filled by `pack_columns`, in the instruction set's own order.
+// The tables of the horizontal pass. pack_columns fills all but the axis, in the order that the instruction set needs.
 struct Columns {
   AxisWeights axis;
   int64_t groups;       // of four taps
-  bool wide;            // four neighbours do not fit into one window of 16 pixels
+  bool wide;            // whether four neighbours do not fit into one window of 16 pixels
   int32_t* offsets;     // [padded]
   uint8_t* shuffles;    // [padded * 8]
   int16_t* products;    // [groups * padded * 8]
 };
 
-// (value / 255 - mean) / std in float32, each step rounded as PyTorch rounds it: table[value]. `direct` is set by
-// `prepare` where vector arithmetic gives these 256 numbers bit for bit.
+// table[value] is (value / 255 - mean) / std in float32, each step rounded as PyTorch rounds it. `prepare` sets `direct`
+// where vector arithmetic gives these 256 numbers bit for bit.
 struct Normalisation {
   float mean, std, inverse;
   bool direct;
@@ -60,7 +60,7 @@ struct ViewLoops {
   void (*horizontal)(const Columns& columns, const uint8_t* const* planes, uint16_t* const* out);
   // out[i] = clipped sum of rows[tap][i] * weights[tap]; `padded` words.
   void (*vertical)(const uint16_t* const* rows, const int32_t* weights, int64_t taps, int64_t padded, uint16_t* out);
-  // The same of rows of pixels, where this pass comes first.
+  // The same for rows of pixels, where this pass comes first.
   void (*vertical_pixels)(const uint8_t* const* rows, const int32_t* weights, int64_t taps, int64_t padded,
                           uint8_t* out);
   void (*prepare)(Normalisation& normalisation);
@@ -69,7 +69,7 @@ struct ViewLoops {
 
 RADA_LOOPS(ViewLoops)
 
-// Taps that an output of a resize may have: Pillow's ksize.
+// How many taps an output of a resize may have: Pillow's ksize.
 int64_t most_taps(int64_t in_size, int64_t out_size, bool bicubic);
 
 }  // namespace rada_fast

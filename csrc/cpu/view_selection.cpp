@@ -1,7 +1,7 @@
-// Entropies of all views' predictions and the indices of an episode's lowest ones.
+// The entropies of all views' predictions, and the indices of the lowest ones of every episode.
 //
-// Two steps, because the first has work for every thread at one episode too: rows of logits, then episodes. The choice is
-// a partial sort of (entropy, index), which is a total order: NaN is last.
+// The work is done in two steps, first over rows of logits and then over episodes, so that a single episode keeps all
+// threads busy too. The choice is a partial sort by (entropy, index), a total order in which NaN is last.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>

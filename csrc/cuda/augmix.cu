@@ -1,22 +1,23 @@
-// Four kinds of launches: the plan travels to the device as kernels' arguments; the views are resized into 8-bit pixels;
-// a block takes a view through one chain; the chains are mixed. Pixels of views are four bytes: red, green, blue, 0.
+// There are four kinds of launches: the plan is sent to the device as kernels' arguments; the views are resized into 8-bit
+// pixels; a block takes a view through one chain; the chains are mixed. A pixel of a view has four bytes: red, green, blue,
+// 0.
 //
-// Operations on values only change a table of 3 x 256 bytes in shared memory. Pixels move in affine transforms alone, which
-// apply the table to what they read, and in the mix. Histograms count in shared memory: sums of integers do not depend on
+// Operations on values only change a table of 3 x 256 bytes in shared memory. Only affine transforms and the mix read
+// pixels, and they apply the table to what they read. Histograms count in shared memory: sums of integers do not depend on
 // their order.
 #include "augmix.h"
 
 #include <algorithm>
 
+#include "../shared/view_table.h"
 #include "view_resize.cuh"
 
 namespace rada_fast {
 namespace {
 
-enum Operation : int64_t { kNone, kAutocontrast, kEqualize, kPosterize, kSolarize, kAffine };
 constexpr int kChainThreads = 512, kMixThreads = 256, kValues = 3 * 256;
 
-// Where everything lies in the scratch memory.
+// The arrays in the scratch memory.
 struct Workspace {
   int64_t chains, depth;
   int32_t size;
@@ -29,7 +30,7 @@ struct Workspace {
   int32_t* places;    // [view][chain]: 0 the plain view, 1 and 2 the buffers
 };
 
-// With a null base, the sizes alone: returns the bytes used.
+// Sets the arrays' addresses and returns the bytes used; a null base serves to ask for the size.
 int64_t lay_out(Workspace& w, char* base, int64_t count, int64_t chains, int64_t depth, int32_t size) {
   int64_t used = 0;
   const auto take = [&](auto*& pointer, int64_t elements) {
@@ -76,10 +77,9 @@ cudaError_t upload(const void* from, int64_t bytes, void* to, cudaStream_t strea
 __global__ void __launch_bounds__(kThreads)
     resize_pixels(const __grid_constant__ Frames frames, int32_t size, uint32_t* out) {
   __shared__ ResizeTile tile;
-  const int32_t top = blockIdx.y * kTile, left = blockIdx.x * kTile;
   uint8_t values[kRows][3];
-  resize_tile(frames.frame[blockIdx.z], size, top, left, tile, values);
-  const int32_t column = left + threadIdx.x % kTile, first = top + threadIdx.x / kTile * kRows;
+  resize_tile(frames.frame[blockIdx.z], size, tile, values);
+  const int32_t column = thread_column(), first = thread_row();
   if (column >= size) return;
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
@@ -109,7 +109,7 @@ __device__ inline void count_values(Chain& chain, const uint32_t* image, int32_t
   __syncthreads();
 }
 
-// One warp a channel; a lane has eight values.
+// A warp serves one channel, a lane eight of its values; `flatten` works in the same way.
 __device__ inline void stretch(Chain& chain, int channel, int lane) {
   const uint32_t* counts = chain.counts[channel];
   int low = 255, high = 0;
@@ -206,10 +206,10 @@ __global__ void __launch_bounds__(kChainThreads) run_chains(Workspace w, Channel
   __syncthreads();
   for (int64_t step = 0; step < w.depth; ++step) {
     const int64_t at = (view * w.chains + index) * w.depth + step;
-    const int64_t operation = w.operations[at];
+    const Operation operation = static_cast<Operation>(w.operations[at]);
     const double* matrix = w.matrices + 6 * at;
-    if (operation == kNone) continue;
-    if (operation == kAffine) {
+    if (operation == Operation::none) continue;
+    if (operation == Operation::affine) {
       place = place == 1 ? 2 : 1;
       uint32_t* const out = buffers + static_cast<int64_t>(place - 1) * pixels;
       transform(chain, image, matrix, w.size, out);
@@ -220,15 +220,15 @@ __global__ void __launch_bounds__(kChainThreads) run_chains(Workspace w, Channel
       __syncthreads();
       continue;
     }
-    if (operation == kAutocontrast || operation == kEqualize) {
+    if (operation == Operation::autocontrast || operation == Operation::equalize) {
       count_values(chain, image, pixels);
-      if (warp < 3) operation == kAutocontrast ? stretch(chain, warp, lane) : flatten(chain, warp, lane);
+      if (warp < 3) operation == Operation::autocontrast ? stretch(chain, warp, lane) : flatten(chain, warp, lane);
     } else {
       const int amount = static_cast<int>(matrix[0]);
       for (int i = threadIdx.x; i < kValues; i += kChainThreads) {
         const int value = i % 256;
-        const int found = operation == kPosterize ? value & ~((1 << (8 - amount)) - 1)
-                                                  : (value < matrix[0] ? value : 255 - value);
+        const int found = operation == Operation::posterize ? value & ~((1 << (8 - amount)) - 1)
+                                                            : (value < matrix[0] ? value : 255 - value);
         chain.found[i / 256][value] = static_cast<uint8_t>(found);
       }
     }
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kMixThreads) mix(Workspace w, T* out) {
   if (i >= pixels) return;
   const float* weights = w.weights + view * (w.chains + 2);
   const float rest = weights[w.chains + 1];
-  // Nothing times a finite mix is nothing: the plain view.
+  // The mix has weight 0 and is finite: only the plain view is left.
   const int64_t used = weights[w.chains] == 1.0f && rest == 0.0f ? 0 : w.chains;
   const float* values = w.values + view * (w.chains + 1) * kValues;
   float sums[3] = {0.0f, 0.0f, 0.0f};
@@ -276,18 +276,9 @@ __global__ void __launch_bounds__(kMixThreads) mix(Workspace w, T* out) {
 }
 
 cudaError_t resize(const ViewFrame* frames, int64_t count, int32_t size, uint32_t* out, cudaStream_t stream) {
-  const unsigned tiles = static_cast<unsigned>((size + kTile - 1) / kTile);
-  const int64_t launches = (count + kMostFrames - 1) / kMostFrames;
-  for (int64_t part = 0; part < launches; ++part) {
-    const int64_t begin = count * part / launches, end = count * (part + 1) / launches;
-    Frames table{};
-    std::copy(frames + begin, frames + end, table.frame);
-    resize_pixels<<<dim3(tiles, tiles, static_cast<unsigned>(end - begin)), kThreads, 0, stream>>>(
-        table, size, out + begin * size * size);
-    const cudaError_t status = cudaGetLastError();
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
+  return launch_by_frames(frames, count, size, [&](dim3 grid, const Frames& part, int64_t begin) {
+    resize_pixels<<<grid, kThreads, 0, stream>>>(part, size, out + begin * size * size);
+  });
 }
 
 template <typename T>

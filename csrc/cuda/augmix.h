@@ -3,14 +3,18 @@
 
 #include "multi_view_crops.h"
 
-// Bytes of device memory that rada_fast_augmix works in.
+// How many bytes of device memory rada_fast_augmix needs for its work.
 extern "C" int64_t rada_fast_augmix_scratch(int64_t count, int64_t chains, int64_t depth, int32_t size);
 
-// out: (count, 3, size, size) of `type`; frames, mean, std, type: as rada_fast_multi_view_crops; scratch: on the device,
-// aligned to 256 bytes. In the host's memory: operations [view][chain][step], 0 none, 1 autocontrast, 2 equalize,
-// 3 posterize, 4 solarize, 5 affine; matrices [view][chain][step][6], of posterize and solarize first the bits to keep or
-// the least value to invert; weights [view][chains + 2], of the chains, the plain view and the mix of the chains. None of
-// it is read after the call returns.
+// Views after AugMix.
+//   frames, mean, std, type   as in rada_fast_multi_view_crops
+//   operations                [view][chain][step], numbers of the enumeration Operation in ../shared/view_table.h
+//   matrices                  [view][chain][step][6], an affine transform; posterize and solarize use the first number alone,
+//                             the bits to keep or the least value to invert
+//   weights                   [view][chains + 2], of each chain, of the plain view, and of the mix of the chains
+//   scratch                   on the device, aligned to 256 bytes
+//   out                       (count, 3, size, size) of `type`, on the device
+// operations, matrices and weights are in the host's memory and are not read after the call returns.
 extern "C" cudaError_t rada_fast_augmix(const rada_fast::ViewFrame* frames, int64_t count, int32_t size, int64_t chains,
                                         int64_t depth, const int64_t* operations, const double* matrices,
                                         const float* weights, const float* mean, const float* std, int32_t type,

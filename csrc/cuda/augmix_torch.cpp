@@ -29,9 +29,11 @@ Tensor augmix(std::vector<Tensor> pictures, const Tensor& views, const Tensor& g
   const int64_t* codes = operations.const_data_ptr<int64_t>();
   const double* values = matrices.const_data_ptr<double>();
   for (int64_t i = 0; i < count * chains * depth; ++i) {
-    STD_TORCH_CHECK(codes[i] >= 0 && codes[i] <= 5, "operations must be 0..5, got ", codes[i]);
-    STD_TORCH_CHECK(codes[i] != 3 || (values[6 * i] >= 1 && values[6 * i] <= 8), "posterize keeps 1 to 8 bits, got ",
-                    values[6 * i]);
+    STD_TORCH_CHECK(codes[i] >= 0 && codes[i] < kOperations, "operations must be 0..", kOperations - 1,
+                    ", got ", codes[i]);
+    STD_TORCH_CHECK(static_cast<Operation>(codes[i]) != Operation::posterize ||
+                        (values[6 * i] >= 1 && values[6 * i] <= 8),
+                    "posterize keeps 1 to 8 bits, got ", values[6 * i]);
     for (int64_t j = 0; j < 6; ++j)
       STD_TORCH_CHECK(values[6 * i + j] >= -1e9 && values[6 * i + j] <= 1e9, "matrices must be within 1e9");
   }

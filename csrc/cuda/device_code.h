@@ -5,5 +5,6 @@
 
 #include <cstdint>
 
-// architecture = 10 times the compute capability whose code the driver took, on the stream's device: 800 for sm_80.
+// architecture receives 10 times the compute capability of the code that the driver chose for the stream's device: 800 for
+// sm_80.
 extern "C" cudaError_t rada_fast_device_architecture(int32_t* architecture, cudaStream_t stream);

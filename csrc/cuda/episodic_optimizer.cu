@@ -1,8 +1,9 @@
-// A block owns kChunk elements of one copy of one tensor; the tensors' descriptors come as a kernel parameter, so that a
-// step of everything is one launch without a table in device memory.
+// A block owns kChunk elements of one copy of one tensor. The descriptors of the tensors are a kernel parameter, so that a
+// step of all tensors is one launch and needs no table in device memory.
 //
-// Every element is read and written once: p, m, v and g in, p, m and v out; at the first step only g and, of the one
-// copy that all episodes start from, p. The copies of one chunk are neighbouring blocks, so that it stays in the cache.
+// Every element is read and written once: p, m, v and g are read, and p, m and v written. The first step reads only g, and p
+// from the one copy that all episodes start from. The copies of one chunk belong to neighbouring blocks, so that it stays in
+// the cache.
 #include "episodic_optimizer.h"
 
 #include <cuda_fp16.h>
@@ -12,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWidth = 4;  // floats in 16 bytes
-// Four accesses a thread: 16 KiB of each array and block, little enough that the last blocks end together.
+// Four accesses a thread make 16 KiB of each array per block, little enough that the last blocks end at about one time.
 constexpr int64_t kChunk = 4 * kWidth * kThreads;
 // Descriptors of 72 bytes within the 4 KiB of parameters that every device takes.
 constexpr int kMostTensors = 56;
@@ -35,7 +36,7 @@ struct Values {
   float at[kElements];
 };
 
-// Stored by instruction: left to itself the compiler takes some of the vectors apart.
+// store() names its instruction: left to itself, the compiler splits some of the vectors.
 template <int kElements>
 __device__ __forceinline__ Values<kElements> load(const float* from) {
   if constexpr (kElements == 1) {
@@ -73,7 +74,7 @@ __device__ __forceinline__ Values<kElements> load_gradient(const OptimizerTensor
   }
 }
 
-// The roundings of ../shared/episodic_optimizer.h one by one, none left to the compiler.
+// The roundings of ../shared/episodic_optimizer.h, each written out, so that the compiler decides none of them.
 __device__ __forceinline__ void adam(const OptimizerScalars& s, float g, float& p, float& m, float& v) {
   if (s.weight_decay != 0.0f) g = __fmaf_rn(s.weight_decay, p, g);
   const float w = s.first_weight, change = __fsub_rn(g, m);
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 4) episodic_optimizer(const __grid_c
     if (block < batch.tensors[middle].last_block) high = middle;
     else low = middle + 1;
   }
-  // Copies, so that what every element asks for is in registers.
+  // Copies, so that everything that an element needs is in registers.
   const OptimizerTensor t = batch.tensors[low].tensor;
   const OptimizerScalars s = batch.scalars;
   const int64_t local = block - (low ? batch.tensors[low - 1].last_block : 0);

@@ -5,7 +5,7 @@
 
 #include "../shared/episodic_optimizer.h"
 
-// One launch for every 56 tensors. `tensors` and `scalars` lie in host memory and travel with the launch; what they
-// point to lies on the stream's device. Steps are numbered by the host: a captured graph keeps its numbers.
+// One launch for every 56 tensors. `tensors` and `scalars` are in host memory and are passed with the launch; they point to
+// memory of the stream's device. The host numbers the steps: a captured graph keeps the numbers that it was captured with.
 extern "C" cudaError_t rada_fast_episodic_optimizer(const rada_fast::OptimizerTensor* tensors, int64_t count,
                                                     const rada_fast::OptimizerScalars* scalars, cudaStream_t stream);

@@ -1,8 +1,6 @@
-// One block a tile of 32 x 32 pixels of a view: reads the pixels that the tile's outputs see (the tiles' overlap twice),
-// writes each output once. See view_resize.cuh.
+// A block has a tile of 32 x 32 pixels of a view. It reads the pixels that the tile's outputs see, those where tiles overlap
+// more than once, and writes each output once. See view_resize.cuh.
 #include "multi_view_crops.h"
-
-#include <algorithm>
 
 #include "view_resize.cuh"
 
@@ -16,10 +14,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float normalised[3][256];
   for (int channel = 0; channel < 3; ++channel)
     normalised[channel][threadIdx.x] = normalised_value(threadIdx.x, channels, channel);
-  const int32_t top = blockIdx.y * kTile, left = blockIdx.x * kTile;
   uint8_t values[kRows][3];
-  resize_tile(frames.frame[blockIdx.z], size, top, left, tile, values);
-  const int32_t column = left + threadIdx.x % kTile, first = top + threadIdx.x / kTile * kRows;
+  resize_tile(frames.frame[blockIdx.z], size, tile, values);
+  const int32_t column = thread_column(), first = thread_row();
   if (column >= size) return;
 #pragma unroll
   for (int channel = 0; channel < 3; ++channel)
@@ -33,19 +30,9 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 cudaError_t launch(const ViewFrame* frames, int64_t count, int32_t size, const Channels& channels, T* out,
                    cudaStream_t stream) {
-  const unsigned tiles = static_cast<unsigned>((size + kTile - 1) / kTile);
-  // As few launches as the argument's size allows, of equal length.
-  const int64_t launches = (count + kMostFrames - 1) / kMostFrames;
-  for (int64_t part = 0; part < launches; ++part) {
-    const int64_t begin = count * part / launches, end = count * (part + 1) / launches;
-    Frames table{};
-    std::copy(frames + begin, frames + end, table.frame);
-    multi_view_crops<T><<<dim3(tiles, tiles, static_cast<unsigned>(end - begin)), kThreads, 0, stream>>>(
-        table, channels, size, out + begin * 3 * size * size);
-    const cudaError_t status = cudaGetLastError();
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
+  return launch_by_frames(frames, count, size, [&](dim3 grid, const Frames& part, int64_t begin) {
+    multi_view_crops<T><<<grid, kThreads, 0, stream>>>(part, channels, size, out + begin * 3 * size * size);
+  });
 }
 
 }  // namespace

@@ -9,8 +9,8 @@ namespace rada_fast {
 
 enum ViewFlags : int32_t { kFlip = 1, kBicubic = 2, kVerticalFirst = 4 };
 
-// One view: the first pixel of its box, the distances between rows, pixels and channels in bytes, the box's size, the size
-// it is resized to, where the view lies in that, and ViewFlags.
+// One view: the first pixel of its box; the distances between rows, pixels and channels in bytes; the size of the box; the
+// size that it is resized to; where the view lies in the resized box; ViewFlags.
 struct ViewFrame {
   const uint8_t* pixels;
   int64_t row_stride, column_stride, channel_stride;
@@ -18,15 +18,15 @@ struct ViewFrame {
 };
 static_assert(sizeof(ViewFrame) == 64, "tests write these as 64 bytes");
 
-// Frames travel as a kernel's argument, of which there are 4 KiB: no copy, and a graph keeps them.
+// Frames are passed as a kernel's argument, which may have 4 KiB: nothing is copied, and a CUDA graph keeps them.
 constexpr int kMostFrames = 56;
 
 enum ViewType : int { kViewFloat = 0, kViewBfloat16 = 2, kViewHalf = 3 };
 
 }  // namespace rada_fast
 
-// out: (count, 3, size, size) of `type`; frames: `count` of them in the host's memory; mean, std: 3 numbers each, in the
-// host's memory. out = (resized / 255 - mean) / std, in float32, then rounded to the type.
+// out: (count, 3, size, size) of `type`. frames (`count` of them), mean and std (3 numbers each) are in the host's memory.
+// out = (resized / 255 - mean) / std, computed in float32 and rounded to the type.
 extern "C" cudaError_t rada_fast_multi_view_crops(const rada_fast::ViewFrame* frames, int64_t count, int32_t size,
                                                   const float* mean, const float* std, int32_t type, void* out,
                                                   cudaStream_t stream);

@@ -1,4 +1,4 @@
-// What the glue of the kernels over predictions shares: the launchers' number of a dtype, the results' dtype.
+// Helpers of the glue of the kernels on predictions: a dtype as the launchers' number, and the dtype of the results.
 #pragma once
 
 #include "prediction_dtype.h"

@@ -1,13 +1,14 @@
 // Losses over the predictions of every episode, each with its gradient, in one launch.
 //
-// Mean entropy and cross-entropy: a warp owns a row of up to 1024 logits (512 of double) and keeps it in registers
-// between its statistics and its gradient; a longer row takes a block's eight warps, in registers up to 8192, and is read
-// a second time beyond. Up to eight rows an episode is one block, which adds the rows' losses itself; else the rows'
-// losses pass through device memory and the episode's last block adds them, always in the same order. Only a counter
-// tells which block is last: no value depends on it.
+// Mean entropy and cross-entropy: a warp owns a row of up to 1024 logits (512 of double) and keeps it in registers between
+// its statistics and its gradient. A longer row takes the eight warps of a block; up to 8192 logits stay in registers, and a
+// row beyond that is read a second time. An episode of up to eight rows is one block, which adds the losses of the rows
+// itself. Otherwise these losses go through device memory, and the last block of the episode adds them, always in the same
+// order. A counter tells which block is last, and no value depends on it.
 //
-// Marginal entropy: a block owns an episode, a warp a strip of classes for all rows, since a class needs every row's
-// probability. Up to 8 rows of 8 strips stay in registers; more are read again from the cache in each of the four steps.
+// Marginal entropy: a block owns an episode, and a warp a strip of classes for all rows, because a class needs its
+// probability in every row. Up to 8 rows of 8 strips stay in registers. More are read again from the cache in each of the
+// four steps.
 #include "prediction_dtype.h"
 #include "prediction_losses.h"
 #include "prediction_rows.cuh"
@@ -20,7 +21,7 @@ constexpr int kRowWarps = 8;
 template <typename T>
 constexpr int kRowChunks = sizeof(T) == 4 ? 8 : 4;
 template <typename T>
-constexpr int64_t kHeld = kRowChunks<T> * kChunk<T>;  // logits that a warp holds
+constexpr int64_t kWarpLogits = kRowChunks<T> * kChunk<T>;  // logits that a warp holds
 
 template <typename T>
 struct Problem {
@@ -34,7 +35,7 @@ struct Problem {
   unsigned* counters;
 };
 
-// Sum over the episode's rows in an order that their number alone decides.
+// The sum over the rows of an episode, in an order that depends on their number alone.
 template <typename A>
 __device__ inline A sum_of(const A* values, int64_t count) {
   A sum = 0;
@@ -42,19 +43,19 @@ __device__ inline A sum_of(const A* values, int64_t count) {
   return warp_sum(sum);
 }
 
-// wide: a block's warps share a row; else every warp has its own.
-template <typename T, bool cross, bool wide>
+// block_row: the warps of a block share one row; otherwise every warp has a row of its own.
+template <typename T, bool cross, bool block_row>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize, 1) row_losses(const Problem<T> in) {
   using A = Acc<T>;
   constexpr int chunks = kRowChunks<T>;
   __shared__ A values[kRowWarps];
-  __shared__ RowStatistics<A> partial[wide ? kRowWarps : 1];
+  __shared__ RowStatistics<A> partial[block_row ? kRowWarps : 1];
   __shared__ bool last;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
-  const int groups = wide ? 1 : warps;
+  const int groups = block_row ? 1 : warps;
   const int64_t blocks = (in.rows + groups - 1) / groups;  // of an episode
-  const int64_t episode = blockIdx.x / blocks, row = blockIdx.x % blocks * groups + (wide ? 0 : warp);
-  const int64_t start = wide ? warp * kHeld<T> : 0, step = wide ? warps * kHeld<T> : kHeld<T>;
+  const int64_t episode = blockIdx.x / blocks, row = blockIdx.x % blocks * groups + (block_row ? 0 : warp);
+  const int64_t start = block_row ? warp * kWarpLogits<T> : 0, step = block_row ? warps * kWarpLogits<T> : kWarpLogits<T>;
   const A share = A(1) / static_cast<A>(in.rows);
   const Span<T> span{in.logits, in.logits + in.episodes * in.rows * in.classes};
 
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize, 1) row_losses(const Prob
       all = merged(all, lane_statistics<T>(words, lane_classes<T, chunks>(in.classes, k0)));
     }
     all = warp_merged(all);
-    if constexpr (wide) {
+    if constexpr (block_row) {
       if (lane == 0) partial[warp] = all;
       __syncthreads();
       all = partial[0];
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize, 1) row_losses(const Prob
     const int64_t label = cross ? in.labels[index] : 0;
     const bool known = label >= 0 && label < in.classes;
     const A uniform = in.smoothing / static_cast<A>(in.classes), rest = 1 - in.smoothing;
-    // The target's own sum, so that a certain prediction of one class has gradient 0.
+    // The target's value is added up separately, so that a certain prediction of one class has gradient 0.
     const A floor = share * uniform, target = share * (uniform + rest);
     const A scale = (known ? share : not_a_number<A>()) * inverse;
     A total = 0;
@@ -116,12 +117,12 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize, 1) row_losses(const Prob
     if constexpr (cross) {
       value = not_a_number<A>();
       if (known) {
-        // Read again: picking it from the registers would cost more.
+        // Reading the logit again costs less than finding it in the registers.
         value = log_sum + rest * (all.largest - exact(logits[label]));
       }
       if (in.smoothing != 0) {
         total = warp_sum(total);
-        if constexpr (wide) {
+        if constexpr (block_row) {
           if (lane == 0) values[warp] = total;
           __syncthreads();
           total = 0;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize, 1) row_losses(const Prob
         value += uniform * total;
       }
     }
-    if (lane == 0 && (!wide || warp == 0)) (blocks == 1 ? values : in.row_losses + episode * in.rows)[row] = value;
+    if (lane == 0 && (!block_row || warp == 0)) (blocks == 1 ? values : in.row_losses + episode * in.rows)[row] = value;
   }
   if (blocks > 1) {
     __threadfence();
@@ -190,14 +191,14 @@ __global__ void __launch_bounds__(resident ? kResidentWarps * kWarpSize : kReadi
   const int64_t start = warp * kChunk<T>, step = warps * kChunk<T>;
   const A share = A(1) / static_cast<A>(rows), log_share = logarithm(share);
 
-  uint4 held[resident ? kResidentRows : 1][1];
+  uint4 resident_words[resident ? kResidentRows : 1][1];
   if constexpr (resident)
     for_rows<resident>(rows, [&](int r) {
-      if (start < in.classes) load_part(logits + r * in.classes, in.classes, start, span, held[r]);
+      if (start < in.classes) load_part(logits + r * in.classes, in.classes, start, span, resident_words[r]);
     });
   const auto row_word = [&](int r, int64_t k0) {
     if constexpr (resident) {
-      return held[r][0];
+      return resident_words[r][0];
     } else {
       uint4 word[1];
       load_part(logits + r * in.classes, in.classes, k0, span, word);
@@ -239,10 +240,10 @@ __global__ void __launch_bounds__(resident ? kResidentWarps * kWarpSize : kReadi
   }
   __syncthreads();
   for (int r = warp; r < rows; r += warps) {
-    const A mine = lane < warps ? first[lane * rows + r] : -infinity<A>();
-    const A best = warp_largest(mine);
+    const A part = lane < warps ? first[lane * rows + r] : -infinity<A>();
+    const A best = warp_largest(part);
     A sum = lane < warps ? second[lane * rows + r] : A(0);
-    if (mine > -infinity<A>()) sum *= exponential(mine - best);
+    if (part > -infinity<A>()) sum *= exponential(part - best);
     sum = warp_sum(sum);
     if (lane == 0) {
       largest[r] = best;
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(resident ? kResidentWarps * kWarpSize : kReadi
     });
 #pragma unroll
     for (int i = 0; i < pack; ++i) {
-      // Of the sum, which is no smaller than any of its terms: their mean could be 0 where a probability is not.
+      // The logarithm of the sum, which is no smaller than any of its terms: their mean could be 0 where a probability is not.
       log_mean[i] = logarithm(total[i]) + log_share;
       total[i] = total[i] == 0 ? A(0) : share * total[i] * log_mean[i];
       sum_entropy -= i < lane_classes<T, 1>(in.classes, k0) ? total[i] : A(0);
@@ -304,7 +305,8 @@ __global__ void __launch_bounds__(resident ? kResidentWarps * kWarpSize : kReadi
   for (int r = lane; r < rows; r += kWarpSize) second[warp * rows + r] = 0;
   __syncthreads();
 
-  // 3. sum_k p_k ln q_k, from the row's likeliest class on: beside its p near 1 the others' would drown.
+  // 3. sum_k p_k ln q_k, with ln q counted from that of the row's likeliest class: its p is near 1, and the terms of the
+  // others would be lost beside it.
 #pragma unroll 1
   for (int64_t k0 = start; k0 < in.classes; k0 += step) {
     if constexpr (!resident) take_mean(k0);
@@ -349,17 +351,19 @@ __global__ void __launch_bounds__(resident ? kResidentWarps * kWarpSize : kReadi
 // ---- launchers
 
 struct RowLayout {
-  bool wide;
+  bool block_row;
   int warps;
   int64_t blocks;  // of an episode
 };
 
 RowLayout layout_of(int dtype, int64_t rows, int64_t classes) {
-  const int64_t held = dtype == kFloat64 ? kHeld<double> : dtype == kFloat32 ? kHeld<float> : kHeld<__half>;
-  const bool wide = classes > held;
-  const int64_t parts = (classes + held - 1) / held, wanted = wide ? parts : rows;
+  const int64_t warp_logits = dtype == kFloat64   ? kWarpLogits<double>
+                              : dtype == kFloat32 ? kWarpLogits<float>
+                                                  : kWarpLogits<__half>;
+  const bool block_row = classes > warp_logits;
+  const int64_t parts = (classes + warp_logits - 1) / warp_logits, wanted = block_row ? parts : rows;
   const int warps = static_cast<int>(wanted < kRowWarps ? wanted : kRowWarps);
-  return {wide, warps, wide ? rows : (rows + warps - 1) / warps};
+  return {block_row, warps, block_row ? rows : (rows + warps - 1) / warps};
 }
 
 template <typename T>
@@ -385,12 +389,12 @@ cudaError_t launch(const Problem<T>& in, int kind, const RowLayout& layout, cuda
   const auto grid = static_cast<unsigned>(in.episodes * layout.blocks);
   const int threads = layout.warps * kWarpSize;
   if (kind == kCrossEntropy) {
-    if (layout.wide)
+    if (layout.block_row)
       row_losses<T, true, true><<<grid, threads, 0, stream>>>(in);
     else
       row_losses<T, true, false><<<grid, threads, 0, stream>>>(in);
   } else {
-    if (layout.wide)
+    if (layout.block_row)
       row_losses<T, false, true><<<grid, threads, 0, stream>>>(in);
     else
       row_losses<T, false, false><<<grid, threads, 0, stream>>>(in);

@@ -12,14 +12,16 @@ constexpr int64_t kMostMarginalRows = 500;
 
 }  // namespace rada_fast
 
-// Bytes of workspace, 8-byte aligned and of any content, that a call of these sizes needs; 0 where an episode is one block.
+// How many bytes of workspace a call of these sizes needs: 8-byte aligned, of any content; 0 where an episode is one block.
 extern "C" int64_t rada_fast_prediction_loss_workspace(int kind, int dtype, int64_t episodes, int64_t rows,
                                                        int64_t classes);
 
-// Every episode's loss over its predictions and, unless dlogits is null, that loss's gradient: logits and dlogits
-// (episodes, rows, classes), contiguous, of one of prediction_dtype.h's types; labels (episodes, rows), for kCrossEntropy
-// alone, NaN where one is outside 0 .. classes - 1; losses (episodes), double for double, else float. kMarginalEntropy
-// takes at most kMostMarginalRows rows. One launch; where an episode takes several blocks, its counter is cleared before.
+// Every episode's loss over its predictions and, unless dlogits is null, the gradient of that loss. One launch; where an
+// episode takes several blocks, its counter is cleared first.
+//   logits, dlogits   (episodes, rows, classes), contiguous, of one of the types in prediction_dtype.h
+//   labels            (episodes, rows), for kCrossEntropy alone; a loss is NaN where one is outside 0 .. classes - 1
+//   losses            (episodes), double for double, otherwise float
+// kMarginalEntropy takes at most kMostMarginalRows rows.
 extern "C" cudaError_t rada_fast_prediction_loss(const void* logits, const int64_t* labels, int kind, int dtype,
                                                  int64_t episodes, int64_t rows, int64_t classes, double smoothing,
                                                  void* losses, void* dlogits, void* workspace, cudaStream_t stream);

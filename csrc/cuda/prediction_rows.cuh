@@ -1,8 +1,8 @@
-// Rows of logits on a warp: loads and stores of 16 bytes whatever the row's alignment, and the row's statistics.
+// Rows of logits on a warp: loads and stores of 16 bytes for every alignment of a row, and the statistics of a row.
 //
 // A row of K logits starts at any multiple of its type's size. A warp reads the aligned 16-byte words that cover its part
-// of the row, shared ones at the borders included, and shifts them into place with its neighbours' words; a lane then
-// holds the same elements whatever the alignment, so that equal rows are summed in the same order and give equal bits.
+// of the row, including those that it shares with its neighbours at the borders, and shifts them into place. A lane then
+// holds the same elements for every alignment, so that equal rows are summed in the same order and give equal bits.
 // Element i of chunk c of lane l of a part that starts at class k0 is class k0 + (c * 32 + l) * kPack + i.
 #pragma once
 
@@ -31,7 +31,7 @@ __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
 __device__ inline float log_one_plus(float x) { return log1pf(x); }
 __device__ inline double log_one_plus(double x) { return log1p(x); }
-// Of two numbers the larger, of a number and a NaN the number.
+// The larger of two numbers, and the number of a number and a NaN.
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
 __device__ inline double larger(double a, double b) { return fmax(a, b); }
 
@@ -49,7 +49,7 @@ __device__ inline A not_a_number() {
 __device__ inline uint32_t part(const uint4& word, int i) {
   return i == 0 ? word.x : i == 1 ? word.y : i == 2 ? word.z : word.w;
 }
-// Member by member, here and below: a reference that is chosen would put the words into memory.
+// This is written member by member, here and below: choosing a reference would put the words into memory.
 __device__ inline void set_part(uint4& word, int i, uint32_t bits) {
   if (i == 0) word.x = bits;
   if (i == 1) word.y = bits;
@@ -123,16 +123,16 @@ __device__ inline uint4 window(const uint4& low, const uint4& high, unsigned shi
           __funnelshift_r(w[3], w[4], bits)};
 }
 
-// A word that is cut by the end of the tensor, or by its beginning: what lies inside, else 0.
+// A word that is only partly inside the tensor: its elements inside, and 0 for the others.
 template <typename T>
 __device__ inline uint4 load_cut(const char* at, const char* begin, const char* end) {
   using Bits = std::conditional_t<sizeof(T) == 2, unsigned short, std::conditional_t<sizeof(T) == 4, uint32_t, uint2>>;
   uint4 word = {0, 0, 0, 0};
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) {
-    const char* here = at + i * sizeof(T);
-    if (here < begin || here >= end) continue;
-    const Bits bits = *reinterpret_cast<const Bits*>(here);
+    const char* address = at + i * sizeof(T);
+    if (address < begin || address >= end) continue;
+    const Bits bits = *reinterpret_cast<const Bits*>(address);
     if constexpr (sizeof(T) == 8) {
       set_part(word, 2 * i, bits.x);
       set_part(word, 2 * i + 1, bits.y);
@@ -154,7 +154,7 @@ __device__ inline unsigned misalignment(const void* pointer) {
   return static_cast<unsigned>(reinterpret_cast<uintptr_t>(pointer)) & 15u;
 }
 
-// Classes k0 .. of a row into `chunks` words per lane; what lies beyond the row is anything. All lanes call it.
+// Loads a row from class k0 on into `chunks` words per lane; elements past the row may be anything. All lanes call it.
 template <typename T, int chunks>
 __device__ inline void load_part(const T* row, int64_t classes, int64_t k0, const Span<T>& span, uint4 (&words)[chunks]) {
   const int lane = threadIdx.x % kWarpSize;
@@ -170,10 +170,10 @@ __device__ inline void load_part(const T* row, int64_t classes, int64_t k0, cons
     const char* at = first + (c * kWarpSize + lane) * 16;
     words[c] = at >= begin && at < whole ? __ldg(reinterpret_cast<const uint4*>(at)) : uint4{0, 0, 0, 0};
   }
-  uint4 last = {0, 0, 0, 0};  // of lane 0: the word after the part's, which shifting needs
+  uint4 last = {0, 0, 0, 0};  // in lane 0: the word after the last one, which shifting needs
   if (shift && lane == 0 && first + beyond * 16 < whole)
     last = __ldg(reinterpret_cast<const uint4*>(first + beyond * 16));
-  // The tensor's own first and last word, where it does not fill them.
+  // The first and the last word of the tensor, where it does not fill them.
   if (first < begin && lane == 0) words[0] = load_cut<T>(first, begin, end);
   if (whole < stop && whole >= begin && whole < first + (beyond + (shift ? 1 : 0)) * 16) {
     const int index = static_cast<int>((whole - first) / 16);
@@ -200,8 +200,8 @@ __device__ inline void store_part(T* row, int64_t classes, int64_t k0, uint4 (&w
   const int lane = threadIdx.x % kWarpSize;
   const unsigned shift = misalignment(row);
   const int64_t left = classes - k0;
-  const int held = static_cast<int>(left < chunks * kChunk<T> ? left : chunks * kChunk<T>);
-  const int ahead = static_cast<int>(shift / sizeof(T));  // elements of the first word that are not this part's
+  const int elements = static_cast<int>(left < chunks * kChunk<T> ? left : chunks * kChunk<T>);
+  const int ahead = static_cast<int>(shift / sizeof(T));  // elements of the first word that belong to another part
   char* first = reinterpret_cast<char*>(row + k0) - shift;
   uint4 beyond = {0, 0, 0, 0};
   if (shift) {
@@ -213,8 +213,8 @@ __device__ inline void store_part(T* row, int64_t classes, int64_t k0, uint4 (&w
       words[c] = window(before, words[c], 16 - shift);
     }
   }
-  // In elements from the first word's beginning the part is ahead .. ahead + held.
-  const int end = ahead + held, cut_word = end / kPack<T>, cut = end % kPack<T>;
+  // In elements from the first word's beginning the part is ahead .. ahead + elements.
+  const int end = ahead + elements, cut_word = end / kPack<T>, cut = end % kPack<T>;
   uint4 head = {0, 0, 0, 0}, tail = {0, 0, 0, 0};
 #pragma unroll
   for (int c = 0; c < chunks; ++c) {
@@ -228,7 +228,8 @@ __device__ inline void store_part(T* row, int64_t classes, int64_t k0, uint4 (&w
   if (!ahead && !cut) return;
   // One store for both borders: lanes 0 .. 15 the first word's elements, lanes 16 .. 31 the last one's.
   const int i = lane % 16, at = (lane < 16 ? 0 : cut_word * kPack<T>) + i;
-  const bool mine = i < kPack<T> && at >= ahead && at < end && (lane < 16 ? ahead > 0 : cut > 0 && (cut_word > 0 || !ahead));
+  const bool at_border = lane < 16 ? ahead > 0 : cut > 0 && (cut_word > 0 || !ahead);
+  const bool stores = i < kPack<T> && at >= ahead && at < end && at_border;
   const uint4 from = chosen(lane < 16, head, tail);
   Bits bits{};
 #pragma unroll
@@ -241,7 +242,7 @@ __device__ inline void store_part(T* row, int64_t classes, int64_t k0, uint4 (&w
     else
       bits = static_cast<unsigned short>(part(from, j / 2) >> (j % 2 * 16));
   }
-  if (mine) *reinterpret_cast<Bits*>(first + at * static_cast<int>(sizeof(T))) = bits;
+  if (stores) *reinterpret_cast<Bits*>(first + at * static_cast<int>(sizeof(T))) = bits;
 }
 
 // ---- reductions over a warp; all lanes get lane 0's result
@@ -289,17 +290,17 @@ __device__ inline RowStatistics<A> merged(const RowStatistics<A>& a, const RowSt
 }
 
 template <typename A>
-__device__ inline RowStatistics<A> warp_merged(RowStatistics<A> mine) {
+__device__ inline RowStatistics<A> warp_merged(RowStatistics<A> row) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance; distance /= 2)
-    mine = merged(mine, {__shfl_down_sync(kAllLanes, mine.largest, distance),
-                         __shfl_down_sync(kAllLanes, mine.others, distance),
-                         __shfl_down_sync(kAllLanes, mine.spread, distance)});
-  return {__shfl_sync(kAllLanes, mine.largest, 0), __shfl_sync(kAllLanes, mine.others, 0),
-          __shfl_sync(kAllLanes, mine.spread, 0)};
+    row = merged(row, {__shfl_down_sync(kAllLanes, row.largest, distance),
+                       __shfl_down_sync(kAllLanes, row.others, distance),
+                       __shfl_down_sync(kAllLanes, row.spread, distance)});
+  return {__shfl_sync(kAllLanes, row.largest, 0), __shfl_sync(kAllLanes, row.others, 0),
+          __shfl_sync(kAllLanes, row.spread, 0)};
 }
 
-// Classes from the lane's first one to the row's end, as far as the part reaches.
+// How many classes there are from the lane's first one to the end of the row or of the part.
 template <typename T, int chunks>
 __device__ inline int lane_classes(int64_t classes, int64_t k0) {
   const int64_t left = classes - k0;

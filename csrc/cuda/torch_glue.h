@@ -1,11 +1,11 @@
 // What every *_torch.cpp of this folder needs, on the LibTorch stable ABI: no ATen, no c10, so that one library serves
 // every PyTorch from 2.10 on with the same CUDA major version.
 //
-// All that the glue needs is there, but for one call: the stream's cudaStream_t through torch::stable itself came with
-// 2.13 (Stream::nativeHandle); until then it is AOTInductor's C shim, which is stable too.
+// The stable ABI has all that the glue needs but one call: torch::stable gives a stream's cudaStream_t from 2.13 on only
+// (Stream::nativeHandle). The C shim of AOTInductor, which is stable too, serves every version.
 //
-// A kernel's glue: take the tensors by value or as std::optional / std::vector of them, make a Launch from one of them,
-// call the launcher with pointers and launch.stream, and pass what it returns to check().
+// The glue of a kernel takes the tensors by value or as std::optional / std::vector of them, makes a Launch from one of
+// them, calls the launcher with pointers and launch.stream, and passes what it returns to check().
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,7 +29,7 @@ using torch::stable::Tensor;
 struct Launch {
   explicit Launch(const Tensor& on) : guard(on.get_device_index()) {
     void* current = nullptr;
-    // Spelt out: PyTorch's own macros for such a call changed their names between 2.11 and 2.14.
+    // The check is spelt out because PyTorch's own macros for it changed their names between 2.11 and 2.14.
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &current) == AOTI_TORCH_SUCCESS,
                     "PyTorch gives no current stream of CUDA device ", on.get_device_index());
     stream = static_cast<cudaStream_t>(current);

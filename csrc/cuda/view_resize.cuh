@@ -1,11 +1,14 @@
-// A tile of a view, resized by one block as Pillow resizes: weights in double precision rounded to 22 fractional bits, two
-// passes of integer sums, each shifted and clipped to 0..255. What the first pass gives stays in shared memory.
+// Resizes a tile of a view with one block, as Pillow resizes. Weights are computed in double precision and rounded to 22
+// fractional bits. Two passes add up integers, shift the sums and clip them to 0..255. The result of the first pass stays in
+// shared memory.
 //
-// Nothing may be fused: every product and sum of weights is written as an instruction that rounds once.
+// The compiler must not fuse anything: every product and sum of weights is written as an instruction that rounds once.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <algorithm>
 
 #include "multi_view_crops.h"
 
@@ -30,7 +33,7 @@ __device__ inline float normalised_value(int value, const Channels& channels, in
   return __fdiv_rn(__fsub_rn(share, channels.mean[channel]), channels.std[channel]);
 }
 
-// A block makes kTile x kTile pixels with kThreads threads: a thread kRows of them in one column, three channels each.
+// A block computes kTile x kTile pixels with kThreads threads. A thread has kRows of them, in one column, three channels each.
 constexpr int kTile = 32, kThreads = 256, kGroups = kThreads / kTile, kRows = kTile / kGroups;
 constexpr int kWeightBits = 22, kHalfWeight = 1 << (kWeightBits - 1);
 
@@ -60,7 +63,7 @@ __device__ inline double unscaled_weight(const AxisTile& axis, int output, int32
   return filter(axis.bicubic, __dmul_rn(distance, axis.inverse));
 }
 
-// By the threads of one warp, each for one output; those past the axis' end repeat its last output.
+// Called by the threads of one warp, each for one output. Threads past the end of the axis repeat its last output.
 __device__ inline void start_axis(AxisTile& axis, int lane, int32_t in_size, int32_t out_size, int32_t window,
                                   int32_t count, int32_t from, bool reversed, bool bicubic) {
   const double scale = __ddiv_rn(static_cast<double>(static_cast<float>(in_size)), static_cast<double>(out_size));
@@ -115,10 +118,27 @@ struct ResizeTile {
   AxisTile rows, columns;
   // The weights of the first pass by tap, of the second by place.
   int32_t first[kTile][kTile], second[kTile][kTile];
-  // What the first pass gives: [row of the picture][channel][column of the tile], or, where the vertical pass is the
+  // The result of the first pass: [row of the picture][channel][column of the tile], or, where the vertical pass comes
   // first, [row of the tile][channel][column of the picture].
   uint8_t strip[kTile][3][kTile];
 };
+
+// A pass starts with a half, so that the shift that ends it rounds.
+__device__ inline void start_sums(int (&sums)[kRows][3]) {
+  for (auto& row : sums)
+    for (int& sum : row) sum = kHalfWeight;
+}
+
+// What this thread's share of the first pass gives, for all threads.
+__device__ inline void store_strip(ResizeTile& tile, const int (&sums)[kRows][3]) {
+  const int column = threadIdx.x % kTile, group = threadIdx.x / kTile;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int channel = 0; channel < 3; ++channel)
+      tile.strip[group * kRows + i][channel][column] = clipped(sums[i][channel]);
+  __syncthreads();
+}
 
 // Horizontal pass first. sums[i][channel] of the tile's rows group * kRows + i and column `column`.
 __device__ inline void across_then_down(const ViewFrame& frame, ResizeTile& tile, int (&sums)[kRows][3]) {
@@ -129,8 +149,7 @@ __device__ inline void across_then_down(const ViewFrame& frame, ResizeTile& tile
   for (int32_t begin = rows.begin; begin < rows.end; begin += kTile) {
     fill(rows, false, begin, tile.second);
     int parts[kRows][3];
-    for (auto& row : parts)
-      for (int& part : row) part = kHalfWeight;
+    start_sums(parts);
     for (int32_t from = 0; from < columns.most; from += kTile) {
       if (!whole) {
         __syncthreads();
@@ -153,12 +172,7 @@ __device__ inline void across_then_down(const ViewFrame& frame, ResizeTile& tile
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int channel = 0; channel < 3; ++channel)
-        tile.strip[group * kRows + i][channel][column] = clipped(parts[i][channel]);
-    __syncthreads();
+    store_strip(tile, parts);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = group * kRows + i;
@@ -181,8 +195,7 @@ __device__ inline void down_then_across(const ViewFrame& frame, ResizeTile& tile
   for (int32_t begin = columns.begin; begin < columns.end; begin += kTile) {
     fill(columns, false, begin, tile.second);
     int parts[kRows][3];
-    for (auto& row : parts)
-      for (int& part : row) part = kHalfWeight;
+    start_sums(parts);
     const bool inside = begin + column < columns.end;
     for (int32_t from = 0; from < rows.most; from += kTile) {
       if (!whole) {
@@ -204,12 +217,7 @@ __device__ inline void down_then_across(const ViewFrame& frame, ResizeTile& tile
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int channel = 0; channel < 3; ++channel)
-        tile.strip[group * kRows + i][channel][column] = clipped(parts[i][channel]);
-    __syncthreads();
+    store_strip(tile, parts);
     const int32_t from = max(columns.first[column], begin);
     const int32_t end = min(columns.first[column] + columns.taps[column], begin + kTile);
     for (int32_t place = from; place < end; ++place) {
@@ -224,20 +232,27 @@ __device__ inline void down_then_across(const ViewFrame& frame, ResizeTile& tile
   }
 }
 
-// The tile that starts at (top, left) of a view of size x size pixels: values[i][channel] of this thread's pixels.
-__device__ inline void resize_tile(const ViewFrame& frame, int32_t size, int32_t top, int32_t left, ResizeTile& tile,
+// Where the block's tile starts in the view: blockIdx.x counts tiles across, blockIdx.y down, blockIdx.z views.
+__device__ inline int32_t tile_top() { return blockIdx.y * kTile; }
+__device__ inline int32_t tile_left() { return blockIdx.x * kTile; }
+// This thread's pixels: kRows of them in one column.
+__device__ inline int32_t thread_column() { return tile_left() + threadIdx.x % kTile; }
+__device__ inline int32_t thread_row() { return tile_top() + threadIdx.x / kTile * kRows; }
+
+// The block's tile of a view of size x size pixels: values[i][channel] of this thread's pixels.
+__device__ inline void resize_tile(const ViewFrame& frame, int32_t size, ResizeTile& tile,
                                    uint8_t (&values)[kRows][3]) {
   const int lane = threadIdx.x % kTile, warp = threadIdx.x / kTile;
   const bool bicubic = frame.flags & kBicubic;
   if (warp == 0)
-    start_axis(tile.rows, lane, frame.height, frame.resized_height, frame.window_top, size, top, false, bicubic);
+    start_axis(tile.rows, lane, frame.height, frame.resized_height, frame.window_top, size, tile_top(), false,
+               bicubic);
   if (warp == 1)
-    start_axis(tile.columns, lane, frame.width, frame.resized_width, frame.window_left, size, left,
+    start_axis(tile.columns, lane, frame.width, frame.resized_width, frame.window_left, size, tile_left(),
                frame.flags & kFlip, bicubic);
   __syncthreads();
   int sums[kRows][3];
-  for (auto& row : sums)
-    for (int& sum : row) sum = kHalfWeight;
+  start_sums(sums);
   if (frame.flags & kVerticalFirst)
     down_then_across(frame, tile, sums);
   else
@@ -246,6 +261,22 @@ __device__ inline void resize_tile(const ViewFrame& frame, int32_t size, int32_t
   for (int i = 0; i < kRows; ++i)
 #pragma unroll
     for (int channel = 0; channel < 3; ++channel) values[i][channel] = clipped(sums[i][channel]);
+}
+
+// Calls launch(grid, frames, first) for parts of the frames: as few as a kernel's arguments allow, of equal length. A part
+// starts at frame `first`, and its grid has a block for each tile of its views. Returns the first error.
+template <typename Launch>
+cudaError_t launch_by_frames(const ViewFrame* frames, int64_t count, int32_t size, const Launch& launch) {
+  const unsigned tiles = static_cast<unsigned>((size + kTile - 1) / kTile);
+  const int64_t launches = (count + kMostFrames - 1) / kMostFrames;
+  for (int64_t part = 0; part < launches; ++part) {
+    const int64_t begin = count * part / launches, end = count * (part + 1) / launches;
+    Frames table{};
+    std::copy(frames + begin, frames + end, table.frame);
+    launch(dim3(tiles, tiles, static_cast<unsigned>(end - begin)), table, begin);
+    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace rada_fast

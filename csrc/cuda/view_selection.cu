@@ -1,10 +1,10 @@
 // Prediction entropies and the choice of an episode's lowest ones, in one launch.
 //
-// One block per episode. A warp takes one view at a time, reads its K logits once, and leaves the entropy in shared
-// memory; then a thread takes a view and counts the views that come before it: its rank, which below `count` is its place
-// in the result. No sort, no atomic, nothing whose order could vary. With E = 1, V = 64, K = 1000 in float32 the block
-// reads 256 KB with 16 warps of 4 KB in flight each; an SM takes some 64 bytes a cycle, so this is about 4000 cycles: what
-// the second launch, or the clearing of a counter, would cost that a spread over several SMs needs.
+// One block per episode. A warp takes one view at a time, reads its K logits once, and leaves the entropy in shared memory.
+// Then a thread takes a view and counts the views that come before it. This count is the rank of the view, and a rank below
+// `count` is its place in the result. There is no sort, no atomic, nothing whose order could vary. With E = 1, V = 64,
+// K = 1000 in float32 the block reads 256 KB with 16 warps of 4 KB in flight each. An SM takes some 64 bytes a cycle, so
+// this is about 4000 cycles. Several SMs would need a second launch or a counter that is cleared, which costs as much.
 #include "prediction_dtype.h"
 #include "prediction_rows.cuh"
 #include "view_selection.h"
@@ -31,14 +31,14 @@ template <typename T>
 __device__ Acc<T> entropy_of(const T* row, int64_t classes, const Span<T>& span) {
   using A = Acc<T>;
   constexpr int chunks = kViewChunks<T>;
-  RowStatistics<A> mine = no_statistics<A>();
+  RowStatistics<A> statistics = no_statistics<A>();
 #pragma unroll 1
   for (int64_t k0 = 0; k0 < classes; k0 += chunks * kChunk<T>) {
     uint4 words[chunks];
     load_part(row, classes, k0, span, words);
-    mine = merged(mine, lane_statistics<T>(words, lane_classes<T, chunks>(classes, k0)));
+    statistics = merged(statistics, lane_statistics<T>(words, lane_classes<T, chunks>(classes, k0)));
   }
-  const RowStatistics<A> all = warp_merged(mine);
+  const RowStatistics<A> all = warp_merged(statistics);
   const A value = log_one_plus(all.others) + all.spread / (1 + all.others);
   return all.largest - all.largest == 0 ? value : not_a_number<A>();
 }
@@ -56,31 +56,31 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   const int thread = threadIdx.x, threads = blockDim.x;
 
   for (int64_t v0 = 0; v0 < views; v0 += kTile) {
-    const int here = static_cast<int>(views - v0 < kTile ? views - v0 : kTile);
+    const int count_in_tile = static_cast<int>(views - v0 < kTile ? views - v0 : kTile);
     if (v0) __syncthreads();
-    for (int v = thread / kWarpSize; v < here; v += threads / kWarpSize) {
+    for (int v = thread / kWarpSize; v < count_in_tile; v += threads / kWarpSize) {
       const A value = entropy_of(rows + (v0 + v) * classes, classes, span);
       if (thread % kWarpSize == 0) tile[v] = value;
     }
     __syncthreads();
-    for (int v = thread; v < here; v += threads) own[v0 + v] = tile[v];
+    for (int v = thread; v < count_in_tile; v += threads) own[v0 + v] = tile[v];
   }
 
   for (int64_t v0 = 0; v0 < views; v0 += threads) {
     const int64_t v = v0 + thread;
-    A mine = 0;
+    A value = 0;
     if (views > kTile) __syncthreads();
-    if (v < views) mine = views > kTile ? own[v] : tile[v];
+    if (v < views) value = views > kTile ? own[v] : tile[v];
     int64_t rank = 0;
     for (int64_t u0 = 0; u0 < views; u0 += kTile) {
-      const int here = static_cast<int>(views - u0 < kTile ? views - u0 : kTile);
+      const int count_in_tile = static_cast<int>(views - u0 < kTile ? views - u0 : kTile);
       if (views > kTile) {
         __syncthreads();
-        for (int u = thread; u < here; u += threads) tile[u] = own[u0 + u];
+        for (int u = thread; u < count_in_tile; u += threads) tile[u] = own[u0 + u];
         __syncthreads();
       }
       if (v < views)
-        for (int u = 0; u < here; ++u) rank += before(tile[u], u0 + u, mine, v) ? 1 : 0;
+        for (int u = 0; u < count_in_tile; ++u) rank += before(tile[u], u0 + u, value, v) ? 1 : 0;
     }
     // Through shared memory, so that the indices leave side by side.
     if (v < views && rank < count) {

@@ -5,9 +5,10 @@
 
 #include <cstdint>
 
-// Entropies of the predictions of `episodes` times `views` rows of logits, and every episode's `count` lowest ones:
-// logits (episodes, views, classes), contiguous, of one of prediction_dtype.h's types; indices (episodes, count), ascending
-// in entropy, ties by index, NaN last; entropies (episodes, views), double for double, else float. One launch.
+// The entropies of all predictions, and the views with the `count` lowest ones of every episode. One launch.
+//   logits      (episodes, views, classes), contiguous, of one of the types in prediction_dtype.h
+//   indices     (episodes, count), ascending in entropy, then in the index; NaN comes last
+//   entropies   (episodes, views), double for double, otherwise float
 extern "C" cudaError_t rada_fast_select_views(const void* logits, int dtype, int64_t episodes, int64_t views,
                                               int64_t classes, int64_t count, int64_t* indices, void* entropies,
                                               cudaStream_t stream);

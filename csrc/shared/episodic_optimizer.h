@@ -1,11 +1,11 @@
-// The episodic optimiser's arguments on either device, and what both make of them; no tensor type of its own.
+// The episodic optimiser's arithmetic, and what its kernels on either device are given. It uses no tensor type.
 //
 // The arithmetic is that of torch.optim's single-tensor Adam, AdamW and SGD on a processor with fused multiply-adds:
 //   adamw: p = p (1 - lr wd)          adam, sgd: g = fma(wd, p, g)
 //   m = lerp(m, g, 1 - beta1)         v = fma((1 - beta2) g, g, v beta2)
 //   p = p + (-lr / (1 - beta1^t) m) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //   sgd: m = m momentum + g (m = g at first); p = fma(-lr, m or g, p)
-// Scalars are made in double and rounded once, as PyTorch does with Python's numbers.
+// Scalars are computed in double and rounded once, as PyTorch does with Python's numbers.
 #pragma once
 
 #include <cstdint>
@@ -28,11 +28,12 @@ struct OptimizerScalars {
   float momentum;       // sgd; 0: no moment
 };
 
-// One tensor: `rows` copies of `row` elements, one after the other; every array but the source has them all.
+// One tensor: `rows` copies of `row` elements, one after the other. Every array holds all copies, except the source where
+// it is one row that they all start from.
 struct OptimizerTensor {
   float* parameter;
-  const float* source;   // where the parameter is read: itself, or one row that all copies start from
-  float* first;          // null: zero and stays so
+  const float* source;   // where the parameter is read: the parameter itself, or one row
+  float* first;          // the first moment; null: it is zero and stays zero
   float* second;
   const void* gradient;  // null where type is none
   int64_t row, rows;

@@ -1,4 +1,5 @@
-// Checks the operator's arguments and makes the kernels' descriptors of them, for ATen's tensors and for the stable ABI's.
+// Checks the arguments of the episodic optimiser's operator and turns them into what the kernels are given, for ATen's
+// tensors and for those of the stable ABI.
 #pragma once
 
 #include <cmath>
@@ -36,7 +37,7 @@ inline bool optimizer_rule(const std::string& name, OptimizerRule& rule) {
   return true;
 }
 
-// How many moments a rule keeps for a tensor that has any.
+// How many moments a rule keeps for a tensor whose moments are not all zero.
 inline int moments_of(const OptimizerScalars& s) {
   if (s.rule == OptimizerRule::sgd) return s.momentum != 0.0f ? 1 : 0;
   return 2;
