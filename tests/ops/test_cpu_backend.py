@@ -226,8 +226,8 @@ BY_SCORES = ("dimage", "dtext", "dq_proj", "dk_proj")
 """Gradients that come through the scores, wholly or in part."""
 
 
-# Scores grow with the square of the scale, and their roundings with them: 1e12 and 1e16 here. K = 101 has one tile of
-# keys, 397 a running maximum over two; D / H = 64, 8 and 10, the last of which no power of two scales.
+# Scores grow with the square of the logit scale, and their roundings with them. K = 101 has one tile of keys, 397 a
+# running maximum over two. D / H is 64, where scores are scaled by a power of two, 8 and 10.
 @pytest.mark.parametrize("logit_scale", [1e6, 1e8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "widened"])
 @pytest.mark.parametrize("softmax", ["matrix", "row"])
@@ -246,8 +246,8 @@ def test_logit_scales_far_beyond_clips(
     fast = solve(config, inputs, stored, "cpu", logit_scale=logit_scale)
     assert all(bool(value.isfinite().all()) for value in fast.values())
     if stored == torch.bfloat16:
-        # Where two scores are closer than a rounding, another key than the exact one may get all the weight. That is one
-        # row of a row softmax, but all that a matrix softmax gives.
+        # Where two scores are closer than a rounding, another key than the exact one may get all the weight. That
+        # changes one row of a row softmax, but all of a matrix softmax.
         near = [(fast[name] - exact[name]).norm() <= 0.2 * exact[name].norm() for name in ("logits", "mask")]
         assert softmax == "matrix" or all(near)
         return

@@ -44,7 +44,7 @@ VIEW_COLUMNS = (
 )
 """Of a table of views, int64: which picture; the box in it; the size that the box is resized to; where in that the view
 of S x S pixels lies; whether it is mirrored; whether the filter is bicubic or bilinear. kViewColumns in
-csrc/cpu/view_frames.h is their number."""
+csrc/shared/view_table.h is their number."""
 
 
 class CpuOptions(NamedTuple):
