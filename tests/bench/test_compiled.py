@@ -24,9 +24,9 @@ MOST_SPILLED = 0 if tuple(map(int, version("triton").split(".")[:2])) == CHOSEN_
 )
 def test_nothing_spills(target: int, classes: int, dtype: str) -> None:
     for launch in step_launches(AdapterConfig.official(512), 6, classes, TYPES[dtype]):
-        made = compile_launch(*launch, target, "")
-        assert made.spills <= MOST_SPILLED, made
-        assert 0 < made.occupancy <= 1, made
+        compiled_kernel = compile_launch(*launch, target, "")
+        assert compiled_kernel.spills <= MOST_SPILLED, compiled_kernel
+        assert 0 < compiled_kernel.occupancy <= 1, compiled_kernel
 
 
 def test_the_report_prints_a_line_for_each_kernel(capsys: pytest.CaptureFixture[str]) -> None:

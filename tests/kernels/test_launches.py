@@ -49,10 +49,18 @@ def by_pytorch(name: str, dtype: torch.dtype, stored: torch.dtype) -> dict[str, 
         for key, value in {"image": image, "text": text, **parameters}.items()
     }
     scale = torch.tensor(SCALE, dtype=dtype)
-    made = rational_projections.rational_projections(leaves["image"], leaves["text"], scale, leaves, config)
-    inner = {"keys": made.keys, "values": made.values, **{f"q_{kind}": query for kind, query in made.queries.items()}}
+    projections = rational_projections.rational_projections(leaves["image"], leaves["text"], scale, leaves, config)
+    inner = {
+        "keys": projections.keys,
+        "values": projections.values,
+        **{f"q_{kind}": query for kind, query in projections.queries.items()},
+    }
     attended = class_attention.class_attention(
-        made.queries.values(), made.keys, made.values, temperature=config.temperature, softmax=config.softmax
+        projections.queries.values(),
+        projections.keys,
+        projections.values,
+        temperature=config.temperature,
+        softmax=config.softmax,
     )
     offset = rational_projections.project(attended, leaves, "out_proj")
     mask = masked_logits.rational_mask(offset, config.mask_activation)
@@ -87,60 +95,73 @@ def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str,
     attention = heads | {"temperature": config.temperature, "matrix": config.softmax == "matrix"}
     last = heads | {"relu": config.mask_activation == "relu", "penalty": "l2"}
 
-    made = triton.rational_projections_forward(image, text, scale, inner, inner_biases, scale_factor=factor, **common)
+    projections = triton.rational_projections_forward(
+        image, text, scale, inner, inner_biases, scale_factor=factor, **common
+    )
     yield {
-        "keys": made.keys, "values": made.values, "q_rational": made.q_rational, "q_text": made.q_text,
-        "q_image": made.q_image.unsqueeze(1),
-    }  # fmt: skip
-    seen = triton.class_attention_forward(made, **attention)
+        **{name: getattr(projections, name) for name in ("keys", "values", "q_rational", "q_text")},
+        "q_image": projections.q_image.unsqueeze(1),
+    }
+    attended = triton.class_attention_forward(projections, **attention)
     # The parts of each query kind, put together as the next launch does.
-    parts = [seen.text.double(), seen.rational.double()]
-    if seen.factors is not None:
-        spread = seen.factors.double().permute(0, 2, 3, 1).repeat_interleave(config.head_dim, dim=-1)
+    parts = [attended.text.double(), attended.rational.double()]
+    if attended.factors is not None:
+        spread = attended.factors.double().permute(0, 2, 3, 1).repeat_interleave(config.head_dim, dim=-1)
         parts = [part * factors for part, factors in zip(parts, spread, strict=True)]
-    yield {"attended": (sum(parts) + seen.image.double().unsqueeze(1)) / 3}
+    yield {"attended": (sum(parts) + attended.image.double().unsqueeze(1)) / 3}
     output, bias = weights["output"], biases["output"]
-    result = triton.masked_logits_forward(image, text, scale, seen, output, bias, return_mask=True, **last)
+    result = triton.masked_logits_forward(image, text, scale, attended, output, bias, return_mask=True, **last)
     yield {"logits": result.logits, "penalty": result.penalty.reshape(()), "mask": result.mask}
     ones = torch.ones_like(result.logits)
-    outer = triton.masked_logits_backward(
-        image, text, scale, seen, output, bias, ones, ones.new_ones(1), None, None, weighted=True, **last
+    mask_gradients = triton.masked_logits_backward(
+        image, text, scale, attended, output, bias, ones, ones.new_ones(1), None, None, weighted=True, **last
     )
-    yield {"doffset": outer.doffset, "dattended": outer.dattended}
-    found = triton.class_attention_backward(made, seen, outer.dattended, outer.deltas, **attention)
+    yield {"doffset": mask_gradients.doffset, "dattended": mask_gradients.dattended}
+    gradients = triton.class_attention_backward(
+        projections, attended, mask_gradients.dattended, mask_gradients.deltas, **attention
+    )
     yield {
-        "dkeys": found.keys, "dvalues": found.values, "dq_rational": found.q_rational,
+        "dkeys": gradients.keys, "dvalues": gradients.values, "dq_rational": gradients.q_rational,
         # One for each image; plain PyTorch has their sum.
-        "dq_text": found.q_text.double().sum(0, keepdim=True), "dq_image": found.q_image.unsqueeze(1),
+        "dq_text": gradients.q_text.double().sum(0, keepdim=True), "dq_image": gradients.q_image.unsqueeze(1),
     }  # fmt: skip
-    gradients = triton.parameter_gradients(
-        image, text, scale, seen, found, outer.doffset, weights, bias=True, scale_factor=factor, **heads
+    parameter_values = triton.parameter_gradients(
+        image,
+        text,
+        scale,
+        attended,
+        gradients,
+        mask_gradients.doffset,
+        weights,
+        bias=True,
+        scale_factor=factor,
+        **heads,
     )
     yield {
         f"d{ROLES[role]}.{part}": value
-        for part, values in zip(("weight", "bias"), gradients, strict=True)
+        for part, values in zip(("weight", "bias"), parameter_values, strict=True)
         for role, value in values.items()
     }
     dimage, dtext = triton.rational_projections_backward(
-        image, text, scale, weights, found, outer.weighted, scale_factor=factor, **common
+        image, text, scale, weights, gradients, mask_gradients.weighted, scale_factor=factor, **common
     )
     yield {"dimage": dimage, "dtext": dtext}
 
 
 @cache
 def steps(name: str, dtype: torch.dtype, device: str) -> tuple[Iterator[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """The launches that are still to come, and what those before them have made."""
+    """The launches that are still to come, and the results of those that have run."""
     return by_kernels(name, dtype, device), []
 
 
 def made_by(name: str, dtype: torch.dtype, device: str, launch: str) -> dict[str, Tensor]:
     """What one launch makes, in float64 on the CPU; no launch after it is started."""
-    coming, made = steps(name, dtype, device)
-    while len(made) <= list(LAUNCHES).index(launch):
-        found = next(coming, None)
+    remaining, results = steps(name, dtype, device)
+    while len(results) <= list(LAUNCHES).index(launch):
+        found = next(remaining, None)
         assert found is not None, f"a launch before {launch} failed"
-        made.append({key: value.cpu().double() for key, value in found.items()})
-    return made[list(LAUNCHES).index(launch)]
+        results.append({key: value.cpu().double() for key, value in found.items()})
+    return results[list(LAUNCHES).index(launch)]
 
 
 TYPES = {"float32": F32, "bfloat16": BF16, "float16": F16}

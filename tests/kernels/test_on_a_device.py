@@ -47,17 +47,17 @@ def test_episodes_are_adapters_of_their_own(penalty: Any, shared: bool) -> None:
 
     found, wanted = {"image": features[0].grad, "text": features[1].grad}, {"text": torch.zeros_like(text).double()}
     dimages, per_episode = [], []
-    for episode, (mine, _, parameters) in enumerate(drawn):
+    for episode, (own_image, _, parameters) in enumerate(drawn):
         exact = {key: value.detach().double().requires_grad_() for key, value in parameters.items()}
-        mine, words = mine.double().requires_grad_(), text.detach().double().requires_grad_()
-        alone = rational_adapter(mine, words, 20.0, exact, CONFIG, penalty=penalty, backend="reference")
-        here = slice(batch * episode, batch * (episode + 1))
+        own_image, own_text = own_image.double().requires_grad_(), text.detach().double().requires_grad_()
+        alone = rational_adapter(own_image, own_text, 20.0, exact, CONFIG, penalty=penalty, backend="reference")
+        rows = slice(batch * episode, batch * (episode + 1))
         assert alone.penalty is not None
-        ((alone.logits * weights[here].double()).sum() + alone.penalty).backward()
-        torch.testing.assert_close(output.logits[here].cpu().double(), alone.logits, rtol=1e-4, atol=1e-4)
+        ((alone.logits * weights[rows].double()).sum() + alone.penalty).backward()
+        torch.testing.assert_close(output.logits[rows].cpu().double(), alone.logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(output.penalty[episode].cpu().double(), alone.penalty, rtol=1e-4, atol=1e-6)
-        dimages.append(mine.grad)
-        wanted["text"] += words.grad
+        dimages.append(own_image.grad)
+        wanted["text"] += own_text.grad
         per_episode.append({key: value.grad for key, value in exact.items()})
     wanted["image"] = torch.cat(dimages)
     for key in drawn[0][2]:

@@ -115,8 +115,8 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted: set[str], launches: int,
 def test_values_with_much_in_common_cancel_in_the_row_softmax(simulated: Simulated) -> None:
     config = AdapterConfig.official(128, softmax="row")
     inputs = problem(config, 2, 37, BF16)
-    # What all values share has no gradient through a row softmax: P (dP - delta) sums to zero as far as delta is made
-    # of the very dO that dP is made of. The error is at most 2.3 times the
+    # What all values share has no gradient through a row softmax: P (dP - delta) sums to zero as far as delta is
+    # computed from the very dO that dP is computed from. The error is at most 2.3 times the
     # reference's, of an unrounded one 3.3 times.
     inputs[2]["v_proj.bias"] = 100 * inputs[2]["v_proj.bias"].abs()
     exact = solve(config, inputs, torch.float64, "reference", None)
@@ -141,15 +141,15 @@ def test_episodes_are_adapters_of_their_own(simulated: Simulated) -> None:
         ((output.logits * weights).sum() + output.penalty.sum()).backward()
     assert len(log) <= 12
     dimage, dtext = torch.zeros_like(image), torch.zeros_like(text)
-    for episode, (mine, _, parameters) in enumerate(problems):
+    for episode, (own_image, _, parameters) in enumerate(problems):
         leaves = {key: value.clone().requires_grad_() for key, value in parameters.items()}
-        features = (mine.clone().requires_grad_(), text.detach().clone().requires_grad_())
+        features = (own_image.clone().requires_grad_(), text.detach().clone().requires_grad_())
         alone = rational_adapter(*features, 20.0, leaves, config, penalty="l2", backend="reference")
         assert alone.penalty is not None
-        here = slice(2 * episode, 2 * episode + 2)
-        ((alone.logits * weights[here]).sum() + alone.penalty).backward()
-        dimage[here], dtext = features[0].grad, dtext + features[1].grad
-        torch.testing.assert_close(output.logits[here], alone.logits, rtol=1e-4, atol=1e-4)
+        rows = slice(2 * episode, 2 * episode + 2)
+        ((alone.logits * weights[rows]).sum() + alone.penalty).backward()
+        dimage[rows], dtext = features[0].grad, dtext + features[1].grad
+        torch.testing.assert_close(output.logits[rows], alone.logits, rtol=1e-4, atol=1e-4)
         for key, value in leaves.items():
             assert value.grad is not None
             assert stacked[key].grad is not None

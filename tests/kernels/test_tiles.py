@@ -36,22 +36,22 @@ def test_candidates_are_few_and_begin_with_the_table(launch: str) -> None:
 
 
 def test_the_fastest_tile_is_kept_and_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
+    calls: list[Any] = []
     # Of every launch the third tile is fastest; parameter_gradients has no better one than the table's.
     times = {"class_attention_forward": iter([2.0, 2.0, 1.0, *[3.0] * 7]), "parameter_gradients": iter([1.0] * 10)}
 
     def run(launch: str) -> Any:
-        return lambda tile: (seen.append((launch, tile)), next(times[launch]))[1]
+        return lambda tile: (calls.append((launch, tile)), next(times[launch]))[1]
 
     report = tune({launch: run(launch) for launch in times}, SIZES, "NVIDIA A100-SXM4-40GB", lambda call: call(), str)
     assert report["class_attention_forward"]["ratio"] == 2.0
-    assert len(seen) <= 20
+    assert len(calls) <= 20
     path = cache_file("NVIDIA A100-SXM4-40GB")
     assert list(json.loads(path.read_text())) == [SIZES.key("class_attention_forward")]
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100-SXM4-40GB")
     device, near = torch.device("cuda", 0), Sizes(torch.bfloat16, 250, 1500, 512, 64)
-    tried = [tile for name, tile in seen if name == "class_attention_forward"]
+    tried = [tile for name, tile in calls if name == "class_attention_forward"]
     assert tiles.chosen_tile(device, "class_attention_forward", near) == tried[2]
     assert tiles.chosen_tile(device, "parameter_gradients", near) is None
     assert tiles.chosen_tile(device, "class_attention_forward", Sizes(torch.bfloat16, 1000, 6000, 512, 64)) is None
