@@ -1,1 +1,1 @@
-"""The three loops, each readable top to bottom."""
+"""The three loops, ttt, eft and fft, each of which can be read from top to bottom."""

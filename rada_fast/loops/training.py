@@ -23,18 +23,19 @@ from rada_fast.runs.progress import progress
 EPOCHS = "epochs.jsonl"
 
 Batch = tuple[Tensor, Tensor]
-"""Inputs of a step, and their labels (B,)."""
+"""The inputs of a step, and their labels (B,)."""
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From inputs and labels to the loss, and to its parts as step_loss gives them."""
+"""A function of inputs and labels that returns the loss and, as step_loss does, its parts."""
 
 
 @dataclass
 class Training:
-    """One training on its way, and where its state is kept.
+    """A training that is under way, and the file that keeps its state.
 
-    name: the stage's, where a run has several; state_file: in the run's folder; trained: the modules whose weights are
-    saved; records: a line for every finished epoch; earlier: the lines of the stages before it; unreadable: training
-    images that could not be read, by id; kept: weights of an earlier epoch, for whatever starts from them.
+    state_file: a file in the run's folder; trained: the modules whose weights are saved; name: the name of the stage,
+    where a run has several; earlier: the records of the stages before it; records: one for every finished epoch;
+    unreadable: the training images that could not be read, by id; kept: the weights after an earlier epoch, for a stage
+    that starts from them.
     """
 
     folder: RunFolder
@@ -54,7 +55,7 @@ class Training:
         return next(self.trained.parameters()).device
 
     def epoch_name(self, epoch: int) -> str:
-        """What an epoch, counted from 0, is called where its draws are seeded."""
+        """The name under which the draws of an epoch, counted from 0, are seeded."""
         return f"{self.name} epoch {epoch}" if self.name else f"epoch {epoch}"
 
     def resume(self) -> int:
@@ -112,9 +113,9 @@ class Training:
 class Plan:
     """How long a training lasts and how fast it learns.
 
-    epochs: in all; steps: of an epoch, at most; rate: the learning rate of a step, from the numbers of the epoch and of
-    the step in it, both from 0; lr, option: what sets it, and that option's name; micro_batch: images at once, where a
-    step is to be split, its gradients accumulated; seed: of PyTorch's own draws.
+    epochs: their number, those of an earlier run included; steps: the most steps of an epoch; rate: the learning rate
+    as a function of the epoch and the step in it, both counted from 0; lr, option, micro_batch: see train_epoch; seed:
+    of PyTorch's own draws.
     """
 
     epochs: int
@@ -168,24 +169,27 @@ def train(
 
 
 def warm_up_then_cosine(lr: float, step: int, total: int, warmup: int) -> float:
-    """Linear warm-up to lr, then a cosine to zero. step: from 0, of total."""
+    """The rate of a step, counted from 0 of total: it rises linearly to lr, then follows a cosine to zero."""
     if step < warmup:
         return lr * (step + 1) / warmup
     return 0.5 * lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def shuffled(count: int, batch_size: int, seed: int, name: str) -> list[Tensor]:
-    """Indices of each step's images, in an order drawn from (seed, name) alone."""
+    """The indices of the images of each step, in an order that depends on the seed and the name alone."""
     generator = torch.Generator().manual_seed(image_seed(seed, name))
     return list(torch.randperm(count, generator=generator).split(batch_size))
 
 
 @contextmanager
 def drawing_from(seed: int, name: str, device: torch.device) -> Iterator[None]:
-    """PyTorch's own draws, such as an encoder's dropout, come from (seed, name) alone, wherever a run was cut off."""
+    """Within this context PyTorch's own draws, such as an encoder's dropout, depend on the seed and the name alone.
+
+    A run that was cut off and goes on therefore draws what an uninterrupted one would have drawn.
+    """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         drawn = image_seed(seed, f"{name} draws")
-        # torch.manual_seed would seed every CUDA device too, and nothing would put their states back.
+        # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
         torch.default_generator.manual_seed(drawn)
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -194,7 +198,10 @@ def drawing_from(seed: int, name: str, device: torch.device) -> Iterator[None]:
 
 
 def step_loss(logits: Tensor, penalty: Tensor, target: Tensor, penalty_weight: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy plus weighted mask penalty; and (loss, cross-entropy, penalty, accuracy), detached, as one (4,)."""
+    """The cross-entropy plus the weighted mask penalty, and its parts for the record.
+
+    The parts are the loss, the cross-entropy, the penalty and the accuracy, detached, in one tensor (4,).
+    """
     entropy = cross_entropy(logits, target)
     loss = entropy + penalty_weight * penalty if penalty_weight else entropy
     accuracy = (logits.argmax(dim=-1) == target).float().mean()
@@ -214,8 +221,9 @@ def train_epoch(
 ) -> dict[str, Any]:
     """Train for one epoch and return its record.
 
-    rate: the learning rate of a step; lr, option: what sets it, and that option's name; micro_batch: images at once,
-    gradients accumulated; on_step: called after every step.
+    rate: the learning rate of a step; lr, option: the value that sets it, and the name of its option; micro_batch: the
+    images that are computed at once, where a step accumulates the gradients of several parts; on_step: called after
+    every step.
 
     Raises UserError where the loss or a weight is no number.
     """

@@ -1,1 +1,1 @@
-"""Vision-language models through open_clip, and their class features."""
+"""Vision-language models through open_clip, the names of classes, and the features of texts and images."""

@@ -1,1 +1,1 @@
-"""A run on disk: its folder, the lock on it, what identifies it, and its progress."""
+"""A run on disk: its folder, the lock on the folder, and the progress that a run shows."""
