@@ -34,7 +34,7 @@ from rada_fast.loops.training import (
 )
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
-from rada_fast.models.image_features import Features, check_some_readable, features_of, iterate_views
+from rada_fast.models.image_features import Features, Unreadable, check_some_readable, features_of, iterate_views
 from rada_fast.modules.rational_classifier import RationalClassifier
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, unreadable_records
 from rada_fast.runs.folder import RunFolder, reset_peak_memory
@@ -140,7 +140,7 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
         results[stage.name], records = evaluate_stage(stage, model, task)
         lines += records
     folder.accept_inputs()
-    unreadable = {image[0]: image for training in done for image in training.unreadable.values()}
+    unreadable = {image.id: image for training in done for image in training.unreadable.values()}
     folder.write_lines(IMAGES, [{"train": True} | record for record in unreadable_records(unreadable.values())] + lines)
     # An image is evaluated after every stage, and counts once.
     unreadable_evaluated = {(line["test"], line["id"]) for line in lines if line["status"] == "unreadable"}
@@ -211,7 +211,7 @@ class Batches:
             )
             for index, view, reason in stream:
                 if view is None:
-                    unreadable.append((samples[index].id, samples[index].label, reason or ""))
+                    unreadable.append(Unreadable(samples[index].id, samples[index].label, reason or ""))
                 else:
                     views.append(view[0])
                     labels.append(samples[index].label)

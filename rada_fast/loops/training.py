@@ -68,7 +68,7 @@ class Training:
     def _take(self, state: dict[str, Any]) -> None:
         """Go on from a state. Raises whatever comes where it is not this training's, before anything is changed."""
         records, kept = list(state["records"]), state["kept"]
-        unreadable = {id: (id, label, reason) for id, label, reason in state["unreadable"]}
+        unreadable = {image[0]: Unreadable(*image) for image in state["unreadable"]}
         scaler, optimizer, trained = state["scaler"], state["optimizer"], state["trained"]
         wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in self.trained.state_dict().items()}
         if {name: (tensor.shape, tensor.dtype) for name, tensor in trained.items()} != wanted:
@@ -98,7 +98,8 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "records": self.records,
-            "unreadable": list(self.unreadable.values()),
+            # Plain tuples, because a state is read without executing code.
+            "unreadable": [tuple(image) for image in self.unreadable.values()],
             "kept": self.kept,
         }
         self.folder.save_state(self.state_file, state)
@@ -106,7 +107,7 @@ class Training:
 
     def note_unreadable(self, images: Iterable[Unreadable]) -> None:
         """Remember training images that could not be read, each once."""
-        self.unreadable |= {image[0]: image for image in images}
+        self.unreadable |= {image.id: image for image in images}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,16 @@ from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
-Unreadable = tuple[str, int, str]
-"""Id and label of an image that could not be read, and the reason."""
 SECONDS_TO_SIGNAL = 5.0
 """The longest wait for the signal that a process has ended; it comes at once."""
+
+
+class Unreadable(NamedTuple):
+    """An image that could not be read, and the reason why."""
+
+    id: str
+    label: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def encode_images(
     with progress(title, len(samples)) as advance:
         for index, view, reason in stream:
             if view is None:
-                unreadable.append((samples[index].id, samples[index].label, reason or ""))
+                unreadable.append(Unreadable(samples[index].id, samples[index].label, reason or ""))
             else:
                 kept.append(samples[index])
                 pending.append(view[0])
@@ -165,7 +171,7 @@ def encode_crops(
     with progress(title, len(samples)) as advance:
         for index, views, reason in stream:
             if views is None:
-                unreadable.append((samples[index].id, samples[index].label, reason or ""))
+                unreadable.append(Unreadable(samples[index].id, samples[index].label, reason or ""))
             else:
                 features.append(vlm.encode_images(views, [samples[index].id]).cpu())
                 kept.append(samples[index])
@@ -179,7 +185,9 @@ def check_some_readable(unreadable: Sequence[Unreadable], samples: Sequence[Samp
     """Raise UserError where all of the samples are unreadable."""
     if unreadable and len(unreadable) == len(samples):
         root = str(samples[0].path).removesuffix(samples[0].id).rstrip("/")
-        raise UserError(f"data {root}: none of the {len(samples)} images could be read; the first: {unreadable[0][2]}")
+        raise UserError(
+            f"data {root}: none of the {len(samples)} images could be read; the first: {unreadable[0].reason}"
+        )
 
 
 def _features_path(samples: Sequence[Sample], vlm: VisionLanguageModel) -> Path:

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from rada_fast.config.options import RunOptions
 from rada_fast.errors import UserError
 from rada_fast.loops.training import Training, drawing_from, shuffled, step_loss, train_epoch, training_time
+from rada_fast.models.image_features import Unreadable
 from rada_fast.runs.folder import RunFolder
 from rada_fast.system import notices
 
@@ -47,7 +48,7 @@ def test_a_training_goes_on_to_the_same_weights_and_gradient_scale(tmp_path: Pat
     with folder_in(tmp_path / "cut") as folder:
         before = training(folder)
         before.kept = {"weight": torch.ones(1)}
-        before.note_unreadable([("a", 0, "torn"), ("a", 0, "torn")])
+        before.note_unreadable([Unreadable("a", 0, "torn"), Unreadable("a", 0, "torn")])
         epoch(before)
         after = training(folder)
         assert after.resume() == 1
