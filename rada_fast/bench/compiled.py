@@ -21,8 +21,7 @@ from rada_fast.config.method import AdapterConfig
 from rada_fast.config.tools import KernelsOptions
 from rada_fast.extension import cuda_toolkit, libraries
 from rada_fast.modules import RationalAdapter
-from rada_fast.ops import rational_adapter
-from rada_fast.ops._backends.choice import use_backend
+from rada_fast.ops import rational_adapter, use_backend
 from rada_fast.system.terminal import PlainConsole, print_json
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
