@@ -1,1 +1,1 @@
-"""Configurations and how they are read: the method's, the commands' options, the checks of both."""
+"""This package defines the frozen configurations of the method and of every command, and reads and checks them."""

@@ -1,6 +1,7 @@
-"""A command's arguments and options files as its configuration. What cannot be used is one line that names the option.
+"""Read a command's arguments and options files into its configuration.
 
-The configuration's fields are the options; nothing else describes them.
+The fields of the configuration are the options; nothing else describes them. An error is one line that names the
+option.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from typing import Any
 from rada_fast.errors import UserError
 
 PATHS = ("output", "pretrained", "adapter", "classes", "templates")
-"""Fields that hold a path; some may hold a name instead, and templates a template."""
+"""These fields hold a path; some of them may hold a name instead, and templates may hold a template."""
 KINDS_AND_PATHS = ("data", "train", "test", "new_test", "text_features")
-"""Fields that hold KIND:PATH."""
-MOST_OPTIONS_BYTES = 2**24
-"""The largest options file that is read."""
+"""These fields hold KIND:PATH."""
+MAX_OPTIONS_BYTES = 2**24
+"""A larger options file is refused."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a command.
+    """An Option describes one option of a command.
 
-    name: the field's; kind: bool, int, float or str; choices: all that it may be, or nothing; many: whether it takes
-    several values; optional: whether it may be None; required: whether it has no default.
+    name: the name of its field; kind: bool, int, float or str; choices: the values that it may have, or () where any
+    value of its kind will do; many: whether it takes several values; optional: whether it may be None; required:
+    whether it has no default.
     """
 
     name: str
@@ -48,48 +50,51 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The option on the command line."""
+        """Return the option as it is written on the command line."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def expected(self) -> str:
-        """What a value must be."""
+        """Return the words of an error message that say what a value must be."""
         if self.choices:
-            one = f"one of {', '.join(map(str, self.choices))}"
+            values = f"one of {', '.join(map(str, self.choices))}"
         else:
-            one = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
-        return one + (" or None" if self.optional else "")
+            values = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
+        return values + (" or None" if self.optional else "")
 
     def convert(self, value: Any) -> Any:
-        """A value of the command line, a text, or of an options file. Raises UserError where it is of another kind."""
+        """Convert a value from the command line (a text) or from an options file to this option's kind.
+
+        Raises UserError where that is not possible.
+        """
         if self.optional and (value is None or value in ("None", "none")):
             return None
-        found = value
+        converted = value
         if isinstance(value, str) and self.kind in (int, float):
             try:
-                found = self.kind(value)
+                converted = self.kind(value)
             except ValueError:  # also for a number of thousands of digits
-                found = None
+                converted = None
         elif self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             try:
-                found = float(value)
+                converted = float(value)
             except OverflowError:
-                found = None
-        if type(found) is not self.kind or (self.choices and found not in self.choices):
+                converted = None
+        if type(converted) is not self.kind or (self.choices and converted not in self.choices):
             raise UserError(f"{self.flag} must be {self.expected}, got {shortened(value)}")
-        if isinstance(found, str) and (not found.strip() or "\0" in found):
+        if isinstance(converted, str) and (not converted.strip() or "\0" in converted):
             raise UserError(f"{self.flag} must neither be empty nor hold a NUL character, got {shortened(value)}")
-        return found
+        return converted
 
     def convert_all(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """Several values."""
+        """Convert several values. Raises UserError where there is none, or where one cannot be converted."""
         if not values:
             raise UserError(f"{self.flag} needs at least one value: {self.expected}")
         return tuple(self.convert(value) for value in values)
 
 
 def shortened(value: Any) -> str:
-    """A value for a message."""
+    """Return the repr of a value, cut where it is too long for a message."""
     try:
         shown = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, or a list in a list in a list
@@ -98,7 +103,7 @@ def shortened(value: Any) -> str:
 
 
 def options_of(config_type: type) -> dict[str, Option]:
-    """A configuration's options by field name, those of configurations inside it too."""
+    """Return a configuration's options by field name, with those of the configurations that are its fields."""
     found: dict[str, Option] = {}
     hints = typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
@@ -122,16 +127,16 @@ def options_of(config_type: type) -> dict[str, Option]:
 
 
 def read(config_type: type, command: str, arguments: Sequence[str]) -> Any:
-    """The configuration that a command line asks for, options files first, so that the command line wins.
+    """Read the configuration that a command line asks for. The command line wins over options files.
 
-    Raises UserError, its message one line with the option's name.
+    Raises UserError with one line that names the option.
     """
     options = options_of(config_type)
-    from_files, given = _split(options, command, arguments)
+    files, from_command_line = _split(options, command, arguments)
     values: dict[str, Any] = {}
-    for path in from_files:
+    for path in files:
         values |= _values_of_file(path, options, command)
-    values |= given
+    values |= from_command_line
     if missing := [option.flag for option in options.values() if option.required and option.name not in values]:
         raise UserError(f"{' and '.join(missing)} must be given; 'rada-fast {command} --help' shows an example")
     try:
@@ -141,7 +146,7 @@ def read(config_type: type, command: str, arguments: Sequence[str]) -> Any:
 
 
 def named_in(message: str, config_type: type) -> str:
-    """An error's line with the option's name as it is on the command line, where the line begins with a field's."""
+    """Return an error's line with --option in place of the field's name, where the line begins with that name."""
     options = options_of(config_type)
     words = message.split()
     flags = {"--options", *(option.flag for option in options.values())}
@@ -152,37 +157,37 @@ def named_in(message: str, config_type: type) -> str:
 
 
 def name_option(message: str, config: Any) -> str:
-    """As named_in; where a message has the path alone, it begins with the option that gave the path."""
+    """Do as named_in, and put the option in front of a message that mentions only the path that the option gave."""
     named = named_in(message, type(config))
     if named == message and not message.startswith("--"):
         for flag, path in paths_of(config):
-            # As a word of its own: a folder named "o" is not meant wherever there is an o.
+            # The path must be a word of its own: not every "o" in a message is the folder named "o".
             if re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w/-])", message):
                 return message if flag in message.split() else f"{flag}: {message}"
     return named
 
 
 def paths_of(config: Any) -> list[tuple[str, str]]:
-    """The options of a configuration that name files or folders, as (option, path)."""
-    found: list[tuple[str, str]] = []
+    """Return a pair (option, path) for every file or folder that a configuration names."""
+    paths: list[tuple[str, str]] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            found += paths_of(value)
+            paths += paths_of(value)
             continue
         flag = "--" + field.name.replace("_", "-")
         for text in value if isinstance(value, tuple) else (value,):
             if not isinstance(text, str):
                 continue
             if field.name in KINDS_AND_PATHS and ":" in text:
-                found.append((flag, text.partition(":")[2]))
+                paths.append((flag, text.partition(":")[2]))
             elif field.name in PATHS and "{" not in text:
-                found.append((flag, text))
-    return found
+                paths.append((flag, text))
+    return paths
 
 
 def _build(config_type: type, values: Mapping[str, Any]) -> Any:
-    """A configuration, and those inside it, each with the values of its own fields."""
+    """Make a configuration and those that are its fields, each from the values of its own fields."""
     hints = typing.get_type_hints(config_type)
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config_type):
@@ -191,7 +196,7 @@ def _build(config_type: type, values: Mapping[str, Any]) -> Any:
             assert isinstance(inner, type)
             names = {part.name for part in dataclasses.fields(inner)}
             own = {name: value for name, value in values.items() if name in names}
-            # The outer configuration's default, which may differ from the inner one's own.
+            # Start from the outer configuration's default, which may differ from the inner one's own.
             changes[field.name] = dataclasses.replace(field.default, **own)  # type: ignore[type-var]
         elif field.name in values:
             changes[field.name] = values[field.name]
@@ -199,7 +204,7 @@ def _build(config_type: type, values: Mapping[str, Any]) -> Any:
 
 
 def _split(options: Mapping[str, Option], command: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The options files and the options' values on a command line."""
+    """Return the options files that a command line names, and the values of its other options."""
     files: list[str] = []
     values: dict[str, Any] = {}
     tokens = list(arguments)
@@ -219,11 +224,11 @@ def _split(options: Mapping[str, Option], command: str, arguments: Sequence[str]
         off = name.startswith("no_") and name[3:] in options and options[name[3:]].kind is bool
         option = options.get(name[3:] if off else name) if flag.startswith("--") else None
         if option is None:
-            raise UserError(_unknown(flag, options, command))
+            raise UserError(_unknown_option(flag, options, command))
         if option.kind is bool:
             if equals:
-                contrary = option.flag if off else f"--no-{option.flag[2:]}"
-                raise UserError(f"{flag} takes no value, got {shortened(value)}; {contrary} says the contrary")
+                opposite = option.flag if off else f"--no-{option.flag[2:]}"
+                raise UserError(f"{flag} takes no value, got {shortened(value)}; {opposite} is its opposite")
             values[option.name] = not off
         elif option.many:
             several = [value] if equals else []
@@ -240,11 +245,11 @@ def _split(options: Mapping[str, Option], command: str, arguments: Sequence[str]
 
 
 def _is_option(token: str) -> bool:
-    """Whether a token begins an option; a value that looks so is given as --option=value."""
+    """Say whether a token begins an option. A value that begins with -- has to be given as --option=value."""
     return token.startswith("--")
 
 
-def _unknown(flag: str, options: Mapping[str, Option], command: str) -> str:
+def _unknown_option(flag: str, options: Mapping[str, Option], command: str) -> str:
     flags = [option.flag for option in options.values()] + (["--options"] if flag != "--options" else [])
     close = difflib.get_close_matches(flag.replace("_", "-").lower(), flags, n=1) if flag.strip("-") else []
     advice = f"; did you mean {close[0]}?" if close else f"; 'rada-fast {command} --help' lists them"
@@ -252,11 +257,11 @@ def _unknown(flag: str, options: Mapping[str, Option], command: str) -> str:
 
 
 def check_file_kind(flag: str, path: Path, *, pipes: bool = False) -> None:
-    """Refuse what is there but can hold no file of an option, or may not be read: a device, a pipe that may never end.
+    """Raise UserError where a path exists but is neither a file nor a folder, or may not be read.
 
-    pipes: whether a pipe that the shell made, as in <(command), may be read.
+    A device or a pipe might never end. pipes: whether a pipe that the shell made, as in <(command), may be read.
 
-    Raises UserError, also where the path cannot be looked at; a path that does not exist is for the reader to refuse.
+    A path that does not exist is accepted: whoever reads it refuses it.
     """
     try:
         mode = path.stat().st_mode
@@ -275,12 +280,12 @@ def check_file_kind(flag: str, path: Path, *, pipes: bool = False) -> None:
 
 
 def reason_of(error: OSError | ValueError) -> str:
-    """The system's words for why a path cannot be used."""
+    """Return what the system says about why a path cannot be used."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _values_of_file(path: str, options: Mapping[str, Option], command: str) -> dict[str, Any]:
-    """The options of an options file, each checked as on the command line."""
+    """Read the options of an options file. Each is checked as on the command line."""
     content = _content_of_file(path)
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -290,7 +295,7 @@ def _values_of_file(path: str, options: Mapping[str, Option], command: str) -> d
             raise UserError(f"--options file {path} must be flat: {key} is a table")
         if option is None:
             flag = "--" + name.strip("_").replace("_", "-")
-            raise UserError(f"--options file {path}: {_unknown(flag, options, command)}")
+            raise UserError(f"--options file {path}: {_unknown_option(flag, options, command)}")
         if name in values:
             raise UserError(f"--options file {path} gives {option.flag} twice")
         try:
@@ -304,7 +309,7 @@ def _values_of_file(path: str, options: Mapping[str, Option], command: str) -> d
 
 
 def _content_of_file(name: str) -> dict[str, Any]:
-    """An options file's table."""
+    """Read the table of an options file."""
     if "\0" in name or not name.strip():
         raise UserError(f"--options must name a TOML or JSON file, got {shortened(name)}")
     try:
@@ -314,15 +319,15 @@ def _content_of_file(name: str) -> dict[str, Any]:
     check_file_kind("--options file", path, pipes=True)
     try:
         with path.open("rb") as file:
-            raw = file.read(MOST_OPTIONS_BYTES + 1)
+            raw = file.read(MAX_OPTIONS_BYTES + 1)
     except OSError as error:
         raise UserError(f"--options file {path} cannot be read: {error.strerror}") from None
-    if len(raw) > MOST_OPTIONS_BYTES:
-        raise UserError(f"--options file {path} is larger than {MOST_OPTIONS_BYTES // 2**20} MiB")
+    if len(raw) > MAX_OPTIONS_BYTES:
+        raise UserError(f"--options file {path} is larger than {MAX_OPTIONS_BYTES // 2**20} MiB")
     try:
-        text = _decoded(raw)
+        text = _decode(raw)
         is_json = path.suffix.lower() == ".json" or text.lstrip().startswith("{")
-        content = json.loads(text, object_pairs_hook=_without_doubles) if is_json else tomllib.loads(text)
+        content = json.loads(text, object_pairs_hook=_with_unique_keys) if is_json else tomllib.loads(text)
     except UserError as error:
         raise UserError(f"--options file {path} {error}") from None
     except RecursionError:
@@ -334,8 +339,8 @@ def _content_of_file(name: str) -> dict[str, Any]:
     return content
 
 
-def _decoded(raw: bytes) -> str:
-    """A text in UTF-8, or in whatever Unicode encoding its byte-order mark says, as some editors write."""
+def _decode(raw: bytes) -> str:
+    """Decode a text from UTF-8, or from the Unicode encoding of its byte-order mark, which some editors write."""
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8-sig"),
         (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
@@ -348,8 +353,8 @@ def _decoded(raw: bytes) -> str:
     return raw.decode("utf-8")
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys TOML, but not JSON, requires to differ."""
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dictionary of a JSON object. Raises UserError where a key occurs twice, which JSON itself allows."""
     content = dict(pairs)
     if len(content) != len(pairs):
         names = [name for name, _ in pairs]

@@ -1,4 +1,4 @@
-"""Checks of a configuration's fields: each raises UserError naming the field, what was expected and what came."""
+"""Check the fields of configurations. Every check raises UserError with the field, what it must be and what it is."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from rada_fast.errors import UserError
 
-MOST = 2**31 - 1
-"""The largest count of anything."""
-MOST_SEED = 2**63 - 1
-"""The largest seed that every generator takes."""
-MOST_REAL = 1e38
-"""The largest learning rate, weight or temperature: float32 holds it."""
-MOST_WORKERS = 1024
-MOST_LAYERS = 1024
+MAX_COUNT = 2**31 - 1
+"""No count of anything may be larger."""
+MAX_SEED = 2**63 - 1
+"""Every random generator takes seeds up to this one."""
+MAX_FLOAT = 1e38
+"""No learning rate, weight or temperature may be larger; float32 can still represent this one."""
+MAX_WORKERS = 1024
+MAX_LAYERS = 1024
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -24,50 +24,50 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_positive(name: str, value: float, *, zero_ok: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (value >= 0 if zero_ok else value > 0):
-        raise UserError(f"{name} must be {'at least 0' if zero_ok else 'above 0'}, got {_shown(value)}")
-    if value > MOST_REAL:
-        raise UserError(f"{name} must be at most {MOST_REAL:g}, got {_shown(value)}")
+        raise UserError(f"{name} must be {'at least 0' if zero_ok else 'above 0'}, got {_described(value)}")
+    if value > MAX_FLOAT:
+        raise UserError(f"{name} must be at most {MAX_FLOAT:g}, got {_described(value)}")
 
 
-def check_whole(name: str, value: int, least: int, most: int = MOST) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise UserError(f"{name} must be a whole number of at least {least}, got {_shown(value)}")
-    if value > most:
-        raise UserError(f"{name} must be a whole number of at most {most}, got {_shown(value)}")
+def check_integer(name: str, value: int, minimum: int, maximum: int = MAX_COUNT) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < minimum:
+        raise UserError(f"{name} must be a whole number of at least {minimum}, got {_described(value)}")
+    if value > maximum:
+        raise UserError(f"{name} must be a whole number of at most {maximum}, got {_described(value)}")
 
 
-def _shown(value: object) -> str:
-    """A value as it was given; a whole number too long to be written out, by its length."""
+def _described(value: object) -> str:
+    """Return the repr of a value, or words for a whole number that is too long to be written out."""
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     return repr(value)
 
 
 def check_text(name: str, value: str | None) -> None:
-    """A name or a path: some text, without the character that no path can hold."""
+    """Raise UserError where a name or a path is not a text, is empty, or holds the one character that no path can."""
     if value is not None and (not isinstance(value, str) or not value.strip() or "\0" in value):
         raise UserError(f"{name} must be a text that is neither empty nor has a NUL character, got {value!r}")
 
 
-def _without_tilde(name: str, path: str) -> str:
-    """A path in which a leading ~ or ~user is written out; a KIND:PATH keeps its kind."""
-    kind, colon, place = path.partition(":")
-    if not path.startswith("~") and not (colon and place.startswith("~") and kind.isalpha()):
+def _expand_home(name: str, path: str) -> str:
+    """Replace a leading ~ or ~user in a path, or in the path of a KIND:PATH, by the home folder."""
+    kind, colon, rest = path.partition(":")
+    if not path.startswith("~") and not (colon and rest.startswith("~") and kind.isalpha()):
         return path
-    before, home = ("", path) if path.startswith("~") else (kind + colon, place)
+    prefix, unexpanded = ("", path) if path.startswith("~") else (kind + colon, rest)
     try:
-        return before + str(Path(home).expanduser())
+        return prefix + str(Path(unexpanded).expanduser())
     except RuntimeError:
         raise UserError(f"{name} begins with a home folder that is not known here, got {path!r}") from None
 
 
 def check_paths(config: Any, *names: str) -> None:
-    """Check fields that hold a path, several or none, and write their home folders out."""
+    """Check fields that hold a path, several paths or None, and replace a leading ~ in each path."""
     for name in names:
         value = getattr(config, name)
         paths = value if isinstance(value, tuple) else (value,)
         for path in paths:
             check_text(name, path)
-        whole = tuple(path if path is None else _without_tilde(name, path) for path in paths)
-        object.__setattr__(config, name, whole if isinstance(value, tuple) else whole[0])
+        expanded = tuple(path if path is None else _expand_home(name, path) for path in paths)
+        object.__setattr__(config, name, expanded if isinstance(value, tuple) else expanded[0])

@@ -1,4 +1,4 @@
-"""The options of the three loops: `ttt`, `eft` and `fft`. Defaults say where they are from."""
+"""Define the options of the three loops `ttt`, `eft` and `fft`. Every default says where it comes from."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rada_fast.config.checks import (
-    MOST_SEED,
+    MAX_SEED,
     check_choice,
+    check_integer,
     check_paths,
     check_positive,
-    check_whole,
 )
 from rada_fast.config.method import (
     EpisodeConfig,
@@ -31,9 +31,9 @@ Stages = Literal["both", "rada"]
 class TTTOptions:
     """Test-time training: adapt to each test image by itself, from its views alone (paper Sec. 4.3).
 
-    For every image: encode the original and its random views once, keep the confident ones, take a few optimiser steps
-    on a fresh copy of the adapter, predict the original, forget. Writes images.jsonl (a line an image, as it happens)
-    and summary.json.
+    For every image, encode the original and its random views once, keep the confident ones, take a few optimiser steps
+    on a fresh copy of the adapter, predict the original, and forget the copy. Writes images.jsonl (one line per image,
+    as soon as it is done) and summary.json.
 
     Example: rada-fast ttt --data imagefolder:photos --model ViT-B-16-quickgelu --pretrained openai --output results/ttt
     """
@@ -57,10 +57,10 @@ class TTTOptions:
 
     def __post_init__(self) -> None:
         check_paths(self, "data")
-        check_whole("views", self.views, 1)
-        check_whole("episodes", self.episodes, 1)
+        check_integer("views", self.views, 1)
+        check_integer("episodes", self.episodes, 1)
         if self.order_seed is not None:
-            check_whole("order_seed", self.order_seed, 0, MOST_SEED)
+            check_integer("order_seed", self.order_seed, 0, MAX_SEED)
         check_choice("view_kind", self.view_kind, ("crop", "augmix"))
 
 
@@ -69,8 +69,8 @@ class EFTOptions:
     """Efficient fine-tuning: train the adapter with frozen encoders; report base, new and their harmonic mean
     (paper Sec. 4.2).
 
-    Writes epochs.jsonl (a line an epoch, as it happens), images.jsonl (a line a test image), adapter.safetensors and
-    summary.json.
+    Writes epochs.jsonl (one line per epoch, as soon as it is done), images.jsonl (one line per test image),
+    adapter.safetensors and summary.json.
 
     Example: rada-fast eft --train imagefolder:train --test imagefolder:test --model ViT-B-16-quickgelu --pretrained
     openai --output results/eft
@@ -81,15 +81,15 @@ class EFTOptions:
     test: str
     """Test images as KIND:PATH."""
     new_test: str | None = None
-    """Test images of new classes, where they lie apart. Needs --protocol all."""
+    """Test images of new classes, where they are data of their own. Needs --protocol all."""
     protocol: Protocol = "base-to-new"
     """base-to-new: train on the first half of the classes, test on both halves; all: train and test on all classes."""
     shots: int | None = 16
-    """Training images a class (paper: 16); None takes all."""
+    """Training images per class (paper: 16); None takes all."""
     epochs: int = 13
     """Passes over the training images (paper: 13)."""
     batch_size: int = 1
-    """Images a step (paper: 1)."""
+    """Images per step (paper: 1)."""
     lr: float = 9e-4
     """Learning rate (paper: 9e-4)."""
     optimizer: OptimizerName = "adamw"
@@ -105,7 +105,7 @@ class EFTOptions:
     train_views: TrainViews = "center"
     """center: one fixed view, encoded once and cached; crop: a new random crop and flip each epoch (published)."""
     evaluate_every: int = 0
-    """Also test after every so many epochs; 0 tests at the end only."""
+    """Also test after every this many epochs; 0 tests at the end only."""
     run: RunOptions = RunOptions(output="results/eft")
     model: ModelOptions = ModelOptions()
     text: ClassOptions = ClassOptions()
@@ -114,10 +114,10 @@ class EFTOptions:
     def __post_init__(self) -> None:
         check_paths(self, "train", "test", "new_test")
         if self.shots is not None:
-            check_whole("shots", self.shots, 1)
-        check_whole("epochs", self.epochs, 1)
-        check_whole("batch_size", self.batch_size, 1)
-        check_whole("evaluate_every", self.evaluate_every, 0)
+            check_integer("shots", self.shots, 1)
+        check_integer("epochs", self.epochs, 1)
+        check_integer("batch_size", self.batch_size, 1)
+        check_integer("evaluate_every", self.evaluate_every, 0)
         check_positive("lr", self.lr)
         check_positive("weight_decay", self.weight_decay, zero_ok=True)
         check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
@@ -129,7 +129,7 @@ class EFTOptions:
 class FFTOptions:
     """Full fine-tuning: a linear classifier, started from the text features, replaces the text encoder (Sec. 4.1).
 
-    RAda trains the adapter and the classifier with frozen encoders; RAda-FT goes on from the adapter after a few of
+    RAda trains the adapter and the classifier with frozen encoders; RAda-FT goes on from the weights after a few of
     those epochs and trains everything, without the mask penalty. Writes epochs.jsonl, images.jsonl, the trained
     weights and summary.json.
 
@@ -140,7 +140,7 @@ class FFTOptions:
     train: str
     """Training images as KIND:PATH. features:FILE.npz serves --stages rada only."""
     test: tuple[str, ...]
-    """Test images, several KIND:PATH: the training domain's and shifted ones with the same classes."""
+    """Test images, one or more KIND:PATH: the training domain's and shifted ones with the same classes."""
     stages: Stages = "both"
     """both, or rada: adapter and classifier only."""
     epochs: int = 10
@@ -150,7 +150,7 @@ class FFTOptions:
     finetune_epochs: int = 5
     """Epochs of RAda-FT (paper: 5)."""
     batch_size: int = 512
-    """Images a step (paper: 512)."""
+    """Images per step (paper: 512)."""
     micro_batch: int | None = None
     """Split a step into parts of this many images to save memory; gradients are accumulated."""
     lr: float = 4e-3
@@ -177,10 +177,10 @@ class FFTOptions:
             raise UserError("test must name at least one source, got none")
         check_paths(self, "train", "test")
         for name in ("epochs", "finetune_epochs", "batch_size", "finetune_from"):
-            check_whole(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
         if self.micro_batch is not None:
-            check_whole("micro_batch", self.micro_batch, 1)
-        check_whole("warmup_steps", self.warmup_steps, 0)
+            check_integer("micro_batch", self.micro_batch, 1)
+        check_integer("warmup_steps", self.warmup_steps, 0)
         if self.finetune_from > self.epochs:
             raise UserError(
                 f"finetune_from must be at most epochs {self.epochs}, got {self.finetune_from}; unless given it is 5"

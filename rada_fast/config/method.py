@@ -1,4 +1,4 @@
-"""The method's own configuration: of the adapter and of a test-time episode. Defaults say where they are from."""
+"""Define the configurations of the adapter and of a test-time episode. Every default says where it comes from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from rada_fast.config.checks import (
     check_choice,
+    check_integer,
     check_positive,
-    check_whole,
 )
 from rada_fast.errors import UserError
 
@@ -31,19 +31,21 @@ ROLES: dict[str, str] = {
     "value": "v_proj",
     "output": "out_proj",
 }
-"""The projections of a layer of attention: what each one makes, and its name in the published code. A role is the kind
-of query, or key, value or output. Operators take the projections' parameters in this order."""
+"""Each projection of an attention layer has a role, which is the kind of query, or key, value or output. This table
+gives its name in the published code. Operators take the projections' parameters in this order."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The rational adapter's arithmetic (RAda, arXiv:2507.15480, Eq. 6 and 16, and the published code's variants).
+    """An AdapterConfig defines the rational adapter's arithmetic (RAda, arXiv:2507.15480, Eq. 6 and 16).
+
+    It covers the paper and the variants of the published code.
 
     embed_dim: width D of the vision-language model's joint embedding.
     num_heads: heads H of the attention over classes; must divide embed_dim.
     softmax: "row" normalises each query's scores over the classes (Eq. 6); "matrix" normalises a head's whole K x K
         score matrix at once and multiplies by K (published code).
-    temperature: divides the scores, next to the square root of the head width.
+    temperature: divides the scores, besides the square root of the head width.
     input_scale: "logit" feeds sqrt(s) f, sqrt(s) T and s R to the projections (published code); "none" feeds f, T, R.
     input_scale_factor: multiplies s inside input_scale="logit" only; 4 in one published variant, else 1.
     mask_activation: "relu" clips the mask 1 + A at zero (published code); "none" leaves it (paper).
@@ -68,9 +70,9 @@ class AdapterConfig:
     input_scale_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        check_whole("embed_dim", self.embed_dim, 1)
-        check_whole("num_heads", self.num_heads, 1)
-        check_whole("num_layers", self.num_layers, 1)
+        check_integer("embed_dim", self.embed_dim, 1)
+        check_integer("num_heads", self.num_heads, 1)
+        check_integer("num_layers", self.num_layers, 1)
         if self.embed_dim % self.num_heads:
             raise UserError(f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}")
         check_choice("softmax", self.softmax, ("matrix", "row"))
@@ -87,19 +89,19 @@ class AdapterConfig:
             check_choice("queries", query, QUERY_KINDS)
         if len(set(self.queries)) != len(self.queries):
             raise UserError(f"queries must not repeat a kind, got {self.queries!r}")
-        # One order everywhere, so that equal sets of queries are equal configurations.
+        # The order is fixed, so that equal sets of queries are equal configurations.
         object.__setattr__(self, "queries", tuple(kind for kind in QUERY_KINDS if kind in self.queries))
         if self.mask_function == "mlp" and self.num_layers != 1:
             raise UserError(f"num_layers must be 1 with mask_function 'mlp', got {self.num_layers}")
 
     @property
     def head_dim(self) -> int:
-        """Width d = D / H of one head."""
+        """Return the width d = D / H of one head."""
         return self.embed_dim // self.num_heads
 
     @property
     def preset(self) -> str:
-        """Name of the preset this equals apart from embed_dim and temperature: "official", "paper" or "custom"."""
+        """Return "official" or "paper" where only embed_dim and temperature differ from that preset, else "custom"."""
         if self.embed_dim % 8 == 0 and self == AdapterConfig.official(self.embed_dim, temperature=self.temperature):
             return "official"
         if self == AdapterConfig.paper(self.embed_dim, temperature=self.temperature):
@@ -108,24 +110,24 @@ class AdapterConfig:
 
     @classmethod
     def official(cls, embed_dim: int, temperature: float = 1.0, **changes: Any) -> AdapterConfig:
-        """The published code's arithmetic: 8 heads, matrix softmax, inputs scaled by s, relu, biases."""
+        """Return the published code's arithmetic: 8 heads, matrix softmax, inputs scaled by s, relu, biases."""
         return cls(embed_dim=embed_dim, temperature=temperature, **changes)
 
     @classmethod
     def paper(cls, embed_dim: int, temperature: float = 1.0, **changes: Any) -> AdapterConfig:
-        """The paper's arithmetic (Eq. 6): one head, row softmax, no input scale, no relu, no biases."""
+        """Return the paper's arithmetic (Eq. 6): one head, row softmax, no input scale, no relu, no biases."""
         values: dict[str, Any] = {
             "num_heads": 1, "softmax": "row", "input_scale": "none", "mask_activation": "none", "bias": False,
         }  # fmt: skip
         return cls(embed_dim=embed_dim, temperature=temperature, **(values | changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
+        """Return the fields as plain JSON values."""
         return {**dataclasses.asdict(self), "queries": list(self.queries)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AdapterConfig:
-        """The inverse of to_dict. Raises ValueError naming an unknown field."""
+        """Make a configuration of what to_dict returned. Raises ValueError naming an unknown field."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"adapter configuration has unknown fields {', '.join(unknown)}")
@@ -136,7 +138,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """One test-time episode (RAda, arXiv:2507.15480, Sec. 4.3): adapt to one image's views, predict, forget.
+    """An EpisodeConfig says how a test-time episode adapts to one image's views (RAda, arXiv:2507.15480, Sec. 4.3).
 
     Raises ValueError naming the field when a value is out of range.
     """
@@ -146,7 +148,7 @@ class EpisodeConfig:
     lr: float = 8e-4
     """Learning rate (paper: 8e-4)."""
     selection: float = 0.1
-    """Share of the views kept: the int(selection * V) of lowest prediction entropy, at least one (paper: 0.1)."""
+    """Share of the views to keep: the int(selection * V) of lowest prediction entropy, at least one (paper: 0.1)."""
     loss: TTTLoss = "mean"
     """Mean of the kept views' entropies (Eq. 5), or "marginal": the entropy of their mean prediction (TPT)."""
     penalty: MaskPenalty = "l2"
@@ -159,7 +161,7 @@ class EpisodeConfig:
     """Weight decay; torch's default for AdamW, which the paper does not change."""
 
     def __post_init__(self) -> None:
-        check_whole("steps", self.steps, 0)
+        check_integer("steps", self.steps, 0)
         check_positive("lr", self.lr)
         if not (isinstance(self.selection, int | float) and 0 < self.selection <= 1):
             raise UserError(f"selection must be above 0 and at most 1, got {self.selection!r}")
@@ -170,5 +172,5 @@ class EpisodeConfig:
         check_positive("weight_decay", self.weight_decay, zero_ok=True)
 
     def num_selected(self, num_views: int) -> int:
-        """How many of num_views views an episode keeps."""
+        """Return how many of num_views views an episode keeps."""
         return max(1, int(self.selection * num_views))

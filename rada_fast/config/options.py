@@ -1,4 +1,4 @@
-"""Groups of options that several commands share: the model, the classes, the adapter and the run."""
+"""Define the options that several commands share: those of the model, the classes, the adapter and the run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rada_fast.config.checks import (
-    MOST_LAYERS,
-    MOST_SEED,
-    MOST_WORKERS,
+    MAX_LAYERS,
+    MAX_SEED,
+    MAX_WORKERS,
     check_choice,
+    check_integer,
     check_paths,
     check_positive,
     check_text,
-    check_whole,
 )
 from rada_fast.config.method import (
     QUERY_KINDS,
@@ -30,13 +30,13 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The vision-language model."""
+    """These options choose the vision-language model."""
 
     model: str = "embedded"
     """An open_clip model's name, such as ViT-B-16-quickgelu, or "embedded", the small CLIP that is shipped."""
     pretrained: str | None = None
-    """A hub tag such as openai, a local weights file, the folder of an fft, whose image encoder is taken, or "random"
-    to try the machinery without weights."""
+    """A hub tag such as openai, a local weights file, the output folder of an fft for the image encoder that it
+    trained, or "random" to try a command without weights."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
     precision: Precision = "float32"
@@ -52,7 +52,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ClassOptions:
-    """The classes and their text features."""
+    """These options choose the classes and their text features."""
 
     classes: str | None = None
     """Class names: a text file (one name per line, or a table with a number or folder beside it) or JSON. Default: the
@@ -60,8 +60,8 @@ class ClassOptions:
     templates: str = "photo"
     """A template with {}, photo, simple (7), openai (80), a CoOp data set's name such as dtd, or a file."""
     text_features: str | None = None
-    """Use these as T instead of encoding prompts: a features:FILE.npz with one row for each class, classifier:RUN, the
-    classifier that an fft in that folder has trained, or "class-means": the mean of each class's training features."""
+    """Use these as T instead of encoding prompts: features:FILE.npz with one row for each class; classifier:RUN, the
+    classifier that an fft in that folder has trained; or "class-means", the mean of each class's training features."""
     logit_scale: float | None = None
     """Multiplier s of the logits. Default: the model's; without a model, the array logit_scale of the feature files, or
     CLIP's 100."""
@@ -79,7 +79,7 @@ class ClassOptions:
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """The rational adapter."""
+    """These options choose the rational adapter."""
 
     preset: Literal["official", "paper"] | None = None
     """The published code's arithmetic, which is the default, or the paper's."""
@@ -94,9 +94,9 @@ class AdapterOptions:
     mask_function: MaskFunction | None = None
     """attention, the default, or mlp: a two-layer MLP in its place (Table 4)."""
     adapter: str | None = None
-    """Start from this adapter: our safetensors, a published checkpoint, or a run's folder. It decides all of the above,
-    less --temperature and --num-heads of a published checkpoint, which does not hold them; an option that contradicts
-    it is refused."""
+    """Start from this adapter: a safetensors file of this package, a published checkpoint, or a run's folder. It
+    decides all of the above, except --temperature and --num-heads where it is a published checkpoint, which does not
+    hold them; an option that contradicts it is refused."""
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -104,28 +104,28 @@ class AdapterOptions:
         if self.temperature is not None:
             check_positive("temperature", self.temperature)
         if self.num_heads is not None:
-            check_whole("num_heads", self.num_heads, 1)
+            check_integer("num_heads", self.num_heads, 1)
         if self.num_layers is not None:
-            check_whole("num_layers", self.num_layers, 1, MOST_LAYERS)
-        # What does not depend on the width is refused before a model is loaded.
+            check_integer("num_layers", self.num_layers, 1, MAX_LAYERS)
+        # Values that are wrong at any width are refused before a model is loaded.
         self.resolve(self.num_heads or 8)
         check_paths(self, "adapter")
 
     def _given(self) -> dict[str, Any]:
-        """The fields of the configuration that were given, less the preset."""
+        """Return the fields of the adapter's configuration that were given, without the preset."""
         names = ("temperature", "num_heads", "queries", "num_layers", "mask_function")
         return {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
 
     def resolve(self, embed_dim: int) -> AdapterConfig:
-        """The full configuration at a model's width. Raises ValueError naming the field that does not fit."""
+        """Return the full configuration for a model's width. Raises ValueError naming the field that does not fit."""
         make = AdapterConfig.paper if self.preset == "paper" else AdapterConfig.official
         return make(embed_dim, **self._given())
 
     def applied_to(self, config: AdapterConfig, *, stated: bool) -> AdapterConfig:
-        """The configuration of the adapter's file, with the options that it leaves open.
+        """Return the configuration of an adapter's file, completed by the options for what the file does not hold.
 
-        config: the file's; stated: whether the file says it all. Published ones hold no temperature and no number of
-        heads, so config is then the published code's.
+        config: the configuration of the file; stated: whether the file holds all of it. A published checkpoint holds
+        neither the temperature nor the number of heads; config then has the published code's values for them.
 
         Raises UserError naming an option that contradicts the file.
         """
@@ -151,27 +151,27 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where the results go and how the run behaves."""
+    """These options say where the results go and how the run behaves."""
 
     output: str = "results"
-    """Folder for the results. A run that was cut off goes on where it stopped when started again with it."""
+    """Folder for the results. Started again with it, an interrupted run goes on where it stopped."""
     seed: int = 0
     """Every random draw comes from (seed, image id), so order, workers and interruptions change nothing."""
     workers: int = 0
-    """Processes that read images and make views; 0 does it in the main one."""
+    """Processes that read images and make views; with 0 the main process does it."""
     limit: int | None = None
-    """Take only this many images, spread over the classes."""
+    """Use only this many images, spread over the classes."""
     overwrite: bool = False
-    """Remove the results of another run that lie in the output folder."""
+    """Remove the results of another run from the output folder."""
     allow_unreadable: int = 0
-    """Exit with status 3 when more images than this could not be read; each is recorded either way."""
+    """Exit with status 3 when more images than this could not be read; every such image is recorded either way."""
     json: bool = False
     """Print the summary as JSON on standard output instead of a table."""
 
     def __post_init__(self) -> None:
         check_paths(self, "output")
-        check_whole("workers", self.workers, 0, MOST_WORKERS)
-        check_whole("seed", self.seed, 0, MOST_SEED)
+        check_integer("workers", self.workers, 0, MAX_WORKERS)
+        check_integer("seed", self.seed, 0, MAX_SEED)
         if self.limit is not None:
-            check_whole("limit", self.limit, 1)
-        check_whole("allow_unreadable", self.allow_unreadable, 0)
+            check_integer("limit", self.limit, 1)
+        check_integer("allow_unreadable", self.allow_unreadable, 0)

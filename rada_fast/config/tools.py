@@ -1,23 +1,23 @@
-"""Frozen configurations of the commands around the loops: demo, doctor, kernels and build."""
+"""Define the frozen configurations of the commands demo, doctor, kernels and build."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from rada_fast.config.checks import MOST_SEED, check_paths, check_positive, check_whole
+from rada_fast.config.checks import MAX_SEED, check_integer, check_paths, check_positive
 from rada_fast.errors import UserError
 
-MOST_DEMO_IMAGES = 100_000
-"""The most pictures of the demo's test-time training: half a gigabyte on the disk, and hours."""
-MOST_ROWS = 2**20
-"""The most images or classes that the kernels are compiled for."""
+MAX_DEMO_IMAGES = 100_000
+"""The demo's test-time training takes no more pictures than these, which are half a gigabyte and hours of work."""
+MAX_ROWS = 2**20
+"""The kernels are compiled for no more images or classes than these."""
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """The method on the embedded default: zero-shot, test-time training and a short EFT on the shipped small CLIP and
-    its drawn world, in about two minutes on two cores.
+    """Show the method on the small CLIP that is shipped and its drawn images: zero-shot prediction, test-time training
+    and a short EFT, in about two minutes on two cores.
 
     Writes the drawn images, each run's results, report.json and demo.png into the output folder.
     """
@@ -33,15 +33,15 @@ class DemoOptions:
 
     def __post_init__(self) -> None:
         check_paths(self, "output")
-        check_whole("images", self.images, 1, MOST_DEMO_IMAGES)
-        check_whole("epochs", self.epochs, 1)
+        check_integer("images", self.images, 1, MAX_DEMO_IMAGES)
+        check_integer("epochs", self.epochs, 1)
         # The drawn worlds take three seeds each.
-        check_whole("seed", self.seed, 0, MOST_SEED // 3 - 1)
+        check_integer("seed", self.seed, 0, MAX_SEED // 3 - 1)
 
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What is installed, which backends are usable and why not, and a small numeric self-test."""
+    """Report what is installed, which backends are usable and why others are not, and run a small numeric self-test."""
 
     json: bool = False
     """Print JSON, for an issue report."""
@@ -49,34 +49,33 @@ class DoctorOptions:
 
 @dataclass(frozen=True)
 class KernelsOptions:
-    """What the GPU kernels compile to: Triton's of one training step, and the CUDA C++ ones where nvcc is found.
+    """Report what the GPU kernels compile to: the Triton kernels of one training step, and the CUDA C++ kernels where
+    nvcc is found.
 
-    Needs no device; takes about a minute.
-
-    The exit status is 1 where a kernel spills registers.
+    The command needs no device and takes about a minute. Its exit status is 1 where a kernel spills registers.
     """
 
     preset: Literal["official", "paper"] = "official"
-    """The adapter: heads of D/8 and the matrix softmax, or one wide head and the row softmax."""
+    """The adapter: official has 8 heads of width D/8 and the matrix softmax, paper one head and the row softmax."""
     embed_dim: int = 512
-    """D."""
+    """Width D of the embeddings."""
     batch: int = 6
-    """B, images."""
+    """Number B of images."""
     classes: int = 1000
-    """K."""
+    """Number K of classes."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of features and parameters."""
+    """Type of the features and the parameters."""
     targets: tuple[Literal[80, 90, 100], ...] = (80, 90, 100)
     """Compute capabilities: 80 is A100, 90 H100, 100 B200."""
     tune: bool = False
-    """Measure up to ten tiles of each launch on this machine's GPU instead, and keep the fastest for later calls."""
+    """Instead, measure up to ten tiles of each launch on this machine's GPU, and use the fastest in later calls."""
     json: bool = False
     """Print one JSON line for each kernel and target."""
 
     def __post_init__(self) -> None:
-        check_whole("batch", self.batch, 1, MOST_ROWS)
-        check_whole("classes", self.classes, 1, MOST_ROWS)
-        check_whole("embed_dim", self.embed_dim, 1, 2**16)
+        check_integer("batch", self.batch, 1, MAX_ROWS)
+        check_integer("classes", self.classes, 1, MAX_ROWS)
+        check_integer("embed_dim", self.embed_dim, 1, 2**16)
         if self.preset == "official" and self.embed_dim % 8:
             raise UserError(f"embed_dim must be a multiple of 8 with preset 'official', got {self.embed_dim}")
         if not self.targets:
@@ -87,19 +86,19 @@ class KernelsOptions:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Compile the C++ extension once for this PyTorch, with ninja and the C++ compiler that is here.
+    """Compile the C++ extension once for the installed PyTorch, with ninja and this machine's C++ compiler.
 
-    Nothing else ever compiles: without it the package runs on plain PyTorch.
+    No other command compiles C++: without the extension the package runs on plain PyTorch.
     """
 
     jobs: int | None = None
-    """Compilers at once. Default: as many as processors and free memory allow."""
+    """Compilers to run at once. Default: as many as processors and free memory allow."""
     timeout: float = 600.0
-    """Seconds to wait for another build of the same thing."""
+    """Seconds to wait for another build of the same extension."""
     force: bool = False
     """Compile everything again."""
 
     def __post_init__(self) -> None:
         if self.jobs is not None:
-            check_whole("jobs", self.jobs, 1, 2**16)
+            check_integer("jobs", self.jobs, 1, 2**16)
         check_positive("timeout", self.timeout)

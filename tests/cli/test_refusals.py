@@ -35,7 +35,7 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     (f"{TTT} --epochs 3", "--epochs is no option"),
     (f"{TTT} --no-steps", "--no-steps is no option"),
     (f"{TTT} --=3", "-- is no option of 'rada-fast ttt'; 'rada-fast ttt --help' lists them"),
-    (f"{TTT} --no-json=1", "--no-json takes no value, got '1'; --json says the contrary"),
+    (f"{TTT} --no-json=1", "--no-json takes no value, got '1'; --json is its opposite"),
     (f"{TTT} extra", "'extra' belongs to no option"),
     (f"{TTT} --overwrite yes", "'yes' belongs to no option"),
     (f"{EFT} --step 3", "--step is no option"),
