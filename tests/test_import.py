@@ -13,4 +13,4 @@ def test_a_checkout_finds_its_kernels_without_being_installed() -> None:
     found = PathFinder.find_spec("rada_fast.kernels", rada_fast.__path__)
     assert found is not None
     assert found.origin is not None
-    assert Path(found.origin).with_name("class_attention.py").is_file()
+    assert Path(found.origin).with_name("rational_projections.py").is_file()
