@@ -59,7 +59,7 @@ class Problem:
     @property
     def multiplies(self) -> bool:
         """Whether the device has products of the type."""
-        return self.device != "cpu" or _env.multiplies(self.dtype)
+        return self.device != "cpu" or _env.has_native_products(self.dtype)
 
 
 def providers_of(problem: Problem) -> list[str]:

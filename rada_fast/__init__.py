@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
     from rada_fast.ops import backends, use_backend
 
-# A checkout that is imported without being installed has the Triton kernels beside the package, not in it.
+# In a checkout that was not installed, the Triton kernels are beside the package instead of inside it.
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parents[1]))
 
-_HOMES = {
+_MODULES = {
     "AdapterConfig": "config.method",
     "EpisodeConfig": "config.method",
     "RationalAdapter": "modules",
@@ -51,8 +51,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f"rada_fast.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"rada_fast.{_MODULES[name]}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'rada_fast' has no attribute {name!r}")

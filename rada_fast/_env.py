@@ -1,4 +1,4 @@
-"""The only reader of environment variables and device capabilities."""
+"""Read environment variables and the capabilities of processors and devices, which no other module does."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from pathlib import Path
 
 from rada_fast.errors import UserError
 
-# PyTorch is imported where it is asked, so that the command line reads its variables before, and without, it.
+# PyTorch is imported in the functions that ask it, so that the command line can check variables without loading it.
 
 BACKEND_NAMES = ("auto", "literal", "reference", "cpu", "triton", "cuda")
 
 
 def check_variables(*, building: bool) -> None:
-    """Raise UserError where a variable of ours has a value that means nothing; a build has more of them."""
+    """Raise UserError where one of this package's variables has a value that means nothing.
+
+    building: whether the variables of a build are checked too.
+    """
     backend_variable()
     tiles_from_table()
     float32_products()
@@ -30,9 +33,9 @@ def check_variables(*, building: bool) -> None:
 
 
 def place_other_caches() -> None:
-    """Give the libraries below a place for what they keep, where this user has no home or one that cannot be written.
+    """Give other libraries a folder for their caches where the user has no home folder or one that is not writable.
 
-    They would make a folder named "~" where the command runs, warn, or stop.
+    Without it they would make a folder named "~" in the current one, warn, or stop.
     """
     try:
         home: Path | None = Path.home()
@@ -41,24 +44,24 @@ def place_other_caches() -> None:
     if home is not None and is_writable(home):
         return
     try:
-        place = cache_dir()
-    except UserError:  # nothing can be written anywhere, which whatever needs a place says itself
+        folder = cache_dir()
+    except UserError:  # no folder can be written to; whatever needs one reports that itself
         return
     if home is None:
-        # The cache stays where it is without a home, where this package finds it in other programs too.
-        os.environ["RADA_FAST_CACHE"] = str(place)
-        os.environ["HOME"] = str(place / "home")
-    os.environ.setdefault("TRITON_CACHE_DIR", str(place / "triton"))
-    os.environ.setdefault("MPLCONFIGDIR", str(place / "matplotlib"))
+        # With HOME set, cache_dir would answer differently; other programs of this user have no HOME.
+        os.environ["RADA_FAST_CACHE"] = str(folder)
+        os.environ["HOME"] = str(folder / "home")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    os.environ.setdefault("MPLCONFIGDIR", str(folder / "matplotlib"))
 
 
 def show_traceback() -> bool:
-    """Whether RADA_FAST_TRACEBACK=1 asks for the place in the source of whatever ends a command."""
+    """Return whether RADA_FAST_TRACEBACK=1 asks for the traceback of the error that ends a command."""
     return os.environ.get("RADA_FAST_TRACEBACK") not in (None, "", "0")
 
 
 def backend_variable() -> str | None:
-    """Value of RADA_FAST_BACKEND, or None where it is unset or empty."""
+    """Return the value of RADA_FAST_BACKEND, or None where it is unset or empty."""
     value = os.environ.get("RADA_FAST_BACKEND") or None
     if value is not None and value not in BACKEND_NAMES:
         raise UserError(f"RADA_FAST_BACKEND must be one of {', '.join(BACKEND_NAMES)}, got {value!r}")
@@ -66,17 +69,17 @@ def backend_variable() -> str | None:
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again: RADA_FAST_CACHE, else the user's cache folder.
+    """Return the folder for files that can be made again: RADA_FAST_CACHE, or else the user's cache folder.
 
     A user without a home folder, or with one that cannot be written to (a container may run as any user), gets a folder
-    of their own under the temporary one. Raises UserError where none is to be had.
+    of their own under the temporary one. Raises UserError where that is not possible either.
     """
     folder = _named_cache() or _user_cache()
     return folder if folder and (_named_cache() or is_writable(folder)) else _temporary_cache()
 
 
 def cache_dirs() -> list[Path]:
-    """Every folder that ``cache_dir`` may have been: what was made there earlier is still of use."""
+    """Return every folder that ``cache_dir`` may have returned earlier: the files in them are still useful."""
     if named := _named_cache():
         return [named]
     user, temporary = _user_cache(), _temporary_name()
@@ -108,7 +111,7 @@ def _temporary_name() -> Path | None:
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether nobody else can put files there: compiled libraries are loaded from it."""
+    """Return whether nobody else can put files into a folder. Compiled libraries are loaded from the cache."""
     try:
         found = folder.lstat()
     except OSError:
@@ -119,23 +122,25 @@ def _is_own(folder: Path) -> bool:
 def _temporary_cache() -> Path:
     folder = _temporary_name()
     if folder is None:
-        raise UserError("no folder for the cache can be written to; RADA_FAST_CACHE names one")
+        raise UserError("no folder for the cache can be written to; set RADA_FAST_CACHE to one")
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     if not _is_own(folder):
-        raise UserError(f"the cache folder {folder} can be written to by others; RADA_FAST_CACHE names another")
+        raise UserError(
+            f"the cache folder {folder} must be yours and not writable for others; set RADA_FAST_CACHE to another one"
+        )
     return folder
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be put into a folder, or the folder be made first."""
+    """Return whether files can be written into a folder, which may have to be made first."""
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def tiles_from_table() -> bool:
-    """Whether RADA_FAST_TILES=table keeps the kernels to their own tables, whatever was measured."""
+    """Return whether RADA_FAST_TILES=table makes the kernels use their own tables even where tiles were measured."""
     value = os.environ.get("RADA_FAST_TILES") or None
     if value not in (None, "table"):
         raise UserError(f"RADA_FAST_TILES must be table, got {value!r}")
@@ -143,7 +148,7 @@ def tiles_from_table() -> bool:
 
 
 def float32_products() -> str | None:
-    """RADA_FAST_FLOAT32: how the Triton kernels multiply float32, or None where it is unset or empty."""
+    """Return RADA_FAST_FLOAT32, the way in which the Triton kernels multiply float32, or None where it is not set."""
     value = os.environ.get("RADA_FAST_FLOAT32") or None
     if value not in (None, "ieee", "tf32x3", "tf32"):
         raise UserError(f"RADA_FAST_FLOAT32 must be ieee, tf32x3 or tf32, got {value!r}")
@@ -151,7 +156,7 @@ def float32_products() -> str | None:
 
 
 def bfloat16_products() -> str | None:
-    """RADA_FAST_BFLOAT16: how the CPU operator multiplies bfloat16, or None where it is unset or empty."""
+    """Return RADA_FAST_BFLOAT16, the way in which the CPU operator multiplies bfloat16, or None where it is not set."""
     value = os.environ.get("RADA_FAST_BFLOAT16") or None
     if value not in (None, "native", "float32"):
         raise UserError(f"RADA_FAST_BFLOAT16 must be native or float32, got {value!r}")
@@ -159,7 +164,7 @@ def bfloat16_products() -> str | None:
 
 
 def has_module(name: str) -> bool:
-    """Whether a module could be imported, without importing it."""
+    """Return whether a module could be imported, without importing it."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
@@ -167,56 +172,56 @@ def has_module(name: str) -> bool:
 
 
 def has_cuda() -> bool:
-    """Whether PyTorch sees a CUDA device."""
+    """Return whether PyTorch sees a CUDA device."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def cuda_device_count() -> int:
-    """How many CUDA devices PyTorch sees."""
+    """Return how many CUDA devices PyTorch sees."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def cuda_device_name(index: int | None = None) -> str:
-    """The name of a CUDA device, of the current one unless an index says which."""
+    """Return the name of the CUDA device with this index, or of the current device."""
     import torch
 
     return torch.cuda.get_device_name(index)
 
 
 def current_cuda_device() -> int:
-    """The index of the CUDA device that a new tensor would be made on."""
+    """Return the index of the CUDA device that a new tensor would be made on."""
     import torch
 
     return torch.cuda.current_device()
 
 
 def is_capturing() -> bool:
-    """Whether what is launched on the current CUDA stream is captured into a graph instead of run."""
+    """Return whether launches on the current CUDA stream are captured into a graph instead of run."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def cuda_device_capability() -> tuple[int, int]:
-    """The compute capability of the current CUDA device, (8, 0) for sm_80."""
+    """Return the compute capability of the current CUDA device, (8, 0) for sm_80."""
     import torch
 
     return torch.cuda.get_device_capability()
 
 
 def cuda_version() -> str | None:
-    """The CUDA version that PyTorch was built with, or None where it was built without."""
+    """Return the CUDA version that PyTorch was built with, or None where it was built without CUDA."""
     import torch
 
     return torch.version.cuda
 
 
 def device_capabilities() -> list[int]:
-    """Compute capabilities of the CUDA devices that PyTorch sees, each once, 80 for 8.0; smallest first."""
+    """Return the different compute capabilities of the CUDA devices, smallest first, 80 for 8.0."""
     import torch
 
     if not torch.cuda.is_available():
@@ -226,18 +231,17 @@ def device_capabilities() -> list[int]:
 
 
 def cpu_capability() -> str:
-    """The instruction set PyTorch's own CPU kernels use, for instance AVX512."""
+    """Return the instruction set that PyTorch's own CPU kernels use, for instance AVX512."""
     import torch
 
     return torch.backends.cpu.get_cpu_capability()
 
 
-def multiplies(dtype: str) -> bool:
-    """Whether the processor multiplies this type with instructions of its own and PyTorch's libraries may use them.
+def has_native_products(dtype: str) -> bool:
+    """Return whether the processor has instructions that multiply this type, and PyTorch's libraries may use them.
 
-    dtype: "bfloat16" or "float16"; every other type is.
-    What keeps PyTorch (ATEN_CPU_CAPABILITY) or oneDNN (ONEDNN_MAX_CPU_ISA) to an older instruction set counts as an
-    older processor.
+    The answer is True for every dtype but "bfloat16" and "float16". A variable that restricts PyTorch
+    (ATEN_CPU_CAPABILITY) or oneDNN (ONEDNN_MAX_CPU_ISA) to an older instruction set counts as an older processor.
     """
     if dtype not in ("bfloat16", "float16"):
         return True
@@ -253,9 +257,9 @@ def multiplies(dtype: str) -> bool:
 
 @cache
 def _processor_flags() -> frozenset[str]:
-    """Instruction sets of the processor by the system's names; empty where it does not say.
+    """Return the names that the system gives to the processor's instruction sets, none where it gives no list.
 
-    PyTorch's own list is not in every release, and its names change.
+    Not every release of PyTorch has such a list, and its names change.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -266,7 +270,7 @@ def _processor_flags() -> frozenset[str]:
 
 
 def available_memory() -> int:
-    """Bytes of memory that could be taken now; the whole memory where the system does not say."""
+    """Return how many bytes of memory are available now, or of memory in all where the system does not tell."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -277,13 +281,16 @@ def available_memory() -> int:
 
 
 def debug_build() -> bool:
-    """Whether DEBUG=1 asks for a build of the extension with symbols and assertions."""
+    """Return whether DEBUG=1 asks for a build of the extension with symbols and assertions."""
     return os.environ.get("DEBUG") == "1"
 
 
 def use_cuda() -> bool | None:
-    """USE_CUDA: False leaves the CUDA kernels out of a build, True makes their absence an error, None builds them where
-    a device is there or TORCH_CUDA_ARCH_LIST asks for them."""
+    """Return whether USE_CUDA asks for the CUDA kernels in a build, or None where it is not set.
+
+    False leaves the kernels out. True makes it an error where they cannot be built. None builds them where there is a
+    device or TORCH_CUDA_ARCH_LIST asks for them.
+    """
     match os.environ.get("USE_CUDA"):
         case None | "":
             return None
@@ -296,34 +303,34 @@ def use_cuda() -> bool | None:
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit that CUDA_HOME names, or None."""
+    """Return the folder of the CUDA toolkit that CUDA_HOME names, or None."""
     value = os.environ.get("CUDA_HOME")
     return Path(value) if value else None
 
 
 def cxx() -> str | None:
-    """CXX, the C++ compiler that the user has chosen, or None."""
+    """Return CXX, the C++ compiler that the user has chosen, or None."""
     return os.environ.get("CXX") or None
 
 
 def with_variables(**values: str) -> dict[str, str]:
-    """The environment for a program that is started from here, with these variables added."""
+    """Return this process's environment with these variables added, for a program that is to be started."""
     return os.environ | values
 
 
 def keep_fused_multiply_adds() -> None:
-    """Let Triton fuse multiplications with additions, unless the user has decided on it.
+    """Let Triton fuse multiplications with additions, unless the user has set its variable.
 
-    Triton 3.9 warns where nothing says so, and 3.10 turns them off; the kernels are made for them.
+    Where it is not set, Triton 3.9 warns and 3.10 does not fuse; the kernels were measured with fused operations.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def cuda_arch_list() -> str | None:
-    """TORCH_CUDA_ARCH_LIST, the compute capabilities to build for, or None where it is unset or empty."""
+    """Return TORCH_CUDA_ARCH_LIST, the compute capabilities to build for, or None where it is unset or empty."""
     return os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or None
 
 
 def sanitizers() -> str | None:
-    """RADA_FAST_SANITIZE, the sanitizers to compile the CPU's operators with ("address,undefined"), or None."""
+    """Return RADA_FAST_SANITIZE, the sanitizers for the CPU's operators ("address,undefined"), or None."""
     return os.environ.get("RADA_FAST_SANITIZE") or None

@@ -68,14 +68,14 @@ def test_a_private_folder_that_others_can_write_to_is_refused(
     monkeypatch.setattr(pwd, "getpwuid", _nobody)
     temporary.mkdir()
     temporary.chmod(0o777)
-    words = f"the cache folder {temporary} can be written to by others; RADA_FAST_CACHE names another"
-    with pytest.raises(UserError, match=words):
+    message = f"the cache folder {temporary} must be yours and not writable for others"
+    with pytest.raises(UserError, match=message):
         _env.cache_dir()
     assert _env.cache_dirs() == []
     temporary.rmdir()
     (tmp_path / "elsewhere").mkdir()
     temporary.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         _env.cache_dir()
 
 
@@ -130,10 +130,10 @@ def test_which_types_the_processor_multiplies(
         monkeypatch.delenv(name, raising=False)
     if onednn:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", onednn)
-    assert _env.multiplies("bfloat16") == bfloat16
-    assert _env.multiplies("float16") == float16
-    assert _env.multiplies("float32")
-    assert _env.multiplies("float64")
+    assert _env.has_native_products("bfloat16") == bfloat16
+    assert _env.has_native_products("float16") == float16
+    assert _env.has_native_products("float32")
+    assert _env.has_native_products("float64")
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def train(settings: Settings, output: Path, resume: bool, checkpoint_every: int 
         # Measured on two AVX512-BF16 cores: bfloat16 autocast with PyTorch's fused CPU attention saves 20 % of a step,
         # with the plain attention, whose products oneDNN runs in bfloat16, 45 to 55 %.
         # Without such instructions bfloat16's products are hundreds of times slower than float32's.
-        low = _env.multiplies("bfloat16")
+        low = _env.has_native_products("bfloat16")
         with torch.autocast("cpu", torch.bfloat16, enabled=low), sdpa_kernel(SDPBackend.MATH):
             image_features, text_features, logit_scale = model(pixels, tokens)
         logits = logit_scale * image_features.float() @ text_features.float().T

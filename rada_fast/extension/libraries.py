@@ -289,7 +289,7 @@ def bfloat16_products() -> str:
     if asked == "native" and not possible:
         raise UserError("RADA_FAST_BFLOAT16=native: this processor or build of PyTorch has no products of bfloat16")
     # oneDNN accepts bfloat16 on every AVX-512 processor, and emulates the instructions if they are missing.
-    return asked or ("native" if possible and _env.multiplies("bfloat16") else "float32")
+    return asked or ("native" if possible and _env.has_native_products("bfloat16") else "float32")
 
 
 # torch.compile takes the results of these functions as constants instead of tracing a search for files. This is what
@@ -356,7 +356,7 @@ def describe() -> dict[str, str]:
         facts["not taken"] = "; ".join(faults)
     if reason is None:
         paths = cpu_paths()
-        own = "the processor's own" if _env.multiplies("bfloat16") else "emulated, as RADA_FAST_BFLOAT16 asks"
+        own = "the processor's own" if _env.has_native_products("bfloat16") else "emulated, as RADA_FAST_BFLOAT16 asks"
         low = f"{paths['bfloat16']}, {own}" if bfloat16_products() == "native" else "as float32, tiles widened"
         facts |= {
             "vector loops": paths["vectors"],

@@ -38,7 +38,7 @@ def precision_on(device: torch.device, asked: Precision) -> Precision:
 
     PyTorch's own products of such a type are hundreds of times slower than float32's, and less exact.
     """
-    if device.type != "cpu" or _env.multiplies(asked):
+    if device.type != "cpu" or _env.has_native_products(asked):
         return asked
     notices.warn(
         f"--precision {asked}: this processor has no instructions for {asked} products, so the encoders compute in "

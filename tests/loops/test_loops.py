@@ -185,7 +185,7 @@ def test_a_precision_that_the_processor_does_not_multiply_is_float32(
 ) -> None:
     run_ttt(ttt(pictures, tmp_path / "plain", run={"limit": 2}))
     low = ModelOptions(precision=precision)  # type: ignore[arg-type]
-    monkeypatch.setattr(_env, "multiplies", lambda dtype: dtype == "float32")
+    monkeypatch.setattr(_env, "has_native_products", lambda dtype: dtype == "float32")
     with notices.collecting():
         summary = run_ttt(ttt(pictures, tmp_path / "low", model=low, run={"limit": 2}))
     assert lines(tmp_path / "low") == lines(tmp_path / "plain")
@@ -193,7 +193,7 @@ def test_a_precision_that_the_processor_does_not_multiply_is_float32(
     (said,) = (line for line in summary["warnings"] if "--precision" in line)
     assert said.startswith(f"--precision {precision}: this processor has no instructions for {precision} products")
     # The same option on another processor is another run, and the features kept here are float32's.
-    monkeypatch.setattr(_env, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(_env, "has_native_products", lambda dtype: True)
     with pytest.raises(UserError, match="precision"):
         run_ttt(ttt(pictures, tmp_path / "low", model=low, run={"limit": 2}))
 

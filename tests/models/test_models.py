@@ -76,7 +76,7 @@ def test_features_have_unit_norm_in_float32(tiny: VisionLanguageModel) -> None:
 def test_a_processor_without_instructions_for_a_precision_computes_in_float32(
     tiny: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, precision: Any
 ) -> None:
-    monkeypatch.setattr(_env, "multiplies", lambda dtype: dtype == "float32")
+    monkeypatch.setattr(_env, "has_native_products", lambda dtype: dtype == "float32")
     with notices.collecting():
         low = load_model("Tiny", "random", precision=precision)
         load_model("Tiny", "random", precision=precision)
@@ -88,7 +88,7 @@ def test_a_processor_without_instructions_for_a_precision_computes_in_float32(
     with notices.collecting():
         assert precision_on(torch.device("cpu"), "float32") == "float32"
         assert precision_on(torch.device("cuda"), precision) == precision
-        monkeypatch.setattr(_env, "multiplies", lambda dtype: True)
+        monkeypatch.setattr(_env, "has_native_products", lambda dtype: True)
         assert precision_on(torch.device("cpu"), precision) == precision
         assert notices.so_far() == []
 

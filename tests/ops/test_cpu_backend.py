@@ -110,11 +110,11 @@ def test_bfloat16_with_heads_of_an_odd_width(classes: int) -> None:
 
 def test_which_products_bfloat16_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RADA_FAST_BFLOAT16", raising=False)
-    monkeypatch.setattr(_env, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(_env, "has_native_products", lambda dtype: False)
     # oneDNN may offer products that it emulates; they are slower than float32's.
     assert libraries.bfloat16_products() == "float32"
     assert "tiles widened" in libraries.describe()["bfloat16 products"]
-    monkeypatch.setattr(_env, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(_env, "has_native_products", lambda dtype: True)
     monkeypatch.setattr(libraries, "cpu_paths", lambda: {"vectors": "AVX512", "float32": "a", "bfloat16": "b"})
     assert libraries.bfloat16_products() == "native"
     assert "processor's own" in libraries.describe()["bfloat16 products"]
