@@ -1,4 +1,4 @@
-"""The method on the embedded default: zero-shot, test-time training, a short EFT; a table, a file, a picture."""
+"""Show the method on the embedded CLIP and its drawn images: run TTT and a short EFT, and report what they gain."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from rada_fast.system.terminal import PlainConsole
 
 SHOTS = 16
 TEST_IMAGES_PER_CLASS = 24
-"""For EFT; each half then has several hundred test images, so that a point of accuracy is a few images."""
+"""EFT is tested on these; each half of the classes then has several hundred images, a point of accuracy is a few."""
 BATCH_SIZE = 8
-"""The paper's batch of 1 takes many times longer and no fewer epochs."""
+"""EFT trains on this many images per step; the paper's 1 takes many times longer and needs as many epochs."""
 HISTOGRAM_IMAGES = 32
 WORLD = "world"
-MADE = frozenset({WORLD, "ttt", "eft", "report.json", "demo.png"})
-"""All that a demo makes in its folder; the drawn world comes first."""
+OUTPUTS = frozenset({WORLD, "ttt", "eft", "report.json", "demo.png"})
+"""The demo writes these into its folder, the drawn world first."""
 
 
 def run_demo(config: DemoOptions) -> int:
-    """Draw the images, run everything, show the table. Returns the exit status."""
+    """Draw the images, run TTT and EFT on them and print the table. Returns the exit status."""
     start = time.perf_counter()
     console = PlainConsole()
     output = Path(config.output)
@@ -70,11 +70,11 @@ def run_demo(config: DemoOptions) -> int:
     write_json(output / "report.json", {"seconds": round(seconds, 1), "ttt": ttt, "eft": eft})
     console.print(demo_table(ttt, eft))
     console.print(
-        "TTT adapts to each image by itself (64 views, 3 steps); EFT trains on 16 images of each base class and never "
-        "sees the new ones, its mean is harmonic, and its images/s are of training on cached features."
+        "TTT adapts to each image by itself (64 views, 3 steps). EFT trains on 16 images of each base class and never "
+        "sees the new classes; its mean is harmonic, and its images/s are of training on cached features."
     )
     console.print(
-        f"{seconds:.0f} s in all. Every image: {output / 'ttt' / 'images.jsonl'}; "
+        f"The demo took {seconds:.0f} s. Every image: {output / 'ttt' / 'images.jsonl'}; "
         f"summaries: {output / 'report.json'}; picture: {picture}",
         soft_wrap=True,
     )
@@ -82,23 +82,23 @@ def run_demo(config: DemoOptions) -> int:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError where the folder holds anything that no demo made, which its files could replace."""
+    """Raise UserError where the folder holds anything that no demo made and that the demo's files could replace."""
     try:
-        found = {path.name for path in output.iterdir()}
+        present = {path.name for path in output.iterdir()}
     except FileNotFoundError:
         return
     except OSError as error:
         raise UserError(f"output {output} cannot be used: {error.strerror}") from None
-    foreign = found - MADE if WORLD in found else found
+    foreign = present - OUTPUTS if WORLD in present else present
     if foreign:
         raise UserError(
-            f"output {output} must be empty, new, or an earlier demo's folder, it holds {ascii(min(foreign))[1:-1]}; "
-            "give another --output"
+            f"output {output} must be empty, new, or an earlier demo's folder, but it holds "
+            f"{ascii(min(foreign))[1:-1]}; give another --output"
         )
 
 
 def draw_images(output: Path, config: DemoOptions) -> dict[str, Path]:
-    """Image folders of the shifted world: for TTT, and for EFT's training and test, each from seeds of its own."""
+    """Draw image folders of the shifted world for TTT and for EFT's training and test, each from seeds of its own."""
     classes = len(world.class_names())
     counts = {
         "ttt": math.ceil(config.images / classes),
@@ -108,7 +108,7 @@ def draw_images(output: Path, config: DemoOptions) -> dict[str, Path]:
     folders = {}
     for index, (name, count) in enumerate(counts.items()):
         folders[name] = output / WORLD / f"{name}-seed{config.seed}-{count}"
-        # A folder is renamed into place when it is complete, so one that is there is whole.
+        # A folder gets this name only when it is complete.
         if not folders[name].is_dir():
             temporary = folders[name].with_name(f"{folders[name].name}.partial")
             try:
@@ -120,7 +120,7 @@ def draw_images(output: Path, config: DemoOptions) -> dict[str, Path]:
 
 
 def draw_picture(output: Path, test: Path) -> Path:
-    """The trained adapter's mask on new-class images: one in detail, many in the histogram."""
+    """Draw the trained adapter's mask on images of new classes: one image in detail, many in a histogram."""
     options = TTTOptions(data=f"imagefolder:{test}")
     opened = open_data_and_model(options, {"data": options.data})
     source = opened.sources["data"]
@@ -158,8 +158,8 @@ def draw_picture(output: Path, test: Path) -> Path:
 
 
 def demo_table(ttt: dict[str, Any], eft: dict[str, Any]) -> Table:
-    """Top-1 accuracy before and after, speed and peak memory, a row a setting."""
-    result = Table(title="Top-1 accuracy on the shifted world of the embedded CLIP", title_justify="left")
+    """Make the table of accuracy before and after, speed and peak memory, with one row for each setting."""
+    table = Table(title="Top-1 accuracy on the shifted world of the embedded CLIP", title_justify="left")
     for column in (
         "setting",
         "classes",
@@ -169,14 +169,14 @@ def demo_table(ttt: dict[str, Any], eft: dict[str, Any]) -> Table:
         "images/s",
         "peak MiB",
     ):
-        result.add_column(column, justify="left" if column == "setting" else "right")
+        table.add_column(column, justify="left" if column == "setting" else "right")
     speed, memory = ttt["time"]["images_per_second"], ttt["peak_memory"]["process_mib"]
     rows = [("TTT", ttt["classes"], ttt, speed, memory)]
     speed, memory = eft["time"]["images_per_second"], eft["peak_memory"]["process_mib"]
     for name, label in (("base", "EFT, base"), ("new", "EFT, new")):
         rows.append((label, eft[name]["classes"], eft[name], speed, memory))
     for label, classes, accuracy, speed, memory in rows:
-        result.add_row(
+        table.add_row(
             label,
             str(classes),
             str(accuracy["images"]),
@@ -185,7 +185,7 @@ def demo_table(ttt: dict[str, Any], eft: dict[str, Any]) -> Table:
             f"{speed:.1f}",
             f"{memory:.0f}",
         )
-    result.add_row(
+    table.add_row(
         "EFT, mean",
         "",
         "",
@@ -194,4 +194,4 @@ def demo_table(ttt: dict[str, Any], eft: dict[str, Any]) -> Table:
         "",
         "",
     )
-    return result
+    return table

@@ -1,4 +1,4 @@
-"""What is installed, which backends are usable and why not, and a small numeric self-test."""
+"""Report what is installed, which backends are usable and why others are not, and run a small numeric self-test."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from rada_fast.runs.folder import versions
 from rada_fast.system.terminal import print_json
 
 SELF_TEST_BOUND = 1e-4
-"""Largest relative error of float32 logits against float64: about 100 times what rounding gives at this size."""
+"""The relative error of float32 logits may be as large as this, about 100 times what rounding gives at this size."""
 
 
 def run_doctor(config: DoctorOptions) -> int:
-    """Print the report. Returns 0, or 1 where a usable backend fails the self-test or one in force is not usable."""
+    """Print the report. Returns 0, or 1 where a backend fails the self-test or the chosen one is not usable."""
     report = examine()
     if config.json:
         print_json(report)
@@ -45,7 +45,7 @@ def run_doctor(config: DoctorOptions) -> int:
 
 
 def _show(title: str, facts: dict[str, Any]) -> None:
-    """A line a fact, never cut or wrapped: paths and reasons are there to be copied."""
+    """Print one line for each fact, never cut or wrapped, because people copy paths and reasons."""
     width = max(map(len, facts), default=0)
     print(title)
     for name, value in facts.items():
@@ -56,19 +56,20 @@ def _show(title: str, facts: dict[str, Any]) -> None:
 def _is_small(error: str) -> bool:
     try:
         return float(error) <= SELF_TEST_BOUND
-    except ValueError:  # the reason why there is no figure
+    except ValueError:  # the text says why there is no number
         return False
 
 
-def _said(ask: Callable[[], object]) -> str:
+def _value_or_reason(function: Callable[[], object]) -> str:
+    """Return what a function returns, as text, or the message of its error."""
     try:
-        return str(ask())
+        return str(function())
     except (UserError, BackendUnavailableError) as error:
         return str(error)
 
 
 def examine() -> dict[str, Any]:
-    """The whole report as plain values."""
+    """Return the whole report as plain values."""
     return {
         "versions": versions(),
         "machine": {
@@ -78,18 +79,18 @@ def examine() -> dict[str, Any]:
             "cpu_capability": _env.cpu_capability(),
             "cuda": _env.cuda_device_name() if _env.has_cuda() else "no device",
             "cuda_build": _env.cuda_version() or "none",
-            "cache": _said(_env.cache_dir),
+            "cache": _value_or_reason(_env.cache_dir),
         },
         "backends": backends(),
         "extension": libraries.describe(),
         "auto": resolve_backend("auto"),
-        "in_force": _said(resolve_backend),
+        "in_force": _value_or_reason(resolve_backend),
         "self_test": self_test(),
     }
 
 
 def self_test() -> dict[str, str]:
-    """Relative error of every usable backend's logits on a small problem."""
+    """Return the relative error of every usable backend's logits on a small problem, or how it failed."""
     generator = torch.Generator().manual_seed(0)
     adapter = RationalAdapter(AdapterConfig.official(64)).double()
     for parameter in adapter.parameters():
@@ -97,7 +98,7 @@ def self_test() -> dict[str, str]:
     image = normalize(torch.randn(3, 64, generator=generator, dtype=torch.float64), dim=-1)
     text = normalize(torch.randn(17, 64, generator=generator, dtype=torch.float64), dim=-1)
     adapter = adapter.float().double()
-    # Whatever backend RADA_FAST_BACKEND names, in float64 the reference is what all are compared with.
+    # All backends are compared with the reference in float64, whatever backend RADA_FAST_BACKEND names.
     with torch.no_grad():
         exact = rational_adapter(
             image.float().double(), text.float().double(), 100.0, dict(adapter.named_parameters()), adapter.config,
@@ -109,16 +110,14 @@ def self_test() -> dict[str, str]:
     for name in BACKENDS:
         if backends()[name] != "usable":
             continue
-        place = "cpu" if name == "cpu" else device
+        own = "cpu" if name == "cpu" else device
         try:
-            parameters = {key: value.detach().to(place) for key, value in adapter.named_parameters()}
+            parameters = {key: value.detach().to(own) for key, value in adapter.named_parameters()}
             with torch.no_grad():
                 logits = rational_adapter(
-                    image.float().to(place), text.float().to(place), 100.0, parameters, adapter.config, backend=name
+                    image.float().to(own), text.float().to(own), 100.0, parameters, adapter.config, backend=name
                 ).logits
             errors[name] = f"{float((logits.cpu() - exact).norm() / exact.norm()):.1e}"
-        except (
-            Exception
-        ) as error:  # whatever a driver, a compiler or a library answers: the others are tried all the same
+        except Exception as error:  # whatever a driver or a compiler raises, the other backends are still tried
             errors[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return errors

@@ -229,7 +229,7 @@ def test_the_demo_replaces_nothing_that_no_demo_made(
 ) -> None:
     (tmp_path / name).write_text("mine")
     assert cli.main(["demo", "--output", str(tmp_path)]) == 2
-    assert f"an earlier demo's folder, it holds {name}; give another --output" in capsys.readouterr().err
+    assert f"an earlier demo's folder, but it holds {name}; give another --output" in capsys.readouterr().err
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
 
