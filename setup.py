@@ -1,7 +1,8 @@
-"""What pyproject.toml cannot say: the C++ sources go into the package, and a wheel may carry the compiled libraries.
+"""Do what pyproject.toml cannot express: put the C++ sources, and compiled libraries if asked to, into the package.
 
-Nothing is compiled here. `make wheel` sets RADA_FAST_CARRY to what `rada-fast build` made: a JSON table from the folder
-in the package, named after the PyTorch or CUDA version served, to the files; see rada_fast/extension/libraries.py.
+Nothing is compiled here. `make wheel` compiles with `rada-fast build` and sets RADA_FAST_CARRY to a JSON table of the
+libraries. Its keys are the folders in the package, which are named after the PyTorch or CUDA version that they serve,
+and its values the lists of files; see rada_fast/extension/libraries.py.
 """
 
 import json
@@ -13,7 +14,7 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-CARRIED = json.loads(os.environ.get("RADA_FAST_CARRY", "{}"))
+LIBRARIES = json.loads(os.environ.get("RADA_FAST_CARRY", "{}"))
 
 
 class BuildPackage(build_py):
@@ -23,20 +24,20 @@ class BuildPackage(build_py):
             return
         package = Path(self.build_lib) / "rada_fast"
         shutil.copytree("csrc", package / "csrc", dirs_exist_ok=True)
-        for name, files in CARRIED.items():
-            place = package / "lib" / name
-            place.mkdir(parents=True, exist_ok=True)
+        for name, files in LIBRARIES.items():
+            folder = package / "lib" / name
+            folder.mkdir(parents=True, exist_ok=True)
             for file in files:
-                shutil.copy2(file, place)
+                shutil.copy2(file, folder)
 
 
 class Wheel(bdist_wheel):
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.root_is_pure = not CARRIED
+        self.root_is_pure = not LIBRARIES
 
     def get_tag(self) -> tuple[str, str, str]:
-        # The library is loaded by PyTorch, not by Python: it serves every Python of its platform.
+        # PyTorch loads the library, not Python, so that it serves every Python version of its platform.
         return ("py3", "none", super().get_tag()[2])
 
 
