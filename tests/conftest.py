@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: the caches stay in the test's own folder, threads and seeds are fixed."""
+"""Give every test a cache folder and a seed of its own, and skip what needs a device or files that are not there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ settings.load_profile("rada_fast")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu say why they are skipped where there is no device."""
+    """Skip the tests marked gpu, with the reason, where there is no CUDA device."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -23,8 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cache of the user's is read or written, no backend is forced from outside, draws repeat."""
+def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep each test away from the user's cache and variables, and let it draw the same random numbers every time."""
     monkeypatch.setenv("RADA_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("RADA_FAST_BACKEND", raising=False)
     torch.manual_seed(0)
@@ -32,7 +32,7 @@ def _own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def shared() -> Path:
-    """The folder of official vectors and real features beside the checkout; tests that need it skip without it."""
+    """Return the folder of published vectors and real features beside the checkout, or skip the test without it."""
     if not SHARED.is_dir():
-        pytest.skip("no folder of official vectors beside this checkout")
+        pytest.skip("no folder of published vectors beside this checkout")
     return SHARED

@@ -1,4 +1,4 @@
-"""What several tests share: drawn problems and their solutions, the error budget, published vectors, CUDA graphs."""
+"""Draw problems, solve them and compare the solutions: the functions that several test files use."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-"""Larger vectors, real features and the PTX simulator; not every checkout has this folder beside it."""
+"""This folder holds larger vectors, real features and the PTX simulator; not every checkout has it beside it."""
 VECTORS = ("small_d64", "medium_d128", "hot_d64", "clip_d512")
-"""Files of published outputs. Two of them lie in tests/data/published, so that every clone compares with them."""
+"""These files hold published outputs. Two are in tests/data/published, so that every clone compares with them."""
 
 
 def problem(
@@ -31,7 +31,7 @@ def problem(
     scale: float = 0.3,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Unit-norm features and random parameters, exact in dtype, so that every type solves the same problem."""
+    """Draw unit-norm features and parameters that are exact in dtype, so that every type solves the same problem."""
     generator = torch.Generator().manual_seed(1_000_000 * seed + 1000 * batch + classes)
 
     def draw(*shape: int) -> Tensor:
@@ -46,15 +46,14 @@ def problem(
 def published_vectors(
     name: str, dtype: torch.dtype = torch.float64
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], AdapterConfig]:
-    """What the published code was given and gave, its parameters in a type, and its configuration.
+    """Return the inputs and outputs of the published code, its parameters in dtype, and its configuration.
 
     The arrays are image and text (before normalisation), label, logit_scale, temperature, num_heads, logits, mask,
-    cross_entropy, linf and, for each parameter, grad.NAME of cross_entropy + 0.5 linf. Parameters ask for gradients.
-
-    The test that calls this skips where the file is not there.
+    cross_entropy, linf and, for each parameter, grad.NAME of cross_entropy + 0.5 linf. The parameters require
+    gradients. Where there is no such file, the calling test is skipped.
     """
-    places = [Path(__file__).parent / "data" / "published", SHARED / "data" / "official_vectors"]
-    path = next((place / f"{name}.npz" for place in places if (place / f"{name}.npz").is_file()), None)
+    folders = [Path(__file__).parent / "data" / "published", SHARED / "data" / "official_vectors"]
+    path = next((folder / f"{name}.npz" for folder in folders if (folder / f"{name}.npz").is_file()), None)
     if path is None:
         pytest.skip(f"no file of the published vectors {name} beside this checkout")
     with np.load(path) as file:
@@ -78,7 +77,7 @@ def solve(
     wanted: set[str] | None = None,
     logit_scale: float = 20.0,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of one backend, in float64. wanted: which inputs ask for gradients; None means all."""
+    """Return the outputs and gradients of one backend, in float64. wanted: inputs that require gradients, or None."""
     image, text, parameters = inputs
     leaves = {"image": image, "text": text, **parameters}
     leaves = {
@@ -91,37 +90,37 @@ def solve(
     )  # fmt: skip
     labels = torch.arange(len(image), device=image.device) % len(text)
     loss = cross_entropy(output.logits.float() if dtype != torch.float64 else output.logits, labels)
-    found = {"logits": output.logits, "mask": output.mask}
+    results = {"logits": output.logits, "mask": output.mask}
     if output.penalty is not None:
-        found["penalty"] = output.penalty
+        results["penalty"] = output.penalty
         loss = loss + 1.5 * output.penalty
     if any(leaf.requires_grad for leaf in leaves.values()):
         loss.backward()
-    found |= {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    return {name: value.detach().double() for name, value in found.items() if value is not None}
+    results |= {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {name: value.detach().double() for name, value in results.items() if value is not None}
 
 
 def assert_within_budget(
     exact: dict[str, Tensor], plain: dict[str, Tensor], fast: dict[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Hold a backend's errors to those that plain PyTorch makes in the same type; see solve for the results.
+    """Compare a backend's errors with those that plain PyTorch makes in the same type.
 
-    exact: the reference in float64; plain: the reference in dtype; fast: the backend in dtype. An output passes where
-    its error is at most twice the reference's, a gradient at three times, plus two roundings of the largest value: the
-    reference may happen to be exact.
+    exact: solve of the reference in float64; plain: of the reference in dtype; fast: of the backend in dtype. The error
+    of an output may be twice that of the reference in dtype, the error of a gradient three times, plus two roundings of
+    the largest value, because the reference may happen to be exact.
     """
     assert fast.keys() == exact.keys()
     for name, value in exact.items():
         error, allowed, size = (fast[name] - value).norm(), (plain[name] - value).norm(), value.norm()
         factor = 3 if name.startswith("d") else 2
         if _env.sanitizers():
-            # Instrumented loops are not vectorised: a sum is one chain of additions, not sixteen.
+            # Loops with sanitizers are not vectorised: a sum is one chain of additions instead of sixteen.
             factor *= 4
         if name == "penalty":
-            # Of (M - 1)^2, where one rounding of M near 1 moves |M - 1|, of order the root of the penalty.
+            # The penalty is of (M - 1)^2. One rounding of M near 1 changes |M - 1|, which is about the penalty's root.
             size = size + size.sqrt()
         if name.startswith(("dq_proj", "dk_proj")) and "dv_proj.weight" in exact:
-            # Sums of P (dP - delta), differences of what the values' gradient is made of: rounding is of its size.
+            # These are sums of P (dP - delta), differences of terms as large as those of the values' gradient.
             size = size + exact["dv_proj." + name.rpartition(".")[2]].norm()
         band = 2 * torch.finfo(dtype).eps * size + torch.finfo(dtype).tiny
         assert error <= factor * allowed + band, (
@@ -134,13 +133,13 @@ def assert_replays_from_a_graph(call: Callable[[], Tensor]) -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        wanted = call().clone()
+        expected = call().clone()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = call()
-    found.zero_()
+        output = call()
+    output.zero_()
     for _ in range(2):
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(found, wanted)
+        assert torch.equal(output, expected)

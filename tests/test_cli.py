@@ -1,4 +1,4 @@
-"""The command line: help at once, one line for what cannot be used, options from files, exit statuses."""
+"""The command line helps, refuses bad input in one line, reads options files, runs commands and returns a status."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from rada_fast.modules import RationalAdapter, save_adapter
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> Path:
-    """A folder of things to give the commands, good and bad."""
+def inputs(tmp_path: Path) -> Path:
+    """Make a folder of files and folders to give to the commands, good ones and bad ones."""
     for index in range(3):
         for name in ("red plain square", "blue plain ring"):
             path = tmp_path / "pictures" / name / f"{index}.png"
@@ -47,7 +47,7 @@ def given(tmp_path: Path) -> Path:
     return tmp_path
 
 
-BAD: dict[str, tuple[str, str]] = {
+REFUSED: dict[str, tuple[str, str]] = {
     "command": ("tt --data x", "unknown command 'tt'; did you mean ttt? the commands are demo, ttt, eft, fft, build, kernels, doctor"),
     "kind": ("ttt --data pictures:{0}/pictures", "data must be KIND:PATH with KIND one of imagefolder:DIR"),
     "folder": ("ttt --data imagefolder:{0}/nowhere", "data folder {0}/nowhere does not exist"),
@@ -76,27 +76,25 @@ BAD: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_used_is_one_line_and_status_2(
-    given: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command, message = BAD[name]
-    arguments = command.format(given).split()
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_gives_one_line_and_status_2(inputs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command, message = REFUSED[name]
+    arguments = command.format(inputs).split()
     if arguments[-1] == "--output":
-        arguments.append(str(given / "a file"))
+        arguments.append(str(inputs / "a file"))
     elif arguments[0] in ("ttt", "eft", "fft"):
-        arguments += ["--output", str(given / "out")]
+        arguments += ["--output", str(inputs / "out")]
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     error = captured.err.strip().splitlines()[-1]
     assert error.startswith("rada-fast: ")
-    assert message.format(given) in error
+    assert message.format(inputs) in error
     assert "Traceback" not in captured.err
-    assert not (given / "out").exists()
+    assert not (inputs / "out").exists()
 
 
-def test_help_answers_without_torch_and_teaches() -> None:
+def test_help_does_not_import_torch_and_shows_every_option() -> None:
     program = "import sys; from rada_fast.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n")
@@ -120,57 +118,57 @@ def test_the_module_runs_as_the_command_does() -> None:
     assert done.stdout.startswith("rada-fast ")
 
 
-def test_options_files_come_first_and_the_command_line_wins(given: Path) -> None:
-    (given / "o.toml").write_text(
+def test_options_files_come_first_and_the_command_line_wins(inputs: Path) -> None:
+    (inputs / "o.toml").write_text(
         'data = "imagefolder:a"\nsteps = 7\nlr = 0.1\noverwrite = true\nqueries = ["image", "text"]\nview_kind = "augmix"\n'
     )
-    config = cli.parse("ttt", ["--options", str(given / "o.toml"), "--steps", "2"])
+    config = cli.parse("ttt", ["--options", str(inputs / "o.toml"), "--steps", "2"])
     assert (config.data, config.episode.steps, config.episode.lr) == ("imagefolder:a", 2, 0.1)
     assert config.run.overwrite
     assert config.adapter.queries == ("image", "text")
-    (given / "o.json").write_text(json.dumps({"train": "x", "test": ["y", "z"], "overwrite": False}))
-    config = cli.parse("fft", [f"--options={given / 'o.json'}"])
+    (inputs / "o.json").write_text(json.dumps({"train": "x", "test": ["y", "z"], "overwrite": False}))
+    config = cli.parse("fft", [f"--options={inputs / 'o.json'}"])
     assert config.test == ("y", "z")
-    (given / "o.json").write_text("[1]")
+    (inputs / "o.json").write_text("[1]")
     with pytest.raises(UserError, match="must hold a table of options, got list"):
-        cli.parse("fft", ["--options", str(given / "o.json")])
-    (given / "o.json").write_text('{"run": {"seed": 1}}')
+        cli.parse("fft", ["--options", str(inputs / "o.json")])
+    (inputs / "o.json").write_text('{"run": {"seed": 1}}')
     with pytest.raises(UserError, match="must be flat: run is a table"):
-        cli.parse("fft", ["--options", str(given / "o.json")])
+        cli.parse("fft", ["--options", str(inputs / "o.json")])
     with pytest.raises(UserError, match="--options needs a file"):
         cli.parse("fft", ["--options"])
 
 
-def run_ttt(given: Path, *more: str) -> int:
-    data = ["--data", f"imagefolder:{given / 'pictures'}", "--views", "2", "--steps", "1"]
-    return cli.main(["ttt", *data, "--output", str(given / "out"), *more])
+def run_ttt(inputs: Path, *more: str) -> int:
+    data = ["--data", f"imagefolder:{inputs / 'pictures'}", "--views", "2", "--steps", "1"]
+    return cli.main(["ttt", *data, "--output", str(inputs / "out"), *more])
 
 
-def test_a_run_prints_a_table_or_json(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_ttt(given) == 0
+def test_a_run_prints_a_table_or_json(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_ttt(inputs) == 0
     shown = capsys.readouterr().out
     assert "adapted top1" in shown
     assert "results in" in shown
-    assert run_ttt(given, "--json") == 0
+    assert run_ttt(inputs, "--json") == 0
     assert json.loads(capsys.readouterr().out)["images"] == 6
 
 
-def test_unreadable_images_end_with_status_3_unless_allowed(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (given / "pictures" / "red plain square" / "0.png").write_bytes(b"torn")
-    assert run_ttt(given) == 3
+def test_unreadable_images_end_with_status_3_unless_allowed(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (inputs / "pictures" / "red plain square" / "0.png").write_bytes(b"torn")
+    assert run_ttt(inputs) == 3
     assert "1 images could not be read" in capsys.readouterr().err
-    assert run_ttt(given, "--allow-unreadable", "1") == 0
+    assert run_ttt(inputs, "--allow-unreadable", "1") == 0
 
 
-def test_another_runs_folder_is_one_line(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_ttt(given) == 0
-    assert run_ttt(given, "--seed", "5") == 2
+def test_another_runs_folder_is_refused_in_one_line(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_ttt(inputs) == 0
+    assert run_ttt(inputs, "--seed", "5") == 2
     assert "holds another run's results (differing: --seed 0 there, 5 here)" in capsys.readouterr().err
-    assert run_ttt(given, "--seed", "5", "--overwrite") == 0
+    assert run_ttt(inputs, "--seed", "5", "--overwrite") == 0
 
 
 @pytest.mark.parametrize(
-    ("place", "error", "status", "said"),
+    ("place", "error", "status", "message"),
     [
         ("loops.ttt.adapt_episodes", KeyboardInterrupt(), 130, "interrupted; start the same command again to go on"),
         (
@@ -182,12 +180,12 @@ def test_another_runs_folder_is_one_line(given: Path, capsys: pytest.CaptureFixt
     ],
     ids=["interruption", "full disk"],
 )
-def test_what_ends_a_run_is_one_line_and_a_status(
+def test_an_interruption_and_a_full_disk_give_one_line_and_a_status(
     place: str,
     error: BaseException,
     status: int,
-    said: str,
-    given: Path,
+    message: str,
+    inputs: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -195,26 +193,28 @@ def test_what_ends_a_run_is_one_line_and_a_status(
         raise error
 
     monkeypatch.setattr(f"rada_fast.{place}", fail)
-    assert run_ttt(given) == status
-    assert said in capsys.readouterr().err
+    assert run_ttt(inputs) == status
+    assert message in capsys.readouterr().err
 
 
-def test_an_unusable_backend_is_one_line(
-    given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_unusable_backend_is_refused(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RADA_FAST_BACKEND", "cuda")
-    assert run_ttt(given) == 2
+    assert run_ttt(inputs) == 2
     assert "backend 'cuda' cannot be used: " in capsys.readouterr().err
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_and_fails_with_the_self_test(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "self-test" in shown
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["backends"]["reference"] == "usable"
-    # 17 logits of float32 arithmetic: rounding alone is 1e-6 or less.
+    # Rounding alone changes 17 logits of float32 by 1e-6 or less.
     assert all(float(error) < 1e-5 for error in report["self_test"].values())
 
     import rada_fast.doctor
@@ -233,7 +233,7 @@ def test_the_demo_replaces_nothing_that_no_demo_made(
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
 
-def test_the_demo_at_its_smallest(
+def test_the_smallest_demo_writes_its_report_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import rada_fast.demo

@@ -1,4 +1,4 @@
-"""Where the cache is, for every kind of user; and what the processor is taken to multiply, whichever it is."""
+"""The cache folder suits every kind of user, and the types that a processor multiplies follow its instructions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rada_fast.errors import UserError
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user without any variable, and an empty temporary folder."""
+    """Unset the user's variables, make an empty temporary folder, and return where a private cache would be in it."""
     for name in ("RADA_FAST_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "tmp"
@@ -41,7 +41,7 @@ def test_a_user_with_a_home_folder_has_the_cache_there(
     assert _env.cache_dirs() == [tmp_path / "own"]
 
 
-def test_a_user_without_a_home_folder_has_a_private_one(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_folder_has_a_private_cache(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pwd, "getpwuid", _nobody)
     assert _env.cache_dirs() == []
     assert _env.cache_dir() == temporary
@@ -50,14 +50,14 @@ def test_a_user_without_a_home_folder_has_a_private_one(temporary: Path, monkeyp
     assert _env.cache_dirs() == [temporary]
 
 
-def test_a_home_folder_that_is_not_writable_is_no_home(
+def test_a_home_folder_that_is_not_writable_is_not_used(
     temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What docker --user gives to a user whom the image does not know.
+    # This is what docker --user gives to a user whom the image does not know.
     monkeypatch.setenv("HOME", "/")
     monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to("/.cache") and path != Path("/"))
     assert _env.cache_dir() == temporary
-    assert _env.cache_dirs() == [Path("/.cache/rada_fast"), temporary], "what was made there earlier is of use"
+    assert _env.cache_dirs() == [Path("/.cache/rada_fast"), temporary], "earlier files are still useful"
     monkeypatch.setenv("HOME", "")
     assert _env.cache_dir() == temporary
 
@@ -79,7 +79,7 @@ def test_a_private_folder_that_others_can_write_to_is_refused(
         _env.cache_dir()
 
 
-def test_the_cache_of_a_user_who_does_not_exist_is_one_line(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_an_unknown_user_is_refused_in_one_line(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RADA_FAST_CACHE", "~no-such-user/cache")
     with pytest.raises(UserError, match=r"^RADA_FAST_CACHE must name a folder, got '~no-such-user/cache': .*$"):
         _env.cache_dir()
@@ -99,7 +99,7 @@ ARM = frozenset({"fp", "asimd"})
         ("x86_64", SKYLAKE, "AVX512", None, False, False),
         ("x86_64", ZEN4, "AVX512", None, True, False),
         ("x86_64", SAPPHIRE_RAPIDS, "AVX512", None, True, True),
-        # Kept to an older instruction set from outside.
+        # A variable restricts these to an older instruction set.
         ("x86_64", ZEN4, "AVX2", None, False, False),
         ("x86_64", ZEN4, "AVX512", "AVX2", False, False),
         ("x86_64", ZEN4, "AVX512", "avx512_core", False, False),
@@ -110,11 +110,11 @@ ARM = frozenset({"fp", "asimd"})
         ("aarch64", ARM, "DEFAULT", None, False, False),
         ("aarch64", ARM | {"asimdhp"}, "DEFAULT", None, False, True),
         ("aarch64", ARM | {"asimdhp", "bf16"}, "SVE256", None, True, True),
-        # A system that does not say.
+        # This system gives no list of instruction sets.
         ("x86_64", frozenset(), "AVX512", None, False, False),
     ],
 )
-def test_which_types_the_processor_multiplies(
+def test_native_products_follow_the_instruction_sets(
     monkeypatch: pytest.MonkeyPatch,
     machine: str,
     flags: frozenset[str],
@@ -144,8 +144,6 @@ def test_which_types_the_processor_multiplies(
         ("cpu : 0\n", set()),
     ],
 )
-def test_the_processors_instructions_are_read_from_the_system(
-    monkeypatch: pytest.MonkeyPatch, text: str, flags: set[str]
-) -> None:
+def test_instruction_sets_are_read_from_the_system(monkeypatch: pytest.MonkeyPatch, text: str, flags: set[str]) -> None:
     monkeypatch.setattr(_env.Path, "read_text", lambda *_: text)
     assert _env._processor_flags.__wrapped__() == flags

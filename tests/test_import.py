@@ -1,4 +1,4 @@
-"""What is found without being installed."""
+"""A checkout can be imported without being installed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import rada_fast
 
 
 def test_a_checkout_finds_its_kernels_without_being_installed() -> None:
-    # As an interpreter does that knows of no installed package.
-    found = PathFinder.find_spec("rada_fast.kernels", rada_fast.__path__)
-    assert found is not None
-    assert found.origin is not None
-    assert Path(found.origin).with_name("rational_projections.py").is_file()
+    # PathFinder does not know of packages that are installed in editable mode.
+    spec = PathFinder.find_spec("rada_fast.kernels", rada_fast.__path__)
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin).with_name("rational_projections.py").is_file()

@@ -1,4 +1,4 @@
-"""The table of rooms in CONTRIBUTING.md is true: these tests hold it against the sources, and import none of them."""
+"""The table of rooms in CONTRIBUTING.md agrees with the sources, which these tests read without importing them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ENVIRONMENT = re.compile(
     r"|torch\.cuda\.(is_available|device_count|get_device_\w+)\b"
     r"|torch\.(version\.(cuda|hip)|backends\.cpu\.\w+)\b"
 )
-"""What asks the environment or the devices."""
+"""Only _env.py may contain these expressions, which read the environment or query devices."""
 
 SYSTEM_HEADERS = {"sys", "immintrin"}
 
 
 @dataclass(frozen=True)
 class Room:
-    """A row of the table.
+    """A Room is a row of the table.
 
     patterns: the files, as paths below the checkout with wildcards; a pattern that ends in / is a whole folder.
     imports: the packages and the rooms of other rows that its files may import, besides the standard library.
@@ -37,13 +37,13 @@ class Room:
     imports: frozenset[str]
 
     def fit(self, path: str) -> int:
-        """The length of the longest pattern that a file fits, or 0."""
+        """Return the length of the longest pattern that a file matches, or 0."""
         fitting = (p for p in self.patterns if (path.startswith(p) if p.endswith("/") else fnmatch(path, p)))
         return max(map(len, fitting), default=0)
 
 
 def rooms() -> list[Room]:
-    """The rows of CONTRIBUTING.md's table, from the top of the house to the ground."""
+    """Read the rows of CONTRIBUTING.md's table, from the command line down to the lowest room."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     table = text[text.index("| room |") :].split("\n\n")[0].splitlines()[2:]
     found = []
@@ -55,7 +55,7 @@ def rooms() -> list[Room]:
 
 
 def short(pattern: str) -> str:
-    """A room's name in the column of imports: ops for rada_fast/ops/, _env for rada_fast/_env.py."""
+    """Return a room's name in the column of imports: ops for rada_fast/ops/, _env for rada_fast/_env.py."""
     return pattern.removeprefix("rada_fast/").removesuffix("/").removesuffix(".py")
 
 
@@ -63,13 +63,13 @@ ROOMS = rooms()
 
 
 def room_of(path: str) -> Room | None:
-    """The row that lists a file, by the longest pattern where several do."""
+    """Return the row that lists a file; where several do, the one with the longest pattern."""
     best = max(ROOMS, key=lambda room: room.fit(path))
     return best if best.fit(path) else None
 
 
 def files(*suffixes: str) -> list[str]:
-    """The sources of the checkout, as paths below it."""
+    """List the sources of the checkout, as paths below it."""
     found = (path for top in TOP for path in sorted((ROOT / top).rglob("*")) if path.is_file())
     paths = [path.relative_to(ROOT) for path in found]
     return [
@@ -80,21 +80,21 @@ def files(*suffixes: str) -> list[str]:
 
 
 def file_of(module: str) -> str | None:
-    """The file of one of our modules, or None for a module of another package or a name inside a module."""
+    """Return the file of a module of ours, or None for a module of another package or a name inside a module."""
     head, *parts = module.split(".")
     if head == "rada_fast" and parts[:1] == ["kernels"]:
         head, parts = "kernels", parts[1:]
     if head not in ("rada_fast", "kernels", "benchmarks", "tests"):
         return None
-    place = ROOT.joinpath(head, *parts)
-    for file in (place / "__init__.py", place.with_suffix(".py")):
+    module_path = ROOT.joinpath(head, *parts)
+    for file in (module_path / "__init__.py", module_path.with_suffix(".py")):
         if file.is_file():
             return file.relative_to(ROOT).as_posix()
     return None
 
 
 def imported(source: str) -> set[str]:
-    """What a module imports anywhere: files of ours as paths, other packages by name."""
+    """Return what a source imports, also inside functions: our own modules as paths, other packages by name."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         names = []
@@ -122,15 +122,15 @@ def test_every_row_has_a_file() -> None:
             assert any(Room("", (pattern,), frozenset()).fit(path) for path in files()), pattern
 
 
-def test_a_room_imports_rooms_below_it_only() -> None:
+def test_a_row_lists_only_rooms_below_it() -> None:
     order = [room.name for room in ROOMS]
-    for place, room in enumerate(ROOMS):
-        above = room.imports & set(order[:place])
-        assert not above, f"the row of {room.name} lists {above}, which stand above it"
+    for row, room in enumerate(ROOMS):
+        above = room.imports & set(order[:row])
+        assert not above, f"the row of {room.name} lists {above}, whose rows are above it"
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if "tests/" not in room.patterns], ids=lambda room: room.name)
-def test_imports_are_those_of_the_table(room: Room) -> None:
+def test_a_room_imports_what_its_row_lists(room: Room) -> None:
     used: set[str] = set()
     for path in files(".py"):
         if room_of(path) is not room:
@@ -148,13 +148,13 @@ def test_imports_are_those_of_the_table(room: Room) -> None:
         )
 
 
-def test_only_env_asks_the_environment_and_the_devices() -> None:
+def test_only_env_reads_the_environment_and_queries_devices() -> None:
     for path in files(".py"):
         if not path.startswith(("rada_fast/", "kernels/")) or path == "rada_fast/_env.py":
             continue
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
             if isinstance(node, ast.Attribute) and (found := ENVIRONMENT.match(ast.unparse(node))):
-                raise AssertionError(f"{path}:{node.lineno} asks {found[0]}; let rada_fast/_env.py do it")
+                raise AssertionError(f"{path}:{node.lineno} reads {found[0]}, which only rada_fast/_env.py may do")
 
 
 def test_c_sources_include_what_their_row_lists() -> None:

@@ -1,4 +1,4 @@
-"""The runner of a first contact with a GPU, tried without one: crashes, hangs and broken devices are acted."""
+"""The runner for a borrowed GPU survives crashes, hangs and broken devices, which these tests simulate without one."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def lines() -> list[str]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run samples in."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a folder with the sample tests to run in."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    # The samples use none, and each costs a process its time.
+    # The samples need no plugins, and loading them takes time in every process.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
     for name, text in SAMPLES.items():
@@ -66,10 +66,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_no_test_fails_by_anothers_fault(here: Path, lines: list[str]) -> None:
-    made = Runner(here, here / "out", 60, lines.append)
-    (result,) = made.run([step_of("test_a.py", "test_b.py", "test_c.py", test_limit=2)])
-    found = {runner.short(record["test"]).split("::")[-1]: record for record in made.read("tests.jsonl")}
+def test_no_test_fails_because_of_another(folder: Path, lines: list[str]) -> None:
+    sample_runner = Runner(folder, folder / "out", 60, lines.append)
+    (result,) = sample_runner.run([step_of("test_a.py", "test_b.py", "test_c.py", test_limit=2)])
+    found = {runner.short(record["test"]).split("::")[-1]: record for record in sample_runner.read("tests.jsonl")}
     assert {name: record["outcome"] for name, record in found.items()} == {
         "test_before": "passed",
         "test_crash": "crashed",
@@ -88,74 +88,74 @@ def test_no_test_fails_by_anothers_fault(here: Path, lines: list[str]) -> None:
     assert "one is not two" in found["test_failure"]["error"]
     assert found["test_breaks_the_device"]["error"].endswith("an illegal memory access was encountered")
     assert "missing_module_of_this_test" in found["test_b.py"]["error"]
-    details = (here / "out" / "failures.txt").read_text()
+    details = (folder / "out" / "failures.txt").read_text()
     assert "assert 1 == 2" in details
     assert "more of it" in details
-    text = summary([result], made.read("tests.jsonl"), [])
+    text = summary([result], sample_runner.read("tests.jsonl"), [])
     assert "test_a.py::test_crash" in text
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-def test_a_run_that_was_out_of_time_goes_on(here: Path, lines: list[str]) -> None:
-    (here / "test_d.py").write_text(
+def test_a_run_that_ran_out_of_time_goes_on(folder: Path, lines: list[str]) -> None:
+    (folder / "test_d.py").write_text(
         "import time\nfrom pathlib import Path\n"
         "def test_quick(): Path('count').open('a').write('x')\n"
         "def test_slow(): Path('quick').exists() or time.sleep(60)\n"
     )
     step = step_of("test_d.py")
     after = Step("see.after", "a command", ("this",), 10)
-    first = Runner(here, here / "out", 4, lines.append).run([step, after])
+    first = Runner(folder, folder / "out", 4, lines.append).run([step, after])
     assert [result.state for result in first] == ["unfinished", "unfinished"]
-    (here / "quick").touch()
-    (second,) = Runner(here, here / "out", 60, lines.append).run([step])
+    (folder / "quick").touch()
+    (second,) = Runner(folder, folder / "out", 60, lines.append).run([step])
     assert second.state == "passed"
     assert second.counts == {"passed": 2}
-    assert (here / "count").read_text() == "x"
-    (third,) = Runner(here, here / "out", 60, lines.append).run([step])
+    assert (folder / "count").read_text() == "x"
+    (third,) = Runner(folder, folder / "out", 60, lines.append).run([step])
     assert third == second
 
 
-def test_commands_fail_hang_and_tell(here: Path, lines: list[str]) -> None:
-    (here / "good.py").write_text("print('noise')\nprint('device: fine')\n")
-    (here / "bad.py").write_text("raise SystemExit('no compiler')\n")
-    (here / "slow.py").write_text("import time\ntime.sleep(60)\n")
+def test_commands_that_fail_or_hang_are_reported(folder: Path, lines: list[str]) -> None:
+    (folder / "good.py").write_text("print('noise')\nprint('device: fine')\n")
+    (folder / "bad.py").write_text("raise SystemExit('no compiler')\n")
+    (folder / "slow.py").write_text("import time\ntime.sleep(60)\n")
     steps = [
         Step("see.good", "", ("good",), 20, shown="^device: .*"),
         Step("see.bad", "", ("bad",), 20),
         Step("see.slow", "", ("slow",), 1),
     ]
-    good, bad, slow = Runner(here, here / "out", 60, lines.append).run(steps)
+    good, bad, slow = Runner(folder, folder / "out", 60, lines.append).run(steps)
     assert (good.state, good.message) == ("passed", "device: fine")
     assert (bad.state, bad.message) == ("failed", "ended with status 1: no compiler")
     assert (slow.state, slow.message) == ("failed", "hung: killed after 1 s")
 
-    (here / "bad.py").write_text("print('mended')\n")
-    made = Runner(here, here / "out", 60, lines.append)
-    assert made.run([steps[1]]) == [bad]
-    made.forget([steps[1]])
-    assert made.run([steps[0], steps[1]])[1].state == "passed"
-    assert {record["step"] for record in made.read("steps.jsonl")} == {"see.good", "see.bad", "see.slow"}
+    (folder / "bad.py").write_text("print('mended')\n")
+    sample_runner = Runner(folder, folder / "out", 60, lines.append)
+    assert sample_runner.run([steps[1]]) == [bad]
+    sample_runner.forget([steps[1]])
+    assert sample_runner.run([steps[0], steps[1]])[1].state == "passed"
+    assert {record["step"] for record in sample_runner.read("steps.jsonl")} == {"see.good", "see.bad", "see.slow"}
 
 
-def test_benchmarks_say_that_there_is_no_device(here: Path, lines: list[str]) -> None:
-    made = Runner(here, here / "out", 60, lines.append)
-    (here / "out" / "facts.json").write_text('{"devices": []}')
-    (result,) = made.run([next(step for step in PLAN if step.stage == "bench")])
+def test_benchmarks_say_that_there_is_no_device(folder: Path, lines: list[str]) -> None:
+    sample_runner = Runner(folder, folder / "out", 60, lines.append)
+    (folder / "out" / "facts.json").write_text('{"devices": []}')
+    (result,) = sample_runner.run([next(step for step in PLAN if step.stage == "bench")])
     assert (result.state, result.message) == ("no device", "this measures a CUDA device, and none is visible")
-    # Nothing of it was started.
-    assert not list((here / "out" / "logs").iterdir())
+    # No process of the step was started.
+    assert not list((folder / "out" / "logs").iterdir())
 
 
-def test_device_code_is_made_for_the_devices_that_are_here(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_code_is_built_for_the_devices_of_the_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    made = Runner(here, here / "out", 60)
-    assert "TORCH_CUDA_ARCH_LIST" not in made.environment()
+    sample_runner = Runner(folder, folder / "out", 60)
+    assert "TORCH_CUDA_ARCH_LIST" not in sample_runner.environment()
     facts = {"devices": [{"capability": "9.0"}, {"capability": "8.0"}, {"capability": "9.0"}]}
-    (here / "out" / "facts.json").write_text(json.dumps(facts))
-    assert made.environment()["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0"
+    (folder / "out" / "facts.json").write_text(json.dumps(facts))
+    assert sample_runner.environment()["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0"
 
 
-def test_the_plan_names_files_that_are_there() -> None:
+def test_the_plan_names_files_that_exist() -> None:
     for step in PLAN:
         assert step.stage in plan.STAGES
         for part in step.arguments:
@@ -163,7 +163,7 @@ def test_the_plan_names_files_that_are_there() -> None:
                 assert (ROOT / part).exists(), part
     stages = [step.stage for step in PLAN]
     assert stages.index("build") < stages.index("tests") < stages.index("bench")
-    # What no other step has is run too.
+    # The last step of the tests runs those that no other step has.
     assert any(step.arguments[-1] == "tests" for step in PLAN)
 
 
@@ -189,7 +189,7 @@ def test_results_of_other_sources_are_set_aside(tmp_path: Path) -> None:
     assert (tmp_path / "earlier-1" / "tests.jsonl").is_file()
 
 
-def test_results_without_a_device_do_not_hold_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_without_a_device_are_not_kept_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "output_of", lambda *command: None)
     before = program.identity()
     assert before["devices"] == "none"
@@ -210,7 +210,7 @@ def test_a_copy_is_made_after_every_step(tmp_path: Path, monkeypatch: pytest.Mon
     assert "see.good" in (tmp_path / "copy" / "steps.jsonl").read_text()
 
 
-def test_the_summary_shows_figures_in_few_columns() -> None:
+def test_the_summary_is_at_most_120_columns_wide() -> None:
     adapter = {
         "benchmark": "b", "case": "official B=6 K=1000 bfloat16 forward+backward cuda", "provider": "triton",
         "median_ms": 1.5, "best_ms": 1.25, "spread_ms": 0.0625, "ratio": None, "share": 0.25, "gb_per_s": 900.0,

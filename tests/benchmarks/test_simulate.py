@@ -1,4 +1,4 @@
-"""The developers' tool that counts a training step in the simulator, and the least that a step needs."""
+"""The developers' simulation counts a training step's work and compares it with the least that the step needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks import costs, simulate
 from rada_fast import _env
 
 
-def test_a_line_for_each_kernel_and_pass(
+def test_the_simulation_prints_a_line_for_each_kernel_and_pass(
     shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not (shared / "ptxsim").is_dir():
@@ -22,21 +22,21 @@ def test_a_line_for_each_kernel_and_pass(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     totals = {(row["episodes"], row["kernel"]): row for row in rows}
     for episodes in (1, 2):
-        # Episodes cost no launch of their own.
+        # More episodes need no more launches.
         assert totals[episodes, "forward"]["launches"] + totals[episodes, "backward"]["launches"] <= 10
         assert totals[episodes, "literal, both passes"]["launches"] > 50 * episodes
         assert totals[episodes, "forward"]["tensor_over_least"] >= 1
-        # What must be moved is moved, and a quarter more at most.
+        # At most a quarter more is moved than must be.
         assert 1 <= totals[episodes, "forward"]["unique_over_least"] <= 1.25
         assert 1 <= totals[episodes, "backward"]["unique_over_least"] <= 1.25
 
 
-def test_the_least_counts_products_only() -> None:
+def test_the_least_operations_are_those_of_the_products() -> None:
     assert costs.least_operations(6, 1000, 512) == 6 * (8 * 1000 * 512**2 + 6 * 1000**2 * 512)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ("--size 3x3 --preset small", "--preset"),
         ("--sizes", "--sizes"),
@@ -49,14 +49,16 @@ def test_the_least_counts_products_only() -> None:
         ("--embed-dim wide", "--embed-dim"),
     ],
 )
-def test_what_cannot_be_simulated_is_refused(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes_that_cannot_be_simulated_are_refused(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         simulate.main(arguments.split())
     assert caught.value.code == 2
-    assert f"argument {said}" in capsys.readouterr().err
+    assert f"argument {message}" in capsys.readouterr().err
 
 
-def test_the_missing_simulator_is_named_in_one_line(
+def test_a_missing_simulator_is_named_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(_env, "has_module", lambda name: False)

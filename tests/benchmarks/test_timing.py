@@ -1,4 +1,4 @@
-"""The harness of the benchmarks, on the CPU and on a clock of the host's that stands in for a CUDA device."""
+"""The harness of the benchmarks times the CPU, and a device that these tests simulate with the host's clock."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from benchmarks.bench_rational_adapter import Problem
 from benchmarks.timing import Case, Provider
 
 ONES = torch.ones(4)
-PRETENDED = "cpu:0"
-"""Tensors of this device are on the CPU, but the harness takes it for another device."""
+FAKE_DEVICE = "cpu:0"
+"""Tensors on this device are on the CPU, but the harness treats it as another device."""
 
 
 class Event:
@@ -34,8 +34,8 @@ class Event:
 
 
 @pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A device that works while the host waits, with a million cycles in a millisecond. Lists the cycles it slept."""
+def sleep_cycles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Simulate a device with a million cycles per millisecond. Returns a list of the cycles of every sleep."""
     cycles: list[int] = []
 
     def sleep(count: int) -> None:
@@ -66,16 +66,16 @@ def case_of(device: str = "cpu", baseline: str = "plain", **providers: Provider)
     )
 
 
-def test_the_device_is_kept_busy_while_the_host_queues(slept: list[int]) -> None:
-    assert timing.device_ms(lambda: time.sleep(2e-3), 4.0, PRETENDED) >= 2.0
-    # Half as long again as the host needs, by the clock that was measured.
-    assert slept[-1] >= 1.5e-3 * 4.0 * timing._cycles_per_second()
+def test_the_device_is_kept_busy_while_the_host_queues(sleep_cycles: list[int]) -> None:
+    assert timing.device_ms(lambda: time.sleep(2e-3), 4.0, FAKE_DEVICE) >= 2.0
+    # The device sleeps half as long again as the host needs, by the clock that was measured.
+    assert sleep_cycles[-1] >= 1.5e-3 * 4.0 * timing._cycles_per_second()
     host, wall = timing.host_and_wall_ms(lambda: time.sleep(1e-3))
     assert 1.0 <= host <= wall
 
 
-def test_every_provider_has_a_share_of_the_floor(slept: list[int]) -> None:
-    problem = Problem(2, 5, "official", "float32", True, width=64, device=PRETENDED)
+def test_every_provider_is_compared_with_the_floor(sleep_cycles: list[int]) -> None:
+    problem = Problem(2, 5, "official", "float32", True, width=64, device=FAKE_DEVICE)
     case = bench_rational_adapter.case_of(problem, ["literal", "reference"])
     rows = timing.measure(case)
     assert [row["provider"] for row in rows] == ["literal", "reference"]
@@ -85,8 +85,8 @@ def test_every_provider_has_a_share_of_the_floor(slept: list[int]) -> None:
         assert row["share"] == pytest.approx(row["floor_ms"] / row["best_ms"])
         assert row["extra_mib"] == 2.0
     seconds = (
-        case.operations / timing.product_rate("float32", PRETENDED),
-        case.least_bytes / timing.bandwidth(PRETENDED),
+        case.operations / timing.product_rate("float32", FAKE_DEVICE),
+        case.least_bytes / timing.bandwidth(FAKE_DEVICE),
     )
     assert rows[0]["floor_ms"] == pytest.approx(1e3 * max(seconds))
     assert "host ms" in "\n".join(table.figures(rows))
@@ -106,7 +106,7 @@ def test_providers_are_compared_with_the_best_of_the_baseline(monkeypatch: pytes
     assert plain["rounds"] == near["rounds"] == timing.MIN_ROUNDS
     assert plain["best_ms"] <= plain["median_ms"]
     assert plain["gb_per_s"] == pytest.approx(1e-6 * ONES.nbytes / plain["best_ms"])
-    # Without operations a CPU has no floor, and without its baseline a case has no ratio.
+    # A case without operations has no floor, and one without its baseline has no ratio.
     assert (near["share"], near["host_ms"]) == (None, None)
     (alone,) = timing.measure(case_of(near=providers["near"]))
     assert alone["ratio"] is None

@@ -1,4 +1,4 @@
-"""What the matrix of versions asks of this package in other environments still exists."""
+"""The programs that the matrix of versions runs in other environments still work with this package."""
 
 from __future__ import annotations
 

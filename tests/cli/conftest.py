@@ -1,4 +1,4 @@
-"""Files and folders to give to the commands, good ones and bad ones, made once for all tests."""
+"""Make the files and folders that the tests give to the commands, good ones and bad ones."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LABELS = np.array([0, 1, 0, 1])
 
 
 @pytest.fixture(scope="session")
-def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of files and folders to read; no test writes into it."""
-    root = tmp_path_factory.mktemp("things")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder of inputs once for all tests; no test writes into it."""
+    root = tmp_path_factory.mktemp("inputs")
     for index in range(2):
         for name in ("red plain square", "blue plain ring"):
             path = root / "pictures" / name / f"{index}.png"

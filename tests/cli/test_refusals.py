@@ -1,4 +1,4 @@
-"""Input that cannot be used: every command says so in one line that names the option, and ends with status 2."""
+"""Every command refuses bad input with status 2 and one line that names the option."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ EFT = "eft --train imagefolder:{0}/pictures --test imagefolder:{0}/pictures"
 FFT = "fft --train imagefolder:{0}/pictures --test imagefolder:{0}/pictures"
 LONG, MANY_DIGITS = "x" * 5000, "9" * 5000
 
-# A command line, and what its message must contain. {0} is the folder of the fixture things. A command line that is a tuple
-# is not split at its spaces.
+# Each row is a command line and what its message must contain. {0} is the folder of the fixture inputs. A command line that
+# is a tuple is not split at its spaces.
 REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     # commands
     ("tt --data x", "'tt'"),
@@ -311,16 +311,16 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
 ]  # fmt: skip
 
 
-def test_no_refusal_was_lost() -> None:
+def test_the_table_of_refusals_is_complete() -> None:
     assert len(REFUSED) >= 250
 
 
 @pytest.mark.parametrize("row", range(len(REFUSED)))
-def test_input_that_cannot_be_used_is_refused_in_one_line_with_the_option(
-    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int, capsys: pytest.CaptureFixture[str]
+def test_bad_input_is_refused_in_one_line_that_names_the_option(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command, named = REFUSED[row]
-    arguments = [part.format(things) for part in (command.split() if isinstance(command, str) else command)]
+    command, expected = REFUSED[row]
+    arguments = [part.format(inputs) for part in (command.split() if isinstance(command, str) else command)]
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2, arguments
     captured = capsys.readouterr()
@@ -328,7 +328,7 @@ def test_input_that_cannot_be_used_is_refused_in_one_line_with_the_option(
     assert captured.err.startswith("rada-fast: ")
     assert captured.err.endswith("\n")
     assert captured.err.count("\n") == 1, captured.err
-    assert named.format(things) in captured.err
+    assert expected.format(inputs) in captured.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -345,7 +345,7 @@ VARIABLES: list[tuple[str, str, str]] = [
 
 @pytest.mark.parametrize(("name", "value", "command"), VARIABLES)
 def test_a_variable_with_a_meaningless_value_is_refused_in_one_line(
-    things: Path,
+    inputs: Path,
     tmp_path: Path,
     name: str,
     value: str,
@@ -355,7 +355,7 @@ def test_a_variable_with_a_meaningless_value_is_refused_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(name, value)
-    assert cli.main(command.format(things).split()) == 2
+    assert cli.main(command.format(inputs).split()) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"rada-fast: {name} must be ")
@@ -365,11 +365,11 @@ def test_a_variable_with_a_meaningless_value_is_refused_in_one_line(
 
 
 def test_a_backend_that_cannot_be_used_is_refused_before_anything_is_read(
-    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RADA_FAST_BACKEND", "cuda")
-    assert cli.main(TTT.format(things).split()) == 2
+    assert cli.main(TTT.format(inputs).split()) == 2
     message = capsys.readouterr().err
     assert message.startswith("rada-fast: RADA_FAST_BACKEND=cuda: backend 'cuda' cannot be used: ")
     assert message.count("\n") == 1
@@ -377,13 +377,13 @@ def test_a_backend_that_cannot_be_used_is_refused_before_anything_is_read(
 
 
 def test_a_damaged_extension_is_reported_and_recorded(
-    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(libraries, "_outcome", ["x.so is damaged; run `rada-fast build`"])
     monkeypatch.setattr(libraries, "_cuda_outcome", ["no"])
     monkeypatch.setattr(libraries, "search", lambda cuda=False: (None, ["x.so is damaged"]))
-    command = f"ttt --data features:{things}/good.npz --text-features features:{things}/text.npz --output o"
+    command = f"ttt --data features:{inputs}/good.npz --text-features features:{inputs}/text.npz --output o"
     assert cli.main(command.split()) == 0
     message = "x.so is damaged; run `rada-fast build`; until then this runs on plain PyTorch, more slowly"
     assert f"rada-fast: warning: {message}\n" in capsys.readouterr().err
@@ -392,7 +392,7 @@ def test_a_damaged_extension_is_reported_and_recorded(
     assert summary["backend"] == "reference"
 
 
-WRONG: dict[type, tuple[str, ...]] = {
+WRONG_VALUES: dict[type, tuple[str, ...]] = {
     int: ("", "x", "1.5", "0x10", "-99", "99999999999999999999", MANY_DIGITS, "inf", "nan"),
     float: ("", "x", "1,5", "-99", "inf", "-inf", "nan", "1e400", MANY_DIGITS),
     str: ("", " ", "a\0b"),
@@ -407,7 +407,7 @@ def test_every_option_of_every_command_refuses_values_of_another_kind(command: s
     cli.parse(command, needed)
     for option in options.values():
         others = [part for part in needed if not part.startswith(f"{option.flag}=")]
-        for value in ("x",) if option.choices else WRONG[option.kind]:
+        for value in ("x",) if option.choices else WRONG_VALUES[option.kind]:
             with pytest.raises(UserError) as caught:
                 cli.parse(command, [*others, f"{option.flag}={value}"])
             assert option.flag in str(caught.value), (option.flag, value, str(caught.value))

@@ -1,4 +1,4 @@
-"""Commands in unusual surroundings: closed or full streams, users without a home folder, unforeseen errors."""
+"""Commands work, or fail in one line, with closed or full streams, without a home folder, and on any error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rada_fast.system.terminal import PlainConsole, finite, print_json, table
 COMMAND = [sys.executable, "-m", "rada_fast"]
 
 
-def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
+def test_a_closed_pipe_ends_a_command_quietly() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([*COMMAND, "ttt", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True)
@@ -38,8 +38,8 @@ def test_a_full_disk_under_standard_output_is_reported() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_run_without_standard_streams_is_complete(things: Path, tmp_path: Path) -> None:
-    arguments = f"ttt --data imagefolder:{things}/pictures --views 2 --steps 1 --output out"
+def test_a_run_without_standard_streams_is_complete(inputs: Path, tmp_path: Path) -> None:
+    arguments = f"ttt --data imagefolder:{inputs}/pictures --views 2 --steps 1 --output out"
     shell = f"{sys.executable} -m rada_fast {arguments} <&- >&- 2>&-"
     assert subprocess.run(shell, shell=True, cwd=tmp_path).returncode == 0
     lines = (tmp_path / "out" / "images.jsonl").read_text().splitlines()
@@ -91,7 +91,7 @@ def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch, caps
     assert "in run\n" in message
 
 
-def test_the_variable_and_the_ops_have_the_same_backends() -> None:
+def test_the_variable_accepts_every_backend_of_the_ops() -> None:
     assert set(_env.BACKEND_NAMES) == {"auto", *ops.BACKENDS}
 
 
@@ -121,12 +121,12 @@ def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: 
     assert (config.train, config.test) == ("x:a~b", (f"imagefolder:{tmp_path}/a", "imagefolder:b"))
 
 
-def test_names_that_look_like_markup_are_shown_as_they_are(
-    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_names_that_look_like_markup_are_printed_unchanged(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name = "x [v2] y[/b] :smile: \udcff"
-    command = ["ttt", "--data", f"imagefolder:{things}/pictures", "--views", "1", "--steps", "0", "--output", name]
+    command = ["ttt", "--data", f"imagefolder:{inputs}/pictures", "--views", "1", "--steps", "0", "--output", name]
     assert cli.main(command) == 0
     assert f"results in {name.replace(chr(0xDCFF), chr(92) + 'udcff')}\n" in capsys.readouterr().out
     PlainConsole().print(table("[red]title[/blue] :smile:", [("[/]", "a [link=x]b" + "c" * 200), ("b", None)]))
@@ -140,9 +140,9 @@ def test_json_output_holds_no_infinity_or_nan(capsys: pytest.CaptureFixture[str]
     assert finite(True) is True
 
 
-def test_libraries_get_a_place_where_there_is_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_get_a_cache_folder_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TRITON_CACHE_DIR", "MPLCONFIGDIR"):
-        monkeypatch.setenv(name, "mine")
+        monkeypatch.setenv(name, "own")
     monkeypatch.setenv("RADA_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     _env.place_other_caches()
@@ -155,7 +155,7 @@ def test_libraries_get_a_place_where_there_is_no_home(tmp_path: Path, monkeypatc
     _env.place_other_caches()
     assert os.environ["HOME"] == str(tmp_path / "cache" / "home")
     assert _env.cache_dir() == tmp_path / "cache"
-    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    assert os.environ["TRITON_CACHE_DIR"] == "own"
     monkeypatch.delenv("MPLCONFIGDIR")
     _env.place_other_caches()
     assert os.environ["MPLCONFIGDIR"] == str(tmp_path / "cache" / "matplotlib")
@@ -190,7 +190,7 @@ def test_doctor_reports_a_chosen_backend_that_cannot_be_used(
     assert "self-test" in shown
 
 
-def test_a_current_folder_that_is_gone_is_reported_in_one_line(
+def test_a_deleted_current_folder_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "gone").mkdir()
@@ -201,7 +201,7 @@ def test_a_current_folder_that_is_gone_is_reported_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("command", "named"),
+    ("command", "expected"),
     [
         ("ttt --data imagefolder:{0}/pictures", "--data {0}/pictures cannot be read: Permission denied"),
         ("ttt --data x --adapter {0}/narrow.safetensors", "--adapter {0}/narrow.safetensors cannot be read"),
@@ -212,17 +212,17 @@ def test_a_current_folder_that_is_gone_is_reported_in_one_line(
     ],
 )
 def test_missing_permissions_are_reported_in_one_line(
-    things: Path, command: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Path, command: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The superuser may do everything, and the tests may run as the superuser.
+    # The tests may run as the superuser, who may read and write everything.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert cli.main(command.format(things).split()) == 2
+    assert cli.main(command.format(inputs).split()) == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"rada-fast: {named.format(things)}")
+    assert message.startswith(f"rada-fast: {expected.format(inputs)}")
     assert message.count("\n") == 1
 
 
-def test_progress_on_a_terminal_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_on_a_terminal_prints_names_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -242,20 +242,20 @@ def test_progress_on_a_terminal_shows_names_as_they_are(monkeypatch: pytest.Monk
 @pytest.mark.skipif(
     os.getuid() != 0 or shutil.which("setpriv") is None, reason="only the superuser can become a user who is not listed"
 )
-def test_doctor_works_for_a_user_without_home_or_entry() -> None:
+def test_doctor_works_for_an_unknown_user_without_a_home_folder() -> None:
     user = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
     if subprocess.run([*user, "test", "-r", str(Path(cli.__file__))]).returncode or not os.access("/tmp", os.W_OK):
         pytest.skip("the checkout is not readable for others")
     if subprocess.run([*user, sys.executable, "-c", ""], capture_output=True).returncode:
         pytest.skip("Python is not readable for others")
-    named = ("HOME", "XDG_CACHE_HOME", "RADA_FAST_CACHE")
-    surroundings = {name: value for name, value in os.environ.items() if name not in named}
+    unset = ("HOME", "XDG_CACHE_HOME", "RADA_FAST_CACHE")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         done = subprocess.run(
             [*user, *COMMAND, "doctor", "--json"],
             cwd=folder,
-            env=surroundings | {"TMPDIR": folder},
+            env=environment | {"TMPDIR": folder},
             capture_output=True,
             text=True,
         )

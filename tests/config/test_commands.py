@@ -1,4 +1,4 @@
-"""Configurations check themselves and round-trip."""
+"""Configurations check their fields, and a dictionary of one makes the same one again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.method import AdapterConfig, EpisodeConfig
 
 
-def test_presets_are_what_they_are_called() -> None:
+def test_presets_have_the_published_arithmetic() -> None:
     official, paper = AdapterConfig.official(512), AdapterConfig.paper(512)
     assert (official.num_heads, official.softmax, official.input_scale, official.mask_activation, official.bias) == (
         8, "matrix", "logit", "relu", True,
@@ -47,7 +47,7 @@ def test_round_trip_and_query_order() -> None:
         ({"mask_function": "mlp", "num_layers": 2}, "num_layers must be 1 with mask_function 'mlp'"),
     ],
 )
-def test_adapter_fields_out_of_range(changes: dict[str, Any], message: str) -> None:
+def test_adapter_fields_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdapterConfig(**({"embed_dim": 64} | changes))
 
@@ -65,12 +65,12 @@ def test_adapter_fields_out_of_range(changes: dict[str, Any], message: str) -> N
         (lambda: FFTOptions(train="x", test=("y",), finetune_from=11), "finetune_from must be at most epochs 10"),
     ],
 )
-def test_loop_fields_out_of_range(make: Any, message: str) -> None:
+def test_loop_fields_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_the_number_of_views_kept() -> None:
+def test_an_episode_keeps_a_share_of_the_views() -> None:
     assert EpisodeConfig().num_selected(64) == 6
     assert EpisodeConfig().num_selected(1) == 1
     assert EpisodeConfig(selection=1.0).num_selected(7) == 7

@@ -1,4 +1,4 @@
-"""Warnings: said once in a run, one line each, kept for the summary, and never the end of a run."""
+"""A run prints each warning once and in one line, keeps it for the summary, and never ends because of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rada_fast.errors import UserError
 from rada_fast.system import notices
 
 
-def test_a_warning_is_said_once_in_a_run_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_is_printed_once_in_a_run_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     with notices.collecting():
         notices.warn("the first\nof two")
         notices.warn("a file \x1b[31m\udc80")
@@ -41,7 +41,7 @@ def test_collecting_decorates_a_command() -> None:
     assert command() == command() == ["something"]
 
 
-def test_what_is_held_back_is_printed_once_the_run_begins(capsys: pytest.CaptureFixture[str]) -> None:
+def test_held_messages_are_printed_when_the_run_begins(capsys: pytest.CaptureFixture[str]) -> None:
     with notices.collecting(hold=True):
         notices.warn("first")
         assert capsys.readouterr().err == ""
@@ -52,7 +52,9 @@ def test_what_is_held_back_is_printed_once_the_run_begins(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("error", [UserError, KeyboardInterrupt, OSError])
-def test_a_refused_run_says_why_alone(error: type[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_run_prints_none_of_its_held_messages(
+    error: type[BaseException], capsys: pytest.CaptureFixture[str]
+) -> None:
     @notices.collecting(hold=True)
     def command() -> None:
         notices.warn("noticed on the way")
@@ -69,7 +71,7 @@ class Closed(io.StringIO):
 
 
 @pytest.mark.parametrize("stream", [None, Closed()])
-def test_a_closed_standard_error_costs_nothing_but_the_line(
+def test_a_closed_standard_error_loses_only_the_line(
     monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
@@ -78,7 +80,7 @@ def test_a_closed_standard_error_costs_nothing_but_the_line(
         assert notices.so_far() == ["nobody reads this"]
 
 
-def test_what_python_warns_of_in_a_command_is_said_and_kept_likewise(
+def test_warnings_of_python_are_printed_and_kept_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rada_fast import cli

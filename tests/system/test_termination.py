@@ -1,4 +1,4 @@
-"""Signals end a command with one line and a status; what was finished stays, and the same command goes on."""
+"""A signal ends a command with one line and a status; finished results stay, and the same command goes on."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from rada_fast.system.termination import Terminated, deferred, raise_if_asked, r
 
 
 @pytest.fixture(autouse=True)
-def _usual_answers() -> Iterator[None]:
-    """Signals are answered as in a terminal: what runs in the background, or under nohup, ignores some of them."""
+def _default_handlers() -> Iterator[None]:
+    """Handle signals as in a terminal; a program in the background, or under nohup, ignores some of them."""
     usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, answer) for number, answer in usual.items()}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    for number, answer in before.items():
-        signal.signal(number, answer)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "said"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")]
+    ("number", "status", "reason"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")]
 )
 def test_a_terminated_command_says_how_to_go_on(
     number: int,
     status: int,
-    said: str,
+    reason: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -59,7 +59,7 @@ def test_a_terminated_command_says_how_to_go_on(
 
     monkeypatch.setattr(ttt, "adapt_episodes", terminate)
     assert cli.main(command) == status
-    assert capsys.readouterr().err.splitlines()[-1] == f"rada-fast: {said}; start the same command again to go on"
+    assert capsys.readouterr().err.splitlines()[-1] == f"rada-fast: {reason}; start the same command again to go on"
     assert len((tmp_path / "run" / "images.jsonl").read_text().splitlines()) == 2
     assert signal.getsignal(number) is signal.SIG_DFL
     assert cli.main(command) == 0
@@ -67,10 +67,10 @@ def test_a_terminated_command_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_in_the_middle_of_a_save_is_no_error_of_the_save(
+def test_a_signal_during_a_save_is_not_an_error_of_the_save(
     tmp_path: Path, number: int, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch.save makes an error of its own of what is raised while it writes."""
+    """torch.save turns whatever is raised while it writes into an error of its own."""
     write = files._ErrorRecorder.write
 
     def signalled(recorder: files._ErrorRecorder, data: Any) -> int:
@@ -86,10 +86,10 @@ def test_a_signal_in_the_middle_of_a_save_is_no_error_of_the_save(
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with raising_terminated():
-        raise_if_asked()  # the next command has not been asked
+        raise_if_asked()  # the signal was for the earlier command
 
 
-def test_a_signal_that_a_library_drops_is_raised_at_the_next_line(tmp_path: Path) -> None:
+def test_a_signal_that_a_library_drops_is_raised_at_the_next_write(tmp_path: Path) -> None:
     def load(state: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -116,17 +116,17 @@ def test_a_signal_that_a_library_drops_is_raised_at_the_next_line(tmp_path: Path
 
 
 def test_only_the_first_signal_is_caught() -> None:
-    def look_after_the_first() -> None:
+    def check_the_handler() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     with pytest.raises(Terminated), raising_terminated():
-        look_after_the_first()
+        check_the_handler()
 
 
-def test_another_answer_to_the_signal_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_handler_of_the_signal_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with raising_terminated():
@@ -149,8 +149,8 @@ def test_another_answer_to_the_signal_is_kept(monkeypatch: pytest.MonkeyPatch) -
     ("number", "raised"),
     [(signal.SIGTERM, Terminated), (signal.SIGHUP, Terminated), (signal.SIGINT, KeyboardInterrupt)],
 )
-def test_a_signal_that_is_held_is_answered_at_the_end(number: int, raised: type[BaseException]) -> None:
-    def hold() -> None:
+def test_a_deferred_signal_is_raised_at_the_end(number: int, raised: type[BaseException]) -> None:
+    def defer() -> None:
         with deferred():
             os.kill(os.getpid(), number)
             done.append(number)
@@ -158,13 +158,13 @@ def test_a_signal_that_is_held_is_answered_at_the_end(number: int, raised: type[
     done: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(raised), raising_terminated():
-        hold()
+        defer()
     assert done == [number]
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_second_signal_is_not_held() -> None:
-    def hold() -> None:
+def test_the_second_signal_is_not_deferred() -> None:
+    def defer() -> None:
         with deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -172,5 +172,5 @@ def test_the_second_signal_is_not_held() -> None:
 
     done: list[bool] = []
     with pytest.raises(Terminated), raising_terminated():
-        hold()
+        defer()
     assert not done
