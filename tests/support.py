@@ -43,6 +43,20 @@ def problem(
     return image.to(dtype), text.to(dtype), {name: tensor.to(dtype) for name, tensor in parameters.items()}
 
 
+def problem_with_masks_of(
+    offsets: list[float], config: AdapterConfig, batch: int, classes: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A problem whose mask is exactly 1 + offsets, over and over, in every class: the output projection is only a bias.
+
+    So an element of the mask may be exactly 0, where relu has its kink, or exactly 1, where the penalty l1 has its own,
+    and the distances of many elements are equal.
+    """
+    image, text, parameters = problem(config, batch, classes, dtype)
+    repeated = torch.tensor(offsets, dtype=dtype).repeat(config.embed_dim // len(offsets) + 1)[: config.embed_dim]
+    parameters |= {"out_proj.weight": torch.zeros_like(parameters["out_proj.weight"]), "out_proj.bias": repeated}
+    return image, text, parameters
+
+
 def published_vectors(
     name: str, dtype: torch.dtype = torch.float64
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], AdapterConfig]:

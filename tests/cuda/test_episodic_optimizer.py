@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -59,6 +64,56 @@ def scalars(rule: str, step: int, *, lr: float, weight_decay: float, beta1: floa
     )
 
 
+@cache
+def product_scalars() -> Any:
+    """The product's own function from the options of a step to its scalars, compiled from csrc/shared."""
+    source = """
+        #include "shared/episodic_optimizer_arguments.h"
+        extern "C" void scalars_of(int rule, long step, double lr, double weight_decay, double beta1, double beta2,
+                                   double eps, double momentum, rada_fast::OptimizerScalars* out) {
+          const auto named = static_cast<rada_fast::OptimizerRule>(rule);
+          *out = rada_fast::optimizer_scalars(named, step, lr, weight_decay, beta1, beta2, eps, momentum);
+        }
+    """
+    folder = libraries.source_dir()
+    assert folder is not None
+    with TemporaryDirectory() as built:
+        library = Path(built) / "scalars.so"
+        command = [libraries.build_parameters().compiler, "-std=c++17", "-shared", "-fPIC", f"-I{folder}", "-xc++", "-"]
+        subprocess.run([*command, "-o", str(library)], input=source, text=True, check=True)
+        function = ctypes.CDLL(str(library)).scalars_of
+    function.argtypes = [ctypes.c_int, ctypes.c_long, *[ctypes.c_double] * 6, ctypes.c_void_p]
+    function.restype = None
+    return function
+
+
+@dataclass(frozen=True)
+class Step:
+    """The options of one step of a rule."""
+
+    rule: str
+    step: int
+    lr: float = 8e-3
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    momentum: float = 0.0
+
+    def expected_scalars(self) -> Scalars:
+        """As the header says what they are."""
+        return scalars(
+            self.rule, self.step, lr=self.lr, weight_decay=self.weight_decay, beta1=self.beta1, momentum=self.momentum
+        )
+
+    def product_scalars(self) -> Scalars:
+        """As the operator makes them."""
+        made = Scalars()
+        product_scalars()(
+            RULES[self.rule], self.step, self.lr, self.weight_decay, self.beta1, 0.999, 1e-8, self.momentum,
+            ctypes.addressof(made),
+        )  # fmt: skip
+        return made
+
+
 def fma(a: Any, b: Any, c: Any) -> np.ndarray:
     """float32 through float64: the product is exact, the sum is rounded twice, which differs once in 2^29."""
     return (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32)
@@ -97,6 +152,7 @@ class Case:
         shared: bool,
         moments: int,
         offset: int = 0,
+        source_offset: int = 0,
     ) -> None:
         def array(count: int) -> np.ndarray:
             return torch.randn(count + offset).numpy()[offset:]
@@ -104,7 +160,7 @@ class Case:
         self.rows, self.row, self.fresh, self.moments = rows, row, fresh, moments
         self.parameter, self.first = array(rows * row), array(rows * row)
         self.second = np.square(array(rows * row + offset)[offset:])
-        self.source = array(row) if shared else None
+        self.source = torch.randn(row + source_offset + offset).numpy()[source_offset + offset :] if shared else None
         self.gradient: Tensor | None = None
         if gradient is not None:
             self.gradient = torch.randn(rows * row + offset)[offset:].to(gradient)
@@ -136,8 +192,8 @@ class Case:
         )
 
 
-def launch(library: Any, cases: list[Case], s: Scalars) -> Any:
-    """Run one step in the simulator; moments that the step may not read count as never written."""
+def launch(library: Any, cases: list[Case], s: Scalars) -> list[Any]:
+    """Run one step in the simulator; moments that it may not read count as never written. Returns its launches."""
     import ptxsim
 
     registered = []
@@ -160,21 +216,19 @@ def launch(library: Any, cases: list[Case], s: Scalars) -> Any:
         for array in registered:
             library.unregister(array)
     assert status == 0
-    launched = library.log[before:]
-    assert len(launched) == 1, "one launch for everything"
-    return launched[0]
+    return list(library.log[before:])
 
 
-def check(library: Any, cases: list[Case], s: Scalars) -> Any:
-    wanted = [case.expected(s) for case in cases]
-    stats = launch(library, cases, s)
+def check(library: Any, cases: list[Case], step: Step) -> list[Any]:
+    wanted = [case.expected(step.expected_scalars()) for case in cases]
+    launches = launch(library, cases, step.product_scalars())
     for index, (case, (p, m, v)) in enumerate(zip(cases, wanted, strict=True)):
         np.testing.assert_array_equal(case.parameter, p, err_msg=f"parameter {index}")
         if case.moments:
             np.testing.assert_array_equal(case.first, m, err_msg=f"first moment {index}")
         if case.moments > 1:
             np.testing.assert_array_equal(case.second, v, err_msg=f"second moment {index}")
-    return stats
+    return launches
 
 
 @pytest.fixture
@@ -194,7 +248,7 @@ def library(launchers: Launchers) -> Any:
     ],
 )
 def test_every_rule_rounds_as_written(library: Any, rule: str, options: dict[str, float], fresh: bool) -> None:
-    s = scalars(rule, 1 if fresh else 3, **{"lr": 8e-3, "weight_decay": 0.0, "beta1": 0.9, "momentum": 0.0} | options)
+    step = Step(rule, 1 if fresh else 3, **options)
     moments = 2 if rule != "sgd" else int("momentum" in options)
     # Tails of every width, a block and a bit, copies whose rows are no whole vectors, offsets that break alignment.
     cases = [
@@ -204,10 +258,34 @@ def test_every_rule_rounds_as_written(library: Any, rule: str, options: dict[str
         Case(2, 4096 + 512, torch.float32, fresh=fresh, shared=fresh, moments=moments),
         Case(2, 260, torch.bfloat16, fresh=fresh, shared=True, moments=moments, offset=1),
         Case(2, 64, None, fresh=fresh, shared=fresh, moments=moments),
+        Case(2, 64, torch.float32, fresh=fresh, shared=True, moments=moments, source_offset=1),
     ]
-    if fresh and not s.weight_decay:
+    if fresh and not options.get("weight_decay"):
         cases.append(Case(1, 100, None, fresh=True, shared=True, moments=0))
-    check(library, cases, s)
+    assert len(check(library, cases, step)) == 1, "one launch for everything"
+
+
+def test_more_tensors_than_one_launch_takes(library: Any) -> None:
+    cases = [Case(1, 3, torch.float32, fresh=False, shared=False, moments=2) for _ in range(2 * 56 + 1)]
+    assert len(check(library, cases, Step("adamw", 2, weight_decay=0.01))) == 3
+
+
+@pytest.mark.parametrize("step", [1, 2, 10, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "adamw", "weight_decay": 0.01},
+        {"rule": "adamw", "weight_decay": 0.7, "lr": 0.3},  # 1 - lr wd in float32 would be another number
+        {"rule": "adam", "beta1": 0.4},
+        {"rule": "sgd", "momentum": 0.9},
+    ],
+)
+def test_scalars_are_those_of_the_equations(library: Any, options: dict[str, Any], step: int) -> None:
+    given = Step(step=step, **options)
+    made, wanted = given.product_scalars(), given.expected_scalars()
+    assert {name: getattr(made, name) for name, _ in Scalars._fields_} == {
+        name: getattr(wanted, name) for name, _ in Scalars._fields_
+    }
 
 
 def test_a_step_touches_nothing_twice(library: Any) -> None:
@@ -215,9 +293,8 @@ def test_a_step_touches_nothing_twice(library: Any) -> None:
         cases = [
             Case(8, row, torch.float32, fresh=fresh, shared=fresh, moments=2) for row in (64 * 64, 64, 64 * 64, 64)
         ]
-        s = scalars("adamw", 1 if fresh else 2, lr=8e-4, weight_decay=0.01, beta1=0.9, momentum=0.0)
         elements = sum(case.rows * case.row for case in cases)
-        stats = check(library, cases, s)
+        (stats,) = check(library, cases, Step("adamw", 1 if fresh else 2, lr=8e-4, weight_decay=0.01))
         # p, m, v out and g in; in also p, m, v, or at first one copy of p.
         return stats, 4 * (elements * 4 + (elements // 8 if fresh else elements * 3))
 

@@ -43,8 +43,11 @@ def run(
 
 
 # Less than a 16-byte word; rows off their boundaries; more rows than a block; a row over a block's warps, in registers
-# and read again; n = 1.
-SIZES = [(1, 1, 1, 0), (3, 6, 3, 1), (2, 6, 101, 3), (2, 13, 37, 0), (1, 6, 1000, 0), (1, 3, 2100, 1), (1, 2, 9001, 0)]
+# and read again; n = 1; more rows than a warp has lanes.
+SIZES = [
+    (1, 1, 1, 0), (3, 6, 3, 1), (2, 6, 101, 3), (2, 13, 37, 0), (1, 6, 1000, 0), (1, 3, 2100, 1), (1, 2, 9001, 0),
+    (2, 40, 3, 0),
+]  # fmt: skip
 CASES = [(torch.float32, kind, size) for kind in KINDS for size in SIZES] + [
     # The other types differ in the words' elements, not in the loops.
     (dtype, kind, size)

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, normalize
 from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.ops import rational_adapter
-from tests.support import assert_within_budget, problem, published_vectors, solve
+from tests.support import assert_within_budget, problem, problem_with_masks_of, published_vectors, solve
 
 from .conftest import Simulated
 
@@ -240,3 +240,75 @@ def test_cpu_tensors_are_refused_without_a_simulator() -> None:
     image, text, parameters = problem(config, 2, 5, F32)
     with pytest.raises(BackendUnavailableError, match="triton"):
         rational_adapter(image, text, 20.0, parameters, config, backend="triton")
+
+
+# -1 is relu's kink, 0 that of l1; in the other cases the largest distance is that of many columns and all classes.
+@pytest.mark.parametrize(
+    ("penalty", "offsets"),
+    [("l2", [-1.0, 0.0, 0.25]), ("l1", [-1.0, 0.0, 0.25]), ("linf", [0.125, -0.5, 0.5]), ("linf", [0.0])],
+)
+def test_kinks_and_ties_are_those_of_the_reference(penalty: str, offsets: list[float], simulated: Simulated) -> None:
+    config = AdapterConfig.official(32, num_heads=2)
+    inputs = problem_with_masks_of(offsets, config, 2, 20, F32)
+    exact = solve(config, inputs, torch.float64, "reference", penalty)
+    plain = solve(config, inputs, F32, "reference", penalty)
+    with simulated():
+        fast = solve(config, inputs, F32, "triton", penalty)
+    assert_within_budget(exact, plain, fast, F32)
+
+
+LARGE = {
+    "matrix": AdapterConfig.official(32, num_heads=2),
+    "matrix-narrow": AdapterConfig.official(32, num_heads=4),
+    "row": AdapterConfig.official(32, num_heads=2, softmax="row", temperature=0.5),
+    "row-rational": AdapterConfig.official(32, num_heads=2, softmax="row", queries=("rational",)),
+    "image": AdapterConfig.official(32, num_heads=2, queries=("image",)),
+    "row-image": AdapterConfig.official(32, num_heads=2, softmax="row", queries=("image",)),
+    "text": AdapterConfig.official(32, num_heads=1, queries=("text",)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_scores_in_every_configuration(name: str, simulated: Simulated) -> None:
+    """The running maxima change from tile to tile, by many nats: 70 classes are more than one tile."""
+    config = LARGE[name]
+    image, text, parameters = problem(config, 2, 70, F32)
+    parameters |= {key: 4 * value for key, value in parameters.items() if key[0] in "qk"}
+    inputs = image, text, parameters
+    exact = solve(config, inputs, torch.float64, "reference")
+    plain = solve(config, inputs, F32, "reference")
+    with simulated():
+        fast = solve(config, inputs, F32, "triton")
+    for key, value in exact.items():
+        # The log-sums of a row and of a head, of up to 32 nats, are one float32 each, whose rounding all probabilities
+        # share.
+        error, allowed, size = (fast[key] - value).norm(), (plain[key] - value).norm(), value.norm()
+        assert error <= 3 * allowed + 2 * 32 * 2**-24 * size, f"{key}: error {error:.3e}, reference's {allowed:.3e}"
+
+
+def test_a_gradient_of_the_mask_itself(simulated: Simulated) -> None:
+    config = AdapterConfig.official(32, num_heads=2)
+    image, text, parameters = problem(config, 2, 20, F32)
+    weights = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for backend in ("reference", "triton"):
+        leaves = {key: value.clone().requires_grad_() for key, value in parameters.items()}
+        with simulated():
+            output = rational_adapter(image, text, 20.0, leaves, config, return_mask=True, backend=backend)
+            assert output.mask is not None
+            ((output.mask * weights).sum() + output.logits.sum()).backward()
+        found[backend] = {key: value.grad for key, value in leaves.items()}
+    for key, wanted in found["reference"].items():
+        assert wanted is not None
+        largest = found["reference"]["v_proj." + key.rpartition(".")[2]]
+        assert (found["triton"][key] - wanted).norm() <= 1e-5 * (wanted.norm() + largest.norm()), key
+
+
+def test_more_classes_than_a_head_is_summed_over_at_once(simulated: Simulated) -> None:
+    config = AdapterConfig.official(32, num_heads=1, queries=("text",))
+    inputs = problem(config, 1, 530, F32)
+    exact = solve(config, inputs, torch.float64, "reference")
+    plain = solve(config, inputs, F32, "reference")
+    with simulated():
+        fast = solve(config, inputs, F32, "triton")
+    assert_within_budget(exact, plain, fast, F32)

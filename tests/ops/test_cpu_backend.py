@@ -7,6 +7,7 @@ gradients, plus two roundings of the largest value: the reference may happen to 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Literal
 
 import pytest
@@ -20,7 +21,7 @@ from rada_fast.errors import UserError
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import backends, rational_adapter, use_backend
-from tests.support import assert_within_budget, problem, published_vectors, solve
+from tests.support import assert_within_budget, problem, problem_with_masks_of, published_vectors, solve
 
 pytestmark = pytest.mark.skipif(backends()["cpu"] != "usable", reason=f"cpu backend: {backends()['cpu']}")
 
@@ -42,12 +43,19 @@ SIZES = [(1, 1), (3, 2), (2, 7), (1, 37), (3, 101), (2, 397)]
 
 
 def assert_as_exact_as_the_reference(
-    config: AdapterConfig, batch: int, classes: int, dtype: torch.dtype, penalty: str = "l2"
+    config: AdapterConfig,
+    batch: int,
+    classes: int,
+    dtype: torch.dtype,
+    penalty: str = "l2",
+    *,
+    inputs: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None,
+    logit_scale: float = 20.0,
 ) -> None:
-    inputs = problem(config, batch, classes, dtype)
-    exact = solve(config, inputs, torch.float64, "reference", penalty)
-    plain = solve(config, inputs, dtype, "reference", penalty)
-    fast = solve(config, inputs, dtype, "cpu", penalty)
+    inputs = inputs or problem(config, batch, classes, dtype)
+    exact = solve(config, inputs, torch.float64, "reference", penalty, logit_scale=logit_scale)
+    plain = solve(config, inputs, dtype, "reference", penalty, logit_scale=logit_scale)
+    fast = solve(config, inputs, dtype, "cpu", penalty, logit_scale=logit_scale)
     if dtype != torch.float64:
         assert_within_budget(exact, plain, fast, dtype)
         return
@@ -133,6 +141,81 @@ def test_which_products_bfloat16_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["official", "paper"])
 def test_the_other_penalties(name: str, dtype: torch.dtype, penalty: str) -> None:
     assert_as_exact_as_the_reference(CONFIGS[name], 3, 37, dtype, penalty)
+
+
+# -1 is relu's kink, 0 that of l1; in the other cases the largest distance is that of many columns, or of all, and of
+# all classes: 40 classes and 160 columns are several tiles of both.
+@pytest.mark.parametrize("penalty", ["l2", "l1", "linf"])
+@pytest.mark.parametrize("offsets", [[-1.0, 0.0, 0.25], [0.125, -0.5, 0.5], [0.25], [0.0]], ids=str)
+@pytest.mark.parametrize("name", ["official", "no-relu"])
+def test_kinks_and_ties_are_those_of_the_reference(name: str, offsets: list[float], penalty: str) -> None:
+    options = {"mask_activation": "none"} if name == "no-relu" else {}
+    config = AdapterConfig.official(160, num_heads=2, **options)
+    inputs = problem_with_masks_of(offsets, config, 2, 40, torch.float64)
+    assert_as_exact_as_the_reference(config, 2, 40, torch.float64, penalty, inputs=inputs)
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("penalty", ["l2", "linf"])
+def test_more_images_than_are_worked_on_at_once(penalty: str) -> None:
+    # Sixteen images of 130 classes are one chunk on one thread.
+    config = AdapterConfig.official(16, num_heads=4)
+    assert_as_exact_as_the_reference(config, 19, 130, torch.float64, penalty)
+
+
+def test_threads_that_share_a_head() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        # Four blocks of queries of one head.
+        for config in (CONFIGS["paper"], AdapterConfig.official(16, num_heads=1)):
+            assert_as_exact_as_the_reference(config, 1, 397, torch.float64)
+    finally:
+        torch.set_num_threads(before)
+
+
+# Scores of some hundred nats: one class has nearly all of a query's weight, and it may lie in any tile.
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_large_scores_in_every_configuration(name: str, seed: int) -> None:
+    config = CONFIGS[name]
+    image, text, parameters = problem(config, 1, 290, torch.float64, seed=seed)
+    parameters |= {key: 30 * value for key, value in parameters.items() if key[0] in "qk"}
+    inputs = image, text, parameters
+    assert_as_exact_as_the_reference(config, 1, 290, torch.float64, inputs=inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_memory_held_does_not_show(name: str, dtype: torch.dtype) -> None:
+    inputs = problem(CONFIGS[name], 2, 131, dtype)
+    usual = solve(CONFIGS[name], inputs, dtype, "cpu")
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        filled = solve(CONFIGS[name], inputs, dtype, "cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(value, filled[key]) for key, value in usual.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_that_are_zero_whatever_the_input_are_exact_zeros(name: str, dtype: torch.dtype) -> None:
+    config = CONFIGS[name]
+    # A probability of one class is 1 whatever its score.
+    for key, value in solve(config, problem(config, 3, 1, dtype), dtype, "cpu").items():
+        assert not key.startswith(("dq_proj", "dk_proj")) or not value.any(), key
+    # A shift of all keys shifts all scores of a query alike.
+    if config.softmax == "row" and config.bias:
+        assert not solve(config, problem(config, 3, 37, dtype), dtype, "cpu")["dk_proj.bias"].any()
 
 
 @pytest.mark.parametrize("embed_dim", [512, 640, 1152])
