@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench scaling simulate sanitize matrix setup build wheel clean
+.PHONY: demo test lint format bench scaling simulate sanitize mutants matrix setup build wheel clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -51,6 +51,13 @@ sanitize: $(READY)
 	$(SANITIZE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest tests/ops -p no:cacheprovider
+
+# Plant the bugs of tests/mutants/*.toml, one at a time, in a copy under results/, and report which of them no test
+# catches. All of them take an hour or two on two cores; a run that was cut off goes on where it stopped. To plant only
+# some: make mutants ONLY="cuda-* cpu-relu-gradient-at-zero"
+ONLY ?=
+mutants: setup
+	$(BIN)/python -m tests.mutants.run $(foreach name,$(ONLY),'$(name)')
 
 # Try the promised versions of Python, PyTorch and Triton, each set in a fresh environment: an hour. To try only some of
 # them, pass options of .ci/matrix.py: make matrix MATRIX="--sets oldest newest"
