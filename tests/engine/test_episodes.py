@@ -1,4 +1,4 @@
-"""Test-time episodes: independent, reset exactly, choosing views as they should."""
+"""Test-time episodes are independent of one another, start from the same adapter, and choose the confident views."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def features(episodes: int, views: int, classes: int, width: int = 16) -> tuple[
 
 
 def adapter(start: str = "zero") -> RationalAdapter:
-    made = RationalAdapter(AdapterConfig.official(16))
+    module = RationalAdapter(AdapterConfig.official(16))
     if start == "pretrained":
-        torch.nn.init.normal_(made.get_parameter("out_proj.weight"), std=0.02)
-    return made
+        torch.nn.init.normal_(module.get_parameter("out_proj.weight"), std=0.02)
+    return module
 
 
 @pytest.mark.parametrize("start", ["zero", "pretrained"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 @pytest.mark.parametrize("loss", ["mean", "marginal"])
-def test_an_episode_does_not_see_its_neighbours(start: str, optimizer: str, loss: str) -> None:
+def test_an_episode_does_not_depend_on_its_neighbours(start: str, optimizer: str, loss: str) -> None:
     config = EpisodeConfig(optimizer=optimizer, loss=loss)  # type: ignore[arg-type]
     views, text = features(5, 12, 7)
     start_from = adapter(start)
@@ -57,7 +57,7 @@ def test_the_adapter_is_left_as_it_was(start: str) -> None:
     assert torch.equal(adapt_episodes(start_from, views, text, 100.0), first)
 
 
-def test_no_steps_predict_as_the_adapter_does() -> None:
+def test_without_steps_an_episode_predicts_as_the_adapter() -> None:
     views, text = features(3, 8, 5)
     config = EpisodeConfig(steps=0)
     zero = adapt_episodes(adapter(), views, text, 100.0, config)
@@ -69,15 +69,15 @@ def test_no_steps_predict_as_the_adapter_does() -> None:
 
 def test_adaptation_lowers_the_entropy_of_the_kept_views() -> None:
     views, text = features(4, 20, 6)
-    # A soft scale leaves entropy to lower; all views are kept, so the original is among them.
+    # A small logit scale leaves entropy that can fall; all views are kept, so that the original is among them.
     config = EpisodeConfig(selection=1.0, steps=3, penalty_weight=0.0, lr=8e-3)
     before = prediction_entropy(zero_shot_logits(views[:, 0], text, 10.0))
     after = prediction_entropy(adapt_episodes(adapter(), views, text, 10.0, config))
     assert float(after.mean()) < float(before.mean())
 
 
-def test_one_step_from_zero_is_autograds_and_the_optimisers() -> None:
-    """The loop against its definition, written out with torch's own pieces."""
+def test_one_step_from_zero_equals_autograd_and_torch_optim() -> None:
+    """An episode equals the same step written out with autograd and torch.optim."""
     config = EpisodeConfig(steps=2, weight_decay=0.1)
     views, text = features(1, 10, 7)
     start = adapter()
@@ -97,7 +97,7 @@ def test_one_step_from_zero_is_autograds_and_the_optimisers() -> None:
 
 
 @given(views=st.integers(1, 9), classes=st.integers(1, 9), seed=st.integers(0, 99))
-def test_losses_are_their_definitions(views: int, classes: int, seed: int) -> None:
+def test_losses_equal_their_definitions(views: int, classes: int, seed: int) -> None:
     logits = 5 * torch.randn(views, classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     probabilities = logits.softmax(-1)
     entropies = -(probabilities * probabilities.log()).sum(-1)
@@ -107,7 +107,7 @@ def test_losses_are_their_definitions(views: int, classes: int, seed: int) -> No
     assert bool((entropies <= math.log(classes) + 1e-9).all())
 
 
-def test_losses_stay_finite_far_out_and_at_ties() -> None:
+def test_losses_stay_finite_for_large_and_tied_logits() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [0.0, 0.0, 0.0]], requires_grad=True)
     for loss in ("mean", "marginal"):
         value = episode_loss(logits, EpisodeConfig(loss=loss))  # type: ignore[arg-type]
@@ -121,14 +121,14 @@ def test_views_are_chosen_by_entropy_then_by_index() -> None:
     assert select_views(logits, 3).tolist() == [1, 2, 3]
 
 
-def test_shapes_are_checked_and_nothing_is_something() -> None:
+def test_wrong_shapes_are_refused_and_empty_ones_served() -> None:
     views, text = features(1, 4, 5)
     with pytest.raises(ValueError, match=r"view_features must be \(E, V, D\) with V >= 1, got \(4, 16\)"):
         adapt_episodes(adapter(), views[0], text, 100.0)
     assert adapt_episodes(adapter(), views[:0], text, 100.0).shape == (0, 5)
 
 
-def test_a_bad_image_spoils_only_itself() -> None:
+def test_an_image_with_nan_changes_no_other() -> None:
     views, text = features(3, 8, 5)
     start = adapter()
     clean = adapt_episodes(start, views, text, 100.0)
@@ -155,15 +155,15 @@ def config_of(optimizer: str = "adamw") -> EpisodeConfig:
 def test_low_precision_adapts_as_float32_does(dtype: torch.dtype, optimizer: str, start: str) -> None:
     views, text = features(2, 12, 7)
     half = adapter(start).to(dtype)
-    # The same numbers in float32: what is left between the two is the arithmetic of the episode.
+    # The float32 adapter has the same numbers, so that only the arithmetic of the episode differs.
     exact = RationalAdapter(half.config)
     exact.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
     views, text = views.to(dtype), text.to(dtype)
-    wanted = adapt_episodes(exact, views.float(), text.float(), 100.0, config_of(optimizer))
-    got = adapt_episodes(half, views, text, 100.0, config_of(optimizer))
-    assert got.dtype == dtype
-    assert bool(got.isfinite().all())
-    error = (got.float() - wanted).abs().max() / wanted.abs().max()
+    expected = adapt_episodes(exact, views.float(), text.float(), 100.0, config_of(optimizer))
+    adapted = adapt_episodes(half, views, text, 100.0, config_of(optimizer))
+    assert adapted.dtype == dtype
+    assert bool(adapted.isfinite().all())
+    error = (adapted.float() - expected).abs().max() / expected.abs().max()
     assert float(error) <= 4 * torch.finfo(dtype).eps
     assert {parameter.dtype for parameter in half.parameters()} == {dtype}
 
@@ -171,30 +171,30 @@ def test_low_precision_adapts_as_float32_does(dtype: torch.dtype, optimizer: str
 def test_mixed_precision_is_computed_in_the_wider_type() -> None:
     views, text = features(1, 8, 5)
     start = adapter("pretrained")
-    wanted = adapt_episodes(start, views, text, 100.0)
+    expected = adapt_episodes(start, views, text, 100.0)
     assert adapt_episodes(start, views.double(), text.double(), 100.0).dtype == torch.float64
     half = adapt_episodes(start, views.half(), text.half(), 100.0)
-    torch.testing.assert_close(half.float(), wanted, rtol=1e-2, atol=0.5)
+    torch.testing.assert_close(half.float(), expected, rtol=1e-2, atol=0.5)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_episodes_run_inside_inference_mode_as_outside(mode: type) -> None:
     views, text = features(2, 8, 5)
     start = adapter("pretrained")
-    wanted = adapt_episodes(start, views, text, torch.tensor(100.0))
+    expected = adapt_episodes(start, views, text, torch.tensor(100.0))
     with mode():
-        assert torch.equal(adapt_episodes(start, views, text, 100.0), wanted)
-        # Features, text and parameters that were made in it as well, as a test loop's are.
-        made = RationalAdapter(start.config)
-        made.load_state_dict(start.state_dict())
-        got = adapt_episodes(made, views * 1, text * 1, torch.tensor(100.0))
-        assert adapt_episodes(made, views[:0], text, 100.0).shape == (0, 5)
-    assert torch.equal(got, wanted)
-    assert torch.equal(adapt_episodes(made, views, text, 100.0), wanted)
+        assert torch.equal(adapt_episodes(start, views, text, 100.0), expected)
+        # Features, text and parameters may also be made inside the mode, as in a test loop.
+        module = RationalAdapter(start.config)
+        module.load_state_dict(start.state_dict())
+        adapted = adapt_episodes(module, views * 1, text * 1, torch.tensor(100.0))
+        assert adapt_episodes(module, views[:0], text, 100.0).shape == (0, 5)
+    assert torch.equal(adapted, expected)
+    assert torch.equal(adapt_episodes(module, views, text, 100.0), expected)
 
 
-def test_frozen_parameters_stay() -> None:
-    """As if the optimiser had been given the others alone."""
+def test_frozen_parameters_do_not_change() -> None:
+    """The result is as if the optimiser had been given only the other parameters."""
     views, text = features(1, 10, 7)
     start = adapter("pretrained")
     free = adapt_episodes(start, views, text, 100.0, config_of())
@@ -217,7 +217,7 @@ def test_frozen_parameters_stay() -> None:
     assert torch.equal(twin.get_parameter("k_proj.weight"), start.get_parameter("k_proj.weight"))
 
 
-def test_an_adapter_that_is_frozen_whole_is_refused_unless_no_step_is_taken() -> None:
+def test_an_adapter_with_all_parameters_frozen_is_refused_unless_steps_is_0() -> None:
     views, text = features(1, 4, 5)
     start = adapter("pretrained").requires_grad_(False)
     with pytest.raises(ValueError, match="adapter must have a parameter to train, all 12 are frozen"):
@@ -227,7 +227,7 @@ def test_an_adapter_that_is_frozen_whole_is_refused_unless_no_step_is_taken() ->
 
 
 class Doubled(RationalAdapter):
-    """A subclass with a forward of its own."""
+    """Doubled is a subclass with a forward of its own."""
 
     def forward(self, *given: Any, **named: Any) -> Any:  # type: ignore[override]
         result = super().forward(*given, **named)
@@ -236,27 +236,27 @@ class Doubled(RationalAdapter):
 
 def changed(way: str) -> nn.Module:
     torch.manual_seed(3)
-    made = adapter("pretrained")
+    module = adapter("pretrained")
     match way:
         case "tied":
-            made.get_submodule("v_proj").weight = made.get_parameter("k_proj.weight")
+            module.get_submodule("v_proj").weight = module.get_parameter("k_proj.weight")
         case "spectral-norm":
-            nn.utils.parametrizations.spectral_norm(made.get_submodule("k_proj"))
+            nn.utils.parametrizations.spectral_norm(module.get_submodule("k_proj"))
         case "hook":
-            made.register_forward_pre_hook(lambda _, given: (-given[0], *given[1:]))
+            module.register_forward_pre_hook(lambda _, given: (-given[0], *given[1:]))
         case "projection-hook":
-            made.get_submodule("v_proj").register_forward_hook(lambda *given: 2 * given[-1])
+            module.get_submodule("v_proj").register_forward_hook(lambda *given: 2 * given[-1])
         case "subclass":
-            twin = Doubled(made.config)
-            twin.load_state_dict(made.state_dict())
+            twin = Doubled(module.config)
+            twin.load_state_dict(module.state_dict())
             return twin
         case "wrapped":
-            return nn.DataParallel(made)
-    return made
+            return nn.DataParallel(module)
+    return module
 
 
 @pytest.mark.parametrize("way", ["tied", "spectral-norm", "hook", "projection-hook", "subclass", "wrapped"])
-def test_episodes_of_an_adapter_that_is_more_than_its_parameters(way: str) -> None:
+def test_episodes_keep_hooks_and_parametrisations_of_the_adapter(way: str) -> None:
     views, text = features(1, 8, 5)
     config = EpisodeConfig(steps=2, weight_decay=0.1)
     start = changed(way)
@@ -292,7 +292,7 @@ def test_an_adapter_without_values_is_refused() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 @pytest.mark.parametrize("start", ["zero", "pretrained"])
 def test_a_device_adapts_as_the_cpu_does(dtype: torch.dtype, optimizer: str, start: str) -> None:
-    # Heads of 8 at a width of 64, which the Triton kernels serve; selection and loss have kernels of their own.
+    # The Triton kernels serve 8 heads at a width of 64; the selection of views and the loss have CUDA kernels.
     views, text = features(3, 16, 20, 64)
     here = RationalAdapter(AdapterConfig.official(64))
     if start == "pretrained":
@@ -300,25 +300,25 @@ def test_a_device_adapts_as_the_cpu_does(dtype: torch.dtype, optimizer: str, sta
     here, views, text = here.to(dtype), views.to(dtype), text.to(dtype)
     exact = RationalAdapter(here.config).double()
     exact.load_state_dict(here.state_dict())
-    wanted = adapt_episodes(exact, views.double(), text.double(), 100.0, config_of(optimizer))
-    there = RationalAdapter(here.config).to("cuda", dtype)
-    there.load_state_dict(here.state_dict())
-    got = adapt_episodes(there, views.cuda(), text.cuda(), 100.0, config_of(optimizer))
-    assert got.is_cuda
-    error = float((got.double().cpu() - wanted).norm() / wanted.norm())
-    # In float32 three of AdamW's steps, each as large as a sign decides, come to 2e-5 between two CPUs' arithmetic.
+    expected = adapt_episodes(exact, views.double(), text.double(), 100.0, config_of(optimizer))
+    on_device = RationalAdapter(here.config).to("cuda", dtype)
+    on_device.load_state_dict(here.state_dict())
+    adapted = adapt_episodes(on_device, views.cuda(), text.cuda(), 100.0, config_of(optimizer))
+    assert adapted.is_cuda
+    error = float((adapted.double().cpu() - expected).norm() / expected.norm())
+    # AdamW's first steps follow the signs of the gradients: three of them differ by 2e-5 between two CPUs in float32.
     assert error <= (2e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps), error
 
 
 @pytest.mark.gpu
-def test_an_episode_on_a_device_does_not_see_its_neighbours() -> None:
+def test_an_episode_on_a_device_does_not_depend_on_its_neighbours() -> None:
     views, text = (value.cuda() for value in features(4, 16, 20, 64))
     start = RationalAdapter(AdapterConfig.official(64)).cuda()
     together = adapt_episodes(start, views, text, 100.0)
     assert torch.equal(adapt_episodes(start, views[[2, 0]], text, 100.0), together[[2, 0]])
 
 
-def test_arguments_of_another_kind_are_named() -> None:
+def test_wrong_arguments_are_named() -> None:
     adapter = RationalAdapter(AdapterConfig.official(16))
     views, text = torch.randn(2, 4, 16), torch.randn(5, 16)
     for wrong, message in (

@@ -1,4 +1,4 @@
-"""A model of a few hundred weights and pictures of a few pixels, for tests that run a loop many times."""
+"""Provide a model of a few hundred weights and pictures of a few pixels for tests that run a loop many times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE, WIDTH = 8, 16
 
 
 class TinyCLIP(nn.Module):
-    """A linear image encoder with dropout, and a text encoder that sums letters."""
+    """TinyCLIP has a linear image encoder with dropout, and a text encoder that sums letters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ def tokenize(texts: list[str]) -> Tensor:
     return torch.tensor([[ord(letter) % 128 for letter in text[:40].ljust(40)] for text in texts])
 
 
-def load_tiny(*given: Any, **more: Any) -> VisionLanguageModel:
-    """The tiny model, whatever the arguments of load_model ask for."""
+def load_tiny(*args: Any, **kwargs: Any) -> VisionLanguageModel:
+    """Return the tiny model, whatever the arguments of load_model ask for."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = TinyCLIP()
@@ -52,13 +52,13 @@ def load_tiny(*given: Any, **more: Any) -> VisionLanguageModel:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run loads the tiny model, whatever its options ask for."""
+    """Let every run load the tiny model, whatever its options ask for."""
     monkeypatch.setattr(vision_language, "load_model", load_tiny)
 
 
 @pytest.fixture
 def specks(tmp_path: Path) -> Path:
-    """Two pictures of noise in each of two class folders."""
+    """Write two pictures of noise into each of two class folders."""
     generator = np.random.default_rng(0)
     for name in ("cat", "dog"):
         folder = tmp_path / "specks" / name

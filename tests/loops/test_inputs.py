@@ -1,4 +1,4 @@
-"""Old results never come back as new ones: whatever a run reads is part of what it is, in every command."""
+"""A run is identified by everything that it reads, so that old results never come back as new ones."""
 
 from __future__ import annotations
 
@@ -58,27 +58,27 @@ def fft(train: Path, test: Path, output: Path, **changes: Any) -> FFTOptions:
     )  # fmt: skip
 
 
-def features_file(path: Path, turn: int = 0) -> str:
-    """Three features of each of three classes; turn: by which the labels are wrong."""
-    drawn = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+def features_file(path: Path, label_shift: int = 0) -> str:
+    """Write three features of each of three classes; label_shift: by how many classes the labels are wrong."""
+    rows = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
     labels = np.arange(9) % 3
-    np.savez(path, features=drawn[labels], labels=(labels + turn) % 3, class_names=np.array(["a", "b", "c"]))
+    np.savez(path, features=rows[labels], labels=(labels + label_shift) % 3, class_names=np.array(["a", "b", "c"]))
     return f"features:{path}"
 
 
 def text_file(path: Path, seed: int = 0) -> str:
-    drawn = np.random.default_rng(seed).normal(size=(3, 16)).astype(np.float32)
-    np.savez(path, features=drawn, labels=np.arange(3))
+    rows = np.random.default_rng(seed).normal(size=(3, 16)).astype(np.float32)
+    np.savez(path, features=rows, labels=np.arange(3))
     return f"features:{path}"
 
 
-def test_the_output_may_not_be_the_data(specks: Path, tmp_path: Path) -> None:
+def test_the_output_must_not_be_the_data(specks: Path, tmp_path: Path) -> None:
     before = sorted(specks.rglob("*"))
     for output in (specks, specks / "cat", specks / "results"):
         for overwrite in (False, True):
             with pytest.raises(UserError, match="output"):
                 run_ttt(ttt(specks, output, overwrite=overwrite))
-    # The folder around the data holds something that no run made.
+    # The folder around the data holds a folder that no run made.
     with pytest.raises(UserError, match="it holds specks"):
         run_ttt(ttt(specks, tmp_path, overwrite=True))
     assert sorted(specks.rglob("*")) == before
@@ -104,7 +104,7 @@ def test_other_arrays_under_the_same_names_are_another_run(tmp_path: Path) -> No
         run(config)
         again = run(config)
         assert again["resumed"] > 0
-        features_file(tmp_path / "f.npz", turn=1)
+        features_file(tmp_path / "f.npz", label_shift=1)
         part = "data" if name == "ttt" else "train"
         with pytest.raises(UserError, match=rf"differing: {part}, replaced: labels\)"):
             run(config)
@@ -114,47 +114,49 @@ def test_other_arrays_under_the_same_names_are_another_run(tmp_path: Path) -> No
             text_file(tmp_path / "t.npz", seed=1)
             with pytest.raises(UserError, match=r"differing: text features\)"):
                 run(config)
-    turned = features_file(tmp_path / "f.npz", turn=1)
+    shifted_labels = features_file(tmp_path / "f.npz", label_shift=1)
     (config,) = configs("ttt")
     text_file(tmp_path / "t.npz")
-    anew = run_ttt(dataclasses.replace(config, data=turned, run=dataclasses.replace(config.run, overwrite=True)))
-    assert (anew["zero_shot_top1"], anew["resumed"]) == (0.0, 0)
+    repeated = run_ttt(
+        dataclasses.replace(config, data=shifted_labels, run=dataclasses.replace(config.run, overwrite=True))
+    )
+    assert (repeated["zero_shot_top1"], repeated["resumed"]) == (0.0, 0)
 
 
-def test_lines_that_are_not_of_this_runs_images_are_made_anew(specks: Path, tmp_path: Path) -> None:
-    """Another program's lines, an edited label, an image's line twice: no traceback, and no wrong number."""
+def test_lines_that_do_not_fit_the_runs_images_are_made_again(specks: Path, tmp_path: Path) -> None:
+    """Lines of another program, an edited label or an image's line twice cause no traceback and no wrong number."""
     data, path = ttt(specks, tmp_path / "run"), tmp_path / "run" / "images.jsonl"
     run_ttt(data)
-    whole = lines(tmp_path / "run")
+    complete = lines(tmp_path / "run")
     for first in (
-        {"id": whole[0]["id"]},
-        whole[0] | {"label": 1},
-        whole[0] | {"status": "weird"},
-        whole[0] | {"adapted": None},
-        whole[1],
+        {"id": complete[0]["id"]},
+        complete[0] | {"label": 1},
+        complete[0] | {"status": "weird"},
+        complete[0] | {"adapted": None},
+        complete[1],
     ):
-        path.write_text("".join(json.dumps(record) + "\n" for record in [first, *whole[1:]]))
+        path.write_text("".join(json.dumps(record) + "\n" for record in [first, *complete[1:]]))
         (tmp_path / "run" / "summary.json").unlink()
         assert run_ttt(data)["images"] == 4
-        assert sorted(lines(tmp_path / "run"), key=str) == sorted(whole, key=str)
+        assert sorted(lines(tmp_path / "run"), key=str) == sorted(complete, key=str)
 
 
-def test_a_run_whose_weights_are_gone_or_torn_is_not_finished(specks: Path, tmp_path: Path) -> None:
+def test_a_run_whose_weights_are_missing_or_torn_is_not_finished(specks: Path, tmp_path: Path) -> None:
     config, weights = eft(specks, specks, tmp_path / "run"), tmp_path / "run" / "adapter.safetensors"
     run_eft(config)
-    whole = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file itself is torn below
+    complete = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file itself is torn below
     weights.write_bytes(weights.read_bytes()[:99])
     for _ in range(2):
         run_eft(config)
         again = load_file(weights)
-        assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+        assert all(torch.equal(tensor, again[name]) for name, tensor in complete.items())
         weights.unlink()
     (tmp_path / "run" / "images.jsonl").unlink()
     run_eft(config)
     assert len(lines(tmp_path / "run")) == 4
 
 
-def test_labels_that_renamed_folders_shift_are_not_the_old_ones(specks: Path, tmp_path: Path) -> None:
+def test_renamed_folders_that_shift_labels_make_another_run(specks: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "t.npz", features=np.eye(2, 16, dtype=np.float32), labels=np.arange(2))
     text = ClassOptions(text_features=f"features:{tmp_path / 't.npz'}", logit_scale=100.0)
     config = dataclasses.replace(ttt(specks, tmp_path / "run"), text=text)
@@ -180,7 +182,7 @@ def test_names_templates_adapters_and_weights_are_part_of_a_run(
     run_ttt(config)
     for path in (names, templates, adapter):
         os.utime(path, (1, 1))
-    assert run_ttt(config)["resumed"] == 4  # the content decides
+    assert run_ttt(config)["resumed"] == 4  # the content decides, not the time
 
     def refused(match: str) -> None:
         with pytest.raises(UserError, match=rf"differing: {match}\)"):
@@ -200,8 +202,8 @@ def test_names_templates_adapters_and_weights_are_part_of_a_run(
     adapter.write_bytes(before[adapter])
     load = vision_language.load_model
 
-    def load_other(*given: Any, **more: Any) -> Any:
-        vlm = load(*given, **more)
+    def load_other(*args: Any, **kwargs: Any) -> Any:
+        vlm = load(*args, **kwargs)
         vlm.fingerprint = "weights that were written over the old ones"
         return vlm
 
@@ -209,25 +211,25 @@ def test_names_templates_adapters_and_weights_are_part_of_a_run(
     refused("model")
 
 
-def test_ttt_goes_on_with_added_pictures_and_does_changed_ones_anew(
+def test_ttt_goes_on_with_added_and_changed_pictures(
     specks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torn, output = specks / "cat" / "0.png", tmp_path / "run"
-    whole = torn.read_bytes()
+    complete = torn.read_bytes()
     tear(torn)
     first = run_ttt(ttt(specks, output))
     assert (first["images"], first["unreadable"]) == (4, 1)
 
-    torn.write_bytes(whole)  # repaired
+    torn.write_bytes(complete)  # repaired
     shutil.copy(specks / "dog" / "1.png", specks / "dog" / "2.png")  # added
     shutil.copy(specks / "cat" / "0.png", specks / "dog" / "0.png")  # replaced
     (specks / "cat" / "1.png").unlink()  # removed
     adapted: list[int] = []
     original = ttt_loop.adapt_episodes
 
-    def count(adapter: Any, views: Any, *args: Any, **more: Any) -> Any:
+    def count(adapter: Any, views: Any, *args: Any, **kwargs: Any) -> Any:
         adapted.append(len(views))
-        return original(adapter, views, *args, **more)
+        return original(adapter, views, *args, **kwargs)
 
     monkeypatch.setattr(ttt_loop, "adapt_episodes", count)
     second = run_ttt(ttt(specks, output))
@@ -248,7 +250,7 @@ def test_ttt_with_a_new_class_is_another_run(specks: Path, tmp_path: Path) -> No
         run_ttt(ttt(specks, tmp_path / "run"))
 
 
-def test_a_summary_is_of_the_images_that_the_command_covers(specks: Path, tmp_path: Path) -> None:
+def test_a_summary_covers_the_images_of_its_command(specks: Path, tmp_path: Path) -> None:
     assert run_ttt(ttt(specks, tmp_path / "run"))["images"] == 4
     some = run_ttt(ttt(specks, tmp_path / "run", limit=2))
     assert (some["images"], some["resumed"], some["time"]["images_per_second"]) == (2, 2, None)
@@ -284,7 +286,7 @@ def test_fft_with_another_limit_is_another_run(specks: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", ["eft", "fft"])
-def test_changed_training_pictures_are_another_run_and_changed_test_pictures_are_tested_anew(
+def test_changed_training_pictures_make_another_run_and_changed_test_pictures_are_tested_again(
     specks: Path, tmp_path: Path, command: str
 ) -> None:
     train, test = tmp_path / "train", tmp_path / "test"
@@ -311,7 +313,7 @@ def test_changed_training_pictures_are_another_run_and_changed_test_pictures_are
     with pytest.raises(UserError, match=r"differing: train, replaced: cat/0.png\)"):
         run(config)
     if command == "eft":
-        # Where epochs are tested too, test pictures decide what epochs.jsonl holds.
+        # A run that also tests after epochs writes the results into epochs.jsonl, which depends on the test pictures.
         each = dataclasses.replace(config, evaluate_every=1, run=RunOptions(output=str(tmp_path / "each")))
         run(each)
         (test / "cat" / "9.png").unlink()
@@ -366,7 +368,7 @@ def test_widths_are_compared_before_anything_is_trained(specks: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_said_on_the_way_is_in_the_summary(specks: Path, tmp_path: Path) -> None:
+def test_the_summary_holds_the_warnings_of_the_run(specks: Path, tmp_path: Path) -> None:
     run_eft(eft(specks, specks, tmp_path / "run"))
     (tmp_path / "run" / "state.pt").write_bytes(b"PK")
     (tmp_path / "run" / "summary.json").unlink()

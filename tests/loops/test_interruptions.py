@@ -1,4 +1,4 @@
-"""Every command, cut off at every one of its writes and started again, ends with the same files and numbers."""
+"""Every command that is interrupted at any of its writes and started again ends with the same files and numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Run = Callable[[Path], dict[str, Any]]
 
 Write = Callable[..., None]
 Hook = Callable[[Path, Write, Callable[[], None]], None]
-"""Called in place of a write with its path, the write, and what leaves behind what is there in its middle."""
+"""A Hook is called instead of a write, with its path, the write, and a function that leaves the write half done."""
 
 
 def half_a_file(path: Path) -> None:
@@ -40,16 +40,16 @@ def half_a_line(path: Path) -> None:
 
 @contextmanager
 def every_write_through(hook: Hook) -> Iterator[None]:
-    """Each way to write, and the renamings inside of them, goes through a hook."""
+    """Send every write, and every renaming and removal, through a hook."""
 
     def hooked(write: Write, leave_half: Callable[[Path], None]) -> Write:
-        def through(path: Path, *args: Any, **more: Any) -> None:
+        def write_through_hook(path: Path, *args: Any, **kwargs: Any) -> None:
             if _env.cache_dir() in path.parents:
-                write(path, *args, **more)  # no result; what is there depends on the tests before
+                write(path, *args, **kwargs)  # the cache is no result, and earlier tests may have filled it
             else:
-                hook(path, lambda: write(path, *args, **more), lambda: leave_half(path))
+                hook(path, lambda: write(path, *args, **kwargs), lambda: leave_half(path))
 
-        return through
+        return write_through_hook
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "_write_whole", hooked(files._write_whole, half_a_file))
@@ -90,26 +90,26 @@ def fft(data: Path) -> Run:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what differs from run to run."""
-    left_out = {"time", "seconds", "images_per_second", "resumed", "peak_memory", "output", "config", "run", "warnings"}
-    return {name: value for name, value in record.items() if name not in left_out}
+    """Return a record without the fields that differ from run to run."""
+    varying = {"time", "seconds", "images_per_second", "resumed", "peak_memory", "output", "config", "run", "warnings"}
+    return {name: value for name, value in record.items() if name not in varying}
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All that a run leaves: lines without times, the summary's numbers, weights as they are."""
-    found: dict[str, Any] = {}
+    """Return everything that a run wrote: lines and the summary without times, and the bits of the weights."""
+    contents: dict[str, Any] = {}
     for path in folder.iterdir():
         if path.suffix == ".jsonl":
             lines = [numbers(json.loads(line)) for line in path.read_text().splitlines()]
-            found[path.name] = sorted(lines, key=str) if path.name == "images.jsonl" else lines
+            contents[path.name] = sorted(lines, key=str) if path.name == "images.jsonl" else lines
         elif path.suffix == ".safetensors":
-            # Not the file's bytes: safetensors writes the header's entries in any order.
-            found[path.name] = {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+            # The bytes of the file differ, because safetensors writes the entries of the header in any order.
+            contents[path.name] = {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
         elif path.name == "summary.json":
-            found[path.name] = numbers(json.loads(path.read_text()))
+            contents[path.name] = numbers(json.loads(path.read_text()))
         else:
-            found[path.name] = None
-    return found
+            contents[path.name] = None
+    return contents
 
 
 @pytest.mark.parametrize("command", [ttt, eft, fft])
@@ -117,8 +117,8 @@ def results(folder: Path) -> dict[str, Any]:
 def test_a_run_killed_at_any_write_goes_on_to_the_same_results(
     command: Callable[[Path], Run], specks: Path, tmp_path: Path
 ) -> None:
-    """What a killed process leaves is the folder as it is then: a copy before, within and after every write."""
-    run, output = command(specks), tmp_path / "whole"
+    """A copy before, within and after every write is the folder that a process leaves that is killed there."""
+    run, output = command(specks), tmp_path / "complete"
     copies: list[Path] = []
 
     def copy() -> None:
@@ -138,12 +138,13 @@ def test_a_run_killed_at_any_write_goes_on_to_the_same_results(
     with every_write_through(copy_around):
         run(output)
     copy()
-    whole = results(output)
+    complete = results(output)
     assert len(copies) > 8
     for killed in copies:
         run(killed)
-        went_on = results(killed)
-        assert {name for name in went_on.keys() | whole.keys() if went_on.get(name) != whole.get(name)} == set(), killed
+        resumed = results(killed)
+        names = resumed.keys() | complete.keys()
+        assert {name for name in names if resumed.get(name) != complete.get(name)} == set(), killed
 
 
 @pytest.mark.parametrize("command", [ttt, eft, fft])
@@ -151,24 +152,24 @@ def test_a_run_killed_at_any_write_goes_on_to_the_same_results(
 def test_a_run_on_a_full_disk_goes_on_to_the_same_results(
     command: Callable[[Path], Run], specks: Path, tmp_path: Path
 ) -> None:
-    run, seen, full = command(specks), 0, -1
+    run, writes_so_far, full = command(specks), 0, -1
 
     def fill(path: Path, write: Write, leave_half: Callable[[], None]) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == full:
+        nonlocal writes_so_far
+        writes_so_far += 1
+        if writes_so_far == full:
             raise OSError(28, "No space left on device")
         write()
 
     with every_write_through(fill):
-        run(tmp_path / "whole")
-    whole, writes = results(tmp_path / "whole"), seen
+        run(tmp_path / "complete")
+    complete, writes = results(tmp_path / "complete"), writes_so_far
     for full in range(2, writes + 1, 7):
-        output, seen = tmp_path / str(full), 0
+        output, writes_so_far = tmp_path / str(full), 0
         with every_write_through(fill), pytest.raises(OSError, match="No space left"):
             run(output)
         run(output)
-        assert results(output) == whole
+        assert results(output) == complete
 
 
 @pytest.mark.parametrize("damaged", ["rada.pt", "rada-ft.pt"])
@@ -176,10 +177,10 @@ def test_a_run_on_a_full_disk_goes_on_to_the_same_results(
 def test_fft_with_a_damaged_state_comes_to_the_same_weights(specks: Path, tmp_path: Path, damaged: str) -> None:
     run, folder = fft(specks), tmp_path / "run"
     run(folder)
-    whole = results(folder)
+    complete = results(folder)
     (folder / "summary.json").unlink()
     (folder / damaged).write_bytes((folder / damaged).read_bytes()[:999])
     run(folder)
     again = results(folder)
     assert again.pop(f"{damaged}.damaged", "") is None
-    assert again == whole
+    assert again == complete

@@ -1,4 +1,4 @@
-"""The three loops on small drawn images and on features: results, resumption, independence, messages."""
+"""The three loops give the right results on small drawn images and on features, and go on after an interruption."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLASSES = 6
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shifted pictures of each of six classes, half of them new ones."""
+    """Draw three shifted pictures of each of six classes, half of which are new."""
     everything, root = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("pictures")
     world.write_imagefolder(everything, 3, seed=1, shift="mixed")
     folders = sorted(path for path in everything.iterdir())
@@ -44,7 +44,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def features_file(path: Path, classes: int = 5, each: int = 12, width: int = 16, views: int | None = None) -> str:
-    """Noisy features around a mean for each class."""
+    """Write noisy features around a mean of each class."""
     generator = np.random.default_rng(0)
     means = generator.normal(size=(classes, width))
     labels = np.tile(np.arange(classes), each)
@@ -70,7 +70,7 @@ def ttt(pictures: Path, output: Path, **changes: Any) -> TTTOptions:
     return TTTOptions(data=f"imagefolder:{pictures}", views=8, episode=EpisodeConfig(steps=2), run=run, **changes)
 
 
-def test_ttt_writes_a_line_an_image_and_a_summary(pictures: Path, tmp_path: Path) -> None:
+def test_ttt_writes_a_line_per_image_and_a_summary(pictures: Path, tmp_path: Path) -> None:
     summary = run_ttt(ttt(pictures, tmp_path / "run"))
     records = lines(tmp_path / "run")
     assert sorted(record["id"] for record in records) == [
@@ -88,44 +88,44 @@ def test_ttt_writes_a_line_an_image_and_a_summary(pictures: Path, tmp_path: Path
     assert summary["time"]["images_per_second"] > 0
 
 
-def test_ttt_lines_do_not_depend_on_order_grouping_or_workers(pictures: Path, tmp_path: Path) -> None:
+def test_ttt_lines_do_not_depend_on_order_episodes_or_workers(pictures: Path, tmp_path: Path) -> None:
     runs = {
         "plain": ttt(pictures, tmp_path / "plain"),
-        "turned": ttt(pictures, tmp_path / "turned", order_seed=3, episodes=5),
+        "reordered": ttt(pictures, tmp_path / "reordered", order_seed=3, episodes=5),
         "workers": ttt(pictures, tmp_path / "workers", episodes=1, run={"workers": 2}),
     }
     found = {}
     for name, config in runs.items():
         run_ttt(config)
         found[name] = (tmp_path / name / "images.jsonl").read_text().splitlines()
-    assert found["turned"] != found["plain"]
-    assert sorted(found["turned"]) == sorted(found["plain"])
+    assert found["reordered"] != found["plain"]
+    assert sorted(found["reordered"]) == sorted(found["plain"])
     assert sorted(found["workers"]) == sorted(found["plain"])
 
 
-def test_ttt_goes_on_where_it_was_cut_off(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_ttt(ttt(pictures, tmp_path / "whole"))
+def test_ttt_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_ttt(ttt(pictures, tmp_path / "complete"))
     calls = 0
     original = ttt_loop.adapt_episodes
 
-    def cut(*args: Any, **kwargs: Any) -> Any:
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(ttt_loop, "adapt_episodes", cut)
-    config = ttt(pictures, tmp_path / "cut", episodes=4)
+    monkeypatch.setattr(ttt_loop, "adapt_episodes", interrupt)
+    config = ttt(pictures, tmp_path / "interrupted", episodes=4)
     with pytest.raises(KeyboardInterrupt):
         run_ttt(config)
-    assert len(lines(tmp_path / "cut")) == 8
-    # And the crash tore the last line.
-    path = tmp_path / "cut" / "images.jsonl"
+    assert len(lines(tmp_path / "interrupted")) == 8
+    # The crash also tore the last line.
+    path = tmp_path / "interrupted" / "images.jsonl"
     path.write_text(path.read_text()[:-10])
     summary = run_ttt(config)
     assert summary["resumed"] == 7
-    assert sorted(map(str, lines(tmp_path / "cut"))) == sorted(map(str, lines(tmp_path / "whole")))
+    assert sorted(map(str, lines(tmp_path / "interrupted"))) == sorted(map(str, lines(tmp_path / "complete")))
 
 
 def test_ttt_records_unreadable_images_and_counts_them(pictures: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_ttt_starts_from_a_trained_adapter_and_from_the_paper_preset(pictures: P
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_a_precision_that_the_processor_does_not_multiply_is_float32(
+def test_a_precision_without_instructions_is_replaced_by_float32(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     run_ttt(ttt(pictures, tmp_path / "plain", run={"limit": 2}))
@@ -190,9 +190,9 @@ def test_a_precision_that_the_processor_does_not_multiply_is_float32(
         summary = run_ttt(ttt(pictures, tmp_path / "low", model=low, run={"limit": 2}))
     assert lines(tmp_path / "low") == lines(tmp_path / "plain")
     assert (summary["model"]["precision_asked"], summary["model"]["precision"]) == (precision, "float32")
-    (said,) = (line for line in summary["warnings"] if "--precision" in line)
-    assert said.startswith(f"--precision {precision}: this processor has no instructions for {precision} products")
-    # The same option on another processor is another run, and the features kept here are float32's.
+    (warning,) = (line for line in summary["warnings"] if "--precision" in line)
+    assert warning.startswith(f"--precision {precision}: this processor has no instructions for {precision} products")
+    # The same option on another processor is another run, because the features kept here were computed in float32.
     monkeypatch.setattr(_env, "has_native_products", lambda dtype: True)
     with pytest.raises(UserError, match="precision"):
         run_ttt(ttt(pictures, tmp_path / "low", model=low, run={"limit": 2}))
@@ -213,7 +213,7 @@ def test_every_loop_runs_on_a_gpu(pictures: Path, tmp_path: Path, precision: str
 
 
 @pytest.mark.parametrize("views", [None, 7])
-def test_ttt_on_features(tmp_path: Path, views: int | None) -> None:
+def test_ttt_runs_on_features(tmp_path: Path, views: int | None) -> None:
     config = TTTOptions(
         data=features_file(tmp_path / "f.npz", views=views),
         text=ClassOptions(text_features=text_file(tmp_path / "t.npz")),
@@ -264,23 +264,23 @@ def test_eft_trains_on_base_and_tests_base_and_new(pictures: Path, tmp_path: Pat
 def test_eft_goes_on_to_the_same_weights(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_views: str
 ) -> None:
-    run_eft(eft(pictures, tmp_path / "whole", train_views=train_views))
+    run_eft(eft(pictures, tmp_path / "complete", train_views=train_views))
     original = training_loop.train_epoch
 
-    def cut(*args: Any, **kwargs: Any) -> Any:
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
         if len(args[0].records) == 2:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_loop, "train_epoch", cut)
+        patch.setattr(training_loop, "train_epoch", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_eft(eft(pictures, tmp_path / "cut", train_views=train_views))
-    summary = run_eft(eft(pictures, tmp_path / "cut", train_views=train_views))
+            run_eft(eft(pictures, tmp_path / "interrupted", train_views=train_views))
+    summary = run_eft(eft(pictures, tmp_path / "interrupted", train_views=train_views))
     assert summary["resumed"] == 2
-    whole, resumed = (load_adapter(tmp_path / name / "adapter.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
-    assert len(lines(tmp_path / "cut", "epochs.jsonl")) == 3
+    complete, resumed = (load_adapter(tmp_path / name / "adapter.safetensors") for name in ("complete", "interrupted"))
+    assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in complete.state_dict().items())
+    assert len(lines(tmp_path / "interrupted", "epochs.jsonl")) == 3
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
@@ -297,7 +297,7 @@ def test_eft_on_features_with_every_optimiser_and_penalty(tmp_path: Path, optimi
     assert summary["test"]["zero_shot_top1"] > 50
 
 
-def test_eft_with_new_classes_apart(tmp_path: Path) -> None:
+def test_eft_tests_new_classes_from_data_of_their_own(tmp_path: Path) -> None:
     train, new = features_file(tmp_path / "a.npz"), features_file(tmp_path / "b.npz", classes=3)
     config = EFTOptions(
         train=train, test=train, new_test=new, protocol="all", epochs=1, batch_size=10,
@@ -310,50 +310,52 @@ def test_eft_with_new_classes_apart(tmp_path: Path) -> None:
 
 def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = f"imagefolder:{pictures}"
-    some = tmp_path / "some"
+    subset = tmp_path / "subset"
     for name in sorted(path.name for path in pictures.iterdir())[2:5]:
-        shutil.copytree(pictures / name, some / name)
+        shutil.copytree(pictures / name, subset / name)
 
     def config(output: str) -> FFTOptions:
         return FFTOptions(
-            train=spec, test=(spec, f"imagefolder:{some}"), epochs=2, finetune_from=1, finetune_epochs=2, batch_size=9,
-            micro_batch=5, run=RunOptions(output=str(tmp_path / output)), finetune_lr=1e-4,
+            train=spec, test=(spec, f"imagefolder:{subset}"), epochs=2, finetune_from=1, finetune_epochs=2,
+            finetune_lr=1e-4, batch_size=9, micro_batch=5, run=RunOptions(output=str(tmp_path / output)),
         )  # fmt: skip
 
-    summary = run_fft(config("whole"))
+    summary = run_fft(config("complete"))
     for stage in ("rada", "rada-ft"):
         assert summary[stage][spec]["images"] == 18
-        assert summary[stage][f"imagefolder:{some}"]["images"] == 9
-    # A test set with some of the classes is judged among those, under the training labels.
-    records = [r for r in lines(tmp_path / "whole") if r["test"] == f"imagefolder:{some}"]
+        assert summary[stage][f"imagefolder:{subset}"]["images"] == 9
+    # Predictions on data with some of the classes are among those classes, with the labels of training.
+    records = [r for r in lines(tmp_path / "complete") if r["test"] == f"imagefolder:{subset}"]
     assert {record["label"] for record in records} == {2, 3, 4}
     assert all(set(record["adapted"][:3]) <= {2, 3, 4} for record in records)
-    stages = [(line["stage"], line["epoch"]) for line in lines(tmp_path / "whole", "epochs.jsonl")]
+    stages = [(line["stage"], line["epoch"]) for line in lines(tmp_path / "complete", "epochs.jsonl")]
     assert stages == [("rada", 1), ("rada", 2), ("rada-ft", 1), ("rada-ft", 2)]
 
     original = fft_loop.learning_rate
 
-    def cut(stage: fft_loop.Stage, *args: Any) -> float:
+    def interrupt(stage: fft_loop.Stage, *args: Any) -> float:
         if stage.name == "rada-ft" and args[1] == 2:
             raise KeyboardInterrupt
         return original(stage, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fft_loop, "learning_rate", cut)
+        patch.setattr(fft_loop, "learning_rate", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_fft(config("cut"))
-    assert run_fft(config("cut"))["resumed"] == 3
+            run_fft(config("interrupted"))
+    assert run_fft(config("interrupted"))["resumed"] == 3
     for name in ("rada", "rada-ft"):
-        whole, resumed = (load_adapter(tmp_path / run / f"{name}-adapter.safetensors") for run in ("whole", "cut"))
-        assert all(torch.equal(tensor, resumed.state_dict()[key]) for key, tensor in whole.state_dict().items())
+        complete, resumed = (
+            load_adapter(tmp_path / run / f"{name}-adapter.safetensors") for run in ("complete", "interrupted")
+        )
+        assert all(torch.equal(tensor, resumed.state_dict()[key]) for key, tensor in complete.state_dict().items())
     from safetensors.torch import load_file
 
-    whole, resumed = (load_file(tmp_path / run / "rada-ft-model.safetensors") for run in ("whole", "cut"))
-    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
-    assert any(key.startswith("visual.") for key in whole)
+    complete, resumed = (load_file(tmp_path / run / "rada-ft-model.safetensors") for run in ("complete", "interrupted"))
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in complete.items())
+    assert any(key.startswith("visual.") for key in complete)
 
 
-def test_fft_on_features_serves_the_first_stage(tmp_path: Path) -> None:
+def test_fft_on_features_runs_the_first_stage_only(tmp_path: Path) -> None:
     spec = features_file(tmp_path / "f.npz")
     config = FFTOptions(
         train=spec, test=(spec,), stages="rada", epochs=3, finetune_from=2, batch_size=20,
@@ -366,7 +368,7 @@ def test_fft_on_features_serves_the_first_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["eft", "fft"])
-def test_a_runs_folder_is_taken_as_its_adapter(tmp_path: Path, command: str) -> None:
+def test_a_runs_folder_stands_for_its_adapter(tmp_path: Path, command: str) -> None:
     spec, texts = features_file(tmp_path / "f.npz"), text_file(tmp_path / "t.npz")
     run, text = RunOptions(output=str(tmp_path / command)), ClassOptions(text_features=texts)
     if command == "eft":
@@ -382,7 +384,7 @@ def test_a_runs_folder_is_taken_as_its_adapter(tmp_path: Path, command: str) -> 
     assert found[0] == found[1]
 
 
-def test_learning_rates_warm_up_and_fall() -> None:
+def test_learning_rates_warm_up_and_decay() -> None:
     stage = fft_loop.Stage("rada", 2, 1.0, 1.0, trains_encoder=False)
     rates = [fft_loop.learning_rate(stage, 4, step, 40) for step in range(40)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]

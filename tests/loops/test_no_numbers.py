@@ -1,4 +1,4 @@
-"""Features that are no numbers are named where they enter a run: which image or text, in which arithmetic."""
+"""Features that are NaN are reported with the image or text that they belong to and the type that gave them."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from .conftest import load_tiny
 
 
 class Overflowing(nn.Module):
-    """Gives no numbers after so many images, as an encoder does whose activations leave float16's range."""
+    """Overflowing returns NaN after so many images, like an encoder whose activations leave float16's range."""
 
     def __init__(self, encoder: nn.Module, after: int) -> None:
         super().__init__()
-        self.encoder, self.left = encoder, after
+        self.encoder, self.remaining = encoder, after
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.encoder(images)
-        spoilt = torch.arange(len(features)) >= self.left
-        self.left = max(0, self.left - len(features))
+        spoilt = torch.arange(len(features)) >= self.remaining
+        self.remaining = max(0, self.remaining - len(features))
         return torch.where(spoilt[:, None], torch.inf * features, features)
 
 
 @pytest.fixture
 def overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Of a precision and a number of images: every run's model overflows after that many."""
-    # A model is known by its weights, which are another test's too: features are not to come from its cache.
+    """Return a function that lets the model of every run overflow after a number of images in a precision."""
+    # The cache knows a model by its weights, which another test's model shares: do not read that model's features.
     monkeypatch.setenv("RADA_FAST_CACHE", str(tmp_path / "cache"))
 
     def apply(precision: str, after: int, *, texts: bool = False) -> None:
-        def load(*given: Any, **more: Any) -> VisionLanguageModel:
+        def load(*args: Any, **kwargs: Any) -> VisionLanguageModel:
             vlm = load_tiny()
             vlm.precision = precision  # type: ignore[assignment]
             if texts:
                 vlm.model.letters.weight[ord("d")] = torch.nan
             else:
                 vlm.model.visual = Overflowing(vlm.model.visual, after)
-            # An encoder that asks for more than this machine's arithmetic: only its name matters here.
+            # Only the name of the precision matters here, whatever this machine can compute with.
             monkeypatch.setattr(VisionLanguageModel, "_arithmetic", lambda self: torch.autograd.set_grad_enabled(True))
             return vlm
 
@@ -75,10 +75,10 @@ def runs(specks: Path, output: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("command", ["ttt", "eft", "eft-crops", "fft"])
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32"])
-def test_an_image_is_named_with_its_arithmetic(
+def test_an_image_is_named_with_its_precision(
     specks: Path, tmp_path: Path, overflow: Any, command: str, precision: str
 ) -> None:
-    # ttt encodes four views of an image at once, so that its second image is the first to be spoilt.
+    # ttt encodes four views of an image at once, so that its second image is the first with NaN.
     overflow(precision, 4 if command == "ttt" else 1)
     image = "'cat/1.png'" if command in ("ttt", "eft") else r"'\w+/\d.png'"
     advice = {
@@ -92,14 +92,14 @@ def test_an_image_is_named_with_its_arithmetic(
 
 
 @pytest.mark.parametrize("command", ["ttt", "eft", "fft"])
-def test_a_text_is_named_with_its_arithmetic(specks: Path, tmp_path: Path, overflow: Any, command: str) -> None:
+def test_a_text_is_named_with_its_precision(specks: Path, tmp_path: Path, overflow: Any, command: str) -> None:
     overflow("float16", 0, texts=True)
     with pytest.raises(UserError, match=r"features of text 'a photo of a dog\.' are NaN in float16"):
         runs(specks, tmp_path / "out")[command]()
 
 
-def test_an_encoder_that_is_trained_is_named_not_the_learning_rate(specks: Path, tmp_path: Path, overflow: Any) -> None:
-    """The first stage's images are encoded once, four of them; the second stage's are the next."""
+def test_a_trained_encoder_is_named_instead_of_the_learning_rate(specks: Path, tmp_path: Path, overflow: Any) -> None:
+    """The first stage encodes its four images once; the second stage encodes the next ones."""
     overflow("float16", 9)
     with pytest.raises(UserError, match=r"features of image '\w+/\d.png' are NaN in float16"):
         runs(specks, tmp_path / "out")["fft"]()
@@ -113,7 +113,7 @@ def test_damaged_weights_without_a_scale_are_named() -> None:
             _ = vlm.logit_scale
 
 
-def test_all_zero_features_are_no_direction() -> None:
+def test_features_that_are_all_zero_are_refused() -> None:
     vlm = load_tiny()
     vlm.check_features(torch.eye(3), "image", ["a", "b", "c"])
     spoilt = torch.eye(3)
@@ -126,8 +126,8 @@ def test_all_zero_features_are_no_direction() -> None:
         vlm.check_features(spoilt, "image", [])
 
 
-def test_an_adapter_that_gives_no_number_leaves_the_zero_shot_answer() -> None:
-    """A last step can be one too large although every loss before it was finite."""
+def test_an_adapter_that_gives_nan_leaves_the_zero_shot_answer() -> None:
+    """The last step can be too large although every loss before it was finite."""
     images = Features(torch.eye(3), torch.tensor([0, 1, 2]), ("a", "b", "c"))
 
     def predict(part: Tensor) -> Tensor:

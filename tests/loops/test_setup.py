@@ -1,4 +1,4 @@
-"""What a run starts from: the adapter's options beside a file, the scale of the logits, names for labels."""
+"""A run finds its adapter, the scale of its logits and the names of its classes from options and files."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from rada_fast.system import notices
 ABSENT = AbsentModel(torch.device("cpu"), "float32")
 
 
-def ours(path: Path, **changes: Any) -> str:
+def own_file(path: Path, **changes: Any) -> str:
     save_adapter(RationalAdapter(AdapterConfig.official(16, **changes)), path)
     return str(path)
 
 
-def published(path: Path, **changes: Any) -> str:
-    """A checkpoint as the published code writes it: without a word on its arithmetic."""
+def published_file(path: Path, **changes: Any) -> str:
+    """Write a checkpoint as the published code does, which says nothing about the arithmetic."""
     state = RationalAdapter(AdapterConfig.official(16, **changes)).state_dict()
     torch.save({"state_dict": {f"mha.{name}": tensor for name, tensor in state.items()}}, path)
     return str(path)
 
 
-def test_a_published_adapter_takes_the_temperature_that_it_does_not_hold(tmp_path: Path) -> None:
-    file = published(tmp_path / "model.pth.tar-13")
+def test_a_published_adapter_takes_its_temperature_from_the_options(tmp_path: Path) -> None:
+    file = published_file(tmp_path / "model.pth.tar-13")
     plain = make_adapter(AdapterOptions(adapter=file), 16, 0)
     warm = make_adapter(AdapterOptions(adapter=file, temperature=4.0, num_heads=2), 16, 0)
     assert plain.config == AdapterConfig.official(16)
@@ -46,7 +46,7 @@ def test_a_published_adapter_takes_the_temperature_that_it_does_not_hold(tmp_pat
 
 
 def test_an_adapter_takes_options_that_agree_with_it(tmp_path: Path) -> None:
-    file = ours(tmp_path / "a.safetensors", temperature=4.0, queries=("image", "text"), num_layers=2)
+    file = own_file(tmp_path / "a.safetensors", temperature=4.0, queries=("image", "text"), num_layers=2)
     options = AdapterOptions(
         adapter=file, preset="official", temperature=4.0, num_heads=8, queries=("text", "image"), num_layers=2,
         mask_function="attention",
@@ -57,7 +57,7 @@ def test_an_adapter_takes_options_that_agree_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        # The default, too, contradicts where it was given.
+        # The default value contradicts the file too, if it was given.
         ({"temperature": 1.0}, "temperature must be 4.0, as adapter .* has it, or be left out; got 1.0"),
         ({"num_heads": 2}, "num_heads must be 8, as adapter"),
         ({"queries": ("image",)}, r"queries must be \('image', 'text', 'rational'\), as adapter"),
@@ -70,13 +70,13 @@ def test_options_that_contradict_the_adapters_file_are_refused(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        make_adapter(AdapterOptions(adapter=ours(tmp_path / "a.safetensors", temperature=4.0), **options), 16, 0)
+        make_adapter(AdapterOptions(adapter=own_file(tmp_path / "a.safetensors", temperature=4.0), **options), 16, 0)
     if not {"temperature", "num_heads"} & set(options):
         with pytest.raises(UserError, match=message):
-            make_adapter(AdapterOptions(adapter=published(tmp_path / "b.pth"), **options), 16, 0)
+            make_adapter(AdapterOptions(adapter=published_file(tmp_path / "b.pth"), **options), 16, 0)
 
 
-def test_without_a_file_the_options_are_the_presets(tmp_path: Path) -> None:
+def test_without_a_file_the_options_decide(tmp_path: Path) -> None:
     assert make_adapter(AdapterOptions(), 16, 0).config == AdapterConfig.official(16)
     assert make_adapter(AdapterOptions(preset="paper", temperature=2.0), 16, 0).config == AdapterConfig.paper(16, 2.0)
 
@@ -97,7 +97,9 @@ def scale(tmp_path: Path, data: float | None, text: float | None, option: float 
     return opened.logit_scale, opened.logit_scale_from
 
 
-def test_the_scale_is_the_files_or_the_options_or_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_scale_comes_from_the_option_or_a_file_or_is_clips(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert scale(tmp_path, 50.0, None) == (50.0, f"array logit_scale of {tmp_path / 'data.npz'}")
     assert scale(tmp_path, None, 117.5) == (117.5, f"array logit_scale of {tmp_path / 'text.npz'}")
     assert scale(tmp_path, 50.0, 50.01)[0] == 50.0
@@ -107,7 +109,7 @@ def test_the_scale_is_the_files_or_the_options_or_clips(tmp_path: Path, capsys: 
     assert "no file states a logit_scale: CLIP's 100 is taken (--logit-scale changes it)" in capsys.readouterr().err
 
 
-def test_scales_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+def test_unusable_scales_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"logit_scale must be given, the array logit_scale of .*data.npz has 50 and"):
         scale(tmp_path, 50.0, 60.0)
     with pytest.raises(
@@ -121,7 +123,7 @@ def test_scales_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         open_source(features(tmp_path / "two.npz", logit_scale=np.ones(2)))
 
 
-def test_the_models_scale_must_be_its_features(tmp_path: Path) -> None:
+def test_the_scale_of_the_model_and_of_its_features_must_agree(tmp_path: Path) -> None:
     width = {"features": np.random.default_rng(0).normal(size=(3, 128)), "class_names": ["a", "b", "c"]}
 
     def opened(**changes: Any) -> tuple[float, str]:
@@ -150,7 +152,7 @@ def test_labels_without_names_make_no_prompts(tmp_path: Path) -> None:
         assert notices.so_far() == []
 
 
-def test_a_folder_that_holds_no_classes_of_its_own_names_the_one_that_does(tmp_path: Path) -> None:
+def test_a_folder_without_classes_of_its_own_names_the_one_with_them(tmp_path: Path) -> None:
     from PIL import Image
 
     for name in ("cat", "dog"):
@@ -161,7 +163,7 @@ def test_a_folder_that_holds_no_classes_of_its_own_names_the_one_that_does(tmp_p
         class_names_of(open_source(f"imagefolder:{tmp_path}"), None, prompts=True)
 
 
-def test_a_feature_files_views_are_those_that_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_feature_file_has_the_views_that_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rada_fast.loops.ttt import mention_fixed_views, num_views
 
     spec = features(tmp_path / "f.npz", features=np.random.default_rng(0).normal(size=(3, 10, 16)))
@@ -178,7 +180,7 @@ def test_a_feature_files_views_are_those_that_it_holds(tmp_path: Path, capsys: p
         assert [warning.split(" makes")[0] for warning in notices.so_far()] == ["--views 8", "--view-kind augmix"]
 
 
-def test_the_summary_says_what_was_used(tmp_path: Path) -> None:
+def test_the_summary_holds_the_views_and_the_scale_that_were_used(tmp_path: Path) -> None:
     from rada_fast.config.method import EpisodeConfig
     from rada_fast.config.options import RunOptions
     from rada_fast.loops.ttt import run_ttt
@@ -198,25 +200,25 @@ def test_the_summary_says_what_was_used(tmp_path: Path) -> None:
     assert summary["warnings"] == [f"--view-kind augmix makes no views of a feature file: {data} holds its own"]
 
 
-def test_rows_of_text_features_go_to_their_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_text_features_are_matched_with_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = np.eye(3, 4)
 
-    def given(**arrays: Any) -> tuple[list[int], list[str]]:
-        """Which row each class gets, and what was warned of."""
+    def rows_and_warnings(**arrays: Any) -> tuple[list[int], list[str]]:
+        """Return the row that each class gets, and the warnings."""
         spec = features(tmp_path / "t.npz", features=rows, **arrays)
         with notices.collecting():
             options, group = ClassOptions(text_features=spec), ClassGroup(("black cat", "dog", "tench"))
-            (found,) = text_features(options, [group], ABSENT, open_text_file(spec))
-            return found.argmax(dim=-1).tolist(), notices.so_far()
+            (matched,) = text_features(options, [group], ABSENT, open_text_file(spec))
+            return matched.argmax(dim=-1).tolist(), notices.so_far()
 
-    assert given() == ([0, 1, 2], [])
-    assert given(labels=np.array([2, 0, 1])) == ([1, 2, 0], [])
-    assert given(class_names=["dog", "n01440764", "black_cat"]) == ([2, 0, 1], [])
+    assert rows_and_warnings() == ([0, 1, 2], [])
+    assert rows_and_warnings(labels=np.array([2, 0, 1])) == ([1, 2, 0], [])
+    assert rows_and_warnings(class_names=["dog", "n01440764", "black_cat"]) == ([2, 0, 1], [])
     assert "has the classes in another order; each has its own row" in capsys.readouterr().err
-    assert given(class_names=["x", "y", "z"]) == ([0, 1, 2], [])
-    places, (warning,) = given(class_names=["dog", "y", "z"])
+    assert rows_and_warnings(class_names=["x", "y", "z"]) == ([0, 1, 2], [])
+    places, (warning,) = rows_and_warnings(class_names=["dog", "y", "z"])
     assert places == [0, 1, 2]
     assert "names class 0 'dog', the data name it 'black cat'" in warning
-    assert "has labels that are not 0 ... 2, each once" in given(labels=np.array([0, 0, 1]))[1][0]
+    assert "has labels that are not 0 ... 2, each once" in rows_and_warnings(labels=np.array([0, 0, 1]))[1][0]
     rows = np.array([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [0, 1.0, 0, 0]])
-    assert "2 of 3 classes have the same text feature" in given()[1][0]
+    assert "2 of 3 classes have the same text feature" in rows_and_warnings()[1][0]

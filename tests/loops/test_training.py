@@ -1,4 +1,4 @@
-"""What eft and fft share: a state holds all that a training needs to go on, and one that does not fit is set aside."""
+"""eft and fft save everything that a training needs to go on, and set a state aside that does not fit."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ def training(folder: RunFolder, width: int = 3) -> Training:
     return Training(folder, "rada.pt", model, AdamW(model.parameters(), lr=0.1), scaler, name="rada")
 
 
-def epoch(of: Training) -> None:
-    inputs, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(len(of.records))), torch.arange(4) % 2
+def epoch(trainer: Training) -> None:
+    inputs, labels = (
+        torch.randn(4, 3, generator=torch.Generator().manual_seed(len(trainer.records))),
+        torch.arange(4) % 2,
+    )
 
-    def loss(some: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return step_loss(of.trained(some), torch.zeros(()), target, 0.0)
+    def loss(inputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return step_loss(trainer.trained(inputs), torch.zeros(()), target, 0.0)
 
-    of.save(train_epoch(of, [(inputs, labels)], loss, lambda step: 0.1, lr=0.1, micro_batch=3))
+    trainer.save(train_epoch(trainer, [(inputs, labels)], loss, lambda step: 0.1, lr=0.1, micro_batch=3))
 
 
 def folder_in(path: Path) -> RunFolder:
@@ -40,11 +43,11 @@ def folder_in(path: Path) -> RunFolder:
 
 
 def test_a_training_goes_on_to_the_same_weights_and_gradient_scale(tmp_path: Path) -> None:
-    with folder_in(tmp_path / "whole") as folder:
-        whole = training(folder)
-        assert whole.resume() == 0
+    with folder_in(tmp_path / "complete") as folder:
+        complete = training(folder)
+        assert complete.resume() == 0
         for _ in range(3):
-            epoch(whole)
+            epoch(complete)
     with folder_in(tmp_path / "cut") as folder:
         before = training(folder)
         before.kept = {"weight": torch.ones(1)}
@@ -57,27 +60,29 @@ def test_a_training_goes_on_to_the_same_weights_and_gradient_scale(tmp_path: Pat
         assert bool(after.kept["weight"] == 1)
         for _ in range(2):
             epoch(after)
-    assert after.scaler.state_dict() == whole.scaler.state_dict()
+    assert after.scaler.state_dict() == complete.scaler.state_dict()
     assert after.scaler.get_scale() == 16.0
-    assert all(torch.equal(a, b) for a, b in zip(after.trained.parameters(), whole.trained.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(after.trained.parameters(), complete.trained.parameters(), strict=True)
+    )
 
 
-def test_the_lines_are_the_states(tmp_path: Path) -> None:
-    """Lines that a crash tore, lost or added after the state was written are put right."""
+def test_resuming_restores_the_lines_of_the_state(tmp_path: Path) -> None:
+    """Resuming restores lines that a crash tore, lost or added after the state was written."""
     with folder_in(tmp_path) as folder:
         first = training(folder)
         epoch(first)
         epoch(first)
         path = folder.path / "epochs.jsonl"
-        right = path.read_text()
-        for found in ("", right[:-10], right + right, right.splitlines()[0] + "\n"):
-            path.write_text(found)
+        correct = path.read_text()
+        for wrong in ("", correct[:-10], correct + correct, correct.splitlines()[0] + "\n"):
+            path.write_text(wrong)
             training(folder).resume()
-            assert path.read_text() == right
-        assert [json.loads(line)["epoch"] for line in right.splitlines()] == [1, 2]
+            assert path.read_text() == correct
+        assert [json.loads(line)["epoch"] for line in correct.splitlines()] == [1, 2]
 
 
-def test_a_state_of_other_weights_is_set_aside_before_anything_is_taken(tmp_path: Path) -> None:
+def test_a_state_of_other_weights_is_set_aside_unused(tmp_path: Path) -> None:
     with notices.collecting(), folder_in(tmp_path) as folder:
         epoch(training(folder))
         other = training(folder, width=5)
@@ -86,8 +91,8 @@ def test_a_state_of_other_weights_is_set_aside_before_anything_is_taken(tmp_path
         assert "rada.pt is damaged (it holds other weights)" in notices.so_far()[0]
 
 
-def test_a_state_that_cannot_be_gone_on_from_is_set_aside(tmp_path: Path) -> None:
-    """Whatever a whole file holds, it is no traceback later on, nor are its numbers taken that are none."""
+def test_an_unusable_state_is_set_aside(tmp_path: Path) -> None:
+    """A file that is undamaged but holds something else causes no traceback later on, and its NaN are not used."""
     with notices.collecting(), folder_in(tmp_path) as folder:
         epoch(training(folder))
         path = folder.path / "rada.pt"
@@ -108,39 +113,39 @@ def test_a_state_that_cannot_be_gone_on_from_is_set_aside(tmp_path: Path) -> Non
 
 def test_an_epoch_without_a_step_has_a_record(tmp_path: Path) -> None:
     with folder_in(tmp_path) as folder:
-        record = train_epoch(training(folder), [], lambda some, target: (some, target), lambda step: 0.1, lr=0.1)
+        record = train_epoch(training(folder), [], lambda inputs, target: (inputs, target), lambda step: 0.1, lr=0.1)
     assert (record["images"], record["lr"]) == (0, 0.1)
     assert training_time([]) == {"training_seconds": 0, "images_per_second": None}
 
 
-def test_a_loss_that_is_no_number_names_the_rate(tmp_path: Path) -> None:
+def test_a_loss_that_is_nan_names_the_learning_rate(tmp_path: Path) -> None:
     with folder_in(tmp_path) as folder:
-        of, batch = training(folder), (torch.ones(2, 3), torch.zeros(2).long())
+        trainer, batch = training(folder), (torch.ones(2, 3), torch.zeros(2).long())
 
-        def loss(some: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            value = of.trained(some).sum() * torch.nan
+        def loss(inputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            value = trainer.trained(inputs).sum() * torch.nan
             return value, value.detach().expand(4)
 
         with pytest.raises(UserError, match="lr 7 made the loss nan in epoch 1 of rada"):
-            train_epoch(of, [batch], loss, lambda step: 0.1, lr=7)
+            train_epoch(trainer, [batch], loss, lambda step: 0.1, lr=7)
 
 
-def test_weights_that_the_last_step_spoils_are_not_kept(tmp_path: Path) -> None:
+def test_weights_that_are_nan_after_the_last_step_are_not_saved(tmp_path: Path) -> None:
     with folder_in(tmp_path) as folder:
-        of = training(folder)
+        trainer = training(folder)
 
         def spoil() -> None:
-            of.trained.weight.data.fill_(torch.nan)
+            trainer.trained.weight.data.fill_(torch.nan)
 
-        def loss(some: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return (value := of.trained(some).sum()), value.detach().expand(4)
+        def loss(inputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return (value := trainer.trained(inputs).sum()), value.detach().expand(4)
 
         batch = (torch.ones(2, 3), torch.zeros(2).long())
         with pytest.raises(UserError, match="finetune_lr 7 made the weights no numbers in epoch 1 of rada"):
-            train_epoch(of, [batch], loss, lambda step: 0.1, lr=7, option="finetune_lr", on_step=spoil)
+            train_epoch(trainer, [batch], loss, lambda step: 0.1, lr=7, option="finetune_lr", on_step=spoil)
 
 
-def test_draws_come_from_the_seed_and_the_name_alone() -> None:
+def test_random_draws_depend_only_on_the_seed_and_the_name() -> None:
     before = torch.random.get_rng_state()
     drawn = []
     for seed, name in ((0, "a"), (0, "a"), (1, "a"), (0, "b")):

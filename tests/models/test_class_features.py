@@ -1,4 +1,4 @@
-"""Names and prompts from any file, and text features that tie, chunk and survive damage."""
+"""Templates come from any file, and text features tie for equal names, are encoded in chunks and cached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rada_fast.system import notices
 
 
 class Encoder:
-    """Stands for a model: a text's feature depends on the text, and in its last bit on the row of the batch."""
+    """Encoder stands for a model: a text's feature depends on the text, and in its last bit on the row of the batch."""
 
     embed_dim = 8
     precision = "float32"
@@ -39,8 +39,8 @@ def features_of(encoder: Encoder, *args: object, **kwargs: object) -> Tensor:
     return class_features(encoder, *args, **kwargs)  # type: ignore[arg-type]
 
 
-def test_names_that_occur_twice_tie_exactly() -> None:
-    # ImageNet has two such pairs; whatever rounding a batch's rows see, equal names are equal rows.
+def test_equal_names_have_equal_features() -> None:
+    # ImageNet has two such pairs. Equal names must have equal features, however the rows of a batch are rounded.
     names = ["missile", "crane", "sunglasses", "missile", "crane"]
     for templates in (["a {}."], ["a {}.", "the {}.", "{}"]):
         features = features_of(Encoder(), names, templates)
@@ -50,7 +50,7 @@ def test_names_that_occur_twice_tie_exactly() -> None:
         assert not torch.equal(features[0], features[1])
 
 
-def test_prompts_are_encoded_in_chunks_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_encoded_in_chunks_with_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     names, templates = [f"thing {index}" for index in range(7)], ["a {}.", "the {}."]
     whole = features_of(Encoder(), names, templates)
     monkeypatch.setattr(module, "TEXTS_AT_ONCE", 4)
@@ -60,7 +60,7 @@ def test_prompts_are_encoded_in_chunks_and_told(monkeypatch: pytest.MonkeyPatch)
     assert told == [len(batch) for batch in encoder.batches] == [4, 4, 4, 2]
 
 
-def test_the_cache_answers_for_the_same_question_only(tmp_path: Path) -> None:
+def test_the_cache_serves_the_same_names_templates_and_model_only(tmp_path: Path) -> None:
     first = Encoder()
     features = features_of(first, ["a", "b"], ["{}."], cache_dir=tmp_path)
     again = Encoder()
@@ -73,7 +73,7 @@ def test_the_cache_answers_for_the_same_question_only(tmp_path: Path) -> None:
         (low, ["a", "b"], ["{}."]),
         (Encoder(), ["b", "a"], ["{}."]),
         (Encoder(), ["a", "b"], ["{}!"]),
-        # The same characters, split elsewhere.
+        # These are the same characters in other names.
         (Encoder(), ["a", "b", "{}."], ["{}."]),
     ):
         features_of(encoder, names, templates, cache_dir=tmp_path)
@@ -100,13 +100,13 @@ def test_a_damaged_cache_is_written_again(tmp_path: Path, damage: str) -> None:
             save_file({"other": features}, path)
     again = features_of(Encoder(), ["a", "b"], ["{}."], cache_dir=tmp_path)
     for found in (again, load_file(path)["features"]):
-        # torch.equal alone sees no difference of dtype.
+        # torch.equal does not compare the dtype.
         assert found.dtype == torch.float32
         assert torch.equal(found, features)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nothing_to_encode() -> None:
+def test_no_names_have_no_features() -> None:
     with pytest.raises(UserError, match="K = 0"):
         features_of(Encoder(), [], ["{}."])
     with pytest.raises(UserError, match="templates must hold at least one template"):
@@ -119,13 +119,13 @@ def test_every_known_template_has_one_place_for_the_name() -> None:
         assert all(template.count("{}") == 1 for template in templates)
         assert len(set(templates)) == len(templates)
     assert len(DATASET_TEMPLATES) == 11
-    # A name may hold what str.format would act on.
+    # A name may contain braces, which str.format would act on.
     encoder = Encoder()
     features_of(encoder, ["{0.__class__}"], ["a {}."])
     assert encoder.batches == [["a {0.__class__}."]]
 
 
-def test_templates_that_are_none(tmp_path: Path) -> None:
+def test_files_without_templates_are_refused(tmp_path: Path) -> None:
     deep = tmp_path / "deep.json"
     deep.write_text("[" * 100_000)
     (tmp_path / "none.txt").write_text("\n")
@@ -136,14 +136,14 @@ def test_templates_that_are_none(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_names_that_the_model_cannot_tell_apart_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    class Deaf(Encoder):
+def test_names_that_the_model_cannot_tell_apart_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    class TruncatingEncoder(Encoder):
         def encode_texts(self, texts: list[str]) -> Tensor:
             return super().encode_texts([text.lower()[:40] for text in texts])
 
     names = ["crane", "Crane", "x" * 100 + "a", "x" * 100 + "b", "missile", "missile"]
     with notices.collecting():
-        features_of(Deaf(), names, ["a photo of a {}."])
+        features_of(TruncatingEncoder(), names, ["a photo of a {}."])
         (warning,) = notices.so_far()
     assert warning.startswith("4 of 6 classes have the same text feature as another and cannot be told apart, such as")
     assert "'crane' and 'Crane'" in warning
@@ -152,20 +152,20 @@ def test_names_that_the_model_cannot_tell_apart_are_said(capsys: pytest.CaptureF
         assert notices.so_far() == []
 
 
-def test_equal_features_are_said_again_from_the_cache(tmp_path: Path) -> None:
-    class Mute(Encoder):
+def test_equal_features_from_the_cache_are_warned_of_again(tmp_path: Path) -> None:
+    class ConstantEncoder(Encoder):
         def encode_texts(self, texts: list[str]) -> Tensor:
             return super().encode_texts(["" for _ in texts])
 
     for _ in range(2):
         with notices.collecting():
-            features_of(Mute(), [f"name {index}" for index in range(40)], ["{}."], cache_dir=tmp_path)
+            features_of(ConstantEncoder(), [f"name {index}" for index in range(40)], ["{}."], cache_dir=tmp_path)
             (warning,) = notices.so_far()
             assert warning.startswith("40 of 40 classes have the same text feature")
 
 
 @pytest.mark.parametrize("model", ["embedded", "ViT-B-32"])
-def test_names_longer_than_a_prompt_are_said(model: str) -> None:
+def test_names_longer_than_a_prompt_are_warned_of(model: str) -> None:
     import open_clip
 
     from rada_fast.embedded.model import WordTokenizer
@@ -173,18 +173,18 @@ def test_names_longer_than_a_prompt_are_said(model: str) -> None:
     class Tokenizing(Encoder):
         tokenizer = WordTokenizer() if model == "embedded" else open_clip.get_tokenizer(model)
 
-    def said(names: list[str], template: str = "a photo of a {}.") -> list[str]:
+    def warnings_of(names: list[str], template: str = "a photo of a {}.") -> list[str]:
         with notices.collecting():
             warn_of_cut_names(Tokenizing(), names, [template])  # type: ignore[arg-type]
             return notices.so_far()
 
     words = " ".join(["word"] * 100)
-    (warning,) = said(["cat", f"{words} one", f"{words} two"])
+    (warning,) = warnings_of(["cat", f"{words} one", f"{words} two"])
     assert warning.startswith("2 of 3 class names are too long: of a prompt such as 'a photo of a {}.' the model reads")
     assert "word one'" in warning
-    # As long as it can be: 20 or 77 tokens, two of which stand at the ends, and four or, with the dot, five for the
-    # template. The first word too many costs open_clip's tokenizer the dot alone.
+    # A prompt has at most 20 or 77 tokens. Two of them mark its ends; four, or five with the dot, are the template's.
+    # With one word too many, open_clip's tokenizer drops only the dot.
     longest = " ".join(["word"] * (14 if model == "embedded" else 70))
-    assert said([longest, "great white shark", "*" * 30]) == []
-    assert len(said([f"{longest} word word"])) == 1
-    assert len(said(["cat"], "{}, " + words)) == 1
+    assert warnings_of([longest, "great white shark", "*" * 30]) == []
+    assert len(warnings_of([f"{longest} word word"])) == 1
+    assert len(warnings_of(["cat"], "{}, " + words)) == 1

@@ -1,4 +1,4 @@
-"""Processes that read images: with little or no shared memory, without permission to start, and ended by the system."""
+"""Images are read with little shared memory and without worker processes, and a killed worker is reported."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def views_of(pictures: Path, workers: int) -> list[Tensor]:
     stream = image_features.iterate_views(
         source.samples, load_model("embedded"), views=3, kind="crop", seed=0, workers=workers
     )
-    made = [made for _, made, _ in stream]
-    assert all(one is not None for one in made)
-    return [one for one in made if one is not None]
+    views_by_image = [image_views for _, image_views, _ in stream]
+    assert all(image_views is not None for image_views in views_by_image)
+    return [image_views for image_views in views_by_image if image_views is not None]
 
 
-def no_room(tensor: Tensor) -> Tensor:
+def full_shared_memory(tensor: Tensor) -> Tensor:
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
 
-def test_views_come_through_the_pipe_where_shared_memory_is_full(
+def test_views_are_sent_through_a_pipe_where_shared_memory_is_full(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = views_of(pictures, workers=0)
-    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full_shared_memory)
     _, sent, _ = image_features.ready_to_send((0, torch.ones(2), None))
     assert not isinstance(sent, Tensor)
     for expected, found in zip(alone, views_of(pictures, workers=1), strict=True):
         assert torch.equal(expected, found)
 
 
-def test_images_are_read_here_where_no_process_can_be_started(
+def test_images_are_read_in_this_process_where_no_other_can_be_started(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = views_of(pictures, workers=0)
@@ -72,7 +72,7 @@ def test_images_are_read_here_where_no_process_can_be_started(
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("by peer"), EOFError(), FileNotFoundError("no socket")])
-def test_a_worker_that_ends_while_it_sends_is_told_from_a_full_disk(
+def test_a_worker_that_ends_while_sending_is_not_taken_for_a_full_disk(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     class Broken(image_features.DataLoader):  # type: ignore[type-arg]
@@ -86,7 +86,7 @@ def test_a_worker_that_ends_while_it_sends_is_told_from_a_full_disk(
         views_of(pictures, workers=1)
 
 
-def test_a_worker_that_the_system_ends_is_one_line_and_the_run_goes_on_later(
+def test_a_worker_that_the_system_kills_is_reported_and_the_run_goes_on_later(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = os.getpid()

@@ -1,4 +1,4 @@
-"""Models by name and weights, and class features: tiny architectures, local files, no network."""
+"""Models are loaded by name and weights and encode classes; the tests use tiny architectures and no network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TINY = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Two architectures of open_clip's that differ in their activation, as its ViT-B-16 pair does."""
+    """Add two architectures to open_clip that differ in their activation, as its ViT-B-16 pair does."""
     folder = tmp_path_factory.mktemp("configs")
     (folder / "Tiny.json").write_text(json.dumps(TINY))
     (folder / "Tiny-quickgelu.json").write_text(json.dumps(TINY | {"quick_gelu": True}))
@@ -84,7 +84,7 @@ def test_a_processor_without_instructions_for_a_precision_computes_in_float32(
     assert (low.precision_asked, low.precision) == (precision, "float32")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(low.encode_images(images), tiny.encode_images(images))
-    # Whoever asks for float32, and whoever has a device for it, is told nothing.
+    # There is no note for float32, nor on a device that multiplies the type.
     with notices.collecting():
         assert precision_on(torch.device("cpu"), "float32") == "float32"
         assert precision_on(torch.device("cuda"), precision) == precision
@@ -93,7 +93,7 @@ def test_a_processor_without_instructions_for_a_precision_computes_in_float32(
         assert notices.so_far() == []
 
 
-def test_local_weights_of_both_kinds(tmp_path: Path) -> None:
+def test_local_weights_of_both_formats_are_loaded(tmp_path: Path) -> None:
     source = load_model("Tiny", "random", seed=3)
     state = source.model.state_dict()
     save_file(state, tmp_path / "w.safetensors")
@@ -111,7 +111,7 @@ class Hostile:
         return (open, (str(self.mark), "w"))
 
 
-def test_models_and_weights_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_models_and_weights_are_refused(tmp_path: Path) -> None:
     state = load_model("Tiny", "random").model.state_dict()
     state["visual.proj"] = torch.zeros(2, 2)
     save_file(state, tmp_path / "other.safetensors")
@@ -136,7 +136,7 @@ def test_models_and_weights_that_cannot_be_used(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_tag_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tag_that_cannot_be_downloaded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no route\nto host")
 
@@ -154,14 +154,14 @@ def test_quick_gelu_mismatches_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.warns(UserWarning, match="QuickGELU mismatch: .* use Tiny-quickgelu"):
         load_model("Tiny", str(path))
     load_model("Tiny-quickgelu", str(path))
-    # Tags are compared by open_clip's own records.
+    # The activation of a tag is in open_clip's own records.
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **kwargs: str(path))
     monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *args, **kwargs: {})
     with pytest.warns(UserWarning, match="QuickGELU mismatch"):
         load_model("ViT-B-32", "openai")
 
 
-def test_templates(tmp_path: Path) -> None:
+def test_templates_come_from_names_texts_and_files(tmp_path: Path) -> None:
     assert resolve_templates("photo") == ("a photo of a {}.",)
     assert resolve_templates("my {} picture") == ("my {} picture",)
     assert len(resolve_templates("openai")) == 80
@@ -178,7 +178,7 @@ def test_templates(tmp_path: Path) -> None:
         resolve_templates("photograph")
 
 
-def test_class_names(tmp_path: Path) -> None:
+def test_class_names_come_from_folders_and_files(tmp_path: Path) -> None:
     assert resolve_class_names(["red_fox", "owl"], None) == ("red fox", "owl")
     assert resolve_class_names(["n01440764", "n01443537"], None) == ("tench", "goldfish")
     (tmp_path / "two.txt").write_text("cat\ndog\n")

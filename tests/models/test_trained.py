@@ -1,4 +1,4 @@
-"""What a run has trained is taken by other commands: its image encoder, its classifier, its adapter."""
+"""Other commands can use the image encoder, the classifier and the adapter that a run has trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS = "rada-ft-model.safetensors"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, a run of fft on them and one of eft."""
+    """Make a folder with pictures, a run of fft on them and a run of eft."""
     root = tmp_path_factory.mktemp("trained")
     for index, name in enumerate(("red plain square", "blue plain ring")):
         for number in range(2):
@@ -41,20 +41,20 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder / "fft", tmp_path / "fft"))
 
 
-def records(path: Path, **wanted: str) -> dict[str, Any]:
+def records(path: Path, **fields: str) -> dict[str, Any]:
     lines = map(json.loads, path.read_text().splitlines())
-    chosen = [line for line in lines if all(line[name] == value for name, value in wanted.items())]
+    chosen = [line for line in lines if all(line[name] == value for name, value in fields.items())]
     return {line["id"]: (line["adapted"], line["confidence"][1]) for line in chosen}
 
 
 def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Equal answers; the runs' batches differ, so that a processor may round their confidences otherwise."""
+    """Check that answers are equal and confidences close: the batches differ, and with them the rounding."""
     assert found.keys() == expected.keys()
     for image, (answer, confidence) in expected.items():
         assert found[image] == (answer, pytest.approx(confidence, abs=1e-5))
 
 
-def test_encoder_classifier_and_adapter_predict_as_the_run_did(
+def test_encoder_classifier_and_adapter_predict_as_in_their_run(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = folder / "fft"
@@ -71,7 +71,7 @@ def test_encoder_classifier_and_adapter_predict_as_the_run_did(
     assert json.loads((tmp_path / "b" / "summary.json").read_text())["warnings"]
 
 
-def test_a_run_with_frozen_encoders_has_those_that_it_started_from(
+def test_a_run_with_frozen_encoders_stands_for_the_model_it_started_from(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = folder / "eft"
@@ -81,7 +81,7 @@ def test_a_run_with_frozen_encoders_has_those_that_it_started_from(
     assert_alike(records(tmp_path / "a" / "images.jsonl"), records(run / "images.jsonl"))
 
 
-def test_a_run_that_started_from_a_run_is_followed(copied: Path, folder: Path) -> None:
+def test_a_run_that_started_from_another_run_leads_to_its_model(copied: Path, folder: Path) -> None:
     trained = load_model("embedded", str(copied)).fingerprint
     assert trained != load_model("embedded").fingerprint
     later = copied.parent / "later"
@@ -93,7 +93,9 @@ def test_a_run_that_started_from_a_run_is_followed(copied: Path, folder: Path) -
     assert load_model("embedded", str(later)).fingerprint == trained
 
 
-def test_weights_that_have_changed_since_are_told(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_have_changed_since_the_run_are_warned_of(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = json.loads((copied / "run.json").read_text())
     record["identity"]["model"] = "0" * 64
     (copied / "run.json").write_text(json.dumps(record))
@@ -101,7 +103,7 @@ def test_weights_that_have_changed_since_are_told(copied: Path, capsys: pytest.C
     assert "that it started from are others today" in capsys.readouterr().err
 
 
-def spoil(run: Path, case: str) -> None:
+def damage(run: Path, case: str) -> None:
     record, tensors = json.loads((run / "run.json").read_text()), load_file(run / WEIGHTS)
     first = next(name for name in tensors if name.startswith("visual."))
     match case:
@@ -147,12 +149,12 @@ def spoil(run: Path, case: str) -> None:
     ],
 )
 def test_runs_that_cannot_be_used_are_refused(copied: Path, case: str, message: str) -> None:
-    spoil(copied, case)
+    damage(copied, case)
     with pytest.raises(UserError, match=message):
         load_model("embedded", str(copied))
 
 
-def test_other_files_are_no_runs(folder: Path, tmp_path: Path) -> None:
+def test_files_that_are_no_runs_are_refused(folder: Path, tmp_path: Path) -> None:
     save_file({"visual.a": torch.zeros(1)}, tmp_path / "weights.safetensors")
     assert open_run(tmp_path / "weights.safetensors") is None
     assert open_run(folder / "pictures" / "red plain square" / "0.png") is None
@@ -171,7 +173,7 @@ def test_other_files_are_no_runs(folder: Path, tmp_path: Path) -> None:
         ("eft/run.json", r"it holds no matrix classifier\.weight"),
     ],
 )
-def test_classifiers_that_are_none_are_refused(folder: Path, name: str, message: str) -> None:
+def test_files_without_a_classifier_are_refused(folder: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_classifier(folder / name)
 

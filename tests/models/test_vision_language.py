@@ -1,4 +1,4 @@
-"""Weights and what is known of them: activation, preprocessing, files that are programs; all without a network."""
+"""Weights are loaded with their activation and preprocessing, and unusable files are refused, without a network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SQUASH = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bil
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A pair of architectures known to open_clip for this module, and weights that fit both."""
+    """Add two architectures to open_clip for the tests of this module, and write weights that fit both."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "Small.json").write_text(json.dumps(SMALL))
     (folder / "Small-quickgelu.json").write_text(json.dumps(SMALL | {"quick_gelu": True}))
@@ -42,15 +42,15 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def tags(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tags of both architectures, whose weights are already here; the names nest as open_clip's dfn2b tags do."""
+    """Add tags for these weights. One tag's name begins with the other's, as with open_clip's dfn2b tags."""
     quick: dict[str, Any] = {"file": str(weights), "hf_hub": "org/small-quick/", "quick_gelu": True}
     plain: dict[str, Any] = {"file": str(weights), "hf_hub": "org/small-plain/", **SQUASH}
     for name in ("Small", "Small-quickgelu"):
         monkeypatch.setitem(_PRETRAINED, name, {"web2b": quick, "web2b_s39b": plain})
 
 
-def said(name: str, pretrained: Path | str) -> list[str]:
-    """The warnings of loading."""
+def warnings_of(name: str, pretrained: Path | str) -> list[str]:
+    """Return the warnings of loading a model."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_model(name, str(pretrained))
@@ -59,12 +59,12 @@ def said(name: str, pretrained: Path | str) -> list[str]:
 
 @pytest.mark.usefixtures("tags")
 def test_a_tag_of_the_other_activation_warns_once_with_the_name_to_use() -> None:
-    assert said("Small-quickgelu", "web2b") == []
-    assert said("Small", "web2b_s39b") == []
-    (message,) = said("Small", "web2b")
+    assert warnings_of("Small-quickgelu", "web2b") == []
+    assert warnings_of("Small", "web2b_s39b") == []
+    (message,) = warnings_of("Small", "web2b")
     assert message.startswith("QuickGELU mismatch: the weights web2b were trained with QuickGELU, the model Small has")
     assert message.endswith("; use Small-quickgelu")
-    (message,) = said("Small-quickgelu", "web2b_s39b")
+    (message,) = warnings_of("Small-quickgelu", "web2b_s39b")
     assert "were trained with GELU, the model Small-quickgelu has QuickGELU" in message
     assert message.endswith("; use Small")
 
@@ -74,12 +74,12 @@ def test_a_tag_of_the_other_activation_warns_once_with_the_name_to_use() -> None
     ("place", "twin"),
     [
         ("Small-web2b.safetensors", "Small-quickgelu"),
-        # Holds the other tag's name; a search for "web2b" alone would warn wrongly.
+        # This path contains the other tag's name too; a search for "web2b" alone would warn wrongly.
         ("small_web2b-s39b.safetensors", "Small"),
         ("models--org--small-quick/snapshots/0a1b/model.safetensors", "Small-quickgelu"),
         ("small-plain/model.safetensors", "Small"),
         ("openai/model.safetensors", "Small-quickgelu"),
-        # Neither a whole word nor near enough to the file to speak of it.
+        # Here the tag's name is no word of its own, or too far up in the path to describe the file.
         ("openaire/model.safetensors", None),
         ("openai/runs/mine/model.safetensors", None),
         ("model.safetensors", None),
@@ -92,13 +92,13 @@ def test_a_file_warns_only_where_its_path_says_what_it_is(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(weights.read_bytes())
     for name in ("Small", "Small-quickgelu"):
-        assert [message.rpartition("; use ")[2] for message in said(name, path)] == (
+        assert [message.rpartition("; use ")[2] for message in warnings_of(name, path)] == (
             [twin] if twin not in (None, name) else []
         )
 
 
-def test_every_verdict_of_open_clips_own_tags_is_read_from_its_record() -> None:
-    # Families whose name does not settle it: each of these was trained with plain GELU.
+def test_the_activation_of_every_tag_of_open_clip_is_read_from_its_record() -> None:
+    # The names of these families do not tell their activation: each of these was trained with plain GELU.
     for name, tag in (
         ("ViT-L-14", "dfn2b_s39b"),
         ("ViT-H-14", "metaclip_altogether"),
@@ -120,7 +120,7 @@ def test_preprocessing_follows_the_weights(tmp_path: Path, weights: Path, monkey
     known = tmp_path / "web2b_s39b.safetensors"
     known.write_bytes(weights.read_bytes())
     assert load_model("Small", str(known)).preprocess == squash
-    # A file that says nothing: the tags disagree, so open_clip's default stays; once they agree, theirs holds.
+    # A path that says nothing gets open_clip's default while the tags disagree, and what they say once they agree.
     default = load_model("Small", str(weights)).preprocess
     assert (default.interpolation, default.resize) == ("bicubic", "shortest")
     monkeypatch.setitem(_PRETRAINED, "Small", {"one": SQUASH, "two": SQUASH})
@@ -128,7 +128,7 @@ def test_preprocessing_follows_the_weights(tmp_path: Path, weights: Path, monkey
 
 
 @pytest.mark.usefixtures("weights")
-def test_files_that_are_no_weights(tmp_path: Path) -> None:
+def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     state = load_model("Small", "random").model.state_dict()
     save_file(
         {name: tensor for name, tensor in state.items() if name != "text_projection"}, tmp_path / "less.safetensors"
@@ -138,7 +138,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     (tmp_path / "text.npz").write_bytes(b"text")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated, but published weights are such files
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, but published weights are in its format
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
     for name, message in {
         "less.safetensors": r"its tensors do not fit: .*Missing key.*text_projection",
@@ -151,13 +151,13 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             load_model("Small", str(tmp_path / name))
         assert "\n" not in str(caught.value)
-        # PyTorch and NumPy advise switching their safeguards off.
+        # The errors of PyTorch and NumPy advise switching their safeguards off, which must not be passed on.
         assert "weights_only" not in str(caught.value)
         assert "allow_pickle" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("weights")
-def test_towers_and_tokenizers_of_missing_libraries_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_of_encoders_and_tokenizers_are_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise ModuleNotFoundError("No module named\n'transformers'")
 
@@ -173,7 +173,7 @@ def test_towers_and_tokenizers_of_missing_libraries_are_one_line(monkeypatch: py
 
 
 @pytest.mark.usefixtures("weights")
-def test_the_fingerprint_follows_every_weight() -> None:
+def test_the_fingerprint_depends_on_every_weight() -> None:
     model = load_model("Small", "random")
 
     def fingerprint(name: str = "Small") -> str:
@@ -197,7 +197,7 @@ def test_the_fingerprint_follows_every_weight() -> None:
 
 @pytest.mark.usefixtures("weights")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_only_the_method_for_fine_tuning_keeps_gradients(precision: Any) -> None:
+def test_only_the_method_for_fine_tuning_computes_gradients(precision: Any) -> None:
     model = load_model("Small", "random", precision=precision)
     images = torch.randn(2, 3, 32, 32)
     assert not model.encode_images(images).requires_grad

@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time, no other run's or user's files, torn and damaged files survived."""
+"""One process at a time uses a run's folder. It spares the files of others and survives torn and damaged ones."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_another_run_is_refused_and_overwritten_on_request(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "name", ["precious.txt", "images.jsonl", "run.json", "run.lock", ".hidden", "state.pt.mine", "cats/1.png"]
 )
-def test_nothing_that_a_run_did_not_make_is_removed_or_joined(tmp_path: Path, name: str, overwrite: bool) -> None:
+def test_files_that_no_run_made_are_neither_removed_nor_joined(tmp_path: Path, name: str, overwrite: bool) -> None:
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_text("mine")
@@ -73,7 +73,7 @@ def test_nothing_that_a_run_did_not_make_is_removed_or_joined(tmp_path: Path, na
     assert len(names(tmp_path / "run")) == 1
 
 
-def test_what_is_no_file_under_a_runs_names_is_neither_waited_for_nor_written_through(tmp_path: Path) -> None:
+def test_pipes_and_links_with_names_of_results_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "run").mkdir()
     lock = tmp_path / "run" / "run.lock"
@@ -96,7 +96,7 @@ def test_what_is_no_file_under_a_runs_names_is_neither_waited_for_nor_written_th
         assert folder.finished({}) is None
 
 
-def test_overwriting_stops_at_files_that_came_later(tmp_path: Path) -> None:
+def test_overwriting_is_refused_where_files_were_added_later(tmp_path: Path) -> None:
     with begin(tmp_path) as folder:
         folder.append("images.jsonl", {"id": "a"})
         (folder.path / "notes.txt").write_text("mine")
@@ -147,7 +147,7 @@ def test_changed_inputs_are_named(tmp_path: Path) -> None:
         assert not folder.resumed
 
 
-def test_a_summary_is_of_its_inputs_and_of_what_it_covers(tmp_path: Path) -> None:
+def test_a_summary_depends_on_the_inputs_and_the_images_covered(tmp_path: Path) -> None:
     def inputs(stamp: str) -> Inputs:
         return Inputs({"train": {"a": "1"}, "test": {"x": stamp}}, frozenset({"train"}))
 
@@ -170,14 +170,14 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     begin(tmp_path).close()
 
 
-def test_a_killed_process_leaves_no_lock_and_its_children_hold_none(tmp_path: Path) -> None:
+def test_neither_a_killed_process_nor_its_children_keep_the_lock(tmp_path: Path) -> None:
     program = f"""
 import os, sys, time
 from pathlib import Path
 from rada_fast.runs.lock import FolderLock
 lock = FolderLock(Path({str(tmp_path / "run.lock")!r}))
 if os.fork() == 0:
-    print("locked", flush=True)  # said here, where the lock has been given up
+    print("locked", flush=True)  # printed by the child, which has given up the lock
     time.sleep(60)  # a worker that its parent leaves behind
     os._exit(0)
 time.sleep(60)
@@ -195,7 +195,7 @@ time.sleep(60)
         os.killpg(other.pid, signal.SIGKILL)
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise OSError(95, "Operation not supported")
 
@@ -204,7 +204,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
         assert any("file system without locks (Operation not supported)" in line for line in notices.so_far())
 
 
-def test_what_a_killed_process_left_is_cleaned_up_and_nothing_else(tmp_path: Path) -> None:
+def test_only_files_that_a_killed_process_left_are_cleaned_up(tmp_path: Path) -> None:
     begin(tmp_path).close()
     ours = [".state.pt.123-0123abcd.partial", ".run.json.9-0123abcd.partial"]
     theirs = [".vacation.jpg.123-0123abcd.partial", ".state.pt.swp"]
@@ -212,7 +212,7 @@ def test_what_a_killed_process_left_is_cleaned_up_and_nothing_else(tmp_path: Pat
         (tmp_path / "run" / name).write_text("")
     begin(tmp_path).close()
     assert names(tmp_path / "run") == sorted([*theirs, "run.json", "run.lock"])
-    # Killed before it could say what it is.
+    # This run was killed before it could write run.json.
     (tmp_path / "run2").mkdir()
     for name in (".run.json.9-0123abcd.partial", "run.lock"):
         (tmp_path / "run2" / name).write_text("")
@@ -220,7 +220,7 @@ def test_what_a_killed_process_left_is_cleaned_up_and_nothing_else(tmp_path: Pat
     assert names(tmp_path / "run2") == ["run.json", "run.lock"]
 
 
-def test_a_torn_last_line_is_dropped_and_written_over(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path: Path) -> None:
     with begin(tmp_path) as folder:
         path = folder.path / "images.jsonl"
         for torn in (b'{"id": "c', b'{"id": "c"}', b"\xff\xfe", b"\0\0\0\n", b"\0\0\n\0\0"):
@@ -230,7 +230,7 @@ def test_a_torn_last_line_is_dropped_and_written_over(tmp_path: Path) -> None:
             assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b", "d"]
 
 
-def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
+def test_a_damaged_line_loses_no_other_line(tmp_path: Path) -> None:
     with notices.collecting(), begin(tmp_path) as folder:
         path = folder.path / "images.jsonl"
         content = b'{"id": "a"}\n{"id": "b\n[1]\n{"id": "c"}\n'
@@ -247,15 +247,15 @@ def save(folder: RunFolder, *epochs: int) -> None:
 
 
 def load(folder: RunFolder) -> int | None:
-    """The epoch of the state that is taken."""
-    taken: list[int] = []
+    """Return the epoch of the state that is loaded."""
+    loaded: list[int] = []
 
     def use(state: dict[str, Any]) -> None:
         weights: Tensor = state["weights"]["a"]
         assert bool((weights == state["epoch"]).all())
-        taken.append(state["epoch"])
+        loaded.append(state["epoch"])
 
-    return taken[0] if folder.load_state("state.pt", use) else None
+    return loaded[0] if folder.load_state("state.pt", use) else None
 
 
 def halve(path: Path) -> None:
@@ -294,7 +294,7 @@ def test_the_last_state_is_loaded_and_the_one_before_kept(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", [halve, flip_a_bit, empty, fill_with_something_else, fill_with_code])
-def test_a_damaged_state_is_set_aside_and_the_last_good_one_taken(
+def test_a_damaged_state_is_set_aside_and_the_last_good_one_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -307,7 +307,7 @@ def test_a_damaged_state_is_set_aside_and_the_last_good_one_taken(
         assert "was set aside as state.pt.damaged" in line
         save(folder, 2)
         assert load(folder) == 2
-        # Both generations: the training begins anew, and what is there stays for whoever wants to look.
+        # With both generations damaged, the training begins again, and the files are kept for whoever wants to look.
         damage(folder.path / "state.pt")
         damage(folder.path / "state-previous.pt")
         assert load(folder) is None
@@ -323,13 +323,13 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
         begin(tmp_path)
 
 
-def test_numbers_that_json_lacks_are_never_written(tmp_path: Path) -> None:
+def test_nan_is_never_written_as_json(tmp_path: Path) -> None:
     with begin(tmp_path) as folder, pytest.raises(ValueError, match="JSON compliant"):
         folder.append("images.jsonl", {"entropy": float("nan")})
 
 
 def write_everything(folder: RunFolder) -> dict[str, Callable[[], object]]:
-    """Every kind of write that a run makes, each of 100 kB or more."""
+    """Return every kind of write that a run makes, each of 100 kB or more."""
     many = torch.zeros(100_000)
     return {
         "images.jsonl": lambda: folder.append("images.jsonl", {"id": "x" * 200_000}),
@@ -354,7 +354,7 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_one_error_and_leaves_every_file_as_it_was(tmp_path: Path) -> None:
-    """In a process of its own, whose files may not grow past 50 kB."""
+    """The writes are in a process of their own, whose files cannot grow past 50 kB."""
     program = f"""
 import json, resource, signal, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
@@ -378,14 +378,14 @@ with begin(Path({str(tmp_path)!r})) as folder:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     files.write_text(path, "old")
 
-    def cut(*args: object) -> None:
+    def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, "fsync", cut)
+    monkeypatch.setattr(files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         files.write_text(path, "new")
     assert names(tmp_path) == ["a.json"]
