@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rada_fast._version import __version__
 
 if TYPE_CHECKING:
+    from rada_fast import compat, ops
     from rada_fast.config.method import AdapterConfig, EpisodeConfig
     from rada_fast.engine.episodes import adapt_episodes
     from rada_fast.errors import BackendUnavailableError, UserError
@@ -34,6 +35,8 @@ _MODULES = {
     "UserError": "errors",
     "BackendUnavailableError": "errors",
 }
+_ROOMS = ("compat", "ops")
+"""Modules whose names are public under the module's own, as in rada_fast.ops.select_views."""
 
 __all__ = [
     "AdapterConfig",
@@ -44,7 +47,9 @@ __all__ = [
     "__version__",
     "adapt_episodes",
     "backends",
+    "compat",
     "load_adapter",
+    "ops",
     "save_adapter",
     "use_backend",
 ]
@@ -55,6 +60,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"rada_fast.{_MODULES[name]}"), name)
         globals()[name] = value
         return value
+    if name in _ROOMS:
+        return importlib.import_module(f"rada_fast.{name}")
     raise AttributeError(f"module 'rada_fast' has no attribute {name!r}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import types
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rada_fast.errors import UserError
 
@@ -17,9 +19,32 @@ MAX_WORKERS = 1024
 MAX_LAYERS = 1024
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def check_choices(config: Any) -> None:
+    """Check every field of a configuration that is declared as a Literal, as one or None, or as a tuple of them."""
+    for name, choices in _choices(config.__class__).items():
+        value = getattr(config, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            # 80.0 equals 80 and is no choice, and a list cannot be looked up in a set.
+            if not any(type(one) is type(choice) and one == choice for choice in choices):
+                allowed = ", ".join(repr(choice) for choice in choices if choice is not None)
+                raise UserError(f"{name} must be one of {allowed}, got {one!r}")
+
+
+@cache
+def _choices(kind: type[Any]) -> dict[str, tuple[Any, ...]]:
+    """Return the values that each of the Literal fields may have."""
+    return {name: found for name, hint in get_type_hints(kind).items() if (found := _choices_of(hint))}
+
+
+def _choices_of(hint: Any) -> tuple[Any, ...]:
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return arguments
+    if get_origin(hint) is tuple:
+        return _choices_of(arguments[0])
+    if get_origin(hint) in (Union, types.UnionType) and len(arguments) == 2 and arguments[1] is types.NoneType:
+        return (*found, None) if (found := _choices_of(arguments[0])) else ()
+    return ()
 
 
 def check_positive(name: str, value: float, *, zero_ok: bool = False) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rada_fast.config.checks import (
     MAX_SEED,
-    check_choice,
+    check_choices,
     check_integer,
     check_paths,
     check_positive,
@@ -56,12 +56,12 @@ class TTTOptions:
     episode: EpisodeConfig = EpisodeConfig()
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_paths(self, "data")
         check_integer("views", self.views, 1)
         check_integer("episodes", self.episodes, 1)
         if self.order_seed is not None:
             check_integer("order_seed", self.order_seed, 0, MAX_SEED)
-        check_choice("view_kind", self.view_kind, ("crop", "augmix"))
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class EFTOptions:
     adapter: AdapterOptions = AdapterOptions()
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_paths(self, "train", "test", "new_test")
         if self.shots is not None:
             check_integer("shots", self.shots, 1)
@@ -173,6 +174,7 @@ class FFTOptions:
     adapter: AdapterOptions = AdapterOptions()
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not self.test:
             raise UserError("test must name at least one source, got none")
         check_paths(self, "train", "test")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rada_fast.config.checks import (
-    check_choice,
+    check_choices,
     check_integer,
     check_positive,
 )
@@ -21,8 +21,8 @@ QueryKind = Literal["image", "text", "rational"]
 MaskPenalty = Literal["l2", "l1", "linf"]
 TTTLoss = Literal["mean", "marginal"]
 OptimizerName = Literal["adamw", "adam", "sgd"]
-QUERY_KINDS: tuple[QueryKind, ...] = ("image", "text", "rational")
-MASK_PENALTIES: tuple[MaskPenalty, ...] = ("l2", "l1", "linf")
+QUERY_KINDS: tuple[QueryKind, ...] = get_args(QueryKind)
+MASK_PENALTIES: tuple[MaskPenalty, ...] = get_args(MaskPenalty)
 ROLES: dict[str, str] = {
     "image": "q_proj1",
     "text": "q_proj2",
@@ -75,18 +75,13 @@ class AdapterConfig:
         check_integer("num_layers", self.num_layers, 1)
         if self.embed_dim % self.num_heads:
             raise UserError(f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}")
-        check_choice("softmax", self.softmax, ("matrix", "row"))
-        check_choice("input_scale", self.input_scale, ("logit", "none"))
-        check_choice("mask_activation", self.mask_activation, ("relu", "none"))
-        check_choice("mask_function", self.mask_function, ("attention", "mlp"))
         check_positive("temperature", self.temperature)
         check_positive("input_scale_factor", self.input_scale_factor)
         if not isinstance(self.bias, bool):
             raise UserError(f"bias must be true or false, got {self.bias!r}")
         if not isinstance(self.queries, tuple) or not self.queries:
             raise UserError(f"queries must be a non-empty tuple of {', '.join(QUERY_KINDS)}, got {self.queries!r}")
-        for query in self.queries:
-            check_choice("queries", query, QUERY_KINDS)
+        check_choices(self)
         if len(set(self.queries)) != len(self.queries):
             raise UserError(f"queries must not repeat a kind, got {self.queries!r}")
         # The order is fixed, so that equal sets of queries are equal configurations.
@@ -138,10 +133,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """An EpisodeConfig says how a test-time episode adapts to one image's views (RAda, arXiv:2507.15480, Sec. 4.3).
-
-    Raises ValueError naming the field when a value is out of range.
-    """
+    """An episode adapts to one image's views, predicts, and forgets (RAda, arXiv:2507.15480, Sec. 4.3)."""
 
     steps: int = 3
     """Optimiser steps for each image (paper: 3)."""
@@ -161,14 +153,13 @@ class EpisodeConfig:
     """Weight decay; torch's default for AdamW, which the paper does not change."""
 
     def __post_init__(self) -> None:
+        """Check the fields. Raises ValueError naming the field when a value is out of range."""
         check_integer("steps", self.steps, 0)
         check_positive("lr", self.lr)
         if not (isinstance(self.selection, int | float) and 0 < self.selection <= 1):
             raise UserError(f"selection must be above 0 and at most 1, got {self.selection!r}")
-        check_choice("loss", self.loss, ("mean", "marginal"))
-        check_choice("penalty", self.penalty, MASK_PENALTIES)
+        check_choices(self)
         check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
-        check_choice("optimizer", self.optimizer, ("adamw", "adam", "sgd"))
         check_positive("weight_decay", self.weight_decay, zero_ok=True)
 
     def num_selected(self, num_views: int) -> int:

@@ -11,7 +11,7 @@ from rada_fast.config.checks import (
     MAX_LAYERS,
     MAX_SEED,
     MAX_WORKERS,
-    check_choice,
+    check_choices,
     check_integer,
     check_paths,
     check_positive,
@@ -43,7 +43,7 @@ class ModelOptions:
     """Arithmetic of the encoders; the adapter, its gradients and its optimiser stay in float32."""
 
     def __post_init__(self) -> None:
-        check_choice("precision", self.precision, ("float32", "bfloat16", "float16"))
+        check_choices(self)
         check_text("model", self.model)
         check_paths(self, "pretrained")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
@@ -99,8 +99,7 @@ class AdapterOptions:
     hold them; an option that contradicts it is refused."""
 
     def __post_init__(self) -> None:
-        if self.preset is not None:
-            check_choice("preset", self.preset, ("official", "paper"))
+        check_choices(self)
         if self.temperature is not None:
             check_positive("temperature", self.temperature)
         if self.num_heads is not None:

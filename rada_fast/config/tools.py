@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rada_fast.config.checks import MAX_SEED, check_integer, check_paths, check_positive
+from rada_fast.config.checks import MAX_SEED, check_choices, check_integer, check_paths, check_positive
 from rada_fast.errors import UserError
 
 MAX_DEMO_IMAGES = 100_000
@@ -73,6 +73,7 @@ class KernelsOptions:
     """Print one JSON line for each kernel and target."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_integer("batch", self.batch, 1, MAX_ROWS)
         check_integer("classes", self.classes, 1, MAX_ROWS)
         check_integer("embed_dim", self.embed_dim, 1, 2**16)

@@ -117,8 +117,8 @@ class ImageFolder:
         return {sample.id: sample.label if sample.label >= 0 else None for sample in self.samples}
 
     def stamps(self) -> dict[str, str]:
-        """Return what tells whether each image is still the same: the size and the time of its file, by its id."""
-        return {sample.id: file_stamp(sample.path) for sample in self.samples}
+        """Return what tells whether an image is still the same, by its id: its file's size and time and its label."""
+        return {sample.id: f"{file_stamp(sample.path)}, class {sample.label}" for sample in self.samples}
 
     def subset(self, labels: Sequence[int]) -> ImageFolder:
         """Return only these classes, labelled 0, 1, ... in the order given."""

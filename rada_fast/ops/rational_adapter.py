@@ -164,13 +164,14 @@ def rational_adapter(
             return f"{parameters.reason}; 'reference' serves it"
         if transformed:
             return TRANSFORM_REASON
-        if name == "triton":
-            from rada_fast.ops._backends.triton import reason_not_served
-
-            return reason_not_served(config, image_features, text_features, parameters, episodes)
-        from rada_fast.ops._backends.cpu import reason_not_served as compiled_reason
-
-        return compiled_reason(config, image_features, text_features, parameters)
+        match name:
+            case "cpu":
+                from rada_fast.ops._backends.cpu import reason_not_served
+            case "triton":
+                from rada_fast.ops._backends.triton import reason_not_served
+            case _:
+                raise AssertionError(f"backend {name!r} does not say which calls it serves")
+        return reason_not_served(config, image_features, text_features, parameters, penalty, episodes)
 
     run: Callable[..., AdapterOutput]
     projections: Any = parameters.call if isinstance(parameters, ProjectionCalls) else parameters

@@ -32,4 +32,6 @@ def mask_penalty(mask: Tensor, kind: Literal["l2", "l1", "linf"]) -> Tensor:
         return distance.square().mean()
     if kind == "l1":
         return distance.abs().mean()
-    return distance.abs().flatten(1).max(dim=1).values.mean()
+    if kind == "linf":
+        return distance.abs().flatten(1).max(dim=1).values.mean()
+    raise ValueError(f"kind must be one of 'l2', 'l1', 'linf', got {kind!r}")

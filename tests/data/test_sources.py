@@ -109,12 +109,14 @@ def test_tested_classes_must_have_been_trained() -> None:
         assert tested.classes_beyond(trained) == "either both are images or both are features"
 
 
-def test_stamps_change_with_a_file_and_with_an_array(tmp_path: Path) -> None:
+def test_stamps_change_with_a_file_a_label_and_an_array(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     source = ImageFolder(tmp_path, ("cat",), (Sample("a.png", path, 0),))
-    assert source.stamps() == {"a.png": "missing"}
+    assert source.stamps() == {"a.png": "missing, class 0"}
     path.write_bytes(b"abc")
     assert source.stamps()["a.png"].startswith("3 ")
+    relabelled = ImageFolder(tmp_path, ("cat", "dog"), (Sample("a.png", path, 1),))
+    assert relabelled.stamps()["a.png"] != source.stamps()["a.png"]
     stamps = rows().stamps()
     assert stamps == rows().stamps()
     assert {name for name, stamp in rows(views=2).stamps().items() if stamp != stamps[name]} == {"features"}

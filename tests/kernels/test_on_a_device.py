@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from rada_fast.compat import patch, unpatch
-from rada_fast.config.method import AdapterConfig
+from rada_fast.config.method import MASK_PENALTIES, AdapterConfig
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import EpisodicOptimizer, prediction_loss, rational_adapter, use_backend
@@ -30,7 +30,7 @@ def moved(inputs: tuple[Tensor, Tensor, dict[str, Tensor]]) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-@pytest.mark.parametrize("penalty", ["l2", "l1", "linf"])
+@pytest.mark.parametrize("penalty", MASK_PENALTIES)
 def test_episodes_are_adapters_of_their_own(penalty: Any, shared: bool) -> None:
     episodes, batch, classes = 3, 2, 37
     drawn = [problem(CONFIG, batch, classes, F32, scale=0.2 + 0.1 * episode) for episode in range(episodes)]

@@ -16,7 +16,7 @@ import torch
 
 from rada_fast import _env
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
-from rada_fast.config.method import EpisodeConfig
+from rada_fast.config.method import MASK_PENALTIES, EpisodeConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
@@ -284,7 +284,7 @@ def test_eft_goes_on_to_the_same_weights(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
-@pytest.mark.parametrize("penalty", ["l2", "l1", "linf"])
+@pytest.mark.parametrize("penalty", MASK_PENALTIES)
 def test_eft_on_features_with_every_optimiser_and_penalty(tmp_path: Path, optimizer: str, penalty: str) -> None:
     spec = features_file(tmp_path / "f.npz")
     config = EFTOptions(

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from rada_fast.config.method import AdapterConfig
+from rada_fast.config.method import MASK_PENALTIES, AdapterConfig
 from rada_fast.ops import rational_adapter
+from rada_fast.reference.masked_logits import mask_penalty
 from tests.support import VECTORS, problem, published_vectors
 
 BACKENDS = ("reference", "literal")
@@ -116,7 +117,7 @@ def test_every_configuration_is_the_equations(config: AdapterConfig, backend: st
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
-@pytest.mark.parametrize("penalty", ["l2", "l1", "linf"])
+@pytest.mark.parametrize("penalty", MASK_PENALTIES)
 def test_reference_and_literal_have_equal_gradients(config: AdapterConfig, penalty: str) -> None:
     image, text, parameters = problem(config, batch=2, classes=5)
     gradients = []
@@ -135,7 +136,7 @@ def test_penalties_are_their_formulas() -> None:
     image, text, parameters = problem(config, batch=3, classes=5)
     values = {
         kind: rational_adapter(image, text, 9.0, parameters, config, penalty=kind, return_mask=True)
-        for kind in ("l2", "l1", "linf")
+        for kind in MASK_PENALTIES
     }
     distance = (values["l2"].mask - 1).flatten(1)
     torch.testing.assert_close(values["l2"].penalty, (distance**2).mean())
@@ -247,3 +248,8 @@ def test_a_gpu_gives_the_same(config: AdapterConfig, backend: str) -> None:
     torch.testing.assert_close(there.logits.cpu(), here.logits, rtol=1e-10, atol=1e-10)
     assert there.penalty is not None
     torch.testing.assert_close(there.penalty.cpu(), here.penalty, rtol=1e-10, atol=1e-10)
+
+
+def test_a_penalty_without_an_equation_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind must be one of 'l2', 'l1', 'linf', got 'huber'"):
+        mask_penalty(torch.zeros(1, 2, 8), "huber")  # type: ignore[arg-type]

@@ -17,6 +17,9 @@ from rada_fast.config.method import ROLES, AdapterConfig, MaskPenalty
 from rada_fast.ops._backends.registration import Layout, define, register_fake, register_gradient
 from rada_fast.ops._backends.transforms import refuse_second_derivative
 
+SERVED_PENALTIES: tuple[MaskPenalty | None, ...] = (None, "l2", "l1", "linf")
+"""The mask penalties that both operators compute; any other is refused by each backend's reason_not_served."""
+
 
 class Features(NamedTuple):
     """image_features: (B, D); text_features: (K, D). Or their gradients, or whether these are wanted."""

@@ -13,8 +13,10 @@ from rada_fast import _env
 from rada_fast.errors import BackendUnavailableError
 
 BACKENDS = ("literal", "reference", "cpu", "triton", "cuda")
+PLAIN = ("literal", "reference")
+"""Backends in plain PyTorch, which serve every call. Any other is asked first whether it serves a call."""
 COMPILED = ("triton", "cpu")
-"""Backends that serve some calls only, in the order in which "auto" asks them."""
+"""The backends that "auto" asks before it takes the reference, the fastest first."""
 
 _chosen: ContextVar[str | None] = ContextVar("rada_fast_backend", default=None)
 _traced = threading.local()
@@ -91,7 +93,7 @@ _has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def reason_unavailable(name: str) -> str | None:
     """Why a backend cannot be used in this installation, or None where it can."""
     match name:
-        case "literal" | "reference":
+        case name if name in PLAIN:
             return None
         case "cpu":
             from rada_fast.ops._backends import library
@@ -116,14 +118,15 @@ def backends() -> dict[str, str]:
 
 def reference_asked() -> bool:
     """Whether ``use_backend`` or RADA_FAST_BACKEND names plain PyTorch."""
-    return (_in_force() or _env.backend_variable()) in ("literal", "reference")
+    return (_in_force() or _env.backend_variable()) in PLAIN
 
 
 def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None] | None = None) -> str:
     """The backend to serve a call with.
 
     name: the call's own argument, if it has one. "auto" takes the fastest usable backend that serves the call.
-    refusal: a function of a compiled backend's name that says why it cannot serve this call, or None where it can.
+    refusal: a function of a backend's name that says why it cannot serve this call, or None where it can; the backends
+        in plain PyTorch are not asked.
         Without it, only the installation counts.
     Raises BackendUnavailableError where a named backend cannot be used.
     """
@@ -138,7 +141,7 @@ def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None
         return "reference"
     if reason := reason_unavailable(name):
         raise BackendUnavailableError(f"backend {name!r} cannot be used: {reason}")
-    if name in COMPILED and refusal is not None and (reason := refusal(name)):
+    if name not in PLAIN and refusal is not None and (reason := refusal(name)):
         raise BackendUnavailableError(f"backend {name!r} cannot serve this call: {reason}")
     return name
 
@@ -148,21 +151,21 @@ def resolve_device_backend(device: torch.device, name: str | None = None) -> str
 
     device: where the call's tensors are, which decides.
     name: the call's own argument, if it has one. "auto" takes the compiled operator where it is usable. "literal" means
-        the reference here, because the published code's arithmetic concerns the adapter alone. As an argument, "triton"
-        and the name of another device are refused; where they are in force, they mean "auto".
+        the reference here, because the published code's arithmetic concerns the adapter alone. As an argument, the name
+        of a backend without kernels for this op or of another device is refused; in force, it means "auto".
     Raises BackendUnavailableError where a named backend cannot be used or does not serve the device.
     """
     from rada_fast.ops._backends import library
 
     if name is None:
         name = chosen_backend()
-        if name == "triton" or (name in ("cpu", "cuda") and name != device.type):
+        if name not in PLAIN and name != device.type:
             # The backend in force is meant for the adapter; the other parts of a step choose their own.
             name = "auto"
-    if _check_name(name, "backend") in ("reference", "literal"):
+    if _check_name(name, "backend") in PLAIN:
         return "reference"
-    if name == "triton":
-        raise BackendUnavailableError("backend 'triton' cannot serve this call: it has no kernel for this op")
+    if name not in ("auto", "cpu", "cuda"):
+        raise BackendUnavailableError(f"backend {name!r} cannot serve this call: it has no kernel for this op")
     if name != "auto" and device.type != name:
         raise BackendUnavailableError(f"backend {name!r} cannot serve this call: its tensors are on {device}")
     reason: str | None = f"no compiled operator serves tensors on {device}"

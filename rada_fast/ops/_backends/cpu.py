@@ -10,7 +10,13 @@ from torch import Tensor
 from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.extension import libraries
 from rada_fast.ops._backends import library
-from rada_fast.ops._backends.adapter_operator import Requests, backward_follows, options_of, parameters_of
+from rada_fast.ops._backends.adapter_operator import (
+    SERVED_PENALTIES,
+    Requests,
+    backward_follows,
+    options_of,
+    parameters_of,
+)
 from rada_fast.ops._backends.compiled import CpuOptions
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
@@ -36,7 +42,12 @@ def widens(config: AdapterConfig, dtype: torch.dtype) -> bool:
 
 
 def reason_not_served(
-    config: AdapterConfig, image_features: Tensor, text_features: Tensor, parameters: Mapping[str, Tensor]
+    config: AdapterConfig,
+    image_features: Tensor,
+    text_features: Tensor,
+    parameters: Mapping[str, Tensor],
+    penalty: MaskPenalty | None = None,
+    episodes: int | None = None,
 ) -> str | None:
     """Why the compiled CPU operator cannot serve a call, or None where it can. Dispatch, errors and tests use it."""
     if image_features.device.type != "cpu":
@@ -45,6 +56,8 @@ def reason_not_served(
         return f"it serves mask_function 'attention', not {config.mask_function!r}"
     if config.num_layers != 1:
         return f"it serves num_layers 1, not {config.num_layers}"
+    if penalty not in SERVED_PENALTIES:
+        return f"it serves the penalties l2, l1 and linf, not {penalty!r}"
     dtype = compute_dtype(image_features, parameters["out_proj.weight"])
     if dtype not in _SERVED:
         return f"it serves float32, float64 and bfloat16, not {str(dtype).removeprefix('torch.')}"

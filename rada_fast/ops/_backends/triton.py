@@ -26,6 +26,7 @@ from rada_fast.kernels.rational_projections import (
 from rada_fast.ops._backends import adapter_operator
 from rada_fast.ops._backends.adapter_operator import (
     GRADIENTS,
+    SERVED_PENALTIES,
     Features,
     Needed,
     Options,
@@ -110,6 +111,7 @@ def reason_not_served(
     image_features: Tensor,
     text_features: Tensor,
     parameters: Mapping[str, Tensor],
+    penalty: MaskPenalty | None = None,
     episodes: int | None = None,
 ) -> str | None:
     """Why the Triton operator cannot serve a call, or None where it can."""
@@ -125,6 +127,8 @@ def reason_not_served(
             "it serves widths that are multiples of 32 with heads that are multiples of 8, "
             f"not {config.embed_dim} with {config.head_dim}"
         )
+    if penalty not in SERVED_PENALTIES:
+        return f"it serves the penalties l2, l1 and linf, not {penalty!r}"
     weight = parameters["out_proj.weight"]
     dtype = compute_dtype(image_features, weight)
     for name, given in (("products", dtype), ("image_features", image_features.dtype), ("parameters", weight.dtype)):

@@ -217,13 +217,12 @@ def layered_adapter(
     logits = scale * (mask * rational).sum(-1)  # (B, K)
     distance = mask - 1  # (B, K, D)
     amount = None
-    match penalty if len(mask) else None:
-        case "l2":
-            amount = distance.square().mean()
-        case "l1":
-            amount = distance.abs().mean()
-        case "linf":
-            amount = distance.abs().flatten(1).max(dim=1).values.mean()
     if penalty and not len(mask):
         amount = distance.sum()
+    elif penalty == "l2":
+        amount = distance.square().mean()
+    elif penalty == "l1":
+        amount = distance.abs().mean()
+    elif penalty == "linf":
+        amount = distance.abs().flatten(1).max(dim=1).values.mean()
     return AdapterOutput(logits, amount, mask if return_mask else None)
