@@ -145,12 +145,21 @@ def test_the_other_penalties(name: str, dtype: torch.dtype, penalty: str) -> Non
 
 # -1 is relu's kink, 0 that of l1; in the other cases the largest distance is that of many columns, or of all, and of
 # all classes: 40 classes and 160 columns are several tiles of both.
-@pytest.mark.parametrize("penalty", ["l2", "l1", "linf"])
-@pytest.mark.parametrize("offsets", [[-1.0, 0.0, 0.25], [0.125, -0.5, 0.5], [0.25], [0.0]], ids=str)
-@pytest.mark.parametrize("name", ["official", "no-relu"])
-def test_kinks_and_ties_are_those_of_the_reference(name: str, offsets: list[float], penalty: str) -> None:
-    options = {"mask_activation": "none"} if name == "no-relu" else {}
-    config = AdapterConfig.official(160, num_heads=2, **options)
+@pytest.mark.parametrize(
+    ("activation", "penalty", "offsets"),
+    [
+        ("relu", "l2", [-1.0, 0.0, 0.25]),
+        ("relu", "l1", [-1.0, 0.0, 0.25]),
+        ("relu", "linf", [-1.0, 0.0, 0.25]),
+        ("relu", "linf", [0.125, -0.5, 0.5]),
+        ("none", "l1", [-1.0, 0.0, 0.25]),
+        ("none", "linf", [0.0]),
+    ],
+)
+def test_kinks_and_ties_are_those_of_the_reference(
+    activation: Literal["relu", "none"], penalty: str, offsets: list[float]
+) -> None:
+    config = AdapterConfig.official(160, num_heads=2, mask_activation=activation)
     inputs = problem_with_masks_of(offsets, config, 2, 40, torch.float64)
     assert_as_exact_as_the_reference(config, 2, 40, torch.float64, penalty, inputs=inputs)
 
@@ -184,10 +193,9 @@ def test_threads_that_share_a_head() -> None:
 
 # Scores of some hundred nats: one class has nearly all of a query's weight, and it may lie in any tile.
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_large_scores_in_every_configuration(name: str, seed: int) -> None:
+def test_large_scores_in_every_configuration(name: str) -> None:
     config = CONFIGS[name]
-    image, text, parameters = problem(config, 1, 290, torch.float64, seed=seed)
+    image, text, parameters = problem(config, 1, 290, torch.float64)
     parameters |= {key: 30 * value for key, value in parameters.items() if key[0] in "qk"}
     inputs = image, text, parameters
     assert_as_exact_as_the_reference(config, 1, 290, torch.float64, inputs=inputs)
