@@ -428,13 +428,14 @@ extern "C" cudaError_t rada_fast_prediction_loss(const void* logits, const int64
                                                  int64_t episodes, int64_t rows, int64_t classes, double smoothing,
                                                  void* losses, void* dlogits, void* workspace, cudaStream_t stream) {
   using namespace rada_fast;
-  if (episodes < 0 || rows < 1 || classes < 1 || (kind == kCrossEntropy) != (labels != nullptr) ||
-      (kind == kMarginalEntropy && rows > kMostMarginalRows))
+  if (episodes < 0 || rows < 1 || classes < 1 || (kind == kMarginalEntropy && rows > kMostMarginalRows))
     return cudaErrorInvalidValue;
+  // The pointers of empty tensors are null, and a grid of no blocks is an error.
+  if (episodes == 0) return cudaSuccess;
+  if ((kind == kCrossEntropy) != (labels != nullptr)) return cudaErrorInvalidValue;
   const RowLayout layout = layout_of(dtype, rows, classes);
   if (episodes * layout.blocks > INT32_MAX) return cudaErrorInvalidValue;
   if (kind != kMarginalEntropy && layout.blocks > 1 && !workspace) return cudaErrorInvalidValue;
-  if (episodes == 0) return cudaSuccess;
   const auto with = [&](auto launcher) {
     return launcher(logits, labels, kind, episodes, rows, classes, smoothing, losses, dlogits, workspace, layout, stream);
   };

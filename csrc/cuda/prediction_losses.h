@@ -21,7 +21,7 @@ extern "C" int64_t rada_fast_prediction_loss_workspace(int kind, int dtype, int6
 //   logits, dlogits   (episodes, rows, classes), contiguous, of one of the types in prediction_dtype.h
 //   labels            (episodes, rows), for kCrossEntropy alone; a loss is NaN where one is outside 0 .. classes - 1
 //   losses            (episodes), double for double, otherwise float
-// kMarginalEntropy takes at most kMostMarginalRows rows.
+// kMarginalEntropy takes at most kMostMarginalRows rows. Without episodes nothing is launched and all pointers may be null.
 extern "C" cudaError_t rada_fast_prediction_loss(const void* logits, const int64_t* labels, int kind, int dtype,
                                                  int64_t episodes, int64_t rows, int64_t classes, double smoothing,
                                                  void* losses, void* dlogits, void* workspace, cudaStream_t stream);
