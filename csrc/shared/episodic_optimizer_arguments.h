@@ -99,11 +99,13 @@ std::string optimizer_tensors(const OptimizerScalars& s, int64_t step, const std
     if (sources[i]) {
       const Tensor& source = *sources[i];
       const int64_t row = source.numel();
-      if (source.scalar_type() != Scalar::Float || !fits(source, row) || row == 0 || elements % row)
+      // Only a parameter without elements has a source without any; there is nothing to do for it.
+      const bool whole = row ? elements % row == 0 : elements == 0;
+      if (source.scalar_type() != Scalar::Float || !fits(source, row) || !whole)
         return "sources" + at + " must be contiguous float32 of one copy of the parameter, on its device";
       t.source = static_cast<const float*>(source.const_data_ptr());
       t.row = row;
-      t.rows = elements / row;
+      t.rows = row ? elements / row : 1;
     }
     if (elements) tensors.push_back(t);
   }

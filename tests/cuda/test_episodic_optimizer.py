@@ -288,6 +288,17 @@ def test_scalars_are_those_of_the_equations(library: Any, options: dict[str, Any
     }
 
 
+def test_nothing_to_step_launches_nothing(library: Any) -> None:
+    s = scalars("adamw", 1, lr=8e-3, weight_decay=0.1, beta1=0.9, momentum=0.0)
+    types = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    # No tensors; tensors without elements, whose pointers are null.
+    for empty in ([], [Descriptor(row=0, rows=1), Descriptor(row=0, rows=3)]):
+        tensors, before = (Descriptor * len(empty))(*empty), len(library.log)
+        arguments = (ctypes.addressof(tensors), len(empty), ctypes.addressof(s), None)
+        status = library.call("rada_fast_episodic_optimizer", *arguments, argtypes=types, restype=ctypes.c_int)
+        assert (status, len(library.log)) == (0, before)
+
+
 def test_a_step_touches_nothing_twice(library: Any) -> None:
     def run(fresh: bool) -> tuple[Any, int]:
         cases = [
