@@ -193,10 +193,18 @@ __device__ inline void transform(const Chain& chain, const uint32_t* image, cons
   }
 }
 
+// A block for every chain of a view, and one for the plain view.
 __global__ void __launch_bounds__(kChainThreads) run_chains(Workspace w, Channels channels) {
   __shared__ Chain chain;
   const int64_t view = blockIdx.y, index = blockIdx.x;
   const float* weights = w.weights + view * (w.chains + 2);
+  float* const values = w.values + (view * (w.chains + 1) + index) * kValues;
+  if (index == w.chains) {
+    // The plain view's values, which are needed without any chain too.
+    for (int i = threadIdx.x; i < kValues; i += kChainThreads)
+      values[i] = __fmul_rn(weights[index], normalised_value(i % 256, channels, i / 256));
+    return;
+  }
   const int32_t pixels = w.size * w.size;
   const uint32_t* image = w.plain + view * pixels;
   uint32_t* const buffers = w.moved + (view * w.chains + index) * 2 * pixels;
@@ -237,12 +245,8 @@ __global__ void __launch_bounds__(kChainThreads) run_chains(Workspace w, Channel
       chain.table[i / 256][i % 256] = chain.found[i / 256][chain.table[i / 256][i % 256]];
     __syncthreads();
   }
-  float* const values = w.values + (view * (w.chains + 1) + index) * kValues;
   for (int i = threadIdx.x; i < kValues; i += kChainThreads)
     values[i] = __fmul_rn(weights[index], normalised_value(chain.table[i / 256][i % 256], channels, i / 256));
-  if (index == 0)
-    for (int i = threadIdx.x; i < kValues; i += kChainThreads)
-      values[w.chains * kValues + i] = __fmul_rn(weights[w.chains], normalised_value(i % 256, channels, i / 256));
   if (threadIdx.x == 0) w.places[view * w.chains + index] = place;
 }
 
@@ -302,6 +306,7 @@ extern "C" cudaError_t rada_fast_augmix(const rada_fast::ViewFrame* frames, int6
                                         void* scratch, void* out, cudaStream_t stream) {
   using namespace rada_fast;
   if (count == 0) return cudaSuccess;
+  if (count > kMostAugmixViews || size > kMostAugmixSize) return cudaErrorInvalidValue;
   Workspace w;
   lay_out(w, static_cast<char*>(scratch), count, chains, depth, size);
   Channels channels;
@@ -313,8 +318,8 @@ extern "C" cudaError_t rada_fast_augmix(const rada_fast::ViewFrame* frames, int6
   if (status == cudaSuccess) status = upload(weights, count * (chains + 2) * 4, w.weights, stream);
   if (status == cudaSuccess) status = resize(frames, count, size, w.plain, stream);
   if (status != cudaSuccess) return status;
-  run_chains<<<dim3(static_cast<unsigned>(chains), static_cast<unsigned>(count)), kChainThreads, 0, stream>>>(
-      w, channels);
+  const dim3 blocks(static_cast<unsigned>(chains + 1), static_cast<unsigned>(count));
+  run_chains<<<blocks, kChainThreads, 0, stream>>>(w, channels);
   status = cudaGetLastError();
   if (status != cudaSuccess) return status;
   switch (type) {

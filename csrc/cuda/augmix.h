@@ -3,10 +3,18 @@
 
 #include "multi_view_crops.h"
 
+namespace rada_fast {
+
+// A launch has a row of blocks for each view, of which a grid may have no more, and a view's pixels are counted in 32 bits.
+constexpr int64_t kMostAugmixViews = 65535, kMostAugmixSize = 16384;
+
+}  // namespace rada_fast
+
 // How many bytes of device memory rada_fast_augmix needs for its work.
 extern "C" int64_t rada_fast_augmix_scratch(int64_t count, int64_t chains, int64_t depth, int32_t size);
 
-// Views after AugMix.
+// Views after AugMix, at most kMostAugmixViews of at most kMostAugmixSize pixels a side; there may be no view, no chain and
+// no step.
 //   frames, mean, std, type   as in rada_fast_multi_view_crops
 //   operations                [view][chain][step], numbers of the enumeration Operation in ../shared/view_table.h
 //   matrices                  [view][chain][step][6], an affine transform; posterize and solarize use the first number alone,

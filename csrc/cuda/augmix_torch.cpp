@@ -12,7 +12,7 @@ Tensor augmix(std::vector<Tensor> pictures, const Tensor& views, const Tensor& g
   const int type = view_type(dtype);
   const int64_t count = static_cast<int64_t>(frames.size());
   STD_TORCH_CHECK(given_operations.is_cpu() && given_matrices.is_cpu() && given_weights.is_cpu() &&
-                      given_operations.dim() == 3 && given_operations.size(0) == count && given_operations.size(1) > 0 &&
+                      given_operations.dim() == 3 && given_operations.size(0) == count &&
                       given_operations.scalar_type() == ScalarType::Long,
                   "operations must be (N, chains, depth) int64 on the CPU, with the matrices and weights");
   const int64_t chains = given_operations.size(1), depth = given_operations.size(2);
@@ -21,8 +21,9 @@ Tensor augmix(std::vector<Tensor> pictures, const Tensor& views, const Tensor& g
                       given_weights.scalar_type() == ScalarType::Float && given_weights.dim() == 2 &&
                       given_weights.numel() == count * (chains + 2),
                   "matrices must be (N, chains, depth, 6) float64 and weights (N, chains + 2) float32");
-  // A launch has a row of blocks per view, and a view's pixels are counted in 32 bits.
-  STD_TORCH_CHECK(size <= 16384 && count < 65536, "AugMix serves sizes up to 16384 and 65535 views at once");
+  STD_TORCH_CHECK(size <= kMostAugmixSize, "size must be at most ", kMostAugmixSize, " for AugMix, got ", size);
+  STD_TORCH_CHECK(count <= kMostAugmixViews, "views must be at most ", kMostAugmixViews, " for AugMix on CUDA, got ",
+                  count);
   const Tensor operations = torch::stable::contiguous(given_operations);
   const Tensor matrices = torch::stable::contiguous(given_matrices);
   const Tensor weights = torch::stable::contiguous(given_weights);

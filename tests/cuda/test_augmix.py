@@ -16,6 +16,9 @@ from tests.cuda.conftest import Launchers
 from tests.cuda.test_multi_view_crops import TYPES, frames_of
 from tests.ops.test_augmix import MEAN, STD, one_chain, picture
 
+INVALID_VALUE = 1
+"""cudaErrorInvalidValue."""
+
 
 def run(
     launchers: Launchers, pixels: Tensor, plan: AugmixPlan, size: int, dtype: torch.dtype = torch.float32
@@ -94,6 +97,27 @@ def test_types_and_what_the_mix_writes(launchers: Launchers, dtype: torch.dtype)
     assert len(log) == 6
     assert log[-1].efficiency("st") >= 0.9
     assert log[-1].global_st["bytes"] == log[-1].footprint_st == made.nbytes
+
+
+def test_no_views_chains_or_steps(launchers: Launchers) -> None:
+    pixels = picture(9, 12)
+    plan = random_augmix(9, 12, 8, 3, torch.Generator().manual_seed(2))
+    made, log = run(launchers, pixels, AugmixPlan(*(part[:0] for part in plan)), 8)
+    assert (made.shape, log) == ((0, 3, 8, 8), [])
+    for chains, depth in ((0, 3), (3, 0), (0, 0)):
+        shares = torch.tensor([[0.5] * (chains + 2), [0.0] * chains + [1.0, 0.0], [0.25] * (chains + 2)])
+        operations, matrices = (part[:, :chains, :depth].contiguous() for part in (plan.operations, plan.matrices))
+        less = AugmixPlan(plan.views, operations, matrices, shares)
+        assert_pillows(launchers, pixels, less, 8)
+
+
+def test_more_views_than_a_grid_holds_are_refused(launchers: Launchers) -> None:
+    library = launchers("augmix.cu")
+    for count, size in ((65536, 8), (1, 16385)):
+        library.log.clear()
+        # Nothing is read before the check.
+        status = library.call("rada_fast_augmix", None, count, size, 3, 3, *[None] * 5, 0, *[None] * 3)
+        assert (status, len(library.log)) == (INVALID_VALUE, 0)
 
 
 @pytest.mark.gpu
