@@ -107,6 +107,13 @@ def test_what_a_launch_moves(launchers: Launchers) -> None:
     assert stats.global_st["bytes"] == stats.footprint_st == 2 * 3 * 64 * 64 * 4
 
 
+def test_no_views_launch_nothing(launchers: Launchers) -> None:
+    none = torch.empty((0, 11), dtype=torch.int64)
+    for pictures in ([], [picture(9, 9)]):
+        made, log = run(launchers, pictures, none, 8)
+        assert (made.shape, log) == ((0, 3, 8, 8), [])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_device_makes_the_cpus_views(dtype: torch.dtype) -> None:

@@ -30,8 +30,8 @@ def run(launchers: Launchers, logits: Tensor, count: int) -> tuple[Tensor, Tenso
         ptxsim.Empty(indices), ptxsim.Empty(entropies), None,
     )  # fmt: skip
     assert status == 0
-    assert len(library.log) == 1
-    return indices, entropies, library.log[0]
+    assert len(library.log) == bool(len(logits))
+    return indices, entropies, next(iter(library.log), None)
 
 
 def shifted(logits: Tensor, by: int) -> Tensor:
@@ -56,6 +56,15 @@ def test_order_is_that_of_float64(
     relative = 32 * torch.finfo(entropies.dtype).eps
     torch.testing.assert_close(entropies.double(), exact_entropy(logits), rtol=relative, atol=1e-37)
     assert torch.equal(indices, entropies.argsort(dim=-1, stable=True)[:, :count])
+
+
+def test_no_episodes_and_none_selected(launchers: Launchers) -> None:
+    indices, entropies, launch = run(launchers, torch.empty(0, 5, 7), 2)
+    assert (indices.shape, entropies.shape, launch) == ((0, 2), (0, 5), None)
+    logits = draw(2, 5, 7, 20.0, torch.float32)
+    indices, entropies, _ = run(launchers, logits, 0)
+    assert indices.shape == (2, 0)
+    assert torch.equal(entropies, run(launchers, logits, 5)[1])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
