@@ -1,4 +1,4 @@
-"""Pictures of every kind: scaled rightly, or unreadable with a reason; and nothing that would wait is ever opened."""
+"""Pictures of every kind are decoded and scaled, or are unreadable with a reason, and pipes are never opened."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def grey_of(path: Path) -> np.ndarray:
     return pixels[..., 0]
 
 
-# PNG's own 16 bits, TIFF's in both byte orders, PGM's, which Pillow hands on as 32-bit numbers, and TIFF's 32 bits.
+# PNG and TIFF have 16 bits, TIFF in both byte orders and also 32 bits; Pillow reads PGM's 16 bits as 32-bit numbers.
 @pytest.mark.parametrize("kind", ["a.png", "a.tif", "big.tif", "a.pgm", "wide.tif"])
 def test_16_bits_are_scaled_to_8(tmp_path: Path, kind: str) -> None:
     path = tmp_path / kind
@@ -39,19 +39,19 @@ def test_16_bits_are_scaled_to_8(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
-def test_a_tiff_whose_zero_is_white_is_no_negative(tmp_path: Path, kind: type) -> None:
+def test_a_tiff_whose_zero_is_white_is_inverted(tmp_path: Path, kind: type) -> None:
     values = {np.uint8: EIGHT, np.uint16: RAMP, np.float32: RAMP / 65535}[kind].astype(kind)
     picture = Image.fromarray(values)
     white_is_zero = {262: 0}
-    # Pillow turns pixels of 8 bits itself when it writes them, and no others.
+    # Pillow inverts only pixels of 8 bits when it writes them.
     picture.save(tmp_path / "a.tif", tiffinfo=white_is_zero)
     with Image.open(tmp_path / "a.tif") as saved:
         assert saved.tag_v2[262] == 0
     assert np.array_equal(grey_of(tmp_path / "a.tif"), EIGHT if kind is np.uint8 else 255 - EIGHT)
 
 
-def test_signed_16_bits_end_at_half_of_the_unsigned_ones(tmp_path: Path) -> None:
-    """A TIFF of one strip, as Pillow does not write it: sample format 2 is signed whole numbers."""
+def test_signed_16_bits_are_scaled_by_their_largest_value(tmp_path: Path) -> None:
+    """Pillow does not write such a TIFF, so that it is put together here: sample format 2 is signed whole numbers."""
     pixels = np.array([0, 16384, 32767], "<i2").tobytes()
     entries = {256: 3, 257: 1, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels), 339: 2}
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
@@ -60,19 +60,19 @@ def test_signed_16_bits_end_at_half_of_the_unsigned_ones(tmp_path: Path) -> None
     assert grey_of(tmp_path / "a.tif").tolist() == [[0, 128, 255]]
 
 
-def test_a_darker_greatest_value_of_a_pgm_is_white(tmp_path: Path) -> None:
+def test_the_largest_value_that_a_pgm_states_is_white(tmp_path: Path) -> None:
     (tmp_path / "a.pgm").write_bytes(b"P5 3 1 1000\n" + np.array([0, 500, 1000], ">u2").tobytes())
     assert grey_of(tmp_path / "a.pgm").tolist() == [[0, 128, 255]]
 
 
-def test_16_bits_of_colour_are_scaled_too(tmp_path: Path) -> None:
+def test_16_bits_of_colour_are_scaled_to_8(tmp_path: Path) -> None:
     pixels = np.array([[65535, 32896, 257]], ">u2")
     (tmp_path / "a.ppm").write_bytes(b"P6 1 1 65535\n" + pixels.tobytes())
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
 
-    header = chunk(b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 16, 2, 0, 0, 0]))  # 1 x 1, 16 bits of RGB
+    header = chunk(b"IHDR", bytes([0, 0, 0, 1, 0, 0, 0, 1, 16, 2, 0, 0, 0]))  # 1 x 1 pixels of RGB with 16 bits
     body = chunk(b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b""))
     for name in ("a.ppm", "a.png"):
@@ -110,7 +110,7 @@ def test_wide_whole_numbers_are_8_or_16_bits_or_refused(tmp_path: Path) -> None:
             read_image(path)
 
 
-def test_other_endings_are_read_by_name_or_content(tmp_path: Path) -> None:
+def test_other_file_names_are_read_by_name_or_content(tmp_path: Path) -> None:
     picture = Image.new("RGB", (4, 4), (200, 100, 50))
     saved = {"a.jfif": "JPEG", "a.jpe": "JPEG", "a.AVIF": "AVIF", "a.pgm": "PPM", "a.tga": "TGA", "a.jp2": "JPEG2000"}
     by_content = {"none": "PNG", "a.jpg_original": "JPEG", "a.dat": "BMP", "b": "GIF", "c": "TIFF", "d.x": "WEBP"}
@@ -125,14 +125,14 @@ def test_other_endings_are_read_by_name_or_content(tmp_path: Path) -> None:
     "content",
     [b"", b"a note", b"BMW and others", b"P3 is a model", b"P1,2,3\n", b"name,label\na.jpg,1\n", b"\xd0\xcf\x11\xe0"],
 )
-def test_texts_and_other_files_are_no_pictures(tmp_path: Path, content: bytes) -> None:
+def test_texts_and_other_files_are_not_taken_for_pictures(tmp_path: Path, content: bytes) -> None:
     for name in ("Thumbs.db", "README", "labels.csv"):
         (tmp_path / name).write_bytes(content)
         assert not is_picture(tmp_path / name)
     assert not is_picture(tmp_path / "missing")
 
 
-def test_a_damaged_picture_without_an_ending_is_a_picture_still(tmp_path: Path) -> None:
+def test_a_damaged_picture_without_a_suffix_counts_as_a_picture(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "whole", "PNG")
     (tmp_path / "torn").write_bytes((tmp_path / "whole").read_bytes()[:20])
     assert is_picture(tmp_path / "torn")
@@ -140,7 +140,7 @@ def test_a_damaged_picture_without_an_ending_is_a_picture_still(tmp_path: Path) 
         read_image(tmp_path / "torn")
 
 
-def test_what_is_no_regular_file_is_never_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
@@ -164,27 +164,25 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path: Path) -> None:
 
 
 def test_a_picture_never_starts_another_program(tmp_path: Path) -> None:
-    # Pillow would hand an EPS file to Ghostscript, whatever the file's name says.
+    # Pillow would give an EPS file to Ghostscript, whatever its name.
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n")
     assert not is_picture(tmp_path / "a.eps")
     with pytest.raises(UnreadableImageError, match=r"a.jpg cannot be read: not an image of a known kind"):
         read_image(tmp_path / "a.jpg")
 
 
-def test_a_system_without_file_handles_is_not_the_pictures_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lack_of_file_handles_is_not_blamed_on_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
 
-    def none_left(*args: object) -> int:
+    def raise_too_many_open_files(*args: object) -> int:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(os, "open", none_left)
+    monkeypatch.setattr(os, "open", raise_too_many_open_files)
     with pytest.raises(OSError, match="Too many open files"):
         read_image(tmp_path / "a.png")
 
 
-def test_animations_orientations_and_transparency_are_as_torchvision_has_them(tmp_path: Path) -> None:
+def test_animations_orientations_and_transparency_are_read_as_by_torchvision(tmp_path: Path) -> None:
     red, blue = (Image.new("P", (4, 2), 1) for _ in range(2))
     red.putpalette([0, 0, 0, 255, 0, 0])
     blue.putpalette([0, 0, 0, 0, 0, 255])
@@ -198,7 +196,7 @@ def test_animations_orientations_and_transparency_are_as_torchvision_has_them(tm
     assert read_image(tmp_path / "p.png").mode == "RGB"
 
 
-def test_a_picture_that_goes_away_while_the_run_goes_on_is_unreadable(tmp_path: Path) -> None:
+def test_a_picture_that_is_deleted_during_the_run_is_unreadable(tmp_path: Path) -> None:
     from rada_fast.data.views import Preprocess, ViewDataset
 
     for name in ("a", "b"):
@@ -223,7 +221,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert image.size == (5, 3)
 
 
-def test_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_pictures_have_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = tmp_path / "good.jpg"
     Image.effect_noise((64, 64), 50).save(good)
     cases = {"torn.jpg": good.read_bytes()[:-300], "empty.png": b"", "text.png": b"hello"}
@@ -245,7 +243,7 @@ def test_the_reason_of_an_unreadable_picture_does_not_name_python_objects(tmp_pa
     assert str(caught.value) == "text.png cannot be read: not an image of a known kind"
 
 
-def test_whatever_a_decoder_raises_is_an_unreadable_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_error_of_a_decoder_makes_a_picture_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     for error in (KeyError("chunk"), IndexError("list\nindex"), RuntimeError()):
 

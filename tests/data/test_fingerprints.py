@@ -1,4 +1,4 @@
-"""Stamps of files that are there, and of links that lead nowhere."""
+"""Links that lead nowhere have a stamp too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class folders: their order, what lies in them that is no picture, and folders given one level too high."""
+"""Class folders are ordered, entries that are no pictures are named, and a folder one level too high is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw(*paths: Path) -> None:
 
 
 def opened(root: Path, kind: str = "imagefolder") -> tuple[ImageFolder, list[str]]:
-    """The source, and what was warned of."""
+    """Return the source and the warnings."""
     with notices.collecting():
         source = open_source(f"{kind}:{root}")
         assert isinstance(source, ImageFolder)
@@ -32,18 +32,18 @@ def opened(root: Path, kind: str = "imagefolder") -> tuple[ImageFolder, list[str
 def test_numbered_folders_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in range(12):
         draw(tmp_path / str(number) / "a.png")
-    source, said = opened(tmp_path)
+    source, warnings = opened(tmp_path)
     assert source.folders == tuple(str(number) for number in range(12))
     assert {sample.id.split("/")[0]: sample.label for sample in source.samples} == {str(n): n for n in range(12)}
     assert [sample.id for sample in source.samples] == sorted(sample.id for sample in source.samples)
-    assert said == []
+    assert warnings == []
 
 
-def test_folders_of_one_number_are_said(tmp_path: Path) -> None:
+def test_folders_with_the_same_number_are_warned_of(tmp_path: Path) -> None:
     for name in ("2", "1", "01"):
         draw(tmp_path / name / "a.png")
-    (said,) = opened(tmp_path)[1]
-    assert "class folders 01 and 1 are the same number; they are classes 0 and 1" in said
+    (warnings,) = opened(tmp_path)[1]
+    assert "class folders 01 and 1 are the same number; they are classes 0 and 1" in warnings
 
 
 @pytest.mark.parametrize(
@@ -51,20 +51,20 @@ def test_folders_of_one_number_are_said(tmp_path: Path) -> None:
     [
         (["10", "9", "2"], ("2", "9", "10")),
         (["010", "009", "002"], ("002", "009", "010")),
-        # The same number twice: some order, but always the same.
+        # Two folders have the same number: their order is arbitrary, but always the same.
         (["1", "10", "01"], ("01", "1", "10")),
         (["-1", "-2", "+10", "9"], ("-2", "-1", "9", "+10")),
         (["-", "9", "10"], ("-", "10", "9")),
-        # One that is no number leaves text order, as published lists have it.
+        # With one name that is no number the order is that of texts, as in published lists.
         (["10", "9", "cat"], ("10", "9", "cat")),
         (["c10", "c9"], ("c10", "c9")),
         (["n01440764", "n00005787"], ("n00005787", "n01440764")),
-        # Digits of other scripts are texts: their numbers are nobody's labels.
+        # Names in digits of other scripts are ordered as texts.
         (["\N{SUPERSCRIPT TWO}", "10"], ("10", "\N{SUPERSCRIPT TWO}")),
         (["1" * 255, "9"], ("9", "1" * 255)),
     ],
 )
-def test_the_order_of_labels(names: list[str], order: tuple[str, ...]) -> None:
+def test_labels_follow_the_order_of_numbers_or_texts(names: list[str], order: tuple[str, ...]) -> None:
     assert label_order(names) == label_order(names[::-1]) == order
 
 
@@ -98,7 +98,7 @@ def test_everything_in_a_class_folder_is_used_or_named(tmp_path: Path) -> None:
         (cat / link).symlink_to(target)
     (tmp_path / "loop").symlink_to(".")
 
-    source, said = opened(tmp_path)
+    source, warnings = opened(tmp_path)
     assert [sample.id for sample in source.samples if sample.label == 0] == [
         "cat/a.png",
         "cat/b.jfif",
@@ -109,12 +109,14 @@ def test_everything_in_a_class_folder_is_used_or_named(tmp_path: Path) -> None:
     ]
     assert dict(source.skipped) == skipped
     assert source.folders == ("cat", "dog")
-    (line,) = said
+    (line,) = warnings
     assert line.startswith(f"data {tmp_path}: 14 entries were skipped: ")
     assert line.endswith(" and 9 more")
 
 
-def test_what_is_skipped_is_said_once_with_one_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_files_are_reported_once_with_an_example_of_each_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     draw(tmp_path / "cat" / "a.png", tmp_path / "dog" / "a.png")
     for index in range(9):
         (tmp_path / "cat" / f"{index}.txt").write_text("x")
@@ -169,31 +171,31 @@ def test_folders_beside_the_one_with_all_pictures_do_not_hide_it(tmp_path: Path)
     draw(tmp_path / "images" / "cat" / "a.png", tmp_path / "images" / "dog" / "a.png")
     (tmp_path / "annotations").mkdir()
     (tmp_path / "__MACOSX").mkdir()
-    source, said = opened(tmp_path)
-    # As test images of other classes the folder is refused for those; as classes of its own for this.
+    source, warnings = opened(tmp_path)
+    # Given as test images, the folder is refused for other classes; given as data, for the pictures one level deeper.
     assert source.fault is not None
     assert source.fault.endswith(f"did you mean imagefolder:{tmp_path}/images?")
-    assert len(said) == 2
+    assert len(warnings) == 2
 
 
-def test_classes_that_may_lie_deeper_are_warned_of(tmp_path: Path) -> None:
+def test_classes_that_may_be_one_level_deeper_are_warned_of(tmp_path: Path) -> None:
     draw(*(tmp_path / domain / name / "a.png" for domain in ("photo", "sketch") for name in ("cat", "dog")))
     source, (warning,) = opened(tmp_path)
     assert source.folders == ("photo", "sketch")
     assert "photo has them in sub-folders (cat, dog); if those are the classes, give imagefolder:" in warning
-    # A class may well have its pictures in one sub-folder, and some classes may have several.
+    # A class may have its pictures in one sub-folder, and some classes may have several.
     draw(tmp_path / "photo" / "a.png")
     assert opened(tmp_path)[1] == []
 
 
-def test_one_class_is_said_to_be_one(tmp_path: Path) -> None:
+def test_a_single_class_is_warned_of(tmp_path: Path) -> None:
     draw(tmp_path / "cat" / "images" / "a.png")
     assert opened(tmp_path)[1] == [
         f"data {tmp_path} has one class folder only, cat: among its classes every answer is right"
     ]
 
 
-def test_folders_that_cannot_be_listed_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_cannot_be_listed_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="cannot be read: File name too long"):
         open_source(f"imagefolder:{tmp_path / ('x' * 300)}")
     os.mkfifo(tmp_path / "pipe")

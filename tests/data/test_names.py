@@ -1,4 +1,4 @@
-"""Names out of lists, tables and JSON as people have them, and one line where the name cannot be told."""
+"""Names are read from lists, tables and JSON, or refused in one line where it is unclear what the name is."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ LISTED: dict[str, tuple[str, Any]] = {
 }  # fmt: skip
 
 
-def test_columns_that_are_no_csv_are_lines(tmp_path: Path) -> None:
+def test_lines_that_are_no_csv_are_names(tmp_path: Path) -> None:
     long = "x" * 200_000
     (tmp_path / "names.txt").write_text(f"{long},a\n{long},b\n")
     assert read_names(tmp_path / "names.txt") == [f"{long},a", f"{long},b"]
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_lists_and_tables(tmp_path: Path, name: str) -> None:
+def test_names_are_read_from_lists_and_tables(tmp_path: Path, name: str) -> None:
     text, expected = LISTED[name]
     (tmp_path / "names.txt").write_text(text)
     assert read_names(tmp_path / "names.txt") == expected
 
 
-def test_a_column_of_ids_says_more_than_one_that_counts_the_lines(tmp_path: Path) -> None:
+def test_a_column_of_ids_is_preferred_to_one_that_counts_the_lines(tmp_path: Path) -> None:
     (tmp_path / "names.csv").write_text(",id,name\n0,1,dog\n1,0,cat\n")
     assert read_names(tmp_path / "names.csv") == ["cat", "dog"]
     (tmp_path / "names.csv").write_text("0,1,cat\n1,2,dog\n")
     assert read_names(tmp_path / "names.csv") == ["cat", "dog"]
 
 
-def test_columns_are_told_apart_by_the_folders(tmp_path: Path) -> None:
+def test_the_folders_decide_which_column_holds_the_names(tmp_path: Path) -> None:
     path = tmp_path / "names.csv"
     for text in ("a,cat\nb,dog\nc,owl\n", "cat,a\ndog,b\nowl,c\n", "x,y\na,cat\nb,dog\nc,owl\n"):
         path.write_text(text)
@@ -98,7 +98,7 @@ def test_columns_are_told_apart_by_the_folders(tmp_path: Path) -> None:
         ("a\0b\n", r"without control characters, got 'a\\x00b'"),
     ],
 )
-def test_files_that_do_not_say_which_part_is_the_name(tmp_path: Path, text: str, message: str) -> None:
+def test_files_in_which_the_name_is_unclear_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "names.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         read_names(tmp_path / "names.txt")
@@ -116,7 +116,9 @@ def test_files_that_do_not_say_which_part_is_the_name(tmp_path: Path, text: str,
         ('{"a": "cat"}', ["a"], {"a": "cat"}),
     ],
 )
-def test_json_by_number_and_by_folder(tmp_path: Path, text: str, folders: list[str], expected: Any) -> None:
+def test_names_are_read_from_json_by_number_and_by_folder(
+    tmp_path: Path, text: str, folders: list[str], expected: Any
+) -> None:
     (tmp_path / "names.json").write_text(text)
     assert read_names(tmp_path / "names.json", folders) == expected
 
@@ -133,13 +135,13 @@ def test_json_by_number_and_by_folder(tmp_path: Path, text: str, folders: list[s
         ("[" + "9" * 5000 + "]", "is not JSON"),
     ],
 )
-def test_json_that_holds_no_names(tmp_path: Path, text: str, message: str) -> None:
+def test_json_without_names_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "names.json").write_text(text)
     with pytest.raises(UserError, match=message):
         read_names(tmp_path / "names.json")
 
 
-def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
+def test_doubtful_names_are_warned_of(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     for text, message in (
         ("cat, dog, owl\n", "has one line, taken as one name; write one name per line"),
@@ -161,7 +163,7 @@ def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
         (["n02085620-Chihuahua", "N02085782-Japanese_spaniel"], ["Chihuahua", "Japanese spaniel"]),
         (["0_cat", "1_dog"], ["cat", "dog"]),
         (["01-cat", "07-dog"], ["cat", "dog"]),
-        # Not surely numbers of classes: not all, not each once, or nothing after them.
+        # These numbers may not count classes: not every name has one, one occurs twice, or nothing follows them.
         (["3_Series", "cat"], ["3 Series", "cat"]),
         (["2012_Tesla", "2012_Audi"], ["2012 Tesla", "2012 Audi"]),
         (["707-320", "727-200"], ["707-320", "727-200"]),
@@ -172,11 +174,11 @@ def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
         ([], []),
     ],
 )
-def test_readable_names(names: list[str], expected: list[str]) -> None:
+def test_names_of_folders_are_made_readable(names: list[str], expected: list[str]) -> None:
     assert readable_names(names) == tuple(expected)
 
 
-def test_names_from_files(tmp_path: Path) -> None:
+def test_names_are_read_from_files(tmp_path: Path) -> None:
     cases: dict[str, tuple[str, Any]] = {
         "lines.txt": ("cat\n\n dog \n", ["cat", "dog"]),
         "coop.txt": ("n01440764 tench\nn01443537 gold fish\n", {"n01440764": "tench", "n01443537": "gold fish"}),

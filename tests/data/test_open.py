@@ -1,4 +1,4 @@
-"""Data named KIND:PATH: a kind that does not exist, and a path that was forgotten."""
+"""Data are opened by KIND:PATH, and an unknown kind or an empty path is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rada_fast.data.open import KINDS, open_source
 from rada_fast.errors import UserError
 
 
-def test_a_path_without_a_known_kind_is_answered_with_the_kinds(tmp_path: Path) -> None:
+def test_an_unknown_kind_is_refused_with_the_list_of_kinds(tmp_path: Path) -> None:
     (tmp_path / "f.npz").write_bytes(b"")
     for spec, hint in (
         (str(tmp_path), rf"did you mean imagefolder:{tmp_path}\?"),
@@ -21,11 +21,11 @@ def test_a_path_without_a_known_kind_is_answered_with_the_kinds(tmp_path: Path) 
             open_source(spec)
 
 
-def test_every_kind_says_how_its_data_are_named() -> None:
+def test_every_kind_describes_its_path() -> None:
     assert all(kind.usage.startswith(f"{name}:") for name, kind in KINDS.items())
 
 
 @pytest.mark.parametrize("spec", ["imagefolder:", "features:", ""])
-def test_a_kind_without_a_path_is_not_the_current_folder(spec: str) -> None:
+def test_a_kind_without_a_path_is_refused(spec: str) -> None:
     with pytest.raises(UserError, match="data must be KIND:PATH"):
         open_source(spec)

@@ -1,4 +1,4 @@
-"""What the loops ask of data, answered by images and by features alike."""
+"""Images and features answer alike what the loops ask of data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BOTH = pytest.mark.parametrize("source", [images(), rows()], ids=["images", "fea
 
 
 @BOTH
-def test_classes_labels_and_ids(source: Source) -> None:
+def test_sources_have_classes_labels_and_ids(source: Source) -> None:
     assert source.class_names == ("cat", "dog", "owl")
     assert source.has_classes
     assert source.num_classes == 3
@@ -47,12 +47,12 @@ def test_subsets_are_labelled_anew(source: Source) -> None:
 
 
 @BOTH
-def test_few_shots_are_a_few_of_every_class_by_seed(source: Source) -> None:
+def test_shots_are_drawn_from_every_class_by_seed(source: Source) -> None:
     assert source.few_shot(2, seed=0).labels.bincount().tolist() == [2, 2, 2]
     assert len({source.few_shot(2, seed).ids for seed in range(8)}) > 1
 
 
-def test_few_shots_do_not_depend_on_the_order() -> None:
+def test_shots_do_not_depend_on_the_order() -> None:
     reversed_images = ImageFolder(Path("data"), images().folders, images().samples[::-1])
     assert set(reversed_images.few_shot(2, seed=0).ids) == set(images().few_shot(2, seed=0).ids)
 
@@ -122,6 +122,6 @@ def test_stamps_change_with_a_file_a_label_and_an_array(tmp_path: Path) -> None:
     assert {name for name, stamp in rows(views=2).stamps().items() if stamp != stamps[name]} == {"features"}
 
 
-def test_base_is_the_first_half_rounded_up() -> None:
+def test_base_classes_are_the_first_half_rounded_up() -> None:
     assert base_and_new(5) == ([0, 1, 2], [3, 4])
     assert base_and_new(1) == ([0], [])

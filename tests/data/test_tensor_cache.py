@@ -1,4 +1,4 @@
-"""The cache gives back what it was given, and never ends a run."""
+"""The cache returns the tensors that were stored, and neither damage nor a full disk ends a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
 
 
-def test_tensors_come_back_and_damage_reads_as_nothing(tmp_path: Path) -> None:
+def test_stored_tensors_are_returned_and_damaged_ones_are_not(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "a.safetensors"
     assert read_tensors(path) is None
     write_tensors(path, {"a": torch.arange(6.0).view(2, 3).T})

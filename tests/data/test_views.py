@@ -1,4 +1,4 @@
-"""Views: torchvision's draws from the image's own seed, for any order, worker count or number of neighbours."""
+"""Views are torchvision's draws from the image's own seed, whatever the order, workers or other images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def picture(width: int = 50, height: int = 37, seed: int = 0) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(50, 37), (1, 1), (1, 400), (32, 32), (300, 20)])
-def test_the_original_is_torchvisions_evaluation_view(size: tuple[int, int]) -> None:
+def test_the_original_view_is_torchvisions_evaluation_view(size: tuple[int, int]) -> None:
     image = picture(*size)
     expected = transforms.Compose(
         [
@@ -73,12 +73,12 @@ def test_views_leave_the_global_random_state_alone_and_repeat(kind: str) -> None
     torch.rand(3)
     assert torch.equal(make_views(image, PREPROCESS, 5, kind, 7), first)  # type: ignore[arg-type]
     assert not torch.equal(make_views(image, PREPROCESS, 5, kind, 8)[1:], first[1:])  # type: ignore[arg-type]
-    # More views go on from the same draws.
+    # More views continue the same draws.
     assert torch.equal(make_views(image, PREPROCESS, 9, kind, 7)[:5], first)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (50, 37)])
-def test_augmix_takes_pictures_of_every_size(size: tuple[int, int]) -> None:
+def test_augmix_accepts_pictures_of_every_size(size: tuple[int, int]) -> None:
     for seed in range(8):
         assert bool(make_views(picture(*size), PREPROCESS, 4, "augmix", seed).isfinite().all())
 
@@ -86,7 +86,7 @@ def test_augmix_takes_pictures_of_every_size(size: tuple[int, int]) -> None:
 def test_augmix_stays_within_the_pictures_range() -> None:
     views = make_views(picture(), PREPROCESS, 12, "augmix", 1)
     pixels = views * torch.tensor(PREPROCESS.std).view(3, 1, 1) + torch.tensor(PREPROCESS.mean).view(3, 1, 1)
-    # A mix of pictures in 0..1 stays there, up to float32 rounding of the normalisation.
+    # A mix of pictures in 0..1 is in 0..1 too, up to float32 rounding of the normalisation.
     assert pixels.min() >= -1e-5
     assert pixels.max() <= 1 + 1e-5
     assert bool(views.isfinite().all())
@@ -132,7 +132,9 @@ def test_workers_and_order_change_no_view(folder: ImageFolder, views: int) -> No
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
 @pytest.mark.parametrize("size", [(50, 37), (20, 90), (32, 32)])
-def test_the_original_is_open_clips_evaluation_view(interpolation: Any, resize: Any, size: tuple[int, int]) -> None:
+def test_the_original_view_is_open_clips_evaluation_view(
+    interpolation: Any, resize: Any, size: tuple[int, int]
+) -> None:
     preprocess = Preprocess(32, PREPROCESS.mean, PREPROCESS.std, interpolation, resize)
     transform = open_clip.image_transform(
         32, is_train=False, mean=PREPROCESS.mean, std=PREPROCESS.std, interpolation=interpolation, resize_mode=resize
@@ -141,7 +143,7 @@ def test_the_original_is_open_clips_evaluation_view(interpolation: Any, resize: 
     assert torch.equal(center_view(image, preprocess), transform(image))
 
 
-def test_draws_seed_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_seed_only_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch.manual_seed seeds every CUDA device, whose state fork_rng(devices=[]) does not put back.
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a CUDA device was seeded"))
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device was seeded"))
@@ -149,7 +151,7 @@ def test_draws_seed_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     crop_view(picture(), PREPROCESS, 1, (0.5, 1.0))
 
 
-def test_views_that_cannot_be_made() -> None:
+def test_impossible_views_are_refused() -> None:
     with pytest.raises(ValueError, match="num_views must be at least 1, got 0"):
         make_views(picture(), PREPROCESS, 0, "crop", 1)
     with pytest.raises(ValueError, match="kind must be crop or augmix, got 'mix'"):

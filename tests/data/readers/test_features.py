@@ -1,4 +1,4 @@
-"""Feature files as data: what they hold, and one clear line for everything that they cannot hold."""
+"""Feature files are read as data, and every file that cannot be used is refused in one clear line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write(path: Path, **arrays: Any) -> str:
     return f"features:{path}"
 
 
-def test_a_feature_file(tmp_path: Path) -> None:
+def test_a_feature_file_is_read(tmp_path: Path) -> None:
     features = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
     spec = write(
         tmp_path / "f.npz", features=features, labels=np.array([0, 1, 2, 0, 1, 2]), class_names=["a", "b", "c"]
@@ -56,12 +56,12 @@ def test_a_feature_file(tmp_path: Path) -> None:
         ({"features": np.array([{}], dtype=object), "labels": LABELS}, "not a readable npz"),
     ],
 )
-def test_feature_files_that_cannot_be_used(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+def test_unusable_feature_files_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_source(write(tmp_path / "f.npz", **arrays))
 
 
-def test_feature_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_hold_no_features_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         open_source(f"features:{tmp_path / 'f.npz'}")
     for content in (b"", b"no zip", b"PK\x03\x04torn"):
@@ -71,7 +71,7 @@ def test_feature_files_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "held", "message"),
+    ("shape", "values_stored", "message"),
     [
         (
             "(100000000, 512)",
@@ -83,12 +83,12 @@ def test_feature_files_that_are_none(tmp_path: Path) -> None:
         ("(1000000, 4)", 4_000_000, r"labels must be 1000000 whole numbers, got shape \(3,\)"),
     ],
 )
-def test_a_header_that_claims_other_arrays_than_there_are_costs_nothing(
-    tmp_path: Path, shape: str, held: int, message: str, monkeypatch: pytest.MonkeyPatch
+def test_a_header_that_lies_about_its_array_is_refused_without_allocating(
+    tmp_path: Path, shape: str, values_stored: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
     with zipfile.ZipFile(tmp_path / "f.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(4 * held)
+        content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(4 * values_stored)
         archive.writestr("features.npy", content)
         buffer = io.BytesIO()
         np.save(buffer, LABELS)
@@ -112,7 +112,7 @@ def test_an_array_that_an_archive_holds_twice_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        # Finite in float64, infinite or without a direction in the float32 that everything computes in.
+        # These are finite in float64, but infinite or without a direction in float32, in which everything is computed.
         ({"features": GOOD.astype(np.float64) * 1e300, "labels": LABELS}, "in 3 of 3 rows, the first is row 0"),
         ({"features": GOOD * np.float64(1e-30), "labels": LABELS}, "must not be all zero, row 0 is"),
         ({"features": np.stack([GOOD, GOOD * [[1], [0], [1]]], 1), "labels": LABELS}, "must not be all zero, row 1 is"),
@@ -121,12 +121,12 @@ def test_an_array_that_an_archive_holds_twice_is_refused(tmp_path: Path) -> None
         ({"features": GOOD, "labels": LABELS, "class_names": LABELS}, "class_names must be at least 3 texts"),
     ],
 )
-def test_values_that_cannot_be_computed_with(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+def test_values_that_float32_cannot_hold_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_source(write(tmp_path / "f.npz", **arrays))
 
 
-def test_other_arrays_and_byte_texts_of_a_feature_file(tmp_path: Path) -> None:
+def test_other_arrays_and_byte_strings_of_a_feature_file_are_read(tmp_path: Path) -> None:
     names = np.array(["a", "b", "\u00e7"])
     other = np.array([{}], dtype=object)
     views = np.random.default_rng(0).normal(size=(3, 2, 4))
@@ -139,7 +139,7 @@ def test_other_arrays_and_byte_texts_of_a_feature_file(tmp_path: Path) -> None:
     torch.testing.assert_close(source.views().norm(dim=-1), torch.ones(3, 2))
 
 
-def test_damage_anywhere_in_a_feature_file_is_a_user_error_at_most(tmp_path: Path) -> None:
+def test_damage_anywhere_in_a_feature_file_causes_at_most_a_user_error(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, features=np.random.default_rng(0).normal(size=(3, 4)), labels=LABELS)
     path = tmp_path / "f.npz"
@@ -148,6 +148,6 @@ def test_damage_anywhere_in_a_feature_file_is_a_user_error_at_most(tmp_path: Pat
         raw[index] ^= 0xFF
         for content in (raw, raw[:index]):
             path.write_bytes(content)
-            # Some bytes of an archive carry nothing: then the file is read.
+            # Where the damaged byte carries no data, the file can be read.
             with contextlib.suppress(UserError):
                 open_source(f"features:{path}")

@@ -1,4 +1,4 @@
-"""Folders of pictures as data: their classes and labels, and one clear line where they cannot be used."""
+"""Folders of pictures are read with their classes and labels, or refused in one clear line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_image_folder_is_sorted_and_labelled_by_folder(folder: Path) -> None:
     assert [sample.label for sample in source.samples] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
 
 
-def test_pictures_without_classes(folder: Path) -> None:
+def test_pictures_without_classes_have_no_labels(folder: Path) -> None:
     source = open_source(f"images:{folder}")
     assert isinstance(source, ImageFolder)
     assert source.folders == ()
@@ -42,7 +42,7 @@ def test_pictures_without_classes(folder: Path) -> None:
     assert len(source.samples) == 9
 
 
-def test_folders_that_cannot_be_used(tmp_path: Path, folder: Path) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "classes" / "a").mkdir(parents=True)
     (tmp_path / "flat").mkdir()
@@ -70,7 +70,7 @@ def test_empty_class_folders_stay_classes(folder: Path) -> None:
     assert source.subset([3, 0]).empty_folders == ()
 
 
-def test_links_are_followed_but_never_round_in_circles(folder: Path) -> None:
+def test_links_are_followed_but_never_in_circles(folder: Path) -> None:
     (folder / "b_dog" / "more").symlink_to(folder / "a_cat")
     (folder / "b_dog" / "self").symlink_to(folder / "b_dog")
     (folder / "b_dog" / "gone.png").symlink_to(folder / "nothing.png")
