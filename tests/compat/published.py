@@ -1,4 +1,4 @@
-"""A stand-in for the published model, with its attribute names, and what the tests of compat do with it."""
+"""Define a stand-in for the published model, with its attribute names, and helpers for the tests of compat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = ("q_proj1", "q_proj2", "q_proj3", "k_proj", "v_proj", "out_proj")
 
 
 class PublishedAttention(nn.Module):
-    """A stand-in for the published module, evaluated by the plain formula."""
+    """PublishedAttention stands for the published module and evaluates the plain formula."""
 
     def __init__(self, embed_dim: int, num_heads: int, t: float, first: str = "q_proj1") -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class PublishedAttention(nn.Module):
 
 
 class PublishedModel(nn.Module):
-    """A stand-in for the published CustomCLIP: an encoder, class features, the adapter named mha."""
+    """PublishedModel stands for the published CustomCLIP: an encoder, class features, and the adapter named mha."""
 
     def __init__(self, embed_dim: int, num_heads: int, t: float, text: Tensor, log_scale: float) -> None:
         super().__init__()
@@ -92,21 +92,21 @@ def small_model(dtype: torch.dtype = torch.float64) -> PublishedModel:
 def published_rows(
     batch: int = 2, classes: int = 5, width: int = 16, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, ...]:
-    """What the published model hands its adapter."""
+    """Return the inputs that the published model gives to its adapter."""
     image, text = torch.randn(batch, 1, width, dtype=dtype), torch.randn(1, classes, width, dtype=dtype)
     scaled = [10.0 * (image * text) for _ in range(3)]
     return (10**0.5 * image.repeat(1, classes, 1), 10**0.5 * text.repeat(batch, 1, 1), *scaled)
 
 
-def same_as_own(module: Any, own: Any, rows: tuple[Tensor, ...], **named: Any) -> None:
-    """Output and every gradient equal those of an unpatched twin."""
+def assert_same_as_unpatched(module: Any, own: Any, rows: tuple[Tensor, ...], **kwargs: Any) -> None:
+    """Check that the output and every gradient equal those of an unpatched copy."""
     outputs = []
     for one in (module, own):
         leaves = [row.clone().requires_grad_(row.requires_grad) for row in rows]
         torch.manual_seed(5)
-        offset = one(*leaves, **named)[0]
+        offset = one(*leaves, **kwargs)[0]
         parameters = [parameter for parameter in one.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(offset.square().sum(), parameters, allow_unused=True)
         outputs.append([offset.detach(), *gradients])
-    for got, wanted in zip(*outputs, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-9)
+    for actual, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Patched modules that are not quite the published ones, or cease to be: their own forward counts."""
+"""A patched module that differs from the published one, at once or later, computes what its own forward does."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from rada_fast.compat import patch, unpatch
 from tests.compat.published import (
     PublishedAttention,
+    assert_same_as_unpatched,
     published_rows,
-    same_as_own,
 )
 
 
@@ -28,7 +28,7 @@ class LowRank(nn.Linear):
 
 
 class NoLinear(nn.Module):
-    """peft's form: no nn.Linear at all."""
+    """NoLinear replaces an nn.Linear by another module, as peft does."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -40,30 +40,30 @@ class NoLinear(nn.Module):
 
 
 class Gated(PublishedAttention):
-    """A subclass that does as the published one until its gate opens."""
+    """Gated is a subclass that computes the same as the published module until its gate is not zero."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.gate = nn.Parameter(torch.zeros(()))
 
-    def forward(self, *rows: Tensor, **named: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        offset, first = super().forward(*rows, **named)
+    def forward(self, *rows: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        offset, first = super().forward(*rows, **kwargs)
         return offset + self.gate * rows[0], first
 
 
 class Doubling(PublishedAttention):
-    def forward(self, *rows: Tensor, **named: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        offset, first = super().forward(*rows, **named)
+    def forward(self, *rows: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        offset, first = super().forward(*rows, **kwargs)
         return 2 * offset, first
 
 
 class Switched(PublishedAttention):
-    """Its arithmetic depends on a setting that changes later, and on training."""
+    """Switched computes something that depends on a setting, which changes later, and on training."""
 
     factor = 1.0
 
-    def forward(self, *rows: Tensor, **named: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        offset, first = super().forward(*rows, **named)
+    def forward(self, *rows: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        offset, first = super().forward(*rows, **kwargs)
         return self.factor * (3 if self.training else 1) * offset, first
 
 
@@ -75,9 +75,9 @@ CHANGES: dict[str, Any] = {
     "low-rank subclass": replace("k_proj", LowRank),
     "low-rank query": replace("q_proj1", LowRank),
     "no linear layer": replace("k_proj", NoLinear),
-    "forward hook": lambda module: module.v_proj.register_forward_hook(lambda *given: 2 * given[-1]),
-    "pre-hook": lambda module: module.v_proj.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
-    "backward hook": lambda module: module.out_proj.register_full_backward_hook(lambda *given: (2 * given[1][0],)),
+    "forward hook": lambda module: module.v_proj.register_forward_hook(lambda *args: 2 * args[-1]),
+    "pre-hook": lambda module: module.v_proj.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
+    "backward hook": lambda module: module.out_proj.register_full_backward_hook(lambda *args: (2 * args[1][0],)),
     "backward pre-hook": lambda module: module.out_proj.register_full_backward_pre_hook(lambda _, g: (2 * g[0],)),
     "forward on the instance": lambda module: setattr(module.v_proj, "forward", torch.tanh),
     "another child": lambda module: module.add_module("norm", nn.LayerNorm(16)),
@@ -95,7 +95,7 @@ def test_a_changed_module_computes_what_its_own_forward_does(change: str, when: 
     rows = published_rows()
     if when == "after":
         patch(module)
-        assert module(*rows)[1] is None  # served until then
+        assert module(*rows)[1] is None  # the op serves it before the change
     torch.manual_seed(1)
     CHANGES[change](module)
     if when == "before":
@@ -103,8 +103,8 @@ def test_a_changed_module_computes_what_its_own_forward_does(change: str, when: 
     own = copy.deepcopy(module)
     unpatch(own)
     with pytest.warns(UserWarning, match="rada_fast leaves this adapter to its own forward: "):
-        same_as_own(module, own, rows)
-    same_as_own(module, own, rows)  # warned once
+        assert_same_as_unpatched(module, own, rows)
+    assert_same_as_unpatched(module, own, rows)  # it warns only once
 
 
 @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
@@ -115,13 +115,13 @@ def test_parametrised_projections_are_served(norm: str) -> None:
     patch(module)
     rows = published_rows()
     assert module(*rows)[1] is None
-    same_as_own(module, own, rows)
+    assert_same_as_unpatched(module, own, rows)
 
 
 @pytest.mark.parametrize("kind", [Gated, Doubling])
-def test_a_subclass_with_a_forward_of_its_own_keeps_it(kind: type) -> None:
+def test_a_subclass_with_its_own_forward_keeps_it(kind: type) -> None:
     module = kind(16, 4, 1.0).double()
-    nn.init.zeros_(module.out_proj.weight)  # where the published adapter starts, all forwards look alike
+    nn.init.zeros_(module.out_proj.weight)  # with the published adapter's initial zeros, all forwards give the same
     nn.init.zeros_(module.out_proj.bias)
     patch(module)
     rows = published_rows()
@@ -131,7 +131,7 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_it(kind: type) -> None:
         nn.init.normal_(parameter)
     own = copy.deepcopy(module)
     unpatch(own)
-    same_as_own(module, own, rows)
+    assert_same_as_unpatched(module, own, rows)
 
 
 def test_settings_that_change_later_are_noticed() -> None:
@@ -143,17 +143,17 @@ def test_settings_that_change_later_are_noticed() -> None:
     unpatch(own)
     module.factor = own.factor = 2.0
     with pytest.warns(UserWarning, match="its own forward computes something else"):
-        same_as_own(module, own, rows)
+        assert_same_as_unpatched(module, own, rows)
     module.factor = own.factor = 1.0
-    same_as_own(module, own, rows)
+    assert_same_as_unpatched(module, own, rows)
     assert module(*rows)[1] is None
-    same_as_own(module.train(), own.train(), rows)
-    module.temprature = own.temprature = 0.5  # one that the op knows
-    same_as_own(module.eval(), own.eval(), rows)
+    assert_same_as_unpatched(module.train(), own.train(), rows)
+    module.temprature = own.temprature = 0.5  # the op knows this setting
+    assert_same_as_unpatched(module.eval(), own.eval(), rows)
     assert module(*rows)[1] is None
 
 
-def test_a_forward_on_the_instance_or_put_into_the_class_later_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_replaced_on_the_instance_or_the_class_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     replaced = PublishedAttention(16, 4, 1.0).double()
     replaced.forward = lambda *rows: (rows[0], rows[1])  # type: ignore[method-assign,assignment]
     with pytest.warns(UserWarning, match="leaves the adapter '' to its own forward: it was replaced on the instance"):

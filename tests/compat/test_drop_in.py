@@ -1,4 +1,4 @@
-"""The drop-in class for the published attention module."""
+"""The drop-in class computes what the published attention module and the adapter do."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tests.compat.published import (
 )
 
 
-def test_the_drop_in_class_is_the_published_module() -> None:
+def test_the_drop_in_class_computes_as_the_published_module() -> None:
     published = PublishedAttention(16, 4, 0.5).double()
     drop_in = SimpleMultiheadAttention(embed_dim=16, num_heads=4, t=0.5).double()
     assert bool((drop_in.state_dict()["out_proj.weight"] == 0).all())
     drop_in.load_state_dict(published.state_dict())
     rows = [torch.randn(2, 5, 16, dtype=torch.float64) for _ in range(5)]
     mask = torch.randn(5, 5, dtype=torch.float64)
-    for wanted, got in zip(published(*rows, attn_mask=mask), drop_in(*rows, attn_mask=mask), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+    for expected, actual in zip(published(*rows, attn_mask=mask), drop_in(*rows, attn_mask=mask), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
-def test_the_drop_in_class_from_features_is_the_adapter() -> None:
+def test_the_drop_in_class_computes_from_features_as_the_adapter() -> None:
     drop_in = SimpleMultiheadAttention(16, 8, t=1.0).double()
     nn.init.normal_(drop_in.get_parameter("out_proj.weight"))
     adapter = RationalAdapter(AdapterConfig.official(16)).double()
@@ -42,7 +42,7 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
         SimpleMultiheadAttention(16, 3, t=1.0)
 
 
-def test_the_drop_in_class_from_features_takes_its_projections_as_they_are() -> None:
+def test_the_drop_in_class_from_features_runs_hooks() -> None:
     drop_in = SimpleMultiheadAttention(16, 8, t=1.0, dropout=0.5).double().eval()
     nn.init.normal_(drop_in.get_parameter("out_proj.weight"))
     image, text = torch.randn(2, 16).double(), torch.randn(5, 16).double()

@@ -1,4 +1,4 @@
-"""Patching live published models: what is served, what is left to the module, and what stays as it was."""
+"""A patched published model computes the same as before, and calls that the op cannot serve go to the module."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rada_fast.errors import UserError
 from tests.compat.published import (
     NAMES,
     PublishedAttention,
+    assert_same_as_unpatched,
     model_of,
     published_rows,
-    same_as_own,
     small_model,
 )
 
@@ -32,9 +32,9 @@ def test_a_patched_model_gives_the_published_logits_and_gradients(name: str) -> 
     (entropy + 0.5 * linf).backward()
     assert (logits - arrays["logits"]).abs().max() <= 1e-9
     for key, parameter in model.mha.named_parameters():
-        wanted = arrays[f"grad.{key}"].double()
+        expected = arrays[f"grad.{key}"].double()
         assert parameter.grad is not None
-        assert (parameter.grad - wanted).norm() <= 1e-7 * wanted.norm(), key
+        assert (parameter.grad - expected).norm() <= 1e-7 * expected.norm(), key
 
 
 def test_patching_keeps_parameters_and_the_optimiser_and_unpatching_restores() -> None:
@@ -61,7 +61,7 @@ def test_patching_keeps_parameters_and_the_optimiser_and_unpatching_restores() -
 
 
 def test_gradients_reach_the_features() -> None:
-    # The prompt-tuning variants train through the features: both inputs must get the whole gradient.
+    # The prompt-tuning variants train through the features, so that both inputs must get the whole gradient.
     model = small_model()
     gradients = []
     for patched in (False, True):
@@ -79,12 +79,12 @@ def test_gradients_reach_the_features() -> None:
 def test_inputs_of_another_form_are_left_to_the_module_with_a_warning() -> None:
     attention = PublishedAttention(16, 4, 1.0).double()
     rows = [torch.randn(2, 5, 16, dtype=torch.float64) for _ in range(5)]
-    wanted = attention(*rows)[0]
+    expected = attention(*rows)[0]
     patch(attention)
     with pytest.warns(UserWarning, match="its queries are not one row per image"):
-        got = attention(*rows)[0]
-    torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(attention(*rows)[0], wanted)  # warned once
+        actual = attention(*rows)[0]
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(attention(*rows)[0], expected)  # it warns only once
 
 
 def test_an_attention_mask_and_dropout_are_left_to_the_module() -> None:
@@ -100,7 +100,7 @@ def test_an_attention_mask_and_dropout_are_left_to_the_module() -> None:
     assert attention(*arguments, attn_mask=torch.zeros(5, 5))[1] is not None
 
 
-def test_the_query_key_variant() -> None:
+def test_the_query_key_variant_is_served() -> None:
     class QueryKey(PublishedAttention):
         def forward(self, query1: Tensor, query2: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
             return super().forward(query1, query2, key, key, value)
@@ -108,9 +108,9 @@ def test_the_query_key_variant() -> None:
     attention = QueryKey(16, 4, 1.0, first="q_proj").double()
     image, text = torch.randn(2, 1, 16).double(), torch.randn(1, 5, 16).double()
     arguments = (image.repeat(1, 5, 1), text.repeat(2, 1, 1), image * text, image * text)
-    wanted = attention(*arguments)[0]
+    expected = attention(*arguments)[0]
     assert patch(attention) == [""]
-    torch.testing.assert_close(attention(*arguments)[0], wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(attention(*arguments)[0], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_model_without_an_adapter_is_refused() -> None:
@@ -118,31 +118,31 @@ def test_a_model_without_an_adapter_is_refused() -> None:
         patch(nn.Linear(2, 2))
 
 
-def test_every_call_is_looked_at_not_the_first_alone() -> None:
+def test_every_call_is_checked() -> None:
     module = PublishedAttention(16, 4, 1.0).double()
     own = copy.deepcopy(module)
     patch(module)
-    same_as_own(module, own, published_rows(1))
+    assert_same_as_unpatched(module, own, published_rows(1))
     assert module(*published_rows(1))[1] is None
     image, text = torch.randn(4, 1, 16).double(), torch.randn(4, 5, 16).double()
     conditioned = (image.repeat(1, 5, 1), text, *[image * text for _ in range(3)])
     with pytest.warns(UserWarning, match="not one row per image and one row per class"):
-        same_as_own(module, own, conditioned)
+        assert_same_as_unpatched(module, own, conditioned)
     for position in range(5):
         rows = list(published_rows(3))
         rows[position] = rows[position].clone()
         rows[position][1, 2, 3] += 1e-3
-        same_as_own(module, own, tuple(rows))
+        assert_same_as_unpatched(module, own, tuple(rows))
         rows[position][1, 2, 3] = torch.nan
         assert bool(module(*rows)[0].isnan().any())
-    same_as_own(module, own, published_rows(3))
+    assert_same_as_unpatched(module, own, published_rows(3))
     assert module(*published_rows(3))[1] is None
-    # One image far smaller than the others: its own rows decide.
+    # Where one image's values are far smaller than the others', its own rows decide.
     rows = list(published_rows(2))
     for position, factor in ((0, 1e-6), (2, 1e-6), (3, 1e-6), (4, 1e-6)):
         rows[position][0] *= factor
     rows[3][0, 0, 0] *= 1.5
-    same_as_own(module, own, tuple(rows))
+    assert_same_as_unpatched(module, own, tuple(rows))
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_gradients_reach_the_inputs_as_they_do_without_patching(way: str, leaf: 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        got, wanted = gradients(patched), gradients(module)
-    for left, right in zip(got, wanted, strict=True):
+        actual, expected = gradients(patched), gradients(module)
+    for left, right in zip(actual, expected, strict=True):
         assert (left is None) == (right is None)
         if left is not None:
             torch.testing.assert_close(left, right, rtol=1e-7, atol=1e-9)
@@ -190,7 +190,7 @@ def test_the_published_flow_of_gradients_is_served_without_a_warning() -> None:
     image = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     model.class_features = model.class_features.clone().requires_grad_()
     served = []
-    model.mha.register_forward_hook(lambda *given: served.append(given[-1][1] is None))
+    model.mha.register_forward_hook(lambda *kwargs: served.append(kwargs[-1][1] is None))
     model(image).sum().backward()
     assert served == [True]
 
@@ -228,23 +228,23 @@ def test_copies_are_patched_and_compute_with_their_own_parameters(copier: str) -
     assert type(twin).__name__ == "PublishedAttention"
 
 
-def test_compiled_and_transformed_calls_are_the_modules_own() -> None:
+def test_compiled_and_transformed_calls_use_the_modules_forward() -> None:
     module = PublishedAttention(16, 4, 1.0).double()
     rows = published_rows()
-    wanted = module(*rows)[0]
+    expected = module(*rows)[0]
     patch(module)
     torch._dynamo.reset()
     for backend in ("eager", "aot_eager"):
-        got = torch.compile(module, backend=backend, fullgraph=True)(*rows)[0]
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
+        actual = torch.compile(module, backend=backend, fullgraph=True)(*rows)[0]
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
     torch._dynamo.reset()
     batched = torch.func.vmap(lambda *one: module(*(row[None] for row in one))[0][0])(*rows)
-    torch.testing.assert_close(batched, wanted, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(batched, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_low_precision_is_near_and_of_the_same_type(dtype: torch.dtype, autocast: bool) -> None:
+def test_low_precision_is_close_and_keeps_the_type(dtype: torch.dtype, autocast: bool) -> None:
     module = PublishedAttention(16, 4, 1.0)
     exact = module(*published_rows(dtype=torch.float32))[0].detach().abs().max()
     module = module if autocast else module.to(dtype)
@@ -252,13 +252,13 @@ def test_low_precision_is_near_and_of_the_same_type(dtype: torch.dtype, autocast
     patch(module)
     rows = published_rows(dtype=torch.float32 if autocast else dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
-        got, wanted = module(*rows)[0], own(*rows)[0]
+        actual, expected = module(*rows)[0], own(*rows)[0]
         assert module(*rows)[1] is None
-    assert got.dtype == wanted.dtype == dtype
-    assert float((got - wanted).detach().abs().max()) <= 8 * torch.finfo(dtype).eps * max(1.0, float(exact))
+    assert actual.dtype == expected.dtype == dtype
+    assert float((actual - expected).detach().abs().max()) <= 8 * torch.finfo(dtype).eps * max(1.0, float(exact))
 
 
-def test_calls_without_values_are_the_modules_own() -> None:
+def test_calls_without_values_use_the_modules_forward() -> None:
     module = PublishedAttention(16, 4, 1.0).double().to("meta")
     patch(module)
     with pytest.warns(UserWarning, match="the values of its inputs cannot be compared"):
@@ -270,7 +270,7 @@ def test_calls_without_values_are_the_modules_own() -> None:
     rows = published_rows()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.warns(UserWarning, match="cannot be compared"):
         assert module(*(mode.from_tensor(row) for row in rows))[0].shape == (2, 5, 16)
-    # A patched model is still itself afterwards.
+    # The patched model still works afterwards.
     assert module(*rows)[1] is None
 
 
@@ -281,21 +281,21 @@ def test_every_form_of_the_published_call_is_served(form: str) -> None:
     patch(module)
     rows = published_rows()
     image, text = rows[0][:, :1], rows[1][:1]
-    given: dict[str, Any] = dict(zip(("query1", "query2", "query3", "key", "value"), rows, strict=True))
+    kwargs: dict[str, Any] = dict(zip(("query1", "query2", "query3", "key", "value"), rows, strict=True))
     if form == "expanded":
-        given |= {"query1": image.expand(2, 5, 16), "query2": text.expand(2, 5, 16)}
+        kwargs |= {"query1": image.expand(2, 5, 16), "query2": text.expand(2, 5, 16)}
     if form == "one key":
-        given |= {"query3": rows[2], "key": rows[2], "value": rows[2]}
+        kwargs |= {"query3": rows[2], "key": rows[2], "value": rows[2]}
     with torch.inference_mode(form == "inference mode"):
         if form == "by name":
-            offset, first = module(**given)
+            offset, first = module(**kwargs)
         else:
-            offset, first = module(*given.values())
-        torch.testing.assert_close(offset, own(*given.values())[0], rtol=1e-9, atol=1e-10)
+            offset, first = module(*kwargs.values())
+        torch.testing.assert_close(offset, own(*kwargs.values())[0], rtol=1e-9, atol=1e-10)
     assert first is None
 
 
-def test_types_that_differ_are_the_modules_own_affair() -> None:
+def test_inputs_of_mixed_types_use_the_modules_forward() -> None:
     module = PublishedAttention(16, 4, 1.0)
     patch(module)
     with (

@@ -294,16 +294,16 @@ def test_an_adapter_without_values_is_refused() -> None:
 def test_a_device_adapts_as_the_cpu_does(dtype: torch.dtype, optimizer: str, start: str) -> None:
     # The Triton kernels serve 8 heads at a width of 64; the selection of views and the loss have CUDA kernels.
     views, text = features(3, 16, 20, 64)
-    here = RationalAdapter(AdapterConfig.official(64))
+    cpu_adapter = RationalAdapter(AdapterConfig.official(64))
     if start == "pretrained":
-        torch.nn.init.normal_(here.get_parameter("out_proj.weight"), std=0.02)
-    here, views, text = here.to(dtype), views.to(dtype), text.to(dtype)
-    exact = RationalAdapter(here.config).double()
-    exact.load_state_dict(here.state_dict())
+        torch.nn.init.normal_(cpu_adapter.get_parameter("out_proj.weight"), std=0.02)
+    cpu_adapter, views, text = cpu_adapter.to(dtype), views.to(dtype), text.to(dtype)
+    exact = RationalAdapter(cpu_adapter.config).double()
+    exact.load_state_dict(cpu_adapter.state_dict())
     expected = adapt_episodes(exact, views.double(), text.double(), 100.0, config_of(optimizer))
-    on_device = RationalAdapter(here.config).to("cuda", dtype)
-    on_device.load_state_dict(here.state_dict())
-    adapted = adapt_episodes(on_device, views.cuda(), text.cuda(), 100.0, config_of(optimizer))
+    device_adapter = RationalAdapter(cpu_adapter.config).to("cuda", dtype)
+    device_adapter.load_state_dict(cpu_adapter.state_dict())
+    adapted = adapt_episodes(device_adapter, views.cuda(), text.cuda(), 100.0, config_of(optimizer))
     assert adapted.is_cuda
     error = float((adapted.double().cpu() - expected).norm() / expected.norm())
     # AdamW's first steps follow the signs of the gradients: three of them differ by 2e-5 between two CPUs in float32.

@@ -1,4 +1,4 @@
-"""The adapter under what PyTorch code does to modules: hooks, LoRA, parametrisations, ties, wrappers, no values."""
+"""The adapter works with what PyTorch code does to modules: hooks, LoRA, parametrisations, tied weights, wrappers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROJECTIONS = ("q_proj1", "q_proj2", "q_proj3", "k_proj", "v_proj", "out_proj")
 
 
 class LoRA(nn.Module):
-    """What peft puts in a projection's place: the layer and a low-rank term."""
+    """LoRA replaces a projection by the layer and a low-rank term, as peft does."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class LoRA(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """The other form: a subclass that adds the term in its forward."""
+    """LoRALinear is a subclass of nn.Linear that adds the term in its forward."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features)
@@ -53,9 +53,9 @@ class LoRALinear(nn.Linear):
 
 
 def adapter_of(config: AdapterConfig = CONFIG) -> RationalAdapter:
-    made = RationalAdapter(config)
-    nn.init.normal_(made.get_parameter("out_proj.weight"), std=0.1)
-    return made.double()
+    adapter = RationalAdapter(config)
+    nn.init.normal_(adapter.get_parameter("out_proj.weight"), std=0.1)
+    return adapter.double()
 
 
 def inputs() -> tuple[Tensor, Tensor, float]:
@@ -85,14 +85,14 @@ WAYS: dict[str, Callable[[Any], object]] = {
     "spectral-norm": lambda adapter: parametrizations.spectral_norm(adapter.eval().v_proj),
     "pruned": lambda adapter: prune.random_unstructured(adapter.v_proj, "weight", 0.5),
     "tied": tied,
-    "hook": lambda adapter: adapter.k_proj.register_forward_hook(lambda *given: 2 * given[-1]),
-    "pre-hook": lambda adapter: adapter.q_proj1.register_forward_pre_hook(lambda _, given: (2 * given[0],)),
+    "hook": lambda adapter: adapter.k_proj.register_forward_hook(lambda *args: 2 * args[-1]),
+    "pre-hook": lambda adapter: adapter.q_proj1.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
     "own-forward": own_forward,
 }
 
 
 def by_calls(adapter: RationalAdapter, image: Tensor, text: Tensor, scale: float) -> Tensor:
-    """The official preset written out, every projection called as a module, all in (B, K, D)."""
+    """Compute the official preset with every projection called as a module on (B, K, D)."""
     rational = scale * image[:, None] * text
     rows = {
         "q_proj1": scale**0.5 * image[:, None].expand_as(rational),
@@ -113,39 +113,39 @@ def by_calls(adapter: RationalAdapter, image: Tensor, text: Tensor, scale: float
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-@pytest.mark.parametrize("way", WAYS)
-def test_a_changed_projection_computes_what_it_is(way: str) -> None:
+@pytest.mark.parametrize("change", WAYS)
+def test_a_changed_projection_is_computed_by_its_own_forward(change: str) -> None:
     adapter = adapter_of()
     plain = adapter(*inputs())
-    WAYS[way](adapter)
-    given = inputs()
-    logits = adapter(*given)
-    torch.testing.assert_close(logits, by_calls(adapter, *given), rtol=1e-9, atol=1e-9)
+    WAYS[change](adapter)
+    arguments = inputs()
+    logits = adapter(*arguments)
+    torch.testing.assert_close(logits, by_calls(adapter, *arguments), rtol=1e-9, atol=1e-9)
     assert logits.shape == plain.shape
-    # Gradients reach whatever the projections are made of.
+    # Gradients reach every parameter that the projections are made of.
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters())
 
 
 def test_hooks_of_every_kind_are_called() -> None:
-    adapter, given, called = adapter_of(), inputs(), []
-    given[0].requires_grad_()  # PyTorch warns of backward hooks on layers whose inputs carry no gradient
+    adapter, arguments, called = adapter_of(), inputs(), []
+    arguments[0].requires_grad_()  # PyTorch warns of backward hooks on layers whose inputs require no gradient
     for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
         getattr(adapter.k_proj, f"register_{kind}_hook")(lambda *_, kind=kind: called.append(kind))
-    adapter(*given).sum().backward()
+    adapter(*arguments).sum().backward()
     assert sorted(called) == ["forward", "forward_pre", "full_backward", "full_backward_pre"]
 
     adapter = adapter_of()
-    seen: list[nn.Module] = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    called_modules: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called_modules.append(module))
     try:
-        adapter(*given)
+        adapter(*arguments)
     finally:
         handle.remove()
-    assert {adapter.get_submodule(name) for name in PROJECTIONS} <= set(seen)
+    assert {adapter.get_submodule(name) for name in PROJECTIONS} <= set(called_modules)
 
 
-def test_a_named_backend_says_that_it_does_not_serve_changed_projections() -> None:
+def test_a_named_backend_refuses_changed_projections() -> None:
     adapter = adapter_of()
     WAYS["lora"](adapter)
     if rada_fast.backends()["cpu"] != "usable":
@@ -161,9 +161,9 @@ def test_a_named_backend_says_that_it_does_not_serve_changed_projections() -> No
         torch.testing.assert_close(adapter(*inputs()).shape, torch.Size([2, 5]))
 
 
-def test_replicas_have_no_parameters_but_attributes() -> None:
-    """torch.nn.parallel.replicate leaves a replica's tensors as attributes, none of them a parameter."""
-    adapter, given = adapter_of(), inputs()
+def test_replicas_with_plain_attributes_compute_the_same() -> None:
+    """torch.nn.parallel.replicate makes the parameters of a replica plain attributes."""
+    adapter, arguments = adapter_of(), inputs()
     replica = adapter._replicate_for_data_parallel()
     for name in PROJECTIONS:
         layer = adapter.get_submodule(name)._replicate_for_data_parallel()
@@ -171,11 +171,11 @@ def test_replicas_have_no_parameters_but_attributes() -> None:
             setattr(layer, leaf, value.clone())
         replica._modules[name] = layer
     assert not list(replica.parameters())
-    torch.testing.assert_close(replica(*given), adapter(*given), rtol=0, atol=0)
+    torch.testing.assert_close(replica(*arguments), adapter(*arguments), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("config", [CONFIG, AdapterConfig.paper(16, num_layers=3)], ids=["official", "layers"])
-def test_the_meta_device_and_starting_anew(config: AdapterConfig) -> None:
+def test_an_adapter_moves_from_the_meta_device_and_is_initialised_again(config: AdapterConfig) -> None:
     adapter = RationalAdapter(config, device="meta")
     image, text = torch.ones(2, 16, device="meta"), torch.ones(5, 16, device="meta")
     assert adapter(image, text, 100.0).shape == (2, 5)
@@ -192,22 +192,22 @@ def test_the_meta_device_and_starting_anew(config: AdapterConfig) -> None:
     fresh = RationalAdapter(config)
     assert adapter.is_zero_shot()
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in adapter.state_dict().items())
-    # As FSDP's deferred initialisation does: layer by layer.
+    # FSDP's deferred initialisation starts each layer by itself in this way.
     for layer in adapter.modules():
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()
     assert adapter.is_zero_shot()
 
 
-@pytest.mark.parametrize("way", ["lora", "hook", "weight-norm"])
-def test_an_output_projection_that_is_more_is_no_identity(way: str) -> None:
+@pytest.mark.parametrize("change", ["lora", "hook", "weight-norm"])
+def test_a_changed_output_projection_is_not_skipped(change: str) -> None:
     adapter = RationalAdapter(CONFIG)
     assert adapter.is_zero_shot()
-    match way:
+    match change:
         case "lora":
             adapter.out_proj = LoRA(adapter.get_submodule("out_proj"))  # type: ignore[arg-type]
         case "hook":
-            adapter.get_submodule("out_proj").register_forward_hook(lambda *given: given[-1] + 1)
+            adapter.get_submodule("out_proj").register_forward_hook(lambda *args: args[-1] + 1)
         case _:
             nn.init.normal_(adapter.get_parameter("out_proj.weight"))
             parametrizations.weight_norm(adapter.get_submodule("out_proj"))
@@ -229,7 +229,7 @@ def wrapped(kind: str, adapter: RationalAdapter) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["data-parallel", "average", "compiled", "both", "checkpointed"])
-def test_wrapped_copies_are_saved_and_their_dictionaries_read(tmp_path: Path, kind: str) -> None:
+def test_wrapped_adapters_are_saved_and_loaded(tmp_path: Path, kind: str) -> None:
     adapter = RationalAdapter(CONFIG)
     nn.init.normal_(adapter.get_parameter("out_proj.weight"))
     wrapper = wrapped(kind, adapter)
@@ -243,26 +243,26 @@ def test_wrapped_copies_are_saved_and_their_dictionaries_read(tmp_path: Path, ki
         assert wrapper(*(value.float() for value in inputs()[:2]), 30.0).shape == (2, 5)
 
 
-@pytest.mark.parametrize("way", ["weight-norm", "tied", "hook", "compiled", "checkpointed"])
-def test_a_file_holds_what_the_adapter_computes_with(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("change", ["weight-norm", "tied", "hook", "compiled", "checkpointed"])
+def test_a_file_holds_what_the_adapter_computes_with(tmp_path: Path, change: str) -> None:
     adapter = adapter_of()
-    if way == "compiled":
+    if change == "compiled":
         adapter.k_proj = torch.compile(adapter.k_proj, backend="eager")  # type: ignore[assignment]
-    elif way == "checkpointed":
+    elif change == "checkpointed":
         adapter.k_proj = checkpoint_wrapper(adapter.k_proj)
     else:
-        WAYS[way](adapter)
+        WAYS[change](adapter)
     save_adapter(adapter, tmp_path / "a.safetensors")
     loaded = load_adapter(tmp_path / "a.safetensors")
     assert torch.equal(loaded.get_parameter("v_proj.weight"), adapter.v_proj.weight)  # type: ignore[arg-type]
-    if way != "hook":  # a hook is no part of a module's state
-        given = inputs()
-        torch.testing.assert_close(loaded(*given), adapter(*given), rtol=1e-9, atol=1e-9)
+    if change != "hook":  # a module's state does not contain its hooks
+        arguments = inputs()
+        torch.testing.assert_close(loaded(*arguments), adapter(*arguments), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    ("way", "message"),
+    ("change", "message"),
     [
         ("lora", "k_proj is a LoRA, not a torch.nn.Linear: merge it .*merge_and_unload"),
         ("lora-subclass", "k_proj is a LoRALinear with a forward of its own: merge it"),
@@ -270,27 +270,27 @@ def test_a_file_holds_what_the_adapter_computes_with(tmp_path: Path, way: str) -
         ("pruned", "v_proj has a weight that is made anew at every call .*prune.remove"),
     ],
 )
-def test_what_a_file_cannot_hold_is_said_with_the_way_out(tmp_path: Path, way: str, message: str) -> None:
+def test_adapters_that_a_file_cannot_hold_are_refused_with_advice(tmp_path: Path, change: str, message: str) -> None:
     adapter = adapter_of()
-    WAYS[way](adapter)
+    WAYS[change](adapter)
     with pytest.raises(UserError, match=message):
         save_adapter(adapter, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_another_module_is_no_adapter() -> None:
+def test_another_module_is_refused_as_an_adapter() -> None:
     with pytest.raises(TypeError, match="adapter must be a RationalAdapter, or one in a wrapper, got Linear"):
         save_adapter(nn.Linear(2, 2), "nowhere")
 
 
-def test_copies_of_a_changed_adapter_are_their_own() -> None:
-    adapter, given = adapter_of(), inputs()
+def test_copies_of_a_changed_adapter_are_independent() -> None:
+    adapter, arguments = adapter_of(), inputs()
     WAYS["lora"](adapter)
     twin = copy.deepcopy(adapter)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.zero_()
-    assert not torch.allclose(twin(*given), adapter(*given))
+    assert not torch.allclose(twin(*arguments), adapter(*arguments))
 
 
 def test_projections_as_functions_need_one_adapter_for_all_episodes() -> None:
@@ -305,7 +305,7 @@ def test_projections_as_functions_need_one_adapter_for_all_episodes() -> None:
 
 @pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[Any]:
-    """A process group of this process alone."""
+    """Make a process group of only this process."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
@@ -313,8 +313,8 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo")
-def test_sharded_adapters_compute_and_say_what_they_do_not(tmp_path: Path, mesh: Any) -> None:
-    given = inputs()
+def test_sharded_adapters_compute_or_say_what_they_cannot(tmp_path: Path, mesh: Any) -> None:
+    arguments = inputs()
 
     def sharded(*names: str) -> Any:
         torch.manual_seed(0)
@@ -323,44 +323,44 @@ def test_sharded_adapters_compute_and_say_what_they_do_not(tmp_path: Path, mesh:
             fully_shard(adapter.get_submodule(name), mesh=mesh)
         return adapter
 
-    wanted = sharded()(*given)
+    expected = sharded()(*arguments)
     for names in (PROJECTIONS, ("",), (*PROJECTIONS, "")):
         adapter = sharded(*names)
-        logits = adapter(*given)
-        torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+        logits = adapter(*arguments)
+        torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
         logits.sum().backward()
         assert adapter.k_proj.weight.grad is not None
         assert not adapter.is_zero_shot()
-    assert sharded(*PROJECTIONS).mask(*given).shape == (2, 5, 16)
+    assert sharded(*PROJECTIONS).mask(*arguments).shape == (2, 5, 16)
     with pytest.raises(ValueError, match="q_proj1 is sharded by fully_shard, which gathers it for forward alone"):
-        sharded("").mask(*given)
+        sharded("").mask(*arguments)
     with pytest.raises(UserError, match="weight of the type DTensor: gather it before saving"):
         save_adapter(sharded(""), tmp_path / "a")
     with pytest.raises(ValueError, match=r"q_proj1\.weight must be an ordinary tensor, got DTensor: gather it first"):
-        rada_fast.adapt_episodes(sharded(""), given[0][None], *given[1:])
+        rada_fast.adapt_episodes(sharded(""), arguments[0][None], *arguments[1:])
 
     older = sharded()
     for name in PROJECTIONS:
         setattr(older, name, FullyShardedDataParallel(getattr(older, name), device_id=torch.device("cpu")))
-    torch.testing.assert_close(older(*given), wanted, rtol=1e-9, atol=1e-9)
-    whole = FullyShardedDataParallel(sharded(), device_id=torch.device("cpu"))
-    torch.testing.assert_close(whole(*given), wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(older(*arguments), expected, rtol=1e-9, atol=1e-9)
+    wrapped_adapter = FullyShardedDataParallel(sharded(), device_id=torch.device("cpu"))
+    torch.testing.assert_close(wrapped_adapter(*arguments), expected, rtol=1e-9, atol=1e-9)
     with pytest.raises(UserError, match=r"adapter is in FullyShardedDataParallel, .*summon_full_params"):
-        save_adapter(whole, tmp_path / "a")
-    with FullyShardedDataParallel.summon_full_params(whole):
-        save_adapter(whole.module, tmp_path / "a")
-    torch.testing.assert_close(load_adapter(tmp_path / "a")(*given), wanted, rtol=1e-9, atol=1e-9)
+        save_adapter(wrapped_adapter, tmp_path / "a")
+    with FullyShardedDataParallel.summon_full_params(wrapped_adapter):
+        save_adapter(wrapped_adapter.module, tmp_path / "a")
+    torch.testing.assert_close(load_adapter(tmp_path / "a")(*arguments), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_bias_that_the_configuration_does_not_have_is_added_and_the_other_way_round() -> None:
-    given = inputs()
+    arguments = inputs()
     without = RationalAdapter(AdapterConfig.official(16, bias=False)).double()
     nn.init.normal_(without.get_parameter("out_proj.weight"))
     without.k_proj = nn.Linear(16, 16).double()
-    torch.testing.assert_close(without(*given), by_calls(without, *given))
+    torch.testing.assert_close(without(*arguments), by_calls(without, *arguments))
     one_less = adapter_of()
     one_less.get_submodule("k_proj").bias = None  # type: ignore[assignment]
-    torch.testing.assert_close(one_less(*given), by_calls(one_less, *given))
+    torch.testing.assert_close(one_less(*arguments), by_calls(one_less, *arguments))
     with pytest.raises(UserError, match=r"adapter's k_proj has a bias, which its configuration \(bias=False\) has not"):
         without.stored_parameters()
 
@@ -383,7 +383,7 @@ def test_a_bias_that_the_configuration_does_not_have_is_added_and_the_other_way_
     ids=["removed", "none", "nan", "complex", "narrow"],
 )
 @pytest.mark.filterwarnings("ignore:Complex modules")
-def test_what_load_adapter_would_refuse_is_not_written(tmp_path: Path, change: Any, message: str) -> None:
+def test_adapters_that_load_adapter_would_refuse_are_not_saved(tmp_path: Path, change: Any, message: str) -> None:
     adapter = adapter_of()
     change(adapter)
     with pytest.raises(ValueError, match=message):
@@ -394,7 +394,7 @@ def test_what_load_adapter_would_refuse_is_not_written(tmp_path: Path, change: A
             save_adapter(adapter, path)
 
 
-def test_types_that_differ_are_named() -> None:
+def test_mixed_types_are_named() -> None:
     adapter = adapter_of()
     image, text, scale = inputs()
     with pytest.raises(TypeError, match=r"parameter 'q_proj1.weight' must have image_features' dtype torch.float32"):
@@ -408,7 +408,7 @@ def test_types_that_differ_are_named() -> None:
 
 
 class Doubled(Tensor):
-    """A tensor whose class changes what PyTorch's functions do with it."""
+    """Doubled is a tensor subclass that changes the results of PyTorch's functions."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -421,6 +421,6 @@ def test_weights_with_arithmetic_of_their_own_keep_it() -> None:
     plain = adapter(*inputs())
     layer: Any = adapter.k_proj
     layer._parameters["weight"] = layer.weight.data.as_subclass(Doubled)
-    given = inputs()
-    torch.testing.assert_close(adapter(*given), by_calls(adapter, *given))
-    assert not torch.allclose(adapter(*given), plain)
+    arguments = inputs()
+    torch.testing.assert_close(adapter(*arguments), by_calls(adapter, *arguments))
+    assert not torch.allclose(adapter(*arguments), plain)

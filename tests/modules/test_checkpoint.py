@@ -1,4 +1,4 @@
-"""Checkpoints: our own, the published ones with all their variants, damaged and hostile ones."""
+"""Our own and the published checkpoints are loaded in all their variants; damaged and hostile ones are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_own_files_round_trip_and_appear_whole(tmp_path: Path, config: AdapterCo
 
 
 def published_state(adapter: RationalAdapter, prefix: str = "mha.") -> dict[str, Any]:
-    """A published model's dictionary: the adapter among the frozen model's tensors."""
+    """Return the state of a published model: the adapter among the tensors of the frozen model."""
     state = {f"{prefix}{name}": tensor for name, tensor in adapter.state_dict().items()}
     return state | {
         "logit_scale": torch.tensor(4.6),
@@ -61,7 +61,7 @@ def published_state(adapter: RationalAdapter, prefix: str = "mha.") -> dict[str,
 
 
 class Scheduler:
-    """Pickled whole into the published checkpoints, as their scheduler's successor is, with its optimiser."""
+    """Scheduler is pickled with its optimiser into published checkpoints, as their code does with its own."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -77,7 +77,7 @@ def published_file(path: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def test_a_published_checkpoint_with_pickled_objects(tmp_path: Path) -> None:
+def test_a_published_checkpoint_with_pickled_objects_is_loaded(tmp_path: Path) -> None:
     adapter = random_adapter()
     path = published_file(tmp_path / "model.pth.tar-13", published_state(adapter))
     with pytest.raises(pickle.UnpicklingError):
@@ -85,7 +85,7 @@ def test_a_published_checkpoint_with_pickled_objects(tmp_path: Path) -> None:
     assert_equal(load_adapter(path), adapter)
 
 
-def test_variants_of_published_checkpoints(tmp_path: Path) -> None:
+def test_variants_of_published_checkpoints_are_loaded(tmp_path: Path) -> None:
     adapter = random_adapter()
     cases = {
         "bare": adapter.state_dict(),
@@ -103,7 +103,7 @@ def test_variants_of_published_checkpoints(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.k_proj.weight, adapter.k_proj.weight, rtol=1e-3, atol=1e-3)
 
 
-def test_the_query_key_variant_names_its_first_projection_otherwise_and_scales_by_four(tmp_path: Path) -> None:
+def test_the_query_key_variant_has_its_own_names_and_scale(tmp_path: Path) -> None:
     adapter = random_adapter()
     state = {name.replace("q_proj1", "q_proj"): tensor for name, tensor in published_state(adapter).items()}
     loaded = load_adapter(published_file(tmp_path / "model", state))
@@ -123,7 +123,7 @@ def test_a_run_folder_gives_its_newest_checkpoint(tmp_path: Path) -> None:
         load_adapter(folder.parent.parent)
 
 
-def test_torchs_older_file_form(tmp_path: Path) -> None:
+def test_torchs_older_file_format_is_loaded(tmp_path: Path) -> None:
     adapter = random_adapter()
     torch.save(adapter.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert_equal(load_adapter(tmp_path / "old.pth"), adapter)
@@ -137,7 +137,7 @@ def test_a_given_configuration_replaces_the_stored_one(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """Pickles into a call."""
+    """Unpickling Hostile calls a function."""
 
     def __init__(self, function: Any, *arguments: object) -> None:
         self.call = (function, arguments)
@@ -169,7 +169,7 @@ def test_hostile_files_execute_nothing(tmp_path: Path) -> None:
             assert_equal(loaded, adapter)
         assert not mark.exists(), name
 
-        # The same as a bare pickle, without torch's container.
+        # A bare pickle without torch's container executes nothing either.
         path.write_bytes(pickle.dumps({"state_dict": call}))
         with pytest.raises(UserError, match="without executing code"):
             load_adapter(path)
@@ -185,13 +185,13 @@ def test_hostile_files_execute_nothing(tmp_path: Path) -> None:
         (b"PK\x03\x04 torn zip", "without executing code"),
     ],
 )
-def test_damaged_files(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_adapter(tmp_path / "file")
 
 
-def test_a_torn_copy_of_a_good_file(tmp_path: Path) -> None:
+def test_a_torn_copy_of_a_good_file_is_refused(tmp_path: Path) -> None:
     save_adapter(random_adapter(), tmp_path / "good")
     published_file(tmp_path / "published", published_state(random_adapter()))
     for name in ("good", "published"):
@@ -212,7 +212,7 @@ def test_a_torn_copy_of_a_good_file(tmp_path: Path) -> None:
         (lambda s: s.update({"extra.weight": torch.zeros(1)}), "unexpected extra.weight"),
     ],
 )
-def test_files_that_do_not_fit(tmp_path: Path, change: Any, message: str) -> None:
+def test_files_that_do_not_fit_are_refused(tmp_path: Path, change: Any, message: str) -> None:
     state = {name: tensor.clone() for name, tensor in random_adapter().state_dict().items()}
     change(state)
     for name, write in (("a.safetensors", save_file), ("a.pt", torch.save)):
@@ -221,7 +221,7 @@ def test_files_that_do_not_fit(tmp_path: Path, change: Any, message: str) -> Non
             load_adapter(tmp_path / name)
 
 
-def test_missing_files_and_other_content(tmp_path: Path) -> None:
+def test_missing_files_and_other_content_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_adapter(tmp_path / "nowhere")
     torch.save([1, 2], tmp_path / "list")

@@ -1,4 +1,4 @@
-"""Files that lie: every one ends in one line that names it, at once and within the file's own memory."""
+"""Files with false contents are refused in one line, quickly, and without allocating more than they hold."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ HEADERS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_headers_that_do_not_fit_the_file(tmp_path: Path, name: str) -> None:
+def test_headers_that_do_not_fit_the_file_are_refused(tmp_path: Path, name: str) -> None:
     content, message = HEADERS[name]
     (tmp_path / "a.safetensors").write_bytes(content)
     refused(tmp_path / "a.safetensors", message)
 
 
 def refused(path: Path, message: str) -> None:
-    """Loading raises one short line with the message, quickly, and allocates no more than a few files' sizes."""
+    """Check that loading raises one short line with the message, quickly, and allocates at most a few files' sizes."""
     tracemalloc.start()
     start = time.monotonic()
     try:
@@ -95,7 +95,7 @@ def refused(path: Path, message: str) -> None:
     assert len(line) < 700 + len(str(path))
     assert not any(advice in line for advice in ADVICE), line
     assert peak < 100 * 2**20
-    # Not a speed: what the file asked for would take minutes.
+    # This does not measure speed: doing what the file asks for would take minutes.
     assert time.monotonic() - start < 60
 
 
@@ -132,7 +132,7 @@ RAW: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_safetensors_that_lie(tmp_path: Path, name: str) -> None:
+def test_safetensors_with_false_contents_are_refused(tmp_path: Path, name: str) -> None:
     content, message = RAW[name]
     (tmp_path / "a.safetensors").write_bytes(content)
     refused(tmp_path / "a.safetensors", message)
@@ -201,7 +201,7 @@ DICTIONARIES: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:DeprecationWarning")
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
 @pytest.mark.parametrize("name", DICTIONARIES)
-def test_torch_files_with_other_values(tmp_path: Path, name: str, old: bool) -> None:
+def test_torch_files_with_other_values_are_refused(tmp_path: Path, name: str, old: bool) -> None:
     make, message = DICTIONARIES[name]
     try:
         torch.save(make(), tmp_path / "a.pt", _use_new_zipfile_serialization=not old)
@@ -211,7 +211,7 @@ def test_torch_files_with_other_values(tmp_path: Path, name: str, old: bool) -> 
 
 
 class Rebuilt:
-    """Pickles into a call of one of the functions that torch's restricted unpickler allows."""
+    """Unpickling Rebuilt calls one of the functions that torch's restricted unpickler allows."""
 
     def __init__(self, *call: Any) -> None:
         self.call = (call[0], call[1:])
@@ -221,7 +221,7 @@ class Rebuilt:
 
 
 def rewritten(path: Path, name: str, change: Callable[[bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    """The torch file with one record changed."""
+    """Return a copy of a torch file with one record changed."""
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: archive.read(record) for record in archive.infolist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -229,16 +229,16 @@ def rewritten(path: Path, name: str, change: Callable[[bytes], bytes], compressi
             archive.writestr(filename, change(content) if filename.endswith(name) else content)
 
 
-def test_a_zip_that_grows(tmp_path: Path) -> None:
+def test_a_zip_that_expands_enormously_is_refused(tmp_path: Path) -> None:
     torch.save({name: torch.zeros(1000, 1000) for name in tensors()}, tmp_path / "a.pt")
     rewritten(tmp_path / "a.pt", "nothing", bytes, zipfile.ZIP_DEFLATED)
     assert (tmp_path / "a.pt").stat().st_size < 2**20
     refused(tmp_path / "a.pt", "would unpack to more than the file's")
 
 
-def test_a_tensor_that_claims_more_than_its_storage(tmp_path: Path) -> None:
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
     torch.save(tensors() | {"k_proj.weight": torch.ones(3, 5)}, tmp_path / "a.pt")
-    # (3, 5) in the pickle becomes (200, 250), of a storage of 15 elements.
+    # (3, 5) in the pickle becomes (200, 250), while the storage has 15 elements.
     rewritten(tmp_path / "a.pt", "data.pkl", lambda content: content.replace(b"K\x03K\x05", b"K\xc8K\xfa"))
     refused(tmp_path / "a.pt", "k_proj.weight must be held by the file's|without executing code")
 
@@ -264,19 +264,19 @@ def test_refused_pickles_give_no_advice_to_load_them(tmp_path: Path, content: An
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_flipped_bytes_and_torn_ends(tmp_path: Path, seed: int) -> None:
-    """Whatever is damaged: an adapter comes back, or one line."""
+def test_flipped_bytes_and_torn_ends_give_an_adapter_or_one_line(tmp_path: Path, seed: int) -> None:
+    """Wherever a file is damaged, loading returns an adapter or raises one line."""
     generator = torch.Generator().manual_seed(seed)
     lines: list[str] = []
     save_adapter(RationalAdapter(CONFIG), tmp_path / "good.safetensors")
     torch.save(tensors(), tmp_path / "good.pt")
     torch.save(tensors(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name in ("good.safetensors", "good.pt", "old.pt"):
-        whole = (tmp_path / name).read_bytes()
+        content_before = (tmp_path / name).read_bytes()
         for _ in range(12):
-            content = bytearray(whole)
+            content = bytearray(content_before)
             for place in torch.randint(len(content), (3,), generator=generator).tolist():
-                # Headers and indices are where the damage tells.
+                # Damage matters most in headers and indices.
                 content[place % 1500] = int(torch.randint(256, (), generator=generator))
             end = int(torch.randint(len(content), (), generator=generator)) if seed % 2 else None
             (tmp_path / "damaged").write_bytes(content[:end])
@@ -287,7 +287,7 @@ def test_flipped_bytes_and_torn_ends(tmp_path: Path, seed: int) -> None:
     assert all(line.isprintable() for line in lines)
 
 
-def test_paths_that_are_no_files(tmp_path: Path) -> None:
+def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "pipe")
@@ -313,7 +313,7 @@ def test_run_folders_of_our_own_give_their_last_adapter(tmp_path: Path, names: l
     assert float(load_adapter(tmp_path).get_parameter("out_proj.bias")[0].detach()) == len(names)
 
 
-def test_mixed_precision_becomes_one(tmp_path: Path) -> None:
+def test_tensors_of_mixed_precision_get_one_type(tmp_path: Path) -> None:
     state = tensors() | {"k_proj.bias": torch.ones(16).double(), "v_proj.bias": torch.ones(16).half()}
     save_file(state, tmp_path / "a.safetensors")
     assert {value.dtype for value in load_adapter(tmp_path / "a.safetensors").parameters()} == {torch.float64}

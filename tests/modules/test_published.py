@@ -1,4 +1,4 @@
-"""What a patched adapter looks at before it serves a call: forwards, settings and inputs that are not the published."""
+"""A patched adapter checks its forward, settings and inputs, and serves only calls that are as published."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rada_fast.compat import SimpleMultiheadAttention, patch, unpatch
-from tests.compat.published import PublishedAttention, published_rows, same_as_own
+from tests.compat.published import PublishedAttention, assert_same_as_unpatched, published_rows
 
 
 class Odd(PublishedAttention):
-    """A forward of someone else's: the published one, then what a function makes of it."""
+    """Odd applies a function to the result of the published forward."""
 
     after: Any = staticmethod(lambda self, offset, rows: offset)
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.options = {"factors": [1.0]}
 
     def forward(self, *rows: Tensor, **named: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -44,12 +44,12 @@ def odd(after: Any) -> Any:
     ],
     ids=["batch of one", "many classes", "large values", "random numbers"],
 )
-def test_forwards_that_depend_on_their_inputs_are_tried_on_these(after: Any) -> None:
+def test_forwards_that_depend_on_their_inputs_are_noticed(after: Any) -> None:
     module = odd(after)
     own = copy.deepcopy(module)
     patch(module)
     for shape in ((2, 3), (1, 3), (2, 5)):
-        same_as_own(module, own, published_rows(*shape))
+        assert_same_as_unpatched(module, own, published_rows(*shape))
 
 
 @pytest.mark.filterwarnings("ignore:rada_fast leaves this adapter to its own forward")
@@ -62,11 +62,11 @@ def test_attributes_and_class_attributes_that_change_are_noticed() -> None:
     assert module(*rows)[1] is None
     assert torch.equal(torch.get_rng_state(), state)
     module.options["factors"][0] = own.options["factors"][0] = 2.0
-    same_as_own(module, own, rows)
+    assert_same_as_unpatched(module, own, rows)
     module.options["factors"][0] = own.options["factors"][0] = 1.0
     assert module(*rows)[1] is None
     type(own).after = staticmethod(lambda self, offset, rows: 2 * offset)
-    same_as_own(module, own, rows)
+    assert_same_as_unpatched(module, own, rows)
     module.options["engine"] = object()
     assert module(*rows)[1] is not None
 
@@ -75,7 +75,7 @@ def test_attributes_and_class_attributes_that_change_are_noticed() -> None:
     "change",
     [
         lambda module: module.dropout.train(),
-        lambda module: module.dropout.register_forward_hook(lambda *given: 2 * given[-1]),
+        lambda module: module.dropout.register_forward_hook(lambda *args: 2 * args[-1]),
         lambda module: setattr(module, "dropout", nn.Tanh()),
         lambda module: setattr(module, "dropout", nn.AlphaDropout(0.001).train()),
         lambda module: setattr(module, "temprature", -1.0),
@@ -85,7 +85,7 @@ def test_attributes_and_class_attributes_that_change_are_noticed() -> None:
     ],
     ids=["training alone", "hook", "tanh", "alpha", "negative", "one bias less", "no output bias", "narrow output"],
 )
-def test_other_dropouts_biases_and_settings_are_the_modules_own(change: Any) -> None:
+def test_other_dropouts_biases_and_settings_use_the_modules_forward(change: Any) -> None:
     class Dropping(PublishedAttention):
         def forward(self, *rows: Tensor, **named: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
             offset, first = super().forward(*rows, **named)
@@ -101,10 +101,10 @@ def test_other_dropouts_biases_and_settings_are_the_modules_own(change: Any) -> 
     own = copy.deepcopy(module)
     unpatch(own)
     with pytest.warns(UserWarning, match="rada_fast leaves this adapter to its own forward: "):
-        same_as_own(module, own, rows)
+        assert_same_as_unpatched(module, own, rows)
 
 
-def test_the_drop_in_class_from_features_adds_the_biases_that_are_there() -> None:
+def test_the_drop_in_class_from_features_adds_the_biases_it_has() -> None:
     drop_in = SimpleMultiheadAttention(16, 8, t=1.0).double()
     nn.init.normal_(drop_in.get_parameter("out_proj.weight"))
     drop_in.get_submodule("out_proj").bias = None  # type: ignore[assignment]
@@ -132,7 +132,7 @@ def test_retained_gradients_of_the_inputs_are_those_of_the_module() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
-def test_recorded_calls_are_the_modules_own() -> None:
+def test_recorded_calls_use_the_modules_forward() -> None:
     module = PublishedAttention(16, 4, 1.0).double().requires_grad_(False)
     own = copy.deepcopy(module)
     patch(module)
@@ -140,12 +140,12 @@ def test_recorded_calls_are_the_modules_own() -> None:
     graph = make_fx(lambda *rows: module(*rows)[0])(*published_rows())
     torch.testing.assert_close(graph(*others), own(*others)[0], rtol=1e-9, atol=1e-9)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch deprecates it
+        warnings.simplefilter("ignore")  # PyTorch deprecates this function
         traced = torch.jit.trace(module, published_rows(), check_trace=False)
     torch.testing.assert_close(traced(*others)[0], own(*others)[0], rtol=1e-9, atol=1e-9)
 
 
-def test_keys_that_are_almost_the_product_are_no_product() -> None:
+def test_keys_that_are_almost_the_product_are_not_served() -> None:
     module = PublishedAttention(16, 4, 1.0).bfloat16()
     patch(module)
     rows = published_rows(dtype=torch.bfloat16)

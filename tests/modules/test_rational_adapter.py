@@ -1,4 +1,4 @@
-"""The module: published names, zero start, penalty and mask through its methods."""
+"""The module has the published names and initial values, and returns logits, penalty and mask."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def test_parameters_have_the_published_names_count_and_start() -> None:
     assert list(adapter.state_dict()) == [f"{name}.{leaf}" for name in PUBLISHED for leaf in ("weight", "bias")]
     assert sum(parameter.numel() for parameter in adapter.parameters()) == 1_575_936
     assert adapter.is_zero_shot()
-    # torch.nn.Linear's start: uniform within 1 / sqrt(D).
+    # torch.nn.Linear draws initial values uniformly within 1 / sqrt(D).
     assert 0.9 / 512**0.5 < adapter.k_proj.weight.abs().max().item() <= 1 / 512**0.5
 
 
-def test_layers_and_mlp_bring_their_own_parameters() -> None:
+def test_layers_and_mlp_have_parameters_of_their_own() -> None:
     layered = RationalAdapter(AdapterConfig.official(16, num_layers=3)).state_dict()
     assert "layers.1.out_proj.weight" in layered
     assert "layers.0.q_proj.bias" in layered
@@ -49,7 +49,7 @@ def test_forward_mask_and_functional_call_agree() -> None:
     assert not torch.allclose(functional_call(adapter, doubled, (image, text, 100.0)), logits)
 
 
-def test_copies_and_pickles() -> None:
+def test_copies_and_pickles_compute_the_same() -> None:
     adapter = RationalAdapter(AdapterConfig.paper(16))
     for twin in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
         assert twin.config == adapter.config
