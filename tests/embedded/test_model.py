@@ -1,4 +1,4 @@
-"""The embedded CLIP: tokenizer, architecture, shipped weights and what they reach."""
+"""The embedded CLIP has the stated tokenizer and architecture, and its shipped weights reach a stated accuracy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def loaded() -> tuple[CLIP, WordTokenizer]:
     return load()
 
 
-def test_tokenizer_frames_every_text() -> None:
+def test_tokenizer_marks_the_ends_of_every_text() -> None:
     tokenizer = WordTokenizer()
     tokens = tokenizer(["A photo of a RED, striped star!", ""])
     assert tokens.shape == (2, CONTEXT_LENGTH)
@@ -39,7 +39,7 @@ def test_tokenizer_frames_every_text() -> None:
     assert tokens[0, 0] == tokenizer.sot_token_id
     assert tokens[0].tolist() == tokenizer("a photo of a red striped star.")[0].tolist()
     assert tokens[1].tolist() == [tokenizer.sot_token_id, tokenizer.eot_token_id] + [0] * (CONTEXT_LENGTH - 2)
-    # open_clip pools the text feature at the highest id.
+    # open_clip takes the text feature at the position of the highest id.
     assert tokens.argmax(dim=1).tolist() == [8, 1]
     assert tokens.max() == tokenizer.vocab_size - 1
 
@@ -83,7 +83,7 @@ def test_weights_are_small_and_say_how_they_were_made(loaded: tuple[CLIP, WordTo
         with safe_open(path, framework="pt") as weights:
             made = json.loads(weights.metadata()["pretraining"])
     assert made.pop("torch")
-    # The script's defaults remake the shipped file.
+    # The script's defaults make the shipped file again.
     assert pretrain.Settings(**made) == pretrain.Settings()
     model, _ = loaded
     assert not model.training
@@ -99,7 +99,7 @@ def test_zero_shot_is_good_on_the_world_and_worse_on_its_shift(loaded: tuple[CLI
     assert 0.3 < mixed < clean - 0.1
 
 
-def test_loss_is_clips_where_every_caption_is_true_of_one_picture() -> None:
+def test_the_loss_is_clips_where_every_caption_fits_one_picture() -> None:
     logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(5)
     expected = (
@@ -108,9 +108,9 @@ def test_loss_is_clips_where_every_caption_is_true_of_one_picture() -> None:
     torch.testing.assert_close(pretrain.contrastive_loss(logits, torch.eye(5, dtype=torch.bool)), expected)
 
 
-def test_matches_say_which_captions_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matches_mark_the_captions_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = [world.Scene("red", "plain", "star"), world.Scene("red", "dotted", "star")]
-    # Caption of scene 0 names the colour and the shape alone, caption of scene 1 the texture as well.
+    # The caption of scene 0 names only the colour and the shape, that of scene 1 also the texture.
     masks = {"plain": (True, False, True, False, False, False), "dotted": (True, True, True, False, False, False)}
     monkeypatch.setattr(world, "describe", lambda scene, rng: (scene.name, masks[scene.texture]))
     images = np.stack([world.draw(scene, np.random.default_rng(0)) for scene in scenes])

@@ -1,4 +1,4 @@
-"""The drawn world: deterministic, and its held-out combinations really are held out."""
+"""The drawn world is deterministic, and pretraining never shows its held-out combinations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_pretraining_never_sees_a_held_out_combination(seed: int) -> None:
 def test_pretraining_sees_every_other_combination() -> None:
     rng = np.random.default_rng(0)
     seen = {(s.colour, s.texture, s.shape) for s in (world.pretraining_scene(rng) for _ in range(10_000))}
-    # 460 cells, 10000 draws: a given cell stays empty with probability 4e-10.
+    # With 10000 draws from 460 cells, a cell stays empty with probability 4e-10.
     assert seen == {combo for combo in ALL if not world.is_held_out(*combo)}
 
 
@@ -66,7 +66,7 @@ def test_new_classes_use_words_that_pretraining_captions_hold() -> None:
 
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=100, deadline=None)
-def test_a_caption_states_exactly_what_its_mask_says(seed: int) -> None:
+def test_a_caption_names_exactly_what_its_mask_marks(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scene = world.pretraining_scene(rng)
     text, stated = world.describe(scene, rng)
@@ -92,7 +92,7 @@ def test_draw_is_deterministic(combo: tuple[str, str, str]) -> None:
 def test_every_shape_fills_a_fair_part_of_its_box(shape: str) -> None:
     y, x = np.meshgrid(np.linspace(1.3, -1.3, 130), np.linspace(-1.3, 1.3, 130), indexing="ij")
     inside = shapes.IMPLICIT[shape](x.astype(np.float32), y.astype(np.float32)) < 0
-    # Out of the 2 x 2 box: a crescent and an arrow cover the least, a square the most.
+    # Of the 2 x 2 box, a crescent and an arrow cover the least and a square the most.
     assert 0.2 < inside.mean() * 1.3**2 < 0.8
     assert not inside[:3].any()
     assert not inside[-3:].any()
@@ -101,7 +101,7 @@ def test_every_shape_fills_a_fair_part_of_its_box(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shift", [None, "mixed", *world.SHIFTS])
-def test_class_image_depends_on_its_arguments_alone(shift: str | None) -> None:
+def test_class_image_depends_only_on_its_arguments(shift: str | None) -> None:
     image = world.class_image(7, 11, shift)
     assert image.shape == (64, 64, 3)
     assert image.dtype == np.uint8
@@ -136,7 +136,7 @@ def test_imagefolder_sorts_as_the_classes_do(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(image), world.class_image(5, 200_000, "mixed"))
 
 
-def test_imagefolder_refuses_what_it_cannot_use(tmp_path: Path) -> None:
+def test_imagefolder_refuses_arguments_that_it_cannot_use(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UserError, match="root must be an empty folder"):
         world.write_imagefolder(tmp_path, 1, 0, None)

@@ -1,6 +1,6 @@
-"""What a build leaves, how it is checked before it is loaded, and what the next build mends.
+"""A build records what it compiled, a damaged library is not loaded, and the next build repairs it.
 
-The compiler is not asked: a small script stands for ninja and "links" a text.
+No compiler runs: a small script stands for ninja and "links" a text file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ echo "$@" >> {log}
 
 
 class Workshop:
-    """A place of its own for builds, and the fake ninja's log."""
+    """Workshop is a folder for builds with a fake ninja and its log."""
 
     def __init__(self, folder: Path) -> None:
         self.place, self.log, self.bin = folder / "place", folder / "log", folder / "bin"
@@ -112,7 +112,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_library_is_said_not_loaded_and_made_again(
+def test_a_damaged_library_is_reported_and_built_again(
     name: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damage, words = DAMAGES[name]
@@ -132,7 +132,7 @@ def test_a_damaged_library_is_said_not_loaded_and_made_again(
         assert (aside / "precious").exists(), "nothing that a build did not make is removed"
 
 
-def test_an_unreadable_library_is_a_reason(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_library_is_reported(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     library = workshop.build()
 
     def refuse(self: Path, *arguments: object, **options: object) -> None:
@@ -142,7 +142,7 @@ def test_an_unreadable_library_is_a_reason(workshop: Workshop, monkeypatch: pyte
     assert libraries.fault_of(library) == f"{library} cannot be read (Permission denied)"
 
 
-def test_a_wheels_library_is_checked_too_and_stands_in_for_a_damaged_one(workshop: Workshop) -> None:
+def test_a_wheels_library_is_checked_and_replaces_a_damaged_one(workshop: Workshop) -> None:
     library, carried = workshop.build(), libraries.carried_library()
     shutil.copytree(library.parent, carried.parent)
     _truncate(library)
@@ -155,12 +155,12 @@ def test_a_wheels_library_is_checked_too_and_stands_in_for_a_damaged_one(worksho
     assert len(faults) == 2
 
 
-def test_a_library_is_found_in_the_checkout_and_in_the_cache_whoever_made_it(
+def test_a_library_of_any_user_is_found_in_the_checkout_and_in_the_cache(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = [tmp_path / "checkout", tmp_path / "cache"]
     monkeypatch.setattr(libraries, "places", lambda: both)
-    # This user cannot write to the checkout, where another one has built.
+    # Another user has built in the checkout, to which this user cannot write.
     monkeypatch.setattr(_env, "is_writable", lambda folder: folder != both[0])
     assert libraries.build_place() == both[1]
     library = workshop.build()
@@ -175,7 +175,7 @@ def test_a_library_is_found_in_the_checkout_and_in_the_cache_whoever_made_it(
     assert libraries.find_library() == library
 
 
-def test_places_are_the_checkouts_and_the_caches() -> None:
+def test_libraries_are_searched_in_the_checkout_and_in_the_caches() -> None:
     if libraries.source_dir() != libraries.PACKAGE.parent / "csrc":
         pytest.skip("not a checkout")
     checkout, *caches = libraries.places()
@@ -194,14 +194,16 @@ def test_objects_that_no_longer_link_are_compiled_again(workshop: Workshop, tmp_
     assert libraries.find_library() is not None
 
 
-def test_no_space_left_is_one_line(workshop: Workshop) -> None:
+def test_a_full_disk_is_reported_in_one_line(workshop: Workshop) -> None:
     workshop.ninja('echo "FAILED: x.o"; echo "fatal error: error writing to x.s: No space left on device"; exit 1')
     with pytest.raises(UserError, match=r"cannot be built in .*place: fatal error: .*No space left on device$"):
         workshop.build()
     assert libraries.find_library() is None
 
 
-def test_no_space_left_for_our_own_files_is_one_line(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_for_our_own_files_is_reported_in_one_line(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: Path, *arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device", str(self))
 
@@ -211,7 +213,7 @@ def test_no_space_left_for_our_own_files_is_one_line(workshop: Workshop, monkeyp
 
 
 @pytest.mark.parametrize("in_the_way", ["objects", "lock"])
-def test_what_lies_in_the_way_is_one_line(in_the_way: str, workshop: Workshop) -> None:
+def test_a_file_in_the_way_is_reported_in_one_line(in_the_way: str, workshop: Workshop) -> None:
     workshop.place.mkdir()
     blocked = workshop.place / in_the_way
     blocked.mkdir() if in_the_way == "lock" else blocked.touch()
@@ -225,11 +227,11 @@ def test_a_build_waits_for_another_and_gives_up(workshop: Workshop) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"another build holds .*lock for more than 0 s"):
             build.build(timeout=0.1, echo=lambda line: None)
-    # The file that a dead process left is no lock.
+    # A lock file that a dead process left locks nothing.
     workshop.build()
 
 
-def test_a_file_system_without_locks_builds_all_the_same(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_works_on_a_file_system_without_locks(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(handle: object, how: int) -> None:
         raise OSError(37, "No locks available")
 

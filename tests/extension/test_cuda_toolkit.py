@@ -1,4 +1,4 @@
-"""The CUDA part of the extension's build: where nvcc is looked for, which device code is made, what is said without."""
+"""The build finds nvcc, makes code for the right devices, and says why it leaves the CUDA kernels out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
 
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine without nvcc."""
+    """Let the machine have no nvcc."""
     monkeypatch.setattr(cuda_toolkit, "CONVENTIONAL", tmp_path / "cuda")
     monkeypatch.setattr(cuda_toolkit, "_wheels", lambda: [])
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -40,7 +40,7 @@ def toolkit() -> Toolkit:
 
 
 def compiler(folder: Path, *, version: str = "V13.0.88", knows: str = "sm_80 sm_90 sm_100", here: str = "") -> Path:
-    """A toolkit that answers what the build asks it. here: where the script pretends its compiler to be."""
+    """Write a fake toolkit that answers what the build asks. here: where the script says that its compiler is."""
     (folder / "bin").mkdir(parents=True)
     nvcc = folder / "bin" / "nvcc"
     nvcc.write_text(
@@ -56,13 +56,13 @@ def compiler(folder: Path, *, version: str = "V13.0.88", knows: str = "sm_80 sm_
 
 @pytest.fixture
 def cuda_13(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A PyTorch built with CUDA 13.0, new enough for the glue."""
+    """Let PyTorch be built with CUDA 13.0 and new enough for the kernels' registration."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch, "__version__", "2.10.0+cu130")
 
 
 @pytest.mark.usefixtures("nowhere", "cuda_13")
-def test_places_are_asked_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_toolkits_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_nvcc() is None
     assert find_toolkit() == "nvcc was not found (CUDA_HOME names its toolkit)"
     wheel = compiler(tmp_path / "nvidia" / "cu13")
@@ -75,7 +75,7 @@ def test_places_are_asked_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_nvcc() == conventional
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
     assert find_nvcc() == on_path
-    # Whoever names a toolkit hears that it is not there, rather than be given another.
+    # A toolkit that the user named and that does not exist is an error; no other is used instead.
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "missing"))
     assert find_toolkit() == f"no nvcc in CUDA_HOME={tmp_path / 'missing'}"
 
@@ -109,7 +109,7 @@ def test_device_code_follows_the_list(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("nowhere", "cuda_13")
-def test_a_build_makes_code_for_the_devices_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_makes_code_for_the_devices_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = compiler(tmp_path / "cuda")
     nothing = "no CUDA device is here (USE_CUDA=1 or TORCH_CUDA_ARCH_LIST builds them all the same)"
     assert asked_toolkit() == nothing
@@ -124,7 +124,7 @@ def test_a_build_makes_code_for_the_devices_that_are_there(tmp_path: Path, monke
     for devices, made in (
         ([90], "sm_90 by nvcc 13.0.88"),
         ([75, 80, 90], "sm_80, sm_90 by nvcc 13.0.88 (not sm_75: the kernels need 8.0)"),
-        # Not known to this compiler: its newest PTX that the device takes.
+        # For a device that this compiler does not know, it makes its newest PTX that the device runs.
         ([103], "sm_100, PTX 100 by nvcc 13.0.88"),
         ([80, 120], "sm_80, PTX 100 by nvcc 13.0.88"),
         ([86], "sm_80, PTX 80 by nvcc 13.0.88"),
@@ -147,7 +147,7 @@ def test_an_older_compiler_makes_what_it_knows(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nowhere", "cuda_13")
-def test_what_does_not_fit_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_toolkit_that_does_not_fit_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = compiler(tmp_path / "cuda", version="V12.8.93")
     assert find_toolkit() == f"{nvcc} is of CUDA 12.8.93, PyTorch of 13.0"
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu130")

@@ -1,4 +1,4 @@
-"""How the extension is named and loaded, and its operators as PyTorch sees them."""
+"""The extension is named after what it was built from, loads or says why not, and keeps PyTorch's rules."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ USABLE = backends()["cpu"] == "usable"
 needs_extension = pytest.mark.skipif(not USABLE, reason=f"cpu backend: {backends()['cpu']}")
 
 
-def test_the_library_is_named_after_what_decides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_named_after_sources_and_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     before = libraries.library_in(Path("place"))
     monkeypatch.setenv("DEBUG", "1")
     assert libraries.library_in(Path("place")) != before
 
 
-def test_a_missing_or_broken_library_is_a_reason_not_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_broken_library_is_a_reason_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "search", lambda cuda=False: (None, []))
     assert "run `rada-fast build`" in str(libraries._load())
     broken = tmp_path / libraries.LIBRARY
@@ -41,7 +41,7 @@ def test_importing_compiles_and_loads_nothing() -> None:
     assert done.stdout.split()[0] == "False"
 
 
-# opcheck itself looks at the gradients of inputs that are no leaves.
+# opcheck itself reads gradients of tensors that are no leaves, of which PyTorch warns.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @needs_extension
 def test_the_operators_keep_pytorchs_rules() -> None:
