@@ -12,13 +12,19 @@ from rada_fast.extension import libraries
 from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, use_backend
 from tests.cuda.conftest import Launchers
 from tests.cuda.test_view_selection import TYPES, shifted
-from tests.ops.test_prediction_losses import KINDS, assert_within_budget, draw, options, solve
+from tests.ops.test_prediction_losses import KINDS, assert_within_budget, draw, halfway, options, solve
 
 NUMBERS = {"mean": 0, "marginal": 1, "cross_entropy": 2}
 
 
 def run(
-    launchers: Launchers, logits: Tensor, kind: str, *, gradient: bool = True, labels: Tensor | None = None
+    launchers: Launchers,
+    logits: Tensor,
+    kind: str,
+    *,
+    gradient: bool = True,
+    labels: Tensor | None = None,
+    smoothing: float | None = None,
 ) -> tuple[Tensor, Tensor | None, Any]:
     """Losses, gradient and the launch's counts; what is not written shows."""
     library = launchers("prediction_losses.cu")
@@ -33,7 +39,8 @@ def run(
     workspace = torch.full((needed // 4,), -1, dtype=torch.int32)
     library.log.clear()
     status = library.call(
-        "rada_fast_prediction_loss", logits, targets, number, dtype, *logits.shape, given.get("label_smoothing", 0.0),
+        "rada_fast_prediction_loss", logits, targets, number, dtype, *logits.shape,
+        given.get("label_smoothing", 0.0) if smoothing is None else smoothing,
         ptxsim.Empty(losses), ptxsim.Empty(dlogits) if gradient else None,
         ptxsim.Empty(workspace) if needed else None, None,
     )  # fmt: skip
@@ -127,6 +134,15 @@ def test_far_out_tied_and_infinite_logits(launchers: Launchers, kind: str) -> No
         torch.testing.assert_close(losses, wanted[0])
         torch.testing.assert_close(gradient[..., [0, 2]], wanted[1])
         assert bool((gradient[..., 1] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_rounded_to_even(launchers: Launchers, dtype: torch.dtype) -> None:
+    logits, labels = torch.zeros(1, 1, 2, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64)
+    for smoothing, wanted in zip(*halfway(dtype), strict=True):
+        _, gradient, _ = run(launchers, logits, "smoothed", labels=labels, smoothing=smoothing)
+        assert gradient is not None
+        assert gradient.flatten().tolist() == [-wanted, wanted]
 
 
 def options_of_first(kind: str, logits: Tensor) -> dict[str, Any]:

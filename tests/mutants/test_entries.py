@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from tests.mutants.entries import KINDS, ROOT, Mutant, read
+from tests.mutants.entries import KINDS, ROOT, EntryError, Mutant, read
 
 MUTANTS = read()
 
@@ -12,6 +14,12 @@ MUTANTS = read()
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_bug_can_be_planted(mutant: Mutant) -> None:
     assert mutant.planted(ROOT) != (ROOT / mutant.file).read_text(encoding="utf-8")
+
+
+def test_an_entry_that_fits_no_longer_is_named() -> None:
+    gone = replace(MUTANTS[0], text="no source has this text")
+    with pytest.raises(EntryError, match=f"{gone.name}: the text is found 0 times in {gone.file}"):
+        gone.planted(ROOT)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -91,6 +91,28 @@ def test_cross_entropy_is_pytorchs(backend: str, smoothing: float) -> None:
     torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-15)
 
 
+def halfway(dtype: torch.dtype) -> tuple[list[float], list[float]]:
+    """Label smoothings that give two equal logits a gradient halfway between two numbers of a type; these gradients.
+
+    A gradient is (1 - smoothing) / 2, rounded to the neighbour whose last bit is 0.
+    """
+    place = torch.finfo(dtype).eps
+    exact = [1 / 2 + odd * place / 4 for odd in (1, 3, 5)]
+    return [1 - value for value in exact], [float(torch.tensor(value / 2).to(dtype)) for value in exact]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_rounded_to_even(backend: str, dtype: torch.dtype) -> None:
+    logits, labels = torch.zeros(1, 1, 2, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64)
+    with use_backend(backend):
+        for smoothing, wanted in zip(*halfway(dtype), strict=True):
+            _, gradient = prediction_loss_and_gradient(
+                logits, "cross_entropy", labels=labels, label_smoothing=smoothing
+            )
+            assert gradient.flatten().tolist() == [-wanted, wanted]
+
+
 @needs_extension
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_the_losses_own(kind: str) -> None:
