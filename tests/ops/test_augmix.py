@@ -1,4 +1,4 @@
-"""AugMix of views equals Pillow's operations and PyTorch's mix and draws, bit for bit."""
+"""AugMix of views equals Pillow's operations and PyTorch's mix and random draws, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def picture(height: int, width: int, seed: int = 0, low: int = 0, high: int = 25
 
 
 def one_chain(pixels: Tensor, size: int, *steps: tuple[int, list[float]]) -> AugmixPlan:
-    """The chain alone, unmixed, of the whole picture."""
+    """Return a plan with one chain, which is not mixed with the plain view of the picture."""
     matrices = [values + [0.0] * (6 - len(values)) for _, values in steps]
     return AugmixPlan(
         whole_view(*pixels.shape[:2], size, resize="squash", interpolation="bilinear"),
@@ -41,8 +41,8 @@ def one_chain(pixels: Tensor, size: int, *steps: tuple[int, list[float]]) -> Aug
 
 
 def assert_equal(pixels: Tensor, plan: AugmixPlan, size: int) -> None:
-    made = augmix([pixels], plan, size, MEAN, STD, backend="cpu")
-    assert torch.equal(made, reference.augmix([pixels], *plan, size, MEAN, STD))
+    output = augmix([pixels], plan, size, MEAN, STD, backend="cpu")
+    assert torch.equal(output, reference.augmix([pixels], *plan, size, MEAN, STD))
 
 
 @needs_extension
@@ -70,7 +70,7 @@ def test_a_picture_has_pillows_views_for_its_seed(
 @pytest.mark.parametrize("first", [1, 2, 3, 4])
 @pytest.mark.parametrize("second", [1, 2, 3, 4])
 def test_operations_on_values(first: int, second: int, low: int, high: int) -> None:
-    # Few values, one value, and tables put together before any pixel is touched.
+    # Pictures of few values or one value, and several tables that are combined before any pixel is read.
     values = {1: [0.0], 2: [0.0], 3: [3.0], 4: [100.0]}
     for size in (5, 40):
         pixels = picture(40, 40, low=low, high=high)
@@ -95,7 +95,7 @@ def test_operations_on_values(first: int, second: int, low: int, high: int) -> N
 def test_affine_transforms(matrix: list[float], size: int) -> None:
     pixels = picture(40, 30)
     assert_equal(pixels, one_chain(pixels, size, (5, matrix)), size)
-    # Tables before and after it, and two in a row.
+    # Tables come before and after the transform, and two transforms follow one another.
     assert_equal(pixels, one_chain(pixels, size, (1, [0.0]), (5, matrix), (2, [0.0])), size)
     assert_equal(pixels, one_chain(pixels, size, (5, matrix), (5, matrix), (4, [9.0])), size)
 
@@ -103,7 +103,7 @@ def test_affine_transforms(matrix: list[float], size: int) -> None:
 @needs_extension
 @pytest.mark.parametrize("degrees", [1.0, -1.0, 2.0, 3.0, -30.0, 90.0, 180.0, 359.5])
 @pytest.mark.parametrize("size", [8, 33, 224])
-def test_rotations_have_pillows_matrix(degrees: float, size: int) -> None:
+def test_rotations_use_pillows_matrix(degrees: float, size: int) -> None:
     matrix = reference._rotation(degrees, size)
     pixels = picture(size, size)
     rotated = Image.fromarray(pixels.numpy()).rotate(degrees, resample=Image.Resampling.BILINEAR)
@@ -162,8 +162,8 @@ def test_views_of_a_picture_file_are_those_of_the_published_procedure(backend: s
         image = Image.fromarray(picture(height, width).numpy())
         for seed in (5, 6):
             with use_backend(backend):
-                made = make_views(image, preprocess, 9, "augmix", seed)
-            assert torch.equal(made[1:], published_views(image, 32, 8, seed))
+                output = make_views(image, preprocess, 9, "augmix", seed)
+            assert torch.equal(output[1:], published_views(image, 32, 8, seed))
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
@@ -173,22 +173,22 @@ def test_augmix_weighs_its_chains_as_published(backend: str) -> None:
     # Dirichlet's weights sum to 1, and so do Beta's two shares.
     torch.testing.assert_close(plan.weights[:, :3].sum(1), torch.ones(60))
     torch.testing.assert_close(plan.weights[:, 3:].sum(1), torch.ones(60))
-    # Where the operations change nothing, the mix is the plain view, but for four products and three sums of values
+    # Where the operations change nothing, the mix is the plain view, except for four products and three sums of values
     # below 4: a few units of 4 * 2**-24.
     unchanged = plan._replace(operations=torch.zeros_like(plan.operations))
-    made = augmix([pixels], unchanged, 32, MEAN, STD, backend=backend)
+    output = augmix([pixels], unchanged, 32, MEAN, STD, backend=backend)
     expected = multi_view_crops([pixels], plan.views, 32, MEAN, STD, backend=backend)
-    torch.testing.assert_close(made, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
     # A chain has one to three operations, the first ones of its row; a rotation by no degree is none.
     assert set((plan.operations != 0).sum(-1).unique().tolist()) - {0} == {1, 2, 3}
 
 
 @needs_extension
-def test_a_view_without_a_share_for_the_chains_is_the_plain_one() -> None:
+def test_a_view_without_a_share_for_the_chains_is_the_plain_view() -> None:
     pixels = picture(30, 40)
     plan = random_augmix(30, 40, 16, 2, torch.Generator().manual_seed(0)).with_plain(whole_view(30, 40, 16))
-    made = augmix([pixels], plan, 16, MEAN, STD, backend="cpu")
-    assert torch.equal(made[:1], multi_view_crops([pixels], plan.views[:1], 16, MEAN, STD))
+    output = augmix([pixels], plan, 16, MEAN, STD, backend="cpu")
+    assert torch.equal(output[:1], multi_view_crops([pixels], plan.views[:1], 16, MEAN, STD))
 
 
 @needs_extension
@@ -196,12 +196,12 @@ def test_a_view_without_a_share_for_the_chains_is_the_plain_one() -> None:
 def test_low_precision_is_the_float32_result_rounded(dtype: torch.dtype) -> None:
     pixels = picture(30, 40)
     plan = random_augmix(30, 40, 17, 5, torch.Generator().manual_seed(0))
-    made = augmix([pixels], plan, 17, MEAN, STD, dtype=dtype, backend="cpu")
-    assert torch.equal(made, augmix([pixels], plan, 17, MEAN, STD, backend="cpu").to(dtype))
+    output = augmix([pixels], plan, 17, MEAN, STD, dtype=dtype, backend="cpu")
+    assert torch.equal(output, augmix([pixels], plan, 17, MEAN, STD, backend="cpu").to(dtype))
 
 
 @needs_extension
-def test_neighbours_order_and_threads_change_no_view() -> None:
+def test_views_do_not_depend_on_neighbours_order_or_threads() -> None:
     pixels = picture(30, 40)
     plan = random_augmix(30, 40, 24, 7, torch.Generator().manual_seed(0))
     expected = augmix([pixels], plan, 24, MEAN, STD, backend="cpu")
@@ -215,7 +215,7 @@ def test_neighbours_order_and_threads_change_no_view() -> None:
         torch.set_num_threads(before)
 
 
-def test_plans_that_cannot_be() -> None:
+def test_impossible_plans_are_refused() -> None:
     pixels = picture(9, 9)
     plan = random_augmix(9, 9, 8, 2, torch.Generator().manual_seed(0))
     changes: list[tuple[AugmixPlan, str]] = [
@@ -229,7 +229,7 @@ def test_plans_that_cannot_be() -> None:
         with pytest.raises(ValueError, match=message):
             augmix([pixels], changed, 8, MEAN, STD)
         if library.load() is None:
-            # The operator itself does not trust its caller either.
+            # The operator itself checks its arguments too.
             with pytest.raises(ValueError, match=r"must be|keeps"):
                 torch.ops.rada_fast.augmix([pixels], *changed, 8, MEAN, STD, torch.float32, True)
     for change in ({"chains": 0}, {"depth": 0}, {"severity": 0.05}, {"severity": 11.0}):

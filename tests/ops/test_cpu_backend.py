@@ -59,7 +59,7 @@ def assert_as_exact_as_the_reference(
     if dtype != torch.float64:
         assert_within_budget(exact, plain, fast, dtype)
         return
-    # The truth is the reference itself: another order of summation, and gradients that nearly cancel.
+    # In float64 the reference is compared with itself: sums have another order, and gradients nearly cancel.
     assert fast.keys() == plain.keys()
     for name, value in exact.items():
         largest = max(float(tensor.abs().max()) for key, tensor in exact.items() if key[0] == name[0])
@@ -77,7 +77,7 @@ def test_outputs_and_gradients(name: str, dtype: torch.dtype, batch: int, classe
 
 @pytest.fixture
 def _widened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 as on a processor that does not multiply it."""
+    """Let bfloat16 be widened, as on a processor without instructions for it."""
     monkeypatch.setenv("RADA_FAST_BFLOAT16", "float32")
     assert libraries.bfloat16_products() == "float32"
 
@@ -92,7 +92,7 @@ def test_bfloat16_without_instructions_for_it(name: str, batch: int, classes: in
 
 
 @pytest.mark.usefixtures("_widened")
-def test_bfloat16_widened_is_float32_of_16_bit_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widened_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     # One chunk of images, so that all of them are kept: 16 bits for what a product gave, float32's error in the rest.
     config = CONFIGS["official"]
     image, text, parameters = problem(config, 2, 37, torch.bfloat16)
@@ -101,7 +101,7 @@ def test_bfloat16_widened_is_float32_of_16_bit_tensors(monkeypatch: pytest.Monke
     exact = rational_adapter(image.float(), text.float(), 20.0, wide, config, backend="cpu").logits
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), exact, rtol=2**-7, atol=2**-9 * float(exact.abs().max()))
-    # Not what the products of bfloat16 give, which this test is here to keep out.
+    # The result must differ from that of bfloat16 products.
     if libraries.cpu_paths()["bfloat16"]:
         monkeypatch.setenv("RADA_FAST_BFLOAT16", "native")
         native = rational_adapter(image, text, 20.0, parameters, config, return_mask=True, backend="cpu")
@@ -291,7 +291,7 @@ def test_strided_expanded_and_empty_inputs() -> None:
     (empty.logits.sum() + empty.penalty).backward()
 
 
-def test_images_do_not_see_each_other() -> None:
+def test_images_do_not_depend_on_each_other() -> None:
     config = CONFIGS["official"]
     image, text, parameters = problem(config, 4, 37, torch.float32)
     clean = rational_adapter(image, text, 20.0, parameters, config, backend="cpu").logits
@@ -314,7 +314,7 @@ def test_scores_far_apart_and_many_classes() -> None:
 
 
 BY_SCORES = ("dimage", "dtext", "dq_proj", "dk_proj")
-"""Gradients that come through the scores, wholly or in part."""
+"""The gradients of these parameters come through the scores, wholly or in part."""
 
 
 # Scores grow with the square of the logit scale, and their roundings with them. K = 101 has one tile of keys, 397 a
@@ -406,7 +406,7 @@ def test_compile_autocast_checkpoint_and_no_grad() -> None:
         torch.testing.assert_close(low.float(), plain, rtol=5e-2, atol=0.5)
 
 
-def test_auto_takes_it_for_cpu_tensors_and_the_reference_for_what_it_does_not_serve() -> None:
+def test_auto_chooses_it_for_cpu_tensors_and_otherwise_the_reference() -> None:
     for config in (
         CONFIGS["official"],
         AdapterConfig.official(64, num_layers=2),

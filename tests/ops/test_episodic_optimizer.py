@@ -1,4 +1,4 @@
-"""The episodic optimiser against torch.optim, and what is its own: sharing, resets, zero gradients."""
+"""The episodic optimiser equals torch.optim bit for bit, shares untouched parameters and resets every bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 
 @pytest.fixture(autouse=True)
 def _memory_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that was never written reads as NaN."""
+    """Fill new memory with NaN, so that reading what was never written shows."""
     for name in ("empty", "empty_like"):
         real = getattr(torch, name)
 
@@ -45,19 +45,19 @@ def _memory_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def initial_values() -> dict[str, Tensor]:
-    """Sizes around one vector and one chunk, and the zeros that output projections start from."""
+    """Draw parameters with sizes around one vector and one chunk, and the zeros that output projections start from."""
     shapes = {"one": (1,), "seven": (7,), "odd": (1023,), "chunk": (130, 127)}
     return {name: torch.randn(shape) for name, shape in shapes.items()} | {"zero": torch.zeros(33, 31)}
 
 
 def draw(initial: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor | None]:
-    """Gradients over many orders of magnitude."""
+    """Draw gradients over many orders of magnitude."""
     shapes = {name: (EPISODES, *value.shape) for name, value in initial.items()}
     return {name: (torch.randn(shape) * 10 ** torch.randn(shape)).to(dtype) for name, shape in shapes.items()}
 
 
 class Theirs:
-    """One torch.optim optimiser for each episode, single-tensor."""
+    """Theirs holds one single-tensor optimiser of torch.optim for each episode."""
 
     def __init__(self, initial: dict[str, Tensor], name: str, options: dict[str, Any]) -> None:
         self.parameters = [{key: value.clone() for key, value in initial.items()} for _ in range(EPISODES)]
@@ -99,7 +99,7 @@ def test_three_steps_are_torch_optims_bit_for_bit(
 
 @needs_extension
 @pytest.mark.parametrize(("name", "options"), RULES[:4])
-def test_the_processors_roots_change_the_last_place_alone(name: OptimizerName, options: dict[str, Any]) -> None:
+def test_the_processors_roots_change_only_the_last_place(name: OptimizerName, options: dict[str, Any]) -> None:
     initial = initial_values()
     exact, ours = (
         EpisodicOptimizer(initial, EPISODES, name, lr=LR, torch_roots=torch_roots, backend="cpu", **options)
@@ -108,7 +108,7 @@ def test_the_processors_roots_change_the_last_place_alone(name: OptimizerName, o
     for step in range(3):
         gradients = draw(initial)
         before = {key: value.clone() for key, value in exact.parameters.items()}
-        # Each step by itself: from equal parameters.
+        # Both sides start each step from equal parameters.
         for key, slot in ours._slots.items():
             if step:
                 assert slot.own is not None
@@ -136,7 +136,7 @@ def test_a_gradient_of_none_is_exactly_zero(
     theirs = Theirs(initial, name, options)
     with use_backend(backend):
         ours = EpisodicOptimizer(initial, EPISODES, name, lr=LR, torch_roots=True, **options)
-        # None at first, None later, one by one not there at all.
+        # A gradient is None at first, becomes None later, or is missing from the dictionary.
         absent: list[tuple[str, ...]] = [("one", "odd", "chunk"), ("one", "odd"), ("chunk", "one"), ()]
         for step, names in enumerate(absent):
             gradients = draw(initial, dtype) | dict.fromkeys(names)
@@ -148,7 +148,7 @@ def test_a_gradient_of_none_is_exactly_zero(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_no_gradient_reached_is_kept_once(backend: str) -> None:
+def test_parameters_without_gradients_are_kept_once(backend: str) -> None:
     initial = initial_values()
     before = {key: value.clone() for key, value in initial.items()}
     optimizer = EpisodicOptimizer(initial, EPISODES, lr=LR, weight_decay=0.1, backend=backend)
@@ -216,7 +216,7 @@ def test_threads_do_not_change_a_bit() -> None:
 
 @needs_extension
 @pytest.mark.parametrize("offset", [1, 3])
-def test_views_off_every_alignment(offset: int) -> None:
+def test_views_of_any_alignment_are_served(offset: int) -> None:
     def view(count: int, fill: float | None = None) -> Tensor:
         base = torch.randn(count + offset) if fill is None else torch.full((count + offset,), fill)
         return base[offset:]
@@ -236,7 +236,7 @@ def test_views_off_every_alignment(offset: int) -> None:
 
 
 @needs_extension
-# opcheck itself looks at the gradients of inputs that are no leaves.
+# opcheck itself reads gradients of tensors that are no leaves, of which PyTorch warns.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_the_operator_keeps_pytorchs_rules() -> None:
     own, one = torch.randn(2, 5), torch.randn(7)
@@ -303,7 +303,7 @@ def test_errors_name_the_argument() -> None:
     assert optimizer.steps == 0
 
 
-def test_a_named_backend_serves_or_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_backend_serves_or_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(backend: str | None) -> EpisodicOptimizer:
         optimizer = EpisodicOptimizer({"w": torch.ones(2)}, 2, lr=LR, backend=backend)
         optimizer.step({"w": torch.ones(2, 2)})
@@ -323,7 +323,7 @@ def test_a_named_backend_serves_or_says_why(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_low_precision_parameters_are_kept_in_float32(name: OptimizerName, dtype: torch.dtype, backend: str) -> None:
-    """Adam's eps of 1e-8 is zero in float16, and a zero gradient would make NaN."""
+    """Adam's eps of 1e-8 is zero in float16, where a zero gradient would give NaN."""
     low = {key: value.to(dtype) for key, value in initial_values().items()}
     exact = {key: value.float() for key, value in low.items()}
     optimizers = [EpisodicOptimizer(start, EPISODES, name, lr=LR, backend=backend) for start in (low, exact)]
@@ -360,7 +360,7 @@ def test_frozen_parameters_stay_and_take_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inference_mode_leaves_parameters_that_autograd_takes(backend: str) -> None:
+def test_parameters_after_inference_mode_work_with_autograd(backend: str) -> None:
     with torch.inference_mode():
         optimizer = EpisodicOptimizer({"w": torch.ones(4)}, EPISODES, lr=LR, backend=backend)
         optimizer.step({"w": torch.ones(EPISODES, 4)})

@@ -1,4 +1,4 @@
-"""Every copy of the vector loops that this processor can run, against the one that it takes.
+"""Every copy of the vector loops that this processor can run gives the same answers as the one it chooses.
 
 PyTorch obeys ATEN_CPU_CAPABILITY without asking the processor, so only older instruction sets than its own choice are
 tried; each in a process of its own, because the choice is made once. As a script this file prints its answers.
@@ -38,20 +38,20 @@ from rada_fast.ops import (
 from rada_fast.ops._backends import library
 
 COPIES = {"default": "baseline", "avx2": "AVX2", "avx512": "AVX512"}
-"""Of each value of ATEN_CPU_CAPABILITY, the copy of the loops that goes with it."""
+"""This table gives the copy of the loops that each value of ATEN_CPU_CAPABILITY selects."""
 
 needs_extension = pytest.mark.skipif(library.load() is not None, reason=f"{library.load()}")
 
 
 def older() -> list[str]:
-    """The instruction sets that this processor has besides the one that PyTorch takes."""
+    """Return the older instruction sets that this processor has besides the one that PyTorch chooses."""
     names = list(COPIES)
     current = _env.cpu_capability().lower()
     return names[: names.index(current)] if current in names else names[:1]
 
 
 def answers() -> dict[str, Any]:
-    """What the loops give: errors where they may round otherwise, hashes where they may not."""
+    """Return the loops' results: errors where they may round differently, hashes where they may not."""
     torch.manual_seed(0)
     adapter = RationalAdapter(AdapterConfig.official(64))
     torch.nn.init.normal_(adapter.get_parameter("out_proj.weight"), std=0.1)
@@ -79,7 +79,7 @@ def answers() -> dict[str, Any]:
 
 
 def optimizer_follows_pytorch() -> bool:
-    """Against PyTorch's own loops of the same instruction set, to the bit."""
+    """Return whether the optimiser equals PyTorch's own loops of the same instruction set, bit for bit."""
     parameter = torch.randn(1023)
     ours = EpisodicOptimizer({"w": parameter}, 1, lr=8e-3, weight_decay=0.1, torch_roots=True, backend="cpu")
     plain = parameter.clone()
@@ -92,7 +92,7 @@ def optimizer_follows_pytorch() -> bool:
 
 
 def views_hash() -> list[str]:
-    """Of crops and of AugMix views of pictures that are wide, tall, small and large."""
+    """Return the hash of crops and AugMix views of pictures that are wide, tall, small and large."""
     size, mean, std = 33, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     found = []
     for height, width in ((37, 50), (300, 200), (30, 400), (400, 20)):
@@ -119,7 +119,7 @@ def check(found: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 @needs_extension
-def test_the_processors_own(own: dict[str, Any]) -> None:
+def test_the_copy_that_the_processor_chooses_is_right(own: dict[str, Any]) -> None:
     assert own["vectors"] == COPIES.get(_env.cpu_capability().lower(), "baseline")
     check(own, own)
 
@@ -140,12 +140,12 @@ def test_the_copies_share_no_name_that_a_linker_could_merge() -> None:
     objects = sorted((libraries.build_place() / "objects").glob("*_loops_*.o"))
     if not objects or shutil.which("nm") is None:
         pytest.skip("no objects of a build here, or no nm to read them")
-    # Weak symbols: of several with one name, the linker keeps any, for instance the one compiled for AVX-512.
+    # Of several weak symbols with one name the linker keeps any, for instance the one compiled for AVX-512.
     done = subprocess.run(["nm", "-A", "-C", *objects], capture_output=True, text=True, check=True)
     assert [line for line in done.stdout.splitlines() if re.search(r":[0-9a-f]{16} [WVu] ", line)] == []
 
 
-def test_no_instruction_set_is_tried_that_the_processor_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instruction_sets_that_the_processor_may_lack_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     for current, expected in {
         "DEFAULT": [],
         "AVX2": ["default"],

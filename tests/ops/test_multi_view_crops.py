@@ -1,4 +1,4 @@
-"""Views of pictures equal Pillow's and torchvision's, bit for bit; see tests/cuda for the device's kernels."""
+"""Views of pictures equal those of Pillow and torchvision bit for bit; tests/cuda tests the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ needs_extension = pytest.mark.skipif(library.load() is not None, reason=str(libr
 
 
 def picture(height: int, width: int, seed: int = 0) -> Tensor:
-    """Noise with full blocks of black and white: every rounding, and sums that bicubic weights take out of range."""
+    """Draw noise with blocks of black and white, where bicubic weights give sums out of range."""
     values = np.random.default_rng(seed).integers(-128, 384, (height, width, 3)).clip(0, 255)
     return torch.from_numpy(values.astype(np.uint8))
 
 
 def view(pixels: Tensor, size: int, **changed: int) -> Tensor:
-    """A table of one view: the whole picture resized to size x size, but for what is changed."""
+    """Return a table of one view, the whole picture resized to size x size, with some fields changed."""
     height, width, _ = pixels.shape
     row = {"picture": 0, "top": 0, "left": 0, "height": height, "width": width}
     row |= {"resized_height": size, "resized_width": size, "window_top": 0, "window_left": 0, "flip": 0, "bicubic": 0}
@@ -59,7 +59,7 @@ sizes = st.integers(1, 90)
 def test_every_resize_is_pillows(
     shape: tuple[int, int], resized: tuple[int, int], seed: int, flip: int, bicubic: int
 ) -> None:
-    # Windows, boxes and both orders of the passes: sizes shrink in one direction and grow in the other.
+    # Sizes shrink in one direction and grow in the other, which tries windows, boxes and both orders of the passes.
     rng = np.random.default_rng(seed)
     pixels = picture(*shape, seed)
     size = int(rng.integers(1, min(resized) + 1))
@@ -85,21 +85,21 @@ def test_every_resize_is_pillows(
 @pytest.mark.parametrize("bicubic", [0, 1])
 @pytest.mark.parametrize(
     ("shape", "size"),
-    # One pixel; a line either way; more than four inputs between neighbours; widths around the vectors'; no change.
+    # One pixel; a row and a column; more than four inputs between neighbours; widths around a vector's; no change.
     [((1, 1), 7), ((1, 4000), 8), ((4000, 1), 8), ((40, 2000), 33), ((2000, 40), 33), ((65, 63), 64), ((64, 64), 64)],
 )
-def test_extreme_shapes(shape: tuple[int, int], size: int, bicubic: int) -> None:
+def test_extreme_shapes_are_pillows(shape: tuple[int, int], size: int, bicubic: int) -> None:
     pixels = picture(*shape)
     for flip in (0, 1):
         assert equal([pixels], view(pixels, size, bicubic=bicubic, flip=flip), size)
-    # The original keeps its proportions: only the window of a very long picture is made.
+    # The original view keeps its proportions, and only the window of a very long picture is computed.
     assert equal([pixels], whole_view(*shape, size), size)
 
 
 @needs_extension
 def test_pictures_of_differing_sizes_and_strides() -> None:
     pictures = [picture(31, 47, 1), picture(20, 60, 2), picture(5, 9, 3), picture(90, 80, 4)]
-    # By channels first, as every other pixel of a row, upside down in memory order, and contiguous.
+    # The pictures have channels first, every other pixel of a row, rows in reverse order, or are contiguous.
     pictures[0] = pictures[0].permute(2, 0, 1).contiguous().permute(1, 2, 0)
     pictures[1] = pictures[1][:, ::2]
     pictures[2] = pictures[2].permute(1, 0, 2).contiguous().permute(1, 0, 2)
@@ -122,7 +122,7 @@ def test_pictures_of_differing_sizes_and_strides() -> None:
 def test_draws_are_torchvisions(
     shape: tuple[int, int], seed: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
-    # Scales and ratios that no box of the picture has fall back to the centre.
+    # Where no box of the picture has the scale and the ratio, the crop is the centre.
     ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
     drawn = random_views(*shape, 32, 40, ours, scale=scale, ratio=ratio, backend="cpu")
     assert torch.equal(drawn, reference.random_views(*shape, 32, 40, theirs, scale, ratio))
@@ -145,8 +145,8 @@ def test_a_picture_has_torchvisions_views_for_its_seed(backend: str) -> None:
         expected = torch.stack([transform(image) for _ in range(12)])
         with use_backend(backend):
             views = random_views(75, 100, 48, 12, torch.Generator().manual_seed(seed))
-            made = multi_view_crops([picture(75, 100)], views, 48, MEAN, STD)
-        assert torch.equal(made, expected)
+            output = multi_view_crops([picture(75, 100)], views, 48, MEAN, STD)
+        assert torch.equal(output, expected)
         assert torch.equal(make_views(image, Preprocess(48, MEAN, STD), 13, "crop", seed)[1:], expected)
 
 
@@ -162,8 +162,8 @@ def test_the_global_random_state_is_left_alone() -> None:
 def test_low_precision_is_the_float32_result_rounded(dtype: torch.dtype) -> None:
     pixels = picture(37, 50)
     views = random_views(37, 50, 33, 5, torch.Generator().manual_seed(0))
-    made = multi_view_crops([pixels], views, 33, MEAN, STD, dtype=dtype, backend="cpu")
-    assert torch.equal(made, multi_view_crops([pixels], views, 33, MEAN, STD, backend="cpu").to(dtype))
+    output = multi_view_crops([pixels], views, 33, MEAN, STD, dtype=dtype, backend="cpu")
+    assert torch.equal(output, multi_view_crops([pixels], views, 33, MEAN, STD, backend="cpu").to(dtype))
 
 
 @needs_extension
@@ -171,8 +171,8 @@ def test_low_precision_is_the_float32_result_rounded(dtype: torch.dtype) -> None
 def test_any_normalisation_is_torchs(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     pixels = torch.arange(256, dtype=torch.uint8).repeat_interleave(3).reshape(16, 16, 3)
     views = view(pixels, 16)
-    made = multi_view_crops([pixels], views, 16, mean, std, backend="cpu")
-    assert torch.equal(made, reference.multi_view_crops([pixels], views, 16, mean, std))
+    output = multi_view_crops([pixels], views, 16, mean, std, backend="cpu")
+    assert torch.equal(output, reference.multi_view_crops([pixels], views, 16, mean, std))
 
 
 def file_of(mode: str, **options: Any) -> bytes:
@@ -198,17 +198,17 @@ def test_every_kind_of_file_gives_the_same_views(kind: str, tmp_path: Any) -> No
     path.write_bytes(rotated() if kind == "exif" else file_of(kind))
     image = read_image(path)
     preprocess = Preprocess(24, MEAN, STD)
-    made = make_views(image, preprocess, 6, "crop", 3)
+    output = make_views(image, preprocess, 6, "crop", 3)
     cropped, center = crop_view(image, preprocess, 5, (0.3, 1.0)), center_view(image, preprocess)
     with use_backend("reference"):
-        assert torch.equal(made, make_views(image, preprocess, 6, "crop", 3))
+        assert torch.equal(output, make_views(image, preprocess, 6, "crop", 3))
         assert torch.equal(cropped, crop_view(image, preprocess, 5, (0.3, 1.0)))
         assert torch.equal(center, center_view(image, preprocess))
 
 
 @needs_extension
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_change_nothing(threads: int) -> None:
+def test_views_do_not_depend_on_threads(threads: int) -> None:
     pixels = picture(60, 50)
     views = random_views(60, 50, 20, 17, torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
@@ -220,7 +220,7 @@ def test_threads_change_nothing(threads: int) -> None:
 
 
 @needs_extension
-def test_no_views_and_no_pictures() -> None:
+def test_no_views_and_no_pictures_are_served() -> None:
     none = torch.empty((0, 11), dtype=torch.int64)
     for backend in ("cpu", "reference"):
         assert multi_view_crops([], none, 8, MEAN, STD, backend=backend).shape == (0, 3, 8, 8)
@@ -239,18 +239,18 @@ def test_no_views_and_no_pictures() -> None:
         ({"resized_width": 7}, r"views\[0\] has a window"),
     ],
 )
-def test_views_that_leave_their_picture(change: dict[str, int], message: str) -> None:
+def test_views_that_leave_their_picture_are_refused(change: dict[str, int], message: str) -> None:
     pixels = picture(20, 30)
     views = view(pixels, 8, **change)
     with pytest.raises(ValueError, match=message):
         multi_view_crops([pixels], views, 8, MEAN, STD)
     if library.load() is None:
-        # The operator itself does not trust its caller either.
+        # The operator itself checks its arguments too.
         with pytest.raises(ValueError, match=r"views\[0\]"):
             torch.ops.rada_fast.multi_view_crops([pixels], views, 8, MEAN, STD, torch.float32, True)
 
 
-def test_arguments_of_a_wrong_kind() -> None:
+def test_arguments_of_a_wrong_kind_are_refused() -> None:
     pixels = picture(20, 30)
     views = view(pixels, 8)
     for wrong, message in (
@@ -277,11 +277,11 @@ def test_arguments_of_a_wrong_kind() -> None:
         random_views(0, 5, 8, 1, torch.Generator())
 
 
-def test_a_backend_that_makes_no_views_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_without_views_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = picture(9, 9)
     with pytest.raises(BackendUnavailableError):
         multi_view_crops([pixels], view(pixels, 8), 8, MEAN, STD, backend="triton")
-    # Loops name a backend for the adapter; their pictures are made all the same.
+    # Loops name a backend for the adapter, which must not hinder their views.
     image = Image.fromarray(pixels.numpy())
     expected = make_views(image, Preprocess(8, MEAN, STD), 3, "crop", 0)
     with use_backend("triton"):

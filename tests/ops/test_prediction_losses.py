@@ -1,4 +1,4 @@
-"""Losses and their one-pass gradients against float64, PyTorch's own, far out, at ties, with and without the extension.
+"""Losses and their one-pass gradients agree with float64 and with PyTorch, also for large and tied logits.
 
 A result passes where its error is at most twice that of plain PyTorch in the same type, plus two roundings of the
 result and float64's own rounding: the reference in float64 cancels where the compiled operator does not.
@@ -38,7 +38,7 @@ def options(kind: str, logits: Tensor) -> dict[str, Any]:
 
 
 def solve(logits: Tensor, kind: str, backend: str) -> tuple[Tensor, Tensor]:
-    """Losses and gradient of a weighted sum of them, in float64."""
+    """Return the losses and the gradient of a weighted sum of them, in float64."""
     leaf = logits.clone().requires_grad_()
     with use_backend(backend):
         losses = prediction_loss(leaf, **options(kind, logits))
@@ -59,7 +59,7 @@ def assert_within_budget(found: tuple[Tensor, ...], plain: tuple[Tensor, ...], e
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [0.1, 5.0, 1000.0])
-# Less than a vector, a tail, the sizes in use; one row, a few, more than a task's.
+# Classes: less than a vector, a tail, the sizes in use. Rows: one, a few, more than one task takes.
 @pytest.mark.parametrize(
     ("episodes", "rows", "classes"), [(2, 1, 1), (3, 6, 7), (2, 6, 101), (8, 6, 200), (1, 40, 1000)]
 )
@@ -115,7 +115,7 @@ def test_gradients_are_rounded_to_even(backend: str, dtype: torch.dtype) -> None
 
 @needs_extension
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_the_losses_own(kind: str) -> None:
+def test_gradients_are_those_of_the_losses(kind: str) -> None:
     logits = draw(2, 3, 5, 1.0, torch.float64).requires_grad_()
     with use_backend("cpu"):
         assert torch.autograd.gradcheck(lambda x: prediction_loss(x, **options(kind, x)), (logits,))
@@ -123,7 +123,7 @@ def test_gradients_are_the_losses_own(kind: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_far_out_tied_and_infinite_logits_stay_finite(backend: str, kind: str) -> None:
+def test_large_tied_and_infinite_logits_give_finite_losses(backend: str, kind: str) -> None:
     rows = [[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0]]
     logits = torch.tensor([rows, [[0.0, 0.0, 1e4]] * 4], requires_grad=True)
     with use_backend(backend):
@@ -138,7 +138,7 @@ def test_far_out_tied_and_infinite_logits_stay_finite(backend: str, kind: str) -
 
 @needs_extension
 @pytest.mark.parametrize("kind", ["mean", "marginal", "cross_entropy"])
-def test_a_logit_of_minus_infinity_is_a_class_less(kind: str) -> None:
+def test_a_logit_of_minus_infinity_removes_its_class(kind: str) -> None:
     short = draw(2, 4, 6, 1.0, torch.float64)
     logits = torch.cat([short, torch.full((2, 4, 1), -math.inf, dtype=torch.float64)], dim=-1)
     given = {"labels": torch.zeros(2, 4, dtype=torch.int64)} if kind == "cross_entropy" else {}
@@ -153,7 +153,7 @@ def test_a_logit_of_minus_infinity_is_a_class_less(kind: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["mean", "marginal"])
-def test_a_bad_row_spoils_its_episode_alone(backend: str, kind: Any) -> None:
+def test_a_row_with_nan_changes_only_its_episode(backend: str, kind: Any) -> None:
     logits = draw(3, 4, 37, 1.0, torch.float32)
     with use_backend(backend):
         clean = prediction_loss_and_gradient(logits, kind)
@@ -169,8 +169,8 @@ def test_a_bad_row_spoils_its_episode_alone(backend: str, kind: Any) -> None:
 @needs_extension
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_and_neighbours_do_not_show(kind: str, dtype: torch.dtype) -> None:
-    # 101: the episodes' rows start at different places of a vector.
+def test_losses_do_not_depend_on_threads_or_neighbours(kind: str, dtype: torch.dtype) -> None:
+    # With 101 classes, the rows start at different places of a vector.
     logits = draw(9, 6, 101, 3.0, dtype)
     given = options(kind, logits)
     threads = torch.get_num_threads()
@@ -191,7 +191,7 @@ def test_threads_and_neighbours_do_not_show(kind: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_shapes_strides_types_and_nothing(backend: str) -> None:
+def test_shapes_strides_types_and_empty_inputs_are_served(backend: str) -> None:
     logits = draw(2, 3, 5, 1.0, torch.bfloat16)
     with use_backend(backend):
         losses, gradient = prediction_loss_and_gradient(logits, "mean")
@@ -210,13 +210,13 @@ def test_shapes_strides_types_and_nothing(backend: str) -> None:
 @needs_extension
 def test_the_gradient_is_made_only_where_one_follows() -> None:
     logits = draw(2, 3, 5, 1.0, torch.float32).requires_grad_()
-    seen = []
+    allocated = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             if "prediction_loss" in str(func):
-                seen.append(result[1].numel())
+                allocated.append(result[1].numel())
             return result
 
     with Watch():
@@ -224,7 +224,7 @@ def test_the_gradient_is_made_only_where_one_follows() -> None:
         with torch.no_grad():
             prediction_loss(logits, "mean")
         prediction_loss(logits.detach(), "mean")
-    assert seen == [30, 0, 0]
+    assert allocated == [30, 0, 0]
 
 
 @needs_extension
@@ -267,7 +267,7 @@ def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPa
         prediction_loss(logits, "marginal")
 
 
-# opcheck itself looks at the gradients of inputs that are no leaves.
+# opcheck itself reads gradients of tensors that are no leaves, of which PyTorch warns.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @needs_extension
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,7 +281,7 @@ def test_the_operator_keeps_pytorchs_rules(kind: str) -> None:
 
 
 @needs_extension
-def test_torch_compile_takes_it_whole() -> None:
+def test_torch_compile_makes_one_graph() -> None:
     logits = draw(2, 3, 5, 1.0, torch.float32).requires_grad_()
     compiled = torch.compile(lambda x: prediction_loss(x, "mean").sum(), fullgraph=True, backend="aot_eager")
     (found,) = torch.autograd.grad(compiled(logits), logits)

@@ -72,7 +72,7 @@ def test_the_block_wins_over_the_environment_and_the_argument_over_both(monkeypa
 
 
 def test_threads_follow_the_open_block_and_choose_for_themselves() -> None:
-    """A pool's threads are as old as the pool: nothing that a thread inherits at its start would do."""
+    """A pool's threads may be older than the block, so that they must not copy the backend when they start."""
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(resolve_backend).result() == resolve_backend()
         with rada_fast.use_backend("literal"):
@@ -82,14 +82,14 @@ def test_threads_follow_the_open_block_and_choose_for_themselves() -> None:
                 with rada_fast.use_backend("reference"):
                     own = resolve_backend()
                     entered.set()
-                    seen.wait(10)
+                    checked.wait(10)
                 return own, resolve_backend(), resolve_backend("reference")
 
-            entered, seen = threading.Event(), threading.Event()
+            entered, checked = threading.Event(), threading.Event()
             future = pool.submit(inside)
             entered.wait(10)
             assert resolve_backend() == "literal"
-            seen.set()
+            checked.set()
             assert future.result() == ("reference", "literal", "reference")
         assert pool.submit(resolve_backend).result() == resolve_backend()
         with pytest.raises(KeyError), rada_fast.use_backend("literal"):
@@ -98,7 +98,7 @@ def test_threads_follow_the_open_block_and_choose_for_themselves() -> None:
 
 
 def test_gradients_are_computed_by_the_backend_of_their_forward() -> None:
-    """Autograd's own threads have entered no block, and need none."""
+    """Autograd runs the backward pass in threads of its own, which have entered no block."""
     adapter = RationalAdapter(CONFIG)
     with rada_fast.use_backend("reference"):
         logits = adapter(torch.ones(2, 16), torch.ones(3, 16), 10.0)
@@ -149,10 +149,10 @@ def test_episodes_are_as_many_calls(own: bool, backend: str) -> None:
     assert output.penalty is not None
     assert output.mask is not None
     for episode in range(2):
-        mine = {name: value[episode] if own else value for name, value in stacked.items()}
+        own_parameters = {name: value[episode] if own else value for name, value in stacked.items()}
         here = slice(3 * episode, 3 * episode + 3)
         alone = rational_adapter(
-            image[here], text, 2.0, mine, CONFIG, penalty="l2", return_mask=True, backend="reference"
+            image[here], text, 2.0, own_parameters, CONFIG, penalty="l2", return_mask=True, backend="reference"
         )
         torch.testing.assert_close(output.logits[here], alone.logits, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(output.mask[here], alone.mask, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Differentiation beyond a backward pass: torch.func's transforms, forward mode, second derivatives."""
+"""The adapter works with torch.func's transforms, forward-mode derivatives and second derivatives."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, select_views
 
-# PyTorch's own forward-mode formulas are scripted.
+# PyTorch's own forward-mode formulas use torch.jit.script, which it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 compiled = pytest.mark.skipif(rada_fast.backends()["cpu"] != "usable", reason="no compiled extension")
 
 
 def adapter_of() -> RationalAdapter:
     torch.manual_seed(0)
-    made = RationalAdapter(AdapterConfig.official(16))
-    torch.nn.init.normal_(made.get_parameter("out_proj.weight"), std=0.1)
-    return made.double()
+    adapter = RationalAdapter(AdapterConfig.official(16))
+    torch.nn.init.normal_(adapter.get_parameter("out_proj.weight"), std=0.1)
+    return adapter.double()
 
 
 def features() -> tuple[Tensor, Tensor]:
@@ -76,9 +76,9 @@ def test_every_transform_gives_the_backward_passs_derivative(transform: str, arg
     along = torch.randn(at.shape, dtype=torch.float64)
     leaf = at.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(f(leaf), leaf)
-    wanted = (gradient * along).sum()
-    assert float(wanted) != 0
-    torch.testing.assert_close(TRANSFORMS[transform](f, at, along), wanted, rtol=1e-8, atol=1e-10)
+    expected = (gradient * along).sum()
+    assert float(expected) != 0
+    torch.testing.assert_close(TRANSFORMS[transform](f, at, along), expected, rtol=1e-8, atol=1e-10)
 
 
 @compiled
@@ -95,7 +95,7 @@ def test_a_backend_asked_for_by_name_refuses_transforms() -> None:
         for f in calls:
             with pytest.raises(BackendUnavailableError, match=message):
                 jvp(f, (image,), (image,))
-        # Outside of them it serves as ever.
+        # Outside of transforms it works as usual.
         assert torch.autograd.grad(calls[0](leaf := image.clone().requires_grad_()), leaf)[0].any()
 
 
@@ -148,9 +148,9 @@ def test_compiled_functions_take_the_backend_that_serves_them() -> None:
 def test_losses_and_their_gradient_in_inference_mode(backend: str) -> None:
     logits = torch.randn(3, 4, 5)
     with rada_fast.use_backend(backend):
-        wanted = prediction_loss_and_gradient(logits, "mean")
+        expected = prediction_loss_and_gradient(logits, "mean")
         with torch.inference_mode():
-            got = prediction_loss_and_gradient(logits.clone(), "mean")
-            assert torch.equal(prediction_loss(logits.clone(), "mean"), got[0])
-    for left, right in zip(wanted, got, strict=True):
+            actual = prediction_loss_and_gradient(logits.clone(), "mean")
+            assert torch.equal(prediction_loss(logits.clone(), "mean"), actual[0])
+    for left, right in zip(expected, actual, strict=True):
         assert torch.equal(left, right)

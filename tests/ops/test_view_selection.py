@@ -1,4 +1,4 @@
-"""The choice of confident views: order against float64, ties, far-out logits, errors, no extension."""
+"""The views of lowest entropy are selected in the order that float64 gives, with and without the extension."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def exact_entropy(logits: Tensor) -> Tensor:
-    """In float64, without cancellation: one largest logit is left out of the sums."""
+    """Compute the entropy in float64 without cancellation: the sums leave out one largest logit."""
     x = logits.double().sort(dim=-1, descending=True).values
     distance = x[..., :1] - x[..., 1:]
     weight = (-distance).exp()
@@ -42,7 +42,7 @@ def test_order_is_that_of_float64(dtype: torch.dtype, scale: float, views: int, 
     indices, entropies = select_views(logits, views, return_entropies=True)
     exact = exact_entropy(logits)
     assert entropies.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # Of K terms summed in vectors, and a logarithm: some roundings, relative even where the entropy is tiny.
+    # The sum of K terms and a logarithm make a few roundings, relative to the entropy even where it is tiny.
     relative = 32 * torch.finfo(entropies.dtype).eps
     torch.testing.assert_close(entropies.double(), exact, rtol=relative, atol=1e-37)
     ordered = exact.gather(1, indices)
@@ -53,9 +53,9 @@ def test_order_is_that_of_float64(dtype: torch.dtype, scale: float, views: int, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_equal_rows_go_by_index(backend: str) -> None:
+def test_equal_rows_are_ordered_by_index(backend: str) -> None:
     logits = draw(2, 9, 101, 5.0, torch.float32)
-    # At odd places in memory: 101 floats are no whole number of vectors.
+    # With 101 floats, which are no whole number of vectors, the rows start at odd places in memory.
     logits[:, [1, 4, 6]] = logits[:, :1]
     with use_backend(backend):
         indices, entropies = select_views(logits, 9, return_entropies=True)
@@ -95,19 +95,19 @@ def test_confident_views_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_shapes_strides_and_nothing(backend: str) -> None:
+def test_shapes_strides_and_empty_inputs_are_served(backend: str) -> None:
     logits = draw(2, 6, 5, 1.0, torch.float32)
     with use_backend(backend):
-        whole = select_views(logits, 3)
-        assert torch.equal(select_views(logits[1], 3), whole[1])
-        assert torch.equal(select_views(logits.transpose(0, 2).contiguous().transpose(0, 2), 3), whole)
+        expected = select_views(logits, 3)
+        assert torch.equal(select_views(logits[1], 3), expected[1])
+        assert torch.equal(select_views(logits.transpose(0, 2).contiguous().transpose(0, 2), 3), expected)
         assert select_views(logits, 0).shape == (2, 0)
         assert select_views(logits[:0], 2).shape == (0, 2)
         assert not select_views(logits.requires_grad_(), 3, return_entropies=True)[1].requires_grad
 
 
 @needs_extension
-def test_threads_do_not_show() -> None:
+def test_the_selection_does_not_depend_on_threads() -> None:
     logits = draw(7, 64, 200, 10.0, torch.float32)
     threads = torch.get_num_threads()
     results = []
@@ -155,7 +155,7 @@ def test_the_operator_keeps_pytorchs_rules() -> None:
 
 
 @needs_extension
-def test_torch_compile_takes_it_whole() -> None:
+def test_torch_compile_makes_one_graph() -> None:
     logits = draw(2, 6, 5, 1.0, torch.float32)
     compiled = torch.compile(lambda x: select_views(x, 3), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits), select_views(logits, 3))

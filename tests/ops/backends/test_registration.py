@@ -1,4 +1,4 @@
-"""Operators made of named groups: their schemas, absent tensors, and the groups of the compiled library's operators."""
+"""Operators are made of named groups of tensors and options, which agree with the compiled library's schemas."""
 
 from __future__ import annotations
 
@@ -64,12 +64,14 @@ def multiply_gradients(given: Any, arguments: list[Any], kept: tuple[Tensor, ...
     return [Pair(dleft, None if pair.right is None else scaling.factor * dproduct * left)]
 
 
-# opcheck itself looks at the gradients of inputs that are no leaves.
+# opcheck itself reads gradients of tensors that are no leaves, of which PyTorch warns.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_an_operator_made_of_groups_keeps_pytorchs_rules() -> None:
-    taken = Layout(Pair, Scaling)
-    define("multiply_of_a_test", taken, Layout(Product, Factors, results=(Product, Factors)), multiply, multiply)
-    register_gradient("multiply_of_a_test", taken, Layout(Pair), 1, multiply_gradients)
+    arguments_layout = Layout(Pair, Scaling)
+    define(
+        "multiply_of_a_test", arguments_layout, Layout(Product, Factors, results=(Product, Factors)), multiply, multiply
+    )
+    register_gradient("multiply_of_a_test", arguments_layout, Layout(Pair), 1, multiply_gradients)
     operator = torch.ops.rada_fast.multiply_of_a_test.default
     left, right = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     for second in (right, None):

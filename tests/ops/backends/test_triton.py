@@ -1,4 +1,4 @@
-"""What the Triton backend reads before it launches anything."""
+"""The Triton backend multiplies float32 as PyTorch's settings and RADA_FAST_FLOAT32 say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ matmul = torch.backends.cuda.matmul
 def _precision_afterwards() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision("highest")
-    if hasattr(matmul, "fp32_precision"):  # the older setting has just set the newer one
+    if hasattr(matmul, "fp32_precision"):  # the older setting has also set the newer one
         torch.backends.fp32_precision = "none"
         matmul.fp32_precision = "none"
 
@@ -55,7 +55,7 @@ def test_float32_products_follow_pytorchs_newer_settings(everywhere: str, produc
     assert float32_precision() == expected
 
 
-def test_a_variable_decides_whatever_pytorch_is_set_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_overrides_pytorchs_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_float32_matmul_precision("high")
     monkeypatch.setenv("RADA_FAST_FLOAT32", "ieee")
     assert float32_precision() == "ieee"
