@@ -1,4 +1,4 @@
-"""Executes the CUDA C++ launchers without a device: from the PTX that nvcc makes of them, in the simulator."""
+"""Run the CUDA C++ launchers without a device: the simulator executes the PTX that nvcc compiles them to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _library(*names: str) -> Any:
 
 @pytest.fixture
 def launchers(monkeypatch: pytest.MonkeyPatch) -> Launchers:
-    """Of the names of sources in csrc/cuda, their launchers: ``launchers("x.cu").call("rada_fast_x", ...)``.
+    """Return a function from sources in csrc/cuda to their launchers: ``launchers("x.cu").call("rada_fast_x", ...)``.
 
     Memory, initialisation and race checks are on; ``.log`` holds the counts of every launch.
     """

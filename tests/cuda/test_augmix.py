@@ -1,4 +1,4 @@
-"""The CUDA kernels of AugMix: in the simulator against Pillow, bit for bit; on a device against the CPU's."""
+"""The CUDA kernels of AugMix equal Pillow in the simulator and the CPU's views on a device, bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INVALID_VALUE = 1
 def run(
     launchers: Launchers, pixels: Tensor, plan: AugmixPlan, size: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, list[Any]]:
-    """The views and the launches' counts; what is not written shows."""
+    """Return the views and the counts of the launches. Views that a launch does not write stay NaN."""
     library = launchers("augmix.cu")
     import ptxsim
 

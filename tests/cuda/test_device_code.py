@@ -1,4 +1,4 @@
-"""The kernel that says which copy of the device code runs, and that no kernel goes without a test on a device."""
+"""A kernel reports which copy of the device code runs, and every kernel has a test that runs on a device."""
 
 from __future__ import annotations
 

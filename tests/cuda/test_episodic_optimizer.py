@@ -1,4 +1,4 @@
-"""The CUDA kernel: in the simulator against the same roundings in NumPy, on a device against torch.optim."""
+"""The CUDA kernel makes the same roundings as NumPy in the simulator, and agrees with torch.optim on a device."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def fma(a: Any, b: Any, c: Any) -> np.ndarray:
 
 
 def expected(s: Scalars, p: Any, m: Any, v: Any, g: Any, fresh: bool) -> tuple[Any, Any, Any]:
-    """What the header says, rounding by rounding."""
+    """Compute what the header defines, rounding by rounding."""
     one = np.float32
     if s.weight_decay:
         g = fma(one(s.weight_decay), p, g)
@@ -140,7 +140,7 @@ def expected(s: Scalars, p: Any, m: Any, v: Any, g: Any, fresh: bool) -> tuple[A
 
 
 class Case:
-    """One tensor: its arrays, and what a step leaves in them."""
+    """A Case holds one tensor's arrays and computes what a step leaves in them."""
 
     def __init__(
         self,

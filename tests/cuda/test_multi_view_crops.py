@@ -1,4 +1,4 @@
-"""The CUDA kernel of views of pictures: in the simulator against Pillow, bit for bit; on a device against the CPU's."""
+"""The CUDA kernel of views equals Pillow in the simulator and the CPU's views on a device, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FRAME = np.dtype(
 
 
 def frames_of(pictures: Sequence[Tensor], views: Tensor) -> np.ndarray[Any, Any]:
-    """The launcher's frames of a table of views; what its glue makes of it."""
+    """Compute the launcher's frames from a table of views, as the registered operator does."""
     frames = []
     for row in views.tolist():
         index, top, left, height, width, resized_height, resized_width, *window, flip, bicubic = row

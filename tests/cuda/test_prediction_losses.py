@@ -1,4 +1,4 @@
-"""The CUDA kernels of the losses: in the simulator against the reference in float64, on a device against it too."""
+"""The CUDA kernels of the losses agree with the reference in float64, in the simulator and on a device."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_no_episodes_launch_nothing(launchers: Launchers, kind: str, rows: int, 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", ["mean", "marginal", "smoothed"])
-def test_an_episode_does_not_see_where_it_lies(launchers: Launchers, dtype: torch.dtype, kind: str) -> None:
+def test_an_episode_does_not_depend_on_its_place(launchers: Launchers, dtype: torch.dtype, kind: str) -> None:
     logits = draw(1, 6, 101, 5.0, dtype).expand(3, -1, -1).contiguous()
     labels = torch.arange(6).expand(3, -1).contiguous() if kind in ("cross_entropy", "smoothed") else None
     losses, gradient, _ = run(launchers, logits, kind, labels=labels)

@@ -1,4 +1,4 @@
-"""The CUDA kernel of view selection: in the simulator against float64, on a device against the CPU's."""
+"""The CUDA kernel of view selection agrees with float64 in the simulator and with the CPU on a device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 
 
 def run(launchers: Launchers, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Any]:
-    """Indices, entropies and the launch's counts; what is not written shows."""
+    """Return indices, entropies and the counts of the launch. Results that it does not write stay -1 or NaN."""
     library = launchers("view_selection.cu")
     import ptxsim
 
@@ -35,7 +35,7 @@ def run(launchers: Launchers, logits: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def shifted(logits: Tensor, by: int) -> Tensor:
-    """The same logits, `by` elements into their memory, and with nothing after them."""
+    """Return the same logits, `by` elements into their memory and with nothing after them."""
     memory = torch.empty(logits.numel() + by, dtype=logits.dtype)
     moved = memory[by:].view(logits.shape)
     return moved.copy_(logits)

@@ -1,4 +1,4 @@
-"""The reference against the published outputs, against a transcription of the equations, and against the method."""
+"""The reference gives the published outputs, agrees with the written-out equations, and behaves as the method must."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_published_outputs_and_gradients(name: str, backend: str, dtype: torch.d
     assert abs(entropy.item() - float(arrays["cross_entropy"])) <= (1e-9 if exact else 1e-4)
     assert abs(output.penalty.item() - float(arrays["linf"])) <= (1e-9 if exact else 1e-5)
     for key, parameter in parameters.items():
-        wanted = arrays[f"grad.{key}"].double()
+        expected = arrays[f"grad.{key}"].double()
         assert parameter.grad is not None
-        error = (parameter.grad - wanted).norm() / wanted.norm()
+        error = (parameter.grad - expected).norm() / expected.norm()
         assert error <= (1e-7 if exact else 1e-5), key
 
 
 def transcription(image: Tensor, text: Tensor, s: float, p: dict[str, Tensor], config: AdapterConfig) -> Tensor:
-    """The mask, one image, one head, one class at a time, as the equations stand."""
+    """Compute the mask as the equations are written, for one image, one head and one class at a time."""
     B, K, D, d = len(image), len(text), config.embed_dim, config.head_dim
     scaled = config.input_scale == "logit"
     root, full = (math.sqrt(s), s) if scaled else (1.0, 1.0)
@@ -106,8 +106,8 @@ CONFIGS = [
 
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_configuration_is_the_equations(config: AdapterConfig, backend: str) -> None:
-    # K = 7: odd and no multiple of a vector; s = 9 keeps the scores moderate, so float64 agrees to its last digits.
+def test_every_configuration_equals_the_equations(config: AdapterConfig, backend: str) -> None:
+    # K = 7 is no multiple of a vector; s = 9 keeps the scores moderate, so that float64 agrees to the last digits.
     image, text, parameters = problem(config, batch=3, classes=7)
     output = rational_adapter(image, text, 9.0, parameters, config, return_mask=True, penalty="l1", backend=backend)
     mask = transcription(image, text, 9.0, parameters, config)
@@ -131,7 +131,7 @@ def test_reference_and_literal_have_equal_gradients(config: AdapterConfig, penal
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_penalties_are_their_formulas() -> None:
+def test_penalties_equal_their_formulas() -> None:
     config = AdapterConfig.official(16)
     image, text, parameters = problem(config, batch=3, classes=5)
     values = {
@@ -193,7 +193,7 @@ def test_permuting_classes_permutes_logits(config: AdapterConfig, classes: int, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_images_do_not_see_each_other(backend: str) -> None:
+def test_images_do_not_depend_on_each_other(backend: str) -> None:
     config = AdapterConfig.official(16)
     image, text, parameters = problem(config, 4, 9)
     poisoned = image.clone()
@@ -215,7 +215,7 @@ def test_equal_classes_tie_exactly(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_empty_batch_and_strided_inputs(backend: str) -> None:
+def test_an_empty_batch_and_strided_inputs_are_served(backend: str) -> None:
     config = AdapterConfig.official(16)
     image, text, parameters = problem(config, 3, 5)
     empty = rational_adapter(image[:0], text, 9.0, parameters, config, penalty="linf", backend=backend)
@@ -240,14 +240,14 @@ def test_scores_far_apart_do_not_overflow() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gpu_gives_the_same(config: AdapterConfig, backend: str) -> None:
     image, text, parameters = problem(config, batch=3, classes=7)
-    here = rational_adapter(image, text, 9.0, parameters, config, penalty="linf", backend=backend)
-    there = rational_adapter(
+    cpu_output = rational_adapter(image, text, 9.0, parameters, config, penalty="linf", backend=backend)
+    device_output = rational_adapter(
         image.cuda(), text.cuda(), 9.0, {k: v.cuda() for k, v in parameters.items()}, config, penalty="linf",
         backend=backend,
     )  # fmt: skip
-    torch.testing.assert_close(there.logits.cpu(), here.logits, rtol=1e-10, atol=1e-10)
-    assert there.penalty is not None
-    torch.testing.assert_close(there.penalty.cpu(), here.penalty, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(device_output.logits.cpu(), cpu_output.logits, rtol=1e-10, atol=1e-10)
+    assert device_output.penalty is not None
+    torch.testing.assert_close(device_output.penalty.cpu(), cpu_output.penalty, rtol=1e-10, atol=1e-10)
 
 
 def test_a_penalty_without_an_equation_is_refused() -> None:
