@@ -89,7 +89,7 @@ def has_bias(layer: nn.Module) -> bool:
     parametrised = layer._modules.get("parametrizations")
     if parametrised is not None and "bias" in parametrised._modules:
         return True
-    return cast(Tensor | None, layer.bias) is not None
+    return layer.bias is not None
 
 
 def tensors_or_calls(layers: Mapping[str, nn.Module], *, bias: bool) -> dict[str, Tensor] | ProjectionCalls:

@@ -53,6 +53,10 @@ def check_features(name: str, tensor: Tensor, rows: str, embed_dim: int) -> None
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+"""What a multiplier may be. A tuple, because PyTorch 2.8 cannot compile code that has a union of these types."""
+
+
 def check_scale(logit_scale: object) -> None:
     """Raise TypeError or ValueError unless the multiplier is one real number."""
     if isinstance(logit_scale, Tensor):
@@ -60,9 +64,7 @@ def check_scale(logit_scale: object) -> None:
             raise ValueError(f"logit_scale must be a single multiplier, got shape {tuple(logit_scale.shape)}")
         if logit_scale.is_complex():
             raise TypeError(f"logit_scale must be a real multiplier, got {logit_scale.dtype}")
-    elif not isinstance(logit_scale, int | float | torch.SymInt | torch.SymFloat) and not hasattr(
-        logit_scale, "__float__"
-    ):
+    elif not isinstance(logit_scale, NUMBERS) and not hasattr(logit_scale, "__float__"):
         raise TypeError(f"logit_scale must be a number or a tensor of one, got {type(logit_scale).__name__}")
 
 
