@@ -1,4 +1,4 @@
-"""Executes the kernels' compiled PTX without a device, where the simulator lies beside the checkout."""
+"""Run the kernels without a device: a simulator beside the checkout executes their compiled PTX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Simulated = Callable[[], AbstractContextManager[list]]
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
-    """A context in which launches on CPU tensors run in the simulator, with memory, initialisation and race checks."""
+    """Return a context in which launches on CPU tensors run in the simulator, which checks memory and races."""
     if not (SHARED / "ptxsim").is_dir():
         pytest.skip("no simulator beside this checkout")
     monkeypatch.syspath_prepend(str(SHARED))

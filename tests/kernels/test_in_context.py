@@ -1,4 +1,4 @@
-"""The Triton backend inside what programs wrap around it: compilation, autocast, graphs, strided inputs, episodes."""
+"""The Triton backend works under compilation, autocast and CUDA graphs, and with strided inputs and episodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels under Triton's interpreter, which reads its variable once: in a process of their own."""
+"""The kernels run under Triton's interpreter, in a process of their own because it reads its variable once."""
 
 from __future__ import annotations
 

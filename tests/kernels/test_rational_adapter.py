@@ -1,4 +1,4 @@
-"""The Triton backend against float64, by the error that plain PyTorch makes in the same type."""
+"""The errors of the Triton backend against float64 are about those of plain PyTorch in the same type."""
 
 from __future__ import annotations
 

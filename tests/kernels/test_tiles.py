@@ -1,4 +1,4 @@
-"""Tiles measured on a device: bounded, kept on disk, taken by later calls, turned off by a variable."""
+"""Tiles are measured on a device, kept on disk and used by later calls, unless a variable turns them off."""
 
 from __future__ import annotations
 
