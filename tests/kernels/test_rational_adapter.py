@@ -245,7 +245,7 @@ def test_cpu_tensors_are_refused_without_a_simulator() -> None:
 # -1 is relu's kink, 0 that of l1; in the other cases the largest distance is that of many columns and all classes.
 @pytest.mark.parametrize(
     ("penalty", "offsets"),
-    [("l2", [-1.0, 0.0, 0.25]), ("l1", [-1.0, 0.0, 0.25]), ("linf", [0.125, -0.5, 0.5]), ("linf", [0.0])],
+    [("l2", [-1.0, 0.0, 0.25]), ("l1", [-1.0, 0.0, 0.25]), ("linf", [0.125, -0.5, 0.5]), ("linf", [0.25])],
 )
 def test_kinks_and_ties_are_those_of_the_reference(penalty: str, offsets: list[float], simulated: Simulated) -> None:
     config = AdapterConfig.official(32, num_heads=2)

@@ -78,8 +78,8 @@ def test_the_first_of_equal_distances_counts(device: str, classes: int) -> None:
 
 @pytest.mark.parametrize("classes", [1, 130, 2100])
 def test_factors_of_more_classes_than_one_block(device: str, classes: int) -> None:
-    # Of the order of thousands, and the largest one last.
-    logsums = torch.linspace(-3000.0, 3000.0, 2 * classes).view(2, classes)
+    # A head whose classes all count; another of thousands, with the largest one last.
+    logsums = torch.stack([3 * torch.randn(classes), torch.linspace(-3000.0, 3000.0, classes)])
     factors, totals = (torch.full(shape, torch.nan, device=device) for shape in ((2, classes), (2,)))
     softmax_factors_kernel[(2,)](
         logsums=logsums.to(device), factors=factors, totals=totals, classes=classes,
