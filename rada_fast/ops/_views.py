@@ -35,12 +35,17 @@ def views_are_compiled(backend: str | None = None) -> bool:
     return resolve_device_backend(torch.device("cpu"), backend) == "cpu"
 
 
+def check_sides(height: int, width: int, size: int) -> None:
+    """Raise ValueError where a picture or a view of it would have no pixels."""
+    if min(height, width, size) < 1:
+        raise ValueError(f"height, width and size must be at least 1, got {height}, {width} and {size}")
+
+
 def check_draw(height: int, width: int, size: int, count: int) -> None:
-    """Raise ValueError where a picture, the side of a view or the number of views cannot be."""
-    if min(height, width, size) < 1 or count < 0:
-        raise ValueError(
-            f"height, width and size must be at least 1 and count at least 0, got {height}, {width}, {size} and {count}"
-        )
+    """Raise ValueError where a picture or a view of it would have no pixels, or the number of views is negative."""
+    check_sides(height, width, size)
+    if count < 0:
+        raise ValueError(f"count must be at least 0, got {count}")
 
 
 def cuts_compiled(pictures: Sequence[Tensor], backend: str | None) -> bool:
@@ -84,6 +89,8 @@ def check_views(
     if not len(views):
         return
     named, top, left, height, width, resized_height, resized_width, window_top, window_left, *_ = views.unbind(1)
+    if not pictures:
+        raise ValueError(f"pictures must hold those that the {len(views)} views name, got none")
     least, most = int(named.min()), int(named.max())
     if least < 0 or most >= len(pictures):
         raise ValueError(f"views must name pictures in 0..{len(pictures) - 1}, got {least}..{most}")

@@ -13,6 +13,7 @@ from rada_fast.ops._views import (
     CROP_SCALE,
     TALL_FIRST,
     check_draw,
+    check_sides,
     check_views,
     cuts_compiled,
     views_are_compiled,
@@ -30,9 +31,10 @@ def whole_view(
     """The view of a whole picture: its shorter side resized to size and the centre cropped, or both sides resized.
 
     height, width: of the picture, in pixels; size: S; resize: "shortest" or "squash"; interpolation: the filter.
-    Returns a table of one view, (1, 11) int64 (VIEW_COLUMNS), of picture 0.
+    Returns a table of one view, (1, 11) int64 (VIEW_COLUMNS), of picture 0. Raises ValueError for sizes below 1.
     Equivalent to torchvision's Resize(size) and CenterCrop(size), or Resize((size, size)).
     """
+    check_sides(height, width, size)
     resized_height = resized_width = size
     if resize == "shortest":
         # torchvision's rounding: the longer side down, the window's corner to the nearest even.

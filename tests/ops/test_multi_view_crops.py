@@ -219,14 +219,6 @@ def test_views_do_not_depend_on_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-@needs_extension
-def test_no_views_and_no_pictures_are_served() -> None:
-    none = torch.empty((0, 11), dtype=torch.int64)
-    for backend in ("cpu", "reference"):
-        assert multi_view_crops([], none, 8, MEAN, STD, backend=backend).shape == (0, 3, 8, 8)
-        assert random_views(5, 5, 8, 0, torch.Generator(), backend=backend).shape == (0, 11)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -273,7 +265,7 @@ def test_arguments_of_a_wrong_kind_are_refused() -> None:
         multi_view_crops([pixels], views, 8, MEAN, (1.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
         multi_view_crops([pixels], views, 8, MEAN, STD, dtype=torch.float64)
-    with pytest.raises(ValueError, match="got 0, 5, 8 and 1"):
+    with pytest.raises(ValueError, match="got 0, 5 and 8"):
         random_views(0, 5, 8, 1, torch.Generator())
 
 
