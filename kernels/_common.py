@@ -23,6 +23,9 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 
+MOST_EPISODES = 65535
+"""How many blocks a CUDA grid may have along its second and its third axis, of which one counts the episodes."""
+
 COMPUTE_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """Triton's name of the type that products are made in."""
 
@@ -35,6 +38,13 @@ def block_of(width: int, most: int) -> int:
 def cdiv(whole: int, part: int) -> int:
     """whole / part, rounded up."""
     return -(-whole // part)
+
+
+def episode_grid(*programs: int, episodes: int) -> tuple[int, ...]:
+    """The grid of a launch whose last axis counts episodes. Raises ValueError for more of them than CUDA allows."""
+    if episodes > MOST_EPISODES:
+        raise ValueError(f"episodes must be at most {MOST_EPISODES}, got {episodes}")
+    return (*programs, episodes)
 
 
 def episode_stride(weight: Tensor | None) -> int:

@@ -21,6 +21,7 @@ from rada_fast.kernels._common import (
     attended_rows,
     block_of,
     default_precision,
+    episode_grid,
     input_scale,
     product,
     rational_rows,
@@ -279,7 +280,8 @@ def parameter_gradients(
     # pointers of the right type, and biases that do not exist need some pointer. Nothing is written to them.
     weight_pointers = {"output": some_weight} | weights
     bias_pointers = {"output": next(iter(biases.values()))} | biases if bias else weight_pointers
-    parameter_gradients_kernel[(len(weights) * (width // tile.outputs) * (width // tile.inputs), episodes)](
+    programs = len(weights) * (width // tile.outputs) * (width // tile.inputs)
+    parameter_gradients_kernel[episode_grid(programs, episodes=episodes)](
         image=image, text=text, logit_scale=logit_scale,
         attended_text=attended.text, attended_rational=attended.rational, attended_image=attended.image,
         factors=attended.factors,

@@ -21,6 +21,7 @@ from rada_fast.kernels._common import (
     block_of,
     cdiv,
     default_precision,
+    episode_grid,
     episode_stride,
     input_scale,
     product,
@@ -256,7 +257,7 @@ def rational_projections_forward(
     )
     if batch == 0:
         return projections
-    rational_projections_forward_kernel[(programs, episodes)](
+    rational_projections_forward_kernel[episode_grid(programs, episodes=episodes)](
         image=image, text=text, logit_scale=logit_scale,
         image_weight=weights.get("image"), image_bias=biases.get("image"), text_weight=weights.get("text"),
         text_bias=biases.get("text"),
@@ -435,7 +436,7 @@ def rational_projections_backward(
         PRECISION=default_precision(gradients.keys.dtype, precision),
         num_warps=8 if without_tensor_cores else 4, num_stages=2,
     )  # fmt: skip
-    image_gradient_reduce_kernel[(cdiv(images, 16), width // block_n, episodes)](
+    image_gradient_reduce_kernel[episode_grid(cdiv(images, 16), width // block_n, episodes=episodes)](
         logit_scale=logit_scale, image_weight=weights.get("image"), dq_image=gradients.q_image,
         image_parts=image_parts,
         dimage=dimage,

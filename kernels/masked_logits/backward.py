@@ -13,6 +13,7 @@ from rada_fast.kernels._common import (
     block_of,
     cdiv,
     default_precision,
+    episode_grid,
     product,
     query_kind_rows,
     rational_rows,
@@ -206,7 +207,7 @@ def masked_logits_backward(
     if batch == 0:
         return gradients
     arguments = common_arguments(image, text, attended, weight, bias, num_heads, episodes, dtype, tile)
-    grid = (cdiv(rows, tile.rows) * (width // tile.columns), episodes)
+    grid = episode_grid(cdiv(rows, tile.rows) * (width // tile.columns), episodes=episodes)
     precision = default_precision(dtype, precision)
     masked_logits_backward_offset_kernel[grid](
         **arguments,

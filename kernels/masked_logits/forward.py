@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_fast.kernels._common import cdiv, default_precision, rational_rows, store_chunk_sums, store_chunks
+from rada_fast.kernels._common import (
+    cdiv,
+    default_precision,
+    episode_grid,
+    rational_rows,
+    store_chunk_sums,
+    store_chunks,
+)
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.masked_logits.offset import common_arguments, one_plus_offset, program_tile
 from rada_fast.kernels.masked_logits.tiles import CHUNK, PEAK_CHUNK, PENALTIES, Tile, tile_of
@@ -218,7 +225,7 @@ def masked_logits_forward(
     penalty_parts = torch.empty((episodes, programs), **float32) if kind in (1, 2) else None
     peak_values = torch.empty((width // PEAK_CHUNK, batch, classes), **float32) if kind == 3 else None
     peak_columns = torch.empty_like(peak_values, dtype=torch.int32) if peak_values is not None else None
-    masked_logits_forward_kernel[(programs, episodes)](
+    masked_logits_forward_kernel[episode_grid(programs, episodes=episodes)](
         **common_arguments(image, text, attended, weight, bias, num_heads, episodes, dtype, tile),
         logit_parts=logit_parts, penalty_parts=penalty_parts, peak_values=peak_values, peak_columns=peak_columns,
         mask=outputs.mask,

@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from rada_fast.config.method import AdapterConfig
+from rada_fast.errors import BackendUnavailableError
+from rada_fast.kernels._common import MOST_EPISODES, episode_grid
+from rada_fast.ops import rational_adapter
+from rada_fast.ops._backends import triton
 from rada_fast.ops._backends.triton import float32_precision
+from tests.support import problem
 
 matmul = torch.backends.cuda.matmul
 
@@ -59,3 +65,21 @@ def test_the_variable_overrides_pytorchs_settings(monkeypatch: pytest.MonkeyPatc
     torch.set_float32_matmul_precision("high")
     monkeypatch.setenv("RADA_FAST_FLOAT32", "ieee")
     assert float32_precision() == "ieee"
+
+
+def test_a_grid_counts_episodes_up_to_cudas_limit() -> None:
+    assert episode_grid(7, episodes=MOST_EPISODES) == (7, MOST_EPISODES)
+    assert episode_grid(7, 3, episodes=1) == (7, 3, 1)
+    with pytest.raises(ValueError, match="episodes must be at most 65535, got 65536"):
+        episode_grid(7, episodes=MOST_EPISODES + 1)
+
+
+def test_more_episodes_than_a_grid_holds_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "executes_on_cpu", lambda: True)
+    config = AdapterConfig.official(32, num_heads=4)
+    image, text, parameters = problem(config, 1, 2, torch.float32)
+    for episodes, refused in ((MOST_EPISODES, False), (MOST_EPISODES + 1, True)):
+        images = image.expand(episodes, -1)
+        assert bool(triton.reason_not_served(config, images, text, parameters, episodes=episodes)) == refused
+    with pytest.raises(BackendUnavailableError, match="serves at most 65535 episodes, not 65536"):
+        rational_adapter(images, text, 20.0, parameters, config, episodes=episodes, backend="triton")
