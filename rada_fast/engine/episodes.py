@@ -17,7 +17,7 @@ from rada_fast.config.method import EpisodeConfig, MaskPenalty, OptimizerName
 from rada_fast.modules.projections import GIVE_VALUES, is_no_ordinary_tensor
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
 from rada_fast.ops import prediction_loss, rational_adapter, select_views, under_transform, zero_shot_logits
-from rada_fast.ops.rational_adapter import check_features, check_scale
+from rada_fast.ops.rational_adapter import check_features, check_scale, check_text_features
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def adapt_episodes(
     config = config or EpisodeConfig()
     adapter = unwrapped(adapter)
     check_features("view_features", view_features, "E, V", adapter.config.embed_dim)
-    check_features("text_features", text_features, "K", adapter.config.embed_dim)
+    check_text_features(text_features, adapter.config.embed_dim)
     check_scale(logit_scale)
     if view_features.is_meta:
         raise ValueError("view_features must have values, got a tensor of the meta device")
@@ -199,7 +199,10 @@ def adapt_episodes(
     # Nothing made in inference mode takes part in autograd: episodes run outside of it, on copies.
     with torch.inference_mode(False), torch.enable_grad():
         dtype = arithmetic_dtype(adapter, view_features)
-        scale = _outside_inference(logit_scale) if isinstance(logit_scale, Tensor) else logit_scale
+        scale = logit_scale
+        if isinstance(logit_scale, Tensor):
+            # Once for all steps of all episodes: the adapter refuses a tensor of another device.
+            scale = _outside_inference(logit_scale).to(view_features.device)
         views = _outside_inference(view_features).to(dtype)
         text = _outside_inference(text_features).to(dtype)
         zero_shot, plain = adapter.is_zero_shot(), adapter.is_plain()

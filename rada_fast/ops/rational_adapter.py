@@ -53,6 +53,13 @@ def check_features(name: str, tensor: Tensor, rows: str, embed_dim: int) -> None
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
+def check_text_features(text_features: Tensor, embed_dim: int) -> None:
+    """Raise TypeError or ValueError unless the text features are those of at least one class, (K, D)."""
+    check_features("text_features", text_features, "K", embed_dim)
+    if len(text_features) == 0:
+        raise ValueError("text_features must hold at least one class (K >= 1), got K = 0")
+
+
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 """What a multiplier may be. A tuple, because PyTorch 2.8 cannot compile code that has a union of these types."""
 
@@ -79,9 +86,7 @@ def check_inputs(
 ) -> None:
     """Raise ValueError or TypeError naming the first argument that does not fit."""
     check_features("image_features", image_features, "B", config.embed_dim)
-    check_features("text_features", text_features, "K", config.embed_dim)
-    if len(text_features) == 0:
-        raise ValueError("text_features must hold at least one class (K >= 1), got K = 0")
+    check_text_features(text_features, config.embed_dim)
     if image_features.dtype != text_features.dtype and not torch.is_autocast_enabled(image_features.device.type):
         raise TypeError(
             f"text_features must have image_features' dtype {image_features.dtype}, got {text_features.dtype}"
@@ -89,6 +94,12 @@ def check_inputs(
     if image_features.device != text_features.device:
         raise ValueError(f"text_features must be on {image_features.device}, got {text_features.device}")
     check_scale(logit_scale)
+    if isinstance(logit_scale, Tensor) and logit_scale.device != image_features.device:
+        # A copy to the device in every call would wait for it, and cannot be captured in a CUDA graph.
+        raise ValueError(
+            f"logit_scale must be a number or on {image_features.device} as image_features are, "
+            f"got {logit_scale.device}: move it there once, outside"
+        )
     if penalty is not None and penalty not in MASK_PENALTIES:
         raise ValueError(f"penalty must be None or one of {', '.join(map(repr, MASK_PENALTIES))}, got {penalty!r}")
     if episodes is not None and (episodes < 1 or len(image_features) % episodes):
@@ -141,7 +152,8 @@ def rational_adapter(
 
     image_features: (B, D), float32|float64|bfloat16|float16, unit norm, any stride.
     text_features: (K, D), same dtype and device, unit norm, K >= 1.
-    logit_scale: the multiplier s itself, a number or a one-element tensor; the projections' inputs see it detached.
+    logit_scale: the multiplier s itself, a number or a one-element tensor on the same device; the projections' inputs
+        see it detached.
     parameters: tensors under the published names, on the same device; see parameter_shapes. Or ProjectionCalls, which
         plain PyTorch calls.
     config: the adapter's arithmetic.

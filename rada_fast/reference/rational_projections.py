@@ -102,9 +102,9 @@ def layer_projections(
 def as_scale(logit_scale: Tensor | float, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the logit scale as a 0-dim tensor on the device of like, in dtype or in the type of like.
 
-    A tensor keeps its gradient. A number is filled in on the device, because a copy from the host would wait for the
-    device, which a CUDA graph forbids.
+    A tensor is on that device already, and keeps its gradient. A number is filled in on the device, because a copy from
+    the host would wait for the device, which a CUDA graph forbids.
     """
     if isinstance(logit_scale, Tensor):
-        return logit_scale.to(like.device, dtype or like.dtype).reshape(())
+        return logit_scale.to(dtype or like.dtype).reshape(())
     return like.new_full((), logit_scale, dtype=dtype or like.dtype)

@@ -8,8 +8,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rada_fast
 from rada_fast.config.method import AdapterConfig
@@ -41,6 +44,10 @@ def call(**changes: Any) -> torch.Tensor:
         ({"text_features": torch.ones(3, 16).long()}, "text_features must be floating point, got torch.int64"),
         ({"image_features": [[1.0]]}, "image_features must be a tensor, got list"),
         ({"logit_scale": torch.ones(2)}, r"logit_scale must be a single multiplier, got shape \(2,\)"),
+        (
+            {"logit_scale": torch.ones((), device="meta")},
+            "logit_scale must be a number or on cpu as image_features are, got meta: move it there once, outside",
+        ),
         ({"penalty": "l3"}, "penalty must be None or one of 'l2', 'l1', 'linf', got 'l3'"),
         ({"parameters": {}}, "parameters must hold 'q_proj1.weight'"),
     ],
@@ -48,6 +55,45 @@ def call(**changes: Any) -> torch.Tensor:
 def test_each_wrong_argument_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         call(**changes)
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations that wait for a device: copies between two devices, and reading a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        copies = "copy" in str(func) and len({tensor.device for tensor in tensors}) > 1
+        if copies or "local_scalar_dense" in str(func):
+            self.names.append(str(func))
+        return result
+
+
+def test_a_copy_of_a_scale_would_be_noted() -> None:
+    with Waits() as waits:
+        torch.tensor(100.0).to("meta", torch.float64)
+        torch.tensor(100.0).item()
+    assert len(waits.names) == 2
+
+
+@pytest.mark.parametrize("logit_scale", [100.0, 100, torch.tensor(100.0), torch.tensor([100.0]), np.float32(100)])
+@pytest.mark.parametrize("backend", ["reference", "literal"])
+def test_no_form_of_the_scale_makes_the_host_wait(logit_scale: Any, backend: str) -> None:
+    """The meta device stands for one that is not the host's."""
+    elsewhere = torch.device("meta")
+    adapter = RationalAdapter(CONFIG).to(elsewhere)
+    scale = logit_scale.to(elsewhere) if isinstance(logit_scale, torch.Tensor) else logit_scale
+    image, text = torch.ones(2, 16, device=elsewhere), torch.ones(3, 16, device=elsewhere)
+    with Waits() as waits:
+        call(
+            image_features=image, text_features=text, parameters=dict(adapter.named_parameters()), logit_scale=scale,
+            penalty="l2", backend=backend,
+        )  # fmt: skip
+    assert not waits.names
 
 
 def test_a_parameter_of_the_wrong_shape_is_named() -> None:
