@@ -99,7 +99,7 @@ def test_types_and_what_the_mix_writes(launchers: Launchers, dtype: torch.dtype)
     assert log[-1].global_st["bytes"] == log[-1].footprint_st == made.nbytes
 
 
-def test_no_views_chains_or_steps(launchers: Launchers) -> None:
+def test_no_views_chains_or_steps_are_served(launchers: Launchers) -> None:
     pixels = picture(9, 12)
     plan = random_augmix(9, 12, 8, 3, torch.Generator().manual_seed(2))
     made, log = run(launchers, pixels, AugmixPlan(*(part[:0] for part in plan)), 8)

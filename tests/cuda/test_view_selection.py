@@ -58,7 +58,7 @@ def test_order_is_that_of_float64(
     assert torch.equal(indices, entropies.argsort(dim=-1, stable=True)[:, :count])
 
 
-def test_no_episodes_and_none_selected(launchers: Launchers) -> None:
+def test_no_episodes_and_none_selected_are_served(launchers: Launchers) -> None:
     indices, entropies, launch = run(launchers, torch.empty(0, 5, 7), 2)
     assert (indices.shape, entropies.shape, launch) == ((0, 2), (0, 5), None)
     logits = draw(2, 5, 7, 20.0, torch.float32)

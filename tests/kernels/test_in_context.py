@@ -9,6 +9,7 @@ from torch import Tensor
 from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter, use_backend
+from tests.ops.test_empty_inputs import every_case_without_images
 from tests.support import problem
 
 CONFIG = AdapterConfig.official(128)
@@ -65,12 +66,8 @@ def test_strided_and_expanded_inputs(device: str) -> None:
         assert torch.equal(got[0], plain[0])
 
 
-def test_an_empty_batch(device: str) -> None:
-    adapter, image, text = module_and_inputs(device)
-    with use_backend("triton"):
-        logits, gradients = step(adapter, image[:0], text)
-    assert logits.shape == (0, 20)
-    assert not any(bool(value.any()) for value in gradients.values())
+def test_no_images_are_served_in_any_configuration(device: str) -> None:
+    every_case_without_images("triton", device)
 
 
 def test_images_do_not_see_each_other(device: str) -> None:

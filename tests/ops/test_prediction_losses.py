@@ -191,7 +191,7 @@ def test_losses_do_not_depend_on_threads_or_neighbours(kind: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_shapes_strides_types_and_empty_inputs_are_served(backend: str) -> None:
+def test_shapes_strides_and_types_are_served(backend: str) -> None:
     logits = draw(2, 3, 5, 1.0, torch.bfloat16)
     with use_backend(backend):
         losses, gradient = prediction_loss_and_gradient(logits, "mean")
@@ -202,8 +202,6 @@ def test_shapes_strides_types_and_empty_inputs_are_served(backend: str) -> None:
         assert torch.equal(alone, losses[0])
         strided = logits.transpose(0, 2).contiguous().transpose(0, 2)
         assert torch.equal(prediction_loss(strided, "mean"), losses)
-        for kind in ("mean", "marginal"):
-            assert prediction_loss(logits[:0], kind).shape == (0,)  # type: ignore[arg-type]
         assert not prediction_loss(logits, "mean").requires_grad
 
 

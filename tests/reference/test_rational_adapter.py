@@ -215,13 +215,9 @@ def test_equal_classes_tie_exactly(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_empty_batch_and_strided_inputs_are_served(backend: str) -> None:
+def test_strided_inputs_are_served(backend: str) -> None:
     config = AdapterConfig.official(16)
     image, text, parameters = problem(config, 3, 5)
-    empty = rational_adapter(image[:0], text, 9.0, parameters, config, penalty="linf", backend=backend)
-    assert empty.logits.shape == (0, 5)
-    assert empty.penalty is not None
-    assert empty.penalty.item() == 0
     plain = rational_adapter(image, text, 9.0, parameters, config, backend=backend).logits
     strided = rational_adapter(image.T.contiguous().T, text.T.contiguous().T, 9.0, parameters, config, backend=backend)
     torch.testing.assert_close(strided.logits, plain, rtol=1e-12, atol=1e-12)
