@@ -1,4 +1,4 @@
-"""Public ops: checks, choice of backend, autograd. One file per op."""
+"""The public ops. Each has a file that checks the arguments, chooses a backend and connects autograd."""
 
 from rada_fast.ops._backends.choice import BACKENDS, backends, resolve_backend, use_backend
 from rada_fast.ops._backends.transforms import under_transform

@@ -1,4 +1,4 @@
-"""What the ops over predictions share: the check of the logits, and which implementation serves a call."""
+"""Check the logits of the ops over predictions, and decide whether the compiled operator serves a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ SERVED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_compiled(logits: Tensor) -> bool:
-    """Whether the compiled operator serves a call; else the reference does. Raises BackendUnavailableError."""
+    """Return whether the compiled operator serves a call; otherwise the reference does.
+
+    Raises BackendUnavailableError where a named backend cannot serve.
+    """
     if under_transform():
         if (name := chosen_backend()) == logits.device.type:
             raise BackendUnavailableError(f"backend {name!r} cannot serve this call: {TRANSFORM_REASON}")
@@ -22,7 +25,7 @@ def is_compiled(logits: Tensor) -> bool:
 
 
 def check_logits(logits: Tensor, shape: str) -> None:
-    """Raise TypeError or ValueError where logits are not what the ops take."""
+    """Raise TypeError or ValueError unless the logits have a type and a shape that the ops accept."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     if logits.dtype not in SERVED:

@@ -1,4 +1,4 @@
-"""What the ops over pictures share: how views are drawn, what may be asked for, which implementation serves a call."""
+"""Check the arguments of the ops over pictures, and decide whether the compiled operators serve a call."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from rada_fast.ops._backends.choice import reference_asked, resolve_device_backe
 from rada_fast.ops._backends.compiled import VIEW_COLUMNS as VIEW_COLUMNS
 
 CROP_SCALE = (0.08, 1.0)
-"""Share of the picture in a random crop, torchvision's default, which the test-time protocols use."""
+"""The least and largest share of the picture in a random crop: torchvision's default, which test-time protocols use."""
 CROP_RATIO = (3 / 4, 4 / 3)
-"""Width over height of a random crop, torchvision's default."""
+"""The least and largest width over height of a random crop: torchvision's default."""
 
 TALL_FIRST = int(PIL.__version__.split(".")[0]) >= 13
-"""Pillow from version 13 on makes the vertical pass first where the height shrinks by more than twice what the width
-does. Both passes round to whole values, so the order shows; the compiled operators follow the installed Pillow."""
+"""From version 13 on, Pillow resizes vertically first where the height loses over twice as many pixels as the width.
+Both passes round to whole values, so their order matters; the compiled operators follow the installed Pillow."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def views_are_compiled(backend: str | None = None) -> bool:
-    """Whether the compiled operators draw views, and cut those of pictures on the CPU.
+    """Return whether the compiled operators draw views, and cut those of pictures on the CPU.
 
-    They draw on the CPU, whatever backend is in force for tensors elsewhere.
-    backend: as the argument of the ops; None asks about the backend in force.
+    Views are drawn on the CPU, whatever backend is in force for tensors elsewhere.
+    backend: the ops' argument of this name; None means the backend in force.
     """
     if backend is None:
         return library.load() is None and not reference_asked()
@@ -49,8 +49,9 @@ def check_draw(height: int, width: int, size: int, count: int) -> None:
 
 
 def cuts_compiled(pictures: Sequence[Tensor], backend: str | None) -> bool:
-    """Whether the compiled operators cut views of these pictures, which lie on one device; else the reference does.
+    """Return whether the compiled operators cut the views of these pictures; otherwise the reference does.
 
+    The pictures are on one device.
     Raises BackendUnavailableError where a named backend cannot serve.
     """
     device = pictures[0].device if len(pictures) else torch.device("cpu")
@@ -65,7 +66,7 @@ def check_views(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> None:
-    """Raise ValueError where the views do not lie in the pictures, or an argument has a wrong shape, type or device."""
+    """Raise ValueError where a view leaves its picture, or an argument has a wrong shape, type or device."""
     for index, picture in enumerate(pictures):
         if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.numel() == 0:
             raise ValueError(

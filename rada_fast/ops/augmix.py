@@ -1,4 +1,4 @@
-"""AugMix (Hendrycks et al., ICLR 2020) of views of decoded pictures with Pillow's arithmetic, and how it is drawn."""
+"""Draw AugMix operations (Hendrycks et al., ICLR 2020) and apply them to views of pictures with Pillow's arithmetic."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from rada_fast.ops._views import (
 )
 
 AUGMIX_OPERATIONS = ("none", "autocontrast", "equalize", "posterize", "solarize", "affine")
-"""What a step of a chain can do to a view's pixels, by number; "affine" covers rotations, shears and shifts."""
+"""The operations of which chains consist, in the order of their numbers; "affine" is any rotation, shear or shift."""
 
 
 class AugmixPlan(NamedTuple):
-    """How AugMix changes N views, by C chains of up to L operations. The tensors are on the CPU, which draws them.
+    """Hold N views and the operations of AugMix for each: C chains of up to L operations. All tensors are on the CPU.
 
-    views: (N, 11) int64, as ops.multi_view_crops has them.
-    operations: (N, C, L) int64, numbers of AUGMIX_OPERATIONS.
-    matrices: (N, C, L, 6) float64, of an affine operation the matrix from places in the result to places in its source,
-        in pixels, as Image.transform takes it; of posterize and solarize first the bits to keep or the least value to
-        invert.
-    weights: (N, C + 2) float32: of the chains, then of the plain view and of the mix of the chains.
+    views: (N, 11) int64, a table of views as ops.multi_view_crops takes it.
+    operations: (N, C, L) int64, indices into AUGMIX_OPERATIONS.
+    matrices: (N, C, L, 6) float64, the operations' parameters. An affine operation has the matrix from pixel positions
+        in its result to those in its source, in the form of PIL's Image.transform; posterize has the number of bits to
+        keep, and solarize the least value to invert, in the first place.
+    weights: (N, C + 2) float32, the weights of the chains, then those of the unchanged view and of the mix of chains.
     """
 
     views: Tensor
@@ -39,7 +39,7 @@ class AugmixPlan(NamedTuple):
     weights: Tensor
 
     def with_plain(self, views: Tensor) -> AugmixPlan:
-        """This plan after further views, (M, 11), that AugMix leaves as they are."""
+        """Return this plan with further views, (M, 11), in front, which AugMix leaves unchanged."""
         count, (_, chains, depth) = len(views), self.operations.shape
         weights = torch.zeros((count, chains + 2))
         weights[:, chains] = 1
@@ -65,12 +65,19 @@ def random_augmix(
     severity: float = 1.0,
     backend: str | None = None,
 ) -> AugmixPlan:
-    """Views and how AugMix changes each, drawn one after another as test-time prompt tuning draws them.
+    """Draw views and the AugMix operations of each, in the order in which test-time prompt tuning draws them.
 
-    height, width: of the picture, in pixels; size: S; count: views N; generator: on the CPU; scale, ratio: see
-    random_views; chains: C, each of one to depth (L) of nine operations: autocontrast, equalize, posterize, rotate,
-    solarize, shears and shifts either way; severity: of 10. The chains' weights are Dirichlet(1), the plain view's
-    share is uniform.
+    height, width: the size of the picture, in pixels.
+    size: the side S of a view.
+    count: the number N of views.
+    generator: a generator on the CPU.
+    scale, ratio: see random_views.
+    chains: the number C of chains. Each applies between one and `depth` of nine operations: autocontrast, equalize,
+        posterize, rotate, solarize, and shears and shifts along either axis.
+    depth: the most operations L of a chain.
+    severity: the strength of the operations, from 0.1 to 10.
+
+    The chains' weights follow Dirichlet(1, ..., 1), and the share of the unchanged view is uniform.
     Raises ValueError for sizes, chains or a depth below 1, a negative count, or a severity outside 0.1..10.
     """
     check_draw(height, width, size, count)
@@ -100,11 +107,15 @@ def augmix(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
-    """AugMix of views: out = share * n(view) + rest * sum_c weight_c * n(chain_c(view)), n(x) = (x / 255 - mean) / std.
+    """Cut each view and mix it with the results of its AugMix chains.
 
-    pictures, size, mean, std, dtype: as ops.multi_view_crops; plan: the views and how each is changed.
-    Returns (N, 3, S, S), on the pictures' device. Chains work on 8-bit pixels with Pillow's arithmetic, and are mixed
-    in float32; float32 results equal PIL's and PyTorch's bit for bit, the others are those rounded.
+        out = share * n(view) + rest * sum_c weight_c * n(chain_c(view)),   n(x) = (x / 255 - mean) / std
+
+    plan: the views with their operations and weights: weight_c for chain c, then share and rest.
+    pictures, size, mean, std, dtype: see ops.multi_view_crops.
+
+    Returns (N, 3, S, S), on the pictures' device. Chains compute on 8-bit pixels with Pillow's arithmetic, and are
+    mixed in float32. Results in float32 equal those of PIL and PyTorch bit for bit; other types round them.
     Raises ValueError where an argument has a wrong shape or type, or a view leaves its picture.
     Equivalent to share * plain + rest * sum(weight * normalise(chain(view))) with PIL's ImageOps and Image.transform.
     """

@@ -1,4 +1,4 @@
-"""AdamW, Adam and SGD over the parameters of many episodes' adapters, one launch a step."""
+"""Optimise the parameters of many episodes' adapters by AdamW, Adam or SGD, with one launch for a step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def episodic_optimizer_step(
     torch_roots: bool = False,
     backend: str | None = None,
 ) -> None:
-    """One optimiser step on a list of tensors, in place, in one pass; EpisodicOptimizer keeps the lists.
+    """Take one optimiser step on a list of tensors, in place and in one pass; EpisodicOptimizer keeps the lists.
+
+    For a parameter p with gradient g, moments m and v, step t and weight decay wd:
 
         adamw: p *= 1 - lr wd        adam, sgd: g += wd p
         m = lerp(m, g, 1 - beta1);  v = beta2 v + (1 - beta2) g g
@@ -43,21 +45,21 @@ def episodic_optimizer_step(
         sgd: m = momentum m + g;  p -= lr m
 
     parameters: any shapes, float32, contiguous; written.
-    first_moments, second_moments: like the parameter, float32, contiguous; written. An empty tensor (no elements) where
-        the rule keeps no such moment (SGD's buffer is a first moment), or where it is zero and stays so: a gradient of
-        None, without weight decay added to it.
-    gradients: like the parameter, float32|bfloat16|float16, contiguous; None is a gradient of exact zeros.
-    sources: where parameters are read instead of from themselves: one copy, float32, contiguous, of which the parameter
-        holds a whole number one after the other; None for the parameter itself.
-    fresh: whether the moments are zero; they are then written without being read, and may be uninitialised.
-    step: t, counted from 1. The host holds it, so that a captured graph repeats the step at which it was captured:
-        capture the steps of an episode in their order.
-    torch_roots: take Adam's square roots from PyTorch. On a CPU it may call a library for them that rounds the last
-        place in another way; every bit is then torch.optim's, at about twice the time.
+    first_moments, second_moments: the parameter's shape, float32, contiguous; written. A tensor is empty (no elements)
+        where the rule keeps no such moment (SGD's buffer is a first moment), or where the moment is zero and stays
+        zero: the gradient is None, and no weight decay is added to it.
+    gradients: the parameter's shape, float32|bfloat16|float16, contiguous; None is a gradient of exact zeros.
+    sources: None, or a tensor that is read in place of the parameter: float32, contiguous. The parameter then holds a
+        whole number of copies of it, one after the other.
+    fresh: whether the moments are zero. They are then written but not read, and may be uninitialised.
+    step: t, counted from 1. The host passes this number, so a captured CUDA graph repeats the step at which it was
+        captured: capture the steps of an episode in their order.
+    torch_roots: take Adam's square roots from PyTorch, which on a CPU may call a library that rounds the last bit
+        differently. Every bit then equals torch.optim's, at about twice the time.
 
     Returns nothing. Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend
-    cannot serve. The roundings are those of torch.optim's single-tensor form (foreach=False) on a CPU, one by one, with
-    square roots as the processor rounds them; on CUDA tensors too.
+    cannot serve. Every operation rounds as in torch.optim's single-tensor form (foreach=False) on a CPU, also for CUDA
+    tensors; square roots are correctly rounded.
     """
     if name not in get_args(OptimizerName):
         raise ValueError(f"name must be one of {', '.join(map(repr, get_args(OptimizerName)))}, got {name!r}")
@@ -93,7 +95,7 @@ def episodic_optimizer_step(
 
 
 def _check_float32(name: str, tensors: Sequence[Tensor | None]) -> None:
-    """Raise TypeError unless all are float32: eps is 0 in float16, and bfloat16 loses steps too."""
+    """Raise TypeError unless all tensors are float32: eps is 0 in float16, and small steps are lost in bfloat16 too."""
     for index, tensor in enumerate(tensors):
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(
@@ -103,7 +105,7 @@ def _check_float32(name: str, tensors: Sequence[Tensor | None]) -> None:
 
 
 class _Entry(NamedTuple):
-    """One of each of the step's lists, in their order."""
+    """Hold one parameter's entries in the lists that episodic_optimizer_step takes, in their order."""
 
     parameter: Tensor
     first_moment: Tensor
@@ -114,11 +116,11 @@ class _Entry(NamedTuple):
 
 
 def _reference_step(entry: _Entry, rule: Callable[..., tuple[Tensor | None, ...]]) -> None:
-    """Write into one parameter and its moments what the reference makes of them under a rule."""
+    """Update one parameter and its moments in place with the reference's rule."""
     parameter, moments = entry.parameter, (entry.first_moment, entry.second_moment)
     shape, source = parameter.shape, entry.source
     if source is not None:
-        # Whole copies one after the other, whatever the shapes: the parameter's own order of elements.
+        # The parameter's elements are whole copies of the source, one after the other, whatever the two shapes are.
         copies = parameter.numel() // max(source.numel(), 1)
         source = source.reshape(1, -1).expand(copies, -1).reshape(shape)
     results = rule(
@@ -133,10 +135,14 @@ def _reference_step(entry: _Entry, rule: Callable[..., tuple[Tensor | None, ...]
 
 @dataclass
 class _Slot:
-    """One parameter of all episodes.
+    """Hold one parameter of all episodes.
 
-    initial: one copy, never written. shared: one copy that only weight decay has changed. own: (E, ...).
-    current: which of the three holds the values. fresh: the moments are zero and hold nothing. frozen: nothing changes.
+    initial: the initial values, stored once and never written.
+    shared: one copy for all episodes, which only weight decay has changed.
+    own: the episodes' own copies, (E, ...).
+    current: "initial", "shared" or "own", whichever of the three holds the values now.
+    first, second: the moments, (E, ...); fresh: whether they are zero, whatever their memory holds.
+    frozen: whether the parameter never changes.
     """
 
     initial: Tensor
@@ -152,10 +158,10 @@ class _Slot:
 class EpisodicOptimizer:
     """AdamW, Adam or SGD for E episodes that all start from the same parameters, each with its own moments.
 
-    A parameter is stored once for all episodes until a gradient reaches it: the first step reads it there and writes
-    every episode's own copy, so that starting an episode copies nothing and ``reset`` is free. A parameter whose
-    gradient is None (exactly zero) stays shared, and weight decay changes one copy of it. Moments are zero until then
-    and take no memory.
+    A parameter is stored once for all episodes until a gradient reaches it. The first step reads this one copy and
+    writes every episode's own, so starting an episode copies nothing and ``reset`` is free. A parameter whose gradient
+    is None (exactly zero) stays shared, and weight decay changes one copy of it. Until a parameter has a gradient, its
+    moments are zero and take no memory.
 
     ::
 
@@ -167,10 +173,10 @@ class EpisodicOptimizer:
                 optimizer.step(gradients)
             predict(optimizer.parameters, images)
 
-    initial: name to tensor of any shape, float32, all on one device. Read at the first step of every episode and never
-        written, so that a change to it counts from the next reset on. Of what is not contiguous a copy is taken, and of
-        float16 and bfloat16 one in float32, in which parameters, moments and steps are kept. A torch.nn.Parameter whose
-        requires_grad is False stays as it is.
+    initial: name to tensor of any shape, float32, all on one device. It is read at the first step of every episode and
+        never written, so a change to it takes effect after the next reset. A tensor that is not contiguous is copied,
+        and float16 or bfloat16 is copied to float32, the type of all parameters, moments and steps. A
+        torch.nn.Parameter whose requires_grad is False stays as it is.
     episodes: E, at least 1.
     name: "adamw", "adam" or "sgd"; weight decay is decoupled in adamw, added to the gradient in the others.
     lr, weight_decay, betas, eps, momentum: as in torch.optim. lr may be changed between steps.
@@ -230,9 +236,10 @@ class EpisodicOptimizer:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """Name to (E, ...), for reading: the episodes' own storage, or one copy expanded (stride 0 along E) until then.
+        """Return each parameter by name, (E, ...), for reading.
 
-        The next step may write into what this returned: ask again after it.
+        A tensor is the episodes' own storage, or before they have one a single copy expanded with stride 0 along E.
+        The next step may write into these tensors: read this property again after it.
         """
         return {key: self._value(slot) for key, slot in self._slots.items()}
 
@@ -245,7 +252,7 @@ class EpisodicOptimizer:
         return one.expand(self.episodes, *one.shape)
 
     def reset(self) -> None:
-        """Put every episode back to the initial parameters, moments zero. Launches nothing and keeps the memory."""
+        """Return every episode to the initial parameters and zero moments. It launches nothing and keeps the memory."""
         self.steps = 0
         for slot in self._slots.values():
             slot.current, slot.fresh = "initial", True
@@ -256,8 +263,8 @@ class EpisodicOptimizer:
         """Take one step. A gradient that is None or missing is exactly zero for every episode.
 
         gradients: name to (E, ...), float32|bfloat16|float16, any stride.
-        Raises ValueError or TypeError naming a gradient that belongs to no parameter or does not fit it; nothing has
-        happened then.
+        Raises ValueError or TypeError naming a gradient that belongs to no parameter or does not fit it; no parameter
+        has changed then.
         """
         if under_transform():
             raise RuntimeError(
@@ -304,12 +311,15 @@ class EpisodicOptimizer:
         )  # fmt: skip
 
     def _entry(self, slot: _Slot, gradient: Tensor | None) -> _Entry | None:
-        """What the step reads and writes for one parameter, or None where it changes nothing; updates the slot."""
+        """Return the tensors that a step reads and writes for one parameter, or None where it changes nothing.
+
+        It allocates storage that is missing, and sets slot.current to the storage that the step writes.
+        """
         nothing = slot.initial.new_empty(0)
         decoupled = self.name == "adamw"
         moments = 2 if self.name != "sgd" else int(self.momentum != 0)
         source = {"initial": slot.initial, "shared": slot.shared, "own": None}[slot.current]
-        # Zero moments under a zero gradient stay zero, and nothing tells one episode from another yet.
+        # Zero moments stay zero under a zero gradient, and all episodes still have the same values.
         stays_zero = decoupled or self.weight_decay == 0 or not moments
         if gradient is None and slot.current != "own" and stays_zero:
             if self.lr * self.weight_decay == 0:

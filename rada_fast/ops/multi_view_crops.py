@@ -1,4 +1,4 @@
-"""Views of decoded pictures: boxes resized as Pillow resizes them, mirrored, normalised; and how they are drawn."""
+"""Draw views of decoded pictures, and cut them: boxes are resized as by Pillow, mirrored and normalised."""
 
 from __future__ import annotations
 
@@ -28,16 +28,20 @@ def whole_view(
     resize: Literal["shortest", "squash"] = "shortest",
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> Tensor:
-    """The view of a whole picture: its shorter side resized to size and the centre cropped, or both sides resized.
+    """Return the view of a whole picture.
 
-    height, width: of the picture, in pixels; size: S; resize: "shortest" or "squash"; interpolation: the filter.
+    height, width: the size of the picture, in pixels.
+    size: the side S of the view.
+    resize: "shortest" resizes the shorter side to S and crops the centre; "squash" resizes both sides to S.
+    interpolation: the filter.
+
     Returns a table of one view, (1, 11) int64 (VIEW_COLUMNS), of picture 0. Raises ValueError for sizes below 1.
     Equivalent to torchvision's Resize(size) and CenterCrop(size), or Resize((size, size)).
     """
     check_sides(height, width, size)
     resized_height = resized_width = size
     if resize == "shortest":
-        # torchvision's rounding: the longer side down, the window's corner to the nearest even.
+        # As torchvision does, round the longer side down, and the window's corner to the nearest integer, ties to even.
         long = int(size * max(height, width) / min(height, width))
         resized_height, resized_width = (long, size) if width <= height else (size, long)
     top, left = (round((side - size) / 2.0) for side in (resized_height, resized_width))
@@ -56,10 +60,15 @@ def random_views(
     ratio: tuple[float, float] = CROP_RATIO,
     backend: str | None = None,
 ) -> Tensor:
-    """Boxes and flips, drawn as torchvision's RandomResizedCrop and RandomHorizontalFlip draw them, view after view.
+    """Draw boxes and flips as torchvision's RandomResizedCrop and RandomHorizontalFlip do, one view after another.
 
-    height, width: of the picture, in pixels; size: S; count: views N; generator: on the CPU, left where torchvision
-    would leave it; scale: least and largest share of the picture; ratio: least and largest width over height.
+    height, width: the size of the picture, in pixels.
+    size: the side S of a view.
+    count: the number N of views.
+    generator: a generator on the CPU; its state afterwards is the one that torchvision would leave.
+    scale: the least and largest share of the picture in a box.
+    ratio: the least and largest width over height of a box.
+
     Returns a table of views, (N, 11) int64 (VIEW_COLUMNS), of picture 0, bilinear.
     Raises ValueError for sizes below 1 or a negative count.
     """
@@ -82,12 +91,16 @@ def multi_view_crops(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
-    """Views of pictures, each cut from its picture's pixels in one pass: out = (resize(box) / 255 - mean) / std.
+    """Cut each view from its picture's pixels in one pass: out = (resize(box) / 255 - mean) / std.
 
-    pictures: each (height, width, 3) uint8, contiguous or any stride, of any sizes; views: (N, 11) int64 on the CPU, a
-    row a view (VIEW_COLUMNS); size: S; mean, std: by channel, of values in 0..1; dtype: float32, bfloat16 or float16.
-    Returns (N, 3, S, S), on the pictures' device. The resize is Pillow's, with antialiasing and its rounding to whole
-    values after either pass; float32 results equal PIL's and torchvision's bit for bit, the others are those rounded.
+    pictures: tensors (height, width, 3) uint8 of any sizes and strides, on one device.
+    views: (N, 11) int64 on the CPU, one row for each view (VIEW_COLUMNS).
+    size: the side S of a view.
+    mean, std: three values each, one for each channel, for pixels in 0..1.
+    dtype: float32, bfloat16 or float16.
+
+    Returns (N, 3, S, S), on the pictures' device. The resize is Pillow's, antialiased and rounded to whole values after
+    each of its two passes. Results in float32 equal those of PIL and torchvision bit for bit; other types round them.
     Raises ValueError where an argument has a wrong shape or type, or a view leaves its picture.
     Equivalent to Normalize(mean, std)(ToTensor()(image.crop(box).resize(...).crop(window))) of torchvision and PIL.
     """

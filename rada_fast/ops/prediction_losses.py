@@ -1,4 +1,4 @@
-"""Losses over predictions; the pass that computes one also computes its gradient with respect to the logits."""
+"""Compute losses over predictions; the same pass computes their gradient with respect to the logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ LossKind = Literal["mean", "marginal", "cross_entropy"]
 
 
 MOST_CUDA_ROWS = 500
-"""kMostMarginalRows in csrc/cuda/prediction_losses.h: what a block's shared memory holds of a marginal entropy."""
+"""The most predictions of one marginal entropy that fit into a block's shared memory; kMostMarginalRows in
+csrc/cuda/prediction_losses.h."""
 
 
 def _is_compiled(logits: Tensor, kind: str) -> bool:
@@ -55,21 +56,21 @@ def _check(logits: Tensor, kind: str, labels: Tensor | None, label_smoothing: fl
 def prediction_loss(
     logits: Tensor, kind: LossKind, *, labels: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """One loss for every episode over its n predictions p_i = softmax(logits_i).
+    """Return one loss for every episode over its n predictions p_i = softmax(logits_i).
 
         mean:           (1/n) sum_i H(p_i)                      (Eq. 5)
         marginal:       H((1/n) sum_i p_i)
         cross_entropy:  (1/n) sum_i -sum_k t_ik ln p_ik,   t = (1 - a) onehot(label) + a / K,  a = label_smoothing
 
-    with H(p) = -sum_k p_k ln p_k. The forward pass reads the logits once and writes the gradient beside the loss where
-    one follows; the backward pass multiplies it by dlosses[e]. Where that is known to be 1, and the multiplication is
-    worth saving, prediction_loss_and_gradient gives the gradient itself. There is no second derivative.
+    with H(p) = -sum_k p_k ln p_k. The forward pass reads the logits once and, if a backward pass may follow, writes the
+    gradient beside the loss; the backward pass multiplies it by dlosses[e]. Where that factor is known to be 1,
+    prediction_loss_and_gradient saves the multiplication. There is no second derivative.
 
-    logits: (E, n, K), or (n, K) for one episode; float32|float64|bfloat16|float16, n >= 1, K >= 1, any stride. -inf is
-        a class of probability 0; +inf, NaN and a row of nothing but -inf give NaN.
-    kind: which loss.
+    logits: (E, n, K), or (n, K) for one episode; float32|float64|bfloat16|float16, n >= 1, K >= 1, any stride. A logit
+        of -inf gives its class the probability 0; +inf, NaN and a row of nothing but -inf give NaN.
+    kind: "mean", "marginal" or "cross_entropy".
     labels: (E, n), or (n,), int64, for "cross_entropy". Outside 0 to K - 1 they raise IndexError on the CPU and give
-        NaN on CUDA, where raising would mean waiting for the device. There is no index to ignore.
+        NaN on CUDA, where raising would mean waiting for the device. No label means "ignore this prediction".
     label_smoothing: from 0 to 1, for "cross_entropy".
 
     Returns losses (E,), or (), in nats: float32, float64 for float64. The gradient has the logits' dtype.
@@ -93,10 +94,10 @@ def prediction_loss(
 def prediction_loss_and_gradient(
     logits: Tensor, kind: LossKind, *, labels: Tensor | None = None, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The losses and the gradient of their sum with respect to the logits, outside autograd.
+    """Return the losses and the gradient of their sum with respect to the logits, outside autograd.
 
-    Arguments as prediction_loss. Returns losses (E,) or () and the gradient, of the logits' shape and dtype, ready for
-    ``logits.backward(gradient)``: no multiplication by a gradient of ones, no node in between.
+    The arguments are those of prediction_loss. Returns losses (E,) or () and the gradient, of the logits' shape and
+    dtype. ``logits.backward(gradient)`` then continues without a multiplication by ones or a further autograd node.
     """
     _check(logits, kind, labels, label_smoothing)
     batched = logits.detach() if logits.ndim == 3 else logits.detach()[None]
@@ -113,7 +114,7 @@ def prediction_loss_and_gradient(
             )(batched)
             return (losses, gradient) if logits.ndim == 3 else (losses[0], gradient[0])
         with torch.inference_mode(False), torch.enable_grad():
-            # Tensors from inference mode take no part in autograd; their copies do.
+            # Tensors that were created in inference mode take no part in autograd; their copies do.
             leaf = (batched.clone() if batched.is_inference() else batched).requires_grad_()
             losses = reference(leaf, kind, targets, label_smoothing)
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)

@@ -1,4 +1,4 @@
-"""The rational adapter as one call (RAda, arXiv:2507.15480, Eq. 2, 4, 6, 7, 16)."""
+"""Compute the rational adapter in one call (RAda, arXiv:2507.15480, Eq. 2, 4, 6, 7, 16)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rada_fast.reference.rational_adapter import AdapterOutput as AdapterOutput
 
 
 def parameter_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter the configuration needs, under the published names."""
+    """Return the shape of every parameter that the configuration needs, by its published name."""
     if config.mask_function == "mlp":
         projections = ["fc", "out_proj"]
     else:
@@ -31,10 +31,10 @@ def parameter_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
 
 
 class ProjectionCalls(NamedTuple):
-    """Projections of which one is more than a weight and a bias, so that plain PyTorch has to call them.
+    """Hold projections that plain PyTorch has to call, because one of them is more than a weight and a bias.
 
-    call: a function of a projection's name and rows (..., D) that returns the projected rows; reason: which projection
-        has to be called, and why.
+    call: takes a projection's name and rows (..., D), and returns the projected rows.
+    reason: which projection has to be called, and why.
     """
 
     call: Callable[[str, Tensor], Tensor]
@@ -61,7 +61,7 @@ def check_text_features(text_features: Tensor, embed_dim: int) -> None:
 
 
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
-"""What a multiplier may be. A tuple, because PyTorch 2.8 cannot compile code that has a union of these types."""
+"""The types that a multiplier may have, as a tuple: PyTorch 2.8 cannot compile code with a union of these types."""
 
 
 def check_scale(logit_scale: object) -> None:
@@ -114,7 +114,7 @@ def check_inputs(
             raise ValueError(f"parameters must hold {name!r} for this configuration")
         given = tuple(parameters[name].shape)
         if at == 0 and episodes is not None and len(given) > len(shape):
-            # Either every parameter has a leading axis of episodes or none has.
+            # Either every parameter has a leading axis of episodes, or no parameter has one.
             lead = (episodes,)
         if given != lead + shape:
             raise ValueError(f"parameter {name!r} must be {lead + shape}, got {given}")
@@ -143,31 +143,33 @@ def rational_adapter(
     episodes: int | None = None,
     backend: str | None = None,
 ) -> AdapterOutput:
-    """Class logits under the adapter's learned mask, with the mask penalty and the mask if asked for.
+    """Compute class logits under the adapter's learned mask, with the mask penalty and the mask if asked for.
 
-        R[b, k] = f[b] * T[k]                                    (Eq. 2)
-        A = attention over classes of R, asked by f, T and R     (Eq. 6, 16)
+        R[b, k] = f[b] * T[k]                                                           (Eq. 2)
+        A = attention over classes with keys and values from R, queries from f, T, R    (Eq. 6, 16)
         M = relu(1 + A) or 1 + A
-        logits[b, k] = s sum_c M[b, k, c] R[b, k, c]             (Eq. 4)
+        logits[b, k] = s sum_c M[b, k, c] R[b, k, c]                                    (Eq. 4)
+
+    where f are the image features, T the text features and c counts the D features.
 
     image_features: (B, D), float32|float64|bfloat16|float16, unit norm, any stride.
     text_features: (K, D), same dtype and device, unit norm, K >= 1.
-    logit_scale: the multiplier s itself, a number or a one-element tensor on the same device; the projections' inputs
-        see it detached.
-    parameters: tensors under the published names, on the same device; see parameter_shapes. Or ProjectionCalls, which
-        plain PyTorch calls.
+    logit_scale: the multiplier s itself, a number or a one-element tensor on the same device. The projections' inputs
+        are scaled by its detached value.
+    parameters: tensors by their published names, on the same device; see parameter_shapes. Or ProjectionCalls, for
+        projections that plain PyTorch calls.
     config: the adapter's arithmetic.
     penalty: "l2", "l1", "linf" (Eq. 7) or None.
     return_mask: also return M, (B, K, D).
-    episodes: E, a divisor of B, or None. With E, one call does what E calls would do, one for each episode: image b
-        belongs to episode b // (B/E), and the penalty is (E,), one for each. The parameters are those of one adapter
-        for all, or every one has a leading axis of E, an adapter for each episode.
+    episodes: E, a divisor of B, or None. With E, one call computes the results of E calls, one for each episode: image
+        b belongs to episode b // (B/E), and the penalty is (E,). Either all episodes share the parameters of one
+        adapter, or every parameter has a leading axis of E, for an adapter in each episode.
     backend: the name of a backend, or None for the one in force (see use_backend).
 
     Returns AdapterOutput(logits (B, K), penalty (), (E,) or None, mask (B, K, D) or None), in image_features' dtype.
     Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend cannot serve.
     The compiled backends have first derivatives in reverse mode. Under torch.func's transforms and in forward mode
-    "auto" takes the reference; a second derivative (create_graph=True) is refused with the way to have it.
+    "auto" takes the reference; a second derivative (create_graph=True) raises an error that says how to get it.
     Equivalent to ``logit_scale * (mask * image_features[:, None] * text_features).sum(-1)``.
     """
     check_inputs(image_features, text_features, logit_scale, parameters, config, penalty, episodes)
@@ -218,7 +220,7 @@ def _by_episode(
     episodes: int,
     **options: Any,
 ) -> AdapterOutput:
-    """One call for each episode, for backends that take the parameters of one adapter only."""
+    """Make one call for each episode, for backends that take the parameters of one adapter only."""
     shapes = parameter_shapes(config)
     own = {
         name: parameters[name].unbind() if parameters[name].ndim > len(shape) else (parameters[name],) * episodes
@@ -237,5 +239,5 @@ def _by_episode(
 
 
 def zero_shot_logits(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """CLIP's own logits s f T^T (Eq. 1), (B, K), as an adapter gives them whose output projection is zero."""
+    """Return CLIP's own logits s f T^T (Eq. 1), (B, K), which an adapter gives while its output projection is zero."""
     return logit_scale * (image_features @ text_features.mT)

@@ -1,1 +1,1 @@
-"""What executes an op: the choice of a backend, one file for each backend of the adapter, and their operators."""
+"""The backends that execute the ops: their choice, a file for each backend of the adapter, and their operators."""

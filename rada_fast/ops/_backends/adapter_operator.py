@@ -1,7 +1,7 @@
-"""What the adapter's operators in C++ and in Triton have in common: arguments, results and the gradient's formula.
+"""Define what the adapter's operators in C++ and in Triton share: arguments, results and the autograd formula.
 
-Each of them is two registered operators, `<name>` and `<name>_backward`. Their arguments come in the order of the
-groups below, then what only one backend takes.
+Each backend has two registered operators, `<name>` and `<name>_backward`. Their arguments and results are made of the
+groups below and of the groups of one backend alone; `arguments_of` and `backward_arguments_of` give the order.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from rada_fast.ops._backends.registration import Layout, define, register_fake, 
 from rada_fast.ops._backends.transforms import refuse_second_derivative
 
 SERVED_PENALTIES: tuple[MaskPenalty | None, ...] = (None, "l2", "l1", "linf")
-"""The mask penalties that both operators compute; any other is refused by each backend's reason_not_served."""
+"""The mask penalties that both operators compute. Each backend's reason_not_served refuses any other."""
 
 
 class Features(NamedTuple):
-    """image_features: (B, D); text_features: (K, D). Or their gradients, or whether these are wanted."""
+    """Group image_features (B, D) and text_features (K, D), or their gradients, or flags of the gradients wanted."""
 
     image_features: Tensor
     text_features: Tensor
 
 
 class Scale(NamedTuple):
-    """logit_scale: the multiplier s, ()."""
+    """Hold the multiplier s, logit_scale (), or its gradient, or a flag that it is wanted."""
 
     logit_scale: Tensor
 
 
 class Parameters(NamedTuple):
-    """Weights (D, D) and biases (D,) by the projection's role (see ROLES), None for what a configuration does not have.
+    """Group the projections' weights (D, D) and biases (D,) by role (see ROLES); one that is not in use is None.
 
-    With episodes a leading axis of E may stand before both. Or their gradients, or whether these are wanted.
+    With episodes both may have a leading axis of E. The group may also hold their gradients, or flags of the gradients
+    wanted.
     """
 
     image_weight: Tensor | None
@@ -54,7 +55,7 @@ class Parameters(NamedTuple):
     output_bias: Tensor | None
 
     def by_role(self, part: Literal["weight", "bias"]) -> dict[str, Tensor]:
-        """The weights, or the biases, that are there."""
+        """Return the weights, or the biases, that are not None."""
         return {role: value for role, value in zip(ROLES, _PARTS[part](self), strict=True) if value is not None}
 
 
@@ -62,7 +63,7 @@ _PARTS = {part: attrgetter(*(f"{role}_{part}" for role in ROLES)) for part in ("
 
 
 class Options(NamedTuple):
-    """input_scale_factor: 0 where the projections' inputs are not scaled. penalty: "none" for none."""
+    """Group the adapter's arithmetic. input_scale_factor is 0 for unscaled inputs, penalty "none" for no penalty."""
 
     num_heads: int
     temperature: float
@@ -73,14 +74,14 @@ class Options(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """return_mask: whether the mask is wanted; keep: whether a backward pass may follow, which needs what is kept."""
+    """Say what a call asks for: return_mask asks for the mask, keep for the tensors that a backward pass needs."""
 
     return_mask: bool
     keep: bool
 
 
 class Results(NamedTuple):
-    """logits: (B, K); penalty: () or (E,); mask: (B, K, D), or (B, D, K) of the operator in C++."""
+    """Group the logits (B, K), the penalty () or (E,), and the mask (B, K, D), which is (B, D, K) from C++."""
 
     logits: Tensor
     penalty: Tensor | None
@@ -88,13 +89,13 @@ class Results(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """sums: the logits divided by s, (B, K), which is their gradient with respect to s."""
+    """Hold the logits divided by s, (B, K), which are the logits' derivatives with respect to s."""
 
     sums: Tensor | None
 
 
 class ResultGradients(NamedTuple):
-    """Gradients of the results, None where one is zero."""
+    """Group the gradients of the results; None stands for a gradient of zeros."""
 
     dlogits: Tensor | None
     dpenalty: Tensor | None
@@ -102,17 +103,17 @@ class ResultGradients(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """needed: which gradients are wanted, in the order of GRADIENTS."""
+    """Say which gradients are wanted, in the order of GRADIENTS."""
 
     needed: list[bool]
 
 
 GRADIENTS = Layout(Features, Parameters, prefix="d")
-"""What the backward operators return. The gradient of s is not among it: the sums give it."""
+"""The results of the backward operators. The gradient of s is not among them, because Sums gives it."""
 
 
 def options_of(config: AdapterConfig, penalty: MaskPenalty | None) -> Options:
-    """A configuration's arithmetic, as the operators take it."""
+    """Return a configuration's arithmetic in the form that the operators take."""
     return Options(
         num_heads=config.num_heads,
         temperature=config.temperature,
@@ -126,7 +127,7 @@ def options_of(config: AdapterConfig, penalty: MaskPenalty | None) -> Options:
 def parameters_of(
     named: Mapping[str, Tensor], config: AdapterConfig, dtype: torch.dtype | None = None
 ) -> list[Tensor | None]:
-    """The values of Parameters, from tensors under the published names; with a dtype they are converted to it."""
+    """Return the values of Parameters from tensors by their published names, converted to the dtype if one is given."""
     tensors: list[Tensor | None] = []
     for role, name in ROLES.items():
         used = role in ("key", "value", "output") or role in config.queries
@@ -137,29 +138,29 @@ def parameters_of(
 
 
 def backward_follows(*inputs: Tensor | None) -> bool:
-    """Whether a gradient with respect to one of the inputs may be asked for."""
+    """Return whether a gradient with respect to one of the inputs may be asked for."""
     return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
 
 
 def empty_gradients(
     features: Features, parameters: Parameters, needed: list[bool], absent: Tensor | None = None
 ) -> tuple[Features, Parameters]:
-    """The shapes of a backward operator's results; absent: what it returns for a gradient that is not wanted."""
-    found = [
+    """Return empty tensors with the shapes of a backward operator's results, and `absent` for gradients not wanted."""
+    gradients = [
         absent if value is None or not wanted else torch.empty_like(value, memory_format=torch.contiguous_format)
         for value, wanted in zip((*features, *parameters), needed, strict=True)
     ]
-    dfeatures, dparameters = GRADIENTS.split(found)
+    dfeatures, dparameters = GRADIENTS.split(gradients)
     return dfeatures, dparameters
 
 
 def arguments_of(options: type[Any]) -> Layout:
-    """The forward operator's arguments. options: the group of what one backend alone takes."""
+    """Return the layout of a forward operator's arguments. options: the group of options that one backend alone has."""
     return Layout(Features, Scale, Parameters, Options, options, Requests)
 
 
 def backward_arguments_of(options: type[Any], kept: Sequence[type[Any]]) -> Layout:
-    """The backward operator's arguments. kept: the groups that it gets back from the forward operator."""
+    """Return the layout of a backward operator's arguments. kept: the groups that the forward operator kept for it."""
     return Layout(ResultGradients, Features, Scale, Parameters, Options, options, *kept, Needed, results=kept)
 
 
@@ -173,27 +174,28 @@ def register(
     forward: Callable[..., Sequence[Any]] | None = None,
     backward: Callable[..., tuple[Features, Parameters]] | None = None,
 ) -> None:
-    """Register an adapter's operator, its backward operator and the formula that leads from one to the other.
+    """Register an adapter's operator, its backward operator and the autograd formula.
 
-    options: the group of what this backend alone takes; kept: the groups that the backward operator gets back.
-    forward: of (features, scale, parameters, Options, own options, requests), (results, *kept, sums).
-    backward: of (result gradients, features, scale, parameters, Options, own options, *kept, needed), the gradients of
-        the features and of the parameters. Both functions are None where a library has defined the operators.
-    fake, fake_backward: the shapes of the same results.
+    options: the group of options that this backend alone has.
+    kept: the groups that the forward operator keeps for the backward operator.
+    forward: takes (features, scale, parameters, Options, own options, requests) and returns (results, *kept, sums).
+    backward: takes (result gradients, features, scale, parameters, Options, own options, *kept, needed) and returns the
+        gradients of the features and of the parameters. Both are None where a library has defined the operators.
+    fake, fake_backward: take the same arguments and return empty results of the right shapes.
     """
     tensors = Layout(Features, Scale, Parameters)
-    taken, taken_back = arguments_of(options), backward_arguments_of(options, kept)
-    returned = Layout(Results, *kept, Sums, results=(Results, *kept, Sums))
-    returned_back = Layout(Features, Parameters, results=(Features, Parameters), prefix="d")
+    forward_arguments, backward_arguments = arguments_of(options), backward_arguments_of(options, kept)
+    forward_results = Layout(Results, *kept, Sums, results=(Results, *kept, Sums))
+    backward_results = Layout(Features, Parameters, results=(Features, Parameters), prefix="d")
     if forward is None or backward is None:
-        register_fake(name, taken, fake)
-        register_fake(f"{name}_backward", taken_back, fake_backward)
+        register_fake(name, forward_arguments, fake)
+        register_fake(f"{name}_backward", backward_arguments, fake_backward)
     else:
-        define(name, taken, returned, forward, fake)
-        define(f"{name}_backward", taken_back, returned_back, backward, fake_backward)
+        define(name, forward_arguments, forward_results, forward, fake)
+        define(f"{name}_backward", backward_arguments, backward_results, backward, fake_backward)
     operator = getattr(torch.ops.rada_fast, f"{name}_backward").default
 
-    def gradients(
+    def formula(
         given: Sequence[Tensor | None], arguments: list[Any], saved: tuple[Tensor, ...], wanted: list[Any]
     ) -> tuple[Features, Scale, Parameters]:
         dresults = ResultGradients(*given)
@@ -202,16 +204,16 @@ def register(
         if not requests.keep:
             raise RuntimeError("the forward was told that no gradient follows (keep=False)")
         *kept_tensors, sums = saved
-        found: Sequence[Tensor | None] = [None] * len(GRADIENTS.names)
+        gradients: Sequence[Tensor | None] = [None] * len(GRADIENTS.names)
         needed = [*wanted_features, *wanted_parameters]
         if any(needed):
             refuse_second_derivative("rational_adapter")
-            found = operator(*dresults, *features, *scale, *parameters, *shared, *own, *kept_tensors, needed)
+            gradients = operator(*dresults, *features, *scale, *parameters, *shared, *own, *kept_tensors, needed)
         dscale = None
         if wanted_scale.logit_scale and dresults.dlogits is not None:
-            # Only the factor in front of the sum carries a gradient; the projections' inputs see s detached.
+            # Only the factor in front of the sum carries a gradient; the projections' inputs use the detached s.
             dscale = (dresults.dlogits.to(sums.dtype) * sums).sum().to(scale.logit_scale.dtype)
-        dfeatures, dparameters = GRADIENTS.split(found)
+        dfeatures, dparameters = GRADIENTS.split(gradients)
         return dfeatures, Scale(dscale), dparameters  # type: ignore[arg-type]
 
-    register_gradient(name, taken, tensors, len(Results._fields), gradients)
+    register_gradient(name, forward_arguments, tensors, len(Results._fields), formula)

@@ -1,4 +1,4 @@
-"""Which backend serves a call: the argument's, else ``use_backend``'s, else RADA_FAST_BACKEND's, else "auto"."""
+"""Choose the backend of a call: its argument's, else ``use_backend``'s, else RADA_FAST_BACKEND's, else "auto"."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rada_fast.errors import BackendUnavailableError
 
 BACKENDS = ("literal", "reference", "cpu", "triton", "cuda")
 PLAIN = ("literal", "reference")
-"""Backends in plain PyTorch, which serve every call. Any other is asked first whether it serves a call."""
+"""The backends in plain PyTorch, which serve every call. Any other backend may refuse a call."""
 COMPILED = ("triton", "cpu")
 """The backends that "auto" asks before it takes the reference, the fastest first."""
 
 _chosen: ContextVar[str | None] = ContextVar("rada_fast_backend", default=None)
 _traced = threading.local()
 """A copy of ``_chosen`` for torch.compile, which cannot trace a ContextVar's ``get`` before PyTorch 2.13. Its attribute
-``name`` is missing where nothing is chosen. Compiled code is guarded by it, so that another choice compiles again."""
+``name`` is missing where nothing is chosen. Compiled code is guarded by it, so another choice compiles again."""
 
 _blocks: dict[object, str] = {}
 _last_entered: str | None = None
-"""The backend of the block that was entered last, of all that are open in any thread. A thread that has entered no
-block follows it, for instance one of data parallelism's, whose replicas belong to the thread that called them."""
+"""The backend of the ``use_backend`` block that was entered last, among the open blocks of all threads. A thread that
+has entered no block follows it, for instance a thread that data parallelism starts for a replica."""
 _lock = threading.Lock()
 
 
@@ -36,7 +36,7 @@ def _in_force() -> str | None:
 
 
 def _note_block(block: object, name: str | None) -> None:
-    """Remember that a block was entered with a name, or, with None, that it was left."""
+    """Record that a block was entered with a backend's name, or, with None, that it was left."""
     global _last_entered
     with _lock:
         if name is None:
@@ -59,8 +59,8 @@ def use_backend(name: str) -> Iterator[None]:
     name: "auto", or one of BACKENDS. A named backend that cannot serve a call raises BackendUnavailableError there;
     it never falls back. Raises ValueError for an unknown name.
 
-    Threads choose apart from one another. One that has entered no block of its own, as a replica's or a worker's,
-    follows the block that was entered last in the process, as long as that is open.
+    Every thread has a choice of its own. A thread that has entered no block, such as a replica's or a worker's, follows
+    the block that was entered last in the process, as long as that block is open.
     """
     token = _chosen.set(_check_name(name, "backend"))
     _traced.name = name
@@ -71,14 +71,14 @@ def use_backend(name: str) -> Iterator[None]:
         _note_block(block, None)
         _chosen.reset(token)
         if (outer := _chosen.get()) is None:
-            # The attribute was missing before; without it, what was compiled outside of the block serves again.
+            # The attribute was missing before; without it, code that was compiled outside of the block runs again.
             _traced.__dict__.pop("name", None)
         else:
             _traced.name = outer
 
 
 def chosen_backend() -> str:
-    """The backend of a call that names none: that of ``use_backend``, else of RADA_FAST_BACKEND, else "auto"."""
+    """Return the backend of a call that names none: ``use_backend``'s, else RADA_FAST_BACKEND's, else "auto"."""
     return _in_force() or _check_name(_env.backend_variable() or "auto", "RADA_FAST_BACKEND")
 
 
@@ -91,7 +91,7 @@ _has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reason_unavailable(name: str) -> str | None:
-    """Why a backend cannot be used in this installation, or None where it can."""
+    """Return why a backend cannot be used in this installation, or None where it can."""
     match name:
         case name if name in PLAIN:
             return None
@@ -112,28 +112,27 @@ def reason_unavailable(name: str) -> str | None:
 
 
 def backends() -> dict[str, str]:
-    """Every backend by name, with "usable" or the reason why it cannot be used."""
+    """Return every backend by name, with "usable" or the reason why it cannot be used."""
     return {name: reason_unavailable(name) or "usable" for name in BACKENDS}
 
 
 def reference_asked() -> bool:
-    """Whether ``use_backend`` or RADA_FAST_BACKEND names plain PyTorch."""
+    """Return whether ``use_backend`` or RADA_FAST_BACKEND names a backend in plain PyTorch."""
     return (_in_force() or _env.backend_variable()) in PLAIN
 
 
 def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None] | None = None) -> str:
-    """The backend to serve a call with.
+    """Return the backend that serves a call.
 
     name: the call's own argument, if it has one. "auto" takes the fastest usable backend that serves the call.
-    refusal: a function of a backend's name that says why it cannot serve this call, or None where it can; the backends
-        in plain PyTorch are not asked.
-        Without it, only the installation counts.
+    refusal: takes a backend's name and returns why that backend cannot serve this call, or None where it can. It is not
+        asked about backends in plain PyTorch. Without it, only the installation counts.
     Raises BackendUnavailableError where a named backend cannot be used.
     """
     if name is None:
         name = chosen_backend()
     if _check_name(name, "backend") == "auto":
-        # A simulator makes Triton usable without a device, but "auto" should not take it.
+        # A simulator makes Triton usable without a device, but "auto" must not choose it.
         candidates = COMPILED if _env.has_cuda() else ("cpu",)
         for candidate in candidates:
             if reason_unavailable(candidate) is None and (refusal is None or refusal(candidate) is None):
@@ -147,12 +146,12 @@ def resolve_backend(name: str | None = None, refusal: Callable[[str], str | None
 
 
 def resolve_device_backend(device: torch.device, name: str | None = None) -> str:
-    """The backend of an op that has kernels in C++ and CUDA C++: "cpu", "cuda" or "reference".
+    """Return the backend of an op that has kernels in C++ and CUDA C++: "cpu", "cuda" or "reference".
 
-    device: where the call's tensors are, which decides.
+    device: the device of the call's tensors, which decides between the kernels.
     name: the call's own argument, if it has one. "auto" takes the compiled operator where it is usable. "literal" means
-        the reference here, because the published code's arithmetic concerns the adapter alone. As an argument, the name
-        of a backend without kernels for this op or of another device is refused; in force, it means "auto".
+        the reference here, because the published code's arithmetic concerns the adapter alone. The name of a backend
+        of another device, or without kernels for this op, is refused as an argument; in force, it means "auto".
     Raises BackendUnavailableError where a named backend cannot be used or does not serve the device.
     """
     from rada_fast.ops._backends import library

@@ -1,6 +1,6 @@
-"""The operators of the compiled library: shapes of their results (fakes), gradients; csrc/ops.cpp holds the schemas.
+"""Register the result shapes (fakes) and gradients of the compiled library's operators; csrc/ops.cpp has the schemas.
 
-Shapes: B images, K classes, D wide, H heads; P = K rounded up to 16, the leading dimension of what is kept per class.
+Tensors that the adapter keeps for its backward pass have the number of classes rounded up to a multiple of 16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rada_fast.ops._backends.transforms import refuse_second_derivative
 
 CLASS_PADDING = 16
 QUERY_BLOCK = 128
-"""kQueryBlock in csrc/cpu/problem.h: queries per tile, one factor each."""
+"""The number of queries in a tile, which has factors of its own; kQueryBlock in csrc/cpu/problem.h."""
 VIEW_COLUMNS = (
     "picture",
     "top",
@@ -42,19 +42,19 @@ VIEW_COLUMNS = (
     "flip",
     "bicubic",
 )
-"""Of a table of views, int64: which picture; the box in it; the size that the box is resized to; where in that the view
-of S x S pixels lies; whether it is mirrored; whether the filter is bicubic or bilinear. kViewColumns in
-csrc/shared/view_table.h is their number."""
+"""The columns of a table of views, int64: the picture's index; the box in the picture; the size to which the box is
+resized; the corner of the view's S x S pixels in the resized box; whether the view is mirrored; whether the filter is
+bicubic or bilinear. kViewColumns in csrc/shared/view_table.h is their number."""
 
 
 class CpuOptions(NamedTuple):
-    """widened: whether bfloat16 is multiplied as float32."""
+    """Hold the option of the operator in C++ alone: `widened` says whether bfloat16 is multiplied as float32."""
 
     widened: bool
 
 
 class CpuKept(NamedTuple):
-    """What the adapter's backward pass needs again, all of it transposed: classes are the last axis."""
+    """Group the tensors that are kept for the adapter's backward pass. The axis of classes, if any, is the last."""
 
     projections: Tensor
     attended: Tensor
@@ -160,7 +160,7 @@ def _backward_prediction_loss(ctx: Any, dlosses: Tensor | None, _: Tensor | None
         raise RuntimeError("the forward was told that no gradient follows (keep=False)")
     refuse_second_derivative("prediction_loss")
     (dlogits,) = ctx.saved_tensors
-    # In the losses' type: a low-precision factor would round the product twice.
+    # The product is in the losses' type: with a low-precision factor it would be rounded twice.
     return ((dlogits * dlosses[:, None, None]).to(dlogits.dtype), *nothing[1:])
 
 

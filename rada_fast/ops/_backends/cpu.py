@@ -1,4 +1,4 @@
-"""The adapter by the compiled operator for CPU tensors: which calls it serves, and how it is called."""
+"""Run the adapter by the compiled operator for CPU tensors, and say which calls it serves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SERVED = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def compute_dtype(image_features: Tensor, weight: Tensor) -> torch.dtype:
-    """The type of the matrix products: autocast's where that is on, else the parameters' own."""
+    """Return the type of the matrix products: autocast's where that is on, else the parameters' own."""
     device = image_features.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -33,10 +33,10 @@ def compute_dtype(image_features: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def widens(config: AdapterConfig, dtype: torch.dtype) -> bool:
-    """Whether tiles of this type are converted to float32 before they are multiplied.
+    """Return whether tiles of this type are converted to float32 before they are multiplied.
 
-    That is so for bfloat16 where the processor has no products of it, and where heads have an odd width, since those
-    products take pairs.
+    bfloat16 is converted where the processor has no bfloat16 products, and where a head has an odd width, because those
+    products take numbers in pairs.
     """
     return dtype == torch.bfloat16 and (config.head_dim % 2 == 1 or libraries.bfloat16_products() == "float32")
 
@@ -49,7 +49,7 @@ def reason_not_served(
     penalty: MaskPenalty | None = None,
     episodes: int | None = None,
 ) -> str | None:
-    """Why the compiled CPU operator cannot serve a call, or None where it can. Dispatch, errors and tests use it."""
+    """Return why the compiled CPU operator cannot serve a call, or None where it can."""
     if image_features.device.type != "cpu":
         return f"it serves CPU tensors, image_features are on {image_features.device}"
     if config.mask_function != "attention":
@@ -83,7 +83,7 @@ def rational_adapter(
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
 ) -> AdapterOutput:
-    """The arguments and results are those of ops.rational_adapter. reason_not_served must be None for them."""
+    """Compute ops.rational_adapter, with its arguments and results, for a call that reason_not_served lets pass."""
     assert library.load() is None
     dtype = compute_dtype(image_features, parameters["out_proj.weight"])
     scale = as_scale(logit_scale, image_features, torch.float64 if dtype == torch.float64 else torch.float32)

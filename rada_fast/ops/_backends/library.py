@@ -1,4 +1,4 @@
-"""Loads the compiled operators and tells PyTorch the shapes of their results and their gradients."""
+"""Load the compiled operators, and register their result shapes and gradients with PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load() -> str | None:
 def load_cuda() -> str | None:
     """Load the operators for CUDA tensors, once. Returns None where they are usable, else the reason; never raises.
 
-    The operators are loaded whether or not a device is there.
+    The operators are loaded also where no CUDA device is visible.
     """
     reason = load()
     return libraries.load_cuda() if reason is None else f"the CUDA kernels need the rest of the extension: {reason}"
@@ -31,12 +31,12 @@ def load_cuda() -> str | None:
 def _register() -> str | None:
     try:
         compiled.register()
-    except Exception as error:  # a library with other schemas must not break anything but itself
+    except Exception as error:  # A library with other schemas must break nothing else.
         return f"the extension does not load: {str(error).splitlines()[0]}"
     return None
 
 
-# torch.compile takes the answers as they are instead of tracing how files are looked for, see extension/libraries.py.
+# torch.compile takes the results as constants instead of tracing the search for files, see extension/libraries.py.
 _functions: list[Any] = [load, load_cuda]
 for _function in _functions:
     _function._dynamo_marked_constant = True

@@ -1,8 +1,8 @@
-"""Tiles that were measured on a device and stand on disk, to be used in place of the kernels' tables.
+"""Measure tiles on a device, store the fastest on disk, and use them in place of those in the kernels' tables.
 
 `rada-fast kernels --tune` measures them; a call only looks them up. There is one file for each device and version of
-Triton. It holds the fastest of at most ten tiles for each launch and range of sizes. RADA_FAST_TILES=table leaves the
-files unread.
+Triton. It holds the fastest of at most ten tiles for each launch and range of sizes. With RADA_FAST_TILES=table the
+files are not read.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ TILES: dict[str, Any] = {
     "parameter_gradients": parameter_gradients.Tile,
 }
 LEAST_GAIN = 1.02
-"""A tile takes the table's place where it is faster by more than a measurement's noise."""
+"""The ratio of times from which a tile replaces the table's; it is larger than a measurement's noise."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the choice of a tile depends on; of classes and rows (of one episode) only the next power of two."""
+    """Hold the sizes on which the choice of a tile depends. `rows` are those of one episode.
+
+    Of `classes` and `rows` only the number of binary digits counts.
+    """
 
     dtype: torch.dtype
     classes: int
@@ -55,7 +58,7 @@ class Sizes:
 
 
 def table_tile(launch: str, sizes: Sizes) -> Any:
-    """The tile that the kernels' own table chooses."""
+    """Return the tile that the kernels' own table chooses."""
     match launch:
         case "rational_projections_forward":
             return rational_projections.tile_of(sizes.dtype, sizes.rows, sizes.width, sizes.precision)
@@ -73,7 +76,7 @@ def table_tile(launch: str, sizes: Sizes) -> Any:
 
 
 def candidates(launch: str, sizes: Sizes) -> Iterator[Any]:
-    """The table's tile, then others: another number of warps or stages, rows halved or doubled."""
+    """Yield the table's tile, then tiles with other warps or stages, and with half or twice the rows."""
     base = table_tile(launch, sizes)
     extent = "outputs" if launch == "parameter_gradients" else "queries" if "attention" in launch else "rows"
     whole, other = getattr(base, extent), 12 - base.warps
@@ -94,14 +97,14 @@ def cache_file(device: str) -> Path:
 
 @cache
 def _measured(path: Path) -> dict[str, Any]:
-    """The tiles in a file; none where it does not exist or does not fit."""
+    """Return the tiles in a file; none where the file does not exist or has another form."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
         return {
             key: TILES[key.split()[0]](
                 **{field.name: int(value[field.name]) for field in fields(TILES[key.split()[0]])}
             )
-            for key, value in found.items()
+            for key, value in stored.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -115,7 +118,7 @@ def _chosen(device: int, launch: str, sizes: Sizes) -> Any | None:
 
 
 def chosen_tile(device: torch.device, launch: str, sizes: Sizes) -> Any | None:
-    """The tile that was measured for such sizes on this device, or None. A process reads the disk once."""
+    """Return the tile that was measured for such sizes on this device, or None. A process reads the disk once."""
     if device.type != "cuda":
         return None
     return _chosen(device.index if device.index is not None else _env.current_cuda_device(), launch, sizes)
@@ -136,9 +139,14 @@ def tune(
 ) -> dict[str, dict[str, Any]]:
     """Measure the candidates of every launch and write those that beat the table to the device's file.
 
-    launches: by name, a function that runs the launch with a tile; measure: the time that a call takes, in any unit.
-    Returns for each launch the table's tile, the fastest one and their ratio. Raises UserError while a CUDA graph is
-    being captured.
+    launches: a function for each launch by name, which runs the launch with a tile.
+    sizes: the sizes for which the tiles are stored.
+    device: the device's name, which names the file.
+    measure: takes a function and returns the time of a call, in any unit.
+    echo: called with a line of text after each launch.
+
+    Returns for each launch the table's tile, the fastest one and the ratio of their times. Raises UserError while a
+    CUDA graph is being captured.
     """
     if _env.is_capturing():
         raise UserError("tiles cannot be tuned while a CUDA graph is being captured")
@@ -161,7 +169,7 @@ def tune(
             kept[key] = asdict(fastest[1])
         report[launch] = {"table": asdict(base[1]), "fastest": asdict(fastest[1]), "ratio": ratio, "tried": len(times)}
         echo(f"{launch}: {len(times)} tiles, the fastest {ratio:.2f} times the table's speed")
-        # It is written after every launch, so that a run that is stopped loses nothing.
+        # The file is written after every launch, so a run that is stopped keeps its results.
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")

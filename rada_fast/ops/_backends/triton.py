@@ -1,7 +1,7 @@
-"""The Triton backend: operators around the launches in kernels/, which calls they serve, and their gradients.
+"""Run the adapter by operators around the Triton launches in kernels/, with gradients, and say which calls they serve.
 
 The operators run on CUDA tensors. They run on CPU tensors only where something executes Triton kernels there: Triton's
-interpreter, or a simulator that has taken the place of its launcher.
+interpreter, or a simulator that has replaced Triton's launcher.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Launch(NamedTuple):
-    """episodes: E; compute: the type of the products; precision: how those of float32 are made (float32_precision)."""
+    """Hold the options of the Triton operator alone.
+
+    episodes: E; compute: the type of the products; precision: how float32 is multiplied (see float32_precision).
+    """
 
     episodes: int
     compute: torch.dtype
@@ -59,7 +62,7 @@ class Launch(NamedTuple):
 
 
 class Peaks(NamedTuple):
-    """peaks: where in an image's mask the "linf" penalty found its maximum, (B,)."""
+    """Hold the position of the "linf" penalty's maximum in each image's mask, (B,)."""
 
     peaks: Tensor | None
 
@@ -73,7 +76,7 @@ _NOTHING_KEPT: tuple[Any, ...] = (
 
 
 def executes_on_cpu() -> bool:
-    """Whether kernels launched with CPU tensors run: under Triton's interpreter or a simulator."""
+    """Return whether kernels launched with CPU tensors run: under Triton's interpreter or a simulator."""
     return (
         bool(triton.knobs.runtime.interpret)
         or triton.runtime.jit.JITFunction.run.__module__ != triton.runtime.jit.__name__
@@ -81,10 +84,11 @@ def executes_on_cpu() -> bool:
 
 
 def float32_precision() -> str:
-    """The input_precision of tl.dot for float32: what RADA_FAST_FLOAT32 asks for, else what PyTorch is set to.
+    """Return the input_precision of tl.dot for float32: RADA_FAST_FLOAT32's, else the one that PyTorch is set to.
 
-    PyTorch can be set by torch.set_float32_matmul_precision, by allow_tf32 or, from 2.9 on, by fp32_precision, which
-    reads rightly whichever of them was used; the first one's reader raises after the last one's.
+    PyTorch is set by torch.set_float32_matmul_precision, by allow_tf32 or, from 2.9 on, by fp32_precision. Reading
+    fp32_precision is right whichever of them was used; torch.get_float32_matmul_precision raises once fp32_precision
+    was set.
     """
     if asked := _env.float32_products():
         return asked
@@ -94,14 +98,14 @@ def float32_precision() -> str:
     return "tf32" if setting == "tf32" else "tf32x3"
 
 
-# torch.compile takes the answers of the moment in which it traces, see extension/libraries.py.
+# torch.compile takes the results at the time of tracing as constants, see extension/libraries.py.
 _functions: list[Any] = [executes_on_cpu, float32_precision]
 for _function in _functions:
     _function._dynamo_marked_constant = True
 
 
 def reason_unavailable() -> str | None:
-    """Why no Triton kernel can run in this process, or None where one can."""
+    """Return why no Triton kernel can run in this process, or None where one can."""
     if _env.has_cuda() or executes_on_cpu():
         return None
     return "no CUDA device is visible"
@@ -115,7 +119,7 @@ def reason_not_served(
     penalty: MaskPenalty | None = None,
     episodes: int | None = None,
 ) -> str | None:
-    """Why the Triton operator cannot serve a call, or None where it can."""
+    """Return why the Triton operator cannot serve a call, or None where it can."""
     device = image_features.device.type
     if device != "cuda" and not (device == "cpu" and executes_on_cpu()):
         return f"it serves CUDA tensors, image_features are on {image_features.device}"
@@ -149,7 +153,7 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tile_of(features: Features, options: Options, launch: Launch) -> Callable[[str], Any | None]:
-    """A function of a launch's name that finds the tile measured on this device, or None."""
+    """Return a function that takes a launch's name and returns the tile measured on this device, or None."""
     (batch, width), classes = features.image_features.shape, len(features.text_features)
     rows = batch // launch.episodes * classes
     sizes = Sizes(launch.compute, classes, rows, width, width // options.num_heads, launch.precision)
@@ -157,13 +161,13 @@ def _tile_of(features: Features, options: Options, launch: Launch) -> Callable[[
 
 
 def _problem(features: Features, scale: Scale) -> dict[str, Tensor]:
-    """The arguments that name the problem, which most launches take."""
+    """Return the arguments that most launches take: the features and the multiplier."""
     image, text = features.image_features.contiguous(), features.text_features.contiguous()
     return {"image": image, "text": text, "logit_scale": scale.logit_scale}
 
 
 def _attention(options: Options, launch: Launch) -> dict[str, Any]:
-    """The arguments of the launches of class attention that say how it is computed."""
+    """Return the arguments that say how the launches of class attention compute it."""
     return {
         "num_heads": options.num_heads,
         "temperature": options.temperature,
@@ -255,7 +259,7 @@ def _backward(
     weights_wanted, biases_wanted = parameters_wanted.by_role("weight"), parameters_wanted.by_role("bias")
     roles = {role: value for role, value in weights.items() if weights_wanted[role] or biases_wanted[role]}
     to_features = any(features_wanted)
-    # The first step of test-time training starts from a zero output projection and wants its gradient alone.
+    # The first step of test-time training starts from an output projection of zeros and needs only its gradient.
     inner = to_features or any(role != "output" for role in roles)
     dlogits, dpenalty, dmask = (None if value is None else value.contiguous() for value in gradients)
     problem = _problem(features, scale)
@@ -287,13 +291,13 @@ def _backward(
                 **problem, weights=weights, gradients=dprojections, weighted=outer.weighted,
                 scale_factor=options.input_scale_factor, episodes=launch.episodes, precision=launch.precision,
             )  # fmt: skip
-    found = {f"{role}_weight": dweights[role] if wanted else None for role, wanted in weights_wanted.items()}
-    found |= {f"{role}_bias": dbiases[role] if wanted else None for role, wanted in biases_wanted.items()}
+    dparameters = {f"{role}_weight": dweights[role] if wanted else None for role, wanted in weights_wanted.items()}
+    dparameters |= {f"{role}_bias": dbiases[role] if wanted else None for role, wanted in biases_wanted.items()}
     dfeatures: tuple[Any, Any] = (
         dimage if features_wanted.image_features else None,
         dtext if features_wanted.text_features else None,
     )
-    return Features(*dfeatures), Parameters(**found)  # type: ignore[arg-type]
+    return Features(*dfeatures), Parameters(**dparameters)  # type: ignore[arg-type]
 
 
 def _backward_fake(gradients: ResultGradients, *arguments: Any) -> tuple[Features, Parameters]:
@@ -323,7 +327,7 @@ def rational_adapter(
     return_mask: bool = False,
     episodes: int | None = None,
 ) -> AdapterOutput:
-    """The arguments and results are those of ops.rational_adapter. reason_not_served must be None for them."""
+    """Compute ops.rational_adapter, with its arguments and results, for a call that reason_not_served lets pass."""
     if config.num_layers > 1:
         from rada_fast.ops._backends.triton_layers import layered_adapter
 
@@ -332,7 +336,7 @@ def rational_adapter(
             return_mask=return_mask,
         )  # fmt: skip
     scale = as_scale(logit_scale, image_features, torch.float32)
-    # The kernels convert what they load: under autocast no copy of the weights is made.
+    # The kernels convert the weights as they load them, so autocast makes no copy of the weights.
     tensors = (image_features, text_features, scale, *parameters_of(parameters, config))
     compute = compute_dtype(image_features, parameters["out_proj.weight"])
     logits, mask_penalty, mask, *_ = torch.ops.rada_fast.rational_adapter_triton.default(

@@ -1,8 +1,8 @@
-"""An adapter of several layers on CUDA (RAda, arXiv:2507.15480, Eq. 16).
+"""Compute an adapter of several layers on CUDA (RAda, arXiv:2507.15480, Eq. 16).
 
 The Triton kernels compute the attention over classes, as an operator of its own; PyTorch computes the products around
-it. Only a single layer is fused as a whole: a layer above another one takes its queries from the sum of the offsets
-below it, which has to be in memory.
+it. Only an adapter of a single layer is fused as a whole: a further layer takes its queries from the sum of the offsets
+of the layers below it, which has to be in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rada_fast.reference.rational_projections import as_scale
 
 
 class Projected(NamedTuple):
-    """Queries (B, D), (1, K, D) and (B, K, D), None for a kind that does not ask; keys and values (B, K, D)."""
+    """Group the queries (B, D), (1, K, D) and (B, K, D), None for a kind not in use, and keys and values (B, K, D)."""
 
     q_image: Tensor | None
     q_text: Tensor | None
@@ -34,7 +34,7 @@ class Projected(NamedTuple):
 
 
 class AttentionOptions(NamedTuple):
-    """precision: how products of float32 are made (triton.float32_precision)."""
+    """Hold the options of the attention. precision: how float32 is multiplied (see triton.float32_precision)."""
 
     num_heads: int
     temperature: float
@@ -43,25 +43,28 @@ class AttentionOptions(NamedTuple):
 
 
 def _attention(options: AttentionOptions) -> dict[str, Any]:
-    """The options, as the kernels' launches name them."""
+    """Return the options under the names that the launches use."""
     named = options._asdict()
     return {"matrix": named.pop("matrix_softmax"), **named}
 
 
 class Rows(NamedTuple):
-    """attended: the merged heads, (B, K, D)."""
+    """Hold the attention's result with its heads merged, (B, K, D)."""
 
     attended: Tensor
 
 
 class RowGradients(NamedTuple):
-    """dattended: the gradient of the merged heads, (B, K, D)."""
+    """Hold the gradient of the attention's result, (B, K, D)."""
 
     dattended: Tensor
 
 
 def _weighted(part: Tensor, factors: Tensor | None, kind: int) -> Tensor:
-    """What one kind of query attends to, times its factors w where there are any, in float32: (B, K, D)."""
+    """Return the attention's result for one kind of query in float32, (B, K, D), times the factors w if there are any.
+
+    The matrix softmax has a factor w for every query and head, see kernels/class_attention.
+    """
     part = part.float()
     if factors is None:
         return part
@@ -70,7 +73,7 @@ def _weighted(part: Tensor, factors: Tensor | None, kind: int) -> Tensor:
 
 
 def _buffers(projected: Projected) -> ProjectionBuffers:
-    """The projections as the kernels take them: contiguous, the image's query in float32."""
+    """Return the projections in the form that the kernels take: contiguous, with the image's query in float32."""
     q_image, q_text, q_rational = projected.q_image, projected.q_text, projected.q_rational
     return ProjectionBuffers(
         keys=projected.keys.contiguous(),
@@ -120,25 +123,25 @@ def _backward(
     keys, q_image, q_text, heads = projected.keys, projected.q_image, projected.q_text, options.num_heads
     dattended = gradients.dattended.to(keys.dtype).contiguous()
     batch, classes, _ = keys.shape
-    # dO . w O of every query and head; a head is one chunk.
+    # The products dO . w O of every query and head, with O the attention's result of one kind; a head is one chunk.
     deltas = torch.zeros((2, heads, batch, classes), dtype=torch.float32, device=keys.device)
     for kind, part in enumerate((attended.text, attended.rational)):
         if part is not None:
             product = dattended.float() * _weighted(part, attended.factors, kind)
             deltas[kind] = product.unflatten(-1, (heads, -1)).sum(-1).permute(2, 0, 1)
     with torch.cuda.device_of(keys):
-        found = class_attention_backward(
+        computed = class_attention_backward(
             projections=_buffers(projected),
             attended=attended,
             dattended=dattended,
             deltas=deltas,
             **_attention(options),
         )
-    dq_image = None if q_image is None or found.q_image is None else found.q_image.to(q_image.dtype)
+    dq_image = None if q_image is None or computed.q_image is None else computed.q_image.to(q_image.dtype)
     dq_text = None
-    if q_text is not None and found.q_text is not None:
-        dq_text = found.q_text.unflatten(0, (len(q_text), -1)).float().sum(1).to(q_text.dtype)
-    return ((dq_image, dq_text, found.q_rational, found.keys, found.values),)
+    if q_text is not None and computed.q_text is not None:
+        dq_text = computed.q_text.unflatten(0, (len(q_text), -1)).float().sum(1).to(q_text.dtype)
+    return ((dq_image, dq_text, computed.q_rational, computed.keys, computed.values),)
 
 
 def _backward_fake(
@@ -157,12 +160,13 @@ def _gradients(
 ) -> Sequence[Any]:
     projected, options = arguments
     refuse_second_derivative("rational_adapter")
-    found = torch.ops.rada_fast.class_attention_triton_backward.default(*gradients, *projected, *kept, *options)
-    return (found,)
+    dprojected = torch.ops.rada_fast.class_attention_triton_backward.default(*gradients, *projected, *kept, *options)
+    return (dprojected,)
 
 
-_TAKEN = Layout(Projected, AttentionOptions)
-define("class_attention_triton", _TAKEN, Layout(Rows, Attended, results=(Rows, Attended)), _forward, _forward_fake)
+_ARGUMENTS = Layout(Projected, AttentionOptions)
+_RESULTS = Layout(Rows, Attended, results=(Rows, Attended))
+define("class_attention_triton", _ARGUMENTS, _RESULTS, _forward, _forward_fake)
 define(
     "class_attention_triton_backward",
     Layout(RowGradients, Projected, Attended, AttentionOptions, results=(Attended,)),
@@ -170,7 +174,7 @@ define(
     _backward,
     _backward_fake,
 )
-register_gradient("class_attention_triton", _TAKEN, Layout(Projected), len(Rows._fields), _gradients)
+register_gradient("class_attention_triton", _ARGUMENTS, Layout(Projected), len(Rows._fields), _gradients)
 
 
 def layered_adapter(
@@ -184,7 +188,7 @@ def layered_adapter(
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
 ) -> AdapterOutput:
-    """The arguments and results are those of ops.rational_adapter, for any number of layers of attention."""
+    """Compute ops.rational_adapter, with its arguments and results, for any number of layers of attention."""
     scale = as_scale(logit_scale, image_features)
     factor = config.input_scale_factor * scale.detach() if config.input_scale == "logit" else scale.new_ones(())
     rational = image_features[:, None] * text_features  # (B, K, D)
