@@ -57,6 +57,27 @@ def problem_with_masks_of(
     return image, text, parameters
 
 
+def with_large_scores(
+    config: AdapterConfig, inputs: tuple[Tensor, Tensor, dict[str, Tensor]], size: float
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A problem whose attention scores lie around -size in every other head and around +size in the others.
+
+    The biases of queries and keys move the scores, and probabilities stay as spread as they are without them. Where
+    there is one head, the text query has the positive scores.
+    """
+    image, text, parameters = inputs
+    heads, head = config.num_heads, config.head_dim
+    bias = (size * config.temperature / head**0.5) ** 0.5
+    signs = torch.tensor([-1.0, 1.0]).repeat(heads)[:heads].repeat_interleave(head)
+    moved = dict(parameters)
+    for name, value in parameters.items():
+        if name.endswith("k_proj.bias"):
+            moved[name] = value + bias
+        elif "q_proj" in name and name.endswith(".bias"):
+            moved[name] = value + bias * (-signs if heads == 1 and name == "q_proj2.bias" else signs).to(value.dtype)
+    return image, text, moved
+
+
 def published_vectors(
     name: str, dtype: torch.dtype = torch.float64
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], AdapterConfig]:

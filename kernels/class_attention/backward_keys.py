@@ -23,7 +23,6 @@ def _key_gradients(
     i,
     i_valid,
     c_valid,
-    j_valid,
     scale,
     HEAD: tl.constexpr,
     MATRIX: tl.constexpr,
@@ -40,9 +39,7 @@ def _key_gradients(
     """
     q = tl.load(query_rows[:, None] + out_columns[None, :], mask=i_valid[:, None] & c_valid[None, :], other=0.0)
     if SPLIT_HEAD:
-        scores = split_head_scores(
-            keys, query_rows + column, j_valid, i_valid, HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION
-        )
+        scores = split_head_scores(keys, query_rows + column, None, i_valid, HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
     else:
         scores = product(keys, tl.trans(q), None, PRECISION)
     if MATRIX:
@@ -105,11 +102,14 @@ def class_attention_backward_keys_kernel(
     rows = batch * classes
     j, j_valid, c, c_valid, out_columns = tile_place(tile, group, column, classes, HEAD, BLOCK_K, BLOCK_D)
     valid = j_valid[:, None] & c_valid[None, :]
-    k = keys + (first + j) * D + column
-    v = values + (first + j) * D + column
+    # Rows beyond the last class read it again. Of rows of zeros the exponential could be infinite, and a mask of the
+    # scores would take registers that the heads of 64 do not have.
+    source_row = first + tl.minimum(j, classes - 1)
+    k = keys + source_row * D + column
+    v = values + source_row * D + column
     if not SPLIT_HEAD:
-        k = tl.load(k[:, None] + c[None, :], mask=valid, other=0.0)
-        v = tl.load(v[:, None] + c[None, :], mask=valid, other=0.0)
+        k = tl.load(k[:, None] + c[None, :], mask=c_valid[None, :], other=0.0)
+        v = tl.load(v[:, None] + c[None, :], mask=c_valid[None, :], other=0.0)
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     if HAS_TEXT or HAS_RATIONAL:
@@ -130,7 +130,7 @@ def class_attention_backward_keys_kernel(
                 other=0.0,
             )
             if SPLIT_HEAD:
-                dp = split_head_scores(v, do_rows, j_valid, i_valid, HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
+                dp = split_head_scores(v, do_rows, None, i_valid, HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
             else:
                 dp = product(v, tl.trans(do), None, PRECISION)
             p_sum = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
@@ -138,14 +138,14 @@ def class_attention_backward_keys_kernel(
                 p_sum, dk = _key_gradients(
                     q_text + ((b // images_per_text) * classes + i) * D, k, dp,
                     logsums + text_row, deltas + text_row, text_statistics, p_sum, dk,
-                    column, out_columns, i, i_valid, c_valid, j_valid, scale,
+                    column, out_columns, i, i_valid, c_valid, scale,
                     HEAD, MATRIX, SPLIT_HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
                 )  # fmt: skip
             if HAS_RATIONAL:
                 p_sum, dk = _key_gradients(
                     q_rational + (first + i) * D, k, dp,
                     logsums + rational_row, deltas + rational_row, rational_statistics, p_sum, dk,
-                    column, out_columns, i, i_valid, c_valid, j_valid, scale,
+                    column, out_columns, i, i_valid, c_valid, scale,
                     HEAD, MATRIX, SPLIT_HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
                 )  # fmt: skip
             dv = product(p_sum.to(do.dtype), do, dv, PRECISION)

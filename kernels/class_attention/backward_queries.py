@@ -61,7 +61,9 @@ def _query_gradient(
         scores = split_head_scores(queries, keys, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
     else:
         scores = product(queries, tl.trans(k), None, PRECISION)
-    p = tl.exp2(tl.where(j_valid[None, :], scores * scale - log_sum[:, None], float("-inf")))
+    # Of rows beyond the last class, which are zeros, the exponential could be infinite.
+    scores = tl.where(i_valid[:, None] & j_valid[None, :], scores, float("-inf"))
+    p = tl.exp2(scores * scale - log_sum[:, None])
     ds = p * (dp - delta[:, None])
     return product(ds.to(k.dtype), k, dq, PRECISION)
 
@@ -113,7 +115,7 @@ def _image_query_gradient(
         offsets = (first + j)[:, None] * D + (column + c)[None, :]
         valid = j_valid[:, None] & c_valid[None, :]
         k = tl.load(keys + offsets, mask=valid, other=0.0).to(tl.float32)
-        p = tl.exp2(tl.sum(k * q[None, :], 1) - log_sum)
+        p = tl.exp2(tl.where(j_valid, tl.sum(k * q[None, :], 1), float("-inf")) - log_sum)
         v = tl.load(values + offsets, mask=valid, other=0.0).to(tl.float32)
         ds = p * (tl.sum(v * do[None, :], 1) - delta)
         dq += ds[:, None] * k

@@ -31,8 +31,12 @@ def tile_place(tile, group, column, classes, HEAD: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _load_piece(rows, valid, columns, HEAD: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Some columns of a head's rows, (rows, columns). rows: pointers; the last piece may have columns to spare."""
-    if HEAD % BLOCK_C == 0:
+    """Some columns of a head's rows, (rows, columns). rows: pointers; the last piece may have columns to spare.
+
+    valid: which of the rows exist; None where all of them can be read."""
+    if valid is None:
+        return tl.load(rows[:, None] + columns[None, :], mask=(columns < HEAD)[None, :], other=0.0)
+    elif HEAD % BLOCK_C == 0:
         return tl.load(rows[:, None] + columns[None, :], mask=valid[:, None], other=0.0)
     else:
         return tl.load(rows[:, None] + columns[None, :], mask=valid[:, None] & (columns < HEAD)[None, :], other=0.0)
@@ -59,7 +63,9 @@ def split_head_scores(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """left right^T, (BLOCK_L, BLOCK_R), over a head that is read in pieces. left, right: pointers to rows."""
+    """left right^T, (BLOCK_L, BLOCK_R), over a head that is read in pieces. left, right: pointers to rows.
+
+    left_valid, right_valid: which of the rows exist; left_valid is None where all of the left rows can be read."""
     accumulator = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
     for c in range(0, HEAD, BLOCK_C):
         columns = c + tl.arange(0, BLOCK_C)

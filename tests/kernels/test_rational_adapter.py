@@ -9,7 +9,14 @@ from torch.nn.functional import cross_entropy, normalize
 from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.ops import rational_adapter
-from tests.support import assert_within_budget, problem, problem_with_masks_of, published_vectors, solve
+from tests.support import (
+    assert_within_budget,
+    problem,
+    problem_with_masks_of,
+    published_vectors,
+    solve,
+    with_large_scores,
+)
 
 from .conftest import Simulated
 
@@ -58,6 +65,18 @@ def test_outputs_and_gradients(name: str, simulated: Simulated) -> None:
         fast = solve(config, inputs, dtype, "triton", penalty)
     # Two of them are the features' gradients; of several layers only the attention is launched from here.
     assert len(log) <= 12 * config.num_layers
+    assert_within_budget(exact, plain, fast, dtype)
+
+
+@pytest.mark.parametrize("name", ["official", "float16", "row-temperature"])
+def test_outputs_and_gradients_with_large_scores(name: str, simulated: Simulated) -> None:
+    config, batch, classes, dtype, penalty = CASES[name]
+    # The exponential of 120 is infinite in float32. Rows beyond the last class must not reach one.
+    inputs = with_large_scores(config, problem(config, batch, classes, dtype), 120.0)
+    exact = solve(config, inputs, torch.float64, "reference", penalty)
+    plain = solve(config, inputs, dtype, "reference", penalty)
+    with simulated():
+        fast = solve(config, inputs, dtype, "triton", penalty)
     assert_within_budget(exact, plain, fast, dtype)
 
 
