@@ -80,8 +80,8 @@ def run_eft(options: EFTOptions) -> dict[str, Any]:
         text=task.text,
         limit=limit if options.evaluate_every else None,
     ) as folder:
-        covers = {"limit": limit}
-        if (summary := folder.finished(covers)) is not None:
+        scope = {"limit": limit}
+        if (summary := folder.finished_summary(scope)) is not None:
             return already_finished(folder, summary, resumed=options.epochs)
         reset_peak_memory()
         start = time.perf_counter()
@@ -93,7 +93,7 @@ def run_eft(options: EFTOptions) -> dict[str, Any]:
         results: dict[str, Any] = {"training_images": len(task.images.ids), "classes": len(setup.names)}
         results |= results_of(records, sets, training, folder)
         results["time"] = {"seconds": round(time.perf_counter() - start, 3), **training_time(training.records)}
-        return finish(folder, setup.facts(), results, covers=covers, resumed=resumed)
+        return finish(folder, setup.facts(), results, scope=scope, resumed=resumed)
 
 
 def open_task(options: EFTOptions) -> Task:

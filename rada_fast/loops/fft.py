@@ -87,11 +87,11 @@ def run_fft(options: FFTOptions) -> dict[str, Any]:
     read = {**setup.sources, "train": task.images}
     # The images that are trained on decide the weights.
     with open_folder(setup, read, deciding=["train"], names=setup.names, text=setup.text, limit=task.limit) as folder:
-        covers = {"limit": options.run.limit}
-        if (summary := folder.finished(covers)) is not None:
+        scope = {"limit": options.run.limit}
+        if (summary := folder.finished_summary(scope)) is not None:
             return already_finished(folder, summary, resumed=sum(stage.epochs for stage in task.stages))
         results, resumed = train_and_evaluate(task, options, folder)
-        return finish(folder, setup.facts(), results, covers=covers, resumed=resumed)
+        return finish(folder, setup.facts(), results, scope=scope, resumed=resumed)
 
 
 def open_task(options: FFTOptions) -> Task:

@@ -55,8 +55,8 @@ def run_ttt(options: TTTOptions) -> dict[str, Any]:
         ids = frozenset(chosen.ids)
         records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
         done = {record["id"] for record in records}
-        covers = {"images": len(ids)}
-        if len(done) == len(ids) and (summary := folder.finished(covers)) is not None:
+        scope = {"images": len(ids)}
+        if len(done) == len(ids) and (summary := folder.finished_summary(scope)) is not None:
             return already_finished(folder, summary, resumed=len(done))
         clock = Clock()
         total = adapt_to_all(setup, chosen, options, folder, done, clock)
@@ -69,7 +69,7 @@ def run_ttt(options: TTTOptions) -> dict[str, Any]:
             "unreadable": accuracy["status"]["unreadable"],
             "time": clock.report(total),
         }
-        return finish(folder, setup.facts(), results, covers=covers, resumed=len(done))
+        return finish(folder, setup.facts(), results, scope=scope, resumed=len(done))
 
 
 def open_ttt(options: TTTOptions) -> Setup:
@@ -104,7 +104,7 @@ def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None
 
     labels: of all images, by id.
     """
-    before, now = folder.before.get("data", {}), folder.inputs.parts["data"]
+    before, now = folder.stored_inputs.get("data", {}), folder.inputs.parts["data"]
     by_image = "data" not in folder.inputs.deciding  # otherwise a run with other data has been refused
     kept: dict[str, dict[str, Any]] = {}
     old = []

@@ -1,4 +1,4 @@
-"""Pictures of what the adapter does, made from saved or given tensors with no display."""
+"""Pictures of the effect of an adapter, drawn to files without a display."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ def mask_picture(
     logit_scale: float,
     histogram: Tensor,
 ) -> None:
-    """One image's M, R and M * R as heat maps and a histogram of masks (as the paper's Figures 4 and 5); a PNG.
+    """Draw the mask M, the rational matrix R and M * R of one image as heat maps, and a histogram of mask values.
 
-    path: the file to write; image: (height, width, 3) uint8; mask, rational: (K, D), one image's;
-    class_names: K rows' names; logit_scale: the multiplier s; histogram: mask values of any shape, of many images.
+    The picture corresponds to Figures 4 and 5 of the paper and is written as a PNG.
+
+    path: the file to write.
+    image: the image, (height, width, 3) uint8.
+    title: the title of the picture.
+    mask: M of the image, (K, D).
+    rational: R of the image, (K, D).
+    class_names: the names of the K classes.
+    logit_scale: the multiplier s.
+    histogram: the mask values of many images, in any shape.
     """
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     figure.suptitle(title)

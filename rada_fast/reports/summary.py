@@ -1,4 +1,4 @@
-"""What a run reports: one record for each image, accuracies over the records, the summary and its table."""
+"""The report of a run: a record of each image, the accuracies over the records, the summary, and its table."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from rada_fast.system.terminal import PlainConsole, print_json, table
 
 
 def image_record(id: str, label: int | None, status: str, before: Tensor, after: Tensor) -> dict[str, Any]:
-    """One image's line: its label, the zero-shot and the adapted answer, best five first, and their confidence.
+    """Return the record of one image: its label, and the five best classes before and after adaptation.
 
-    before, after: logits (K,). Equal logits rank by class index.
+    id, label: the name of the image, and the number of its class if it is known.
+    status: "ok", or "diverged" if adaptation failed and the answer after it is the one before it.
+    before, after: the zero-shot and the adapted logits (K,). Classes with equal logits are ranked by their numbers.
+
+    The entry "confidence" is the largest softmax probability before and after.
     """
     best_before, best_after = (ranking(logits) for logits in (before, after))
     return {
@@ -34,12 +38,12 @@ def image_record(id: str, label: int | None, status: str, before: Tensor, after:
 
 
 def unreadable_records(images: Iterable[tuple[str, int, str]]) -> list[dict[str, Any]]:
-    """One record for each image that could not be read. images: their ids, their labels and the reasons."""
+    """Return a record of each image that could not be read. images: their ids, their labels and the reasons."""
     return [{"id": id, "label": label, "status": "unreadable", "error": reason} for id, label, reason in images]
 
 
 def is_image_record(record: Mapping[str, Any], label: int | None) -> bool:
-    """Whether a line that was read is one of an image with this label, whole enough to be counted."""
+    """Return whether a record read from a file is complete and belongs to an image with this label."""
     status = record.get("status")
     rankings = [record.get(name) for name in ("zero_shot", "adapted")]
     ranked = all(isinstance(best, list) and best and all(type(k) is int for k in best) for best in rankings)
@@ -47,15 +51,20 @@ def is_image_record(record: Mapping[str, Any], label: int | None) -> bool:
 
 
 def ranking(logits: Tensor, count: int = 5) -> list[int]:
-    """The count classes of the largest logits, ties by index. logits: (K,)."""
+    """Return the classes of the largest logits, the best first. Equal logits are ranked by class number.
+
+    logits: (K,); count: how many classes to return.
+    """
     order: list[int] = logits.argsort(descending=True, stable=True)[:count].tolist()
     return order
 
 
 def accuracy_of(records: Sequence[dict[str, Any]], *, before: str, after: str) -> dict[str, Any]:
-    """Counts and accuracies in percent over records with a ranking under both names.
+    """Count records, and compute the accuracies in percent before and after adaptation.
 
-    An unreadable image counts as wrong, never as absent.
+    before, after: the entries of a record that hold the two rankings of classes.
+
+    An unreadable image counts as a wrong answer and is never left out.
     """
     labelled = [record for record in records if record["label"] is not None]
     counts = {
@@ -70,16 +79,19 @@ def accuracy_of(records: Sequence[dict[str, Any]], *, before: str, after: str) -
 
 
 def percent(right: int, total: int) -> float | None:
-    """Accuracy in percent; None of nothing."""
+    """Return the accuracy in percent, or None if there are no images."""
     return round(100 * right / total, 3) if total else None
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a summary says about how a run was set up.
+    """The set-up of a run, as its summary states it.
 
-    command, options: what was asked for; adapter: the configuration of the adapter; model: what the model says about
-    itself, or None where the run has none; logit_scale: the multiplier s, and what says so.
+    command: the name of the command.
+    options: all options with their values.
+    adapter: the configuration of the adapter.
+    model: the name and the properties of the model, or None if the run has no model.
+    logit_scale: the multiplier s, and where it comes from.
     """
 
     command: str
@@ -90,11 +102,15 @@ class RunFacts:
 
 
 def finish(
-    folder: RunFolder, facts: RunFacts, results: dict[str, Any], *, covers: Mapping[str, Any], resumed: int
+    folder: RunFolder, facts: RunFacts, results: dict[str, Any], *, scope: Mapping[str, Any], resumed: int
 ) -> dict[str, Any]:
-    """Write and return the summary: what ran, on what, and the results.
+    """Write the summary of a run, with its set-up and its results, and return it.
 
-    covers: which part of the inputs the results are about; resumed: how much of the work an earlier run had done.
+    folder: the folder of the run.
+    facts: the set-up of the run.
+    results: the entries that are particular to the command.
+    scope: values that decide the results beside the identity and the inputs of the run; see RunFolder.digest.
+    resumed: how many images or epochs an earlier run had already finished.
     """
     summary = {
         "command": facts.command,
@@ -110,28 +126,28 @@ def finish(
         "config": facts.options,
         "versions": versions(),
         "output": str(folder.path),
-        "files": folder.left(),
-        "run": folder.digest(covers),
+        "files": folder.result_files(),
+        "run": folder.digest(scope),
     }
     folder.write_summary(summary)
     return summary
 
 
 def already_finished(folder: RunFolder, summary: dict[str, Any], *, resumed: int) -> dict[str, Any]:
-    """Say that the run has ended before, and return its summary as it was written, with its times."""
+    """Print that the run has already finished, and return the summary that it wrote then, with the times of then."""
     notices.note(f"this run is finished: {folder.path} holds its results, and nothing was computed again")
     return summary | {"resumed": resumed}
 
 
 def harmonic_mean(base: float | None, new: float | None) -> float | None:
-    """Harmonic mean of two accuracies in percent."""
+    """Return the harmonic mean of two accuracies in percent, or None if one of them is missing."""
     if base is None or new is None:
         return None
     return round(2 * base * new / (base + new), 3) if base + new else 0.0
 
 
 def show(summary: dict[str, Any], options: RunOptions) -> int:
-    """Print a summary as a table or as JSON. Returns the command's exit status."""
+    """Print a summary as a table or as JSON. Returns the exit status of the command."""
     if options.json:
         print_json(summary)
     else:
@@ -154,7 +170,7 @@ _NOT_IN_TABLE = {"command", "config", "files", "versions", "adapter", "model", "
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Nested entries under one readable name each."""
+    """Yield the entries of nested dictionaries, each with a readable name made of all its keys."""
     for name, entry in value.items():
         title = f"{prefix} {name}".strip().replace("_", " ")
         if isinstance(entry, dict):

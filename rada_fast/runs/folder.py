@@ -1,7 +1,7 @@
-"""The folder of one run: what it is, a JSON line for everything finished, a summary; safe to interrupt and go on.
+"""The folder of one run: the identity of the run, a JSON line for each finished image or epoch, and a summary.
 
-One process at a time writes there. Nothing that a run did not make is ever removed, and a folder that holds anything
-else is no place for a new run.
+A run can be interrupted at any time and goes on from what its folder holds. One process at a time writes there. Only
+files that a run has made are ever removed, and a new run does not start in a folder that holds other files.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from rada_fast.system import files, notices, termination
 FORMAT = "rada_fast.run.v1"
 IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE = "run.json", "run.lock", "summary.json"
 SUPERSEDED = "images-superseded.jsonl"
-"""Lines of images that have changed or gone since."""
+"""The file of the lines of images that were changed or removed after the lines were written."""
 
 _EVERY_RUN = (IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE, "images.jsonl")
 _STAGES = ("rada", "rada-ft")
-MADE_BY: dict[str, frozenset[str]] = {
+FILES_OF_COMMAND: dict[str, frozenset[str]] = {
     "ttt": frozenset({*_EVERY_RUN, SUPERSEDED}),
     "eft": frozenset({*_EVERY_RUN, "epochs.jsonl", "state.pt", "state-previous.pt", "adapter.safetensors"}),
     "fft": frozenset(
@@ -49,16 +49,17 @@ MADE_BY: dict[str, frozenset[str]] = {
         | {f"{stage}-{what}.safetensors" for stage in _STAGES for what in ("adapter", "model")}
     ),
 }
-"""The files that a run of each command makes: all that is ever removed."""
+"""The names of the files that a run of each command makes. Files with other names are never removed."""
 _DAMAGED = re.compile(r"(?P<name>.+)\.damaged(-\d+)?")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, by the part that it plays: each file's stamp, or an array's hash, by id.
+    """The files that a run reads, in parts such as "train" and "test".
 
-    parts: all of them; deciding: names of those that decide what the run has computed so far; a change in another, as
-    in images that are tested at the end, only means that this has to be done anew.
+    parts: for each part, the stamp of every file, or the hash of every array, by its id.
+    deciding: the parts that decide what the run has computed so far. If another part changes, such as the images of the
+        evaluation at the end, only the work on that part is repeated.
     """
 
     parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -66,14 +67,15 @@ class Inputs:
 
 
 class RunFolder:
-    """Results of one run, locked against other processes until it is closed; use it as a context.
+    """The results of one run on disk. The folder is locked against other processes until the context ends.
 
-    options: output folder, and whether another run's results there may be removed.
-    identity: every option and value that changes a result, with the command.
-    inputs: the files that do.
-    data: folders of images that the run reads; given: files and folders that its options name.
+    options: these name the output folder, and say whether another run's results there may be removed.
+    identity: the command, and every option and value that changes a result.
+    inputs: the files that change a result.
+    data: the folders of images that the run reads.
+    option_paths: the files and folders that the options name.
 
-    Raises UserError where the folder holds another run's results or anything else, or another process runs in it.
+    Raises UserError if the folder holds another run's results or other files, or if another process runs in it.
     """
 
     def __init__(
@@ -82,23 +84,23 @@ class RunFolder:
         identity: Mapping[str, Any],
         inputs: Inputs | None = None,
         data: Sequence[Path] = (),
-        given: Sequence[Path] = (),
+        option_paths: Sequence[Path] = (),
     ) -> None:
         self.path = Path(options.output).expanduser()
         self.inputs = inputs or Inputs()
         self._identity = json.loads(json.dumps(identity))
-        self._given = given
-        _check_apart(self.path, data)
+        self._option_paths = option_paths
+        _check_outside_data(self.path, data)
         self._check(options.overwrite)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.path / LOCK_FILE)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                raise  # the disk's fault, not the option's
+                raise  # the disk is at fault, not the option
             raise UserError(f"output {self.path} cannot be written: {error.strerror}") from None
         try:
-            # Once more, as another process may have begun in between.
+            # The check is repeated because another process may have started since the first one.
             stored = self._check(options.overwrite)
             self._clean(stored)
         except BaseException:
@@ -112,28 +114,32 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Release the lock, so that another process can use the folder."""
         self._lock.release()
 
     def _check(self, overwrite: bool) -> dict[str, Any] | None:
-        """What run.json says of the run here, or None where there is none. Raises UserError; changes nothing."""
+        """Return the content of run.json, or None if the folder has none. This changes nothing.
+
+        Raises UserError if this run cannot use the folder.
+        """
         if not self.path.is_dir():
             if self.path.exists() or self.path.is_symlink():
                 raise UserError(f"output {self.path} must be a folder, it is a file")
             return None
-        stored = self._stored()
-        if stored is not None and self._same(stored):
+        stored = self._read_identity()
+        if stored is not None and self._is_this_run(stored):
             return stored
         if stored is None or overwrite:
             command = stored["identity"]["command"] if stored else None
-            if foreign := [name for name in _names(self.path) if not _made(name, command)]:
+            if foreign := [name for name in _names(self.path) if not _is_made_by(name, command)]:
                 raise UserError(
                     f"output {self.path} must be empty, new, or hold nothing but a run's results, it holds "
-                    f"{_some(foreign)}; give another --output"
+                    f"{_first_of(foreign)}; give another --output"
                 )
-            place = self.path.resolve()
-            if read := [str(path) for path in self._given if place in (path.resolve(), *path.resolve().parents)]:
-                raise UserError(f"output {self.path} cannot be overwritten by a run that reads {_some(read)} in it")
+            output = self.path.resolve()
+            read = [str(path) for path in self._option_paths if output in (path.resolve(), *path.resolve().parents)]
+            if read:
+                raise UserError(f"output {self.path} cannot be overwritten by a run that reads {_first_of(read)} in it")
             return stored
         changed = sorted(_differences(stored["identity"], self._identity))
         for part in sorted(self.inputs.deciding):
@@ -144,31 +150,31 @@ class RunFolder:
             "give another --output, or --overwrite to remove them"
         )
 
-    def _same(self, stored: dict[str, Any]) -> bool:
-        """Whether what is stored is this run's, so that it goes on."""
+    def _is_this_run(self, stored: dict[str, Any]) -> bool:
+        """Return whether the stored identity and inputs are those of this run, so that it can go on."""
         return stored["identity"] == self._identity and not any(
             stored["inputs"].get(part, {}) != self.inputs.parts.get(part, {}) for part in self.inputs.deciding
         )
 
     def _clean(self, stored: dict[str, Any] | None) -> None:
-        """Remove what killed processes left behind and, where another run is overwritten, its files."""
+        """Remove the files that killed processes left behind and, if another run is overwritten, its files."""
         command = stored["identity"]["command"] if stored else None
         for name in _names(self.path):
-            if files.PARTIAL.fullmatch(name) and _made(name, command):
+            if files.PARTIAL.fullmatch(name) and _is_made_by(name, command):
                 files.remove(self.path / name)
-        self.resumed = stored is not None and self._same(stored)
+        self.resumed = stored is not None and self._is_this_run(stored)
         if stored is not None and not self.resumed:
             for name in _names(self.path):
-                # The identity goes last: until then the folder is known to be a run's.
+                # The identity is replaced last, so that until then the folder is known to belong to a run.
                 if name not in (IDENTITY_FILE, LOCK_FILE):
                     files.remove(self.path / name)
-        self.before: Mapping[str, Mapping[str, str]] = stored["inputs"] if stored and self.resumed else {}
+        self.stored_inputs: Mapping[str, Mapping[str, str]] = stored["inputs"] if stored and self.resumed else {}
         if not self.resumed:
             self._write_identity()
 
     def accept_inputs(self) -> None:
-        """Record that what the folder holds is of the inputs as they are now; a summary of other ones goes."""
-        if self.before != self.inputs.parts:
+        """Record that the results are those of the present inputs, and remove a summary of earlier inputs."""
+        if self.stored_inputs != self.inputs.parts:
             files.remove(self.path / SUMMARY_FILE)
             self._write_identity()
 
@@ -177,15 +183,16 @@ class RunFolder:
             self.path / IDENTITY_FILE,
             json.dumps({"format": FORMAT, "identity": self._identity, "inputs": self.inputs.parts}, indent=1) + "\n",
         )
-        self.before = self.inputs.parts
+        self.stored_inputs = self.inputs.parts
 
-    def _stored(self) -> dict[str, Any] | None:
+    def _read_identity(self) -> dict[str, Any] | None:
+        """Read run.json. Returns None without one; raises UserError if no run wrote it or it cannot be read."""
         path = self.path / IDENTITY_FILE
         try:
-            if path.exists() and not path.is_file():  # a FIFO would be waited for
+            if path.exists() and not path.is_file():  # reading a FIFO could wait for ever
                 raise ValueError
             stored = json.loads(path.read_text(encoding="ascii"))
-            known = stored["format"] == FORMAT and stored["identity"]["command"] in MADE_BY
+            known = stored["format"] == FORMAT and stored["identity"]["command"] in FILES_OF_COMMAND
             if known and isinstance(stored["inputs"], dict):
                 return dict(stored)
         except FileNotFoundError:
@@ -199,8 +206,8 @@ class RunFolder:
             "nothing is removed: give another --output"
         )
 
-    def finished(self, covers: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The summary of this very run over these very inputs, where it has ended before. covers: see digest."""
+    def finished_summary(self, scope: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the summary if this run has already finished with the same inputs, or None. scope: see digest."""
         path = self.path / SUMMARY_FILE
         try:
             if not path.is_file():
@@ -210,63 +217,72 @@ class RunFolder:
                 (self.path / name).is_file() and size in (None, (self.path / name).stat().st_size)
                 for name, size in summary.get("files", {}).items()
             )
-            return dict(summary) if self.resumed and complete and summary["run"] == self.digest(covers) else None
+            return dict(summary) if self.resumed and complete and summary["run"] == self.digest(scope) else None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, whole or not at all; its entry "run" is a digest(), "files" what left() says."""
+        """Write summary.json as a whole or not at all.
+
+        summary: its entry "run" is the result of digest(), and its entry "files" that of result_files().
+        """
         write_json(self.path / SUMMARY_FILE, summary)
 
-    def left(self) -> dict[str, int | None]:
-        """The lines and weights that the run leaves, these with their size: without them it is not finished."""
+    def result_files(self) -> dict[str, int | None]:
+        """Return the sizes of the weight files by name, and the names of the files of lines, each with None.
+
+        A run with a summary counts as finished only while these files exist.
+        """
         found = [path for path in sorted(self.path.iterdir()) if path.suffix in (".safetensors", ".jsonl")]
         return {path.name: path.stat().st_size if path.suffix == ".safetensors" else None for path in found}
 
-    def digest(self, covers: Mapping[str, Any]) -> str:
-        """A hash of what a summary is about: identity, inputs, and covers, what else decides it, such as a limit."""
-        everything = json.dumps([self._identity, self.inputs.parts, covers], sort_keys=True)
+    def digest(self, scope: Mapping[str, Any]) -> str:
+        """Return a hash of everything that decides a summary: the identity of the run, its inputs, and the scope.
+
+        scope: further values that decide the summary, such as a limit on the number of images.
+        """
+        everything = json.dumps([self._identity, self.inputs.parts, scope], sort_keys=True)
         return hashlib.sha256(everything.encode()).hexdigest()[:32]
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """The records finished so far. A last line torn by a crash is cut off the file.
+        """Read the records of a file of lines. If a crash left the last line incomplete, it is cut off the file.
 
-        A file with a damaged line elsewhere is set aside, and its whole lines are written anew.
+        A file with a damaged line elsewhere gets another name, and its undamaged lines are written to a new file.
         """
         path = self.path / name
         if not path.is_file():
             return []
         content = path.read_bytes()
-        *whole, torn = content.split(b"\n")
-        records = [_record(line) for line in whole]
-        # Damaged lines at the end are a torn write's too, whatever the file system made of it.
+        *complete, incomplete = content.split(b"\n")
+        records = [_record(line) for line in complete]
+        # Damaged lines at the end also come from an incomplete write, whatever the file system made of it.
         while records and records[-1] is None:
-            torn = whole.pop() + b"\n" + torn
+            incomplete = complete.pop() + b"\n" + incomplete
             records.pop()
         good = [record for record in records if record is not None]
         if len(good) < len(records):
             aside = self._set_aside(path)
             notices.warn(f"{path} has {len(records) - len(good)} damaged lines; it was kept as {aside.name}")
             self.write_lines(name, good)
-        elif torn:
-            os.truncate(path, len(content) - len(torn))
+        elif incomplete:
+            os.truncate(path, len(content) - len(incomplete))
         return good
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add one line; it is with the operating system before this returns."""
-        # What a signal has cut off, the reading of an image for one, must not be recorded as if it were the image's.
+        """Add one line. The operating system has the whole line before this returns."""
+        # If a signal has interrupted the reading of an image, the error must not be recorded as a fault of the image.
         termination.raise_if_asked()
         files.append_line(self.path / name, _line(record))
 
     def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write a whole file of lines, or leave it as it is where it holds just these."""
+        """Write a whole file of lines. A file that already holds exactly these lines is not written again."""
         content = "".join(f"{_line(record)}\n" for record in records)
         path = self.path / name
         if not path.is_file() or path.read_bytes() != content.encode("ascii"):
             files.write_text(path, content)
 
     def supersede(self, name: str, kept: Sequence[Mapping[str, Any]], old: Sequence[Mapping[str, Any]]) -> None:
-        """Take lines out of a file whose other lines are kept, into images-superseded.jsonl."""
+        """Move the old records of a file to images-superseded.jsonl, so that the file holds the kept ones alone."""
         if old:
             earlier = self.read_lines(SUPERSEDED)
             known = {_line(record) for record in earlier}
@@ -274,22 +290,24 @@ class RunFolder:
             self.write_lines(name, kept)
 
     def save_adapter(self, name: str, adapter: RationalAdapter) -> None:
-        """Write an adapter for load_adapter to read."""
+        """Write an adapter in the form that load_adapter reads."""
         files.write_tensors(self.path / name, *stored_form(adapter))
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors as safetensors."""
+        """Write tensors in the format of safetensors."""
         files.write_tensors(self.path / name, tensors)
 
     def save_state(self, name: str, state: Mapping[str, Any]) -> None:
-        """Write tensors and plain values under a name ending in .pt; the state before stays as NAME-previous.pt."""
+        """Write tensors and plain values to a file NAME.pt, and keep the one before it as NAME-previous.pt."""
         files.write_state(self.path / name, state, previous=self._previous(name))
 
     def load_state(self, name: str, use: Callable[[dict[str, Any]], None]) -> bool:
-        """Hand the newest usable state of a name to use(), without executing code. Returns whether there was one.
+        """Read the newest usable state of a name, without executing code, and call use() with it.
 
-        use: raises anything where the state does not fit, before it has changed anything. What is damaged or does not
-        fit is set aside, with a warning, and the state before it is taken.
+        use: a function that raises an exception if the state does not fit, before it changes anything. A file that is
+        damaged or does not fit gets another name, with a warning, and the state before it is tried.
+
+        Returns whether there was a usable state.
         """
         for path in (self.path / name, self._previous(name)):
             if not path.is_file():
@@ -317,7 +335,7 @@ class RunFolder:
         return self.path / f"{name.removesuffix('.pt')}-previous.pt"
 
     def _set_aside(self, path: Path) -> Path:
-        """Give a damaged file another name, which nothing has yet."""
+        """Give a damaged file a name that no other file has, and return its new path."""
         new, count = path.with_name(f"{path.name}.damaged"), 1
         while new.exists():
             count += 1
@@ -326,12 +344,12 @@ class RunFolder:
         return new
 
 
-def _check_apart(output: Path, data: Sequence[Path]) -> None:
-    """Raise UserError where results would lie among the images."""
-    place = output.resolve()
+def _check_outside_data(output: Path, data: Sequence[Path]) -> None:
+    """Raise UserError if the output folder lies in a data folder."""
+    resolved = output.resolve()
     for folder in data:
         root = folder.resolve()
-        if root == place or root in place.parents:
+        if root == resolved or root in resolved.parents:
             raise UserError(
                 f"output {output} must lie outside of the data folder {folder}, where results would be taken for data"
             )
@@ -341,9 +359,12 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def _made(name: str, command: str | None) -> bool:
-    """Whether a run of a command made a file of this name; None: a run that was killed before it said what it is."""
-    known = MADE_BY[command] if command is not None else frozenset({LOCK_FILE})
+def _is_made_by(name: str, command: str | None) -> bool:
+    """Return whether a run of a command makes a file of this name.
+
+    command: None stands for a run that was killed before it wrote its identity.
+    """
+    known = FILES_OF_COMMAND[command] if command is not None else frozenset({LOCK_FILE})
     if name in known:
         return True
     if match := files.PARTIAL.fullmatch(name):
@@ -352,23 +373,23 @@ def _made(name: str, command: str | None) -> bool:
 
 
 def describe_change(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """What was added, removed and replaced between two listings; empty where nothing was."""
+    """Describe which entries were added, removed or replaced between two listings, or return an empty text."""
     changes = {
         "added": [id for id in new if id not in old],
         "removed": [id for id in old if id not in new],
         "replaced": [id for id, stamp in new.items() if id in old and old[id] != stamp],
     }
-    return "; ".join(f"{what}: {_some(ids)}" for what, ids in changes.items() if ids)
+    return "; ".join(f"{what}: {_first_of(ids)}" for what, ids in changes.items() if ids)
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
-    """The first few of many names."""
-    more = len(names) - most
-    return ", ".join(ascii(name)[1:-1] for name in names[:most]) + (f" and {more} more" if more > 0 else "")
+def _first_of(names: Sequence[str], count: int = 3) -> str:
+    """Return the first few names as one text, with the number of the others."""
+    more = len(names) - count
+    return ", ".join(ascii(name)[1:-1] for name in names[:count]) + (f" and {more} more" if more > 0 else "")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """A line's record, or None where the line is damaged."""
+    """Parse the record of a line. Returns None if the line is damaged."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -377,17 +398,17 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    """A record as JSON; it is ASCII, so that file names in any encoding make readable lines."""
+    """Return a record as JSON in ASCII, so that the line is readable whatever the encoding of file names is."""
     return json.dumps(record, allow_nan=False)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write a value as a JSON file, as a whole or not at all."""
     files.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """Options with both values, or dotted names of other entries, in which two JSON values differ."""
+    """Yield the entries in which two JSON values differ: options with both values, other entries by name alone."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in set(old) | set(new):
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
@@ -401,7 +422,7 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes the results."""
+    """Return the versions of Python and of the packages that compute the results."""
     found = {"rada_fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("torchvision", "open_clip_torch", "triton", "numpy", "pillow"):
         try:
@@ -412,13 +433,13 @@ def versions() -> dict[str, str]:
 
 
 def reset_peak_memory() -> None:
-    """Start counting the GPU's peak memory anew; the process's own peak only ever grows."""
+    """Reset the peak of the GPU memory. The peak of the process's own memory cannot be reset."""
     if _env.has_cuda():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory so far, in MiB: of the process, and of the GPU where there is one."""
+    """Return the peak memory so far in MiB: that of the process, and that of the GPU if there is one."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"process_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
     if _env.has_cuda():

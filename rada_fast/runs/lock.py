@@ -1,4 +1,4 @@
-"""A lock on a folder that ends with the process that holds it, however that ends."""
+"""A lock on a folder. The system releases it when the process that holds it ends, whatever the reason."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from rada_fast.errors import UserError
 from rada_fast.system import notices
 
 _OWNER = re.compile(rb"(process \d+ on [^\n]*\n)?")
-"""What a lock's file holds: nothing yet, or whose it is."""
-_held: set[int] = set()
-"""Open descriptors of the locks that this process holds."""
+"""The content of a lock file: nothing yet, or the process that holds the lock."""
+_open_descriptors: set[int] = set()
+"""The file descriptors of the locks that this process holds."""
 
 
 def _close_in_child() -> None:
-    # A forked process shares the lock, and would hold it after its parent was killed.
-    for descriptor in _held:
+    # A forked process shares the lock, and would still hold it after its parent was killed.
+    for descriptor in _open_descriptors:
         with suppress(OSError):
             os.close(descriptor)
-    _held.clear()
+    _open_descriptors.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _release(descriptor: int) -> None:
-    if descriptor in _held:
-        _held.discard(descriptor)
+    if descriptor in _open_descriptors:
+        _open_descriptors.discard(descriptor)
         os.close(descriptor)
 
 
 class FolderLock:
-    """Holds a lock (flock) on a file until it is released.
+    """A lock (flock) on a file, held from the making of this object until release().
 
-    path: the lock's file, which is made and stays. Where the file system has no locks, this warns and goes on.
+    path: the lock file. It is created if necessary and never removed. If the file system has no locks, a warning says
+    so and the run goes on without one.
 
-    Raises UserError where another process, or another run in this one, holds the lock, or the file is somebody else's;
-    OSError where it cannot be made.
+    Raises UserError if another process or another run in this process holds the lock, or if the file is not a lock file
+    of this program. Raises OSError if the file cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,12 +76,12 @@ class FolderLock:
                 f"output {path.parent} lies on a file system without locks ({error.strerror}); take care that no other "
                 "process runs in it at the same time"
             )
-        _held.add(descriptor)
+        _open_descriptors.add(descriptor)
         self._finalizer = weakref.finalize(self, _release, descriptor)
-        with suppress(OSError):  # whose lock it is only helps whoever is refused
+        with suppress(OSError):  # the owner is only shown in the message of a run that is refused
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode("ascii", "replace"), 0)
 
     def release(self) -> None:
-        """Let others have it."""
+        """Release the lock, so that another run can take it."""
         self._finalizer()

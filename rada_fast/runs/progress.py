@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, now and then a plain line elsewhere. All of it on standard error."""
+"""The progress of long work on standard error: a bar on a terminal, and otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rada_fast.system.terminal import PlainConsole
 
 PLAIN_INTERVAL = 15.0
-"""Seconds between two plain lines."""
+"""The shortest time between two plain lines, in seconds."""
 
 
 class Advance(Protocol):
-    """Call it as work gets done: advance(2) after two more, with a note on how it goes if there is one."""
+    """A function to call whenever steps are finished: advance(2) after two more steps, and perhaps a short note."""
 
     def __call__(self, steps: int = 1, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """Show how far a loop of known length has come. total: steps in all."""
-    # A command can run without a standard error, and then without telling how far it is.
+    """Show the progress of a loop while the context lasts. total: the number of steps."""
+    # A process can run without a standard error.
     if sys.stderr is not None and sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -50,9 +50,9 @@ def progress(title: str, total: int) -> Iterator[Advance]:
         finished = steps > 0 and done >= total and now - start >= PLAIN_INTERVAL
         if now - last >= PLAIN_INTERVAL or finished:
             last = now
-            left = (now - start) / max(done, 1) * (total - done)
-            # Nobody may read it any more: the work goes on.
+            remaining = (now - start) / max(done, 1) * (total - done)
+            # The work goes on even if nobody reads the lines any more.
             with suppress(OSError, ValueError):
-                print(f"{title}: {done}/{total}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)
+                print(f"{title}: {done}/{total}, {remaining:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield on_log

@@ -93,7 +93,7 @@ def test_pipes_and_links_with_names_of_results_are_refused(tmp_path: Path) -> No
     begin(tmp_path).close()
     os.mkfifo(tmp_path / "run" / "summary.json")
     with begin(tmp_path) as folder:
-        assert folder.finished({}) is None
+        assert folder.finished_summary({}) is None
 
 
 def test_overwriting_is_refused_where_files_were_added_later(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_run_does_not_overwrite_what_it_reads(tmp_path: Path) -> None:
     output = tmp_path / "run"
     for given in (output, output / "adapter.safetensors"):
         with pytest.raises(UserError, match=r"cannot be overwritten by a run that reads .*run"):
-            RunFolder(options(tmp_path, overwrite=True), OTHER, given=[tmp_path, given])
+            RunFolder(options(tmp_path, overwrite=True), OTHER, option_paths=[tmp_path, given])
     assert "adapter.safetensors" in names(output)
 
 
@@ -154,12 +154,12 @@ def test_a_summary_depends_on_the_inputs_and_the_images_covered(tmp_path: Path) 
     with begin(tmp_path, inputs=inputs("1")) as folder:
         folder.write_summary({"speed": 7, "run": folder.digest({"limit": None})})
     with begin(tmp_path, inputs=inputs("1")) as folder:
-        assert folder.finished({"limit": 3}) is None
-        summary = folder.finished({"limit": None})
+        assert folder.finished_summary({"limit": 3}) is None
+        summary = folder.finished_summary({"limit": None})
         assert summary is not None
         assert summary["speed"] == 7
     with begin(tmp_path, inputs=inputs("2")) as folder:
-        assert folder.finished({"limit": None}) is None
+        assert folder.finished_summary({"limit": None}) is None
         folder.accept_inputs()
         assert "summary.json" not in names(folder.path)
 
