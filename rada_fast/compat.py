@@ -1,4 +1,4 @@
-"""For users of the published code: its attention class with its signature, and patching of live models in place."""
+"""Help users of the published code: this offers its attention class, and patches live published models in place."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ from rada_fast.reference.rational_projections import split_heads
 class SimpleMultiheadAttention(nn.Module):
     """The published code's attention module: its constructor, forward signature, parameter names and initial values.
 
-    embed_dim: D; num_heads: H; t: temperature; dropout: applied to the attention maps while training;
-    batch_first: accepted and ignored, as in the published code; bias: whether the projections have biases.
+    embed_dim: the width D.
+    num_heads: the number of heads H.
+    t: the temperature.
+    dropout: the probability of dropping an element of the attention maps while training.
+    batch_first: accepted and ignored, as in the published code.
+    bias: whether the projections have biases.
     """
 
     def __init__(
@@ -58,9 +62,9 @@ class SimpleMultiheadAttention(nn.Module):
         value: Tensor,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mask offset A (B, K, D) and the first query's attention map (B, H, K, K), for any inputs (B, K, D).
+        """Return the mask offset A (B, K, D) and the first query's attention map (B, H, K, K).
 
-        The inputs may be any tensors. Where they come from features, forward_features is faster.
+        The inputs may be any tensors (B, K, D). Where they come from features, forward_features is faster.
         """
         sources = {"q_proj1": query1, "q_proj2": query2, "q_proj3": query3, "k_proj": key, "v_proj": value}
         query1, query2, query3, keys, values = (
@@ -80,7 +84,7 @@ class SimpleMultiheadAttention(nn.Module):
     def forward_features(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and mask (B, K, D), straight from unit-norm features, through the backend in force.
+        """Return the logits (B, K) and the mask (B, K, D) from unit-norm features, through the backend in force.
 
         image_features: (B, D); text_features: (K, D); logit_scale: the multiplier s. Raises ValueError while dropout is
         active, because only forward applies it.
@@ -99,11 +103,11 @@ class SimpleMultiheadAttention(nn.Module):
 def patch(model: nn.Module) -> list[str]:
     """Serve the rational adapters inside a live published model through rada_fast's backends.
 
-    Every module with the published projections gets a new forward, by way of its class. Its parameters, buffers and
-    hooks stay the same objects, so that an optimiser keeps working; copies, pickles and replicas are patched too. The
-    published model repeats its features for every image and class; the patched forward goes back to one row for each
-    image and each class. On every call it verifies that this computes what the module's own forward does. Where it does
-    not, or where that cannot be decided, the module's own forward runs, with a warning the first time. These are:
+    Every module with the published projections gets a class with a new forward. Its parameters, buffers and hooks stay
+    the same objects, so an optimiser keeps working; copies, pickles and replicas are patched too. The published model
+    repeats its features for every image and class; the patched forward takes one row for each image and each class. On
+    every call it verifies that this computes what the module's own forward would. Where it does not, or where that
+    cannot be decided, the module's own forward runs, with a warning the first time. These cases are:
 
     - a projection that is more than its weight and bias (LoRA, hooks, sharded weights);
     - a module whose parameters, children or forward are not the published ones. Its own forward is tried on random
@@ -115,8 +119,8 @@ def patch(model: nn.Module) -> list[str]:
     - without a warning, a call that is recorded (torch.compile, torch.jit.trace, CUDA graphs) or transformed by
       torch.func, since its values cannot be compared.
 
-    Gradients reach the features that the inputs are computed from, but not the products in between. Whoever needs the
-    gradient of those (autograd.grad, retain_grad) has to unpatch.
+    Gradients reach the features from which the inputs are computed, but not the products in between. If you need the
+    gradients of these products (autograd.grad, retain_grad), unpatch the model.
 
     The second value that a patched adapter returns is None: it is an attention map that no published model uses.
 
@@ -131,7 +135,7 @@ def patch(model: nn.Module) -> list[str]:
     names = []
     for name, module in found:
         if "forward" in module.__dict__:
-            # A forward of the instance is called instead of its class's, so that ours would never run.
+            # An instance's own forward takes precedence over its class's, so the patched forward would never run.
             warnings.warn(
                 f"rada_fast leaves the adapter {name!r} to its own forward: it was replaced on the instance",
                 stacklevel=2,
@@ -141,7 +145,8 @@ def patch(model: nn.Module) -> list[str]:
             module.__dict__.pop(_OFF, None)
         else:
             module.__class__ = _patched_class(cast(Any, type(module)))
-            # What is known about the module. Data parallelism's replicas, new at every call, share it.
+            # This caches what is known about the module. Data parallelism makes new replicas at every call, which share
+            # it.
             module.__dict__[_STATE] = {}
         names.append(name)
     return names
@@ -157,7 +162,7 @@ def unpatch(model: nn.Module) -> list[str]:
         if kind.__bases__[0] is _Patched:
             module.__class__ = kind.__bases__[1]
             del module.__dict__[_STATE]
-        else:  # another library has put its own class on top
+        else:  # Another library has derived a class of its own from the patched one.
             module.__dict__[_OFF] = True
         names.append(name)
     return names
@@ -165,7 +170,7 @@ def unpatch(model: nn.Module) -> list[str]:
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        scripted = isinstance(module, torch.jit.ScriptModule)  # compiled code, which has no forward to replace
+        scripted = isinstance(module, torch.jit.ScriptModule)  # Compiled code has no forward to replace.
         if not scripted and hasattr(module, "temprature") and len(_layers(module)) == len(PROJECTIONS):
             yield name, module
 
@@ -179,24 +184,24 @@ _STATE, _OFF = "_rada_fast_state", "_rada_fast_off"
 
 @cache
 def _patched_class(kind: type) -> Any:
-    """A subclass with the patched forward, which has the name of the class."""
+    """Return a subclass with the patched forward and the name of the class."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (_Patched, kind), names)
 
 
 def _new_patched(kind: type) -> Any:
-    """An empty patched module, for unpickling and copying."""
+    """Return an empty patched module, for unpickling and copying."""
     return object.__new__(_patched_class(kind))
 
 
 def _own_forward(kind: type) -> Any:
-    """The forward that a patched class has taken the place of, as a function of the module and its arguments."""
+    """Return the forward that a patched class replaces, as a function of the module and its arguments."""
     above = kind.__mro__[kind.__mro__.index(_Patched) + 1]
     return above.forward  # type: ignore[attr-defined]
 
 
 def _is_recorded() -> bool:
-    """Whether calls are recorded (torch.jit.trace, make_fx, CUDA graphs), to be replayed with other values."""
+    """Return whether calls are recorded (torch.jit.trace, make_fx, CUDA graphs), to be replayed with other values."""
     return (
         torch._C._get_tracing_state() is not None
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
@@ -205,14 +210,14 @@ def _is_recorded() -> bool:
 
 
 class _Patched:
-    """The forward of patched modules: it takes the published arguments and returns the mask offset."""
+    """The base of patched modules, whose forward takes the published arguments and returns the mask offset."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self)
         if kind.__bases__[0] is not _Patched:
             return super().__reduce_ex__(protocol)
-        # The class is created at run time, so the one it is derived from is stored instead. What is known about the
-        # module contains functions, which cannot be pickled; it is found again for the copy.
+        # The class is created at run time, so its base class is stored instead. The module's cached state contains
+        # functions, which cannot be pickled; the copy builds it again.
         return _new_patched, (kind.__bases__[1],), {**self.__dict__, _STATE: {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -241,5 +246,5 @@ class _Patched:
         offset = output.mask - 1
         device = offset.device.type
         if torch.is_autocast_enabled(device):
-            offset = offset.to(torch.get_autocast_dtype(device))  # as the output projection's own product
+            offset = offset.to(torch.get_autocast_dtype(device))  # the type of the output projection's own product
         return offset, None

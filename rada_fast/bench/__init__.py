@@ -1,1 +1,1 @@
-"""What the code costs: what kernels compile to, and which tiles are fastest."""
+"""Measure the kernels: the registers and memory that they compile to, and the tiles that are fastest."""

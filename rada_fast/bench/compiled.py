@@ -1,4 +1,4 @@
-"""Compiles the GPU kernels for any target on any machine, and reports registers, spills, shared memory, occupancy."""
+"""Compile the GPU kernels for any target on any machine, and report registers, spills, shared memory and occupancy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"
 }  # fmt: skip
-# What a processor has for the blocks on it: shared memory in KiB, then registers, warps and blocks.
+# The resources of a multiprocessor, which its blocks share: shared memory in KiB, then registers, warps and blocks.
 _SHARED_KIB = {80: 164, 90: 228, 100: 228}
 _REGISTERS, _MOST_WARPS, _MOST_BLOCKS = 65536, 64, 32
 _TENSOR = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE)
@@ -36,7 +36,10 @@ _TENSOR = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mm
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one target. spills: bytes stored and loaded by a thread; occupancy: share of the 64 warps."""
+    """Hold the resources of one kernel on one target.
+
+    spills: the bytes that a thread spills, stored plus loaded; occupancy: the share of the 64 warps that fit.
+    """
 
     kernel: str
     target: str
@@ -51,7 +54,7 @@ class Compiled:
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """A block in which kernel launches are recorded in the list and not executed."""
+    """Open a block in which kernel launches are appended to the returned list and not executed."""
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     jit = triton.runtime.jit.JITFunction
 
@@ -69,7 +72,7 @@ def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
 def step_launches(
     config: AdapterConfig, batch: int, classes: int, dtype: torch.dtype
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """The launches of one forward and backward with every gradient."""
+    """Return the launches of one forward and one backward pass with every gradient."""
     parameters = {
         key: value.detach().to(dtype).requires_grad_() for key, value in RationalAdapter(config).named_parameters()
     }
@@ -82,7 +85,7 @@ def step_launches(
 
 
 class Specialization(NamedTuple):
-    """What Triton compiles a kernel for: parameters' types, and by position their constants and alignments."""
+    """Say for which arguments Triton compiles a kernel: their types by name, constants and alignments by position."""
 
     signature: dict[str, str]
     constants: dict[tuple[int], Any]
@@ -91,7 +94,7 @@ class Specialization(NamedTuple):
 
 
 def _specialization(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
-    """The specialization that Triton's launcher would choose for these arguments."""
+    """Return the specialization that Triton's launcher would choose for these arguments."""
     names = [parameter.name for parameter in kernel.params]
     bound = dict(zip(names, args, strict=False)) | {key: value for key, value in kwargs.items() if key in names}
     options = {key: value for key, value in kwargs.items() if key not in names}
@@ -114,7 +117,7 @@ def _specialization(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: int, case: str) -> Compiled:
-    """Compile what a launch would run, and read from the output of ptxas what it uses."""
+    """Compile the kernel of a launch, and read its use of resources from the output of ptxas."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
@@ -129,7 +132,7 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], t
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx, encoding="utf-8")
         arch, cubin = target_line[1].split(",")[0], str(path.with_suffix(".cubin"))
-        # Up to Triton 3.5 there was one assembler for all devices.
+        # Triton had one assembler for all devices up to version 3.5.
         assembler = get_ptxas(target) if inspect.signature(get_ptxas).parameters else get_ptxas()
         command = [assembler.path, "-v", f"-arch={arch}", str(path), "-o", cubin]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
@@ -152,9 +155,9 @@ def _occupancy(target: int, warps: int, registers: int, shared: int) -> float:
 
 
 def compile_cuda(target: int) -> list[Compiled] | str:
-    """Compile every kernel of csrc/cuda for one target; returns the reason where that cannot be done here.
+    """Compile every kernel of csrc/cuda for one target; return the reason where this installation cannot do that.
 
-    Shared memory, and with it occupancy, is what the compiler knows; a launch may ask for more.
+    Shared memory, and with it occupancy, counts only what the compiler knows; a launch may ask for more.
     """
     toolkit, folder = cuda_toolkit.find_toolkit(), libraries.source_dir()
     if isinstance(toolkit, str) or folder is None:
@@ -173,7 +176,7 @@ def compile_cuda(target: int) -> list[Compiled] | str:
 
 
 def run_kernels(config: KernelsOptions) -> int:
-    """Print the report, or measure tiles; returns 0 where no kernel spills, 1 otherwise."""
+    """Print the report, or measure tiles. Returns 0 where no kernel spills, 1 otherwise."""
     adapter = (
         AdapterConfig.paper(config.embed_dim) if config.preset == "paper" else AdapterConfig.official(config.embed_dim)
     )
@@ -184,7 +187,7 @@ def run_kernels(config: KernelsOptions) -> int:
     case = f"{config.preset} D {config.embed_dim}, B {config.batch}, K {config.classes}, {config.dtype}"
     rows = []
     console = PlainConsole()
-    # In a narrower table every figure would be cut.
+    # A narrower table would cut off every number.
     console.width = max(console.width, 120)
     launches = step_launches(adapter, config.batch, config.classes, TYPES[config.dtype])
     for target in config.targets:

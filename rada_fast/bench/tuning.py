@@ -1,4 +1,4 @@
-"""`rada-fast kernels --tune` measures which tiles are fastest on this device; ops/_backends/tiles.py keeps them."""
+"""Measure which tiles are fastest on this device (`rada-fast kernels --tune`); ops/_backends/tiles.py stores them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rada_fast.system.terminal import PlainConsole, print_json
 def launches_of(
     adapter: AdapterConfig, batch: int, classes: int, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Callable[[Any], Any]]:
-    """The launches of one training step by name, each a function of its tile; None stands for the table's tile."""
+    """Return the launches of one training step by name, as functions of a tile; None stands for the table's tile."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -113,7 +113,7 @@ def launches_of(
 
 
 def run_tuning(config: KernelsOptions, adapter: AdapterConfig, dtype: torch.dtype) -> int:
-    """Measure, keep and print; returns 0. Raises UserError without a CUDA device."""
+    """Measure tiles, store the fastest and print them. Returns 0. Raises UserError without a CUDA device."""
     if not _env.has_cuda():
         raise UserError("--tune measures on a CUDA device and none is visible")
     from triton.testing import do_bench

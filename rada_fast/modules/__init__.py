@@ -1,4 +1,4 @@
-"""The ``nn.Module``s that own parameters, and their checkpoints."""
+"""The modules that own an adapter's parameters, and their checkpoints."""
 
 from rada_fast.modules.checkpoint import load_adapter, save_adapter
 from rada_fast.modules.rational_adapter import RationalAdapter

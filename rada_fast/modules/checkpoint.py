@@ -1,7 +1,7 @@
-"""Checkpoints of adapters: our own safetensors, and the published code's files, whose pickled code is never executed.
+"""Save adapters as safetensors, and load these or the published code's files without executing pickled code.
 
-What a file says about itself, the sizes of its tensors or its configuration, is compared with its contents before it is
-used. No more memory is allocated than the file fills.
+The sizes of tensors and the configuration that a file states are compared with its contents before they are used. No
+more memory is allocated than the file fills.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from rada_fast.system import files
 
 FORMAT = "rada_fast.adapter.v1"
 RUN_FILES = ("adapter.safetensors", "rada-ft-adapter.safetensors", "rada-adapter.safetensors")
-"""The files to which the runs of this package write their adapter; the one that is trained last comes first."""
+"""The files to which the runs of this package write their adapter; the one that a run writes last comes first."""
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_WIDTH = 2**14
-"""The widest embedding that is read, several times as wide as any vision-language model's."""
+"""The widest embedding that is loaded, several times as wide as that of any vision-language model."""
 
 
 def save_adapter(adapter: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write an adapter as safetensors, its configuration in the header; the file appears whole or not at all.
+    """Write an adapter as safetensors with its configuration in the header; the file appears whole or not at all.
 
     adapter: a RationalAdapter, or one inside DistributedDataParallel, AveragedModel (the average is written) or
-        torch.compile's wrapper. Of a projection whose weight is parametrised (torch.nn.utils.parametrize) the weight
-        that it computes with is written, and of tied projections every one.
-    path: the file to write, whose folder must exist.
+        torch.compile's wrapper. A projection whose weight is parametrised (torch.nn.utils.parametrize) is written with
+        the weight that it computes with. Tied projections are all written.
+    path: the file to write, in a folder that exists.
 
-    Raises UserError where the file cannot be written, or where a projection is not its weight and bias alone (LoRA), is
-    on the meta device, is sharded, or holds NaN, infinity or a type that load_adapter refuses; TypeError where adapter
-    is no RationalAdapter.
+    Raises UserError where the file cannot be written, or where a projection has more than its weight and bias (LoRA),
+    is on the meta device, is sharded, or holds NaN, infinity or a type that load_adapter refuses; TypeError where
+    adapter is no RationalAdapter.
     """
     if not Path(path).name or "\0" in str(path):
         raise UserError(f"path must name a file to write the adapter to, got {os.fspath(path)!r}")
@@ -57,30 +57,31 @@ def save_adapter(adapter: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def stored_form(adapter: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of an adapter's file; see save_adapter for what it takes and raises."""
+    """Return the tensors and the header of an adapter's file; see save_adapter for the argument and the errors."""
     adapter = unwrapped(adapter)
-    held = adapter.stored_parameters()
-    for name, value in held.items():
+    parameters = adapter.stored_parameters()
+    for name, value in parameters.items():
         if value.dtype not in _FLOATING:
             raise UserError(
                 f"adapter's {name} must be float16, bfloat16, float32 or float64 to be saved, got {value.dtype}"
             )
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"adapter's {name} holds NaN or infinity, which no file of an adapter may hold")
-    # A copy each: safetensors refuses tensors that share their memory, as tied projections do.
-    tensors = {name: value.detach().cpu().clone() for name, value in held.items()}
+    # Every tensor is copied: safetensors refuses tensors that share their memory, as tied projections do.
+    tensors = {name: value.detach().cpu().clone() for name, value in parameters.items()}
     return tensors, {"format": FORMAT, "config": json.dumps(adapter.config.to_dict())}
 
 
 def load_adapter(path: str | os.PathLike[str], config: AdapterConfig | None = None) -> RationalAdapter:
     """Read an adapter from our own safetensors, or from a checkpoint of the published code.
 
-    path: a file, or a run's output folder: one of ``rada-fast eft`` or ``fft`` (of the latter the adapter of the last
-        stage), or one of the published code (its newest checkpoint). Published files may be whole model dictionaries
-        with the adapter under a prefix such as "mha.", or the adapter's dictionary alone. Pickled code in them is never
-        executed: anything but tensors and plain containers loads as an inert object.
-    config: the arithmetic; None takes the one in the file, or for published files the official preset at the file's
-        width (the temperature is not stored there: give a configuration if it was not 1).
+    path: a file, or a run's output folder. The folder is one of ``rada-fast eft``, of ``rada-fast fft`` (the last
+        stage's adapter is loaded) or of the published code (its newest checkpoint is loaded). A published file may hold
+        a whole model's dictionary with the adapter under a prefix such as "mha.", or the adapter's dictionary alone.
+        Pickled code in it is never executed: an object that is neither a tensor nor a plain container loads as an
+        inert object.
+    config: the arithmetic. None takes the configuration in the file, or for published files the official preset at the
+        file's width. These do not store the temperature: give a configuration if it was not 1.
 
     Returns a RationalAdapter in the file's dtype (float16 and bfloat16 become float32).
     Raises UserError where the file is missing, damaged, or holds no adapter that fits.
@@ -91,11 +92,12 @@ def load_adapter(path: str | os.PathLike[str], config: AdapterConfig | None = No
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter's file as it was read.
+    """Hold the contents of an adapter's file.
 
-    path: the file; tensors: the parameters; stated: the configuration that the file states, as those of save_adapter do
-    and published ones do not; factor: the input scale factor
-    of the published variant that the file is of.
+    path: the file.
+    tensors: the parameters.
+    stated: the configuration in the file, or None: save_adapter's files have one, published files have none.
+    factor: the input scale factor of the published variant that wrote the file.
     """
 
     path: Path
@@ -104,7 +106,7 @@ class StoredAdapter:
     factor: float
 
     def config(self) -> AdapterConfig:
-        """The stated configuration, or for a published file the official preset at its width.
+        """Return the configuration in the file, or for a published file the official preset at its width.
 
         Raises UserError where the width does not fit the preset.
         """
@@ -112,12 +114,12 @@ class StoredAdapter:
         return self.stated or _official_config(self.path, width, bias=bias, factor=self.factor)
 
     def build(self, config: AdapterConfig) -> RationalAdapter:
-        """The adapter with a configuration. Raises UserError where the tensors do not fit it."""
+        """Return the adapter with a configuration. Raises UserError where the tensors do not fit it."""
         return _build(self.path, self.tensors, config)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> StoredAdapter:
-    """Read an adapter's file once. path: as load_adapter takes it, which says more about it.
+    """Read an adapter's file once. path: see load_adapter.
 
     Raises UserError where the file is missing, damaged, or holds no adapter.
     """
@@ -135,7 +137,7 @@ def read_adapter(path: str | os.PathLike[str]) -> StoredAdapter:
 
 
 def _adapter_file(path: Path) -> Path:
-    """The path itself where it is a file, or the file that a run's folder contains or points to."""
+    """Return the path itself where it is a file, or the file that a run's folder contains or points to."""
     if "\0" in str(path):
         raise UserError(f"adapter checkpoint must be a path, got one with a NUL character: {str(path)!r}")
     try:
@@ -169,7 +171,7 @@ def _file_of_run(folder: Path) -> Path:
 
 
 def _is_safetensors(path: Path, size: int) -> bool:
-    """Whether the file begins like safetensors: the header's length, then a JSON object."""
+    """Return whether the file begins like safetensors: the header's length, then a JSON object."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < size
@@ -180,7 +182,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], AdapterConfig | None]
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except Exception as error:  # beside its own error: types that this PyTorch does not have, sizes past its integers
+    except Exception as error:  # not only safetensors' own: this PyTorch may lack a type, or a size may overflow
         raise UserError(f"adapter checkpoint {path} is not readable safetensors: {_one_line(error)}") from None
     form = metadata.get("format", "")
     if form.startswith("rada_fast.") and form != FORMAT:
@@ -192,10 +194,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], AdapterConfig | None]
         if not isinstance(values, dict):
             raise UserError(f"it must be an object, got {type(values).__name__}")
         layers = values.get("num_layers", 1)
-        held = len({name.split(".")[1] for name in state if re.fullmatch(r"layers\.\d+\..+", name)}) + 1
-        # Compared before a configuration is created, since that lists its parameters one by one.
-        if isinstance(layers, int) and layers > held:
-            raise UserError(f"num_layers must be what the file holds, {held}, got {_shown(layers)}")
+        stored_layers = len({name.split(".")[1] for name in state if re.fullmatch(r"layers\.\d+\..+", name)}) + 1
+        # This is compared before a configuration is created, because a configuration lists all its parameters.
+        if isinstance(layers, int) and layers > stored_layers:
+            raise UserError(f"num_layers must be what the file holds, {stored_layers}, got {_shown(layers)}")
         for name, value in values.items():
             if isinstance(value, int | float) and not abs(value) < 2**63:
                 raise UserError(f"{name} must be an ordinary number, got {value}")
@@ -210,10 +212,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], AdapterConfig | None]
 
 
 def _read_published(path: Path, size: int) -> dict[Any, Any]:
-    """Read a torch file. Every class in it but tensors and plain containers is replaced by one that does nothing."""
+    """Read a torch file; classes other than tensors and plain containers are replaced by one that does nothing."""
     try:
         with warnings.catch_warnings():
-            # torch warns of pickles that it did not write. All that matters is whether they load.
+            # torch warns about pickles that it did not write; here it only matters whether they load.
             warnings.simplefilter("ignore")
             inert = [(type("Inert", (_Inert,), {}), name) for name in _named_classes(path, size)]
             with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
@@ -221,7 +223,7 @@ def _read_published(path: Path, size: int) -> dict[Any, Any]:
     except UserError:
         raise
     except Exception as error:  # a damaged or hostile file can make the unpickler fail in any way
-        # PyTorch's own text advises loading without the safeguard, so only the name in it is quoted.
+        # PyTorch's message advises loading without the safeguard, so only the class name in it is quoted.
         named = re.search(r"GLOBAL ([A-Za-z_][\w.]*\.\w+)", str(error))
         reason = "it is damaged, or holds more than tensors and plain containers"
         if named:
@@ -238,8 +240,11 @@ def _read_published(path: Path, size: int) -> dict[Any, Any]:
 
 
 def _named_classes(path: Path, size: int) -> list[str]:
-    """Qualified names in the file's pickle that torch would not load by itself; none for torch's older, non-zip files,
-    which the restricted unpickler takes or refuses as they are."""
+    """Return the names of classes in the file's pickle that torch would refuse to load.
+
+    The list is empty for torch's older files, which are not zip archives: the restricted unpickler loads or refuses
+    them unchanged.
+    """
     if not zipfile.is_zipfile(path):
         return []
     with zipfile.ZipFile(path) as archive:
@@ -250,7 +255,7 @@ def _named_classes(path: Path, size: int) -> list[str]:
 
 
 class _Inert:
-    """Stands in for whatever class a checkpoint names: takes any arguments and does nothing."""
+    """Stand in for any class that a checkpoint names: this class takes any arguments and does nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> _Inert:
         return object.__new__(cls)
@@ -267,7 +272,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value from the file for a message: printable, and cut off where it is long."""
+    """Return a value from the file as text for a message: printable, and cut off where it is long."""
     try:
         text = str(value)
     except ValueError:  # a whole number of thousands of digits
@@ -281,7 +286,7 @@ def _kind(value: object) -> str:
 
 
 def _adapter_entries(path: Path, state: Mapping[Any, Any], size: int) -> tuple[dict[str, Tensor], float]:
-    """The adapter's own tensors under its own names, and the published variant's input scale factor."""
+    """Return the adapter's tensors by their names without a prefix, and the published variant's input scale factor."""
     named = {name: value for name, value in state.items() if isinstance(name, str)}
     prefixes = {
         name.removesuffix(marker)
@@ -301,14 +306,14 @@ def _adapter_entries(path: Path, state: Mapping[Any, Any], size: int) -> tuple[d
     entries = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
     factor = 1.0
     for leaf in ("weight", "bias"):
-        if f"q_proj.{leaf}" in entries:  # the query-key variant's name for q_proj1; it scales its inputs by 4 s
+        if f"q_proj.{leaf}" in entries:  # This is q_proj1 in the query-key variant, which scales its inputs by 4 s.
             if f"q_proj1.{leaf}" in entries:
                 raise UserError(
                     f"adapter checkpoint {path} must hold one of q_proj.{leaf} and q_proj1.{leaf}, holds both"
                 )
             entries[f"q_proj1.{leaf}"] = entries.pop(f"q_proj.{leaf}")
             factor = 4.0
-    if prefix:  # a whole model's dictionary: other entries under the prefix (an unused "alpha") are not the adapter's
+    if prefix:  # In a whole model's dictionary the prefix may have further entries, such as an unused "alpha".
         entries = {name: value for name, value in entries.items() if name.endswith((".weight", ".bias"))}
     entries.pop("alpha", None)
     tensors = {name: _plain(path, name, value, size) for name, value in entries.items()}
@@ -322,7 +327,7 @@ def _adapter_entries(path: Path, state: Mapping[Any, Any], size: int) -> tuple[d
 
 
 def _plain(path: Path, name: str, value: object, size: int) -> Tensor:
-    """A tensor of the file as a plain Tensor. Raises UserError unless it is dense and finite and has its values."""
+    """Return a tensor of the file as a plain Tensor. Raises UserError unless it is dense, finite and has values."""
     problem = None
     if not isinstance(value, Tensor):
         problem = f"must be a floating-point tensor, got {_kind(value)}"
@@ -335,7 +340,7 @@ def _plain(path: Path, name: str, value: object, size: int) -> Tensor:
     elif math.prod(value.shape) > _MOST_WIDTH**2:
         problem = f"must have at most {_MOST_WIDTH} x {_MOST_WIDTH} elements, got the shape {tuple(value.shape)}"
     elif math.prod(value.shape) * value.element_size() > size:
-        # A view with strides of zero, or past the end of its storage: its elements are not in the file.
+        # This is a view with strides of zero, or one past the end of its storage: its elements are not in the file.
         problem = f"must be held by the file's {size} bytes, got the shape {tuple(value.shape)}"
     elif not bool(torch.isfinite(value).all()):
         problem = "holds NaN or infinity"
@@ -352,9 +357,9 @@ def _official_config(path: Path, embed_dim: int, *, bias: bool, factor: float) -
 
 
 def _build(path: Path, state: dict[str, Tensor], config: AdapterConfig) -> RationalAdapter:
-    width, held = config.embed_dim, state["out_proj.weight"].shape[0]
-    if width != held:
-        raise UserError(f"adapter checkpoint {path} has width {held}, its configuration {_shown(width)}")
+    width, stored_width = config.embed_dim, state["out_proj.weight"].shape[0]
+    if width != stored_width:
+        raise UserError(f"adapter checkpoint {path} has width {stored_width}, its configuration {_shown(width)}")
     if config.num_layers > len(state):
         raise UserError(
             f"adapter checkpoint {path} lacks layers: it holds {len(state)} tensors for {config.num_layers}"

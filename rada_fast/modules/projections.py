@@ -1,4 +1,4 @@
-"""The projections of an adapter, linear layers that other code may wrap, hook or parametrise: how they are used."""
+"""Use an adapter's projections, which are linear layers that other code may wrap, hook or parametrise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rada_fast.ops.rational_adapter import ProjectionCalls
 
 
 def is_no_ordinary_tensor(value: object) -> bool:
-    """Whether a tensor stands for others (sharded, quantised), or its class has arithmetic of its own."""
+    """Return whether a tensor stands for others (sharded, quantised), or its class has arithmetic of its own."""
     kind = type(value)
     if kind in (Tensor, nn.Parameter) or not issubclass(kind, Tensor):
         return False
@@ -25,31 +25,31 @@ def is_no_ordinary_tensor(value: object) -> bool:
 
 
 def is_sharded(value: object) -> bool:
-    """Whether a tensor is a shard of fully_shard's or of tensor parallelism's."""
+    """Return whether a tensor is a shard from fully_shard or from tensor parallelism."""
     return is_no_ordinary_tensor(value) and hasattr(value, "full_tensor")
 
 
 _ORDINARY_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
-"""What PyTorch's functions call of a tensor or parameter. A subclass that overrides it computes something else."""
+"""The __torch_function__ of ordinary tensors and parameters. A subclass with another one may compute differently."""
 
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "module")
-"""The attributes with which torch.compile, activation checkpoints, data parallelism and averages hold a module."""
+"""The attributes in which torch.compile, activation checkpoints, data parallelism and averages keep a module."""
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero, also where ``reset_parameters`` starts it again (meta device, FSDP)."""
+    """A linear layer that starts at zero, also after a later ``reset_parameters`` (meta device, FSDP)."""
 
     def reset_parameters(self) -> None:
-        # Random numbers are drawn nevertheless: later layers then start as they do after a torch.nn.Linear.
+        # This draws random numbers all the same, so later layers start with the values that they have after nn.Linear.
         super().reset_parameters()
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module would call hooks as well: its own, or those registered for all modules."""
-    # Written out for speed: every call of an adapter asks this of every projection.
+    """Return whether calling the module would call hooks as well: its own, or those registered for all modules."""
+    # The conditions are written out for speed: every call of an adapter checks every projection.
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -63,10 +63,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def reason_to_call(layer: nn.Module) -> str | None:
-    """Why a projection has to be called as a module, or None where it is its weight and bias alone: x W^T + b.
+    """Return why a projection has to be called as a module, or None where its result is just x W^T + b.
 
-    A fused operator takes the weight and the bias themselves. It would pass over the forward of a subclass (LoRA) and
-    over hooks, and it cannot read a weight that is no ordinary tensor (sharded, quantised).
+    A fused operator takes the weight W and the bias b themselves. It would skip the forward of a subclass (LoRA) and
+    hooks, and it cannot read a weight that is no ordinary tensor (sharded, quantised).
     """
     if reason := _own_forward(layer):
         return reason
@@ -80,12 +80,12 @@ def reason_to_call(layer: nn.Module) -> str | None:
 
 
 def has_parametrisations(layer: nn.Module) -> bool:
-    """Whether reading the layer's weight or bias computes it (torch.nn.utils.parametrize), which may change a state."""
+    """Return whether reading the layer's weight or bias computes it (parametrize), which may change its state."""
     return "parametrizations" in layer._modules
 
 
 def has_bias(layer: nn.Module) -> bool:
-    """Whether a linear layer adds a bias. A parametrised bias is not computed to answer this."""
+    """Return whether a linear layer adds a bias. A parametrised bias is not computed to answer this."""
     parametrised = layer._modules.get("parametrizations")
     if parametrised is not None and "bias" in parametrised._modules:
         return True
@@ -93,9 +93,9 @@ def has_bias(layer: nn.Module) -> bool:
 
 
 def tensors_or_calls(layers: Mapping[str, nn.Module], *, bias: bool) -> dict[str, Tensor] | ProjectionCalls:
-    """The weight and bias of every projection by name, or ProjectionCalls where a projection is more than these.
+    """Return every projection's weight and bias by name, or ProjectionCalls where a projection is more than these.
 
-    bias: whether the configuration has biases; a layer that differs in that is called too.
+    bias: whether the configuration has biases. A layer that differs from it has to be called too.
     """
     for name, layer in layers.items():
         reason = reason_to_call(layer)
@@ -110,7 +110,8 @@ def tensors_or_calls(layers: Mapping[str, nn.Module], *, bias: bool) -> dict[str
             return ProjectionCalls(project, f"{name} {reason}")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        # Replicas, tied and parametrised layers have these attributes, but not all named_parameters. Each is read once.
+        # Replicas, tied and parametrised layers have these attributes, but not always named_parameters. Reading may
+        # compute them, so each is read once.
         tensors[f"{name}.weight"] = cast(Tensor, layer.weight)
         if (added := layer.bias) is not None:
             tensors[f"{name}.bias"] = cast(Tensor, added)
@@ -127,9 +128,10 @@ def _own_forward(layer: nn.Module) -> str | None:
 
 
 def stored_value(name: str, layer: nn.Module, leaf: str) -> Tensor:
-    """The weight or bias that a projection computes with, of a parametrised one as it is now, for a file.
+    """Return the weight or bias that a projection computes with, for a file; a parametrised one is computed now.
 
-    Raises UserError, naming the projection, where it is more than that, or has no values here.
+    Raises UserError, naming the projection, where the projection is more than its weight and bias, or has no values in
+    this process.
     """
     for inside in WRAPPED[:2]:
         layer = layer._modules.get(inside) or layer
@@ -158,7 +160,7 @@ def stored_value(name: str, layer: nn.Module, leaf: str) -> Tensor:
 
 @contextmanager
 def _evaluating(layer: nn.Module) -> Iterator[None]:
-    """Keep parametrisations from changing their state when they are read, as spectral norm's power iteration does."""
+    """Keep parametrisations from changing their state when they are read, as spectral norm would."""
     training = [module for module in layer.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""Whether rada_fast's op may serve a call of a live published adapter: everything that is verified on every call."""
+"""Verify, on every call of a live published adapter, that rada_fast's op computes what its own forward would."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ _OF_EVERY_MODULE = (frozenset(nn.Module().__dict__) - {"training"}) | {
 }
 _MOST_SETTINGS = 200
 _MOST_TRIALS = 16
-"""How many settings and shapes are remembered. For further shapes the results of these decide."""
+"""The most settings and shapes that are remembered. For further shapes the results of these decide."""
 _MOST_SCORES = 2**21
-"""The most attention scores of a trial that has the call's own shape; of a larger call a part is tried."""
+"""The most attention scores of a trial on all of a call's inputs; of a larger call only a part is tried."""
 _REPEATING = {"MulBackward0", "RepeatBackward0", "ExpandBackward0", "UnsqueezeBackward0"}
-"""Names of the gradient nodes that may lie between the published queries and the features that they repeat."""
+"""The names of the gradient nodes that may lie between the published queries and the features that they repeat."""
 
 
 def projections_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The projections under the standard names, None for one that is missing."""
+    """Return the projections by their standard names, with None for one that is missing."""
     children = module._modules
     first = "q_proj1" if "q_proj1" in children else "q_proj"
     return {name: children.get(first if name == "q_proj1" else name) for name in PROJECTIONS}
 
 
 def adapter_config(module: Any, **changes: Any) -> AdapterConfig:
-    """A published module's arithmetic."""
+    """Return the configuration of a published module's arithmetic."""
     return AdapterConfig(
         embed_dim=module.out_proj.in_features,
         num_heads=int(module.num_heads),
@@ -61,10 +61,12 @@ def adapter_config(module: Any, **changes: Any) -> AdapterConfig:
 def reason_against(
     module: nn.Module, own: Callable[..., Any], given: Mapping[str, Any], state: dict[str, Any]
 ) -> str | None:
-    """Why a call is left to the module's own forward, or None where rada_fast's op computes the same.
+    """Return why the module's own forward has to serve a call, or None where rada_fast's op computes the same.
 
-    own: the class's forward as it was, of any instance; given: the call's arguments by name; state: what was found
-    about the module before, kept with it.
+    module: the published module.
+    own: the forward of its original class, an unbound function.
+    given: the call's arguments by name.
+    state: the results of earlier calls, which are kept with the module.
     """
     names = [name for name in ARGUMENTS[:5] if name != "query3" or "q_proj1" in module._modules]
     if set(given) - {"attn_mask"} != set(names) or not all(isinstance(given[name], Tensor) for name in names):
@@ -98,7 +100,7 @@ def _reason_of_dropout(dropout: nn.Module | None) -> str | None:
 
 
 def _reason_of_widths(layers: Mapping[str, Any]) -> str | None:
-    """Why the projections do not fit, or None where they have one width and all of them a bias or none."""
+    """Return why the projections do not fit, or None where they have one width and all or none have a bias."""
     output = layers["out_proj"]
     width, bias = output.in_features, has_bias(output)
     for name, layer in layers.items():
@@ -110,20 +112,20 @@ def _reason_of_widths(layers: Mapping[str, Any]) -> str | None:
 
 
 def _reason_of_state(module: nn.Module) -> str | None:
-    """A tensor or child that the published module does not have and that a forward could use, or None."""
+    """Name a tensor or child that the published module does not have and that a forward could use, or return None."""
     known = {*PROJECTIONS, "q_proj", "dropout"}
-    odd = [name for name, child in module._modules.items() if name not in known and child is not None]
-    for held in (module._parameters, module._buffers, module.__dict__):
-        odd += [name for name, value in held.items() if isinstance(value, Tensor) and name not in _UNUSED]
-    return f"it holds {odd[0]}, which the published module does not" if odd else None
+    unknown = [name for name, child in module._modules.items() if name not in known and child is not None]
+    for members in (module._parameters, module._buffers, module.__dict__):
+        unknown += [name for name, value in members.items() if isinstance(value, Tensor) and name not in _UNUSED]
+    return f"it holds {unknown[0]}, which the published module does not" if unknown else None
 
 
 class _NotComparableError(Exception):
-    """A setting whose changes cannot be noticed."""
+    """Raised for a setting whose changes cannot be noticed."""
 
 
 def _frozen(value: Any, budget: list[int]) -> Any:
-    """A copy of a setting that no longer equals the setting once that is changed in place."""
+    """Return a copy of a setting that differs from a later copy if the setting has changed in place."""
     budget[0] -= 1
     if budget[0] < 0:
         raise _NotComparableError
@@ -142,9 +144,9 @@ def _frozen(value: Any, budget: list[int]) -> Any:
 
 
 def _settings(module: nn.Module, own: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Everything beside the projections that the module's forward could depend on.
+    """Yield everything except the projections on which the module's forward could depend, by name.
 
-    These are its attributes, those of its classes, and the plain values that its functions use from outside of them.
+    This covers its attributes, those of its classes, and the plain values that its functions take from outside.
     """
     for name, value in module.__dict__.items():
         if name not in _OF_EVERY_MODULE:
@@ -168,7 +170,7 @@ def _settings(module: nn.Module, own: Callable[..., Any]) -> Iterator[tuple[str,
             for cell in function.__closure__ or ():
                 try:
                     value = cell.cell_contents
-                except ValueError:  # a name that is not bound yet
+                except ValueError:  # The variable has no value yet.
                     continue
                 if isinstance(value, _SIMPLE):
                     yield "", value
@@ -177,7 +179,7 @@ def _settings(module: nn.Module, own: Callable[..., Any]) -> Iterator[tuple[str,
 def _reason_of_arithmetic(
     module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows: list[Tensor], state: dict[str, Any]
 ) -> str | None:
-    """Why the module's own forward is not the published one, or None; it is tried once for every setting and shape."""
+    """Return why the module's own forward is not the published one, or None; each setting and shape is tried once."""
     budget = [_MOST_SETTINGS]
     settings: list[Any] = [type(module), own]
     name = ""
@@ -198,9 +200,9 @@ def _reason_of_arithmetic(
 
 
 def _try(module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows: list[Tensor]) -> str | None:
-    """Compare the module's own forward with the op in float64, with random weights since the real ones may be zero.
+    """Compare the module's own forward with the op in float64, with random weights because the real ones may be zero.
 
-    The inputs are random ones, and then the call's own, on whose sizes or shape the forward may depend.
+    The first inputs are random. The second are the call's own, because the forward may depend on their values or shape.
     """
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -231,7 +233,7 @@ def _try(module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows:
                     return "its own forward computes something else than the published one"
         if not torch.equal(random_state, torch.get_rng_state()) or python_state != random.getstate():
             return "its own forward draws random numbers"
-    except Exception as problem:  # a forward of someone else's can fail in any way
+    except Exception as problem:  # Somebody else's forward can fail in any way.
         return f"its own forward could not be tried: {' '.join(str(problem).split())[:200]}"
     finally:
         torch.set_rng_state(random_state)
@@ -240,7 +242,7 @@ def _try(module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows:
 
 
 def _drawn_twin(module: nn.Module, config: AdapterConfig, draw: Callable[..., Tensor]) -> nn.Module:
-    """The module with plain projections of random weights on the CPU; everything else is shared with it."""
+    """Return a copy of the module with plain projections of random weights on the CPU; it shares everything else."""
     width = config.embed_dim
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
@@ -255,7 +257,7 @@ def _drawn_twin(module: nn.Module, config: AdapterConfig, draw: Callable[..., Te
 
 
 def _reason_of_form(module: nn.Module, rows: list[Tensor]) -> str | None:
-    """Why the inputs cannot be compared, or None where they have values, one shape and one type."""
+    """Return why the inputs cannot be compared, or None where they have values, one shape and one type."""
     first = rows[0]
     layer: Any = module._modules["out_proj"]
     # A parametrised layer would compute its weight, so a parameter is read. Replicas have a weight but no parameters.
@@ -272,7 +274,10 @@ def _reason_of_form(module: nn.Module, rows: list[Tensor]) -> str | None:
 
 
 def _reason_of_values(rows: list[Tensor]) -> str | None:
-    """Why the inputs, or their gradients, are not a row for each image, one for each class and the product, or None."""
+    """Return why the inputs or their gradients are not those of the published model, or None where they are.
+
+    The published model passes a row for each image, a row for each class, and the product of both.
+    """
     if torch.is_grad_enabled() and any(row.requires_grad for row in rows):
         if any(row.retains_grad or row._backward_hooks for row in rows):
             return "the gradients of its inputs are retained or hooked"
@@ -285,21 +290,21 @@ def _reason_of_values(rows: list[Tensor]) -> str | None:
 
 
 def _compare(rows: list[Tensor]) -> list[bool]:
-    """Whether the image's rows are equal, whether the text's are, and whether all others are the product of both.
+    """Return whether each image's rows are equal, whether each class's are, and whether all others are their product.
 
-    The answers are read from the device at once.
+    The three results are read from the device at once.
     """
     query1, query2, *products = rows
     image, text = query1[:, :1], query2[:1]
     product = image * text
-    # One buffer serves all comparisons: to allocate one of this size takes ten times as long as a comparison.
+    # One buffer serves all comparisons, because allocating one of this size takes ten times as long as a comparison.
     scratch = torch.empty_like(product)
 
     def largest_difference(left: Tensor, right: Tensor) -> Tensor:
-        return torch.sub(left, right, out=scratch).abs_().flatten(1).amax(dim=1)  # (B,), NaN where there is one
+        return torch.sub(left, right, out=scratch).abs_().flatten(1).amax(dim=1)  # (B,), NaN if a difference is NaN
 
-    # s R computed as (sqrt(s) f) (sqrt(s) T) or as s (f T): seven roundings apart, the square root's among them. What
-    # is small beside an image's largest element may have been rounded more coarsely, as float16 does below 6e-5.
+    # s R may be computed as (sqrt(s) f) (sqrt(s) T) or as s (f T), which differ by seven roundings, those of the square
+    # root included. Elements far below an image's largest may be rounded more coarsely, as float16 is below 6e-5.
     eps = torch.finfo(product.dtype).eps
     allowed = torch.abs(product)
     allowed.mul_(5 * eps).add_(allowed.flatten(1).amax(dim=1)[:, None, None] / 20)  # a quarter of eps of the largest
@@ -316,13 +321,13 @@ def _compare(rows: list[Tensor]) -> list[bool]:
 
 
 def _flows_as_published(rows: list[Tensor]) -> bool:
-    """Whether products and queries come from the same two features, by the published model's own steps.
+    """Return whether products and queries come from the same two features, by the published model's own steps.
 
-    Equal values are no proof: a detached factor, or another path to one, has the same values.
+    Equal values are no proof: a factor that is detached, or comes from elsewhere, has the same values.
     """
     query1, query2, *products = rows
-    ways = [_repeated_from(query) if query.requires_grad else [] for query in (query1, query2)]
-    return all(_is_product(product, *ways) for product in products)
+    paths = [_repeated_from(query) if query.requires_grad else [] for query in (query1, query2)]
+    return all(_is_product(product, *paths) for product in products)
 
 
 Edge = tuple[Any, int]
@@ -338,7 +343,7 @@ def _live(node: Any) -> list[Edge]:
 
 
 def _repeated_from(query: Tensor) -> list[Edge]:
-    """The query's gradient edge and those behind it, as far as only constants and repetition lie between them."""
+    """Return the query's gradient edge and the edges behind it that only constants and repetition separate from it."""
     edges = [_edge(query)]
     while len(edges) < 8 and edges[-1][0].name() in _REPEATING:
         behind = _live(edges[-1][0])
@@ -349,7 +354,10 @@ def _repeated_from(query: Tensor) -> list[Edge]:
 
 
 def _is_product(tensor: Tensor, image: list[Edge], text: list[Edge]) -> bool:
-    """Whether a tensor is constants times an edge of the image's, of the text's, or of the product of both."""
+    """Return whether a tensor is a product, up to constants, of one of the image's edges and one of the text's.
+
+    Where only one of the two has edges, the tensor has to be one of these edges up to constants.
+    """
     if not tensor.requires_grad:
         return False
     edge = _edge(tensor)

@@ -29,13 +29,13 @@ class RationalAdapter(nn.Module):
     """Rational adapter (RAda, arXiv:2507.15480): one attention over classes at the end of a vision-language model.
 
     Parameters are named as in the published code (q_proj1 image, q_proj2 text, q_proj3 rational, k_proj, v_proj,
-    out_proj; further layers under ``layers``). Output projections start at zero, so that the first prediction is the
-    zero-shot one; the others start as torch.nn.Linear does.
+    out_proj; further layers under ``layers``). Output projections start at zero, so the first prediction is the
+    zero-shot one; the other projections start like torch.nn.Linear.
 
-    The projections are torch.nn.Linear layers, to be tied, frozen, parametrised (torch.nn.utils.parametrize) or hooked,
-    or to be replaced by modules of your own (LoRA). Where one is more than its weight and bias (it has hooks, a forward
-    of its own, or a sharded or quantised weight), all are called as modules and plain PyTorch does the rest, the
-    "reference" backend: a compiled backend asked for by name says so.
+    The projections are torch.nn.Linear layers. You may tie, freeze, parametrise (torch.nn.utils.parametrize) or hook
+    them, or replace them by modules of your own (LoRA). Where one is more than its weight and bias (it has hooks, a
+    forward of its own, or a sharded or quantised weight), all are called as modules and plain PyTorch computes the
+    rest, the "reference" backend. A compiled backend that is asked for by name then raises BackendUnavailableError.
 
     config: the arithmetic; see AdapterConfig.
     """
@@ -83,8 +83,10 @@ class RationalAdapter(nn.Module):
             return None
 
     def is_plain(self) -> bool:
-        """Whether the adapter is rational_adapter of its named parameters and nothing more: no hooks, no parametrised,
-        tied or replaced projections, no forward of a subclass."""
+        """Return whether the adapter computes just ops.rational_adapter with its named parameters.
+
+        It then has no hooks, no parametrised, tied or replaced projections, and no forward of a subclass.
+        """
         if type(self).forward is not RationalAdapter.forward or "forward" in self.__dict__ or has_hooks(self):
             return False
         if any(reason_to_call(layer) for _, layer in self._projections()):
@@ -92,7 +94,7 @@ class RationalAdapter(nn.Module):
         return {name for name, _ in self.named_parameters()} == set(parameter_shapes(self.config))
 
     def stored_parameters(self) -> dict[str, Tensor]:
-        """What a file holds: every projection's weight and bias as they are now, under the published names.
+        """Return the contents of a file: every projection's current weight and bias, by their published names.
 
         Raises UserError naming a projection that is more than its weight and bias, or has no values.
         """
@@ -144,18 +146,22 @@ class RationalAdapter(nn.Module):
         logit_scale: Tensor | float,
         penalty: MaskPenalty | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, K); with a penalty kind, (logits, penalty ()).
+        """Return the logits (B, K), or with a penalty kind (logits, penalty ()).
 
-        image_features: (B, D), unit norm; text_features: (K, D), unit norm; logit_scale: the multiplier s.
+        image_features: (B, D), unit norm.
+        text_features: (K, D), unit norm.
+        logit_scale: the multiplier s.
+        penalty: "l2", "l1", "linf" or None.
+
         See rada_fast.ops.rational_adapter for the equation, dtypes and errors.
         """
         output = self._run(image_features, text_features, logit_scale, penalty=penalty)
         return output.logits if output.penalty is None else (output.logits, output.penalty)
 
     def mask(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-        """The mask M, (B, K, D), for inspection; arguments as forward.
+        """Return the mask M, (B, K, D), for inspection; the arguments are those of forward.
 
-        Raises ValueError where fully_shard holds the weights in shards, which it gathers for forward alone.
+        Raises ValueError where fully_shard keeps the weights in shards, because it gathers them for forward alone.
         """
         for name, layer in self._projections():
             if isinstance(layer, nn.Linear) and not has_hooks(layer) and is_sharded(layer.weight):
@@ -168,10 +174,10 @@ class RationalAdapter(nn.Module):
         return output.mask
 
     def is_zero_shot(self) -> bool:
-        """Whether every output projection is exactly zero, so that the logits are the zero-shot ones.
+        """Return whether every output projection is exactly zero, which makes the logits the zero-shot ones.
 
-        It reads the parameters' values: on a GPU, call it once, not in a loop. An output projection that is more than
-        its weight and bias (see the class), or parametrised, is not looked into: the answer is False.
+        This reads the parameters' values: on a GPU, call it once, not in a loop. It returns False without reading them
+        where an output projection is parametrised or more than its weight and bias (see the class).
         """
         for name, layer in self._projections():
             if name.rsplit(".", 1)[-1] != "out_proj":
@@ -188,9 +194,9 @@ class RationalAdapter(nn.Module):
 
 
 def unwrapped(adapter: nn.Module) -> RationalAdapter:
-    """The adapter inside the wrappers of torch.compile, data parallelism, weight averaging and activation checkpoints.
+    """Return the adapter inside wrappers of torch.compile, data parallelism, averaging and activation checkpoints.
 
-    Raises TypeError where there is none, UserError where FullyShardedDataParallel keeps its weights in shards.
+    Raises TypeError where there is no adapter, UserError where FullyShardedDataParallel keeps its weights in shards.
     """
     inner: object = adapter
     while isinstance(inner, nn.Module) and not isinstance(inner, RationalAdapter):

@@ -9,12 +9,12 @@ from rada_fast.modules.rational_adapter import RationalAdapter
 
 
 class RationalClassifier(nn.Module):
-    """A classifier whose weight starts as the text features, under a rational adapter; both are trained.
+    """A classifier whose weight starts as the text features, followed by a rational adapter; both are trained.
 
-    The weight takes the text features' place in the rational matrix, R[b, k] = f[b] * weight[k], as it is: it is not
-    normalised again as it moves.
+    The weight replaces the text features in the rational matrix, R[b, k] = f[b] * weight[k] with f the image features.
+    It is not normalised again during training.
 
-    text_features: (K, D), unit norm; adapter: the adapter to train; logit_scale: the multiplier s, kept fixed.
+    text_features: (K, D), unit norm; adapter: the adapter to train; logit_scale: the multiplier s, which stays fixed.
     """
 
     def __init__(self, text_features: Tensor, adapter: RationalAdapter, logit_scale: float) -> None:
@@ -24,5 +24,5 @@ class RationalClassifier(nn.Module):
         self.logit_scale = logit_scale
 
     def forward(self, image_features: Tensor, penalty: MaskPenalty) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and the mask penalty (). image_features: (B, D), unit norm."""
+        """Return the logits (B, K) and the mask penalty (). image_features: (B, D), unit norm."""
         return self.adapter(image_features, self.weight, self.logit_scale, penalty=penalty)
