@@ -420,7 +420,9 @@ cudaError_t launch_of(const void* logits, const int64_t* labels, int kind, int64
 extern "C" int64_t rada_fast_prediction_loss_workspace(int kind, int dtype, int64_t episodes, int64_t rows,
                                                        int64_t classes) {
   using namespace rada_fast;
-  if (kind == kMarginalEntropy || layout_of(dtype, rows, classes).blocks == 1) return 0;
+  const int64_t blocks = kind == kMarginalEntropy ? 1 : layout_of(dtype, rows, classes).blocks;
+  if (episodes * blocks > INT32_MAX) return -1;
+  if (blocks == 1) return 0;
   return episodes * (rows * (dtype == kFloat64 ? 8 : 4) + 4);
 }
 
@@ -434,8 +436,8 @@ extern "C" cudaError_t rada_fast_prediction_loss(const void* logits, const int64
   if (episodes == 0) return cudaSuccess;
   if ((kind == kCrossEntropy) != (labels != nullptr)) return cudaErrorInvalidValue;
   const RowLayout layout = layout_of(dtype, rows, classes);
-  if (episodes * layout.blocks > INT32_MAX) return cudaErrorInvalidValue;
-  if (kind != kMarginalEntropy && layout.blocks > 1 && !workspace) return cudaErrorInvalidValue;
+  const int64_t bytes = rada_fast_prediction_loss_workspace(kind, dtype, episodes, rows, classes);
+  if (bytes < 0 || (bytes > 0 && !workspace)) return cudaErrorInvalidValue;
   const auto with = [&](auto launcher) {
     return launcher(logits, labels, kind, episodes, rows, classes, smoothing, losses, dlogits, workspace, layout, stream);
   };

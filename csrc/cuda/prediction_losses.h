@@ -12,7 +12,8 @@ constexpr int64_t kMostMarginalRows = 500;
 
 }  // namespace rada_fast
 
-// How many bytes of workspace a call of these sizes needs: 8-byte aligned, of any content; 0 where an episode is one block.
+// How many bytes of workspace a call of these sizes needs: 8-byte aligned, of any content; 0 where an episode is one block,
+// -1 where the call is too large for one launch.
 extern "C" int64_t rada_fast_prediction_loss_workspace(int kind, int dtype, int64_t episodes, int64_t rows,
                                                        int64_t classes);
 

@@ -37,6 +37,7 @@ std::tuple<Tensor, Tensor> prediction_loss(const Tensor& given, std::string name
   Tensor losses = torch::stable::new_empty(logits, {episodes}, exact_type(logits));
   Tensor dlogits = keep ? torch::stable::empty_like(logits) : torch::stable::new_empty(logits, {0});
   const int64_t bytes = rada_fast_prediction_loss_workspace(kind, dtype, episodes, rows, classes);
+  STD_TORCH_CHECK(bytes >= 0, "logits have too many rows for one launch on CUDA, got ", episodes, " episodes of ", rows);
   std::optional<Tensor> workspace;
   if (bytes) workspace = torch::stable::new_empty(logits, {bytes}, ScalarType::Byte);
   check(rada_fast_prediction_loss(logits.const_data_ptr(), labels ? labels->const_data_ptr<int64_t>() : nullptr, kind,

@@ -1,3 +1,4 @@
+#include <cstdint>
 #include <tuple>
 
 #include "prediction_glue.h"
@@ -11,6 +12,7 @@ std::tuple<Tensor, Tensor> select_views(const Tensor& given, int64_t count) {
                   "logits must be (E, V, K) with V >= 1 and K >= 1");
   const int64_t episodes = given.size(0), views = given.size(1), classes = given.size(2);
   STD_TORCH_CHECK(count >= 0 && count <= views, "count must be from 0 to V = ", views, ", got ", count);
+  STD_TORCH_CHECK(episodes <= INT32_MAX, "logits must have at most ", INT32_MAX, " episodes on CUDA, got ", episodes);
   const int dtype = prediction_type(given);
   const Launch launch(given);
   const Tensor logits = torch::stable::contiguous(given);

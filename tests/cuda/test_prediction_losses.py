@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from rada_fast.extension import libraries
 from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, use_backend
 from tests.cuda.conftest import Launchers
+from tests.cuda.test_augmix import INVALID_VALUE
 from tests.cuda.test_view_selection import TYPES, shifted
 from tests.ops.test_prediction_losses import KINDS, assert_within_budget, draw, halfway, options, solve
 
@@ -95,6 +97,22 @@ def test_no_episodes_launch_nothing(launchers: Launchers, kind: str, rows: int, 
         losses, _, launch = run(launchers, logits, kind, gradient=gradient, labels=labels)
         assert losses.shape == (0,)
         assert launch is None
+
+
+def test_more_blocks_than_a_grid_holds_are_refused(launchers: Launchers) -> None:
+    library = launchers("prediction_losses.cu")
+    most = 2**31 - 1
+    library.log.clear()
+    for number, rows, episodes, wanted in [(0, 6, most, 0), (1, 100, most, 0), (2, 13, most // 2, most // 2 * 56)]:
+        # Two blocks of eight rows have a workspace of four bytes for each row and a counter.
+        needed = library.call("rada_fast_prediction_loss_workspace", number, 0, episodes, rows, 7, restype=c_int64)
+        assert needed == wanted
+        # Nothing is read before the check.
+        sizes = (episodes + 1, rows, 7)
+        needed = library.call("rada_fast_prediction_loss_workspace", number, 0, *sizes, restype=c_int64)
+        assert needed == -1
+        status = library.call("rada_fast_prediction_loss", None, None, number, 0, *sizes, 0.0, None, None, None, None)
+        assert (status, len(library.log)) == (INVALID_VALUE, 0)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
