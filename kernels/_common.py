@@ -1,17 +1,17 @@
-"""Helpers of several kernels: rounding up, rows of (image, class) pairs, and operands that are computed, not read.
+"""Helpers that several kernels share: rounding up, rows of (image, class) pairs, and operands computed on the fly.
 
-A tile of rows belongs to one episode. Row r of an episode is its image r // K and its class r % K, so that a tile may
-hold rows of several images and only the episode's last tile has rows to spare. Blocks of columns divide the width, so
-columns need no mask.
+A tile of rows belongs to one episode. Row r of an episode has its image r // K and its class r % K, so a tile may hold
+rows of several images, and only the last tile of an episode has rows beyond the last one. Blocks of columns divide the
+width, so columns need no mask.
 
-Two tuples pass through the helpers:
+The helpers take two tuples:
 
-- `tile` = (start, row, valid, rows, classes, first_image): the tile's first row, the row of each of its lines, which of
-  them exist, the episode's number of rows, K, and the episode's first image;
-- `attended` = (text, rational, image, factors, total_rows): what class_attention_forward returns, None where a query
+- `tile` = (start, row, valid, rows, classes, first_image): the tile's first row, the row of each of its lines, whether
+  each of these rows exists, the episode's number of rows, K, and the episode's first image;
+- `attended` = (text, rational, image, factors, total_rows): the results of class_attention_forward, None where a query
   kind or the matrix softmax is not in use, and the number of rows of all episodes.
 
-Scores and their log-sums carry a factor log2(e), so that exp2 does what exp would.
+Scores and their log-sums include a factor log2(e), so exp2 takes the place of exp.
 """
 
 from __future__ import annotations
@@ -24,47 +24,50 @@ from torch import Tensor
 LOG2E = 1.4426950408889634
 
 MOST_EPISODES = 65535
-"""How many blocks a CUDA grid may have along its second and its third axis, of which one counts the episodes."""
+"""The most blocks that a CUDA grid may have along its second or its third axis, one of which counts the episodes."""
 
 COMPUTE_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-"""Triton's name of the type that products are made in."""
+"""Triton's name of each type in which products are computed."""
 
 
 def block_of(width: int, most: int) -> int:
-    """The largest power of two that divides width, at most `most`: a block of columns that needs no mask."""
+    """Return the largest power of two that divides width, at most `most`: a block of columns that needs no mask."""
     return min(most, width & -width)
 
 
 def cdiv(whole: int, part: int) -> int:
-    """whole / part, rounded up."""
+    """Return whole / part, rounded up."""
     return -(-whole // part)
 
 
 def episode_grid(*programs: int, episodes: int) -> tuple[int, ...]:
-    """The grid of a launch whose last axis counts episodes. Raises ValueError for more of them than CUDA allows."""
+    """Return the grid of a launch whose last axis counts episodes. Raises ValueError for more than CUDA allows."""
     if episodes > MOST_EPISODES:
         raise ValueError(f"episodes must be at most {MOST_EPISODES}, got {episodes}")
     return (*programs, episodes)
 
 
 def episode_stride(weight: Tensor | None) -> int:
-    """The number of elements from one episode's weight to the next; 0 where all episodes share one weight."""
+    """Return the number of elements from one episode's weight to the next; 0 where all episodes share one weight."""
     return weight.stride(0) if weight is not None and weight.ndim == 3 else 0
 
 
 def default_precision(dtype: torch.dtype, precision: str) -> str:
-    """The input_precision of tl.dot. Only float32 has a choice: "tf32" multiplies eleven bits of each operand,
-    "tf32x3" adds three such products and is about as exact as float32, "ieee" does without tensor cores."""
+    """Return the input_precision of tl.dot: the chosen one for float32, "ieee" for other types.
+
+    "tf32" multiplies eleven bits of each operand, "tf32x3" adds three such products and is about as exact as float32,
+    and "ieee" does not use tensor cores for float32.
+    """
     return precision if dtype == torch.float32 else "ieee"
 
 
-# Triton's interpreter multiplies bfloat16 as if the integers that hold it were the numbers.
+# Triton's interpreter stores bfloat16 as integers, and a product would multiply these integers.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def product(left, right, accumulator, PRECISION: tl.constexpr):
-    """The matrix product of left and right, added to the accumulator if there is one, in float32."""
+    """Return the matrix product of left and right in float32, added to the accumulator unless that is None."""
     if INTERPRETED:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -73,9 +76,9 @@ def product(left, right, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def image_rows(image, tile, columns, D: tl.constexpr, BLOCK_M: tl.constexpr, TWO_IMAGES: tl.constexpr):
-    """The features of each row's image, (BLOCK_M, columns).
+    """Return the features of each row's image, (BLOCK_M, columns).
 
-    TWO_IMAGES says that K is at least BLOCK_M: the rows then belong to two images at most, and two vectors are read.
+    TWO_IMAGES says that K is at least BLOCK_M. The rows then belong to at most two images, and two vectors are read.
     """
     start, row, valid, rows, classes, first_image = tile
     if TWO_IMAGES:
@@ -92,7 +95,7 @@ def image_rows(image, tile, columns, D: tl.constexpr, BLOCK_M: tl.constexpr, TWO
 
 @triton.jit
 def rational_rows(features, tile, columns, D: tl.constexpr, BLOCK_M: tl.constexpr, TWO_IMAGES: tl.constexpr):
-    """R[b, k] = f[b] * T[k] (Eq. 2) for a tile of rows, in float32. features: (image, text)."""
+    """Return R[b, k] = f[b] * T[k] (Eq. 2) for a tile of rows, in float32. features: (image, text)."""
     image, text = features
     _start, row, valid, _rows, classes, _first_image = tile
     t = tl.load(text + (row % classes)[:, None] * D + columns[None, :], mask=valid[:, None], other=0.0)
@@ -114,9 +117,10 @@ def query_kind_rows(
     HEAD: tl.constexpr,
     ONE_HEAD: tl.constexpr,
 ):
-    """w O of one query kind (KIND 0: text, 1: rational) in float32; without factors, of the row softmax, w is 1.
+    """Return w O for one query kind, the attention's result O times its factors w, in float32.
 
-    ONE_HEAD says that all columns lie in one head, so that a row has one factor.
+    KIND: 0 for the text query, 1 for the rational query. factors: None for the row softmax, whose w is 1.
+    ONE_HEAD says that all columns lie in one head, so a row has a single factor.
     """
     output = tl.load(attended + batch_row[:, None] * D + columns[None, :], mask=valid[:, None], other=0.0)
     output = output.to(tl.float32)
@@ -125,7 +129,8 @@ def query_kind_rows(
             # The rational query's factors follow the text query's.
             factors += (D // HEAD) * total_rows
         if ONE_HEAD:
-            # Added to the pointer one by one: 64-bit offsets of a tile take registers, and spill on sm_100.
+            # The terms are added to the pointer one by one: a tile of 64-bit offsets takes registers and spills on
+            # sm_100.
             output *= tl.load(factors + (first_column // HEAD) * total_rows + batch_row, mask=valid, other=0.0)[:, None]
         else:
             offsets = (columns // HEAD)[None, :] * total_rows + batch_row[:, None]
@@ -146,7 +151,10 @@ def attended_rows(
     BLOCK_C: tl.constexpr,
     TWO_IMAGES: tl.constexpr,
 ):
-    """O = (1/|Q|) sum_c w^c O^c for a tile of rows, in float32."""
+    """Return O = (1/|Q|) sum_c w^c O^c for a tile of rows, in float32.
+
+    It is the mean over the query kinds c of the attention's results O^c times their factors w^c. share: 1/|Q|.
+    """
     one_head: tl.constexpr = HEAD % BLOCK_C == 0
     text, rational, image, factors, total_rows = attended
     _start, row, valid, _rows, classes, first_image = tile
@@ -167,7 +175,7 @@ def attended_rows(
 
 @triton.jit
 def input_scale(logit_scale, FACTOR: tl.constexpr):
-    """What R is multiplied by before the projections, 1 where FACTOR is 0; f and T carry its square root."""
+    """Return the factor of R in the projections, 1 where FACTOR is 0; that of f and T is its square root."""
     if FACTOR == 0:
         return 1.0
     else:
@@ -176,8 +184,10 @@ def input_scale(logit_scale, FACTOR: tl.constexpr):
 
 @triton.jit
 def arange_by_fours(WIDTH: tl.constexpr):
-    """tl.arange(0, WIDTH) of which a thread takes at most four numbers where one warp cannot hold them all, so that
-    rows of bfloat16 are laid out as rows of float32 are."""
+    """Return tl.arange(0, WIDTH), of which a thread has at most four consecutive numbers where WIDTH exceeds 128.
+
+    Rows of bfloat16 then have the same layout as rows of float32.
+    """
     if WIDTH > 128:
         return tl.max_contiguous(tl.arange(0, WIDTH), 4)
     else:
@@ -186,8 +196,10 @@ def arange_by_fours(WIDTH: tl.constexpr):
 
 @triton.jit
 def store_column_sums(out, sums, valid, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store tl.sum(tile, 0), (BLOCK_N,), from the tile's own layout. Converted to a layout of its own, every warp would
-    write its copy of the sums to the same place in shared memory."""
+    """Store tl.sum(tile, 0), (BLOCK_N,), from the tile's own layout.
+
+    If the sums were converted to another layout, every warp would write its copy to the same place in shared memory.
+    """
     first_line = (tl.arange(0, BLOCK_M) == 0)[:, None]
     lines = tl.broadcast_to(sums.to(out.dtype.element_ty)[None, :], (BLOCK_M, BLOCK_N))
     tl.store(tl.broadcast_to(out[None, :], (BLOCK_M, BLOCK_N)), lines, mask=first_line & valid[None, :])
@@ -195,8 +207,10 @@ def store_column_sums(out, sums, valid, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 @triton.jit
 def store_chunks(out, values, first_chunk, row, stride, valid, CHUNK: tl.constexpr):
-    """out[first_chunk + c, row] = values[row, c], which were reduced over chunks of CHUNK columns; of the threads that
-    hold a chunk one stores."""
+    """Store out[first_chunk + c, row] = values[row, c], where values were reduced over chunks of CHUNK columns.
+
+    Of the threads that hold a chunk's value, one stores it.
+    """
     rows: tl.constexpr = values.shape[0]
     chunks: tl.constexpr = values.shape[1]
     offsets = (first_chunk + tl.arange(0, chunks)).to(tl.int64)[None, :] * stride + row[:, None]
@@ -207,7 +221,7 @@ def store_chunks(out, values, first_chunk, row, stride, valid, CHUNK: tl.constex
 
 @triton.jit
 def store_chunk_sums(out, values, first_chunk, row, stride, valid, CHUNK: tl.constexpr):
-    """out[first_chunk + c, row] = the sum of the values' columns c CHUNK to (c + 1) CHUNK - 1."""
+    """Store into out[first_chunk + c, row] the sum of the values' columns c CHUNK to (c + 1) CHUNK - 1."""
     rows: tl.constexpr = values.shape[0]
     chunks: tl.constexpr = values.shape[1] // CHUNK
     sums = tl.sum(tl.reshape(values, (rows, chunks, CHUNK)), 2)

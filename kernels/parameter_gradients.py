@@ -1,10 +1,11 @@
-"""Gradients of all weights and biases in one launch.
+"""Compute the gradients of all weights and biases in one launch.
 
     dW[o, c] = sum_rows dY[row, o] X[row, c],   dbias[o] = sum_rows dY[row, o]
 
-X is scale R for keys, values and the rational query, sqrt(scale) T and sqrt(scale) f for the other queries, and O for
-the output projection; R and O are computed where they are used. A program owns one block of one weight of one episode
-and goes through all rows, always in the same order, so that nothing has to be added up afterwards.
+A projection with weight W and bias maps its input X to Y = X W^T + bias. X is scale R for keys, values and the rational
+query, sqrt(scale) T and sqrt(scale) f for the text and image queries, and O, the attention's result, for the output
+projection; R and O are computed where they are used. A program owns one block of one weight of one episode and goes
+through all rows, always in the same order, so no partial sums are left to add.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ROLE_ORDER = ("key", "value", "rational", "output", "text", "image")
 
 @dataclass(frozen=True)
 class Tile:
-    """Outputs and inputs of a weight's block; rows of a step; warps; pipeline stages."""
+    """Hold the outputs and inputs of a weight's block, the rows of a step, and the warps and pipeline stages."""
 
     outputs: int
     inputs: int
@@ -46,13 +47,13 @@ class Tile:
 
 
 def tile_of(dtype: torch.dtype, width: int, precision: str = "ieee") -> Tile:
-    """The tile for a problem, from a table."""
+    """Return the tile for a problem, from a table."""
     if dtype == torch.float32:
-        # Short reductions, as in class_attention. For TF32 products one stage, and a strip of 16 rows for each warp.
+        # Reductions are short, as in class_attention. TF32 products have one stage, and 16 rows for each warp.
         block = block_of(width, 64)
         return Tile(block, block, 16, 4, 2) if precision == "ieee" else Tile(block, block, 16, block // 16, 1)
-    # With 128 x 64 the four weights that go through B K rows are 128 programs at D 512, for 108 processors; with
-    # 128 x 128 they would be 64.
+    # With tiles of 128 x 64 the four weights that go through B K rows take 128 programs at D = 512, for the A100's 108
+    # multiprocessors; with 128 x 128 they would take 64.
     return Tile(block_of(width, 128), block_of(width, 64), 64, 8, 3)
 
 
@@ -83,8 +84,10 @@ def _block(
 ):
     """Store one block of one weight's gradient, and the gradient of the bias beside it.
 
-    features: (image, text); weight, bias: where the gradients go. SOURCE tells what X is. 0: R. 1: O. 2: T, and dY is
-    summed over the images. 3: f.
+    features: (image, text).
+    dy: the gradient dY of the projection's result.
+    weight, bias: the arrays that receive the gradients.
+    SOURCE: the input X of the projection: 0 for R, 1 for O, 2 for T (dY is then summed over the images), 3 for f.
     """
     image, text = features
     first_image = episode * images
@@ -124,7 +127,7 @@ def _block(
     if HAS_BIAS:
         bias += episode * D
         if first_input == 0:
-            # dY is read again, out of the cache, by one program in D / BLOCK_I.
+            # One program in D / BLOCK_I reads dY again, from the cache.
             total = tl.zeros((BLOCK_O,), tl.float32)
             bias_rows = rows
             if SOURCE == 2:
@@ -183,10 +186,10 @@ def parameter_gradients_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute one block of one weight's gradient, and of its bias's.
+    """Compute one block of the gradient of one weight, and of its bias.
 
-    Axis 0: role among those asked for, block of outputs, block of inputs. Axis 1: episodes.
-    A role is asked for where its weight is not None, the output projection where HAS_OUTPUT says so.
+    Axis 0 of the grid: role among those asked for, block of outputs, block of inputs. Axis 1: episodes.
+    A role is asked for where its weight is not None, the output projection where HAS_OUTPUT is 1.
     """
     inputs: tl.constexpr = D // BLOCK_I
     blocks: tl.constexpr = inputs * (D // BLOCK_O)
@@ -257,9 +260,9 @@ def parameter_gradients(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Compute the gradients of the weights in `wanted` and, with bias=True, of their biases, in one launch.
 
-    gradients: of the projections, as class_attention_backward returns them; None if only the output's are wanted.
-    doffset: dA.
-    wanted: by role (see ROLE_ORDER) the weights, (D, D) or (E, D, D), all alike; a gradient has its weight's shape and
+    gradients: the projections' gradients from class_attention_backward; None if only the output projection is wanted.
+    doffset: dA, the gradient of the output projection's result.
+    wanted: the weights by role (see ROLE_ORDER), all (D, D) or all (E, D, D). A gradient has its weight's shape and
         dtype.
     """
     weights = {role: torch.empty_like(value, memory_format=torch.contiguous_format) for role, value in wanted.items()}
@@ -276,8 +279,8 @@ def parameter_gradients(
     dtype = doffset.dtype
     tile = tile or tile_of(dtype, width, precision)
     inner = gradients or ProjectionBuffers(None, None, None, None, None)
-    # The kernel chooses among the pointers of several roles, so that an output projection that is not asked for needs
-    # pointers of the right type, and biases that do not exist need some pointer. Nothing is written to them.
+    # The kernel chooses among the pointers of several roles. So an output projection that is not asked for needs
+    # pointers of the right type, and biases that do not exist need some pointer; neither is written to.
     weight_pointers = {"output": some_weight} | weights
     bias_pointers = {"output": next(iter(biases.values()))} | biases if bias else weight_pointers
     programs = len(weights) * (width // tile.outputs) * (width // tile.inputs)

@@ -1,10 +1,11 @@
-"""Projections of the rational matrix, which is computed where it is used (RAda, arXiv:2507.15480, Eq. 2 and 6).
+"""Project the rational matrix, which is computed where it is used (RAda, arXiv:2507.15480, Eq. 2 and 6).
 
     qr, kk, vv [b, k] = scale R[b, k] W^T + bias,   R[b, k] = f[b] * T[k]
     qt[k] = sqrt(scale) T[k] W^T + bias,   qi[b] = sqrt(scale) f[b] W^T + bias
 
-One launch computes all five. A program owns a tile of rows and a block of columns of one of them, and R never reaches
-memory. Weights may differ from episode to episode; all rows of a tile belong to one episode.
+qr, qt and qi are the rational, text and image queries, kk the keys and vv the values; each has a weight W and a bias of
+its own. One launch computes all five. A program owns a tile of rows and a block of columns of one of them, and R is
+never written to memory. Weights may differ from episode to episode; all rows of a tile belong to one episode.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from rada_fast.kernels._common import (
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, columns and reduction of a product's tile; rows of the image query's tile; warps; pipeline stages."""
+    """Hold the rows, columns and depth (reduction) of a product's tile, the rows of the image query's tile, and the
+    warps and pipeline stages."""
 
     rows: int
     columns: int
@@ -42,17 +44,18 @@ class Tile:
 
 
 def tile_of(dtype: torch.dtype, rows: int, width: int, precision: str = "ieee") -> Tile:
-    """The tile for a problem, from a table. rows: of one episode, n K."""
+    """Return the tile for a problem, from a table. rows: the rows of one episode, n images times K classes."""
     if dtype == torch.float32:
-        # Short reductions and one stage, as in class_attention. Without tensor cores higher tiles read less of W.
+        # Reductions are short and there is one stage, as in class_attention. Without tensor cores, higher tiles pay
+        # because they read less of W.
         return Tile(128 if precision == "ieee" and rows > 512 else 64, block_of(width, 64), 16, 16, 4, 1)
     if rows <= 512:
-        # Few rows: smaller tiles fill more of the processors and waste less in the tail.
+        # With few rows, smaller tiles occupy more multiprocessors and waste less in the last tile.
         return Tile(64, block_of(width, 64), block_of(width, 64), 16, 4, 3)
     # 128 x 128 is the smallest tile at which an A100's L2 keeps up with its tensor cores. Eight warps hold it in 64
     # registers of each thread, and three stages of 64 columns fill 96 KB.
     columns = block_of(width, 128)
-    # 16 x 32 is the tile of four tensor-core products: of eight warps two would compute the same one.
+    # A tile of 16 x 32 has only four tensor-core products, so with eight warps two would compute the same one.
     return Tile(128, columns, block_of(width, 64), 32 if columns == 32 else 16, 8, 3)
 
 
@@ -81,8 +84,9 @@ def _project(
 ):
     """Store one tile of scale X W^T + bias, where X is R, f or T.
 
-    features: (image, text); first_row: where the episode starts in the output; start: the tile's first row in the
-    episode.
+    features: (image, text).
+    first_row: the episode's first row in the output.
+    start: the tile's first row in the episode.
     """
     image, text = features
     row = start + tl.arange(0, BLOCK_M)
@@ -143,7 +147,8 @@ def rational_projections_forward_kernel(
 ):
     """Compute a tile of one of the projections.
 
-    Axis 0: tiles of the outputs (B, K, D), then of the text query, then of the image query. Axis 1: episodes.
+    Axis 0 of the grid: tiles of the outputs (B, K, D), then of the text query, then of the image query. Axis 1:
+    episodes.
     """
     program, episode = tl.program_id(0), tl.program_id(1).to(tl.int64)
     compute: tl.constexpr = keys.dtype.element_ty
@@ -162,7 +167,7 @@ def rational_projections_forward_kernel(
     weight_offset, bias_offset = episode * weight_stride, episode * bias_stride
     first_image = episode * images
     if program < row_programs:
-        # Neighbours share rows of R, in the L2 cache, and all programs share the weights.
+        # Neighbouring programs share rows of R in the L2 cache, and all programs share the weights.
         tile, block = program // (outputs * blocks), program % (outputs * blocks)
         output, first_column = block // blocks, (block % blocks) * BLOCK_N
         weight, bias, out = key_weight, key_bias, keys
@@ -203,9 +208,9 @@ def rational_projections_forward_kernel(
 
 @dataclass
 class ProjectionBuffers:
-    """What the projections leave in memory, or its gradients; None where a query kind is not in use.
+    """Hold the results of the projections, or their gradients; None where a query kind is not in use.
 
-    keys, values, q_rational: (B, K, D); q_text: (1 or E, K, D), as a gradient (B, K, D); q_image: (B, D) float32.
+    keys, values, q_rational: (B, K, D). q_text: (1 or E, K, D), its gradient (B, K, D). q_image: (B, D) float32.
     """
 
     keys: Tensor | None
@@ -230,11 +235,13 @@ def rational_projections_forward(
 ) -> ProjectionBuffers:
     """Compute every projection that the attention needs, in one launch.
 
-    image: (B, D); text: (K, D), same dtype, contiguous; logit_scale: () float32 on the device, s itself.
-    weights, biases: by "image", "text", "rational" (those in use), "key" and "value"; (D, D) and (D,), or with a
-        leading axis of episodes. biases may be empty.
-    dtype: of the products and of their results; None takes text's.
-    scale_factor: multiplies s inside the scaled inputs; 0 leaves the inputs unscaled.
+    image: (B, D).
+    text: (K, D), same dtype, contiguous.
+    logit_scale: s itself, () float32 on the device.
+    weights, biases: (D, D) and (D,), or with a leading axis of episodes, under the keys "image", "text", "rational"
+        (those in use), "key" and "value". biases may be empty.
+    dtype: the type of the products and of their results; None takes text's.
+    scale_factor: the inputs' scale is this times s; 0 leaves the inputs unscaled.
     episodes: E; image b belongs to episode b // (B/E).
     """
     (batch, width), classes = image.shape, text.shape[0]
@@ -302,8 +309,11 @@ def rational_projections_backward_kernel(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program owns a tile of classes and a block of columns and goes through the images. dT stays in registers; what
-    the classes of the tile add to df is stored, and added up by image_gradient_reduce_kernel."""
+    """Compute dT of a tile of classes and a block of columns, and the contributions of these classes to df.
+
+    A program goes through all images. dT stays in registers until the end. The contributions to df are stored, and
+    image_gradient_reduce_kernel adds them up.
+    """
     tile, first_column = tl.program_id(0), tl.program_id(1) * BLOCK_N
     k = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = k < classes
@@ -340,7 +350,7 @@ def rational_projections_backward_kernel(
         drational = accumulator * scale + from_mask
         f = tl.load(image + b * D + n).to(tl.float32)
         dtext_tile += drational * f[None, :]
-        # Sixteen classes lie in one warp, so that their sum does not cross shared memory.
+        # Sixteen classes lie in one warp, so their sum does not go through shared memory.
         strips: tl.constexpr = BLOCK_M // 16
         part = ((tile * strips + tl.arange(0, strips)) * batch + b).to(tl.int64)
         sums = tl.sum(tl.reshape(drational * t, (strips, 16, BLOCK_N)), 1)
@@ -368,9 +378,9 @@ def image_gradient_reduce_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute df, the sum of its parts in their order and of what comes through the image query.
+    """Compute df, the sum of the stored contributions, in order, and of the gradient through the image query.
 
-    Axes: images, columns, episodes.
+    Axes of the grid: images, columns, episodes.
     """
     episode = tl.program_id(2).to(tl.int64)
     episode_image = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -404,16 +414,19 @@ def rational_projections_backward(
     episodes: int = 1,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """Compute df, (B, D), and dT, (K, D), in two launches; weights are those of the image's episode.
+    """Compute df, (B, D), and dT, (K, D), in two launches, with the weights of each image's episode.
 
         dR = scale (dqr Wr + dkk Wk + dvv Wv) + weighted,   df[b] = sum_k dR[b, k] * T[k] + sqrt(scale) dqi[b] Wi
         dT[k] = sum_b dR[b, k] * f[b] + sqrt(scale) sum_b dqt[b, k] Wt
 
-    gradients: of the projections, q_text's one for each image, (B, K, D). weighted: s dlogits M, (B, K, D).
+    Wr, Wk, Wv, Wt and Wi are the weights of the rational query, the keys, the values, the text and the image query.
+
+    gradients: the projections' gradients; q_text has one for each image, (B, K, D).
+    weighted: s dlogits M, (B, K, D).
     """
     (batch, width), classes = image.shape, text.shape[0]
     images, stride = batch // episodes, episode_stride(weights["key"])
-    # Wider tiles spill: two accumulators and T are kept.
+    # Wider tiles spill, because two accumulators and T stay in registers.
     float32 = gradients.keys.dtype == torch.float32
     without_tensor_cores = float32 and precision == "ieee"
     block_m, block_n = 32 if without_tensor_cores else 64, block_of(width, 32)

@@ -1,9 +1,10 @@
-"""Backward pass of the attention over classes; the equations stand in the package's docstring.
+"""Backward pass of the attention over classes; the package's docstring explains the symbols.
 
     dP[i, j] = dO[i] . v[j],   dS^c = P^c * (dP - delta^c) / |Q|
     dq^c = dS^c k / (sqrt(d) tau),   dk = sum_c (dS^c)^T q^c / (sqrt(d) tau),   dv = sum_c (P^c)^T dO / |Q|
 
-delta^c[i] is dO[i] . w[i] O^c[i] for the row softmax, and the mean of these over the head for the matrix softmax.
+delta^c[i] is dO[i] . w^c[i] O^c[i] for the row softmax, and the mean of these over the head for the matrix softmax. O
+is the mean of w^c O^c over the |Q| query kinds in use.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def class_attention_backward(
     float32 = {"dtype": torch.float32, "device": keys.device}
     image_pairs = torch.empty((batch, num_heads, classes, 4), **float32) if image is not None else None
     dattended_sum = torch.empty((batch, width), **float32) if image is not None else None
-    # Of the text and the rational query those in use; what is stored for them lies together.
+    # `used` selects those of the text and the rational query that are in use; their arrays are contiguous.
     used = slice(0 if text is not None else 1, 2 if rational is not None else 1)
     kinds = used.stop - used.start
     chunks = deltas.shape[1] // num_heads
@@ -100,7 +101,7 @@ def class_attention_backward(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    # Tiles of keys are as high as tiles of queries, so that either pass reads what the other owns in short strips.
+    # In the second launch a tile has as many keys as one has queries in the first, and reads queries in short strips.
     tiles, groups = cdiv(classes, tile.queries), cdiv(head, tile.columns)
     query_tiles = tiles if kinds else 0
     class_attention_backward_queries_kernel[(batch * num_heads * groups * (query_tiles + (image is not None)),)](

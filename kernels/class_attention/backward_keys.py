@@ -34,8 +34,12 @@ def _key_gradients(
 ):
     """Return (p_sum, dk) with the contribution of one tile of queries of one kind added.
 
-    query_rows: pointers to rows of the whole width. keys: k itself, or pointers to its rows if the head is split.
-    logsums, deltas: pointers to the values of this kind, head and image.
+    p_sum: the sum of the probabilities P^c over the query kinds so far, (keys, queries).
+    dk: the sum of (dS^c)^T q^c so far, without its scale; backward.py has the equations.
+    dp: dP, (keys, queries).
+    query_rows: pointers to rows of the whole width.
+    keys: the keys k themselves, or pointers to their rows if the head is split.
+    logsums, deltas: pointers to the log-sums and the deltas delta^c of this kind, head and image.
     """
     q = tl.load(query_rows[:, None] + out_columns[None, :], mask=i_valid[:, None] & c_valid[None, :], other=0.0)
     if SPLIT_HEAD:
@@ -88,7 +92,7 @@ def class_attention_backward_keys_kernel(
 ):
     """Compute dk and dv of a tile of keys over all queries.
 
-    Scores are computed as (keys, queries), so that P never has to be transposed.
+    Scores are computed as (keys, queries), so P never has to be transposed.
     """
     HAS_TEXT: tl.constexpr = q_text is not None
     HAS_RATIONAL: tl.constexpr = q_rational is not None
@@ -102,8 +106,8 @@ def class_attention_backward_keys_kernel(
     rows = batch * classes
     j, j_valid, c, c_valid, out_columns = tile_place(tile, group, column, classes, HEAD, BLOCK_K, BLOCK_D)
     valid = j_valid[:, None] & c_valid[None, :]
-    # Rows beyond the last class read it again. Of rows of zeros the exponential could be infinite, and a mask of the
-    # scores would take registers that the heads of 64 do not have.
+    # Rows beyond the last class read the last class again. With rows of zeros the exponential could be infinite, and a
+    # mask of the scores would take registers that heads of 64 do not have to spare.
     source_row = first + tl.minimum(j, classes - 1)
     k = keys + source_row * D + column
     v = values + source_row * D + column

@@ -25,7 +25,7 @@ def _query_statistics(
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """The log2-sums and the deltas of a tile of queries, (BLOCK_Q,) each; totals is None for the row softmax."""
+    """Return the log2-sums and the deltas of a tile of queries, (BLOCK_Q,) each; totals is None for the row softmax."""
     if totals is not None:
         log_sum, mean = head_statistics(totals, deltas, b, head, batch, classes, KIND, HEADS, CHUNKS, BLOCK_S)
         return tl.zeros((BLOCK_Q,), tl.float32) + log_sum, tl.zeros((BLOCK_Q,), tl.float32) + mean
@@ -54,14 +54,16 @@ def _query_gradient(
 ):
     """Return dq with the contribution of one tile of keys added.
 
-    queries: q itself, or pointers to its rows if the head is split; only then are keys, pointers to rows, used.
+    queries: the queries themselves, or pointers to their rows if the head is split.
+    keys: pointers to rows, which are used only if the head is split. k: the tile of keys.
+    dp: dP, (queries, keys). statistics: the queries' log-sums and deltas.
     """
     log_sum, delta = statistics
     if SPLIT_HEAD:
         scores = split_head_scores(queries, keys, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
     else:
         scores = product(queries, tl.trans(k), None, PRECISION)
-    # Of rows beyond the last class, which are zeros, the exponential could be infinite.
+    # Rows beyond the last class are zeros, for which the exponential could be infinite.
     scores = tl.where(i_valid[:, None] & j_valid[None, :], scores, float("-inf"))
     p = tl.exp2(scores * scale - log_sum[:, None])
     ds = p * (dp - delta[:, None])
@@ -119,7 +121,7 @@ def _image_query_gradient(
         v = tl.load(values + offsets, mask=valid, other=0.0).to(tl.float32)
         ds = p * (tl.sum(v * do[None, :], 1) - delta)
         dq += ds[:, None] * k
-        # P and dS of a key alternate, stored from the tile's own layout: the four columns of one thread.
+        # P and dS of a key alternate in four columns, which are those of one thread in the tile's own layout.
         pair_offsets = ((b * heads + head) * classes + j)[:, None] * 4 + c[None, :]
         pair = tl.where((c % 2 == 0)[None, :], (p * share)[:, None], (ds * dscale)[:, None])
         tl.store(image_pairs + pair_offsets, pair, mask=j_valid[:, None] & (c < 4)[None, :])
@@ -163,9 +165,9 @@ def class_attention_backward_queries_kernel(
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute dq of a tile of queries over all keys; programs as in the forward pass.
+    """Compute dq of a tile of queries over all keys; the programs are those of the forward pass.
 
-    scale: 1 / (sqrt(d) tau) for scores in base 2; share: 1/|Q|.
+    scale: log2(e) / (sqrt(d) tau), because scores are in base 2; share: 1/|Q|.
     """
     HAS_TEXT: tl.constexpr = q_text is not None
     HAS_RATIONAL: tl.constexpr = q_rational is not None
@@ -217,7 +219,7 @@ def class_attention_backward_queries_kernel(
             else:
                 v = tl.load(value_rows[None, :] + c[:, None], mask=j_valid[None, :] & c_valid[:, None], other=0.0)
                 dp = product(do, v, None, PRECISION)
-            # Keys beyond the last are rows of zeros: whatever their dS is, it adds nothing.
+            # Keys beyond the last are rows of zeros, so their dS adds nothing.
             if HAS_TEXT:
                 dq_text_tile = _query_gradient(
                     text, key_rows, k, dp, text_statistics, dq_text_tile, i_valid, j_valid, scale,

@@ -1,4 +1,4 @@
-"""What the backward pass subtracts from dP: a sum of dO . O^c for each row, or their mean over a head."""
+"""Compute the deltas that the backward pass subtracts from dP: dO . w O^c for each row, or their mean over a head."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def row_deltas_kernel(deltas, sums, batch, classes, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up the deltas of a head's chunks into sums[kind, head, b], which the row softmax subtracts.
+    """Add up each row's deltas over the chunks of a head into sums[kind, head, b], for the row softmax.
 
-    Axis 0: query kind, head, image.
+    Axis 0 of the grid: query kind, head, image.
     """
     program = tl.program_id(0).to(tl.int64)
     first, b = program // batch * CHUNKS, program % batch
@@ -33,7 +33,7 @@ def head_statistics(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The log2-sum of one head under the matrix softmax, and its mean delta, (1/K) sum_i dO[i] . w[i] O^c[i].
+    """Return one head's log2-sum under the matrix softmax and its mean delta, (1/K) sum_i dO[i] . w[i] O^c[i].
 
     KIND is 0 for the text query and 1 for the rational query.
     """

@@ -1,4 +1,4 @@
-"""Forward pass of the attention over classes; the equations stand in the package's docstring."""
+"""Forward pass of the attention over classes; the package's docstring has the equations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rada_fast.kernels.rational_projections import ProjectionBuffers
 
 @triton.jit
 def _online_softmax_update(scores, v, state, PRECISION: tl.constexpr):
-    """One step of the online softmax by rows. state: (running_max, running_sum, accumulator)."""
+    """Take one step of the online softmax by rows. state: (running_max, running_sum, accumulator)."""
     running_max, running_sum, accumulator = state
     new_max = tl.maximum(running_max, tl.max(scores, 1))
     p = tl.exp2(scores - new_max[:, None])
@@ -44,7 +44,7 @@ def _online_softmax_update(scores, v, state, PRECISION: tl.constexpr):
 def _store_attended(attended, logsums, state, offsets, valid, stores_logsum):
     """Store one kind's O^c, normalised by rows, and its log-sums.
 
-    attended: pointer to the image's first row; logsums: pointers to the rows' own.
+    attended: a pointer to the image's first row; logsums: pointers to the log-sum of each row.
     """
     running_max, running_sum, accumulator = state
     accumulator = accumulator / running_sum[:, None]
@@ -75,8 +75,8 @@ def _image_query(
     c = arange_by_fours(HEAD_VECTOR)
     c_valid = c < HEAD
     q = tl.load(q_image + b * D + column + c, mask=c_valid, other=0.0) * scale
-    # Every row of the tile has a softmax of its own, so that nothing crosses warps before the end.
-    # -1e38 takes the place of minus infinity, of which a difference would be NaN.
+    # Every row of the tile has a softmax of its own, so no value crosses warps before the end.
+    # -1e38 takes the place of minus infinity, because the difference of two infinities would be NaN.
     running_max = tl.full((BLOCK_I,), -1e38, tl.float32)
     running_sum = tl.zeros((BLOCK_I,), tl.float32)
     accumulator = tl.zeros((BLOCK_I, HEAD_VECTOR), tl.float32)
@@ -132,7 +132,7 @@ def class_attention_forward_kernel(
 ):
     """Compute O^c of a tile of queries and a group of output columns, over all keys.
 
-    Axis 0: query tile (the last one is the image query), group of output columns, head, image.
+    Axis 0 of the grid: query tile (the last one is the image query), group of output columns, head, image.
     """
     HAS_TEXT: tl.constexpr = q_text is not None
     HAS_RATIONAL: tl.constexpr = q_rational is not None
@@ -217,12 +217,12 @@ def class_attention_forward_kernel(
 
 @triton.jit
 def softmax_factors_kernel(logsums, factors, totals, classes, BLOCK: tl.constexpr):
-    """Compute w[i] = K exp2(logsum[i] - log-sum of the head's whole matrix), and that log-sum less log2 K.
+    """Compute the factors w[i] = K exp2(logsum[i] - log-sum of the head's whole matrix), and that log-sum minus log2 K.
 
-    Axis 0: query kind, head, image.
+    Axis 0 of the grid: query kind, head, image.
     """
     row = tl.program_id(0).to(tl.int64) * classes
-    # -1e38 takes the place of minus infinity, of which a difference would be NaN.
+    # -1e38 takes the place of minus infinity, because the difference of two infinities would be NaN.
     running_max = tl.full((BLOCK,), -1e38, tl.float32)
     for start in range(0, classes, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -242,11 +242,12 @@ def softmax_factors_kernel(logsums, factors, totals, classes, BLOCK: tl.constexp
 
 @dataclass
 class Attended:
-    """What the attention returns, None where a query kind or the matrix softmax is not in use.
+    """Hold the results of the attention, None where a query kind or the matrix softmax is not in use.
 
     text, rational: O^c, (B, K, D), normalised by rows; image: O^image, (B, D) float32.
-    logsums: (2, H, B, K) and image_logsums: (B, H), the log2 of the sums of exponentials, text query first.
-    factors: (2, H, B, K), the rows' factors w of the matrix softmax; totals: (2, H, B), a head's log2-sum less log2 K.
+    logsums: (2, H, B, K), text query first, and image_logsums: (B, H), the log2 of the rows' sums of exponentials.
+    factors: (2, H, B, K), the rows' factors w of the matrix softmax.
+    totals: (2, H, B), the log2 of a head's whole sum of exponentials minus log2 K.
     """
 
     text: Tensor | None
@@ -288,7 +289,7 @@ def class_attention_forward(
     )
     if batch == 0:
         return attended
-    # Of the text and the rational query those in use; what is stored for them lies together.
+    # `used` selects those of the text and the rational query that are in use; their arrays are contiguous.
     used = slice(0 if text is not None else 1, 2 if rational is not None else 1)
     kinds = used.stop - used.start
     tiles = cdiv(classes, tile.queries) if kinds else 0
@@ -304,7 +305,7 @@ def class_attention_forward(
         D=width, HEAD=head, HEAD_VECTOR=vector, SPLIT_HEAD=split, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
         BLOCK_D=tile.columns, BLOCK_C=piece_columns(keys.dtype, head), BLOCK_I=max(1, min(64, 4096 // vector)),
         PRECISION=default_precision(keys.dtype, precision),
-        # A kind alone has four warps side by side, but eight in two layers (see text_and_rational_scores).
+        # With one kind only four warps lie side by side (see text_and_rational_scores).
         num_warps=min(tile.warps, 4) if split and kinds < 2 else tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if matrix and kinds:

@@ -1,4 +1,4 @@
-"""Which tile a program owns, and the scores of heads that are too wide to be read at once."""
+"""Find the tile that a program owns, and compute the scores of heads that are too wide to be read at once."""
 
 import triton
 import triton.language as tl
@@ -6,12 +6,15 @@ import triton.language as tl
 from rada_fast.kernels._common import product
 
 LN2 = tl.constexpr(0.6931471805599453)
-"""Scores are in base 2; their gradients carry this factor."""
+"""The factor that the gradients of scores have because scores are in base 2."""
 
 
 @triton.jit
 def program_place(tiles, GROUPS: tl.constexpr, HEADS: tl.constexpr):
-    """A program's tile, group of output columns, head and image. Neighbours differ in the tile and share their keys."""
+    """Return a program's tile, group of output columns, head and image.
+
+    Neighbouring programs have different tiles of the same head, and so share its keys in the cache.
+    """
     program = tl.program_id(0)
     tile, rest = program % tiles, program // tiles
     group, rest = rest % GROUPS, rest // GROUPS
@@ -21,7 +24,7 @@ def program_place(tiles, GROUPS: tl.constexpr, HEADS: tl.constexpr):
 
 @triton.jit
 def tile_place(tile, group, column, classes, HEAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, which of them exist, columns of the group, which of them exist, their places in a row of all heads)."""
+    """Return (rows, whether each exists, the group's columns, whether each exists, their positions in a full row)."""
     row = tile * BLOCK + tl.arange(0, BLOCK)
     row_valid = row < classes
     c = tl.arange(0, BLOCK_D)
@@ -31,9 +34,10 @@ def tile_place(tile, group, column, classes, HEAD: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _load_piece(rows, valid, columns, HEAD: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Some columns of a head's rows, (rows, columns). rows: pointers; the last piece may have columns to spare.
+    """Load some columns of a head's rows, (rows, columns). The last piece may need a mask of its columns.
 
-    valid: which of the rows exist; None where all of them can be read."""
+    rows: pointers to the rows. valid: whether each row exists; None where all of them can be read.
+    """
     if valid is None:
         return tl.load(rows[:, None] + columns[None, :], mask=(columns < HEAD)[None, :], other=0.0)
     elif HEAD % BLOCK_C == 0:
@@ -44,7 +48,7 @@ def _load_piece(rows, valid, columns, HEAD: tl.constexpr, BLOCK_C: tl.constexpr)
 
 @triton.jit
 def _load_transposed_piece(rows, valid, columns, HEAD: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What _load_piece returns, transposed: (columns, rows)."""
+    """Load the same piece as _load_piece, transposed: (columns, rows)."""
     if HEAD % BLOCK_C == 0:
         return tl.load(rows[None, :] + columns[:, None], mask=valid[None, :], other=0.0)
     else:
@@ -63,9 +67,11 @@ def split_head_scores(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """left right^T, (BLOCK_L, BLOCK_R), over a head that is read in pieces. left, right: pointers to rows.
+    """Return left right^T, (BLOCK_L, BLOCK_R), for a head that is read in pieces.
 
-    left_valid, right_valid: which of the rows exist; left_valid is None where all of the left rows can be read."""
+    left, right: pointers to rows.
+    left_valid, right_valid: whether each row exists; left_valid is None where all of the left rows can be read.
+    """
     accumulator = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
     for c in range(0, HEAD, BLOCK_C):
         columns = c + tl.arange(0, BLOCK_C)
@@ -87,8 +93,11 @@ def query_scores(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """split_head_scores of queries and keys with the warps side by side along the queries, so that the sum of a row
-    stays in one warp. A head of one piece makes no loop, and the compiler then places the warps so by itself."""
+    """Return split_head_scores of queries and keys, with the warps side by side along the queries.
+
+    The sum of a row then stays in one warp. For a head of one piece there is no loop, and the compiler places the warps
+    like this by itself.
+    """
     if BLOCK_Q > BLOCK_K and HEAD > BLOCK_C:
         scores = split_head_scores(keys, queries, key_valid, query_valid, HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
         return tl.trans(scores)
@@ -109,8 +118,11 @@ def text_and_rational_scores(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """query_scores of both kinds, for which keys are read once. The compiler places eight warps side by side along the
-    queries only where two products share an operand; for a single product it makes two layers of four warps."""
+    """Return query_scores of both query kinds, for which the keys are read once.
+
+    The compiler places eight warps side by side along the queries only where two products share an operand. For a
+    single product it makes two layers of four warps.
+    """
     if BLOCK_Q > BLOCK_K and HEAD > BLOCK_C:
         text_scores = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
         rational_scores = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)

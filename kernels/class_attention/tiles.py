@@ -1,4 +1,4 @@
-"""The sizes of the tiles that programs of the attention over classes work on."""
+"""The sizes of the tiles on which the programs of the attention over classes work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rada_fast.kernels._common import block_of
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile; output columns of a program; warps; pipeline stages."""
+    """Hold the queries and keys of a tile, the output columns of a program, and the warps and pipeline stages."""
 
     queries: int
     keys: int
@@ -22,7 +22,7 @@ class Tile:
 
 
 def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = False, precision: str = "ieee") -> Tile:
-    """The tile for a problem, from a table made for A100's 164 KB of shared memory and 255 registers a thread."""
+    """Return the tile for a problem, from a table for A100's 164 KB of shared memory and 255 registers per thread."""
     split = head > 128
     columns = min(max(16, triton.next_power_of_2(head)), 128)
     if dtype == torch.float32:
@@ -32,15 +32,15 @@ def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = Fal
         if precision == "ieee":
             return Tile(32, 16 if backward else 32, min(columns, 64), 8 if head > 64 else 4, 1)
         # Eight warps lie side by side here and four lie one above the other: with other tiles several warps would
-        # compute the same products. Heads of 16 spill 32 bytes in the forward pass on sm_80, in the mask of the columns
-        # 16 to 31 that they do not have.
+        # compute the same products. Heads of 16 spill 32 bytes in the forward pass on sm_80, because of the mask of
+        # columns 16 to 31, which they do not have.
         return Tile(16, 64, 64, 8, 1) if backward else Tile(64, 16, 32, 4, 1)
     if backward and split:
-        # The output is wider than high, so that eight warps lie side by side. A head's last piece may need a mask.
+        # The output is wider than high, so eight warps lie side by side. A head's last piece may need a mask.
         return Tile(32, 32, 64, 8, 2)
     if backward and head > 64:
-        # dk and dv of 64 x 128 spill. Scores are wider than high, so that their warps lie side by side: on 32 x 32
-        # eight warps would share two strips of 16 rows and compute each product four times.
+        # dk and dv of 64 x 128 spill. Scores are wider than high, so their warps lie side by side. On 32 x 32 eight
+        # warps would share two strips of 16 rows and compute each product four times.
         return Tile(32, 64, columns, 8, 2)
     if split:
         # Two accumulators of 64 x 128 take 128 registers of a thread with four warps; eight halve that.
@@ -58,10 +58,10 @@ def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = Fal
 
 
 def splits_head(dtype: torch.dtype, head: int, tile: Tile) -> bool:
-    """Whether scores go through a head in pieces; float32's always do, see tile_of."""
+    """Return whether scores are computed over a head in pieces; in float32 they always are, see tile_of."""
     return head > tile.columns or dtype == torch.float32
 
 
 def piece_columns(dtype: torch.dtype, head: int) -> int:
-    """The number of columns of such a piece."""
+    """Return the number of columns of a piece of a split head."""
     return 16 if dtype == torch.float32 else max(16, block_of(head, 64))

@@ -3,9 +3,13 @@
     A = O Wo^T + bo,   M = relu(1 + A) or 1 + A,   logits[b, k] = s sum_c M[b, k, c] R[b, k, c]
     dA = (s dlogits R + dL_s/dM) 1[1 + A > 0 or no relu],   dO = dA Wo
 
+O is the result of the attention over classes, Wo and bo the output projection's weight and bias, A the mask's offset, M
+the mask, R the rational matrix and L_s the penalty on the mask.
+
 A program owns a tile of rows and a block of columns of A. It combines O from its query kinds as it reads them, and
-computes R at the end. A and M never reach memory unless the mask is asked for; the backward pass computes A again. Each
-sum over columns is stored as one part for each chunk of columns, and a second launch adds the parts in their order.
+computes R at the end. A is never written to memory, and M only if the mask is asked for; the backward pass computes A
+again. Each sum over columns is stored as one part for each chunk of columns, and a second launch adds the parts in
+order.
 """
 
 from rada_fast.kernels.masked_logits.backward import MaskedLogitsGradients, masked_logits_backward

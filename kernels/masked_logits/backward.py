@@ -1,4 +1,4 @@
-"""Backward pass of the masked logits; the equations stand in the package's docstring."""
+"""Backward pass of the masked logits; the package's docstring has the equations."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def masked_logits_backward_offset_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute dA, and A again for it; programs as in the forward pass."""
+    """Compute dA, for which A is computed again; the programs are those of the forward pass."""
     episode, n, _block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
     _start, row, valid, _rows, _classes, first_image = tile
     first_row = first_image * classes
@@ -122,7 +122,10 @@ def masked_logits_backward_attended_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute dO, and the sums of dO . w O^c over chunks of CHUNK columns, each of which lies in one head."""
+    """Compute dO, and for each query kind c the sums of dO . w O^c over chunks of CHUNK columns.
+
+    A chunk lies in one head. w are the factors of the matrix softmax and O^c is the attention's result.
+    """
     one_head: tl.constexpr = HEAD % BLOCK_N == 0
     episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
     _start, row, valid, _rows, _classes, first_image = tile
@@ -135,7 +138,7 @@ def masked_logits_backward_attended_kernel(
         x = tl.load(doffset + batch_row[:, None] * D + columns[None, :], mask=valid[:, None], other=0.0)
         w = tl.load(weight + columns[:, None] * D + n[None, :])
         accumulator = product(x, w.to(COMPUTE), accumulator, PRECISION)
-    # Rounded as the kernels that read it see it: the sums of P (dP - delta) then cancel as they should.
+    # dO is rounded to the type in which later kernels read it: the sums of P (dP - delta) then cancel as they should.
     rounded = accumulator.to(dattended.dtype.element_ty)
     tl.store(dattended + batch_row[:, None] * D + n[None, :], rounded, mask=valid[:, None])
     do = rounded.to(tl.float32)
@@ -153,9 +156,11 @@ def masked_logits_backward_attended_kernel(
 
 @dataclass
 class MaskedLogitsGradients:
-    """What the backward pass returns, None where it was not asked for.
+    """Hold the results of the backward pass, None for a result that was not asked for.
 
-    doffset: dA and dattended: dO, (B, K, D); deltas: (2, D/g, B, K) float32, where g divides a head's width;
+    doffset: dA, (B, K, D).
+    dattended: dO, (B, K, D).
+    deltas: (2, D/g, B, K) float32, the sums of dO . w O^c over chunks of g columns, where g divides a head's width.
     weighted: s dlogits M, (B, K, D).
     """
 
@@ -187,9 +192,9 @@ def masked_logits_backward(
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> MaskedLogitsGradients:
-    """Compute dA and dO in two launches, with weighted=True also s dlogits M, which the features' gradients need.
+    """Compute dA and dO in two launches; with weighted=True also s dlogits M, which the features' gradients need.
 
-    With inner=False it computes dA alone, in one launch: the output projection's own gradient needs nothing else.
+    With inner=False this computes dA alone, in one launch: the output projection's own gradient needs no more.
     """
     (batch, width), classes = image.shape, text.shape[0]
     head = width // num_heads

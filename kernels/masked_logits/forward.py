@@ -1,4 +1,4 @@
-"""Forward pass of the masked logits; the equations stand in the package's docstring."""
+"""Forward pass of the masked logits; the package's docstring has the equations."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def masked_logits_forward_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute a tile of M, and what it contributes to the logits and the penalty.
+    """Compute a tile of the mask M, and its contributions to the logits and the penalty.
 
-    Axis 0: row tile and column block. Axis 1: episodes.
+    Axis 0 of the grid: row tile and column block. Axis 1: episodes.
     """
     episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
     _start, row, valid, _rows, _classes, first_image = tile
@@ -70,7 +70,7 @@ def masked_logits_forward_kernel(
         tile, n, share, TWO_IMAGES, D, HEAD, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
     )  # fmt: skip
     if RELU:
-        # Not a maximum: that would turn NaN into 0.
+        # tl.maximum would turn NaN into 0.
         m = tl.where(m <= 0.0, 0.0, m)
     r = rational_rows((image, text), tile, n, D, BLOCK_M, TWO_IMAGES)
     store_chunk_sums(logit_parts, m * r, block * (BLOCK_N // CHUNK), batch_row, total_rows, valid, CHUNK)
@@ -117,9 +117,9 @@ def masked_logits_reduce_kernel(
 ):
     """Add up the parts of the logits and of the penalty.
 
-    Axis 0: the images, for their logits, then the episodes, for their penalty.
-    elements: the number of mask elements that the penalty is a mean over. BLOCK is four times the number of threads:
-    they lie along the classes, so that one thread adds up all parts of a class.
+    Axis 0 of the grid: the images, for their logits, then the episodes, for their penalty.
+    elements: the number of mask elements over which the penalty is a mean.
+    BLOCK: four times the number of threads. Threads lie along the classes, so one thread adds up all parts of a class.
     """
     program = tl.program_id(0)
     lane, part = tl.arange(0, BLOCK), tl.arange(0, PIECE)[:, None]
@@ -169,10 +169,11 @@ def masked_logits_reduce_kernel(
 
 @dataclass
 class MaskedLogits:
-    """What the forward pass returns, None where it was not asked for.
+    """Hold the results of the forward pass, None for a result that was not asked for.
 
-    logits: (B, K), penalty: (E,) and mask: (B, K, D), in the features' dtype; sums: (B, K) float32, logits / s;
-    peaks: (B,) int64, k D + c of the first element where |M - 1| of an image is largest.
+    logits: (B, K), penalty: (E,) and mask: (B, K, D), in the features' dtype.
+    sums: (B, K) float32, logits / s.
+    peaks: (B,) int64, k D + c of the first element [k, c] where |M - 1| of an image is largest.
     """
 
     logits: Tensor
@@ -201,8 +202,13 @@ def masked_logits_forward(
 ) -> MaskedLogits:
     """Compute logits, the penalty of each episode and, if asked for, the mask, in two launches.
 
-    image: (B, D); text: (K, D); weight: Wo, (D, D) or (E, D, D); bias: (D,), (E, D) or None; other arguments as in
-    rational_projections_forward.
+    image: (B, D).
+    text: (K, D).
+    attended: the results of class_attention_forward.
+    weight: Wo, (D, D) or (E, D, D).
+    bias: bo, (D,), (E, D) or None.
+
+    The other arguments are those of rational_projections_forward.
     """
     (batch, width), classes = image.shape, text.shape[0]
     images = batch // episodes

@@ -1,4 +1,4 @@
-"""What the forward and the backward pass share: a program's tile, 1 + A of that tile, and its arguments."""
+"""Compute what the forward and the backward pass share: a program's tile, 1 + A for it, and the common arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from rada_fast.kernels.masked_logits.tiles import Tile
 
 @triton.jit
 def program_tile(images, classes, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A program's episode, columns, block of columns and tile of rows (see _common). Neighbours share their rows."""
+    """Return a program's episode, columns, block of columns and tile of rows (see _common).
+
+    Neighbouring programs share their rows.
+    """
     blocks: tl.constexpr = D // BLOCK_N
     program, episode = tl.program_id(0), tl.program_id(1).to(tl.int64)
     block = program % blocks
@@ -44,7 +47,7 @@ def one_plus_offset(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """1 + A for one tile of rows and the columns n."""
+    """Return 1 + A for one tile of rows and the columns n."""
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c in range(0, D, BLOCK_C):
         columns = c + tl.arange(0, BLOCK_C)
@@ -67,7 +70,7 @@ def common_arguments(
     dtype: torch.dtype,
     tile: Tile,
 ) -> dict[str, Any]:
-    """The arguments that the forward kernel and the kernel of dA share."""
+    """Return the arguments that the forward kernel and the kernel of dA share."""
     width, classes, stride = image.shape[1], len(text), episode_stride(weight)
     return {
         "image": image,
