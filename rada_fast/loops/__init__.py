@@ -1,1 +1,1 @@
-"""The three loops, ttt, eft and fft, each of which can be read from top to bottom."""
+"""The three ways to use the adapter, each in a file of its own: the commands ttt, eft and fft."""

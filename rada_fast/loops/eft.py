@@ -1,6 +1,6 @@
 """Efficient fine-tuning (RAda, arXiv:2507.15480, Sec. 4.2): train the adapter with frozen encoders, then evaluate it.
 
-Features are computed once where the training views are fixed, and once in each epoch where they are drawn anew.
+Features are computed once if the training views are fixed, and once in each epoch if the views are drawn anew.
 """
 
 from __future__ import annotations
@@ -38,18 +38,22 @@ from rada_fast.runs.folder import RunFolder, reset_peak_memory
 
 IMAGES, STATE = "images.jsonl", "state.pt"
 WARMUP_LR = 1e-5
-"""The published configurations' learning rate of the one warm-up epoch."""
+"""The learning rate of the one warm-up epoch in the published configurations."""
 MOMENTUM = 0.9
-"""Of SGD, as in the published configurations."""
+"""The momentum of SGD in the published configurations."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """All that a run of eft works on.
+    """Everything that a run of eft works on.
 
-    setup: with the trained classes; images, features: the few-shot training images and the features of their centre
-    views; evaluation: what is evaluated at the end; read: everything that is read, by the part that it plays; names,
-    text: of all classes, those that are only evaluated included.
+    setup: the set-up of the run, with the classes that are trained.
+    images: the few-shot training images.
+    features: the features of the centre views of these images.
+    evaluation: the data to evaluate on at the end.
+    read: all data that the run reads, by part ("train", "test", ...).
+    names: the names of all classes, including those that are only evaluated.
+    text: the text features of all these classes.
     """
 
     setup: Setup
@@ -62,14 +66,14 @@ class Task:
 
 
 def run_eft(options: EFTOptions) -> dict[str, Any]:
-    """Train and evaluate; returns the summary that it also writes.
+    """Train the adapter, evaluate it, and write the summary. Returns the summary.
 
     Raises UserError naming an option that cannot be used.
     """
     task = open_task(options)
     setup = task.setup
-    # The training images decide the adapter. Those of the evaluation decide a number on the way only where epochs are
-    # evaluated too.
+    # The training images decide the adapter. The images of the evaluation decide a number before the end only if
+    # epochs are evaluated too.
     deciding = {part for part in task.read if options.evaluate_every or part.startswith("train")}
     limit = options.run.limit
     with open_folder(
@@ -97,14 +101,14 @@ def run_eft(options: EFTOptions) -> dict[str, Any]:
 
 
 def open_task(options: EFTOptions) -> Task:
-    """Open all that the options name, each once.
+    """Open the data, the model and the other files that the options name.
 
     Raises UserError naming an option that cannot be used.
     """
     specs = {"train": options.train, "test": options.test}
     specs |= {} if options.new_test is None else {"new": options.new_test}
     opened = open_data_and_model(options, specs)
-    source, testing, apart = opened.sources["train"], opened.sources["test"], opened.sources.get("new")
+    source, testing, new_testing = opened.sources["train"], opened.sources["test"], opened.sources.get("new")
     prompts, means = options.text.text_features is None, options.text.text_features == "class-means"
 
     names = {
@@ -119,12 +123,12 @@ def open_task(options: EFTOptions) -> Task:
     if (difference := testing.class_difference(source)) is not None:
         raise UserError(f"test {options.test} must have the classes of train {options.train}: {difference}")
 
-    images, kept = source.subset(base), source.subset(new)
+    images, new_images = source.subset(base), source.subset(new)
     images = images if options.shots is None else images.few_shot(options.shots, options.run.seed)
     if options.train_views == "crop" and not images.holds_images:
         raise UserError(f"train_views crop needs images, {options.train} holds features")
-    # A limit is for the images of the evaluation: the number of shots already bounds the training images.
-    encoded = {"training images": images} | ({"new classes": kept} if new and means else {})
+    # The option --limit applies to the images of the evaluation; --shots already limits the training images.
+    encoded = {"training images": images} | ({"new classes": new_images} if new and means else {})
     features = {
         title: features_of(data, opened.model, title=f"encode {title}", workers=options.run.workers)
         for title, data in encoded.items()
@@ -133,7 +137,7 @@ def open_task(options: EFTOptions) -> Task:
     groups = {"base": ClassGroup([names["train"][label] for label in base], features["training images"])}
     if new:
         groups["new"] = ClassGroup([names["train"][label] for label in new], features.get("new classes"))
-    elif apart is not None and prompts:
+    elif new_testing is not None and prompts:
         groups["new"] = ClassGroup(names["new"])
     rows = text_features(options.text, list(groups.values()), opened.model, opened.text_file)
     texts = dict(zip(groups, rows, strict=True))
@@ -145,15 +149,15 @@ def open_task(options: EFTOptions) -> Task:
             EvaluationData("new", testing.subset(new), texts["new"], len(new)),
         ]
     else:
-        evaluation = [EvaluationData("test" if apart is None else "base", testing, texts["base"], count)]
-        if apart is not None:
-            evaluation.append(EvaluationData("new", apart, texts.get("new"), len(names["new"])))
+        evaluation = [EvaluationData("test" if new_testing is None else "base", testing, texts["base"], count)]
+        if new_testing is not None:
+            evaluation.append(EvaluationData("new", new_testing, texts.get("new"), len(names["new"])))
     return Task(
         setup,
         images,
         features["training images"],
         tuple(evaluation),
-        {**opened.sources, "train": images} | ({"train, new classes": kept} if new and means else {}),
+        {**opened.sources, "train": images} | ({"train, new classes": new_images} if new and means else {}),
         (*names["train"], *names.get("new", ())),
         torch.cat([texts["base"], texts["new"]]) if new else texts["base"],
     )
@@ -162,7 +166,10 @@ def open_task(options: EFTOptions) -> Task:
 def train_adapter(
     task: Task, options: EFTOptions, sets: list[EvaluationSet], folder: RunFolder
 ) -> tuple[Training, int]:
-    """Train, or do what is left of it; returns the training and how many epochs an earlier run had finished."""
+    """Train the adapter for the epochs that no earlier run has finished.
+
+    Returns the training, and the number of epochs that an earlier run had finished.
+    """
     setup, seed = task.setup, options.run.seed
     adapter = setup.adapter
     optimizer = make_optimizer(
@@ -172,15 +179,16 @@ def train_adapter(
     warmup_lr = min(WARMUP_LR, options.lr)
 
     def rate(epoch: int, step: int) -> float:
-        """One warm-up epoch, then a cosine to zero over all epochs."""
+        """Return the learning rate of a step: one warm-up epoch, then a cosine that falls to zero at the end."""
         if options.schedule == "constant" or options.epochs == 1:
             return options.lr
         return warm_up_then_cosine(options.lr, epoch, options.epochs, warmup=0) if epoch else warmup_lr
 
     def batches(epoch: int) -> Iterator[Batch]:
-        """The steps of an epoch, in an order that depends on the seed and the epoch alone.
+        """Yield the features and labels of each step, in an order that depends on the seed and the epoch alone.
 
-        Their views are the fixed centre ones, or random crops that depend on the seed, the epoch and the image alone.
+        The features are those of the fixed centre views, or of random crops that depend on the seed, the epoch and the
+        image alone.
         """
         features, name = task.features, training.epoch_name(epoch)
         if options.train_views == "crop":
@@ -212,7 +220,13 @@ def train_adapter(
 def results_of(
     records: dict[str, list[dict[str, Any]]], sets: list[EvaluationSet], training: Training, folder: RunFolder
 ) -> dict[str, Any]:
-    """The results on every evaluation set; this writes images.jsonl. records: of each set, by its name."""
+    """Compute the results on every evaluation set, and write images.jsonl.
+
+    records: the records of each evaluation set, by its name.
+    sets: the evaluation sets.
+    training: the finished training, which knows the training images that could not be read.
+    folder: the folder of the run.
+    """
     results: dict[str, Any] = {}
     lines = [{"split": "train"} | record for record in unreadable_records(training.unreadable.values())]
     for one in sets:

@@ -19,15 +19,17 @@ from rada_fast.reports.summary import image_record, unreadable_records
 from rada_fast.runs.progress import progress
 
 CHUNK_ELEMENTS = 2**24
-"""The most elements of one (B, K, D) tensor during an evaluation: 64 MiB in float32."""
+"""The largest number of elements of one (B, K, D) tensor during an evaluation: 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
 class EvaluationData:
     """Data to evaluate an adapter on, before their images are encoded.
 
-    name: of the evaluation in the results; text: T (K, D) of the classes, None where the means of the images' own
-    features describe them; num_classes: K.
+    name: the name of the evaluation in the results.
+    source: the images or their features.
+    text: the text features T (K, D) of the classes, or None if the mean features of the images take their place.
+    num_classes: K.
     """
 
     name: str
@@ -46,7 +48,7 @@ class EvaluationSet:
 
 
 def encode_evaluation(data: Sequence[EvaluationData], setup: Setup) -> list[EvaluationSet]:
-    """Encode the images of evaluations. Raises UserError where some have labels without text features."""
+    """Encode the images of evaluations. Raises UserError if an image has a label without a text feature."""
     sets, run = [], setup.options.run
     for one in data:
         title = f"encode {one.name} test images"
@@ -61,7 +63,7 @@ def encode_evaluation(data: Sequence[EvaluationData], setup: Setup) -> list[Eval
 
 
 def evaluate_sets(sets: Sequence[EvaluationSet], setup: Setup) -> dict[str, list[dict[str, Any]]]:
-    """The records of every evaluation set with the adapter as it is now, by the set's name."""
+    """Evaluate the present adapter on every set. Returns the records of each set, by its name."""
     records = {}
     for one in sets:
 
@@ -85,11 +87,16 @@ def evaluate(
     device: torch.device,
     labels: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Records of all images, the unreadable ones last.
+    """Evaluate an adapter on encoded images. Returns a record of each image, those of unreadable images last.
 
-    predict: adapted logits (B, K) of features (B, D); text_features: (K, D), for the zero-shot answer.
-    labels: the classes that the images' labels 0, 1, ... stand for, where they are only some of the K; only these may
-        be predicted then.
+    predict: a function that computes the adapted logits (B, K) of features (B, D).
+    images: the encoded images.
+    text_features: T (K, D), for the zero-shot answer.
+    logit_scale: the multiplier s.
+    title: the title of the progress bar.
+    device: the device that computes.
+    labels: the classes that the labels 0, 1, ... of the images stand for, if these are only some of the K classes. Then
+        only these classes are predicted.
     """
     text_features = text_features.to(device)
     chunk = max(1, CHUNK_ELEMENTS // text_features.numel())
@@ -108,7 +115,7 @@ def evaluate(
                 label = classes[int(images.labels[first + offset])]
                 status = "ok"
                 if bool(diverged[offset]):
-                    # An adapter that gives no number leaves the answer it started from, and says so.
+                    # The zero-shot answer replaces adapted logits that are not finite, and the status says so.
                     status, after = "diverged", before
                 records.append(image_record(images.ids[first + offset], label, status, before, after))
             advance(len(part))

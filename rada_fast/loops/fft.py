@@ -1,7 +1,8 @@
 """Full fine-tuning (RAda, arXiv:2507.15480, Sec. 4.1 and App. C): a linear classifier replaces the text encoder.
 
-RAda trains adapter and classifier over frozen encoders with the mask penalty (Eq. 14); RAda-FT goes on from its weights
-after a few epochs and trains everything without it (Eq. 15).
+The first stage, RAda, trains adapter and classifier over frozen encoders with the mask penalty (Eq. 14). The second
+stage, RAda-FT, starts from the weights of the first stage after a few of its epochs and trains adapter, classifier and
+image encoder without the penalty (Eq. 15).
 """
 
 from __future__ import annotations
@@ -41,12 +42,19 @@ from rada_fast.runs.folder import RunFolder, reset_peak_memory
 
 IMAGES = "images.jsonl"
 TRAIN_CROP_SCALE = (0.9, 1.0)
-"""The share of the picture in a training crop, which is open_clip's own training default."""
+"""The smallest and the largest share of the picture in a training crop, as in the training defaults of open_clip."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the two trainings."""
+    """One of the two stages of training.
+
+    name: "rada" or "rada-ft".
+    epochs: the number of epochs.
+    lr: the largest learning rate.
+    penalty_weight: the factor of the mask penalty in the loss.
+    trains_encoder: whether the stage trains the image encoder too.
+    """
 
     name: str
     epochs: int
@@ -57,11 +65,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Task:
-    """All that a run of fft works on.
+    """Everything that a run of fft works on.
 
-    setup: with the trained classes; stages: in their order; images: the training images; features: of their centre
-    views, where a stage or the text features need them; evaluation: the data to evaluate on, by their KIND:PATH;
-    limit: the most training images, None where all are taken.
+    setup: the set-up of the run, with the classes that are trained.
+    stages: the stages of training, in their order.
+    images: the training images.
+    features: the features of their centre views, if a stage or the text features need them.
+    evaluation: the data to evaluate on, by their KIND:PATH.
+    limit: the largest number of training images, or None if all images are used.
     """
 
     setup: Setup
@@ -73,19 +84,19 @@ class Task:
 
     @property
     def num_images(self) -> int:
-        """The number of training images: all image files, but only the readable ones of encoded data."""
+        """The number of training images: all image files, readable or not, or the rows of a feature file."""
         return len(self.images.samples) or len(self.features.ids if self.features is not None else ())
 
 
 def run_fft(options: FFTOptions) -> dict[str, Any]:
-    """Train both stages and evaluate after each; returns the summary that it also writes.
+    """Train the stages, evaluate after each of them, and write the summary. Returns the summary.
 
     Raises UserError naming an option that cannot be used.
     """
     task = open_task(options)
     setup = task.setup
     read = {**setup.sources, "train": task.images}
-    # The images that are trained on decide the weights.
+    # The training images alone decide the weights.
     with open_folder(setup, read, deciding=["train"], names=setup.names, text=setup.text, limit=task.limit) as folder:
         scope = {"limit": options.run.limit}
         if (summary := folder.finished_summary(scope)) is not None:
@@ -95,7 +106,7 @@ def run_fft(options: FFTOptions) -> dict[str, Any]:
 
 
 def open_task(options: FFTOptions) -> Task:
-    """Open all that the options name, each once.
+    """Open the data, the model and the other files that the options name.
 
     Raises UserError naming an option that cannot be used.
     """
@@ -124,7 +135,10 @@ def open_task(options: FFTOptions) -> Task:
 
 
 def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tuple[dict[str, Any], int]:
-    """Train and evaluate every stage; returns the results and how many epochs an earlier run had finished."""
+    """Train and evaluate every stage.
+
+    Returns the results, and the number of epochs that an earlier run had finished.
+    """
     setup = task.setup
     reset_peak_memory()
     start = time.perf_counter()
@@ -142,7 +156,7 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
     folder.accept_inputs()
     unreadable = {image.id: image for training in done for image in training.unreadable.values()}
     folder.write_lines(IMAGES, [{"train": True} | record for record in unreadable_records(unreadable.values())] + lines)
-    # An image is evaluated after every stage, and counts once.
+    # An image is evaluated after every stage, but counts once.
     unreadable_evaluated = {(line["test"], line["id"]) for line in lines if line["status"] == "unreadable"}
     results["unreadable"] = len(unreadable) + len(unreadable_evaluated)
     epochs = [record for training in done for record in training.records]
@@ -152,10 +166,13 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
 
 @dataclass
 class Batches:
-    """The training batches of a stage: inputs and labels, in an order drawn from (seed, stage, epoch).
+    """The training batches of a stage, in an order that depends on the seed, the stage and the epoch alone.
 
-    crops: whether each epoch makes random crops of its own; ids: of the images of the current step that are still to
-    be encoded.
+    task: the data and the set-up of the run.
+    stage: the stage of training.
+    batch_size: the number of images in a step.
+    crops: whether each epoch makes new random crops.
+    ids: the names of the images of the current step that are not encoded yet.
     """
 
     task: Task
@@ -166,26 +183,27 @@ class Batches:
 
     @property
     def fixed(self) -> Features | None:
-        """The features that serve every epoch, or None where each epoch reads the images."""
+        """The features that every epoch uses, or None if each epoch reads the images."""
         reads_images = self.stage.trains_encoder or (self.crops and self.task.images.holds_images)
         return None if reads_images else self.task.features
 
     @property
     def steps(self) -> int:
-        """The most steps of an epoch: a step whose images are all unreadable is left out."""
+        """The largest number of steps in an epoch. A step is left out if none of its images can be read."""
         fixed = self.fixed
         count = len(self.task.images.samples) if fixed is None else len(fixed.labels)
         return -(-count // self.batch_size)
 
     def take_ids(self, count: int) -> list[str]:
-        """The names of the next images of the current step."""
+        """Remove the names of the next images of the current step from the list, and return them."""
         taken, self.ids = self.ids[:count], self.ids[count:]
         return taken
 
     def epoch(self, epoch: int, training: Training) -> Iterator[Batch]:
-        """The steps of an epoch: images (B, 3, S, S), or unit-norm features (B, D) where these are fixed.
+        """Yield the inputs and labels of each step of an epoch.
 
-        The training is told what cannot be read. Raises UserError where nothing can.
+        The inputs are images (B, 3, S, S), or unit-norm features (B, D) if every epoch uses the same features. Images
+        that cannot be read are recorded in the training. Raises UserError if no image can be read.
         """
         run = self.task.setup.options.run
         name = training.epoch_name(epoch)
@@ -223,22 +241,32 @@ class Batches:
 
 
 def learning_rate(stage: Stage, warmup_steps: int, step: int, total: int) -> float:
-    """The rate of a step of a stage, counted from 0 of total: a linear warm-up, then a cosine to zero."""
+    """Return the learning rate of a step, counted from 0, of a stage with total steps.
+
+    The rate rises linearly during the warm-up, and then falls to zero as a cosine.
+    """
     return warm_up_then_cosine(stage.lr, step, total, min(warmup_steps, total // 5))
 
 
 def train_stage(
     stage: Stage, model: RationalClassifier, task: Task, options: FFTOptions, done: list[Training], folder: RunFolder
 ) -> tuple[Training, int]:
-    """Train one stage, or do what is left of it; returns the training and how many epochs an earlier run had finished.
+    """Train one stage for the epochs that no earlier run has finished.
 
-    done: the stages before it.
+    stage: the stage to train.
+    model: the adapter and the classifier.
+    task: the data and the set-up of the run.
+    options: the options of the command.
+    done: the trainings of the stages before this one.
+    folder: the folder of the run.
+
+    Returns the training, and the number of epochs that an earlier run had finished.
     """
     setup = task.setup
     trained = nn.ModuleList([model])
     if stage.trains_encoder:
-        assert done[0].kept is not None
-        model.load_state_dict(done[0].kept)
+        assert done[0].kept_weights is not None
+        model.load_state_dict(done[0].kept_weights)
         visual = setup.model.loaded().model.visual
         trained.append(visual)
         visual.requires_grad_(True).train()
@@ -249,7 +277,7 @@ def train_stage(
         AdamW(trained.parameters(), lr=stage.lr, weight_decay=options.weight_decay),
         torch.amp.GradScaler(setup.device.type, enabled=stage.trains_encoder and setup.model.precision == "float16"),
         name=stage.name,
-        earlier=[record for earlier in done for record in earlier.records],
+        earlier_records=[record for previous in done for record in previous.records],
     )
     batches = Batches(task, stage, options.batch_size, crops=options.train_views == "crop")
 
@@ -260,7 +288,7 @@ def train_stage(
                 inputs = vlm.encode_images(inputs, ids)
             else:
                 inputs = vlm.image_features_with_grad(inputs)
-                # In float32 and after a step it is the learning rate that makes an encoder overflow.
+                # An overflow in float32 after a step is caused by the learning rate, which train_epoch reports.
                 if vlm.precision != "float32" or not training.optimizer.state:
                     vlm.check_features(inputs, "image", ids)
         logits, penalty = model(inputs, options.penalty)
@@ -268,7 +296,7 @@ def train_stage(
 
     def after_epoch(epoch: int, record: dict[str, Any]) -> None:
         if not stage.trains_encoder and epoch + 1 == options.finetune_from:
-            training.kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            training.kept_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     steps = batches.steps
     plan = Plan(
@@ -290,7 +318,7 @@ def train_stage(
 
 
 def save_weights(stage: Stage, model: RationalClassifier, setup: Setup, folder: RunFolder) -> None:
-    """Write a stage's adapter, its classifier and, where it was trained, the image encoder, as safetensors."""
+    """Write the adapter and the classifier of a stage and, if it was trained, the image encoder, as safetensors."""
     folder.save_adapter(f"{stage.name}-adapter.safetensors", model.adapter)
     tensors: dict[str, Tensor] = {"classifier.weight": model.weight}
     if stage.trains_encoder:
@@ -300,9 +328,9 @@ def save_weights(stage: Stage, model: RationalClassifier, setup: Setup, folder: 
 
 
 def evaluate_stage(stage: Stage, model: RationalClassifier, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The accuracies on all data to evaluate on, zero-shot and after this stage, and a record for every image.
+    """Evaluate a stage. Returns the accuracies, zero-shot and after the stage, and a record of every image.
 
-    Data with some of the training classes, such as ImageNet-A's 200, are predicted among those alone.
+    If data have only some of the training classes, such as the 200 of ImageNet-A, only these classes are predicted.
     """
     setup = task.setup
 
@@ -314,7 +342,7 @@ def evaluate_stage(stage: Stage, model: RationalClassifier, task: Task) -> tuple
     results, lines = {}, []
     for spec, source in task.evaluation.items():
         title = f"test {spec} after {stage.name}"
-        # The features that are cached on disk are those of the encoder as it was loaded.
+        # The cached features were computed by the encoder as it was loaded, so they do not fit a trained encoder.
         cached = not stage.trains_encoder
         images = features_of(source, setup.model, title=title, workers=run.workers, limit=run.limit, cached=cached)
         records = evaluate(

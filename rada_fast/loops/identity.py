@@ -1,4 +1,4 @@
-"""The identity of a run, which is every option, file and value that decides its numbers, and the folder for it."""
+"""The identity of a run, which is every option, file and value that decides its numbers, and the folder of the run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,17 @@ from rada_fast.modules import RationalAdapter
 from rada_fast.runs.folder import Inputs, RunFolder
 from rada_fast.system import notices
 
-NOT_DECIDING = ("output", "workers", "limit", "overwrite", "allow_unreadable", "json", "episodes", "order_seed")
-"""Options that change where a run writes and how it proceeds, but no number. A command says where a limit decides."""
+NON_IDENTITY_OPTIONS = (
+    "output",
+    "workers",
+    "limit",
+    "overwrite",
+    "allow_unreadable",
+    "json",
+    "episodes",
+    "order_seed",
+)
+"""Options that change where a run writes or how it proceeds, but no number. The limit is added back if it matters."""
 
 
 def open_folder(
@@ -31,25 +40,28 @@ def open_folder(
     text: Tensor,
     limit: int | None = None,
 ) -> RunFolder:
-    """The run's folder, locked. What it holds of this run is kept; another run's results are refused or overwritten.
+    """Open and lock the folder of a run. Earlier results of the same run are kept.
 
-    read: all data that the run reads, by the part that each plays; deciding: the parts that decide what is computed
-    before the end, so that the run cannot go on where they have changed; names, text: the names and text features of
-    all classes; limit: of the images that are trained on, None where all are.
+    setup: the set-up of the run.
+    read: all data that the run reads, by part ("train", "test", ...).
+    deciding: the parts that decide what is computed before the end. If one of them changes, the run cannot go on.
+    names: the names of all classes.
+    text: the text features of all classes.
+    limit: the largest number of training images, or None if all images are used.
 
-    Raises UserError where the folder cannot be used.
+    Raises UserError if the folder cannot be used, such as one with another run's results and no --overwrite.
     """
-    given, identity = given_paths(setup), identity_of(setup, names, text, limit)
+    paths, identity = option_paths(setup), identity_of(setup, names, text, limit)
     inputs = Inputs({part: source.stamps() for part, source in read.items()}, frozenset(deciding))
     data = [source.path for source in setup.sources.values() if source.holds_images]
-    folder = RunFolder(setup.options.run, identity, inputs, data, given)
-    # Nothing that was given can be refused any more.
+    folder = RunFolder(setup.options.run, identity, inputs, data, paths)
+    # From here on, no option can be refused any more.
     notices.release()
     return folder
 
 
-def given_paths(setup: Setup) -> list[Path]:
-    """The values of options that may name a file or a folder; some may be a tag or a template instead."""
+def option_paths(setup: Setup) -> list[Path]:
+    """Return the values of options that may name a file or a folder. Some may be a tag or a template instead."""
     options = setup.options
     text = (options.text.text_features or "").partition(":")[2]
     named = (options.adapter.adapter, options.model.pretrained, options.text.classes, options.text.templates, text)
@@ -57,28 +69,28 @@ def given_paths(setup: Setup) -> list[Path]:
 
 
 def identity_of(setup: Setup, names: Sequence[str], text: Tensor, limit: int | None) -> dict[str, Any]:
-    """Everything but the data that decides a run's numbers; the arguments are those of open_folder."""
-    adapter, model, given = setup.adapter, setup.model, setup.options.text
+    """Collect everything except the data that decides the numbers of a run. The arguments are those of open_folder."""
+    adapter, model, text_options = setup.adapter, setup.model, setup.options.text
     options = _deciding_options(dataclasses.asdict(setup.options))
-    # Another device of the same kind computes the same.
+    # Another device of the same type computes the same numbers.
     options["model"]["device"] = setup.device.type
-    # This is the precision in use: another processor may take another one for the same option.
+    # The precision in use decides. Another processor may use another precision for the same option.
     options["model"]["precision"] = model.precision
     if limit is not None:
         options["run"]["limit"] = limit
-    prompts = given.text_features is None
+    prompts = text_options.text_features is None
     return {
         "command": setup.command,
         "options": options,
         "adapter": {**adapter.config.to_dict(), "preset": adapter.config.preset},
-        # A new adapter follows from the seed; one from a file is recognised by its weights.
+        # The seed decides a new adapter; an adapter from a file is recognised by its weights.
         "adapter_file": adapter_fingerprint(adapter) if setup.options.adapter.adapter is not None else None,
         "model": model.fingerprint,
         "logit_scale": setup.logit_scale,
-        # The prompts' words are compared and not T itself, which another processor may round differently.
+        # The words of the prompts are compared instead of T, because another processor may round T differently.
         "class_names": list(names) if prompts else None,
-        "templates": list(resolve_templates(given.templates)) if prompts else None,
-        "text_features": tensor_fingerprint(text) if given.text_features not in (None, "class-means") else None,
+        "templates": list(resolve_templates(text_options.templates)) if prompts else None,
+        "text_features": tensor_fingerprint(text) if text_options.text_features not in (None, "class-means") else None,
     }
 
 
@@ -86,12 +98,12 @@ def _deciding_options(options: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _deciding_options(value) if isinstance(value, dict) else value
         for name, value in options.items()
-        if name not in NOT_DECIDING
+        if name not in NON_IDENTITY_OPTIONS
     }
 
 
 def adapter_fingerprint(adapter: RationalAdapter) -> str:
-    """A short hash of an adapter's configuration and weights."""
+    """Return a short hash of the configuration and the weights of an adapter."""
     digest = hashlib.sha256(repr(adapter.config).encode())
     for name, tensor in adapter.state_dict().items():
         digest.update(f"{name} {tensor_fingerprint(tensor)}".encode())

@@ -1,4 +1,4 @@
-"""What every loop starts from: all that its options name, opened and checked once."""
+"""The set-up of a run: the data, the model and the adapter that its options name, opened and checked once."""
 
 from __future__ import annotations
 
@@ -28,21 +28,24 @@ LoopOptions = TTTOptions | EFTOptions | FFTOptions
 
 DEFAULT_LOGIT_SCALE = 100.0
 """CLIP's multiplier after training, for feature files that come without a model."""
-LEAST_LOGIT_SCALE = 5.0
-"""The multipliers of trained models are far above this and their logarithms below: CLIP's are 100 and 4.6052."""
+MIN_LOGIT_SCALE = 5.0
+"""A smaller multiplier is probably a logarithm: CLIP's multiplier is 100, and the logarithm of it 4.6052."""
 
 
 @dataclass(frozen=True)
 class DataAndModel:
     """The data and the model of a run, before the text features of its classes are known.
 
-    sources: the data by the part that they play ("train", "test", ...); given: the option and the value that name each
-    of them, for messages; model: the model, or an AbsentModel where nothing has to be encoded; text_file: the file of
-    text features, where one is given; logit_scale, logit_scale_from: the multiplier s, and what says so.
+    sources: the data, by part ("train", "test", ...).
+    option_values: the option that names each of them with its value, for messages.
+    model: the model, or an AbsentModel if nothing has to be encoded.
+    text_file: the file of text features, if the options name one.
+    logit_scale: the multiplier s.
+    logit_scale_from: the option, the model or the file that the multiplier comes from.
     """
 
     sources: Mapping[str, Source]
-    given: Mapping[str, str]
+    option_values: Mapping[str, str]
     model: Model
     text_file: FeatureFile | None
     logit_scale: float
@@ -51,10 +54,14 @@ class DataAndModel:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run starts from; the loops take everything from here.
+    """The complete set-up of a run.
 
-    command, options: what was asked for; sources, model, logit_scale, logit_scale_from: see DataAndModel; names: of
-    the K classes, in label order; text: T (K, D), of unit norm, on the device; adapter: where the run starts.
+    command: the name of the command.
+    options: the options of the command.
+    sources, model, logit_scale, logit_scale_from: see DataAndModel.
+    names: the names of the K classes, in label order.
+    text: the text features T (K, D) on the device.
+    adapter: the adapter with which the run starts.
     """
 
     command: str
@@ -69,11 +76,11 @@ class Setup:
 
     @property
     def device(self) -> torch.device:
-        """Where the adapter computes."""
+        """The device on which the adapter computes."""
         return self.model.device
 
     def facts(self) -> RunFacts:
-        """What the run's summary says about its start."""
+        """Return the facts about the set-up that the summary of the run contains."""
         return RunFacts(
             self.command,
             dataclasses.asdict(self.options),
@@ -88,13 +95,14 @@ def open_data_and_model(
 ) -> DataAndModel:
     """Open the data and, where images or prompts have to be encoded, the model.
 
-    specs: the data as KIND:PATH, by the part that they play; only_images: the message that refuses data of another
-    form, or None where any form will do.
+    options: the options of the command.
+    specs: the data as KIND:PATH, by part ("train", "test", ...).
+    only_images: the message of the error if some data are not images, or None if the command also accepts features.
 
     Raises UserError naming the option that cannot be used.
     """
     check_backend()
-    given = {part: f"{_option_of(part)} {spec}" for part, spec in specs.items()}
+    option_values = {part: f"{_option_of(part)} {spec}" for part, spec in specs.items()}
     sources = open_sources(specs)
     if only_images is not None and not all(source.holds_images for source in sources.values()):
         raise UserError(only_images)
@@ -103,25 +111,29 @@ def open_data_and_model(
     needed = prompts or any(source.holds_images for source in sources.values())
     model = open_model(options.model, needed=needed, seed=options.run.seed)
     stated = [model.stated_scale()]
-    stated += [_stated_by(file) for file in (*sources.values(), *([text_file] if text_file is not None else []))]
+    stated += [_stated_scale(file) for file in (*sources.values(), *([text_file] if text_file is not None else []))]
     scale, origin = logit_scale_of(options.text.logit_scale, stated)
     if prompts:
-        # This comes before the names are asked for, because no names make this model's prompts fit other features.
+        # The widths are checked before the names, because no names could make this model's prompts fit other features.
         for part, source in sources.items():
-            check_width(source.width, model.loaded().embed_dim, given[part])
-    return DataAndModel(sources, given, model, text_file, scale, origin)
+            check_width(source.width, model.loaded().embed_dim, option_values[part])
+    return DataAndModel(sources, option_values, model, text_file, scale, origin)
 
 
 def open_setup(command: str, options: LoopOptions, opened: DataAndModel, names: Sequence[str], text: Tensor) -> Setup:
-    """The complete set-up: data and model with their classes, and the adapter to start from.
+    """Complete the set-up of a run with its classes and its adapter.
 
-    names: of the K classes; text: T (K, D), of unit norm, on the CPU.
+    command: the name of the command.
+    options: the options of the command.
+    opened: the data and the model.
+    names: the names of the K classes.
+    text: the text features T (K, D) on the CPU.
 
-    Raises UserError where the widths of the data, of the model and of the adapter differ.
+    Raises UserError if the widths of the data, of the model and of the adapter differ.
     """
     opened.model.check_width(text.shape[1], f"text_features {options.text.text_features} has rows")
     for part, source in opened.sources.items():
-        check_width(source.width, text.shape[1], opened.given[part])
+        check_width(source.width, text.shape[1], opened.option_values[part])
     adapter = make_adapter(options.adapter, text.shape[1], options.run.seed)
     device = opened.model.device
     return Setup(
@@ -140,9 +152,9 @@ def open_setup(command: str, options: LoopOptions, opened: DataAndModel, names: 
 def check_backend() -> None:
     """Check the backend that RADA_FAST_BACKEND asks for, before anything is encoded.
 
-    Without the variable, this warns where the compiled extension is damaged, as the run is then only slow.
+    If the variable is not set and the compiled extension is damaged, this only warns, because the run is merely slower.
 
-    Raises UserError where the backend cannot be used.
+    Raises UserError if the backend cannot be used.
     """
     name = _env.backend_variable() or "auto"
     if name != "auto" and (reason := backends()[name]) != "usable":
@@ -152,9 +164,11 @@ def check_backend() -> None:
 
 
 def open_sources(specs: Mapping[str, str]) -> dict[str, Source]:
-    """The data behind each KIND:PATH, by the part that they play.
+    """Open the data that each KIND:PATH names. Returns them by part.
 
-    Raises UserError where one cannot be used, or holds images without classes that are not just to be predicted.
+    specs: the data as KIND:PATH, by part ("train", "test", ...).
+
+    Raises UserError if some data cannot be used. Images without classes can be used by ttt alone (the part "data").
     """
     sources = {}
     for part, spec in specs.items():
@@ -170,28 +184,30 @@ def open_sources(specs: Mapping[str, str]) -> dict[str, Source]:
 
 
 def _option_of(part: str) -> str:
-    """The option that names the data of a part."""
+    """Return the option that names the data of a part."""
     return "--new-test" if part == "new" else f"--{part.partition(' ')[0]}"
 
 
-def _stated_by(source: Source) -> tuple[float, str] | None:
-    """The multiplier that data state, and what a message calls the place where they do."""
+def _stated_scale(source: Source) -> tuple[float, str] | None:
+    """Return the multiplier that data state, with the name of the array for messages, or None if they state none."""
     return None if source.logit_scale is None else (source.logit_scale, f"array logit_scale of {source.path}")
 
 
 def logit_scale_of(given: float | None, stated: Sequence[tuple[float, str] | None]) -> tuple[float, str]:
-    """The multiplier s, and what says so: the option, the model, a feature file, or nothing.
+    """Choose the multiplier s. Returns it with the option, the model or the file that it comes from.
 
-    given: by the option; stated: by the model, or None without one, and then by each file, with the places' names.
+    given: the value of the option --logit-scale, or None.
+    stated: the value of the model and then that of each file, each with its name for messages, or None without a value.
 
-    Raises UserError where two of them differ, or a file states what must be a logarithm.
+    Raises UserError if the option is not given and two values differ, or a file without a model seems to state the
+    logarithm of the multiplier.
     """
     if given is not None:
         return given, "--logit-scale"
     of_model, *_ = stated
     found = [one for one in stated if one is not None]
     for value, where in found:
-        if value < LEAST_LOGIT_SCALE and of_model is None:
+        if value < MIN_LOGIT_SCALE and of_model is None:
             raise UserError(
                 f"logit_scale must be the multiplier itself, the {where} holds {value:g}, which looks like the "
                 f"logarithm that CLIP stores: give --logit-scale {math.exp(value):.6g}, or {value:g} if it is meant"
@@ -208,7 +224,7 @@ def logit_scale_of(given: float | None, stated: Sequence[tuple[float, str] | Non
 
 
 def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> RationalAdapter:
-    """The adapter to start from: a file's, or a new one whose random weights depend on the seed alone."""
+    """Read the adapter that the options name, or make a new one whose random weights depend on the seed alone."""
     if options.adapter is not None:
         stored = read_adapter(options.adapter)
         own = stored.config()
@@ -223,11 +239,12 @@ def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> Rational
         return RationalAdapter(config)
 
 
-def check_width(width: int | None, wanted: int, data: str) -> None:
-    """Raise UserError where features are not as wide as the text features.
+def check_width(width: int | None, expected: int, data: str) -> None:
+    """Raise UserError if features are not as wide as the text features.
 
-    width: of the data's features, None where a model will make them; wanted: of the text features; data: the option
-    and its value, for the message.
+    width: the width of the features of the data, or None if a model will compute them.
+    expected: the width of the text features.
+    data: the option that names the data, with its value, for the message.
     """
-    if width not in (None, wanted):
-        raise UserError(f"{data} has features of width {width}, the text features have {wanted}")
+    if width not in (None, expected):
+        raise UserError(f"{data} has features of width {width}, the text features have {expected}")

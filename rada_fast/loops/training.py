@@ -1,4 +1,4 @@
-"""The training loop of eft and fft: epochs and their records, schedules, and the state from which a run goes on."""
+"""The training loop of eft and fft: epochs and their records, learning rates, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -23,19 +23,25 @@ from rada_fast.runs.progress import progress
 EPOCHS = "epochs.jsonl"
 
 Batch = tuple[Tensor, Tensor]
-"""The inputs of a step, and their labels (B,)."""
+"""The inputs of a step and their labels (B,)."""
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""A function of inputs and labels that returns the loss and, as step_loss does, its parts."""
+"""A function that computes the loss of inputs and labels, and returns it with its parts, as step_loss does."""
 
 
 @dataclass
 class Training:
-    """A training that is under way, and the file that keeps its state.
+    """The state of a training, and the file that stores it.
 
-    state_file: a file in the run's folder; trained: the modules whose weights are saved; name: the name of the stage,
-    where a run has several; earlier: the records of the stages before it; records: one for every finished epoch;
-    unreadable: the training images that could not be read, by id; kept: the weights after an earlier epoch, for a stage
-    that starts from them.
+    folder: the folder of the run.
+    state_file: the name of the file in this folder.
+    trained: the modules that are trained and saved.
+    optimizer: the optimiser of their parameters.
+    scaler: the scaler of the loss for float16.
+    name: the name of the stage, if a run has several.
+    earlier_records: the records of the stages before this one.
+    records: the records of the finished epochs.
+    unreadable: the training images that could not be read, by id.
+    kept_weights: the weights after an earlier epoch, if the next stage starts from them.
     """
 
     folder: RunFolder
@@ -44,36 +50,36 @@ class Training:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
     name: str | None = None
-    earlier: Sequence[dict[str, Any]] = ()
+    earlier_records: Sequence[dict[str, Any]] = ()
     records: list[dict[str, Any]] = field(default_factory=list)
     unreadable: dict[str, Unreadable] = field(default_factory=dict)
-    kept: dict[str, Tensor] | None = None
+    kept_weights: dict[str, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.trained.parameters()).device
 
     def epoch_name(self, epoch: int) -> str:
-        """The name under which the draws of an epoch, counted from 0, are seeded."""
+        """Return the name of an epoch, counted from 0. The random numbers of the epoch depend on it and on the seed."""
         return f"{self.name} epoch {epoch}" if self.name else f"epoch {epoch}"
 
     def resume(self) -> int:
-        """Take up what the folder holds of this training; returns the number of finished epochs."""
-        self.folder.load_state(self.state_file, self._take)
-        # The state holds the lines too, so that a crash between the two leaves no line too few or too many.
-        self.folder.write_lines(EPOCHS, [*self.earlier, *self.records])
+        """Load the newest state of this training from the folder. Returns the number of finished epochs."""
+        self.folder.load_state(self.state_file, self._restore)
+        # The state contains the records too, so a crash between the two files leaves no line too few or too many.
+        self.folder.write_lines(EPOCHS, [*self.earlier_records, *self.records])
         return len(self.records)
 
-    def _take(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Raises whatever comes where it is not this training's, before anything is changed."""
-        records, kept = list(state["records"]), state["kept"]
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state. Raises an exception before any change if the state does not fit."""
+        records, kept_weights = list(state["records"]), state["kept"]
         unreadable = {image[0]: Unreadable(*image) for image in state["unreadable"]}
         scaler, optimizer, trained = state["scaler"], state["optimizer"], state["trained"]
-        wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in self.trained.state_dict().items()}
-        if {name: (tensor.shape, tensor.dtype) for name, tensor in trained.items()} != wanted:
+        expected = {name: (tensor.shape, tensor.dtype) for name, tensor in self.trained.state_dict().items()}
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in trained.items()} != expected:
             raise ValueError("it holds other weights")
-        # Buffers may well be infinite, as a mask of attention is.
+        # Only parameters are checked, because a buffer may be infinite, such as the mask of an attention layer.
         if not all(bool(trained[name].isfinite().all()) for name, _ in self.trained.named_parameters()):
             raise ValueError("it holds weights that are no numbers")
         numbers = [(record["epoch"], record["seconds"] + record["images"]) for record in records]
@@ -87,11 +93,11 @@ class Training:
         self.optimizer.load_state_dict(optimizer)
         self.scaler.load_state_dict(scaler)
         self.trained.load_state_dict(trained)
-        self.records, self.kept = records, kept
+        self.records, self.kept_weights = records, kept_weights
         self.unreadable |= unreadable
 
     def save(self, record: dict[str, Any]) -> None:
-        """Save the state after an epoch, then add the epoch's line."""
+        """Save the state after an epoch, then append the record of the epoch to epochs.jsonl."""
         self.records.append(record)
         state = {
             "trained": self.trained.state_dict(),
@@ -100,23 +106,25 @@ class Training:
             "records": self.records,
             # Plain tuples, because a state is read without executing code.
             "unreadable": [tuple(image) for image in self.unreadable.values()],
-            "kept": self.kept,
+            "kept": self.kept_weights,
         }
         self.folder.save_state(self.state_file, state)
         self.folder.append(EPOCHS, record)
 
     def note_unreadable(self, images: Iterable[Unreadable]) -> None:
-        """Remember training images that could not be read, each once."""
+        """Record training images that could not be read, each once."""
         self.unreadable |= {image.id: image for image in images}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a training lasts and how fast it learns.
+    """The length and the learning rates of a training.
 
-    epochs: their number, those of an earlier run included; steps: the most steps of an epoch; rate: the learning rate
-    as a function of the epoch and the step in it, both counted from 0; lr, option, micro_batch: see train_epoch; seed:
-    of PyTorch's own draws.
+    epochs: the number of epochs, including those of an earlier run.
+    steps: the largest number of steps in an epoch.
+    rate: the learning rate as a function of the epoch and of the step in it, both counted from 0.
+    lr, option, micro_batch: see train_epoch.
+    seed: the seed of the random numbers that PyTorch draws itself.
     """
 
     epochs: int
@@ -137,12 +145,17 @@ def train(
     title: str,
     after_epoch: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> int:
-    """Train, or do what is left of it; returns how many epochs an earlier run had finished.
+    """Train for the epochs that no earlier run has finished. Returns the number of those that were finished before.
 
-    batches: the steps of an epoch; title: of the progress bar; after_epoch: called with the number of the epoch, from
-    0, and its record, to which it may add, before the state is saved.
+    training: the state of the training.
+    plan: the length and the learning rates of the training.
+    batches: a function that returns the steps of an epoch, counted from 0.
+    loss: the function that computes the loss.
+    title: the title of the progress bar.
+    after_epoch: a function that is called with the number of the epoch, counted from 0, and its record, before the
+        state is saved. It may add entries to the record.
 
-    Raises UserError where the loss or a weight is no number.
+    Raises UserError if the loss or a weight becomes NaN or infinite.
     """
     first = training.resume()
     with progress(title, (plan.epochs - first) * plan.steps) as advance:
@@ -170,38 +183,55 @@ def train(
 
 
 def warm_up_then_cosine(lr: float, step: int, total: int, warmup: int) -> float:
-    """The rate of a step, counted from 0 of total: it rises linearly to lr, then follows a cosine to zero."""
+    """Return the learning rate of a step: it rises linearly to lr during warmup steps, then falls to zero as a cosine.
+
+    lr: the largest rate.
+    step: the number of the step, counted from 0.
+    total: the number of steps in all.
+    warmup: the number of steps in which the rate rises.
+    """
     if step < warmup:
         return lr * (step + 1) / warmup
     return 0.5 * lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def shuffled(count: int, batch_size: int, seed: int, name: str) -> list[Tensor]:
-    """The indices of the images of each step, in an order that depends on the seed and the name alone."""
+    """Return the indices of the images of each step, in an order that depends on the seed and the name alone.
+
+    count: the number of images.
+    batch_size: the number of images in a step.
+    seed, name: the seed of the run, and the name of the epoch.
+    """
     generator = torch.Generator().manual_seed(image_seed(seed, name))
     return list(torch.randperm(count, generator=generator).split(batch_size))
 
 
 @contextmanager
 def drawing_from(seed: int, name: str, device: torch.device) -> Iterator[None]:
-    """Within this context PyTorch's own draws, such as an encoder's dropout, depend on the seed and the name alone.
+    """Seed the random numbers that PyTorch draws itself, such as those of dropout, while the context lasts.
 
-    A run that was cut off and goes on therefore draws what an uninterrupted one would have drawn.
+    They depend on the seed and the name alone, so a run that was interrupted and goes on draws the same numbers as one
+    that was not.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        drawn = image_seed(seed, f"{name} draws")
+        context_seed = image_seed(seed, f"{name} draws")
         # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
-        torch.default_generator.manual_seed(drawn)
+        torch.default_generator.manual_seed(context_seed)
         if device.type == "cuda":
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(drawn)
+                torch.cuda.manual_seed(context_seed)
         yield
 
 
 def step_loss(logits: Tensor, penalty: Tensor, target: Tensor, penalty_weight: float) -> tuple[Tensor, Tensor]:
-    """The cross-entropy plus the weighted mask penalty, and its parts for the record.
+    """Compute the loss of a step: the cross-entropy plus the weighted mask penalty.
 
-    The parts are the loss, the cross-entropy, the penalty and the accuracy, detached, in one tensor (4,).
+    logits: (B, K).
+    penalty: the mask penalty, one number.
+    target: the labels (B,).
+    penalty_weight: the factor of the penalty.
+
+    Returns the loss, and a detached tensor (4,) of the loss, the cross-entropy, the penalty and the accuracy.
     """
     entropy = cross_entropy(logits, target)
     loss = entropy + penalty_weight * penalty if penalty_weight else entropy
@@ -222,15 +252,20 @@ def train_epoch(
 ) -> dict[str, Any]:
     """Train for one epoch and return its record.
 
-    rate: the learning rate of a step; lr, option: the value that sets it, and the name of its option; micro_batch: the
-    images that are computed at once, where a step accumulates the gradients of several parts; on_step: called after
-    every step.
+    training: the state of the training.
+    batches: the inputs and labels of each step.
+    loss: the function that computes the loss.
+    rate: the learning rate of each step, counted from 0.
+    lr: the value of the option that sets the learning rate, for the message of an error.
+    option: the name of this option.
+    micro_batch: the number of images that are computed at once, if a step accumulates the gradients of several parts.
+    on_step: a function that is called after every step.
 
-    Raises UserError where the loss or a weight is no number.
+    Raises UserError if the loss or a weight becomes NaN or infinite.
     """
     start = time.perf_counter()
     device = training.device
-    # Sums stay on the device and are read once an epoch: loss, cross-entropy, penalty, accuracy.
+    # The sums of loss, cross-entropy, penalty and accuracy stay on the device and are read once in an epoch.
     sums, count, last_rate = torch.zeros(4, device=device), 0, rate(0)
     for step, (inputs, labels) in enumerate(batches):
         last_rate = rate(step)
@@ -249,7 +284,7 @@ def train_epoch(
             on_step()
     mean, entropy, penalty, accuracy = (sums / max(count, 1)).tolist()
     epoch, seconds = len(training.records) + 1, time.perf_counter() - start
-    # The last step's weights have made no loss yet.
+    # The weights are checked too, because no loss has been computed with those of the last step.
     finite = all(bool(parameter.isfinite().all()) for parameter in training.trained.parameters())
     if not math.isfinite(mean) or not finite:
         fault = "the weights no numbers" if math.isfinite(mean) else f"the loss {mean}"
@@ -269,7 +304,7 @@ def train_epoch(
 
 
 def training_time(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds of all epochs, those before an interruption included, and their images per second."""
+    """Return the seconds of all epochs, including those before an interruption, and their images per second."""
     seconds, images = (sum(record[name] for record in records) for name in ("seconds", "images"))
     return {
         "training_seconds": round(seconds, 3),

@@ -1,4 +1,4 @@
-"""Test-time training (RAda, arXiv:2507.15480, Sec. 4.3): adapt to each image from its views alone, predict, forget."""
+"""Test-time training (RAda, arXiv:2507.15480, Sec. 4.3): adapt to each image from its views alone, and predict it."""
 
 from __future__ import annotations
 
@@ -31,23 +31,29 @@ IMAGES = "images.jsonl"
 
 @dataclass(frozen=True)
 class Episode:
-    """One image on its way through: its views' features, or the reason why it could not be read."""
+    """One image that is to be adapted to.
+
+    id: the name of the image.
+    label: the number of its class, or None if it is not known.
+    views: the unit-norm features (V, D) of its views, or None if the image could not be read.
+    error: the reason why it could not be read.
+    """
 
     id: str
     label: int | None
-    views: Tensor | None  # (V, D), unit norm
+    views: Tensor | None
     error: str | None = None
 
 
 def run_ttt(options: TTTOptions) -> dict[str, Any]:
-    """Adapt to every image of the data and predict it; returns the summary that it also writes.
+    """Adapt to every image of the data, predict it, and write the summary. Returns the summary.
 
-    Raises UserError naming the option that cannot be used.
+    Raises UserError naming an option that cannot be used.
     """
     setup = open_ttt(options)
     source = setup.sources["data"]
-    # A line depends on its image alone: where a picture has changed, its line is made anew, and all others stay. The
-    # rows of a feature file have no times of their own, so that another file makes another run.
+    # A line depends on its image alone, so only the lines of changed pictures are computed again. The rows of a feature
+    # file have no times of change, so another file makes another run.
     deciding = [] if source.holds_images else ["data"]
     with open_folder(setup, {"data": source}, deciding=deciding, names=setup.names, text=setup.text) as folder:
         drop_superseded(folder, source.known_labels())
@@ -73,7 +79,7 @@ def run_ttt(options: TTTOptions) -> dict[str, Any]:
 
 
 def open_ttt(options: TTTOptions) -> Setup:
-    """Open all that the options name, each once. Raises UserError naming an option that cannot be used."""
+    """Open the data, the model and the adapter. Raises UserError naming an option that cannot be used."""
     opened = open_data_and_model(options, {"data": options.data})
     source = opened.sources["data"]
     mention_fixed_views(options, source)
@@ -83,12 +89,12 @@ def open_ttt(options: TTTOptions) -> Setup:
 
 
 def num_views(options: TTTOptions, source: Source) -> int:
-    """The number of views of an image: a feature file holds so many, and of pictures as many are made as asked for."""
+    """Return the number of views of an image: those that a feature file stores, or those that the option asks for."""
     return options.views if source.num_views is None else source.num_views
 
 
 def mention_fixed_views(options: TTTOptions, source: Source) -> None:
-    """Say where the views of a feature file are not those that were asked for."""
+    """Tell the user if a feature file has other views than the options ask for."""
     views = num_views(options, source)
     fixed = f"makes no views of a feature file: {options.data} holds {views} of each image"
     if views != options.views and options.views == TTTOptions.views:
@@ -100,12 +106,12 @@ def mention_fixed_views(options: TTTOptions, source: Source) -> None:
 
 
 def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None:
-    """Move lines out of images.jsonl that are not the only line of an image with its picture and label of today.
+    """Move lines out of images.jsonl that are damaged, repeated, or about images that were changed or removed.
 
-    labels: of all images, by id.
+    labels: the present labels of all images, by id.
     """
     before, now = folder.stored_inputs.get("data", {}), folder.inputs.parts["data"]
-    by_image = "data" not in folder.inputs.deciding  # otherwise a run with other data has been refused
+    by_image = "data" not in folder.inputs.deciding  # otherwise other data make another run
     kept: dict[str, dict[str, Any]] = {}
     old = []
     for record in folder.read_lines(IMAGES):
@@ -126,9 +132,14 @@ def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None
 def adapt_to_all(
     setup: Setup, source: Source, options: TTTOptions, folder: RunFolder, done: set[str], clock: Clock
 ) -> int:
-    """Adapt to every image that is not done yet and record it; returns how many there were.
+    """Adapt to every image that no earlier run has recorded. Returns the number of these images.
 
-    source: the images that the run covers; done: the ids of those that an earlier run has recorded.
+    setup: the set-up of the run.
+    source: all images of the run.
+    options: the options of the command.
+    folder: the folder of the run.
+    done: the ids of the images that an earlier run has recorded.
+    clock: this measures the time of each part of the work.
     """
     reset_peak_memory()
     pending: list[Episode] = []
@@ -147,16 +158,16 @@ def adapt_to_all(
 
 
 class Clock:
-    """The seconds that a run has spent, as a whole and by part of the work."""
+    """The time that a run has taken, as a whole and for each part of the work."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.parts = {"encode": 0.0, "adapt": 0.0}
 
     def report(self, images: int) -> dict[str, float | None]:
-        """How many images were done since the start, the seconds in all and by part, and the images per second.
+        """Return the number of images, the seconds in all and of each part, and the images per second.
 
-        The seconds that the parts leave over went into reading images and making views.
+        The rest of the seconds was spent on reading images and making views.
         """
         seconds = time.perf_counter() - self.start
         parts = {f"{name}_seconds": round(value, 3) for name, value in self.parts.items()}
@@ -167,7 +178,14 @@ class Clock:
 def episodes_of(
     setup: Setup, source: Source, options: TTTOptions, chosen: Sequence[int], clock: Clock
 ) -> Iterator[Episode]:
-    """The episodes of some images, in the order in which they are chosen. chosen: their indices in the source."""
+    """Yield the episodes of some images.
+
+    setup: the set-up of the run.
+    source: all images of the run.
+    options: the options of the command.
+    chosen: the indices of the images in the source, in the order of the episodes.
+    clock: this measures the time of encoding.
+    """
     labels = source.known_labels()
     if (features := source.views()) is not None:
         for index in chosen:
@@ -184,14 +202,14 @@ def episodes_of(
             yield Episode(id, labels[id], None, reason)
             continue
         start = time.perf_counter()
-        # One image is encoded at a time, so that the shapes, and with them the last bits, depend on the image alone.
+        # Each image is encoded by itself, so that the shapes, and with them the last bits, depend on the image alone.
         encoded = model.encode_images(views, [id])
         clock.parts["encode"] += time.perf_counter() - start
         yield Episode(id, labels[id], encoded)
 
 
 def visiting_order(count: int, seed: int | None) -> list[int]:
-    """Indices in the order in which images are visited: as they are, or shuffled by a seed."""
+    """Return the indices of the images in the order of adaptation: as stored, or shuffled with a seed."""
     if seed is None:
         return list(range(count))
     generator = torch.Generator().manual_seed(image_seed(seed, "order"))
@@ -201,7 +219,14 @@ def visiting_order(count: int, seed: int | None) -> list[int]:
 def adapt_and_record(
     episodes: list[Episode], setup: Setup, config: EpisodeConfig, folder: RunFolder, clock: Clock
 ) -> None:
-    """Adapt to a group of episodes and append one line for each."""
+    """Adapt to a group of images, and append a line for each to images.jsonl.
+
+    episodes: the images with the features of their views.
+    setup: the set-up of the run.
+    config: the configuration of the adaptation.
+    folder: the folder of the run.
+    clock: this measures the time of adaptation.
+    """
     readable = [episode for episode in episodes if episode.views is not None]
     for episode in episodes:
         if episode.views is None:
@@ -214,7 +239,7 @@ def adapt_and_record(
     views = torch.stack([episode.views for episode in readable if episode.views is not None])  # (E, V, D)
     views = views.to(setup.device)
     adapted = adapt_episodes(setup.adapter, views, text, scale, config).cpu()  # (E, K)
-    # Each original view is predicted by itself, as its episode was, so that its bits do not depend on the group.
+    # Each original view is predicted by itself, like its episode, so that its bits do not depend on the group.
     zero_shot = torch.cat([zero_shot_logits(view[:1], text, scale) for view in views]).cpu()  # (E, K)
     clock.parts["adapt"] += time.perf_counter() - start
     entropies = zip(prediction_entropy(zero_shot).tolist(), prediction_entropy(adapted).tolist(), strict=True)
@@ -223,7 +248,7 @@ def adapt_and_record(
     ):
         status = "ok"
         if not bool(torch.isfinite(after).all()):
-            # A diverged episode keeps the answer it started from, and says so.
+            # The zero-shot answer replaces adapted logits that are not finite, and the status says so.
             status, after, entropy_after = "diverged", before, entropy_before
         record = image_record(episode.id, episode.label, status, before, after)
         folder.append(IMAGES, record | {"entropy": [round(entropy_before, 6), round(entropy_after, 6)]})

@@ -50,14 +50,14 @@ def test_a_training_goes_on_to_the_same_weights_and_gradient_scale(tmp_path: Pat
             epoch(complete)
     with folder_in(tmp_path / "cut") as folder:
         before = training(folder)
-        before.kept = {"weight": torch.ones(1)}
+        before.kept_weights = {"weight": torch.ones(1)}
         before.note_unreadable([Unreadable("a", 0, "torn"), Unreadable("a", 0, "torn")])
         epoch(before)
         after = training(folder)
         assert after.resume() == 1
         assert after.unreadable == {"a": ("a", 0, "torn")}
-        assert after.kept is not None
-        assert bool(after.kept["weight"] == 1)
+        assert after.kept_weights is not None
+        assert bool(after.kept_weights["weight"] == 1)
         for _ in range(2):
             epoch(after)
     assert after.scaler.state_dict() == complete.scaler.state_dict()
