@@ -85,8 +85,18 @@ def test_every_resize_is_pillows(
 @pytest.mark.parametrize("bicubic", [0, 1])
 @pytest.mark.parametrize(
     ("shape", "size"),
-    # One pixel; a row and a column; more than four inputs between neighbours; widths around a vector's; no change.
-    [((1, 1), 7), ((1, 4000), 8), ((4000, 1), 8), ((40, 2000), 33), ((2000, 40), 33), ((65, 63), 64), ((64, 64), 64)],
+    # One pixel; a row and a column; more than four inputs between neighbours; four outputs that see 17 pixels, one more
+    # than a vector; widths around a vector's; no change.
+    [
+        ((1, 1), 7),
+        ((1, 4000), 8),
+        ((4000, 1), 8),
+        ((40, 2000), 33),
+        ((2000, 40), 33),
+        ((9, 130), 30),
+        ((65, 63), 64),
+        ((64, 64), 64),
+    ],
 )
 def test_extreme_shapes_are_pillows(shape: tuple[int, int], size: int, bicubic: int) -> None:
     pixels = picture(*shape)
@@ -127,6 +137,21 @@ def test_draws_are_torchvisions(
     drawn = random_views(*shape, 32, 40, ours, scale=scale, ratio=ratio, backend="cpu")
     assert torch.equal(drawn, reference.random_views(*shape, 32, 40, theirs, scale, ratio))
     assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    # Every box that is drawn is too large; the one in the middle has 2.5 pixels, of which Python makes 2.
+    ("shape", "ratio", "sides"),
+    [((4000, 5), (2.0, 2.0), [2, 5]), ((5, 4000), (0.5, 0.5), [5, 2])],
+)
+def test_a_box_in_the_middle_is_rounded_to_even(
+    shape: tuple[int, int], ratio: tuple[float, float], sides: list[int]
+) -> None:
+    drawn = random_views(*shape, 8, 1, torch.Generator().manual_seed(0), scale=(1.0, 1.0), ratio=ratio, backend="cpu")
+    assert drawn[0, 3:5].tolist() == sides
+    expected = reference.random_views(*shape, 8, 1, torch.Generator().manual_seed(0), (1.0, 1.0), ratio)
+    assert torch.equal(drawn, expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
