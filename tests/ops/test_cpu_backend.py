@@ -164,6 +164,12 @@ def test_kinks_and_ties_are_those_of_the_reference(
     assert_as_exact_as_the_reference(config, 2, 40, torch.float64, penalty, inputs=inputs)
 
 
+# Loops take four columns of a head at a time, or two.
+@pytest.mark.parametrize(("embed_dim", "num_heads"), [(60, 4), (60, 6), (35, 1)])
+def test_heads_that_are_no_whole_fours_of_columns(embed_dim: int, num_heads: int) -> None:
+    assert_as_exact_as_the_reference(AdapterConfig.official(embed_dim, num_heads=num_heads), 2, 37, torch.float64)
+
+
 @pytest.fixture
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
