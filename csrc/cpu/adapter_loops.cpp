@@ -8,11 +8,11 @@
 namespace rada_fast::RADA_CAPABILITY {
 namespace {
 
-// Whether values are wider in products than in memory.
+// Whether a product multiplies wider values than memory holds.
 template <typename T>
 constexpr bool kWidened = sizeof(Factor<T>) > sizeof(T);
 
-// A stored value as products see it.
+// A stored value in the type that products multiply.
 template <typename T>
 inline Factor<T> factor_of(T x) {
   if constexpr (kWidened<T>)
@@ -239,7 +239,7 @@ void combine(const A* source, int64_t ld, A factor, const A* row_constant, int64
   }
 }
 
-// Four rows a step: fewer passes over the sums, and a shorter chain of roundings.
+// A step adds four rows: this needs fewer passes over the sums, and makes a shorter chain of roundings.
 template <typename T, typename A>
 void column_dots(const T* a, const A* b, int64_t ld, int64_t rows, int64_t columns, A* sum) {
   int64_t r = 0;
@@ -326,7 +326,7 @@ void rescales(const A* before, const A* after, A scale, int64_t count, A* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = exponential_of(scale * (before[i] - after[i]));
 }
 
-// M of 1 + A. A NaN is no number below 0 and stays one, as in PyTorch.
+// Returns M for 1 + A. A NaN is not below 0, so it stays NaN, as in PyTorch.
 template <typename A>
 inline A opened(A open, bool relu) {
   return relu && open < 0 ? A(0) : open;
@@ -349,7 +349,7 @@ A mask_forward_of(const MaskRows<A>& in, A* logits, A* mask, int64_t mask_ld) {
       if constexpr (penalty == Penalty::l1) row_total += distance < 0 ? -distance : distance;
     }
     if constexpr (penalty == Penalty::linf) {
-      A nans = 0;  // counted apart: a NaN is no maximum
+      A nans = 0;  // NaNs are counted separately, because a NaN never becomes the maximum here
 #pragma omp simd reduction(max : row_total) reduction(+ : nans)
       for (int64_t c = 0; c < in.columns; ++c) {
         const A open = offset[c] + constant;

@@ -2,7 +2,7 @@
 //
 // Arrays are row-major; `ld` is the distance between rows in elements. An operand is the right factor of a product. For
 // float and double it has plain rows. For bfloat16 its rows are interleaved in pairs, [rows / 2][columns][2], and an odd
-// last row is paired with zeros.
+// last row is paired with zeros. S are the attention's scores, P its probabilities, A the mask's offset and M the mask.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,10 @@
 
 namespace rada_fast {
 
-// Penalty L_s on the mask (Eq. 7).
+// The kind of the penalty L_s on the mask (Eq. 7).
 enum class Penalty : int { none, l2, l1, linf };
 
-// A block of the mask before its activation, and everything that its logits and its penalty need.
+// A block of the mask before its activation, with everything that the block's logits and penalty depend on.
 template <typename A>
 struct MaskRows {
   const A* offset;         // A without its bias, [rows][ld]: one row per feature, one column per class
@@ -37,7 +37,7 @@ struct AdapterLoops {
   void (*pack)(const A* source, int64_t ld, const A* row_scale, const A* column_scale, int64_t rows, int64_t columns,
                F* operand, int64_t ldo);
   void (*pack_stored)(const T* source, int64_t ld, int64_t rows, int64_t columns, F* operand, int64_t ldo);
-  // The operand of the transpose of source (rows, columns); bfloat16 needs an even number of columns.
+  // operand = the transpose of source (rows, columns); bfloat16 needs an even number of columns.
   void (*pack_transposed)(const T* source, int64_t ld, int64_t rows, int64_t columns, F* operand, int64_t ldo);
 
   void (*transpose)(const T* source, int64_t ld, int64_t rows, int64_t columns, F* out, int64_t ldo);
@@ -48,40 +48,41 @@ struct AdapterLoops {
   void (*store_exact)(const A* source, int64_t ld, const A* bias, int64_t rows, int64_t columns, int64_t padded, A* out,
                       int64_t ldo);
 
-  // Maxima are those of the scores themselves, before they are scaled: S - maximum is exact where S is the maximum, and
-  // the rounding of a scaled score, which may be of any size, never becomes an exponent.
+  // Maxima are taken of the scores S before they are scaled. S - maximum is then exactly 0 for the largest score, and the
+  // rounding error of a scaled score, which may be of any size, never enters an exponent.
   //
   // running_max[c] = max(running_max[c], max_r scores[r][c])
   void (*column_maximum)(const A* scores, int64_t ld, int64_t rows, int64_t columns, A* running_max);
-  // P = exp(scale * (S - maximum[c])), left as an operand; float and double overwrite the scores. Adds the columns' sums
-  // of P to sum, and of P as it is stored to stored_sum: a product with the operand is normalised by the second, because
-  // equal probabilities are all rounded the same way. Float and double do not write stored_sum.
+  // operand = P = exp(scale * (S - maximum[c])); float and double overwrite the scores. Adds the columns' sums of P to sum,
+  // and those of P after it was rounded to 16 bits to stored_sum. A product with the operand is normalised by stored_sum,
+  // because equal probabilities are all rounded the same way. Float and double do not write stored_sum.
   void (*exponentials)(A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, const A* maximum, A* sum,
                        A* stored_sum, F* operand);
-  // For one query kind: P = weight[c] * exp(scale * (S - maximum[c])); dS = scale * P * (dP - delta[c]), which overwrites
-  // the scores; total = P where this kind is the first, else total += P.
+  // For one query kind, computes P = weight[c] * exp(scale * (S - maximum[c])) and dS = scale * P * (dP - delta[c]), which
+  // overwrites the scores. total = P if this kind is the first, else total += P.
   void (*score_gradients)(A* scores, int64_t ld, const A* dprobabilities, A* total, int64_t ldp, int64_t rows,
                           int64_t columns, A scale, const A* maximum, const A* weight, const A* delta, bool first);
   void (*scale_columns)(A* values, int64_t ld, int64_t rows, int64_t columns, const A* factor);
 
-  // out (+)= factor * source, or a constant per row.
+  // out = factor * source + row_constant[r], or where `first` is false, this is added to out. source and row_constant may
+  // be null.
   void (*combine)(const A* source, int64_t ld, A factor, const A* row_constant, int64_t rows, int64_t columns, A* out,
                   int64_t ldo, bool first);
   // sum[c] += sum_r a[r][c] * b[r][c]
   void (*column_dots)(const F* a, const A* b, int64_t ld, int64_t rows, int64_t columns, A* sum);
-  void (*row_sums)(const F* source, int64_t ld, int64_t rows, int64_t columns, A* sum);  // adds
+  void (*row_sums)(const F* source, int64_t ld, int64_t rows, int64_t columns, A* sum);  // adds to sum
   // out[c] += sum_r factor[r] * source[r][c], in double: a single row is cheap, and later differences may cancel.
   void (*add_scaled_rows)(const T* source, int64_t ld, const A* factor, int64_t rows, int64_t columns, double* out);
-  void (*row_dots)(const T* source, int64_t ld, const A* weights, int64_t rows, int64_t columns, A* out);  // adds
+  void (*row_dots)(const T* source, int64_t ld, const A* weights, int64_t rows, int64_t columns, A* out);  // adds to out
   void (*add_outer)(const A* left, const A* right, int64_t rows, int64_t columns, A* out, int64_t ldo);
   void (*softmax)(A* scores, int64_t count, A scale);  // in place
-  // out[i] = exp(scale * (before[i] - after[i])): what a sum is multiplied by when its running maximum grows.
+  // out[i] = exp(scale * (before[i] - after[i])), the factor of a sum whose running maximum grows from before to after.
   void (*rescales)(const A* before, const A* after, A scale, int64_t count, A* out);
 
-  // M = act(1 + A + bias); logits[c] += sum_r M image[r] text[r][c]. Returns the penalty's sum (l2, l1) or its maximum
-  // (linf, NaN where one M is NaN) over the block. mask receives M and may be null.
+  // M = act(1 + A + bias); logits[c] += sum_r M image[r] text[r][c]. Returns the penalty's sum (l2, l1) or maximum (linf,
+  // NaN if an element of M is NaN) over the block. mask receives M and may be null.
   A (*mask_forward)(const MaskRows<A>& rows, A* logits, A* mask, int64_t mask_ld);
-  // The least c * width + r where |M - 1| is `value`, which may be NaN.
+  // Returns the least c * width + r where |M - 1| is `value`, which may be NaN.
   int64_t (*mask_find)(const MaskRows<A>& rows, A value, int64_t width);
   // gradient[r][c] = dlogits[c] image[r] text[r][c] + dpenalty * d|M - 1|^n + dmask[r][c] where 1 + A > 0. weighted
   // receives dlogits[c] * M. dmask and weighted may be null. The caller adds the term of linf.

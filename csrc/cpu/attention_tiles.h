@@ -1,4 +1,4 @@
-// Helpers of the attention's forward and backward for their tiles.
+// Helpers of the attention's forward and backward pass for their tiles.
 #pragma once
 
 #include <type_traits>
@@ -7,13 +7,14 @@
 
 namespace rada_fast {
 
-// A bfloat16 product needs an even inner dimension. The added row is zero in one factor and finite in the other.
+// Rounds up to an even number for bfloat16, whose products need an even inner dimension. The added row is zero in one
+// factor and finite in the other.
 template <typename T>
 constexpr int64_t even(int64_t n) {
   return sizeof(T) == 2 ? round_up(n, 2) : n;
 }
 
-// Keys or values of a head, (rows, ld), as a left factor: the stored array itself, or a widened copy in `memory`.
+// The keys or values of a head, (rows, ld), as a left factor: the stored array itself, or a widened copy in `memory`.
 template <typename T>
 const Factor<T>* left_factor(const T* stored, int64_t ld, int64_t rows, Factor<T>* memory) {
   if constexpr (std::is_same_v<T, Factor<T>>) {
@@ -30,7 +31,7 @@ constexpr int64_t left_factor_size(int64_t elements) {
   return std::is_same_v<T, Factor<T>> ? 0 : elements;
 }
 
-// How many threads share one head of one image.
+// The number of threads that share one head of one image.
 inline int64_t splits(const Problem& p, int64_t images) {
   return std::clamp<int64_t>(divide_up(2 * p.threads, images * p.heads), 1, p.query_blocks);
 }
@@ -43,7 +44,7 @@ void pack_queries(const Problem& p, const AttentionState<T>& state, int64_t b, i
   int64_t at = 0;
   for (const T* query : {state.text_query, state.rational_query ? state.rational_query + b * p.image_size() : nullptr})
     if (query) {
-      // In an operand of interleaved pairs each column takes two elements.
+      // In an operand of interleaved pairs each column has two elements.
       chosen_loops<AdapterLoops<T>>().pack_stored(query + row, p.padded, p.head_width, columns, operand + at * even<Factor<T>>(1), ld);
       at += columns;
     }

@@ -1,5 +1,6 @@
-// AugMix of views of pictures on the CPU. Each view is resized and goes through chains of operations on 8-bit pixels, which
-// compute what Pillow's ImageOps and Image.transform do; the chains are mixed after normalisation. See view_frames.h.
+// Applies AugMix to views of pictures on the CPU. Each view is resized and goes through chains of operations on 8-bit
+// pixels, which compute the same as Pillow's ImageOps and Image.transform. The chains are mixed after normalisation. See
+// view_frames.h.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -11,7 +12,7 @@ namespace {
 
 using at::Tensor;
 
-// For each channel and each of its values: a new value; how often the value occurs.
+// A Table has a new value for every value of every channel; Counts has the number of times that each value occurs.
 using Table = std::array<uint8_t, 3 * 256>;
 using Counts = std::array<uint32_t, 3 * 256>;
 
@@ -28,7 +29,7 @@ void autocontrast(const uint32_t* counts, uint8_t* table) {
   if (high <= low) return;
   const double scale = 255.0 / (high - low), offset = -low * scale;
   for (int value = 0; value < 256; ++value) {
-    // Two statements: a fused product and sum would round once where Python rounds twice.
+    // These are two statements because a fused product and sum would round once where Python rounds twice.
     const volatile double scaled = value * scale;
     const int found = static_cast<int>(scaled + offset);
     table[value] = static_cast<uint8_t>(found < 0 ? 0 : (found > 255 ? 255 : found));
@@ -52,7 +53,7 @@ void equalize(const uint32_t* counts, uint8_t* table) {
   }
 }
 
-// The table of one operation on values that occur `counts` times.
+// Returns the table of one operation for an image in which values occur `counts` times.
 Table table_of(Operation operation, double amount, const Counts& counts) {
   Table table = identity();
   for (int channel = 0; channel < 3; ++channel) {
@@ -67,7 +68,8 @@ Table table_of(Operation operation, double amount, const Counts& counts) {
   return table;
 }
 
-// Pixels, and a table that is still to be applied to them: operations on values are combined before any pixel changes.
+// The image of one chain, kept as pixels and a table that has still to be applied to them: operations on values are
+// combined in the table before any pixel changes.
 class Chain {
  public:
   Chain(const AugmixLoops& loops, int64_t size)
@@ -111,7 +113,7 @@ class Chain {
     for (int i = 0; i < 3 * 256; ++i) moved[i / 256 * 256 + table_[i]] += (*image_counts_)[i];
     return moved;
   }
-  // The buffer that the chain's pixels are not in.
+  // Returns the buffer that does not hold the chain's pixels.
   uint32_t* fresh() {
     next_ = 1 - next_;
     return inside(buffers_[next_], size_);
@@ -148,7 +150,7 @@ struct Plan {
   int64_t chains, depth;
   const int64_t* operations;  // [views][chains][depth]
   const double* matrices;     // [views][chains][depth][6]
-  const float* weights;       // [views][chains + 2]: of the chains, of the plain view, of the mix of the chains
+  const float* weights;       // [views][chains + 2]: the weights of the chains, of the plain view, of the mix of the chains
 };
 
 void check_plan(const Tensor& views, const Tensor& operations, const Tensor& matrices, const Tensor& weights) {
@@ -195,7 +197,7 @@ void make(const Planes& planes, const ViewLoops& loops, const ChannelTables& nor
       own.repeat_edge(plain, size, stride);
       const float* weights = plan.weights + view * (plan.chains + 2);
       const float share = weights[plan.chains], rest = weights[plan.chains + 1];
-      // The mix has weight 0 and is finite: only the plain view is left.
+      // Where the mix has weight 0, the result is the plain view, since the mix is finite.
       const int64_t used = share == 1.0f && rest == 0.0f ? 0 : plan.chains;
       Counts counts;
       bool counted = false;

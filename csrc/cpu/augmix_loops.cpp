@@ -18,7 +18,7 @@ void join(const uint16_t* const* rows, int64_t count, uint32_t* out) {
 }
 
 void histogram(const uint32_t* image, int64_t size, int64_t stride, uint32_t* counts) {
-  // Neighbours are often equal. With two sets of counters, one increment need not wait for the other.
+  // Neighbouring pixels are often equal. With two sets of counters, one increment need not wait for the other.
   uint32_t sets[2][3 * 256];
   std::memset(sets, 0, sizeof(sets));
   for (int64_t y = 0; y < size; ++y) {
@@ -88,7 +88,7 @@ void transform(const uint32_t* image, int64_t size, int64_t stride, const double
   const double across = matrix[2], down = matrix[5], extent = static_cast<double>(size);
   if (matrix[0] == 1 && matrix[1] == 0 && matrix[3] == 0 && matrix[4] == 1 && across == std::floor(across) &&
       down == std::floor(down)) {
-    // A shift by whole pixels: every weight is 0 or 1.
+    // This is a shift by whole pixels, so every weight is 0 or 1.
     const int64_t dx = static_cast<int64_t>(across), dy = static_cast<int64_t>(down);
     const int64_t first = dx < 0 ? (-dx < size ? -dx : size) : 0, last = dx > 0 ? (dx < size ? size - dx : 0) : size;
     for (int64_t y = 0; y < size; ++y) {

@@ -1,5 +1,5 @@
-// AugMix's loops over pixels: tables of values, affine transforms, the mix. They round as Pillow and PyTorch round. See
-// instruction_set.h for the copies.
+// AugMix's loops over pixels: tables of values, affine transforms, the mix. They round as Pillow and PyTorch do. See
+// instruction_set.h for why they are compiled several times.
 //
 // An image is size x size pixels of four bytes (red, green, blue, 0) with a border of one pixel on every side: `image`
 // points to the first pixel inside it, rows are `stride` pixels apart, and eight bytes may be read at any pixel.
@@ -21,22 +21,22 @@ struct MixTerm {
 };
 
 struct AugmixLoops {
-  // Rows of three channels in 16-bit words to pixels.
+  // Joins rows of three channels in 16-bit words into pixels.
   void (*join)(const uint16_t* const* rows, int64_t count, uint32_t* out);
-  // counts[channel * 256 + value]
+  // Counts how often each value occurs: counts[channel * 256 + value].
   void (*histogram)(const uint32_t* image, int64_t size, int64_t stride, uint32_t* counts);
   // out = table[channel * 256 + value]
   void (*look_up)(const uint32_t* image, int64_t size, int64_t stride, const uint8_t* table, uint32_t* out);
-  // The border repeats the image's edge.
+  // Writes the border, which repeats the image's edge.
   void (*repeat_edge)(uint32_t* image, int64_t size, int64_t stride);
-  // out(x, y) = the image at matrix * (x + 0.5, y + 0.5, 1), bilinear, and zero where that is outside. The border is read.
-  // scratch has 5 * size doubles.
+  // out(x, y) = the image at matrix * (x + 0.5, y + 0.5, 1), interpolated bilinearly, or zero where that is outside of the
+  // image. The border is read. scratch has 5 * size doubles.
   void (*transform)(const uint32_t* image, int64_t size, int64_t stride, const double* matrix, double* scratch,
                     uint32_t* out);
-  // One row of one channel: out = plain + rest * (0 + term 0 + term 1 + ...).
+  // Mixes one row of one channel: out = plain + rest * (0 + term 0 + term 1 + ...).
   void (*mix)(const MixTerm& plain, const MixTerm* terms, int64_t count, float rest, int64_t channel, int64_t row,
               int64_t size, int64_t stride, float* out);
-  // The matrix of Pillow's rotate about the centre of a size x size image, counterclockwise.
+  // Writes the matrix of Pillow's rotate about the centre of a size x size image, counterclockwise.
   void (*rotation)(double degrees, int64_t size, double* matrix);
 };
 

@@ -18,12 +18,13 @@ struct BlockStatistics {
   A maximum, sum;
 };
 
-// The running softmax of one block's queries over the keys, a value per query: kind after kind, `width` queries each.
+// The running softmax of one block's queries over the keys. Arrays have a value for each query: kind after kind, with
+// `width` queries each.
 template <typename A>
 struct RunningSoftmax {
   A *running_max, *next_max, *running_sum;
-  A* stored_sum;  // of the probabilities as the product with the values sees them; float and double: running_sum
-  A* output;      // O^T so far, (d, columns)
+  A* stored_sum;  // sum of the probabilities after they were rounded to 16 bits; for float and double it is running_sum
+  A* output;      // O^T, summed over the keys so far, (d, columns)
 
   void start(int64_t columns) const {
     std::fill(running_max, running_max + columns, -std::numeric_limits<A>::infinity());
@@ -53,8 +54,9 @@ class Forward {
   const Problem& p;
   const AttentionState<T>& state;
   const AdapterLoops<T>& loops = chosen_loops<AdapterLoops<T>>();
-  const int64_t heads, parts;  // heads of all images; how many tasks share one of them
+  const int64_t heads, parts;  // the number of heads of all images, and of the tasks that share one head
   const int64_t d = p.head_width, kinds = p.per_class_kinds();
+  // share is 1 / |Q|, one over the number of query kinds: the results of the kinds are averaged.
   const A scale = static_cast<A>(p.score_scale), share = A(1) / static_cast<A>(p.kinds());
   std::unique_ptr<BlockStatistics<A>[]> statistics;  // (kind, head, block)
 
@@ -63,7 +65,7 @@ class Forward {
   }
   int64_t offset(int64_t head) const { return head / p.heads * p.image_size() + head % p.heads * d * p.padded; }
 
-  // A task is some blocks of queries of one head.
+  // Works on the tasks from begin to end. A task is some blocks of queries of one head.
   void tasks(int64_t begin, int64_t end) const {
     Scratch& scratch = Scratch::rewound();
     const int64_t most = kinds * kQueryBlock;
@@ -79,7 +81,7 @@ class Forward {
     softmax.stored_sum = sizeof(F) == 2 ? scratch.take<A>(most) : softmax.running_sum;
     double* exact = scratch.take<double>(p.image ? p.padded : 0);
     const F* values = nullptr;
-    int64_t transposed = -1;  // the head whose keys key_rows holds
+    int64_t transposed = -1;  // the head whose keys are in key_rows
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, part = task % parts, blocks = p.query_blocks;
       if (p.image && part == 0) image_query(head, scores, exact);
@@ -98,7 +100,7 @@ class Forward {
     }
   }
 
-  // The image query: a single row of scores.
+  // Computes the attention of the image query, which has a single row of scores.
   void image_query(int64_t head, A* scores, double* exact) const {
     const int64_t at = offset(head), row = head * d;
     std::fill(exact, exact + p.classes, 0.0);
@@ -110,7 +112,7 @@ class Forward {
     loops.row_dots(state.values + at, p.padded, scores, d, p.classes, state.image_attended + row);
   }
 
-  // The online softmax of one block's queries (`width` per kind) over all keys.
+  // Runs the online softmax of one block's queries (`width` per kind) over all keys.
   void attend(const F* key_rows, const F* values, const F* queries, int64_t width, A* scores, F* probabilities,
               RunningSoftmax<A>& softmax) const {
     const int64_t columns = kinds * width;
@@ -121,7 +123,7 @@ class Forward {
       A* next = softmax.next_max;
       std::copy(softmax.running_max, softmax.running_max + columns, next);
       loops.column_maximum(scores, columns, rows, columns, next);
-      if (p.matrix_softmax)  // one maximum per kind
+      if (p.matrix_softmax)  // all queries of a kind share one maximum
         for (int64_t c = 0; c < columns; c += width)
           std::fill(next + c, next + c + width, *std::max_element(next + c, next + c + width));
       if (n0 > 0 && !std::equal(next, next + columns, softmax.running_max)) rescale(columns, softmax);
@@ -142,7 +144,7 @@ class Forward {
     if (sizeof(F) == 2) loops.scale_columns(softmax.stored_sum, columns, 1, columns, factors);
   }
 
-  // Divides a block's output by its sums and keeps both.
+  // Divides a block's output by its sums, and stores the output, the maxima and the sums.
   void finish_block(int64_t head, int64_t block, int64_t width, const RunningSoftmax<A>& softmax) const {
     const int64_t q0 = block * kQueryBlock, columns = kinds * width;
     const int64_t padding = q0 + width == p.classes ? p.padded - q0 : width;
@@ -162,7 +164,7 @@ class Forward {
     }
   }
 
-  // The factor of every block's output. With the matrix softmax all blocks of a head share one maximum and one sum.
+  // Computes the factor of every block's output. With the matrix softmax all blocks of a head share one maximum and sum.
   void combine_blocks(int64_t kind, int64_t head) const {
     A* factors = state.factors[kind] + head * p.query_blocks;
     if (!p.matrix_softmax) {

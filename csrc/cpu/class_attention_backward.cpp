@@ -1,8 +1,10 @@
-// The attention's backward. Probabilities are formed again, tile by tile, from the saved maxima and weights.
+// The attention's backward pass. Probabilities are computed again, tile by tile, from the saved maxima and weights.
 //
-// With P' = P / |Q| and dP = dO vv^T:   dvv += (sum_c P'^c)^T dO,   dS^c = P'^c (dP - delta^c) / (sqrt(d) tau),
-//     dkk += dS^c^T q^c,   dq^c = dS^c kk,   delta^c = dO_i . O^c_i, or its mean over the queries (matrix softmax).
-// A thread owns a head, or a fixed share of its query blocks whose sums are added in order: no atomics.
+// For query kind c, with P' = P / |Q| and dP = dO vv^T:
+//     dvv += (sum_c P'^c)^T dO,   dS^c = P'^c (dP - delta^c) / (sqrt(d) tau),   dkk += dS^c^T q^c,   dq^c = dS^c kk
+// delta^c_i is dO_i . O^c_i for query i, or the mean of these over the queries (matrix softmax). class_attention.h
+// explains the other symbols. A thread owns a head, or a fixed part of its query blocks. The sums of the parts are
+// added in order, without atomics.
 #include <ATen/Parallel.h>
 
 #include <cmath>
@@ -15,25 +17,25 @@
 namespace rada_fast {
 namespace {
 
-// One thread's arrays while it works on the blocks of one head. What ends in _rows is laid out row by row as a left
-// factor; the others of type F are operands, right factors.
+// One thread's arrays while it works on the blocks of one head. Arrays whose names end in _rows have plain rows, as left
+// factors of products; the others of type F are operands, the right factors.
 template <typename T>
 struct HeadBuffers {
   using A = Acc<T>;
   using F = Factor<T>;
-  // Of the head.
+  // These belong to the head.
   F *key_rows, *value_rows;  // (classes, d)
   const F* keys;             // (d, padded); null where no query per class needs a gradient
   A* delta;                  // (kinds, padded)
-  // Of a block of queries, kind after kind.
+  // These belong to a block of queries, kind after kind.
   F *queries, *query_rows;    // (d, columns), (columns, d)
   F *doutput, *doutput_rows;  // (d, width), (width, d)
   A *maximum, *weight;        // (columns)
   A* dqueries;                // (d, columns)
-  // Of a tile of keys and queries.
+  // These belong to a tile of keys and queries.
   A *scores, *dprobabilities;  // (keys, columns), (keys, width)
   A* total;                    // sum of P' over the kinds, (keys, width)
-  F *dscores_rows, *dscores, *total_rows;  // float and double: where the scores and the total are
+  F *dscores_rows, *dscores, *total_rows;  // for float and double these are the arrays of the scores and the total
 
   HeadBuffers(const Problem& p, Scratch& scratch) {
     const int64_t d = p.head_width, most = p.per_class_kinds() * kQueryBlock;
@@ -62,10 +64,10 @@ struct HeadBuffers {
   }
 };
 
-// A block of queries: `exact` of each kind from q0 on, and `width` columns for them, an even number for bfloat16.
+// A block of queries: `exact` queries of each kind from q0 on, in `width` columns, an even number for bfloat16.
 struct QueryBlock {
   int64_t q0, exact, width, columns;
-  bool first;  // of its task
+  bool first;  // whether it is the first block of its task
 };
 
 template <typename T>
@@ -77,8 +79,8 @@ class Backward {
   Backward(const Problem& problem, const AttentionState<T>& attention, const AttentionGradients<T>& gradients)
       : p(problem), state(attention), out(gradients) {}
 
-  // Adds up dkeys and dvalues (each (classes, d), or null) of a head over the blocks from first to last of the kinds that
-  // have a query per class, and stores these queries' gradients.
+  // Handles the kinds that have a query per class: sums a head's dkeys and dvalues (each (classes, d), or null) over the
+  // blocks from first to last, and stores the gradients of these blocks' queries.
   void per_class_queries(int64_t b, int64_t h, int64_t first, int64_t last, A* dkeys, A* dvalues,
                          Scratch& scratch) const {
     HeadBuffers<T> buffers(p, scratch);
@@ -93,7 +95,7 @@ class Backward {
     }
   }
 
-  // Adds the image query's single row and stores the sums of a head.
+  // Adds the contribution of the image query, a single row, and stores the sums of a head.
   void finish(int64_t b, int64_t h, A* dkeys, A* dvalues, Scratch& scratch) const {
     if (p.image) image_query(b, h, dkeys, dvalues, scratch);
     A* transposed = scratch.take<A>(d * p.padded);
@@ -111,7 +113,7 @@ class Backward {
   const AttentionState<T>& state;
   const AttentionGradients<T>& out;
   const AdapterLoops<T>& loops = chosen_loops<AdapterLoops<T>>();
-  const AdapterLoops<F>& factors = chosen_loops<AdapterLoops<F>>();  // for arrays of what a product multiplies
+  const AdapterLoops<F>& factors = chosen_loops<AdapterLoops<F>>();  // for arrays that a product multiplies
   const int64_t d = p.head_width, kinds = p.per_class_kinds();
   const A scale = static_cast<A>(p.score_scale);
   const bool need_queries = out.dtext_query || out.drational_query;
@@ -119,12 +121,12 @@ class Backward {
 
   int64_t offset(int64_t b, int64_t h) const { return b * p.image_size() + h * d * p.padded; }
 
-  // delta of one kind for every query of a head, into (padded).
+  // Writes delta of one kind for every query of a head, (padded).
   void deltas(int64_t b, int64_t h, int64_t kind, A* delta) const {
     const int64_t head = b * p.heads + h;
     std::fill(delta, delta + p.padded, A(0));
     loops.column_dots(out.doutput + offset(b, h), state.attended[kind] + offset(b, h), p.padded, d, p.classes, delta);
-    // The factors hold 1 / |Q|, which P' holds already.
+    // The factors include 1 / |Q|, which P' includes already.
     for (int64_t k = 0; k < p.classes; ++k)
       delta[k] *= state.factors[kind][head * p.query_blocks + k / kQueryBlock] * static_cast<A>(p.kinds());
     if (p.matrix_softmax)
@@ -162,7 +164,7 @@ class Backward {
     }
   }
 
-  // One block of queries with `rows` keys from n0 on.
+  // Handles one tile: a block of queries with `rows` keys from n0 on.
   void tile(const QueryBlock& block, int64_t n0, int64_t rows, const HeadBuffers<T>& buffers, A* dkeys,
             A* dvalues) const {
     const int64_t width = block.width, columns = block.columns;
@@ -223,7 +225,7 @@ class Backward {
     if (!need_scores) return;
     std::fill(exact, exact + p.classes, 0.0);
     loops.add_scaled_rows(state.values + at, p.padded, doutput, d, p.classes, exact);
-    // delta from the same probabilities, so that the gradients of a row add up to zero.
+    // delta is computed from the same probabilities, so that the gradients of a row add up to zero.
     double sum = 0;
     for (int64_t k = 0; k < p.classes; ++k) sum += static_cast<double>(probability[k]) * exact[k];
     const double delta = sum * static_cast<double>(p.kinds());

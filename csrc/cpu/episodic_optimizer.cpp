@@ -1,8 +1,8 @@
 // One step of the optimiser: a pass over all tensors of all episodes, in chunks that stay in a core's cache.
 //
-// Square roots are the processor's, which are correctly rounded. PyTorch may take its own from a vector mathematics library
-// that rounds differently (measured: a fifth of the roots differ by one unit in the last place) and needs as long as all
-// the rest. With torch_roots they come from PyTorch, and every bit of the result is PyTorch's.
+// Square roots are computed by the processor, which rounds them correctly. PyTorch may call a vector mathematics library
+// that rounds differently (measured: a fifth of the roots differ by one unit in the last place) and takes as long as all
+// the rest. With torch_roots the roots come from PyTorch, and every bit of the result equals PyTorch's.
 #include "../shared/episodic_optimizer.h"
 
 #include <ATen/Parallel.h>
@@ -21,8 +21,8 @@
 namespace rada_fast {
 namespace {
 
-// Elements of a chunk. Its p, m, v, g and root take 320 KiB, well within a second-level cache, and the call for the roots
-// takes far less time than its work.
+// The number of elements of a chunk. Its p, m, v, g and root take 320 KiB, well within a second-level cache. Calling
+// PyTorch for the roots of a chunk takes far less time than computing them.
 constexpr int64_t kChunk = 16384;
 
 struct ThreadBuffers {
@@ -72,7 +72,7 @@ void step_all(const OptimizerScalars& s, bool torch_roots, const std::vector<Opt
   std::vector<int64_t> ends;
   int64_t tasks = 0;
   for (const auto& t : tensors) ends.push_back(tasks += (t.row + kChunk - 1) / kChunk * t.rows);
-  // Tensors cost differently, so every thread takes the next task instead of a fixed share.
+  // Tensors take different times, so every thread takes the next task instead of a fixed share.
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
     thread_local ThreadBuffers buffers;

@@ -1,5 +1,5 @@
-// This file is compiled without contraction: a fused product and sum is written as fma(). That is one instruction, or two
-// roundings on a processor without it, as in PyTorch's own vectors.
+// This file is compiled without contraction, and a fused product and sum is written as fma(). This is one instruction,
+// or a product and a sum with two roundings on a processor without it, as in PyTorch's own vectors.
 #include "episodic_optimizer_loops.h"
 
 #include <cstring>
@@ -27,7 +27,7 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
-// Exact for every float16: the product with 2^112 moves the exponent, of subnormal numbers too.
+// This is exact for every float16: the product with 2^112 adjusts the exponent, also that of subnormal numbers.
 inline float half_to_float(uint16_t half) {
   const uint32_t magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
   const float finite = as_float(magnitude << 13) * 0x1p112f;
@@ -46,7 +46,7 @@ void widen(const void* gradient, GradientType type, int64_t count, float* __rest
   }
 }
 
-// torch.lerp: from the nearer end.
+// This is torch.lerp, which starts from the nearer end.
 template <bool kSmall>
 inline float lerp(float start, float end, float weight) {
   return kSmall ? fma(weight, end - start, start) : fma(weight - 1.0f, end - start, end);

@@ -1,5 +1,5 @@
-// The episodic optimiser's vector loops. ../shared/episodic_optimizer.h has the arithmetic, instruction_set.h explains
-// the copies.
+// The episodic optimiser's vector loops. ../shared/episodic_optimizer.h has the arithmetic; instruction_set.h explains why
+// they are compiled several times.
 //
 // Arrays are contiguous. `source` may be the parameter itself; no two other arrays overlap.
 #pragma once
@@ -10,18 +10,18 @@
 namespace rada_fast {
 
 struct OptimizerLoops {
-  // bfloat16 or float16 to float.
+  // Converts bfloat16 or float16 to float.
   void (*widen)(const void* gradient, GradientType type, int64_t count, float* out);
-  // Adam in one pass, with the processor's square roots; fresh: the moments are zero and not read.
+  // Computes Adam or AdamW in one pass, with the processor's square roots. fresh: the moments are zero and not read.
   void (*adam)(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
                float* first, float* second, float* parameter);
-  // The same in two, for square roots from elsewhere. Adam's moments.
+  // These two compute the same with square roots from elsewhere. The first one computes the moments.
   void (*moments)(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
                   float* first, float* second);
-  // Adam's parameter from the first moment and the second's root.
+  // The second one computes the parameter from the first moment and the root of the second.
   void (*update)(const OptimizerScalars& s, const float* source, const float* first, const float* root, int64_t count,
                  float* parameter);
-  // SGD; first is null without momentum.
+  // Computes SGD; first is null without momentum.
   void (*descend)(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
                   float* first, float* parameter);
   void (*scale)(float factor, const float* source, int64_t count, float* parameter);

@@ -14,7 +14,7 @@ namespace rada_fast {
 
 enum class Level { baseline, avx2, avx512 };
 
-// The best for this processor, but no better than what PyTorch itself uses (ATEN_CPU_CAPABILITY).
+// The best level for this processor, but no better than the one that PyTorch uses (ATEN_CPU_CAPABILITY).
 Level level();
 const char* level_name();
 
@@ -32,7 +32,7 @@ template <typename Table>
 const Table& loops();
 }
 
-// Declares the three copies of one table; stands in namespace rada_fast.
+// Declares the three copies of one table; use it in namespace rada_fast.
 #define RADA_LOOPS(Table)           \
   namespace baseline {              \
   template <>                       \
@@ -47,8 +47,8 @@ const Table& loops();
   const Table& loops<Table>();      \
   }
 
-#ifndef RADA_CAPABILITY  // a template with one name: not for the copies
-// The copy of a table that this processor runs.
+#ifndef RADA_CAPABILITY  // The copies must not contain this template, which has one name in all of them.
+// Returns the copy of a table that this processor runs.
 template <typename Table>
 const Table& chosen_loops() {
 #if defined(__x86_64__)

@@ -7,13 +7,13 @@
 namespace rada_fast {
 namespace {
 
-// Classes per tile: at most `most`, less where one image must feed all threads.
+// The number of classes per tile: at most `most`, and fewer where the tiles of a few images must occupy all threads.
 int64_t tile_width(const Problem& p, int64_t images, int64_t most) {
   const int64_t tiles = divide_up(2 * p.threads, images);
   return std::clamp<int64_t>(round_up(divide_up(p.classes, tiles), 16), 32, most);
 }
 
-// Forms O^T of a tile as an operand. The tile itself stays in `exact`, which float and double use as the operand.
+// Computes O^T of a tile as an operand. The tile itself stays in `exact`, which float and double use as the operand.
 template <typename T>
 void attended_operand(const Problem& p, int64_t b, int64_t k0, int64_t columns, const Attended<Acc<T>>& state,
                       Acc<T>* exact, T* operand) {
@@ -145,8 +145,8 @@ void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs
       }
       if (out.doffset) loops.store(gradient, columns, nullptr, D, columns, padding, out.doffset + at, p.padded);
       if (out.attended) {
-        // A tile starts at an even row, so no pair of rows lies in two tiles. Rows past the classes are only ever
-        // multiplied by zeros, and the odd one is zero itself.
+        // A tile starts at an even row, so both rows of a pair lie in the same tile. Rows past the last class are only
+        // multiplied by zeros, and the row that completes an odd number is zero itself.
         loops.transpose_exact(exact, columns, D, columns, transposed, D);
         loops.pack(transposed, D, nullptr, nullptr, columns, D, out.attended + b * p.image_size() + k0 * D, D);
       }
@@ -173,7 +173,7 @@ void output_weight_gradients(const Problem& p, int64_t images, const T* doffset,
       const int64_t r0 = task * height, rows = std::min(height, D - r0);
       for (int64_t b = 0; b < images; ++b) {
         const T* gradient = doffset + b * p.image_size() + r0 * p.padded;
-        // Blocks of the classes, so that the operand's part stays in the cache for all rows.
+        // The classes are taken in blocks, so that the block of the operand stays in the cache for all rows.
         for (int64_t k0 = 0; dweight && k0 < inner; k0 += kClassTile)
           matrix_product<T>(rows, D, std::min(kClassTile, inner - k0), gradient + k0, p.padded,
                             attended + b * p.image_size() + k0 * D, D, dweight + r0 * D, D, add || b > 0 || k0 > 0);

@@ -1,6 +1,6 @@
 // The output projection, and everything that follows it while its tiles are still in the cache (Eq. 4 and 7):
-// A = O Wo^T + bo, M = act(1 + A), logits = s sum_c M R, and the penalty. A and R are never written to memory, and M only
-// where the mask itself is asked for.
+// A = O Wo^T + bo, M = act(1 + A), logits = s sum_c M R, and the penalty. O is the attention's result, M the mask and R
+// the rational matrix. A and R are never written to memory, and M only if the mask itself is asked for.
 #pragma once
 
 #include "class_attention.h"
@@ -16,8 +16,8 @@ struct OutputInputs {
 };
 
 // logits: (images, K), without the factor s. mask: (images, D, K) or null.
-// penalty: (images), an image's sum of (M - 1)^2 or |M - 1|, or for linf its maximum |M - 1|, NaN where one M is NaN.
-// peak: (images), where that maximum is: k D + c, the first of equal ones.
+// penalty: (images), an image's sum of (M - 1)^2 or |M - 1|, or for linf the maximum of |M - 1|, NaN if M has a NaN.
+// peak: (images), the position k D + c of that maximum, the first one if several are equal.
 template <typename T>
 void masked_logits_forward(const Problem& problem, int64_t images, const OutputInputs<T>& in,
                            const Attended<Acc<T>>& state, Acc<T>* logits, double* penalty, int64_t* peak,
@@ -25,14 +25,14 @@ void masked_logits_forward(const Problem& problem, int64_t images, const OutputI
 
 template <typename T>
 struct OutputGradients {
-  const Acc<T>* dlogits;  // (images, K), times s
+  const Acc<T>* dlogits;  // (images, K), multiplied by s
   const Acc<T>* dmask;    // (images, D, K) or null
   const int64_t* peak;    // (images), for linf
-  Acc<T> dpenalty;        // per element (l2, l1) or per image (linf)
-  // Written, each null where it is not needed.
+  Acc<T> dpenalty;        // the gradient per element (l2, l1) or per image (linf)
+  // The results follow, each null where it is not needed.
   T* doffset;             // dA: (images, D, padded)
   T* attended;            // O as the operand (padded, D), per image
-  const T* transposed;    // Wo^T, with dattended
+  const T* transposed;    // Wo^T, an input that dattended needs
   T* dattended;           // dO: (images, D, padded)
   Acc<T>* weighted;       // dlogits M: (images, D, padded)
 };

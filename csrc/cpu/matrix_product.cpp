@@ -8,7 +8,7 @@
 namespace rada_fast {
 namespace {
 
-// ATen throws where oneDNN is switched off or the processor is too old; trying is the only public way to ask.
+// ATen throws where oneDNN is switched off or the processor is too old; trying a product is the only public test for it.
 template <typename T>
 bool brgemm_works() {
   try {

@@ -1,4 +1,4 @@
-// Views of pictures on the CPU: each view resized, mirrored and normalised in one pass. See view_frames.h.
+// Cuts views of pictures on the CPU: each view is resized, mirrored and normalised in one pass. See view_frames.h.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -14,7 +14,7 @@ struct BF16 {
 struct Half {
   uint16_t bits;
 };
-// bfloat16 in memory only, for processors that cannot multiply it: every matrix product sees it widened to float.
+// bfloat16 in memory only, for processors that cannot multiply it: it is widened to float for every matrix product.
 struct WideBF16 {
   uint16_t bits;
 };

@@ -5,11 +5,11 @@
 namespace rada_fast::RADA_CAPABILITY {
 namespace {
 
-constexpr int64_t kAlign = 16;  // accumulators: 64 bytes of float
+constexpr int64_t kAlign = 16;  // a number of accumulators: 64 bytes of float
 
 int64_t padded(int64_t classes) { return (classes + kAlign - 1) / kAlign * kAlign; }
 
-// values = logits; returns the largest, -infinity where none is a number.
+// Copies the logits to values and returns the largest, ignoring NaN; it is -infinity if all are NaN.
 template <typename T, typename A>
 A read(const T* logits, int64_t classes, A* values) {
   A best = -HUGE_VAL;
@@ -25,11 +25,11 @@ A read(const T* logits, int64_t classes, A* values) {
 template <typename A>
 struct Row {
   A best;    // the largest logit
-  A others;  // r
+  A others;  // r, see prediction_loops.h
   A spread;  // sum exp(-d) d
 };
 
-// distance holds the values and receives d; weight receives exp(-d). A row without a finite maximum gets r = NaN.
+// On entry distance has the values; it receives d, and weight receives exp(-d). Without a finite maximum r is NaN.
 template <bool with_spread, typename A>
 Row<A> statistics(A best, int64_t classes, A* __restrict distance, A* __restrict weight) {
   A others = 0, spread = 0, ties = 0;
@@ -121,7 +121,7 @@ A marginal(const T* logits, int64_t rows, int64_t classes, A* scratch, T* gradie
   A value = 0;
 #pragma omp simd reduction(+ : value) aligned(log_mean : 64)
   for (int64_t c = 0; c < classes; ++c) {
-    // The logarithm of the sum, which is no smaller than any of its terms: their mean could be 0 where a probability is not.
+    // The logarithm is that of the sum, which is no smaller than any term. The mean could be 0 where a probability is not.
     const A total = log_mean[c];
     log_mean[c] = logarithm_of(total) + log_share;
     value -= total == 0 ? A(0) : share * total * log_mean[c];
@@ -129,8 +129,8 @@ A marginal(const T* logits, int64_t rows, int64_t classes, A* scratch, T* gradie
   if (!gradient) return value;
   for (int64_t r = 0; r < rows; ++r) {
     const A* probability = scratch + r * ld;
-    // sum_k p_k ln q_k - ln q_c, with ln q counted from that of the row's likeliest class: its p is near 1, and the terms of
-    // the others would be lost beside it.
+    // The gradient needs sum_k p_k ln q_k - ln q_c. All ln q are taken relative to that of the row's likeliest class,
+    // whose p may be near 1: beside its term those of the other classes would be lost.
     A origin = -HUGE_VAL;
 #pragma omp simd reduction(max : origin) aligned(probability, log_mean : 64)
     for (int64_t c = 0; c < classes; ++c) {

@@ -11,7 +11,7 @@
 
 namespace rada_fast {
 
-// A logit costs about a nanosecond, and a task some microseconds to hand over.
+// A logit takes about a nanosecond, and starting a task some microseconds.
 constexpr int64_t kLogitsPerTask = 16384;
 
 inline int64_t rows_per_task(int64_t logits_per_row) {

@@ -1,4 +1,4 @@
-// Sizes and scalars of one call, and the layout that all files share.
+// The sizes and scalars of one call, and the layout that all files share.
 //
 // Arrays with a value per class are stored as (D, classes), the classes padded with zeros to a multiple of 16. In this
 // layout the left factor of every product is already in place, and a sum over the features of a class adds vectors
@@ -13,11 +13,11 @@
 
 namespace rada_fast {
 
-// Queries of one kind per tile, and keys per tile: the backward's three tiles of 256 x 128 or 256 x 256 floats fill half
-// of a 1 MB second-level cache.
+// The number of queries of one kind per tile, and of keys per tile. The backward pass has three tiles of 256 x 128 or
+// 256 x 256 floats, which fill half of a 1 MB second-level cache.
 constexpr int64_t kQueryBlock = 128;
 constexpr int64_t kKeyBlock = 256;
-// Classes per tile of the projections and of the output, and features per product inside.
+// The number of classes per tile of the projections and of the output, and of features per product within a tile.
 constexpr int64_t kClassTile = 256;
 constexpr int64_t kFeatureBlock = 64;
 
@@ -33,8 +33,8 @@ struct Problem {
   Penalty penalty;
   double score_scale;     // 1 / (sqrt(d) temperature)
   double logit_scale;     // s
-  double query_scale;     // of the image and text queries' inputs
-  double rational_scale;  // of R where it enters the projections
+  double query_scale;     // the factor of the image and text queries' inputs
+  double rational_scale;  // the factor of R in the projections
   int threads;
 
   int64_t kinds() const { return int64_t(image) + int64_t(text) + int64_t(rational); }

@@ -1,4 +1,4 @@
-// The whole adapter's forward, and how the extension computes on this processor.
+// The whole adapter's forward pass, and the report of how the extension computes on this processor.
 #include "rational_adapter.h"
 
 #include <torch/library.h>
@@ -73,14 +73,14 @@ ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
   const auto options = in.image_features.options();
   const int64_t chunk = keep ? p.batch : chunk_of(p), step = chunk_of(p);
   Saved saved = allocate<T>(p, chunk, options);
-  // Without the factor s, whose gradient they are.
+  // The sums are the logits without the factor s, which makes them the derivatives with respect to s.
   Tensor sums = at::empty({p.batch, p.classes}, options.dtype(Types<T>::exact));
   Tensor mask = return_mask ? at::empty({p.batch, p.width, p.classes}, sums.options()) : at::empty({0}, options);
   Tensor penalties = at::zeros({p.batch}, options.dtype(at::kDouble));
   Tensor peak = at::zeros({p.batch}, options.dtype(at::kLong));
 
   if (p.text) {
-    // One "image" of ones: the text query is the same product, without f.
+    // The text query is the same product for one "image" whose features f are all 1.
     Problem shared = p;
     shared.rational_scale = p.query_scale;
     const auto projection = operands.projection(kText, data<T>(saved.text_query));

@@ -1,5 +1,5 @@
-// The whole adapter on the CPU: what its forward and backward share. Both work on chunks of images, so that what is not
-// kept for the backward stays small.
+// The parts that the whole adapter's forward and backward pass on the CPU share. Both work on chunks of images, so the
+// arrays that are not kept for the backward pass stay small.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -34,7 +34,7 @@ struct Arguments {
 
 Penalty penalty_named(c10::string_view name);
 Problem problem_of(const Arguments& in);
-// Images per chunk: enough rows for the products and enough heads for the threads.
+// The number of images per chunk: it gives enough rows for the products and enough heads for the threads.
 int64_t chunk_of(const Problem& p);
 
 // Calls body.template operator()<T>() with the type in which the parameters are stored and multiplied.
@@ -56,7 +56,7 @@ struct Types {
   static constexpr at::ScalarType exact = sizeof(T) == 8 ? at::kDouble : at::kFloat;
 };
 
-// The tensor's memory, or null where there is none.
+// Returns the tensor's memory, or null for an undefined or empty tensor.
 template <typename X>
 X* data(const Tensor& tensor) {
   return tensor.defined() && tensor.numel() ? reinterpret_cast<X*>(tensor.data_ptr()) : nullptr;
@@ -70,7 +70,7 @@ struct Operands {
   Tensor image, text_rows, text, ones;
   std::array<Tensor, kRoles> weights, biases;
 
-  // output_only: convert no weight but the output's; widening one costs as much as a small product.
+  // output_only: convert only the output projection's weight; widening a weight costs as much as a small product.
   Operands(const Problem& p, const Arguments& in, bool output_only = false) {
     image = in.image_features.to(Types<T>::exact).contiguous();
     text_rows = in.text_features.to(Types<T>::exact).contiguous();
@@ -90,8 +90,8 @@ struct Operands {
   }
 };
 
-// What the forward keeps for the backward. Images come before everything that differs between them, so that a chunk of
-// images is contiguous.
+// The tensors that the forward pass keeps for the backward pass. The axis of images comes before all axes whose values
+// differ between images, so a chunk of images is contiguous.
 struct Saved {
   Tensor projections;  // (keys, values[, rational query]; images, D, padded)
   Tensor attended;     // (kinds with a query per class, images, D, padded)
@@ -101,7 +101,7 @@ struct Saved {
   Tensor text_query;   // (D, padded)
 };
 
-// The part of `saved` that belongs to the images from `first` on.
+// Returns the part of `saved` that belongs to the images from `first` on.
 template <typename T>
 AttentionState<T> state_of(const Problem& p, const Saved& saved, int64_t first) {
   using A = Acc<T>;

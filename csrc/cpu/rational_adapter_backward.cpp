@@ -1,5 +1,5 @@
-// The whole adapter's backward: per chunk of images from the logits back to the rational matrix, and at the end what all
-// images share.
+// The whole adapter's backward pass. It goes from the logits back to the rational matrix for one chunk of images after
+// another, and ends with the gradients that all images share.
 #include <torch/library.h>
 
 #include "rational_adapter.h"
@@ -7,7 +7,7 @@
 namespace rada_fast {
 namespace {
 
-// Which gradients are asked for; the flags come in the order of the schema.
+// Flags of the gradients that are asked for, in the order of the schema.
 struct Needed {
   bool image_features, text_features;
   std::array<bool, kRoles> weights, biases;
@@ -38,8 +38,8 @@ Tensor transposed(const Tensor& matrix) {
   return out;
 }
 
-// The gradients of the outputs. dlogits is multiplied by s; dpenalty is what one element (l2, l1) or one image (linf)
-// takes of the penalty's gradient.
+// The gradients of the outputs. dlogits is multiplied by s; dpenalty is the part of the penalty's gradient that one
+// element (l2, l1) or one image (linf) receives.
 struct UpstreamGradients {
   Tensor dlogits, dmask;
   double dpenalty;
@@ -89,22 +89,23 @@ class AdapterBackward {
   const bool need_rational = p.rational && (needed.role(kRational) || features);
   const bool need_keys = needed.role(kKey) || features, need_values = needed.role(kValue) || features;
   const bool need_attention = need_image || need_text || need_rational || need_keys || need_values;
-  // A single class has a probability of 1 whatever its score: the scores' gradients are zeros, not rounding noise.
+  // A single class has the probability 1 whatever its score, so the scores' gradients are set to zero: computed, they
+  // would be rounding noise.
   const bool single_class = p.classes == 1;
 
-  // Results over all images.
+  // The results over all images.
   std::array<Tensor, kRoles> dweights, dbiases;
   Tensor dimage, dtext;  // (B, D), (D, padded)
   Tensor dtext_query;    // (D, padded)
   Tensor dimage_query;   // (B, D)
-  // Weights transposed, (D, D), where a gradient goes through them.
+  // The transposed weights, (D, D), where a gradient goes through them.
   std::array<Tensor, kRoles> transposed_weights;
-  // Buffers of a chunk, (images, D, padded), undefined where they are not needed.
+  // The buffers of a chunk, (images, D, padded), undefined where they are not needed.
   Tensor doffset, attended, dattended, weighted, dkeys, dvalues, drational_query, dtext_queries;
 
   void allocate_results() {
     for (size_t role = 0; role < kRoles; ++role) {
-      // The first product writes it; without images there is none.
+      // The first product writes dweights; without images there is no product.
       if (needed.weights[role])
         dweights[role] = p.batch > 0 ? at::empty({p.width, p.width}, exact) : at::zeros({p.width, p.width}, exact);
       if (needed.biases[role]) dbiases[role] = at::zeros({p.width}, exact);
@@ -134,7 +135,7 @@ class AdapterBackward {
     dtext_queries = buffer(need_text, exact);
   }
 
-  // From the logits, the mask and the penalty to the output projection and to what the attention gave.
+  // Goes back from the logits, the mask and the penalty to the output projection and to the attention's result.
   void output(int64_t first, int64_t images, const AttentionState<T>& state) {
     const int64_t masks = first * p.width * p.classes;
     const OutputGradients<F> gradients{data<A>(upstream.dlogits) + first * p.classes,
@@ -152,7 +153,7 @@ class AdapterBackward {
                                  data<A>(dbiases[kOutput]), first > 0);
   }
 
-  // To the queries, keys and values. The text query belongs to all images: theirs are added up in order.
+  // Goes back to the queries, keys and values. All images share the text query, so their gradients are added up in order.
   void attention(int64_t first, int64_t images, const AttentionState<T>& state) {
     AttentionGradients<T> gradients{};
     gradients.doutput = data<F>(dattended);
@@ -173,7 +174,7 @@ class AdapterBackward {
     });
   }
 
-  // To the projections' weights, and through them to the rational matrix and the features.
+  // Goes back to the projections' weights, and through them to the rational matrix and the features.
   void projections(int64_t first, int64_t images) {
     const A* image = data<A>(operands.image) + first * p.width;
     std::array<ProjectionGradient<F>, 3> gradients{};
@@ -183,8 +184,8 @@ class AdapterBackward {
         gradients[count++] = {data<F>(gradient), data<A>(dweights[role]), data<A>(dbiases[role]), first > 0};
     };
     add(kKey, dkeys);
-    // A row's probabilities do not change when all keys shift alike: the key's bias has no gradient, and rounding must
-    // not give it one.
+    // A row's probabilities do not change when all keys shift by the same vector. The key's bias therefore has a
+    // gradient of zero, and rounding must not change that.
     if (needed.role(kKey) && (!p.matrix_softmax || p.per_class_kinds() == 0)) gradients[0].dbias = nullptr;
     add(kValue, dvalues);
     if (p.rational) add(kRational, drational_query);
@@ -197,7 +198,7 @@ class AdapterBackward {
                                  2 + p.rational, data<A>(weighted), data<A>(dimage) + first * p.width, data<A>(dtext));
   }
 
-  // The text query is the projection of one image of ones; see the forward.
+  // The text query is the projection for one image of ones; see the forward pass.
   void shared_text_query() {
     if (!needed.role(kText)) return;
     Problem shared = p;
@@ -210,7 +211,7 @@ class AdapterBackward {
   void image_query() {
     if (needed.weights[kImage] && p.batch > 0) {
       const Tensor scaled = dimage_query.mul(p.query_scale);
-      // A product of depth 1 is an outer product, which the matrix product is slow at.
+      // A product of depth 1 is an outer product, for which the matrix product is slow.
       if (p.batch == 1)
         at::mul_out(dweights[kImage], scaled.t(), operands.image);
       else

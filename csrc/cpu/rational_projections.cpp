@@ -13,7 +13,7 @@ void rational_projections(const Problem& p, int64_t images, const Acc<T>* image,
   using F = Factor<T>;
   const auto& loops = chosen_loops<AdapterLoops<T>>();
   const int64_t D = p.width, tiles = divide_up(p.classes, kClassTile), blocks = divide_up(D, kFeatureBlock);
-  // With few tiles, as for one image with few classes, the features are split as well; each part forms R again.
+  // With few tiles, as for one image with few classes, the features are split as well; each part computes R again.
   const int64_t units = count * blocks;
   const int64_t parts = std::clamp<int64_t>(divide_up(4 * p.threads, images * tiles), 1, units);
 
@@ -52,7 +52,7 @@ void rational_projection_gradients(const Problem& p, int64_t images, const Acc<T
   constexpr int64_t depth = kQueryBlock;  // classes per operand
   const int64_t D = p.width;
   const int64_t height = std::clamp<int64_t>(round_up(divide_up(D, 2 * p.threads), 16), 32, 256);
-  // A task owns some rows of every gradient: it forms R once for all of them, and no two tasks write to the same place.
+  // A task owns some rows of every gradient: it computes R once for all of them, and no two tasks write to the same place.
   at::parallel_for(0, divide_up(D, height), 1, [&](int64_t begin, int64_t end) {
     Scratch& scratch = Scratch::rewound();
     T* rational = scratch.take<T>(depth * D);

@@ -1,4 +1,5 @@
-// Projections of the rational matrix (Eq. 2 and 6): W (s R[b])^T + bias. R itself is formed tile by tile as an operand.
+// Projections of the rational matrix R (Eq. 2 and 6): W (s R[b])^T + bias. R itself is computed tile by tile as an
+// operand.
 #pragma once
 
 #include "problem.h"
@@ -19,9 +20,9 @@ void rational_projections(const Problem& problem, int64_t images, const Acc<T>* 
 
 template <typename T>
 struct ProjectionGradient {
-  const T* gradient;      // of the projection's output: (images, D, padded)
+  const T* gradient;      // the gradient of the projection's output: (images, D, padded)
   Acc<T>* dweight;        // (D, D), or null
-  Acc<T>* dbias;          // (D) to add to, or null
+  Acc<T>* dbias;          // (D), which is added to, or null
   bool add;               // whether to add to what dweight holds; otherwise dweight is written without being read
 };
 
@@ -30,10 +31,12 @@ template <typename T>
 void rational_projection_gradients(const Problem& problem, int64_t images, const Acc<T>* image, const Acc<T>* text_rows,
                                    const ProjectionGradient<T>* projections, int64_t count);
 
-// df and dT through R. R receives sum_w W_w^T dout_w from the projections, and `weighted` directly from the logits.
-// transposed[w]: W_w^T, (D, D). gradients[w]: dout_w, (images, D, padded). weighted: (images, D, padded),
-// logit_scale * dlogits * M. Adds to dimage (images, D) and dtext (D, padded). Results do not depend on the threads: a tile
-// of classes belongs to one thread, and the images are added in order.
+// Adds the gradients through R to dimage (images, D) and dtext (D, padded). The gradient of R is sum_w W_w^T dout_w
+// from the projections w plus `weighted` directly from the logits.
+//   transposed[w]   W_w^T, (D, D)
+//   gradients[w]    dout_w, (images, D, padded)
+//   weighted        logit_scale * dlogits * M, (images, D, padded)
+// Results do not depend on the number of threads: a tile of classes belongs to one thread, and images are added in order.
 template <typename T>
 void rational_matrix_gradients(const Problem& problem, int64_t images, const Acc<T>* image, const Acc<T>* text,
                                const T* const* transposed, const T* const* gradients, int64_t count,

@@ -1,4 +1,4 @@
-// A thread's scratch memory, kept between calls: at small sizes, fresh pages would cost more than the work on them.
+// A thread's scratch memory, which is kept between calls: at small sizes, new pages would take more time than the work.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace rada_fast {
 
 class Scratch {
  public:
-  // The calling thread's memory, all of it free again: whatever was taken from it before must not be used any more.
+  // Returns the calling thread's memory with all of it free again: arrays taken from it before must no longer be used.
   static Scratch& rewound() {
     thread_local Scratch scratch;
     if (scratch.blocks_.size() > 1) {
@@ -26,7 +26,7 @@ class Scratch {
     return scratch;
   }
 
-  // Uninitialised memory for `count` values, aligned to 64 bytes.
+  // Returns uninitialised memory for `count` values, aligned to 64 bytes.
   template <typename T>
   T* take(int64_t count) {
     const int64_t bytes = rounded_up(count * static_cast<int64_t>(sizeof(T)), 64);

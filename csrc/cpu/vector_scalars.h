@@ -25,7 +25,7 @@ inline float load(Half x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   float value;
   std::memcpy(&value, &magnitude, 4);
-  value *= 0x1p112f;  // the exponents' difference; exact for denormals too
+  value *= 0x1p112f;  // the difference between the exponents' biases; this is exact for denormals too
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   bits = sign | (magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : bits);
@@ -51,7 +51,7 @@ inline void put(Half& out, float x) {
   std::memcpy(&bits, &x, 4);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   bits &= 0x7fffffffu;
-  // Below half's least normal number the addition's own rounding does the work.
+  // Below the least normal float16, the addition itself rounds to the right place.
   float small;
   std::memcpy(&small, &bits, 4);
   small += 0.5f;

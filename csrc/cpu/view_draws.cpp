@@ -1,6 +1,6 @@
-// Boxes and flips of random views, drawn as torchvision's RandomResizedCrop.get_params and RandomHorizontalFlip draw
-// them, and AugMix's operations and weights as rada_fast.reference.augmix does: the same numbers in the same order from
-// the same generator.
+// Draws boxes and flips of random views like torchvision's RandomResizedCrop.get_params and RandomHorizontalFlip, and
+// AugMix's operations and weights like rada_fast.reference.augmix: the same numbers in the same order from the same
+// generator.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/DistributionsHelper.h>
@@ -25,24 +25,24 @@ class Draws {
         own_(at::check_generator<at::CPUGeneratorImpl>(generator_)),
         value_(at::empty({1}, at::kFloat)) {}
 
-  // torch.empty(1).uniform_(low, high), by PyTorch itself: whether the product and the sum are fused, and with it the last
-  // bit, depends on the processor.
+  // Equals torch.empty(1).uniform_(low, high). PyTorch computes it, because the last bit depends on whether the processor
+  // fuses the product and the sum.
   float uniform(double low, double high) {
     value_.uniform_(low, high, generator_);
     return *value_.const_data_ptr<float>();
   }
-  // torch.rand(1)
+  // Equals torch.rand(1).
   float unit() {
     const std::lock_guard<std::mutex> lock(own_->mutex_);
     return static_cast<float>(at::uniform_real_distribution<float>(0.0f, 1.0f)(own_));
   }
-  // torch.randint(begin, end, (1,))
+  // Equals torch.randint(begin, end, (1,)).
   int64_t between(int64_t begin, int64_t end) {
     const std::lock_guard<std::mutex> lock(own_->mutex_);
     return at::uniform_int_from_to_distribution<int64_t>(end - begin, begin)(own_);
   }
   int64_t below(int64_t end) { return between(0, end); }
-  // A draw from the symmetric Dirichlet distribution with parameter 1: exponentials over their sum.
+  // Draws from the symmetric Dirichlet distribution with parameter 1: exponentials divided by their sum.
   Tensor shares(int64_t count) {
     const Tensor drawn = at::empty({count}, at::kFloat).exponential_(1.0, generator_);
     return drawn / drawn.sum();
@@ -89,7 +89,7 @@ class BoxDraws {
   }
 
  private:
-  // PyTorch's own exponential: another one may differ in the last bit, and the box would differ too.
+  // PyTorch computes the exponential: another one may differ in the last bit, and then the box would differ too.
   double exponential(float x) {
     *value_.mutable_data_ptr<float>() = x;
     value_.exp_();
@@ -132,7 +132,7 @@ Tensor random_views(int64_t height, int64_t width, int64_t size, int64_t count, 
   return out;
 }
 
-// The nine operations that the test-time protocols' AugMix draws from, in their order.
+// The nine operations among which the test-time protocols' AugMix draws, in its order.
 enum class Drawn : int64_t {
   autocontrast, equalize, posterize, rotate, solarize, shear_x, shear_y, translate_x, translate_y
 };

@@ -116,7 +116,7 @@ AxisWeights Resizer::Storage::fill(const Axis& axis, std::vector<double>& scratc
   scratch.resize(most * 64);
   AxisWeights out{most, padded, first.data(), taps.data(), weights.data()};
   loops.axis_weights(axis, scratch.data(), out);
-  // Pillow's bound is generous: with a window of three, an output has at most three or four taps.
+  // Pillow's bound is larger than needed: with a window of three, an output has at most three or four taps.
   out.most_taps = *std::max_element(taps.begin(), taps.end());
   return out;
 }

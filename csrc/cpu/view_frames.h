@@ -1,4 +1,4 @@
-// Views of pictures on the CPU: the checks of their table, and the resize of one view row by row. See view_loops.h.
+// Checks the table of views of pictures on the CPU, and resizes one view row by row. See view_loops.h.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,7 +12,7 @@
 
 namespace rada_fast {
 
-// Raises an error where a view leaves its picture or its window the resized box.
+// Raises an error where a view leaves its picture, or a window leaves its resized box.
 void check_views(at::TensorList pictures, const at::Tensor& views, int64_t size);
 
 // The pictures as planes, (3, height, width) each. All views of a picture read the same planes.
@@ -33,14 +33,14 @@ class Planes {
   at::Tensor pixels_;
 };
 
-// An uninitialised tensor that asks the system for pages of 2 MiB, where there are such. The 38 MB of 64 views of 224 pixels
-// would otherwise cost more time in page faults of 4 KiB than in arithmetic.
+// Returns an uninitialised tensor, for which it asks the system for pages of 2 MiB if there are such. The 38 MB of 64
+// views of 224 pixels would otherwise take more time in page faults of 4 KiB than in arithmetic.
 at::Tensor empty_in_large_pages(at::IntArrayRef sizes, at::ScalarType dtype);
 
-// How many bytes past the end of a row may be read for a view.
+// Returns the number of bytes past the end of a row that may be read for a view.
 int64_t row_slack(const View* views, int64_t count);
 
-// (v / 255 - mean) / std of the 256 values of three channels, as PyTorch computes them in float32.
+// The table of (v / 255 - mean) / std for the 256 values v of three channels, as PyTorch computes it in float32.
 class ChannelTables {
  public:
   ChannelTables(at::ArrayRef<double> mean, at::ArrayRef<double> std, const ViewLoops& loops);
@@ -92,7 +92,7 @@ class Resizer {
   std::vector<uint16_t> ring_, out_;
   std::vector<const uint16_t*> taps_;
   std::vector<const uint8_t*> pixel_taps_;
-  std::vector<uint8_t> strip_;              // where the vertical pass is the first: its row of each plane
+  std::vector<uint8_t> strip_;              // one row of each plane after the vertical pass, where that comes first
   int64_t strip_begin_, strip_padded_;      // the columns of the strip that are needed
   std::array<uint16_t*, 3> out_rows_;
   int64_t ring_rows_, next_row_;  // rows below next_row_ have been through the horizontal pass

@@ -88,13 +88,13 @@ void split_tail(const uint8_t* pixels, int64_t from, int64_t count, uint8_t* red
 
 #if defined(__AVX2__)
 
-// A weight of up to 24 bits is high * 2^15 + low with 0 <= low < 2^15: two 16-bit products, whose sums are exact modulo
-// 2^32 as Pillow's are.
+// A weight of up to 24 bits is high * 2^15 + low with 0 <= low < 2^15. The product with a weight becomes two 16-bit products,
+// whose sums are exact modulo 2^32, like Pillow's.
 constexpr int kLowBits = 15;
 inline int16_t low_of(int32_t weight) { return static_cast<int16_t>(weight & ((1 << kLowBits) - 1)); }
 inline int16_t high_of(int32_t weight) { return static_cast<int16_t>(weight >> kLowBits); }
 
-// The vectors of this copy. RADA_VECTOR(operation) is the intrinsic of that name for their width.
+// The vectors of this instruction set. RADA_VECTOR(operation) is the intrinsic of that name for their width.
 #if defined(__AVX512BW__)
 #define RADA_VECTOR(operation) _mm512_##operation
 using Int = __m512i;
@@ -152,11 +152,12 @@ inline Float fused_negated(Float a, Float b, Float c) { return RADA_VECTOR(fnmad
 #undef RADA_VECTOR
 
 constexpr int kBytes = 16 * kLanes;
-// Outputs of two vectors, whose 32-bit results are packed into one of 16-bit words.
+// The number of outputs of two vectors, whose 32-bit results are packed into one vector of 16-bit words.
 constexpr int kPair = 8 * kLanes;
 
-// Four outputs share a lane of 16 bytes. Packing takes the lanes of two vectors in turn, so the first vector of a pair holds
-// the blocks 0, 2, ... of its outputs and the second 1, 3, ...: then the words come out in order.
+// Four outputs share a lane of 16 bytes. Packing takes the lanes of two vectors in turn. The first vector of a pair
+// therefore holds the blocks 0, 2, ... of its outputs and the second one 1, 3, ..., which makes the words come out in
+// order.
 inline int64_t block_of(int64_t vector, int lane) { return vector / 2 * 2 * kLanes + 2 * lane + vector % 2; }
 
 void pack_columns(Columns& columns) {
@@ -248,7 +249,7 @@ inline int32_t two(int16_t a, int16_t b) {
                               static_cast<uint32_t>(static_cast<uint16_t>(b)) << 16);
 }
 
-// Sums of products with a pair of taps' weights: four vectors of 32-bit sums, their low and high parts apart.
+// Sums of products with the weights of two taps: four vectors of 32-bit sums, with low and high parts kept apart.
 struct VerticalSums {
   Int low[4], high[4];
   VerticalSums() {
@@ -257,7 +258,7 @@ struct VerticalSums {
       high[i] = zero();
     }
   }
-  // The sum of vector i, shifted back to whole numbers.
+  // Returns the sum of vector i, shifted back to whole numbers.
   Int shifted(int i) const { return down(add(low[i], up(high[i]))); }
 };
 
@@ -313,7 +314,7 @@ void vertical_pixels(const uint8_t* const* rows, const int32_t* weights, int64_t
 }
 
 void split(const uint8_t* pixels, int64_t count, uint8_t* red, uint8_t* green, uint8_t* blue) {
-  // Where each of 48 bytes goes: plane p takes the bytes p, p + 3, ... of the three loads.
+  // picks says which of 48 bytes each plane takes: plane p takes the bytes p, p + 3, ... of the three loads.
   alignas(16) uint8_t picks[3][3][16];
   std::memset(picks, 0x80, sizeof(picks));
   for (int plane = 0; plane < 3; ++plane)
@@ -338,7 +339,7 @@ void split(const uint8_t* pixels, int64_t count, uint8_t* red, uint8_t* green, u
   split_tail(pixels, i, count, red, green, blue);
 }
 
-// A quotient by a product and one correction. `prepare` accepts it only where all 256 results are the table's.
+// Computes a quotient by a product and one correction. `prepare` uses it only where all 256 results equal the table's.
 inline Float quotient(Float value, Float divisor, Float inverse) {
   const Float guess = multiply(value, inverse);
   return fused(fused_negated(guess, divisor, value), inverse, guess);

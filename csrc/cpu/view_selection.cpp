@@ -1,4 +1,4 @@
-// The entropies of all views' predictions, and the indices of the lowest ones of every episode.
+// Computes the entropies of all views' predictions, and the indices of the lowest ones of every episode.
 //
 // The work is done in two steps, first over rows of logits and then over episodes, so that a single episode keeps all
 // threads busy too. The choice is a partial sort by (entropy, index), a total order in which NaN is last.

@@ -1,10 +1,10 @@
 // There are four kinds of launches: the plan is sent to the device as kernels' arguments; the views are resized into 8-bit
-// pixels; a block takes a view through one chain; the chains are mixed. A pixel of a view has four bytes: red, green, blue,
-// 0.
+// pixels; a block applies one chain to a view; the chains are mixed. A pixel of a view has four bytes: red, green,
+// blue, 0.
 //
 // Operations on values only change a table of 3 x 256 bytes in shared memory. Only affine transforms and the mix read
-// pixels, and they apply the table to what they read. Histograms count in shared memory: sums of integers do not depend on
-// their order.
+// pixels, and they apply the table to the pixels that they read. Histograms are counted in shared memory: sums of integers
+// do not depend on their order.
 #include "augmix.h"
 
 #include <algorithm>
@@ -26,11 +26,11 @@ struct Workspace {
   float* weights;
   uint32_t* plain;    // [view][size][size]
   uint32_t* moved;    // [view][chain][2][size][size]
-  float* values;      // [view][chains + 1][3][256]: what a byte adds to the mix; the last is the plain view's
-  int32_t* places;    // [view][chain]: 0 the plain view, 1 and 2 the buffers
+  float* values;      // [view][chains + 1][3][256]: a byte's contribution to the mix; the last is the plain view's
+  int32_t* places;    // [view][chain]: where the chain's pixels are, 0 for the plain view, 1 and 2 for the buffers
 };
 
-// Sets the arrays' addresses and returns the bytes used; a null base serves to ask for the size.
+// Sets the arrays' addresses and returns the number of bytes used; call it with a null base to learn that number.
 int64_t lay_out(Workspace& w, char* base, int64_t count, int64_t chains, int64_t depth, int32_t size) {
   int64_t used = 0;
   const auto take = [&](auto*& pointer, int64_t elements) {
@@ -109,7 +109,7 @@ __device__ inline void count_values(Chain& chain, const uint32_t* image, int32_t
   __syncthreads();
 }
 
-// A warp serves one channel, a lane eight of its values; `flatten` works in the same way.
+// A warp handles one channel and a lane eight of its values; `flatten` works in the same way.
 __device__ inline void stretch(Chain& chain, int channel, int lane) {
   const uint32_t* counts = chain.counts[channel];
   int low = 255, high = 0;
@@ -164,7 +164,7 @@ __device__ inline double between(double from, double to, double share) {
   return __dadd_rn(from, __dmul_rn(__dsub_rn(to, from), share));
 }
 
-// Pillow's bilinear affine transform, with the table applied to what is read.
+// Computes Pillow's bilinear affine transform, and applies the table to every pixel that it reads.
 __device__ inline void transform(const Chain& chain, const uint32_t* image, const double* matrix, int32_t size,
                                  uint32_t* out) {
   const double a = matrix[0], b = matrix[1], c = matrix[2], d = matrix[3], e = matrix[4], f = matrix[5];
@@ -193,7 +193,7 @@ __device__ inline void transform(const Chain& chain, const uint32_t* image, cons
   }
 }
 
-// A block for every chain of a view, and one for the plain view.
+// There is a block for every chain of a view, and one for the plain view.
 __global__ void __launch_bounds__(kChainThreads) run_chains(Workspace w, Channels channels) {
   __shared__ Chain chain;
   const int64_t view = blockIdx.y, index = blockIdx.x;
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kMixThreads) mix(Workspace w, T* out) {
   if (i >= pixels) return;
   const float* weights = w.weights + view * (w.chains + 2);
   const float rest = weights[w.chains + 1];
-  // The mix has weight 0 and is finite: only the plain view is left.
+  // Where the mix has weight 0, the result is the plain view, since the mix is finite.
   const int64_t used = weights[w.chains] == 1.0f && rest == 0.0f ? 0 : w.chains;
   const float* values = w.values + view * (w.chains + 1) * kValues;
   float sums[3] = {0.0f, 0.0f, 0.0f};

@@ -5,21 +5,21 @@
 
 namespace rada_fast {
 
-// A launch has a row of blocks for each view, of which a grid may have no more, and a view's pixels are counted in 32 bits.
+// A launch has a row of blocks for each view, and a grid has at most 65535 rows. A view's pixels are counted in 32 bits.
 constexpr int64_t kMostAugmixViews = 65535, kMostAugmixSize = 16384;
 
 }  // namespace rada_fast
 
-// How many bytes of device memory rada_fast_augmix needs for its work.
+// Returns the number of bytes of scratch memory on the device that rada_fast_augmix needs.
 extern "C" int64_t rada_fast_augmix_scratch(int64_t count, int64_t chains, int64_t depth, int32_t size);
 
-// Views after AugMix, at most kMostAugmixViews of at most kMostAugmixSize pixels a side; there may be no view, no chain and
-// no step.
+// Computes views after AugMix: at most kMostAugmixViews views of at most kMostAugmixSize pixels a side. The numbers of
+// views, chains and steps may be 0.
 //   frames, mean, std, type   as in rada_fast_multi_view_crops
 //   operations                [view][chain][step], numbers of the enumeration Operation in ../shared/view_table.h
-//   matrices                  [view][chain][step][6], an affine transform; posterize and solarize use the first number alone,
-//                             the bits to keep or the least value to invert
-//   weights                   [view][chains + 2], of each chain, of the plain view, and of the mix of the chains
+//   matrices                  [view][chain][step][6], the matrix of an affine transform; posterize and solarize use
+//                             only the first number, the bits to keep or the least value to invert
+//   weights                   [view][chains + 2], the weights of the chains, of the plain view, and of the chains' mix
 //   scratch                   on the device, aligned to 256 bytes
 //   out                       (count, 3, size, size) of `type`, on the device
 // operations, matrices and weights are in the host's memory and are not read after the call returns.

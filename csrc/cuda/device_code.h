@@ -1,4 +1,4 @@
-// Which of the compiled copies of the kernels a device runs.
+// Finds out which of the compiled copies of the kernels a device runs.
 #pragma once
 
 #include <cuda_runtime_api.h>

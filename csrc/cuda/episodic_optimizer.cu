@@ -1,9 +1,9 @@
-// A block owns kChunk elements of one copy of one tensor. The descriptors of the tensors are a kernel parameter, so that a
-// step of all tensors is one launch and needs no table in device memory.
+// A block owns kChunk elements of one copy of one tensor. The descriptors of the tensors are a kernel parameter, so a step
+// of up to kMostTensors tensors is one launch and needs no table in device memory.
 //
-// Every element is read and written once: p, m, v and g are read, and p, m and v written. The first step reads only g, and p
-// from the one copy that all episodes start from. The copies of one chunk belong to neighbouring blocks, so that it stays in
-// the cache.
+// Every element is read and written once: the parameter p, its moments m and v and its gradient g are read, and p, m and v
+// are written. The first step reads only g, and p from the one copy that all episodes start from. The copies of one chunk
+// belong to neighbouring blocks, so that the chunk stays in the cache.
 #include "episodic_optimizer.h"
 
 #include <cuda_fp16.h>
@@ -13,15 +13,15 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWidth = 4;  // floats in 16 bytes
-// Four accesses a thread make 16 KiB of each array per block, little enough that the last blocks end at about one time.
+// With four accesses per thread a block handles 16 KiB of each array, little enough that the last blocks end together.
 constexpr int64_t kChunk = 4 * kWidth * kThreads;
-// Descriptors of 72 bytes within the 4 KiB of parameters that every device takes.
+// This many descriptors of 72 bytes fit into the 4 KiB of kernel parameters that every device accepts.
 constexpr int kMostTensors = 56;
 
 struct Descriptor {
   OptimizerTensor tensor;
-  int32_t last_block;  // of this tensor and all before it, exclusive
-  int32_t vectors;     // 16-byte accesses are aligned
+  int32_t last_block;  // the number of blocks of this tensor and of all before it
+  int32_t vectors;     // whether 16-byte accesses are aligned
 };
 
 struct Batch {
@@ -74,7 +74,7 @@ __device__ __forceinline__ Values<kElements> load_gradient(const OptimizerTensor
   }
 }
 
-// The roundings of ../shared/episodic_optimizer.h, each written out, so that the compiler decides none of them.
+// Every rounding of ../shared/episodic_optimizer.h is written out here, so that the compiler cannot change any of them.
 __device__ __forceinline__ void adam(const OptimizerScalars& s, float g, float& p, float& m, float& v) {
   if (s.weight_decay != 0.0f) g = __fmaf_rn(s.weight_decay, p, g);
   const float w = s.first_weight, change = __fsub_rn(g, m);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 4) episodic_optimizer(const __grid_c
     if (block < batch.tensors[middle].last_block) high = middle;
     else low = middle + 1;
   }
-  // Copies, so that everything that an element needs is in registers.
+  // These are copies, so that all values that an element needs are in registers.
   const OptimizerTensor t = batch.tensors[low].tensor;
   const OptimizerScalars s = batch.scalars;
   const int64_t local = block - (low ? batch.tensors[low - 1].last_block : 0);

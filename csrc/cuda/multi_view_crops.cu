@@ -1,5 +1,5 @@
-// A block has a tile of 32 x 32 pixels of a view. It reads the pixels that the tile's outputs see, those where tiles overlap
-// more than once, and writes each output once. See view_resize.cuh.
+// A block owns a tile of 32 x 32 pixels of a view. It reads the pixels of the picture on which the tile depends and writes
+// each output once. Pixels on which several tiles depend are read several times. See view_resize.cuh.
 #include "multi_view_crops.h"
 
 #include "view_resize.cuh"

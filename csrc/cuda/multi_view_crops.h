@@ -1,4 +1,4 @@
-// Views of pictures on CUDA: boxes resized as Pillow resizes them, mirrored, normalised.
+// Cuts views of pictures on CUDA: boxes are resized as by Pillow, mirrored and normalised.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,7 @@ namespace rada_fast {
 enum ViewFlags : int32_t { kFlip = 1, kBicubic = 2, kVerticalFirst = 4 };
 
 // One view: the first pixel of its box; the distances between rows, pixels and channels in bytes; the size of the box; the
-// size that it is resized to; where the view lies in the resized box; ViewFlags.
+// size to which it is resized; the view's position in the resized box; ViewFlags.
 struct ViewFrame {
   const uint8_t* pixels;
   int64_t row_stride, column_stride, channel_stride;
@@ -18,7 +18,8 @@ struct ViewFrame {
 };
 static_assert(sizeof(ViewFrame) == 64, "tests write these as 64 bytes");
 
-// Frames are passed as a kernel's argument, which may have 4 KiB: nothing is copied, and a CUDA graph keeps them.
+// This many frames fit into a kernel's arguments, 4 KiB. Passed in this way they need no copy, and a CUDA graph keeps
+// them.
 constexpr int kMostFrames = 56;
 
 enum ViewType : int { kViewFloat = 0, kViewBfloat16 = 2, kViewHalf = 3 };

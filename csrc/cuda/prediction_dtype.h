@@ -1,4 +1,4 @@
-// Types of logits by number, for launchers that take untyped pointers.
+// The types of logits by number, for launchers that take untyped pointers.
 #pragma once
 
 namespace rada_fast {

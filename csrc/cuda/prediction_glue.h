@@ -1,4 +1,5 @@
-// Helpers of the glue of the kernels on predictions: a dtype as the launchers' number, and the dtype of the results.
+// Helpers that connect the kernels on predictions to PyTorch: the launchers' number of a dtype, and the dtype of the
+// results.
 #pragma once
 
 #include "prediction_dtype.h"

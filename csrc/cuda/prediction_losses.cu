@@ -1,10 +1,10 @@
 // Losses over the predictions of every episode, each with its gradient, in one launch.
 //
 // Mean entropy and cross-entropy: a warp owns a row of up to 1024 logits (512 of double) and keeps it in registers between
-// its statistics and its gradient. A longer row takes the eight warps of a block; up to 8192 logits stay in registers, and a
-// row beyond that is read a second time. An episode of up to eight rows is one block, which adds the losses of the rows
-// itself. Otherwise these losses go through device memory, and the last block of the episode adds them, always in the same
-// order. A counter tells which block is last, and no value depends on it.
+// its statistics and its gradient. A longer row takes the eight warps of a block; up to 8192 logits stay in registers,
+// and a row beyond that is read a second time. An episode of up to eight rows is one block, which adds the losses of
+// the rows itself. Otherwise these losses go through device memory, and the last block of the episode adds them, always
+// in the same order. A counter tells which block is last, and no value depends on it.
 //
 // Marginal entropy: a block owns an episode, and a warp a strip of classes for all rows, because a class needs its
 // probability in every row. Up to 8 rows of 8 strips stay in registers. More are read again from the cache in each of the
@@ -35,7 +35,7 @@ struct Problem {
   unsigned* counters;
 };
 
-// The sum over the rows of an episode, in an order that depends on their number alone.
+// Returns the sum over the rows of an episode, in an order that depends only on their number.
 template <typename A>
 __device__ inline A sum_of(const A* values, int64_t count) {
   A sum = 0;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize, 1) row_losses(const Prob
 
 constexpr int kResidentRows = 8, kResidentWarps = 8;
 template <typename T>
-constexpr int kReadingWarps = sizeof(T) == 8 ? 4 : 8;  // what shared memory allows for kMostMarginalRows
+constexpr int kReadingWarps = sizeof(T) == 8 ? 4 : 8;  // the most that shared memory allows for kMostMarginalRows
 
 template <bool resident, typename Body>
 __device__ inline void for_rows(int rows, const Body& body) {
@@ -263,7 +263,8 @@ __global__ void __launch_bounds__(resident ? kResidentWarps * kWarpSize : kReadi
     });
 #pragma unroll
     for (int i = 0; i < pack; ++i) {
-      // The logarithm of the sum, which is no smaller than any of its terms: their mean could be 0 where a probability is not.
+      // The logarithm is that of the sum, which is no smaller than any term. The mean could be 0 where a probability is
+      // not.
       log_mean[i] = logarithm(total[i]) + log_share;
       total[i] = total[i] == 0 ? A(0) : share * total[i] * log_mean[i];
       sum_entropy -= i < lane_classes<T, 1>(in.classes, k0) ? total[i] : A(0);
@@ -305,8 +306,8 @@ __global__ void __launch_bounds__(resident ? kResidentWarps * kWarpSize : kReadi
   for (int r = lane; r < rows; r += kWarpSize) second[warp * rows + r] = 0;
   __syncthreads();
 
-  // 3. sum_k p_k ln q_k, with ln q counted from that of the row's likeliest class: its p is near 1, and the terms of the
-  // others would be lost beside it.
+  // 3. sum_k p_k ln q_k, where all ln q are taken relative to that of the row's likeliest class: its p may be near 1, and
+  // the terms of the other classes would be lost beside it.
 #pragma unroll 1
   for (int64_t k0 = start; k0 < in.classes; k0 += step) {
     if constexpr (!resident) take_mean(k0);

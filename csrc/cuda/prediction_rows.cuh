@@ -1,4 +1,5 @@
-// Rows of logits on a warp: loads and stores of 16 bytes for every alignment of a row, and the statistics of a row.
+// Loads and stores rows of logits by warps, 16 bytes at a time for every alignment of a row, and computes their
+// statistics.
 //
 // A row of K logits starts at any multiple of its type's size. A warp reads the aligned 16-byte words that cover its part
 // of the row, including those that it shares with its neighbours at the borders, and shifts them into place. A lane then
@@ -31,7 +32,7 @@ __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
 __device__ inline float log_one_plus(float x) { return log1pf(x); }
 __device__ inline double log_one_plus(double x) { return log1p(x); }
-// The larger of two numbers, and the number of a number and a NaN.
+// Returns the larger of two numbers; of a number and a NaN it returns the number.
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
 __device__ inline double larger(double a, double b) { return fmax(a, b); }
 
@@ -49,7 +50,7 @@ __device__ inline A not_a_number() {
 __device__ inline uint32_t part(const uint4& word, int i) {
   return i == 0 ? word.x : i == 1 ? word.y : i == 2 ? word.z : word.w;
 }
-// This is written member by member, here and below: choosing a reference would put the words into memory.
+// The members are written one by one, here and below, because a reference to one of them would put the words into memory.
 __device__ inline void set_part(uint4& word, int i, uint32_t bits) {
   if (i == 0) word.x = bits;
   if (i == 1) word.y = bits;
@@ -108,7 +109,8 @@ __device__ inline uint4 shuffle(const uint4& word, int lane) {
           __shfl_sync(kAllLanes, word.z, lane), __shfl_sync(kAllLanes, word.w, lane)};
 }
 
-// The 16 bytes that start `shift` bytes into low, high. shift: from 0 to 16, a multiple of 2, the same in the warp.
+// Returns the 16 bytes that start `shift` bytes into the 32 bytes of low and high. shift: from 0 to 16, a multiple of
+// 2, the same in the whole warp.
 __device__ inline uint4 window(const uint4& low, const uint4& high, unsigned shift) {
   if (shift == 16) return high;
   uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -123,7 +125,7 @@ __device__ inline uint4 window(const uint4& low, const uint4& high, unsigned shi
           __funnelshift_r(w[3], w[4], bits)};
 }
 
-// A word that is only partly inside the tensor: its elements inside, and 0 for the others.
+// Loads a word that lies only partly inside the tensor, with 0 for the elements outside.
 template <typename T>
 __device__ inline uint4 load_cut(const char* at, const char* begin, const char* end) {
   using Bits = std::conditional_t<sizeof(T) == 2, unsigned short, std::conditional_t<sizeof(T) == 4, uint32_t, uint2>>;
@@ -193,7 +195,7 @@ __device__ inline void load_part(const T* row, int64_t classes, int64_t k0, cons
   }
 }
 
-// The counterpart of load_part: whole words where they lie in the row's part, single elements at its two borders.
+// The counterpart of load_part: it stores whole words inside the row's part, and single elements at its two borders.
 template <typename T, int chunks>
 __device__ inline void store_part(T* row, int64_t classes, int64_t k0, uint4 (&words)[chunks]) {
   using Bits = std::conditional_t<sizeof(T) == 2, unsigned short, std::conditional_t<sizeof(T) == 4, uint32_t, uint2>>;
@@ -263,8 +265,8 @@ __device__ inline A warp_largest(A x) {
 // ---- a prediction's statistics
 
 // With d = largest - x: others = sum exp(-d) over all logits but one of the largest, spread = sum exp(-d) d. So
-// ln sum exp(x - largest) = ln(1 + others) and entropy = ln(1 + others) + spread / (1 + others): no term cancels
-// another, and a confident prediction's small entropy keeps its digits. Without a logit: largest -inf and sums 0.
+// ln sum exp(x - largest) = ln(1 + others) and entropy = ln(1 + others) + spread / (1 + others). No term cancels
+// another, so a confident prediction's small entropy keeps its digits. Without any logit, largest is -inf and both sums 0.
 template <typename A>
 struct RowStatistics {
   A largest, others, spread;
@@ -283,7 +285,7 @@ __device__ inline RowStatistics<A> merged(const RowStatistics<A>& a, const RowSt
   const bool some = low > -infinity<A>();
   const A distance = some ? high - low : A(0);
   const A factor = some ? exponential(-distance) : A(0);
-  // Times 0 a NaN stays one.
+  // A NaN times 0 stays NaN.
   const A all = factor == 0 ? low_others * A(0) : factor * (1 + low_others);
   const A spread = factor == 0 ? A(0) : factor * low_spread + all * distance;
   return {high, (first ? a.others : b.others) + all, (first ? a.spread : b.spread) + spread};
@@ -300,7 +302,7 @@ __device__ inline RowStatistics<A> warp_merged(RowStatistics<A> row) {
           __shfl_sync(kAllLanes, row.spread, 0)};
 }
 
-// How many classes there are from the lane's first one to the end of the row or of the part.
+// Returns the number of classes from the lane's first one to the end of the row or of the part.
 template <typename T, int chunks>
 __device__ inline int lane_classes(int64_t classes, int64_t k0) {
   const int64_t left = classes - k0;
@@ -308,7 +310,7 @@ __device__ inline int lane_classes(int64_t classes, int64_t k0) {
          static_cast<int>(threadIdx.x % kWarpSize) * kPack<T>;
 }
 
-// Element (c, i) of the lane's words, -inf beyond the row.
+// Returns element (c, i) of the lane's words, or -inf beyond the end of the row.
 template <typename T, int chunks>
 __device__ inline Acc<T> logit(const uint4 (&words)[chunks], int c, int i, int left) {
   return c * kChunk<T> + i < left ? element<T>(words[c], i) : -infinity<Acc<T>>();

@@ -1,11 +1,12 @@
-// What every *_torch.cpp of this folder needs, on the LibTorch stable ABI: no ATen, no c10, so that one library serves
-// every PyTorch from 2.10 on with the same CUDA major version.
+// The declarations that every *_torch.cpp of this folder needs. They use the LibTorch stable ABI and neither ATen nor c10,
+// so one library serves every PyTorch from 2.10 on with the same CUDA major version.
 //
-// The stable ABI has all that the glue needs but one call: torch::stable gives a stream's cudaStream_t from 2.13 on only
-// (Stream::nativeHandle). The C shim of AOTInductor, which is stable too, serves every version.
+// The stable ABI lacks a single call: torch::stable gives a stream's cudaStream_t only from 2.13 on
+// (Stream::nativeHandle). The C shim of AOTInductor, which is stable too, gives it in every version.
 //
-// The glue of a kernel takes the tensors by value or as std::optional / std::vector of them, makes a Launch from one of
-// them, calls the launcher with pointers and launch.stream, and passes what it returns to check().
+// The function that connects a kernel to PyTorch takes the tensors by value or as std::optional / std::vector of them,
+// makes a Launch from one of them, calls the launcher with pointers and launch.stream, and passes its result to
+// check().
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,7 +26,7 @@ namespace rada_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// While it lives, the tensor's device is the current one; `stream` is PyTorch's current stream there.
+// While a Launch lives, the tensor's device is the current one; `stream` is PyTorch's current stream on that device.
 struct Launch {
   explicit Launch(const Tensor& on) : guard(on.get_device_index()) {
     void* current = nullptr;

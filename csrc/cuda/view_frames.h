@@ -1,4 +1,4 @@
-// Checks pictures and a table of views, and turns them into what the kernels on views take.
+// Checks pictures and a table of views, and turns them into the frames that the kernels on views take.
 #pragma once
 
 #include <limits>
@@ -51,7 +51,7 @@ inline std::vector<ViewFrame> view_frames(const std::vector<Tensor>& pictures, c
   return frames;
 }
 
-// A number for each channel, as float32.
+// Returns a number for each channel, as float32.
 inline std::vector<float> channel_values(const std::vector<double>& values, const char* name) {
   STD_TORCH_CHECK(values.size() == 3, name, " must have 3 values, got ", values.size());
   return {static_cast<float>(values[0]), static_cast<float>(values[1]), static_cast<float>(values[2])};

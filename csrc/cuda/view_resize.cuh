@@ -1,6 +1,6 @@
-// Resizes a tile of a view with one block, as Pillow resizes. Weights are computed in double precision and rounded to 22
-// fractional bits. Two passes add up integers, shift the sums and clip them to 0..255. The result of the first pass stays in
-// shared memory.
+// Resizes a tile of a view with one block, as Pillow does. Weights are computed in double precision and rounded to 22
+// fractional bits. Two passes add up integers, shift the sums and clip them to 0..255. The result of the first pass
+// stays in shared memory.
 //
 // The compiler must not fuse anything: every product and sum of weights is written as an instruction that rounds once.
 #pragma once
@@ -27,22 +27,23 @@ __device__ inline void put(float* out, float value) { *out = value; }
 __device__ inline void put(__nv_bfloat16* out, float value) { *out = __float2bfloat16_rn(value); }
 __device__ inline void put(__half* out, float value) { *out = __float2half_rn(value); }
 
-// (value / 255 - mean) / std, each step rounded as PyTorch rounds it.
+// Returns (value / 255 - mean) / std, each step rounded as in PyTorch.
 __device__ inline float normalised_value(int value, const Channels& channels, int channel) {
   const float share = __fdiv_rn(static_cast<float>(value), 255.0f);
   return __fdiv_rn(__fsub_rn(share, channels.mean[channel]), channels.std[channel]);
 }
 
-// A block computes kTile x kTile pixels with kThreads threads. A thread has kRows of them, in one column, three channels each.
+// A block computes kTile x kTile pixels with kThreads threads. A thread has kRows of them, in one column, three
+// channels each.
 constexpr int kTile = 32, kThreads = 256, kGroups = kThreads / kTile, kRows = kTile / kGroups;
 constexpr int kWeightBits = 22, kHalfWeight = 1 << (kWeightBits - 1);
 
-// The outputs of one axis of a tile: output i sees the inputs first[i] .. first[i] + taps[i] - 1.
+// The outputs of one axis of a tile: output i depends on the inputs first[i] .. first[i] + taps[i] - 1.
 struct AxisTile {
   double centre[kTile], total[kTile];
   double inverse;
   int32_t first[kTile], taps[kTile];
-  int32_t begin, end, most;  // all inputs of the tile; most taps of an output
+  int32_t begin, end, most;  // the range of all inputs of the tile; the most taps of an output
   bool bicubic;
 };
 
@@ -103,7 +104,8 @@ __device__ inline int32_t weight_of(const AxisTile& axis, int output, int32_t pl
   return static_cast<int32_t>(__dadd_rn(weight, weight < 0.0 ? -0.5 : 0.5));
 }
 
-// table[i][output]: the weight of the input `from + i`, counted from the output's first one or from the axis' start.
+// Fills table[i][output] with the weight of the input `from + i`, counted from the output's first input where by_tap is
+// true, otherwise from the start of the axis.
 __device__ inline void fill(const AxisTile& axis, bool by_tap, int32_t from, int32_t (*table)[kTile]) {
   const int output = threadIdx.x % kTile;
   for (int i = threadIdx.x / kTile; i < kTile; i += kGroups)
@@ -116,20 +118,20 @@ __device__ inline uint8_t clipped(int32_t sum) {
 
 struct ResizeTile {
   AxisTile rows, columns;
-  // The weights of the first pass by tap, of the second by place.
+  // The weights of the first pass are indexed by tap, those of the second by input.
   int32_t first[kTile][kTile], second[kTile][kTile];
   // The result of the first pass: [row of the picture][channel][column of the tile], or, where the vertical pass comes
   // first, [row of the tile][channel][column of the picture].
   uint8_t strip[kTile][3][kTile];
 };
 
-// A pass starts with a half, so that the shift that ends it rounds.
+// Every sum starts with one half, so that the shift at the end of the pass rounds to nearest.
 __device__ inline void start_sums(int (&sums)[kRows][3]) {
   for (auto& row : sums)
     for (int& sum : row) sum = kHalfWeight;
 }
 
-// What this thread's share of the first pass gives, for all threads.
+// Stores this thread's results of the first pass for all threads of the block.
 __device__ inline void store_strip(ResizeTile& tile, const int (&sums)[kRows][3]) {
   const int column = threadIdx.x % kTile, group = threadIdx.x / kTile;
 #pragma unroll
@@ -140,7 +142,7 @@ __device__ inline void store_strip(ResizeTile& tile, const int (&sums)[kRows][3]
   __syncthreads();
 }
 
-// Horizontal pass first. sums[i][channel] of the tile's rows group * kRows + i and column `column`.
+// Makes the horizontal pass first. sums[i][channel] belongs to the tile's row group * kRows + i and column `column`.
 __device__ inline void across_then_down(const ViewFrame& frame, ResizeTile& tile, int (&sums)[kRows][3]) {
   const int column = threadIdx.x % kTile, group = threadIdx.x / kTile;
   const AxisTile &rows = tile.rows, &columns = tile.columns;
@@ -186,7 +188,7 @@ __device__ inline void across_then_down(const ViewFrame& frame, ResizeTile& tile
   }
 }
 
-// Vertical pass first.
+// Makes the vertical pass first.
 __device__ inline void down_then_across(const ViewFrame& frame, ResizeTile& tile, int (&sums)[kRows][3]) {
   const int column = threadIdx.x % kTile, group = threadIdx.x / kTile;
   const AxisTile &rows = tile.rows, &columns = tile.columns;
@@ -239,7 +241,7 @@ __device__ inline int32_t tile_left() { return blockIdx.x * kTile; }
 __device__ inline int32_t thread_column() { return tile_left() + threadIdx.x % kTile; }
 __device__ inline int32_t thread_row() { return tile_top() + threadIdx.x / kTile * kRows; }
 
-// The block's tile of a view of size x size pixels: values[i][channel] of this thread's pixels.
+// Resizes the block's tile of a view of size x size pixels; values[i][channel] receives this thread's pixels.
 __device__ inline void resize_tile(const ViewFrame& frame, int32_t size, ResizeTile& tile,
                                    uint8_t (&values)[kRows][3]) {
   const int lane = threadIdx.x % kTile, warp = threadIdx.x / kTile;

@@ -1,10 +1,11 @@
-// Prediction entropies and the choice of an episode's lowest ones, in one launch.
+// Computes prediction entropies and chooses an episode's lowest ones, in one launch.
 //
-// One block per episode. A warp takes one view at a time, reads its K logits once, and leaves the entropy in shared memory.
-// Then a thread takes a view and counts the views that come before it. This count is the rank of the view, and a rank below
-// `count` is its place in the result. There is no sort, no atomic, nothing whose order could vary. With E = 1, V = 64,
-// K = 1000 in float32 the block reads 256 KB with 16 warps of 4 KB in flight each. An SM takes some 64 bytes a cycle, so
-// this is about 4000 cycles. Several SMs would need a second launch or a counter that is cleared, which costs as much.
+// There is one block per episode. A warp takes one view at a time, reads its K logits once, and leaves the entropy in
+// shared memory. Then a thread takes a view and counts the views that come before it. This count is the rank of the
+// view, and a rank below `count` is its place in the result. No step's order can vary: there is no sort and no atomic.
+// With E = 1, V = 64, K = 1000 in float32 the block reads 256 KB with 16 warps of 4 KB in flight each. An SM reads some
+// 64 bytes a cycle, so this takes about 4000 cycles. Several SMs would need a second launch or a cleared counter, which
+// costs as much.
 #include "prediction_dtype.h"
 #include "prediction_rows.cuh"
 #include "view_selection.h"
@@ -12,10 +13,10 @@
 namespace rada_fast {
 namespace {
 
-constexpr int kTile = 1024;  // entropies in shared memory at a time
+constexpr int kTile = 1024;  // the number of entropies in shared memory at a time
 constexpr int kMostWarps = 16;
 
-// a before b: smaller, or equal and earlier; NaN is equal to NaN and after everything else.
+// Returns whether a comes before b: it is smaller, or equal and earlier. NaN equals NaN and comes after everything else.
 template <typename A>
 __device__ inline bool before(A a, int64_t i, A b, int64_t j) {
   const bool nan_a = a != a, nan_b = b != b;
@@ -23,7 +24,7 @@ __device__ inline bool before(A a, int64_t i, A b, int64_t j) {
   return a < b || (a == b && i < j);
 }
 
-// 32 logits a lane for float and the halves, 8 for double: with 16 warps a thread has 128 registers.
+// A lane holds 32 logits of float and of the 16-bit types, and 8 of double: with 16 warps a thread has 128 registers.
 template <typename T>
 constexpr int kViewChunks = sizeof(T) == 4 ? 8 : 4;
 
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
       if (v < views)
         for (int u = 0; u < count_in_tile; ++u) rank += before(tile[u], u0 + u, value, v) ? 1 : 0;
     }
-    // Through shared memory, so that the indices leave side by side.
+    // The indices go through shared memory, so that neighbouring threads write neighbouring indices.
     if (v < views && rank < count) {
       if (count <= kTile)
         chosen[rank] = v;

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-// The entropies of all predictions, and the views with the `count` lowest ones of every episode. One launch.
+// Computes the entropies of all predictions, and the views with the `count` lowest ones of every episode, in one launch.
 //   logits      (episodes, views, classes), contiguous, of one of the types in prediction_dtype.h
 //   indices     (episodes, count), ascending in entropy, then in the index; NaN comes last
 //   entropies   (episodes, views), double for double, otherwise float

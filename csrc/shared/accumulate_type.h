@@ -1,4 +1,4 @@
-// The type that a sum of stored values is kept in: double for double, float for everything else.
+// The type in which sums of stored values are kept: double for double, float for every other type.
 #pragma once
 
 namespace rada_fast {

@@ -1,5 +1,5 @@
-// Checks the arguments of the episodic optimiser's operator and turns them into what the kernels are given, for ATen's
-// tensors and for those of the stable ABI.
+// Checks the arguments of the episodic optimiser's operator and turns them into the kernels' arguments, for ATen's tensors
+// and for those of the stable ABI.
 #pragma once
 
 #include <cmath>
@@ -93,7 +93,7 @@ std::string optimizer_tensors(const OptimizerScalars& s, int64_t step, const std
         return named + " must be like the parameter: contiguous float32, on its device";
       (moment ? t.second : t.first) = static_cast<float*>(m.mutable_data_ptr());
     }
-    // Without moments they are zero, and must stay so.
+    // Moments that are not stored are zero, and must stay zero.
     if (moments && !kept && elements && (gradients[i] || s.weight_decay != 0.0f || !t.fresh))
       return "first_moments" + at + " may be empty only where the moments are zero and stay so";
     if (sources[i]) {
