@@ -19,16 +19,13 @@ from rada_fast.config.arguments import options_of
 from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter, save_adapter
+from tests.pictures import write_class_folders
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
     """Make a folder of files and folders to give to the commands, good ones and bad ones."""
-    for index in range(3):
-        for name in ("red plain square", "blue plain ring"):
-            path = tmp_path / "pictures" / name / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (64, 64), (40 * index, 9, 9)).save(path)
+    write_class_folders(tmp_path / "pictures", ("red plain square", "blue plain ring"), each=3)
     (tmp_path / "empty").mkdir()
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
     (tmp_path / "none.txt").write_text("\n")

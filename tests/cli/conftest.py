@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter, save_adapter
+from tests.pictures import write_class_folders, write_picture
 
 LABELS = np.array([0, 1, 0, 1])
 
@@ -21,20 +21,10 @@ LABELS = np.array([0, 1, 0, 1])
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder of inputs once for all tests; no test writes into it."""
     root = tmp_path_factory.mktemp("inputs")
-    for index in range(2):
-        for name in ("red plain square", "blue plain ring"):
-            path = root / "pictures" / name / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (64, 64), (40 * index, 9, 9)).save(path)
-    for name in ("green plain ring", "red plain square"):
-        (root / "other" / name).mkdir(parents=True)
-        Image.new("RGB", (64, 64)).save(root / "other" / name / "0.png")
-    for name in (b"\xff ring", b"blue plain ring"):
-        folder = root / "latin" / os.fsdecode(name)
-        folder.mkdir(parents=True)
-        Image.new("RGB", (64, 64)).save(folder / "0.png")
-    (root / "flat").mkdir()
-    Image.new("RGB", (64, 64)).save(root / "flat" / "0.png")
+    write_class_folders(root / "pictures", ("red plain square", "blue plain ring"), each=2)
+    write_class_folders(root / "other", ("green plain ring", "red plain square"))
+    write_class_folders(root / "latin", (os.fsdecode(b"\xff ring"), "blue plain ring"))
+    write_picture(root / "flat" / "0.png")
     (root / "empty").mkdir()
     (root / "file").write_text("")
     os.mkfifo(root / "pipe")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from rada_fast.data.decode import UnreadableImageError, is_picture, read_image
 from rada_fast.data.open import open_source
+from tests.pictures import write_class_folders
 
 RAMP = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
 EIGHT = np.round(RAMP / 65535 * 255).astype(np.uint8)
@@ -199,13 +200,11 @@ def test_animations_orientations_and_transparency_are_read_as_by_torchvision(tmp
 def test_a_picture_that_is_deleted_during_the_run_is_unreadable(tmp_path: Path) -> None:
     from rada_fast.data.views import Preprocess, ViewDataset
 
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+    write_class_folders(tmp_path, ("a", "b"))
     source = open_source(f"imagefolder:{tmp_path}")
     views = ViewDataset(source.samples, Preprocess(4, (0.5,) * 3, (0.5,) * 3), 1, "crop", 0)
-    (tmp_path / "a" / "a.png").unlink()
-    assert views[0] == (0, None, "a.png cannot be read: No such file or directory")
+    (tmp_path / "a" / "0.png").unlink()
+    assert views[0] == (0, None, "0.png cannot be read: No such file or directory")
     assert views[1][1] is not None
 
 

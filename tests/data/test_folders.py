@@ -6,19 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rada_fast.data.folders import label_order
 from rada_fast.data.open import open_source
 from rada_fast.data.sources import ImageFolder
 from rada_fast.errors import UserError
 from rada_fast.system import notices
+from tests.pictures import write_picture
 
 
 def draw(*paths: Path) -> None:
     for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (2, 2)).save(path, "PNG")
+        write_picture(path, size=2)
 
 
 def opened(root: Path, kind: str = "imagefolder") -> tuple[ImageFolder, list[str]]:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
-from rada_fast.config.method import AdapterConfig, EpisodeConfig
+from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, RunOptions
 from rada_fast.errors import UserError
 from rada_fast.loops import ttt as ttt_loop
@@ -27,49 +27,13 @@ from rada_fast.modules import RationalAdapter, save_adapter
 from rada_fast.reports.summary import show
 from rada_fast.system import notices
 
+from .support import eft_options, features_file, fft_options, lines, text_file, ttt_options
+
 pytestmark = pytest.mark.usefixtures("tiny")
-
-
-def lines(folder: Path, name: str = "images.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def tear(picture: Path) -> None:
     picture.write_bytes(picture.read_bytes()[:40])
-
-
-def ttt(data: Path, output: Path, **run: Any) -> TTTOptions:
-    options = RunOptions(output=str(output), **run)
-    return TTTOptions(data=f"imagefolder:{data}", views=2, episode=EpisodeConfig(steps=1), run=options)
-
-
-def eft(train: Path, test: Path, output: Path, **changes: Any) -> EFTOptions:
-    options = RunOptions(output=str(output), **changes.pop("run", {}))
-    return EFTOptions(
-        train=f"imagefolder:{train}", test=f"imagefolder:{test}", epochs=2, batch_size=1, run=options, **changes
-    )
-
-
-def fft(train: Path, test: Path, output: Path, **changes: Any) -> FFTOptions:
-    options = RunOptions(output=str(output), **changes.pop("run", {}))
-    return FFTOptions(
-        train=f"imagefolder:{train}", test=(f"imagefolder:{test}",), epochs=1, finetune_from=1, finetune_epochs=1,
-        batch_size=2, run=options, **changes,
-    )  # fmt: skip
-
-
-def features_file(path: Path, label_shift: int = 0) -> str:
-    """Write three features of each of three classes; label_shift: by how many classes the labels are wrong."""
-    rows = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
-    labels = np.arange(9) % 3
-    np.savez(path, features=rows[labels], labels=(labels + label_shift) % 3, class_names=np.array(["a", "b", "c"]))
-    return f"features:{path}"
-
-
-def text_file(path: Path, seed: int = 0) -> str:
-    rows = np.random.default_rng(seed).normal(size=(3, 16)).astype(np.float32)
-    np.savez(path, features=rows, labels=np.arange(3))
-    return f"features:{path}"
 
 
 def test_the_output_must_not_be_the_data(specks: Path, tmp_path: Path) -> None:
@@ -77,55 +41,64 @@ def test_the_output_must_not_be_the_data(specks: Path, tmp_path: Path) -> None:
     for output in (specks, specks / "cat", specks / "results"):
         for overwrite in (False, True):
             with pytest.raises(UserError, match="output"):
-                run_ttt(ttt(specks, output, overwrite=overwrite))
+                run_ttt(ttt_options(specks, output, run={"overwrite": overwrite}))
     # The folder around the data holds a folder that no run made.
     with pytest.raises(UserError, match="it holds specks"):
-        run_ttt(ttt(specks, tmp_path, overwrite=True))
+        run_ttt(ttt_options(specks, tmp_path, run={"overwrite": True}))
     assert sorted(specks.rglob("*")) == before
 
 
-def test_other_arrays_under_the_same_names_are_another_run(tmp_path: Path) -> None:
-    def configs(output: str) -> list[Any]:
-        data, run = f"features:{tmp_path / 'f.npz'}", RunOptions(output=str(tmp_path / output))
-        text = ClassOptions(text_features=f"features:{tmp_path / 't.npz'}", logit_scale=100.0)
-        means = ClassOptions(text_features="class-means", logit_scale=100.0)
-        common: dict[str, Any] = {"run": run, "train": data, "test": data}
-        if output == "ttt":
-            return [TTTOptions(data=data, text=text, run=run)]
-        if output == "eft":
-            return [EFTOptions(protocol="all", text=text, epochs=2, batch_size=9, **common)]
-        return [FFTOptions(test=(data,), train=data, stages="rada", text=means, run=run, epochs=1, finetune_from=1)]
+def small_features(tmp_path: Path, label_shift: int = 0) -> str:
+    """Write three equal features of each of three classes, which their text features tell apart without an error."""
+    return features_file(tmp_path / "f.npz", 3, 3, noise=0.0, label_shift=label_shift)
 
-    runs: dict[str, Any] = {"ttt": run_ttt, "eft": run_eft, "fft": run_fft}
-    for name, run in runs.items():
-        (config,) = configs(name)
-        features_file(tmp_path / "f.npz")
-        text_file(tmp_path / "t.npz")
-        run(config)
-        again = run(config)
-        assert again["resumed"] > 0
-        features_file(tmp_path / "f.npz", label_shift=1)
-        part = "data" if name == "ttt" else "train"
-        with pytest.raises(UserError, match=rf"differing: {part}, replaced: labels\)"):
-            run(config)
-        features_file(tmp_path / "f.npz")
-        assert run(config) == again  # the same arrays, whatever the file's time
-        if name != "fft":
-            text_file(tmp_path / "t.npz", seed=1)
-            with pytest.raises(UserError, match=r"differing: text features\)"):
-                run(config)
-    shifted_labels = features_file(tmp_path / "f.npz", label_shift=1)
-    (config,) = configs("ttt")
-    text_file(tmp_path / "t.npz")
-    repeated = run_ttt(
-        dataclasses.replace(config, data=shifted_labels, run=dataclasses.replace(config.run, overwrite=True))
-    )
-    assert (repeated["zero_shot_top1"], repeated["resumed"]) == (0.0, 0)
+
+@pytest.mark.parametrize("command", ["ttt", "eft", "fft"])
+def test_other_arrays_under_the_same_names_are_another_run(tmp_path: Path, command: str) -> None:
+    data, text = small_features(tmp_path), text_file(tmp_path / "t.npz", 3)
+    options, run = ClassOptions(text_features=text, logit_scale=100.0), RunOptions(output=str(tmp_path / "run"))
+    means = ClassOptions(text_features="class-means", logit_scale=100.0)
+
+    def start() -> dict[str, Any]:
+        if command == "ttt":
+            return run_ttt(TTTOptions(data=data, text=options, run=run))
+        if command == "eft":
+            return run_eft(
+                EFTOptions(train=data, test=data, protocol="all", text=options, epochs=2, batch_size=9, run=run)
+            )
+        return run_fft(
+            FFTOptions(train=data, test=(data,), stages="rada", text=means, epochs=1, finetune_from=1, run=run)
+        )
+
+    start()
+    again = start()
+    assert again["resumed"] > 0
+    small_features(tmp_path, label_shift=1)
+    part = "data" if command == "ttt" else "train"
+    with pytest.raises(UserError, match=rf"differing: {part}, replaced: labels\)"):
+        start()
+    small_features(tmp_path)
+    assert start() == again  # the same arrays, whatever the file's time
+    if command != "fft":
+        text_file(tmp_path / "t.npz", 3, seed=1)
+        with pytest.raises(UserError, match=r"differing: text features\)"):
+            start()
+
+
+def test_overwriting_a_run_reads_the_new_arrays(tmp_path: Path) -> None:
+    text = ClassOptions(text_features=text_file(tmp_path / "t.npz", 3), logit_scale=100.0)
+    found = []
+    for label_shift in (0, 1):
+        data = small_features(tmp_path, label_shift)
+        run = RunOptions(output=str(tmp_path / "run"), overwrite=bool(label_shift))
+        summary = run_ttt(TTTOptions(data=data, text=text, run=run))
+        found.append((summary["zero_shot_top1"], summary["resumed"]))
+    assert found == [(100.0, 0), (0.0, 0)]
 
 
 def test_lines_that_do_not_fit_the_runs_images_are_made_again(specks: Path, tmp_path: Path) -> None:
     """Lines of another program, an edited label or an image's line twice cause no traceback and no wrong number."""
-    data, path = ttt(specks, tmp_path / "run"), tmp_path / "run" / "images.jsonl"
+    data, path = ttt_options(specks, tmp_path / "run"), tmp_path / "run" / "images.jsonl"
     run_ttt(data)
     complete = lines(tmp_path / "run")
     for first in (
@@ -142,7 +115,7 @@ def test_lines_that_do_not_fit_the_runs_images_are_made_again(specks: Path, tmp_
 
 
 def test_a_run_whose_weights_are_missing_or_torn_is_not_finished(specks: Path, tmp_path: Path) -> None:
-    config, weights = eft(specks, specks, tmp_path / "run"), tmp_path / "run" / "adapter.safetensors"
+    config, weights = eft_options(specks, specks, tmp_path / "run"), tmp_path / "run" / "adapter.safetensors"
     run_eft(config)
     complete = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file itself is torn below
     weights.write_bytes(weights.read_bytes()[:99])
@@ -159,7 +132,7 @@ def test_a_run_whose_weights_are_missing_or_torn_is_not_finished(specks: Path, t
 def test_renamed_folders_that_shift_labels_make_another_run(specks: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "t.npz", features=np.eye(2, 16, dtype=np.float32), labels=np.arange(2))
     text = ClassOptions(text_features=f"features:{tmp_path / 't.npz'}", logit_scale=100.0)
-    config = dataclasses.replace(ttt(specks, tmp_path / "run"), text=text)
+    config = dataclasses.replace(ttt_options(specks, tmp_path / "run"), text=text)
     run_ttt(config)
     (specks / "cat").rename(specks / "zebra")
     assert run_ttt(config)["resumed"] == 0  # "dog" was class 1 and is class 0 now
@@ -175,7 +148,7 @@ def test_names_templates_adapters_and_weights_are_part_of_a_run(
     templates.write_text("a picture of a {}.\n")
     save_adapter(RationalAdapter(AdapterConfig.official(16)), adapter)
     config = dataclasses.replace(
-        ttt(specks, tmp_path / "run"),
+        ttt_options(specks, tmp_path / "run"),
         text=ClassOptions(classes=str(names), templates=str(templates)),
         adapter=AdapterOptions(adapter=str(adapter)),
     )
@@ -217,7 +190,7 @@ def test_ttt_goes_on_with_added_and_changed_pictures(
     torn, output = specks / "cat" / "0.png", tmp_path / "run"
     complete = torn.read_bytes()
     tear(torn)
-    first = run_ttt(ttt(specks, output))
+    first = run_ttt(ttt_options(specks, output))
     assert (first["images"], first["unreadable"]) == (4, 1)
 
     torn.write_bytes(complete)  # repaired
@@ -232,37 +205,37 @@ def test_ttt_goes_on_with_added_and_changed_pictures(
         return original(adapter, views, *args, **kwargs)
 
     monkeypatch.setattr(ttt_loop, "adapt_episodes", count)
-    second = run_ttt(ttt(specks, output))
+    second = run_ttt(ttt_options(specks, output))
     assert sum(adapted) == 3
     assert (second["images"], second["unreadable"], second["resumed"]) == (4, 0, 1)
     assert sorted(line["id"] for line in lines(output)) == ["cat/0.png", "dog/0.png", "dog/1.png", "dog/2.png"]
     superseded = lines(output, "images-superseded.jsonl")
     assert sorted(line["id"] for line in superseded) == ["cat/0.png", "cat/1.png", "dog/0.png"]
-    fresh = run_ttt(ttt(specks, tmp_path / "fresh"))
+    fresh = run_ttt(ttt_options(specks, tmp_path / "fresh"))
     assert sorted(lines(output), key=str) == sorted(lines(tmp_path / "fresh"), key=str)
     assert (second["zero_shot_top1"], second["adapted_top1"]) == (fresh["zero_shot_top1"], fresh["adapted_top1"])
 
 
 def test_ttt_with_a_new_class_is_another_run(specks: Path, tmp_path: Path) -> None:
-    run_ttt(ttt(specks, tmp_path / "run"))
+    run_ttt(ttt_options(specks, tmp_path / "run"))
     shutil.copytree(specks / "dog", specks / "emu")
     with pytest.raises(UserError, match=r"differing: class names\)"):
-        run_ttt(ttt(specks, tmp_path / "run"))
+        run_ttt(ttt_options(specks, tmp_path / "run"))
 
 
 def test_a_summary_covers_the_images_of_its_command(specks: Path, tmp_path: Path) -> None:
-    assert run_ttt(ttt(specks, tmp_path / "run"))["images"] == 4
-    some = run_ttt(ttt(specks, tmp_path / "run", limit=2))
+    assert run_ttt(ttt_options(specks, tmp_path / "run"))["images"] == 4
+    some = run_ttt(ttt_options(specks, tmp_path / "run", run={"limit": 2}))
     assert (some["images"], some["resumed"], some["time"]["images_per_second"]) == (2, 2, None)
     assert len(lines(tmp_path / "run")) == 4
-    assert run_ttt(ttt(specks, tmp_path / "run"))["images"] == 4
+    assert run_ttt(ttt_options(specks, tmp_path / "run"))["images"] == 4
 
 
 def test_a_finished_command_keeps_its_summary(specks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs: dict[str, tuple[Any, Any]] = {
-        "ttt": (run_ttt, ttt(specks, tmp_path / "ttt")),
-        "eft": (run_eft, eft(specks, specks, tmp_path / "eft")),
-        "fft": (run_fft, fft(specks, specks, tmp_path / "fft")),
+        "ttt": (run_ttt, ttt_options(specks, tmp_path / "ttt")),
+        "eft": (run_eft, eft_options(specks, specks, tmp_path / "eft")),
+        "fft": (run_fft, fft_options(specks, specks, tmp_path / "fft")),
     }
     for name, (run, config) in runs.items():
         first = run(config)
@@ -275,14 +248,14 @@ def test_a_finished_command_keeps_its_summary(specks: Path, tmp_path: Path, caps
 
 
 def test_fft_with_another_limit_is_another_run(specks: Path, tmp_path: Path) -> None:
-    run_fft(fft(specks, specks, tmp_path / "run", run={"limit": 2}))
+    run_fft(fft_options(specks, specks, tmp_path / "run", run={"limit": 2}))
     with pytest.raises(
         UserError, match=r"differing: --limit 2 there, not given here; train, added: cat/1.png, dog/1.png"
     ):
-        run_fft(fft(specks, specks, tmp_path / "run"))
+        run_fft(fft_options(specks, specks, tmp_path / "run"))
     # A limit that leaves nothing out changes nothing.
-    assert run_fft(fft(specks, specks, tmp_path / "all"))["training_images"] == 4
-    assert run_fft(fft(specks, specks, tmp_path / "all", run={"limit": 4}))["resumed"] == 2
+    assert run_fft(fft_options(specks, specks, tmp_path / "all"))["training_images"] == 4
+    assert run_fft(fft_options(specks, specks, tmp_path / "all", run={"limit": 4}))["resumed"] == 2
 
 
 @pytest.mark.parametrize("command", ["eft", "fft"])
@@ -293,7 +266,7 @@ def test_changed_training_pictures_make_another_run_and_changed_test_pictures_ar
     shutil.copytree(specks, train)
     shutil.copytree(specks, test)
     run: Any = run_eft if command == "eft" else run_fft
-    config: Any = (eft if command == "eft" else fft)(train, test, tmp_path / "run")
+    config: Any = (eft_options if command == "eft" else fft_options)(train, test, tmp_path / "run")
     tear(test / "cat" / "0.png")
     first = run(config)
     assert first["unreadable"] == 1
@@ -330,7 +303,7 @@ def test_unreadable_training_pictures_are_recorded_and_end_with_status_3(
     shutil.copytree(specks, test)
     tear(specks / "cat" / "0.png")
     run: Any = run_eft if command == "eft" else run_fft
-    config: Any = (eft if command == "eft" else fft)(specks, test, tmp_path / "run", train_views=views)
+    config: Any = (eft_options if command == "eft" else fft_options)(specks, test, tmp_path / "run", train_views=views)
     for _ in range(2):  # and a finished run says so again
         summary = run(config)
         assert summary["unreadable"] == 1
@@ -353,9 +326,9 @@ def test_widths_are_compared_before_anything_is_trained(specks: Path, tmp_path: 
     np.savez(tmp_path / "wide.npz", features=np.eye(32, dtype=np.float32)[:2], labels=np.arange(2))
     text = ClassOptions(text_features=f"features:{tmp_path / 'wide.npz'}")
     for run, config in (
-        (run_ttt, ttt(specks, tmp_path / "run")),
-        (run_eft, eft(specks, specks, tmp_path / "run")),
-        (run_fft, fft(specks, specks, tmp_path / "run")),
+        (run_ttt, ttt_options(specks, tmp_path / "run")),
+        (run_eft, eft_options(specks, specks, tmp_path / "run")),
+        (run_fft, fft_options(specks, specks, tmp_path / "run")),
     ):
         with pytest.raises(UserError, match="rows of width 32, model tiny makes features of width 16"):
             run(dataclasses.replace(config, text=text))  # type: ignore[operator, type-var]
@@ -369,9 +342,9 @@ def test_widths_are_compared_before_anything_is_trained(specks: Path, tmp_path: 
 
 
 def test_the_summary_holds_the_warnings_of_the_run(specks: Path, tmp_path: Path) -> None:
-    run_eft(eft(specks, specks, tmp_path / "run"))
+    run_eft(eft_options(specks, specks, tmp_path / "run"))
     (tmp_path / "run" / "state.pt").write_bytes(b"PK")
     (tmp_path / "run" / "summary.json").unlink()
     with notices.collecting():
-        summary = run_eft(eft(specks, specks, tmp_path / "run"))
+        summary = run_eft(eft_options(specks, specks, tmp_path / "run"))
     assert any("state.pt is damaged" in line for line in summary["warnings"])

@@ -13,17 +13,14 @@ import pytest
 from safetensors.torch import load_file
 
 from rada_fast import _env
-from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
-from rada_fast.config.method import EpisodeConfig
-from rada_fast.config.options import RunOptions
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.fft import run_fft
 from rada_fast.loops.ttt import run_ttt
 from rada_fast.system import files
 
+from .support import eft_options, fft_options, lines, ttt_options
+
 Run = Callable[[Path], dict[str, Any]]
-
-
 Write = Callable[..., None]
 Hook = Callable[[Path, Write, Callable[[], None]], None]
 """A Hook is called instead of a write, with its path, the write, and a function that leaves the write half done."""
@@ -61,30 +58,21 @@ def every_write_through(hook: Hook) -> Iterator[None]:
 
 def ttt(data: Path) -> Run:
     def run(output: Path) -> dict[str, Any]:
-        options = RunOptions(output=str(output))
-        config = TTTOptions(data=f"imagefolder:{data}", views=2, episode=EpisodeConfig(steps=1), run=options)
-        return run_ttt(config)
+        return run_ttt(ttt_options(data, output))
 
     return run
 
 
 def eft(data: Path) -> Run:
     def run(output: Path) -> dict[str, Any]:
-        spec, options = f"imagefolder:{data}", RunOptions(output=str(output))
-        return run_eft(EFTOptions(train=spec, test=spec, epochs=3, batch_size=1, train_views="crop", run=options))
+        return run_eft(eft_options(data, data, output, epochs=3, train_views="crop"))
 
     return run
 
 
 def fft(data: Path) -> Run:
     def run(output: Path) -> dict[str, Any]:
-        spec, options = f"imagefolder:{data}", RunOptions(output=str(output))
-        return run_fft(
-            FFTOptions(
-                train=spec, test=(spec,), epochs=2, finetune_from=1, finetune_epochs=2, batch_size=3,
-                finetune_lr=1e-2, run=options,
-            )
-        )  # fmt: skip
+        return run_fft(fft_options(data, data, output, epochs=2, finetune_epochs=2, batch_size=3, finetune_lr=1e-2))
 
     return run
 
@@ -100,8 +88,8 @@ def results(folder: Path) -> dict[str, Any]:
     contents: dict[str, Any] = {}
     for path in folder.iterdir():
         if path.suffix == ".jsonl":
-            lines = [numbers(json.loads(line)) for line in path.read_text().splitlines()]
-            contents[path.name] = sorted(lines, key=str) if path.name == "images.jsonl" else lines
+            records = [numbers(record) for record in lines(folder, path.name)]
+            contents[path.name] = sorted(records, key=str) if path.name == "images.jsonl" else records
         elif path.suffix == ".safetensors":
             # The bytes of the file differ, because safetensors writes the entries of the header in any order.
             contents[path.name] = {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}

@@ -7,12 +7,13 @@ import itertools
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rada_fast import _env
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
@@ -29,6 +30,8 @@ from rada_fast.loops.ttt import run_ttt
 from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
 from rada_fast.system import notices
 
+from .support import eft_options, features_file, fft_options, lines, text_file, ttt_options
+
 CLASSES = 6
 
 
@@ -43,31 +46,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def features_file(path: Path, classes: int = 5, each: int = 12, width: int = 16, views: int | None = None) -> str:
-    """Write noisy features around a mean of each class."""
-    generator = np.random.default_rng(0)
-    means = generator.normal(size=(classes, width))
-    labels = np.tile(np.arange(classes), each)
-    shape = (len(labels), width) if views is None else (len(labels), views, width)
-    noise = generator.normal(size=shape)
-    features = (means[labels] if views is None else means[labels][:, None]) + noise
-    np.savez(path, features=features.astype(np.float32), labels=labels)
-    return f"features:{path}"
-
-
-def text_file(path: Path, classes: int = 5, width: int = 16) -> str:
-    means = np.random.default_rng(0).normal(size=(classes, width)).astype(np.float32)
-    np.savez(path, features=means, labels=np.arange(classes))
-    return f"features:{path}"
-
-
-def lines(folder: Path, name: str = "images.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def ttt(pictures: Path, output: Path, **changes: Any) -> TTTOptions:
-    run = RunOptions(output=str(output), **changes.pop("run", {}))
-    return TTTOptions(data=f"imagefolder:{pictures}", views=8, episode=EpisodeConfig(steps=2), run=run, **changes)
+ttt = partial(ttt_options, views=8, episode=EpisodeConfig(steps=2))
+eft = partial(eft_options, epochs=3, batch_size=4)
 
 
 def test_ttt_writes_a_line_per_image_and_a_summary(pictures: Path, tmp_path: Path) -> None:
@@ -204,11 +184,8 @@ def test_every_loop_runs_on_a_gpu(pictures: Path, tmp_path: Path, precision: str
     model = ModelOptions(device="cuda", precision=precision)  # type: ignore[arg-type]
     spec = f"imagefolder:{pictures}"
     assert run_ttt(ttt(pictures, tmp_path / "ttt", model=model))["status"]["ok"] == 18
-    assert run_eft(eft(pictures, tmp_path / "eft", model=model))["base"]["images"] == 9
-    config = FFTOptions(
-        train=spec, test=(spec,), epochs=1, finetune_from=1, finetune_epochs=1, batch_size=9, model=model,
-        run=RunOptions(output=str(tmp_path / "fft")),
-    )  # fmt: skip
+    assert run_eft(eft(pictures, pictures, tmp_path / "eft", model=model))["base"]["images"] == 9
+    config = fft_options(pictures, pictures, tmp_path / "fft", batch_size=9, model=model)
     assert run_fft(config)["rada-ft"][spec]["images"] == 18
 
 
@@ -240,14 +217,8 @@ def test_ttt_keeps_the_zero_shot_answer_where_an_episode_diverges(tmp_path: Path
             assert record["adapted"] == record["zero_shot"]
 
 
-def eft(pictures: Path, output: Path, **changes: Any) -> EFTOptions:
-    run = RunOptions(output=str(output), **changes.pop("run", {}))
-    spec = f"imagefolder:{pictures}"
-    return EFTOptions(train=spec, test=spec, **({"epochs": 3, "batch_size": 4, "run": run} | changes))
-
-
 def test_eft_trains_on_base_and_tests_base_and_new(pictures: Path, tmp_path: Path) -> None:
-    summary = run_eft(eft(pictures, tmp_path / "run", evaluate_every=1))
+    summary = run_eft(eft(pictures, pictures, tmp_path / "run", evaluate_every=1))
     assert summary["training_images"] == 9
     assert summary["base"]["images"] == summary["new"]["images"] == 9
     base, new = summary["base"]["adapted_top1"], summary["new"]["adapted_top1"]
@@ -264,7 +235,7 @@ def test_eft_trains_on_base_and_tests_base_and_new(pictures: Path, tmp_path: Pat
 def test_eft_goes_on_to_the_same_weights(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_views: str
 ) -> None:
-    run_eft(eft(pictures, tmp_path / "complete", train_views=train_views))
+    run_eft(eft(pictures, pictures, tmp_path / "complete", train_views=train_views))
     original = training_loop.train_epoch
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
@@ -275,8 +246,8 @@ def test_eft_goes_on_to_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(training_loop, "train_epoch", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_eft(eft(pictures, tmp_path / "interrupted", train_views=train_views))
-    summary = run_eft(eft(pictures, tmp_path / "interrupted", train_views=train_views))
+            run_eft(eft(pictures, pictures, tmp_path / "interrupted", train_views=train_views))
+    summary = run_eft(eft(pictures, pictures, tmp_path / "interrupted", train_views=train_views))
     assert summary["resumed"] == 2
     complete, resumed = (load_adapter(tmp_path / name / "adapter.safetensors") for name in ("complete", "interrupted"))
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in complete.state_dict().items())
@@ -315,9 +286,9 @@ def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monk
         shutil.copytree(pictures / name, subset / name)
 
     def config(output: str) -> FFTOptions:
-        return FFTOptions(
-            train=spec, test=(spec, f"imagefolder:{subset}"), epochs=2, finetune_from=1, finetune_epochs=2,
-            finetune_lr=1e-4, batch_size=9, micro_batch=5, run=RunOptions(output=str(tmp_path / output)),
+        return fft_options(
+            pictures, pictures, tmp_path / output, test=(spec, f"imagefolder:{subset}"), epochs=2, finetune_epochs=2,
+            finetune_lr=1e-4, batch_size=9, micro_batch=5,
         )  # fmt: skip
 
     summary = run_fft(config("complete"))
@@ -348,8 +319,6 @@ def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monk
             load_adapter(tmp_path / run / f"{name}-adapter.safetensors") for run in ("complete", "interrupted")
         )
         assert all(torch.equal(tensor, resumed.state_dict()[key]) for key, tensor in complete.state_dict().items())
-    from safetensors.torch import load_file
-
     complete, resumed = (load_file(tmp_path / run / "rada-ft-model.safetensors") for run in ("complete", "interrupted"))
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in complete.items())
     assert any(key.startswith("visual.") for key in complete)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
-from rada_fast.config.method import EpisodeConfig
-from rada_fast.config.options import RunOptions
 from rada_fast.errors import UserError
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.evaluate import evaluate
@@ -23,6 +21,7 @@ from rada_fast.models.image_features import Features
 from rada_fast.models.vision_language import VisionLanguageModel
 
 from .conftest import load_tiny
+from .support import eft_options, fft_options, ttt_options
 
 
 class Overflowing(nn.Module):
@@ -63,13 +62,12 @@ def overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def runs(specks: Path, output: Path) -> dict[str, Any]:
-    spec, run = f"imagefolder:{specks}", RunOptions(output=str(output))
-    common = {"train": spec, "run": run}
+    eft = partial(eft_options, specks, specks, output, epochs=1, protocol="all")
     return {
-        "ttt": lambda: run_ttt(TTTOptions(data=spec, views=4, episode=EpisodeConfig(steps=1), run=run)),
-        "eft": lambda: run_eft(EFTOptions(test=spec, epochs=1, protocol="all", **common)),
-        "eft-crops": lambda: run_eft(EFTOptions(test=spec, epochs=1, protocol="all", train_views="crop", **common)),
-        "fft": lambda: run_fft(FFTOptions(test=(spec,), epochs=1, finetune_from=1, finetune_epochs=1, **common)),
+        "ttt": lambda: run_ttt(ttt_options(specks, output, views=4)),
+        "eft": lambda: run_eft(eft()),
+        "eft-crops": lambda: run_eft(eft(train_views="crop")),
+        "fft": lambda: run_fft(fft_options(specks, specks, output, batch_size=512)),
     }
 
 

@@ -20,6 +20,7 @@ from rada_fast.models.class_names import class_names_of
 from rada_fast.models.vision_language import AbsentModel
 from rada_fast.modules import RationalAdapter, save_adapter
 from rada_fast.system import notices
+from tests.pictures import write_class_folders
 
 ABSENT = AbsentModel(torch.device("cpu"), "float32")
 
@@ -153,11 +154,7 @@ def test_labels_without_names_make_no_prompts(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_classes_of_its_own_names_the_one_with_them(tmp_path: Path) -> None:
-    from PIL import Image
-
-    for name in ("cat", "dog"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        Image.new("RGB", (2, 2)).save(tmp_path / "images" / name / "a.png")
+    write_class_folders(tmp_path / "images", ("cat", "dog"))
     (tmp_path / "annotations").mkdir()
     with pytest.raises(UserError, match=rf"did you mean imagefolder:{tmp_path}/images\?"):
         class_names_of(open_source(f"imagefolder:{tmp_path}"), None, prompts=True)

@@ -18,15 +18,12 @@ from rada_fast.data.decode import read_image
 from rada_fast.data.open import open_source
 from rada_fast.models import image_features
 from rada_fast.models.vision_language import load_model
+from tests.pictures import write_class_folders
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    for index, name in enumerate(("red plain square", "blue plain ring", "green plain ring")):
-        path = tmp_path / "pictures" / name / "0.png"
-        path.parent.mkdir(parents=True)
-        Image.new("RGB", (64, 64), (90 * index, 9, 9)).save(path)
-    return tmp_path / "pictures"
+    return write_class_folders(tmp_path / "pictures", ("red plain square", "blue plain ring", "green plain ring"))
 
 
 def views_of(pictures: Path, workers: int) -> list[Tensor]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rada_fast import cli
 from rada_fast.errors import UserError
 from rada_fast.models.trained import open_run, read_classifier
 from rada_fast.models.vision_language import load_model
+from tests.pictures import write_class_folders
 
 WEIGHTS = "rada-ft-model.safetensors"
 
@@ -24,11 +24,7 @@ WEIGHTS = "rada-ft-model.safetensors"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with pictures, a run of fft on them and a run of eft."""
     root = tmp_path_factory.mktemp("trained")
-    for index, name in enumerate(("red plain square", "blue plain ring")):
-        for number in range(2):
-            path = root / "pictures" / name / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (64, 64), (90 * index, 9, 60 * number)).save(path)
+    write_class_folders(root / "pictures", ("red plain square", "blue plain ring"), each=2)
     data = f"--train imagefolder:{root}/pictures --test imagefolder:{root}/pictures"
     train = "--epochs 1 --finetune-from 1 --finetune-epochs 1 --lr 0.1 --finetune-lr 1e-3"
     assert cli.main(f"fft {data} {train} --output {root}/fft".split()) == 0
@@ -181,9 +177,7 @@ def test_files_without_a_classifier_are_refused(folder: Path, name: str, message
 def test_a_classifier_of_other_classes_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("a ring", "b ring", "c ring"):
-        (tmp_path / "three" / name).mkdir(parents=True)
-        Image.new("RGB", (64, 64)).save(tmp_path / "three" / name / "0.png")
+    write_class_folders(tmp_path / "three", ("a ring", "b ring", "c ring"))
     given = f"--data imagefolder:{tmp_path}/three --text-features classifier:{folder}/fft --output {tmp_path}/o"
     assert cli.main(f"ttt {given}".split()) == 2
     assert "holds a classifier of 2 classes, the data have 3" in capsys.readouterr().err
