@@ -13,6 +13,7 @@ import pytest
 from tests.support import SHARED
 
 Simulated = Callable[[], AbstractContextManager[list]]
+"""A function that opens a context of simulated launches. The context gives a list of what each launch executed."""
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
 
 @pytest.fixture(params=["simulator", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Tensors of this device run the kernels: "cpu" inside the simulator, "cuda" on a device."""
+    """Return the device whose tensors run the kernels: "cpu" with launches simulated, and "cuda" on a device."""
     if request.param == "cuda":
         yield "cuda"
         return
@@ -43,8 +44,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def _allow_equal_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept that several warps store the same value to the same place with one instruction, and nothing else.
 
-    Where an operand's layout holds every element in several warps, Triton before 3.7 converts it through shared memory
-    with all of them writing. The kernels do not choose these layouts. Equal values make it harmless: that is checked.
+    Triton before 3.7 converts some operands to another layout through shared memory, and several warps then write the
+    same elements. The kernels do not choose these layouts. The writes are harmless while their values are equal, which
+    this function checks.
     """
     from ptxsim.memory import SharedSpace
 
@@ -58,7 +60,8 @@ def _allow_equal_writes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _writes_are_equal() -> bool:
-    # The checker sees addresses only; the values are with the store instruction's own function, some calls further out.
+    # The checker knows only addresses. The values are local variables of the function that executes the store, which is
+    # some frames further out.
     frame = sys._getframe()
     while frame is not None and not {"vals", "mm", "idx"} <= frame.f_locals.keys():
         frame = frame.f_back

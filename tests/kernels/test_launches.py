@@ -1,6 +1,6 @@
-"""Every Triton launch by itself: what each makes of the last one's results, against plain PyTorch in float64.
+"""Each Triton launch of a training step is compared by itself with plain PyTorch in float64.
 
-The first launch that fails here is the one at fault: those after it are given its results.
+A launch reads the results of the launches before it, so the first one that fails here is the one at fault.
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ LAUNCHES = {
     "parameter_gradients": tuple(f"d{name}.{part}" for name in ROLES.values() for part in ("weight", "bias")),
     "rational_projections_backward": ("dimage", "dtext"),
 }
+"""The launches of a step in their order, and the names of their results."""
 
 
-def merged(heads: Tensor) -> Tensor:
-    """(N, H, K, d) to (N, K, D)."""
+def merge_heads(heads: Tensor) -> Tensor:
+    """Return values of shape (N, H, K, d) in the shape (N, K, D), where D is H times d."""
     return heads.transpose(-3, -2).flatten(-2)
 
 
 @cache
-def by_pytorch(name: str, dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
-    """What every launch should make, in dtype, of inputs that are exact in the stored type; in float64."""
+def results_of_pytorch(name: str, dtype: torch.dtype, stored: torch.dtype) -> dict[str, Tensor]:
+    """Return the results of every launch as plain PyTorch computes them in dtype, converted to float64.
+
+    stored: the type in which the inputs are exact.
+    """
     config = CONFIGS[name]
     image, text, parameters = problem(config, BATCH, CLASSES, stored)
     leaves = {
@@ -50,7 +54,7 @@ def by_pytorch(name: str, dtype: torch.dtype, stored: torch.dtype) -> dict[str, 
     }
     scale = torch.tensor(SCALE, dtype=dtype)
     projections = rational_projections.rational_projections(leaves["image"], leaves["text"], scale, leaves, config)
-    inner = {
+    projected = {
         "keys": projections.keys,
         "values": projections.values,
         **{f"q_{kind}": query for kind, query in projections.queries.items()},
@@ -66,48 +70,48 @@ def by_pytorch(name: str, dtype: torch.dtype, stored: torch.dtype) -> dict[str, 
     mask = masked_logits.rational_mask(offset, config.mask_activation)
     rational = rational_projections.rational_matrix(leaves["image"], leaves["text"])
     logits, penalty = masked_logits.masked_logits(mask, rational, scale), masked_logits.mask_penalty(mask, "l2")
-    for value in (*inner.values(), attended, offset):
+    for value in (*projected.values(), attended, offset):
         value.retain_grad()
-    # Both outputs' gradients are one.
+    # The gradient of each logit and of the penalty is 1.
     (logits.sum() + penalty).backward()
-    found = {key: merged(value) for key, value in inner.items()}
+    found = {key: merge_heads(value) for key, value in projected.items()}
     found |= {"attended": attended, "logits": logits, "penalty": penalty, "mask": mask}
-    found |= {f"d{key}": merged(value.grad) for key, value in inner.items() if value.grad is not None}
+    found |= {f"d{key}": merge_heads(value.grad) for key, value in projected.items() if value.grad is not None}
     found |= {"doffset": offset.grad, "dattended": attended.grad}
     found |= {f"d{key}": value.grad for key, value in leaves.items()}
     return {key: value.detach().double() for key, value in found.items()}
 
 
-def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str, Tensor]]:
-    """The launches of a step, one after the other; what each makes, as LAUNCHES names it."""
+def start_launches(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str, Tensor]]:
+    """Start the launches of a step one after the other, and yield the results of each under their names in LAUNCHES."""
     config = CONFIGS[name]
     image, text, parameters = problem(config, BATCH, CLASSES, dtype)
     image, text = image.to(device), text.to(device)
-    moved = {key: value.to(device) for key, value in parameters.items()}
-    weights, biases = ({role: moved[f"{key}.{part}"] for role, key in ROLES.items()} for part in ("weight", "bias"))
-    inner, inner_biases = (
-        {role: value for role, value in every.items() if role != "output"} for every in (weights, biases)
+    on_device = {key: value.to(device) for key, value in parameters.items()}
+    weights, biases = ({role: on_device[f"{key}.{part}"] for role, key in ROLES.items()} for part in ("weight", "bias"))
+    input_weights, input_biases = (
+        {role: value for role, value in values.items() if role != "output"} for values in (weights, biases)
     )
     scale = torch.tensor(SCALE, device=device)
-    factor = config.input_scale_factor if config.input_scale == "logit" else 0.0
+    scale_factor = config.input_scale_factor if config.input_scale == "logit" else 0.0
     common: dict[str, Any] = {"precision": triton.float32_precision()}
     heads: dict[str, Any] = common | {"num_heads": config.num_heads}
     attention = heads | {"temperature": config.temperature, "matrix": config.softmax == "matrix"}
     last = heads | {"relu": config.mask_activation == "relu", "penalty": "l2"}
 
     projections = triton.rational_projections_forward(
-        image, text, scale, inner, inner_biases, scale_factor=factor, **common
+        image, text, scale, input_weights, input_biases, scale_factor=scale_factor, **common
     )
     yield {
         **{name: getattr(projections, name) for name in ("keys", "values", "q_rational", "q_text")},
         "q_image": projections.q_image.unsqueeze(1),
     }
     attended = triton.class_attention_forward(projections, **attention)
-    # The parts of each query kind, put together as the next launch does.
+    # The next launch adds up the parts of the query kinds in the same way.
     parts = [attended.text.double(), attended.rational.double()]
     if attended.factors is not None:
-        spread = attended.factors.double().permute(0, 2, 3, 1).repeat_interleave(config.head_dim, dim=-1)
-        parts = [part * factors for part, factors in zip(parts, spread, strict=True)]
+        factors = attended.factors.double().permute(0, 2, 3, 1).repeat_interleave(config.head_dim, dim=-1)
+        parts = [part * factor for part, factor in zip(parts, factors, strict=True)]
     yield {"attended": (sum(parts) + attended.image.double().unsqueeze(1)) / 3}
     output, bias = weights["output"], biases["output"]
     result = triton.masked_logits_forward(image, text, scale, attended, output, bias, return_mask=True, **last)
@@ -122,7 +126,7 @@ def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str,
     )
     yield {
         "dkeys": gradients.keys, "dvalues": gradients.values, "dq_rational": gradients.q_rational,
-        # One for each image; plain PyTorch has their sum.
+        # The kernel leaves one gradient for each image, and plain PyTorch has their sum.
         "dq_text": gradients.q_text.double().sum(0, keepdim=True), "dq_image": gradients.q_image.unsqueeze(1),
     }  # fmt: skip
     parameter_values = triton.parameter_gradients(
@@ -134,7 +138,7 @@ def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str,
         mask_gradients.doffset,
         weights,
         bias=True,
-        scale_factor=factor,
+        scale_factor=scale_factor,
         **heads,
     )
     yield {
@@ -143,19 +147,19 @@ def by_kernels(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[str,
         for role, value in values.items()
     }
     dimage, dtext = triton.rational_projections_backward(
-        image, text, scale, weights, gradients, mask_gradients.weighted, scale_factor=factor, **common
+        image, text, scale, weights, gradients, mask_gradients.weighted, scale_factor=scale_factor, **common
     )
     yield {"dimage": dimage, "dtext": dtext}
 
 
 @cache
 def steps(name: str, dtype: torch.dtype, device: str) -> tuple[Iterator[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """The launches that are still to come, and the results of those that have run."""
-    return by_kernels(name, dtype, device), []
+    """Return the launches that are still to be started, and a list for the results of those that have run."""
+    return start_launches(name, dtype, device), []
 
 
-def made_by(name: str, dtype: torch.dtype, device: str, launch: str) -> dict[str, Tensor]:
-    """What one launch makes, in float64 on the CPU; no launch after it is started."""
+def results_of_launch(name: str, dtype: torch.dtype, device: str, launch: str) -> dict[str, Tensor]:
+    """Return the results of one launch in float64 on the CPU, and start no launch after it."""
     remaining, results = steps(name, dtype, device)
     while len(results) <= list(LAUNCHES).index(launch):
         found = next(remaining, None)
@@ -165,7 +169,8 @@ def made_by(name: str, dtype: torch.dtype, device: str, launch: str) -> dict[str
 
 
 TYPES = {"float32": F32, "bfloat16": BF16, "float16": F16}
-# On a device every combination; the simulator needs seconds for one, and runs the others in test_rational_adapter.py.
+# A device runs every combination. The simulator needs seconds for each, so it runs only two of them here and the others
+# in test_rational_adapter.py.
 RUNS = [pytest.param("simulator", *run, id="-".join(run)) for run in (("matrix", "bfloat16"), ("row", "float32"))]
 RUNS += [
     pytest.param("cuda", name, dtype, id=f"cuda-{name}-{dtype}", marks=pytest.mark.gpu)
@@ -176,17 +181,17 @@ RUNS += [
 
 @pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize(("device", "name", "dtype"), RUNS, indirect=["device"])
-def test_each_launch(device: str, name: str, dtype: str, launch: str) -> None:
+def test_each_launch_is_as_exact_as_plain_pytorch(device: str, name: str, dtype: str, launch: str) -> None:
     stored = TYPES[dtype]
-    fast = made_by(name, stored, device, launch)
-    exact, plain = by_pytorch(name, torch.float64, stored), by_pytorch(name, stored, stored)
+    fast = results_of_launch(name, stored, device, launch)
+    exact, plain = results_of_pytorch(name, torch.float64, stored), results_of_pytorch(name, stored, stored)
     assert set(fast) == set(LAUNCHES[launch])
     for key, value in fast.items():
         assert value.shape == exact[key].shape, key
         error, allowed = (value - exact[key]).norm(), (plain[key] - exact[key]).norm()
         size = exact[key].norm()
         if key.startswith(("dq_", "dk")):
-            # They are differences that nearly cancel, of terms as large as what the values get.
+            # These gradients are differences that nearly cancel, of terms as large as the gradient of the values.
             size = size + exact["dv_proj." + key.rpartition(".")[2] if "_proj" in key else "dvalues"].norm()
         band = 2 * torch.finfo(stored).eps * size
         assert error <= 3 * allowed + band, f"{key}: {error:.2e}, plain PyTorch's {allowed:.2e}, band {band:.1e}"
@@ -201,20 +206,19 @@ def test_kernels_are_named_and_called_by_one_rule(name: str) -> None:
         assert constants == sorted(constants), f"{kernel.__name__} has a compile-time constant too early"
 
 
-def test_no_launch_is_left_out() -> None:
+def test_no_launch_of_the_backend_is_left_out_here() -> None:
     launches = launches_of(CONFIGS["row"], 0, 1, F32, "cpu")
     assert [name for name in LAUNCHES if name != "rational_projections_backward"] == list(launches)
 
 
-def test_they_are_the_launches_of_the_adapter(device: str) -> None:
-    # What the whole backend gives is what they give one after the other, bit for bit.
+def test_the_launches_give_the_result_of_the_whole_backend_bit_for_bit(device: str) -> None:
     config = CONFIGS["matrix"]
     image, text, parameters = problem(config, BATCH, CLASSES, BF16)
-    moved = {key: value.to(device) for key, value in parameters.items()}
+    on_device = {key: value.to(device) for key, value in parameters.items()}
     output = triton.rational_adapter(
-        image.to(device), text.to(device), SCALE, moved, config, penalty="l2", return_mask=True
+        image.to(device), text.to(device), SCALE, on_device, config, penalty="l2", return_mask=True
     )
-    found = made_by("matrix", BF16, device, "masked_logits_forward")
+    found = results_of_launch("matrix", BF16, device, "masked_logits_forward")
     assert output.mask is not None
     assert torch.equal(output.logits.cpu().double(), found["logits"])
     assert torch.equal(output.mask.cpu().double(), found["mask"])

@@ -1,6 +1,6 @@
-"""The kernels that add up or compare what other launches left, beyond what one block of them holds, and at ties.
+"""Kernels that add up or compare the results of other launches are right for more values than one block holds.
 
-They are launched by themselves: whole problems of these sizes would take the simulator minutes.
+The tests launch these kernels by themselves, because whole problems of these sizes would take the simulator minutes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from rada_fast.kernels.masked_logits.forward import masked_logits_reduce_kernel
 from rada_fast.kernels.rational_projections import image_gradient_reduce_kernel
 
 WIDTH, CHUNKS, PEAKS = 64, 2, 8
-"""The width, and how many parts a row of it leaves for its logit and for its largest distance."""
+"""The width of a row of the mask, and into how many parts its logit and its largest distance are split."""
 
 
-def reduce(
+def launch_reduction(
     device: str, penalty: int, *, images: int = 2, episodes: int = 1, classes: int = 3, parts: int = 1,
     distances: Tensor | None = None, columns: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Launch the kernel on drawn parts. Returns them with the results; what is not written shows as NaN."""
+    """Launch the kernel on drawn parts, and return the parts and the results. What it does not write stays NaN or -1."""
     batch = images * episodes
     generator = torch.Generator().manual_seed(0)
     given = {
@@ -45,21 +45,21 @@ def reduce(
 
 
 def test_logits_of_more_classes_than_one_block(device: str) -> None:
-    made = reduce(device, 1, classes=1200)
-    wanted = made["logit_parts"].sum(0)
-    torch.testing.assert_close(made["sums"], wanted)
-    torch.testing.assert_close(made["logits"], 20 * wanted)
+    results = launch_reduction(device, 1, classes=1200)
+    wanted = results["logit_parts"].sum(0)
+    torch.testing.assert_close(results["sums"], wanted)
+    torch.testing.assert_close(results["logits"], 20 * wanted)
 
 
 @pytest.mark.parametrize("penalty", [1, 2])
 def test_a_penalty_of_more_parts_than_one_block(device: str, penalty: int) -> None:
-    made = reduce(device, penalty, episodes=3, parts=1100)
-    torch.testing.assert_close(made["penalty"], made["penalty_parts"].sum(1) / 8)
+    results = launch_reduction(device, penalty, episodes=3, parts=1100)
+    torch.testing.assert_close(results["penalty"], results["penalty_parts"].sum(1) / 8)
 
 
 @pytest.mark.parametrize("classes", [3, 1100])
 def test_the_first_of_equal_distances_counts(device: str, classes: int) -> None:
-    """As with torch.max: the first class, and of its columns the first, wherever the parts of equal ones lie."""
+    """The first class counts and of its columns the first, as in torch.max, whichever parts hold the equal ones."""
     images, episodes = 2, 2
     batch = images * episodes
     columns = (8 * torch.arange(PEAKS, dtype=torch.int32)[:, None, None]).expand(PEAKS, batch, classes).contiguous()
@@ -69,16 +69,16 @@ def test_the_first_of_equal_distances_counts(device: str, classes: int) -> None:
     distances[:, 3] = 0.0  # everything is equal, and zero
     last = classes - 1
     distances[:, 1, :last] = 0.25  # only in the last class
-    made = reduce(
+    results = launch_reduction(
         device, 3, images=images, episodes=episodes, classes=classes, distances=distances, columns=columns
     )  # fmt: skip
-    assert made["peaks"].tolist() == [0, last * WIDTH, WIDTH + 24, 0]
-    assert made["penalty"].tolist() == [0.5, 0.25]
+    assert results["peaks"].tolist() == [0, last * WIDTH, WIDTH + 24, 0]
+    assert results["penalty"].tolist() == [0.5, 0.25]
 
 
 @pytest.mark.parametrize("classes", [1, 130, 2100])
 def test_factors_of_more_classes_than_one_block(device: str, classes: int) -> None:
-    # A head whose classes all count; another of thousands, with the largest one last.
+    # In the first head all classes count. The log-sums of the second reach thousands, and the last is the largest.
     logsums = torch.stack([3 * torch.randn(classes), torch.linspace(-3000.0, 3000.0, classes)])
     factors, totals = (torch.full(shape, torch.nan, device=device) for shape in ((2, classes), (2,)))
     softmax_factors_kernel[(2,)](
@@ -86,7 +86,7 @@ def test_factors_of_more_classes_than_one_block(device: str, classes: int) -> No
         BLOCK=1024 if classes > 512 else 128, num_warps=4,
     )  # fmt: skip
     exact = logsums.double() * torch.log(torch.tensor(2.0, dtype=torch.float64))
-    # A log-sum of thousands is known to 2^-13.
+    # float32 holds a log-sum of thousands to 2^-13.
     torch.testing.assert_close(factors.cpu().double(), classes * exact.softmax(1), rtol=2e-3, atol=1e-30)
     wanted = (exact.logsumexp(1) - torch.log(torch.tensor(float(classes)))) / torch.log(torch.tensor(2.0))
     torch.testing.assert_close(totals.cpu().double(), wanted, rtol=0, atol=1e-3)
