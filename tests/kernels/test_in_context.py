@@ -1,4 +1,4 @@
-"""The Triton backend works under compilation, autocast and CUDA graphs, and with strided inputs and episodes."""
+"""The Triton backend works under compilation, autocast and CUDA graphs, and with strided and very large inputs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def step(adapter: RationalAdapter, image: Tensor, text: Tensor) -> tuple[Tensor,
     return logits.detach(), {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
 
 
-def test_compiled_in_one_graph(device: str) -> None:
+def test_the_compiled_adapter_gives_the_same_results(device: str) -> None:
     adapter, image, text = module_and_inputs(device)
     with use_backend("triton"):
         plain, gradients = step(adapter, image, text)
-        # The kernels stay as they are; on a device the default compiler makes code around them.
+        # The compiler leaves the kernels as they are. On a device it makes code of its own around them.
         compiled = torch.compile(adapter, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
         adapter.zero_grad()
         logits, penalty = compiled(image, text, 20.0, penalty="l2")
@@ -50,11 +50,11 @@ def test_autocast_keeps_the_parameters_type(device: str) -> None:
         with torch.autocast(device, torch.bfloat16):
             low, gradients = step(adapter, image, text)
     assert all(value.dtype == torch.float32 for value in gradients.values())
-    # bfloat16's 8 bits on logits of order 20.
+    # bfloat16 keeps 8 bits, and the logits are about 20.
     torch.testing.assert_close(low.float(), plain, rtol=5e-2, atol=0.5)
 
 
-def test_strided_and_expanded_inputs(device: str) -> None:
+def test_strided_and_expanded_inputs_give_the_same_logits(device: str) -> None:
     adapter, image, text = module_and_inputs(device, 3, 37)
     parameters = {name: value.detach() for name, value in adapter.named_parameters()}
     plain = rational_adapter(image, text, 20.0, parameters, CONFIG, backend="triton").logits
@@ -62,15 +62,15 @@ def test_strided_and_expanded_inputs(device: str) -> None:
     padded = torch.zeros(37, 131, device=device)
     padded[:, 3:] = text
     for images, texts in ((image.T.contiguous().T, padded[:, 3:]), (image[[0]].expand(3, -1), text)):
-        got = rational_adapter(images, texts, 20.0, strided, CONFIG, backend="triton").logits
-        assert torch.equal(got[0], plain[0])
+        found = rational_adapter(images, texts, 20.0, strided, CONFIG, backend="triton").logits
+        assert torch.equal(found[0], plain[0])
 
 
 def test_no_images_are_served_in_any_configuration(device: str) -> None:
     every_case_without_images("triton", device)
 
 
-def test_images_do_not_see_each_other(device: str) -> None:
+def test_images_do_not_change_each_others_logits(device: str) -> None:
     adapter, image, text = module_and_inputs(device, 4, 37)
     with use_backend("triton"), torch.no_grad():
         clean = adapter(image, text, 20.0)
@@ -96,7 +96,7 @@ def test_a_zero_output_projection_gives_the_zero_shot_logits(device: str) -> Non
 
 
 @pytest.mark.gpu
-def test_captured_in_a_graph_and_replayed() -> None:
+def test_a_captured_step_is_replayed_on_new_inputs() -> None:
     adapter, image, text = module_and_inputs("cuda", 6, 101)
     with use_backend("triton"):
         side = torch.cuda.Stream()
@@ -144,7 +144,7 @@ def test_two_runs_on_a_device_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_nothing_of_classes_squared_is_held_on_a_device() -> None:
+def test_memory_grows_with_the_classes_and_not_with_their_square() -> None:
     peaks = []
     for classes in (1000, 2000):
         adapter, image, text = module_and_inputs("cuda", 2, classes)
@@ -155,16 +155,16 @@ def test_nothing_of_classes_squared_is_held_on_a_device() -> None:
             torch.cuda.reset_peak_memory_stats()
             step(adapter, image, text)
             peaks.append(torch.cuda.max_memory_allocated() - before)
-    # A square would grow fourfold; a few MiB do not depend on K.
+    # Twice the classes would take four times the memory if it grew with their square. Two MiB do not depend on them.
     assert peaks[1] <= 2.2 * peaks[0] + 2**21
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits() -> None:
+def test_offsets_beyond_32_bits_address_the_right_elements() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 36 * 2**30:
         pytest.skip("needs 36 GiB of device memory")
     adapter, _, text = module_and_inputs("cuda", 1, 1000)
-    # B K D is 2^31 and more.
+    # The elements of a mask are more than 2^31.
     image = torch.nn.functional.normalize(torch.randn(17000, 128, device="cuda"), dim=-1)
     adapter, image, text = adapter.bfloat16(), image.bfloat16(), text.bfloat16()
     with use_backend("triton"), torch.no_grad():

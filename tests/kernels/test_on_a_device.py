@@ -1,5 +1,7 @@
-"""The Triton backend on a device where the tests with a simulator stand on CPU tensors: episodes, ways to multiply
-float32, single gradients, published outputs, and a whole step of test-time training in a CUDA graph."""
+"""On a CUDA device the Triton backend serves episodes, single gradients, streams, patched models and CUDA graphs.
+
+Other files test the same backend in a simulator, which takes CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import EpisodicOptimizer, prediction_loss, rational_adapter, use_backend
 from tests.compat.published import PublishedModel
-from tests.support import assert_replays_from_a_graph, problem, published_vectors, solve
+from tests.support import VECTORS, assert_replays_from_a_graph, problem, published_vectors, solve
 
 BF16, F32 = torch.bfloat16, torch.float32
 CONFIG = AdapterConfig.official(128)
@@ -24,7 +26,7 @@ CONFIG = AdapterConfig.official(128)
 pytestmark = pytest.mark.gpu
 
 
-def moved(inputs: tuple[Tensor, Tensor, dict[str, Tensor]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def to_device(inputs: tuple[Tensor, Tensor, dict[str, Tensor]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     image, text, parameters = inputs
     return image.cuda(), text.cuda(), {key: value.cuda() for key, value in parameters.items()}
 
@@ -66,7 +68,7 @@ def test_episodes_are_adapters_of_their_own(penalty: Any, shared: bool) -> None:
     for key, value in wanted.items():
         size = value.norm()
         if key.startswith(("q_proj", "k_proj")):
-            # Differences that nearly cancel, of terms as large as what the values get.
+            # These gradients are differences that nearly cancel, of terms as large as the gradient of the values.
             size = size + wanted["v_proj." + key.rpartition(".")[2]].norm()
         assert (found[key].cpu().double() - value).norm() <= 1e-4 * size, key
 
@@ -76,7 +78,7 @@ def test_float32_is_as_exact_as_its_products(products: str, bits: int, monkeypat
     monkeypatch.setenv("RADA_FAST_FLOAT32", products)
     inputs = problem(CONFIG, 3, 101, F32)
     exact = solve(CONFIG, inputs, torch.float64, "reference")
-    fast = solve(CONFIG, moved(inputs), F32, "triton")
+    fast = solve(CONFIG, to_device(inputs), F32, "triton")
     for name in ("logits", "mask", "dv_proj.weight", "dout_proj.weight", "dtext"):
         # Four products follow one another, and a gradient is a sum over all rows.
         bound = 16 * 2.0**-bits
@@ -86,17 +88,17 @@ def test_float32_is_as_exact_as_its_products(products: str, bits: int, monkeypat
 @pytest.mark.parametrize(
     "wanted", [{"text"}, {"image"}, {"k_proj.weight", "q_proj2.bias"}, {"out_proj.weight", "out_proj.bias"}, set()]
 )
-def test_only_what_is_asked_for_gets_a_gradient(wanted: set[str]) -> None:
+def test_only_inputs_that_require_gradients_get_them(wanted: set[str]) -> None:
     inputs = problem(CONFIG, 2, 20, F32)
     everything = solve(CONFIG, inputs, torch.float64, "reference")
-    some = solve(CONFIG, moved(inputs), F32, "triton", wanted=wanted)
+    some = solve(CONFIG, to_device(inputs), F32, "triton", wanted=wanted)
     assert {key for key in some if key.startswith("d")} == {f"d{key}" for key in wanted}
     for key, value in some.items():
         assert (value.cpu() - everything[key]).norm() <= 1e-4 * everything[key].norm() + 1e-6, key
 
 
-@pytest.mark.parametrize("name", ["small_d64", "medium_d128", "hot_d64", "clip_d512"])
-def test_published_outputs_and_gradients(name: str) -> None:
+@pytest.mark.parametrize("name", VECTORS)
+def test_outputs_and_gradients_are_the_published_ones(name: str) -> None:
     arrays, parameters, config = published_vectors(name, F32)
     parameters = {key: value.detach().cuda().requires_grad_() for key, value in parameters.items()}
     image, text = (normalize(arrays[key].float(), dim=-1).cuda() for key in ("image", "text"))
@@ -107,7 +109,7 @@ def test_published_outputs_and_gradients(name: str) -> None:
     assert output.penalty is not None
     assert output.mask is not None
     (cross_entropy(output.logits, arrays["label"].cuda()) + 0.5 * output.penalty).backward()
-    # As in the simulator: sums of D and K terms in another order.
+    # Sums of D and K terms are added up in another order here.
     assert (output.logits.cpu() - arrays["logits"]).abs().max() <= 2e-6 * max(float(arrays["logits"].abs().max()), 10)
     assert (output.mask.cpu() - arrays["mask"]).abs().max() <= 2e-5 * max(1.0, float(arrays["mask"].abs().max()))
     for key, parameter in parameters.items():
@@ -116,8 +118,8 @@ def test_published_outputs_and_gradients(name: str) -> None:
         assert (parameter.grad.cpu() - wanted).norm() <= 1e-5 * wanted.norm(), key
 
 
-def test_other_streams_and_sizes_give_the_same() -> None:
-    image, text, parameters = moved(problem(CONFIG, 6, 101, BF16))
+def test_another_stream_gives_the_same_logits() -> None:
+    image, text, parameters = to_device(problem(CONFIG, 6, 101, BF16))
     with torch.no_grad():
         plain = rational_adapter(image, text, 20.0, parameters, CONFIG, backend="triton").logits
         torch.cuda.synchronize()
@@ -128,7 +130,7 @@ def test_other_streams_and_sizes_give_the_same() -> None:
     assert torch.equal(plain, again)
 
 
-def test_a_patched_model_gives_what_it_gave() -> None:
+def test_a_patched_model_gives_the_logits_that_it_gave_before() -> None:
     torch.manual_seed(0)
     model = PublishedModel(64, 8, 1.0, torch.randn(20, 64), 3.0).cuda()
     model.class_features = model.class_features.cuda()
@@ -143,11 +145,11 @@ def test_a_patched_model_gives_what_it_gave() -> None:
 
 
 def test_a_step_of_test_time_training_replays_from_a_graph() -> None:
-    """Adapter, penalty, loss and their gradients, then the optimiser of all episodes: an episode is steps like it."""
+    """The steps hold the adapter, its penalty, the loss, their gradients and the optimiser of all episodes."""
     if reason := libraries.load_cuda():
         pytest.skip(f"no CUDA kernels: {reason}")
     episodes, batch = 4, 6
-    image, text, _ = moved(problem(CONFIG, episodes * batch, 37, F32))
+    image, text, _ = to_device(problem(CONFIG, episodes * batch, 37, F32))
     start = RationalAdapter(CONFIG).cuda()
     torch.nn.init.normal_(start.get_parameter("out_proj.weight"), std=0.02)
     initial = {name: value.detach() for name, value in start.named_parameters()}

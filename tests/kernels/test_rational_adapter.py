@@ -10,6 +10,7 @@ from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.ops import rational_adapter
 from tests.support import (
+    VECTORS,
     assert_within_budget,
     problem,
     problem_with_masks_of,
@@ -63,7 +64,7 @@ def test_outputs_and_gradients(name: str, simulated: Simulated) -> None:
     plain = solve(config, inputs, dtype, "reference", penalty)
     with simulated() as log:
         fast = solve(config, inputs, dtype, "triton", penalty)
-    # Two of them are the features' gradients; of several layers only the attention is launched from here.
+    # A layer takes at most twelve launches, forward and backward.
     assert len(log) <= 12 * config.num_layers
     assert_within_budget(exact, plain, fast, dtype)
 
@@ -80,8 +81,8 @@ def test_outputs_and_gradients_with_large_scores(name: str, simulated: Simulated
     assert_within_budget(exact, plain, fast, dtype)
 
 
-@pytest.mark.parametrize("name", ["small_d64", "medium_d128", "hot_d64", "clip_d512"])
-def test_published_outputs_and_gradients(name: str, simulated: Simulated) -> None:
+@pytest.mark.parametrize("name", VECTORS)
+def test_outputs_and_gradients_are_the_published_ones(name: str, simulated: Simulated) -> None:
     arrays, parameters, config = published_vectors(name, F32)
     image, text = (normalize(arrays[key].float(), dim=-1) for key in ("image", "text"))
     with simulated():
@@ -92,7 +93,7 @@ def test_published_outputs_and_gradients(name: str, simulated: Simulated) -> Non
         assert output.penalty is not None
         (cross_entropy(output.logits, arrays["label"]) + 0.5 * output.penalty).backward()
     assert output.mask is not None
-    # As of the compiled CPU backend in float32: sums of D and K terms in another order.
+    # Sums of D and K terms are added up in another order here.
     assert (output.logits - arrays["logits"]).abs().max() <= 2e-6 * max(float(arrays["logits"].abs().max()), 10)
     assert (output.mask - arrays["mask"]).abs().max() <= 2e-5 * max(1.0, float(arrays["mask"].abs().max()))
     for key, parameter in parameters.items():
@@ -116,10 +117,10 @@ def test_outputs_and_gradients_on_a_device(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "launches"),
-    # Five forward. Backward, the output projection's own gradient needs dA and one product.
+    # Five launches compute the outputs. For the gradient of the output projection alone, two more suffice.
     [({"text"}, 11), ({"k_proj.weight", "q_proj2.bias"}, 10), ({"out_proj.weight", "out_proj.bias"}, 7), (set(), 5)],
 )
-def test_only_what_is_asked_for_gets_a_gradient(wanted: set[str], launches: int, simulated: Simulated) -> None:
+def test_only_inputs_that_require_gradients_get_them(wanted: set[str], launches: int, simulated: Simulated) -> None:
     config = AdapterConfig.official(128)
     inputs = problem(config, 2, 20, F32)
     everything = solve(config, inputs, torch.float64, "reference")
@@ -134,9 +135,9 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted: set[str], launches: int,
 def test_values_with_much_in_common_cancel_in_the_row_softmax(simulated: Simulated) -> None:
     config = AdapterConfig.official(128, softmax="row")
     inputs = problem(config, 2, 37, BF16)
-    # What all values share has no gradient through a row softmax: P (dP - delta) sums to zero as far as delta is
-    # computed from the very dO that dP is computed from. The error is at most 2.3 times the
-    # reference's, of an unrounded one 3.3 times.
+    # A constant that all values share has no gradient through a row softmax, because P (dP - delta) sums to zero. It
+    # does so only where delta and dP are computed from the same dO. The errors are then at most 2.3 times the
+    # reference's; with a delta of the dO before it was rounded, they are 3.3 times the reference's.
     inputs[2]["v_proj.bias"] = 100 * inputs[2]["v_proj.bias"].abs()
     exact = solve(config, inputs, torch.float64, "reference", None)
     plain = solve(config, inputs, BF16, "reference", None)
@@ -247,7 +248,7 @@ def test_two_runs_are_equal_bit_for_bit(simulated: Simulated) -> None:
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def test_what_cannot_be_served_is_refused_by_name(simulated: Simulated) -> None:
+def test_a_configuration_without_kernels_is_refused_by_name(simulated: Simulated) -> None:
     config = AdapterConfig.official(128, mask_function="mlp")
     image, text, parameters = problem(config, 2, 5, F32)
     with simulated(), pytest.raises(BackendUnavailableError, match=r"'triton' cannot serve this call: .*not 'mlp'"):
@@ -261,7 +262,8 @@ def test_cpu_tensors_are_refused_without_a_simulator() -> None:
         rational_adapter(image, text, 20.0, parameters, config, backend="triton")
 
 
-# -1 is relu's kink, 0 that of l1; in the other cases the largest distance is that of many columns and all classes.
+# With the offset -1 the mask is at the kink of relu, with 0 at the kink of l1. In the last two cases many columns of
+# all classes have the largest distance.
 @pytest.mark.parametrize(
     ("penalty", "offsets"),
     [("l2", [-1.0, 0.0, 0.25]), ("l1", [-1.0, 0.0, 0.25]), ("linf", [0.125, -0.5, 0.5]), ("linf", [0.25])],
@@ -289,7 +291,7 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_scores_in_every_configuration(name: str, simulated: Simulated) -> None:
-    """The running maxima change from tile to tile, by many nats: 70 classes are more than one tile."""
+    """The running maxima change by many nats between tiles, because 70 classes are more than one tile."""
     config = LARGE[name]
     image, text, parameters = problem(config, 2, 70, F32)
     parameters |= {key: 4 * value for key, value in parameters.items() if key[0] in "qk"}
@@ -298,7 +300,7 @@ def test_large_scores_in_every_configuration(name: str, simulated: Simulated) ->
     plain = solve(config, inputs, F32, "reference")
     with simulated():
         fast = solve(config, inputs, F32, "triton")
-    # The log-sums of a row and of a head, of up to 32 nats, are one float32 each: all probabilities share its rounding.
+    # The log-sums of a row and of a head reach 32 nats. Each is one float32, whose rounding all probabilities share.
     assert_within_budget(exact, plain, fast, F32, roundings=2 + 32)
 
 

@@ -22,7 +22,7 @@ def launch_reduction(
     device: str, penalty: int, *, images: int = 2, episodes: int = 1, classes: int = 3, parts: int = 1,
     distances: Tensor | None = None, columns: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Launch the kernel on drawn parts, and return the parts and the results. What it does not write stays NaN or -1."""
+    """Launch the kernel on drawn parts, and return both parts and results. What it does not write stays NaN or -1."""
     batch = images * episodes
     generator = torch.Generator().manual_seed(0)
     given = {

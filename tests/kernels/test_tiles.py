@@ -37,7 +37,7 @@ def test_candidates_are_few_and_begin_with_the_table(launch: str) -> None:
 
 def test_the_fastest_tile_is_kept_and_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    # Of every launch the third tile is fastest; parameter_gradients has no better one than the table's.
+    # The third tile of class_attention_forward is the fastest. No tile of parameter_gradients beats that of the table.
     times = {"class_attention_forward": iter([2.0, 2.0, 1.0, *[3.0] * 7]), "parameter_gradients": iter([1.0] * 10)}
 
     def run(launch: str) -> Any:
@@ -72,7 +72,7 @@ OLD_TILE = {"queries": 64, "keys": 32, "columns": 64, "warps": 4, "stages": 2}
         "{",
         '{"class_attention_forward x": {}}',
         '{"unknown x": {"rows": 1}}',
-        # A file of the time when the forward launch had no suffix.
+        # Earlier versions wrote the name of the forward launch without a suffix.
         json.dumps({SIZES.key("class_attention"): OLD_TILE}),
     ],
 )
@@ -108,19 +108,19 @@ def test_every_launch_runs_with_another_tile(simulated: Simulated) -> None:
     with simulated() as log:
         for launch, run in launches_of(config, 2, 20, torch.bfloat16, "cpu").items():
             before = len(log)
-            # A pipeline stage less than the table has: one more may not fit.
+            # This tile has one pipeline stage less than that of the table; one more may not fit into shared memory.
             run(list(candidates(launch, sizes))[2])
             assert len(log) > before
 
 
 def test_tuning_without_a_device_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
-        pytest.skip("a CUDA device is here")
+        pytest.skip("there is a CUDA device")
     assert main(["kernels", "--tune"]) != 0
     assert "--tune measures on a CUDA device and none is visible" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
-def test_tuning_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tuning_on_a_device_reports_every_launch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", "--tune", "--json", "--batch", "2", "--classes", "100"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(tiles.TILES)
