@@ -168,13 +168,6 @@ def assert_within_budget(
         )
 
 
-def assert_rounds_float32(call: Callable[[torch.dtype], Tensor]) -> None:
-    """Check that a call gives in bfloat16 and in float16 the result that it gives in float32, rounded."""
-    exact = call(torch.float32)
-    for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(call(dtype), exact.to(dtype)), dtype
-
-
 def assert_replays_from_a_graph(call: Callable[[], Tensor]) -> None:
     """Check on a CUDA device that a call can be captured in a graph, and that every replay gives the same answer."""
     side = torch.cuda.Stream()

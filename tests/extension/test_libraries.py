@@ -14,10 +14,7 @@ from torch.nn.functional import normalize
 from rada_fast.config.method import AdapterConfig
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
-from rada_fast.ops import backends
-
-USABLE = backends()["cpu"] == "usable"
-needs_extension = pytest.mark.skipif(not USABLE, reason=f"cpu backend: {backends()['cpu']}")
+from tests.ops.support import needs_extension
 
 
 def test_the_library_is_named_after_sources_and_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

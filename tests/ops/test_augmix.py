@@ -18,11 +18,8 @@ from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops import AugmixPlan, augmix, multi_view_crops, random_augmix, use_backend, whole_view
 from rada_fast.ops._backends import library
 from rada_fast.reference import augmix as reference
-from tests.support import assert_rounds_float32
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-needs_extension = pytest.mark.skipif(library.load() is not None, reason=str(library.load()))
+from .support import MEAN, STD, assert_rounds_float32, needs_extension, num_threads
 
 
 def picture(height: int, width: int, seed: int = 0, low: int = 0, high: int = 256) -> Tensor:
@@ -207,12 +204,8 @@ def test_views_do_not_depend_on_neighbours_order_or_threads() -> None:
     expected = augmix([pixels], plan, 24, MEAN, STD, backend="cpu")
     order = torch.randperm(7)
     shuffled = AugmixPlan(*(tensor[order] for tensor in plan))
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
+    with num_threads(3):
         assert torch.equal(augmix([pixels], shuffled, 24, MEAN, STD, backend="cpu"), expected[order])
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_impossible_plans_are_refused() -> None:

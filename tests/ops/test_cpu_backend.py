@@ -20,10 +20,12 @@ from rada_fast.config.method import MASK_PENALTIES, AdapterConfig
 from rada_fast.errors import UserError
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
-from rada_fast.ops import backends, rational_adapter, use_backend
+from rada_fast.ops import rational_adapter, use_backend
 from tests.support import assert_within_budget, problem, problem_with_masks_of, published_vectors, solve
 
-pytestmark = pytest.mark.skipif(backends()["cpu"] != "usable", reason=f"cpu backend: {backends()['cpu']}")
+from .support import needs_extension, num_threads
+
+pytestmark = needs_extension
 
 CONFIGS = {
     "official": AdapterConfig.official(64),
@@ -172,10 +174,8 @@ def test_heads_that_are_no_whole_fours_of_columns(embed_dim: int, num_heads: int
 
 @pytest.fixture
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with num_threads(1):
+        yield
 
 
 @pytest.mark.usefixtures("_one_thread")
@@ -187,14 +187,10 @@ def test_more_images_than_are_worked_on_at_once(penalty: str) -> None:
 
 
 def test_threads_that_share_a_head() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        # Four blocks of queries of one head.
+    with num_threads(3):
+        # One head has four blocks of queries here.
         for config in (CONFIGS["paper"], AdapterConfig.official(16, num_heads=1)):
             assert_as_exact_as_the_reference(config, 1, 397, torch.float64)
-    finally:
-        torch.set_num_threads(before)
 
 
 # Scores of some hundred nats: one class has nearly all of a query's weight, and it may lie in any tile.

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rada_fast.ops import backends
+from .support import needs_extension
 
 pytestmark = [
-    pytest.mark.skipif(backends()["cpu"] != "usable", reason=f"cpu backend: {backends()['cpu']}"),
+    needs_extension,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc"),
 ]
 

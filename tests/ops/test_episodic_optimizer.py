@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rada_fast.config.method import OptimizerName
 from rada_fast.errors import BackendUnavailableError
-from rada_fast.ops import EpisodicOptimizer, backends, episodic_optimizer_step, use_backend
+from rada_fast.ops import EpisodicOptimizer, episodic_optimizer_step, use_backend
 from rada_fast.ops._backends import library
+
+from .support import needs_extension, num_threads
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 EPISODES = 3
@@ -27,7 +29,6 @@ RULES: list[tuple[OptimizerName, dict[str, Any]]] = [
     ("sgd", {"weight_decay": 0.1, "momentum": 0.9}),
     ("sgd", {"weight_decay": 0.0, "momentum": 0.9}),
 ]
-needs_extension = pytest.mark.skipif(backends()["cpu"] != "usable", reason=f"cpu backend: {backends()['cpu']}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 
 
@@ -199,17 +200,14 @@ def test_an_episode_does_not_depend_on_its_neighbours(backend: str) -> None:
 
 @needs_extension
 def test_threads_do_not_change_a_bit() -> None:
-    initial, threads = initial_values(), torch.get_num_threads()
+    initial = initial_values()
     steps, results = [draw(initial) for _ in range(2)], []
-    try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
+    for count in (1, 2, 4):
+        with num_threads(count):
             optimizer = EpisodicOptimizer(initial, EPISODES, lr=LR, weight_decay=0.1, backend="cpu")
             for gradients in steps:
                 optimizer.step(gradients)
             results.append(optimizer.parameters)
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         assert_equal(other, results[0])
 

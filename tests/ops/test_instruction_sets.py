@@ -35,12 +35,11 @@ from rada_fast.ops import (
     use_backend,
     whole_view,
 )
-from rada_fast.ops._backends import library
+
+from .support import needs_extension
 
 COPIES = {"default": "baseline", "avx2": "AVX2", "avx512": "AVX512"}
 """This table gives the copy of the loops that each value of ATEN_CPU_CAPABILITY selects."""
-
-needs_extension = pytest.mark.skipif(library.load() is not None, reason=f"{library.load()}")
 
 
 def older() -> list[str]:

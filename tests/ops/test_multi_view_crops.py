@@ -20,11 +20,8 @@ from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops import multi_view_crops, random_views, use_backend, whole_view
 from rada_fast.ops._backends import library
 from rada_fast.reference import multi_view_crops as reference
-from tests.support import assert_rounds_float32
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-needs_extension = pytest.mark.skipif(library.load() is not None, reason=str(library.load()))
+from .support import MEAN, STD, assert_rounds_float32, needs_extension, num_threads
 
 
 def picture(height: int, width: int, seed: int = 0) -> Tensor:
@@ -235,12 +232,8 @@ def test_every_kind_of_file_gives_the_same_views(kind: str, tmp_path: Any) -> No
 def test_views_do_not_depend_on_threads(threads: int) -> None:
     pixels = picture(60, 50)
     views = random_views(60, 50, 20, 17, torch.Generator().manual_seed(0))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with num_threads(threads):
         assert equal([pixels], views, 20)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

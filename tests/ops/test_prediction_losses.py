@@ -18,8 +18,9 @@ from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, use_backend
 from rada_fast.ops._backends import library
 
+from .support import needs_extension, num_threads
+
 BACKENDS = ["reference", "cpu"] if library.load() is None else ["reference"]
-needs_extension = pytest.mark.skipif(library.load() is not None, reason=f"extension: {library.load()}")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 KINDS = ["mean", "marginal", "cross_entropy", "smoothed"]
 
@@ -173,14 +174,10 @@ def test_losses_do_not_depend_on_threads_or_neighbours(kind: str, dtype: torch.d
     # With 101 classes, the rows start at different places of a vector.
     logits = draw(9, 6, 101, 3.0, dtype)
     given = options(kind, logits)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with num_threads(1):
         losses, gradient = prediction_loss_and_gradient(logits, **given)
-        torch.set_num_threads(3)
+    with num_threads(3):
         again = prediction_loss_and_gradient(logits, **given)
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(again[0], losses)
     assert torch.equal(again[1], gradient)
     for episode in (0, 4, 8):

@@ -18,9 +18,10 @@ from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, select_views
 
+from .support import needs_extension
+
 # PyTorch's own forward-mode formulas use torch.jit.script, which it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
-compiled = pytest.mark.skipif(rada_fast.backends()["cpu"] != "usable", reason="no compiled extension")
 
 
 def adapter_of() -> RationalAdapter:
@@ -81,7 +82,7 @@ def test_every_transform_gives_the_backward_passs_derivative(transform: str, arg
     torch.testing.assert_close(TRANSFORMS[transform](f, at, along), expected, rtol=1e-8, atol=1e-10)
 
 
-@compiled
+@needs_extension
 def test_a_backend_asked_for_by_name_refuses_transforms() -> None:
     adapter = adapter_of()
     image, text = features()
@@ -99,7 +100,7 @@ def test_a_backend_asked_for_by_name_refuses_transforms() -> None:
         assert torch.autograd.grad(calls[0](leaf := image.clone().requires_grad_()), leaf)[0].any()
 
 
-@compiled
+@needs_extension
 def test_second_derivatives_are_the_references_and_refused_elsewhere() -> None:
     adapter = adapter_of()
     image, text = features()

@@ -13,8 +13,9 @@ from rada_fast.ops import select_views, use_backend
 from rada_fast.ops._backends import library
 from rada_fast.reference.view_selection import prediction_entropy
 
+from .support import needs_extension, num_threads
+
 BACKENDS = ["reference", "cpu"] if library.load() is None else ["reference"]
-needs_extension = pytest.mark.skipif(library.load() is not None, reason=f"extension: {library.load()}")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -107,14 +108,10 @@ def test_shapes_and_strides_are_served(backend: str) -> None:
 @needs_extension
 def test_the_selection_does_not_depend_on_threads() -> None:
     logits = draw(7, 64, 200, 10.0, torch.float32)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    for count in (1, 2, 5):
+        with num_threads(count):
             results.append(select_views(logits, 64, return_entropies=True))
-    finally:
-        torch.set_num_threads(threads)
     for indices, entropies in results[1:]:
         assert torch.equal(indices, results[0][0])
         assert torch.equal(entropies, results[0][1])

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from rada_fast.config.method import ROLES
-from rada_fast.ops._backends import adapter_operator, compiled, library
+from rada_fast.ops._backends import adapter_operator, compiled
 from rada_fast.ops._backends.registration import Layout, define, register_gradient
+from tests.ops.support import needs_extension
 
 
 class Pair(NamedTuple):
@@ -82,7 +83,7 @@ def test_an_operator_made_of_groups_keeps_pytorchs_rules() -> None:
         assert not operator(left, right, 2.0)[0].requires_grad
 
 
-@pytest.mark.skipif(library.load() is not None, reason=f"extension: {library.load()}")
+@needs_extension
 def test_the_groups_of_the_adapter_are_the_schemas_of_the_library() -> None:
     forward = adapter_operator.arguments_of(compiled.CpuOptions)
     backward = adapter_operator.backward_arguments_of(compiled.CpuOptions, [compiled.CpuKept])
