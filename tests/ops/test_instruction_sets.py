@@ -1,7 +1,7 @@
 """Every copy of the vector loops that this processor can run gives the same answers as the one it chooses.
 
 PyTorch obeys ATEN_CPU_CAPABILITY without asking the processor, so only older instruction sets than its own choice are
-tried; each in a process of its own, because the choice is made once. As a script this file prints its answers.
+tried, each in a process of its own, because the choice is made once. With `python -m` this module prints its answers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,7 +128,10 @@ def test_the_copy_that_the_processor_chooses_is_right(own: dict[str, Any]) -> No
 @pytest.mark.parametrize("capability", older())
 def test_every_older_copy_gives_the_same_answers(capability: str, own: dict[str, Any]) -> None:
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.test_instruction_sets"],
+        cwd=Path(__file__).resolve().parents[2], env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["vectors"] == COPIES[capability]
