@@ -1,6 +1,6 @@
-"""The command line: it reads arguments into one frozen configuration and runs one command with it.
+"""The command line: it reads the arguments into one frozen configuration, and runs one command with it.
 
-PyTorch is imported only when a command starts, so that help and refusals come at once.
+PyTorch is imported only when a command starts, so that help and the refusal of an option come at once.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from rada_fast.system.notices import one_line
 class Command:
     """One command of the program.
 
-    options: the class of its configuration; place: the function that runs it, as MODULE:FUNCTION; summary: the line
-    about it in the list of commands.
+    options: the class of its configuration.
+    function: the function that runs it, as MODULE:FUNCTION.
+    summary: the line about it in the list of commands.
     """
 
     options: type
-    place: str
+    function: str
     summary: str
 
     def load(self) -> Callable[[Any], Any]:
         """Import the function that runs the command. Most of these import PyTorch, which takes seconds."""
-        module, _, function = self.place.partition(":")
+        module, _, function = self.function.partition(":")
         run: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
         return run
 
@@ -90,30 +91,30 @@ Begin with 'rada-fast demo'. 'rada-fast COMMAND --help' explains a command's opt
 --options FILE reads options from TOML or JSON (steps = 3, test = ["imagefolder:a", "imagefolder:b"]); the command
 line wins over the file. 'rada-fast --version' prints the version.
 
-exit status: 0 done; 1 the system failed (a full disk, say); 2 something given cannot be used (one line says what);
-3 more images unreadable than allowed; 70 a fault of this program (RADA_FAST_TRACEBACK=1 shows where); 129 the terminal
-hung up; 130 interrupted; 141 nobody reads the output; 143 terminated. After 1, 70 and those above the same command goes
-on where it stopped.
+exit status: 0 done; 1 the system failed (a full disk, say); 2 an option, a file or a variable cannot be used (one line
+says which); 3 more images are unreadable than allowed; 70 a fault of this program (RADA_FAST_TRACEBACK=1 shows where);
+129 the terminal hung up; 130 interrupted; 141 nobody reads the output; 143 terminated. After 1, and from 70 on, the
+same command goes on where it stopped.
 """
 
-DONE_NOT, REFUSED, OWN_FAULT, INTERRUPTED, READER_GONE = 1, 2, 70, 130, 141
-"""Exit statuses; 70 is what sysexits.h calls a fault of the software, 128 + N is a shell's for signal N."""
-GO_ON = "start the same command again to go on"
+FAILED, REFUSED, INTERNAL_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 70, 130, 141
+"""The exit statuses. 70 is EX_SOFTWARE of sysexits.h; a shell reports 128 + N for a process that signal N has ended."""
+RESUME_ADVICE = "start the same command again to go on"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
     _ready_standard_streams()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    shown_by_python = warnings.showwarning
-    # What other libraries warn of is a line as everything else is, without the place in their source.
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    original_showwarning = warnings.showwarning
+    # A warning of another library becomes one line, as every other message, without its place in the source.
     warnings.showwarning = lambda message, *_, **__: notices.warn(str(message))
     try:
-        status = _guarded(lambda: termination.raising_terminated()(_command)(given))
-        # What is still held back is written here, where a full disk or a reader that has gone can be told.
-        return status if status == READER_GONE else max(status, _guarded(_flush_output))
+        status = _run_with_status(lambda: termination.raising_terminated()(_run_command)(arguments))
+        # The rest of the output is written here, so that a full disk or a closed pipe is still reported.
+        return status if status == BROKEN_PIPE else max(status, _run_with_status(_flush_output))
     finally:
-        warnings.showwarning = shown_by_python
+        warnings.showwarning = original_showwarning
 
 
 def _flush_output() -> int:
@@ -121,48 +122,48 @@ def _flush_output() -> int:
     return 0
 
 
-def _guarded(action: Callable[[], int]) -> int:
-    """The status of an action; whatever it raises becomes one line and a status."""
+def _run_with_status(action: Callable[[], int]) -> int:
+    """Run an action and return its exit status. An exception becomes a line on standard error and a status."""
     try:
         return action()
     except (UserError, BackendUnavailableError) as error:
         return _fail(str(error), REFUSED)
     except termination.Terminated as end:
-        return _fail(f"{end}; {GO_ON}", end.status)
+        return _fail(f"{end}; {RESUME_ADVICE}", end.status)
     except KeyboardInterrupt:
-        return _fail(f"interrupted; {GO_ON}", INTERRUPTED)
+        return _fail(f"interrupted; {RESUME_ADVICE}", INTERRUPTED)
     except BrokenPipeError as error:
-        if not _reader_is_gone():
-            return _fail(f"{error}; {GO_ON}", DONE_NOT)
-        # As other commands do when 'head' has seen enough: say nothing, and let nothing more be written at the end.
+        if not _output_pipe_is_closed():
+            return _fail(f"{error}; {RESUME_ADVICE}", FAILED)
+        # Like other commands whose output is read by 'head', end without a message, and write nothing more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return READER_GONE
+        return BROKEN_PIPE
     except OSError as error:
-        # A disk that fills, a folder that goes away: what was finished is kept, and the same command goes on from it.
-        return _fail(f"{error}; {GO_ON}", DONE_NOT)
+        # The disk may be full, or a folder removed. The finished work is kept, and the same command resumes it.
+        return _fail(f"{error}; {RESUME_ADVICE}", FAILED)
     except ImportError as error:
         if _is_lack_of_memory(error):
-            return _fail(f"the memory does not suffice: {_joined(error)}; {GO_ON}", DONE_NOT)
-        return _fail(f"this installation is incomplete: {error}", DONE_NOT)
+            return _fail(f"the memory does not suffice: {_joined(error)}; {RESUME_ADVICE}", FAILED)
+        return _fail(f"this installation is incomplete: {error}", FAILED)
     except Exception as error:
         if _is_lack_of_memory(error):
-            return _fail(f"the memory does not suffice: {_joined(error) or 'out of memory'}; {GO_ON}", DONE_NOT)
+            return _fail(f"the memory does not suffice: {_joined(error) or 'out of memory'}; {RESUME_ADVICE}", FAILED)
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
             reason = (
                 "the system ended a process that reads images, for want of memory perhaps (fewer --workers need less)"
             )
-            return _fail(f"{reason}: {_joined(error)}; {GO_ON}", DONE_NOT)
+            return _fail(f"{reason}: {_joined(error)}; {RESUME_ADVICE}", FAILED)
         advice = "please report it with what RADA_FAST_TRACEBACK=1 adds"
-        return _fail(f"a fault of rada-fast itself, {advice}: {type(error).__name__}: {_joined(error)}", OWN_FAULT)
+        return _fail(f"a fault of rada-fast itself, {advice}: {type(error).__name__}: {_joined(error)}", INTERNAL_ERROR)
 
 
 def _joined(error: Exception) -> str:
-    """The beginning of what an error says, its lines joined."""
+    """Return the beginning of the message of an error, on one line."""
     return " ".join(str(error).split())[:500]
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Whether an error says that no more memory was to be had, of the processor or of a GPU."""
+    """Return whether an error says that the memory of the processor or of a GPU is exhausted."""
     text = str(error)
     return (
         isinstance(error, MemoryError)
@@ -171,17 +172,18 @@ def _is_lack_of_memory(error: Exception) -> bool:
     )
 
 
-def _reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more."""
-    asked = select.poll()
-    asked.register(1, 0)
-    return any(event & select.POLLERR for _, event in asked.poll(0))
+def _output_pipe_is_closed() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _ready_standard_streams() -> None:
-    """Open the standard streams that were closed by whoever started this, and let every text be written to them.
+    """Open standard streams that are closed, and let them write characters that their encoding lacks as escapes.
 
-    A file opened later would get a closed stream's number, and with it whatever is written to that stream.
+    Otherwise the next file to be opened would get the descriptor of a closed stream, and with it the text that is
+    written to that stream.
     """
     for number in (0, 1, 2):
         try:
@@ -189,7 +191,7 @@ def _ready_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (a descriptor; open to the end)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (it stays open until the process ends)
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -198,8 +200,8 @@ def _ready_standard_streams() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    """Say why a command ended, in one line. Returns the status."""
-    # Without a standard error that takes it, the status says what there is to say.
+    """Print on one line why a command ended. Returns the status."""
+    # If standard error cannot be written, the status alone tells the reason.
     with suppress(OSError, ValueError):
         if _env.show_traceback():
             traceback.print_exc()
@@ -207,8 +209,8 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _command(arguments: list[str]) -> int:
-    """Do what a command line asks for. Returns the exit status; whatever goes wrong is raised."""
+def _run_command(arguments: list[str]) -> int:
+    """Run the command that a command line names. Returns the exit status, and raises an exception if it fails."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         listing = "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
         print(HELP.format(commands=listing), end="")
@@ -226,7 +228,7 @@ def _command(arguments: list[str]) -> int:
     _env.check_variables(building=command == "build")
     try:
         Path.cwd()
-    except FileNotFoundError:  # PyTorch's own libraries would end the process
+    except FileNotFoundError:  # without this folder, libraries of PyTorch end the process
         raise UserError("the folder that this was started in does not exist any more; start it in another") from None
     _env.place_other_caches()
     try:
@@ -234,7 +236,7 @@ def _command(arguments: list[str]) -> int:
             with termination.deferred():
                 run = COMMANDS[command].load()
             result = run(config)
-            # A loop returns the summary of its run, every other command its exit status.
+            # The commands ttt, eft and fft return the summary of their run, all others their exit status.
             return result if isinstance(result, int) else _show(result, config)
     except UserError as error:
         raise UserError(name_option(str(error), config)) from error
@@ -247,7 +249,7 @@ def _unknown_command(command: str) -> str:
 
 
 def _help(command: str) -> int:
-    """Print a command's options; tyro reads what they mean from the configuration's own source."""
+    """Print the options of a command. tyro reads their descriptions from the source of the configuration."""
     import tyro
 
     try:
@@ -260,18 +262,18 @@ def _help(command: str) -> int:
 
 
 def parse(command: str, arguments: Sequence[str]) -> Any:
-    """The configuration of a command from its options, those of an options file first.
+    """Read the configuration of a command from its options. They override the values in an options file.
 
-    Raises UserError where an option is unknown or missing, or its value cannot be used.
+    Raises UserError if an option is unknown or missing, or its value cannot be used.
     """
     return read(COMMANDS[command].options, command, arguments)
 
 
 def check_paths(config: Any) -> None:
-    """Look at the paths of a configuration before anything is loaded.
+    """Check the paths of a configuration before anything is loaded.
 
-    Raises UserError where one is of a kind that can never be what its option wants, or where the system does not let
-    it be looked at. What is not there is for its reader to refuse, who knows what it should hold.
+    Raises UserError if a path is of a kind that its option can never use, or if the system does not allow the check.
+    A path that does not exist is refused later, by the function that reads it.
     """
     found = [(option, Path(value)) for option, value in paths_of(config)]
     for option, path in found:
@@ -282,14 +284,14 @@ def check_paths(config: Any) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise UserError where a folder cannot be made or written in."""
-    place = path
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"--output {path} must be a folder, {place} is none")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--output {path} cannot be written: {place} gives no permission to write, or is read-only")
+    """Raise UserError if the output folder cannot be created or written to."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output {path} must be a folder, but {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path} cannot be written: {existing} gives no permission to write, or is read-only")
 
 
 def _show(summary: dict[str, Any], config: Any) -> int:
