@@ -1,1 +1,1 @@
-"""Test-time episodes: adapt to one image's views, predict, forget."""
+"""Test-time episodes: adapt a copy of the adapter to the views of one image, and predict the image with it."""

@@ -1,7 +1,7 @@
-"""Test-time episodes on features (RAda, arXiv:2507.15480, Sec. 4.3): one adapter per test image, adapted and forgotten.
+"""Test-time episodes on features (RAda, arXiv:2507.15480, Sec. 4.3): each test image gets its own copy of the adapter.
 
-Each episode is evaluated by itself, on shapes that depend on its own views alone: its result is the same bits whatever
-its neighbours, their number or their order.
+Each episode is computed by itself, on shapes that depend on its own views alone. Its result is therefore the same to
+the bit, whatever other episodes are computed, how many they are, and in which order.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from rada_fast.ops.rational_adapter import check_features, check_scale, check_te
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) in nats. logits: (..., K). Returns (...)."""
+    """Compute the entropy of softmax(logits) in nats. logits: (..., K). Returns (...)."""
     log_probabilities = logits.log_softmax(dim=-1)  # (..., K)
     return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
 
 
 def episode_loss(logits: Tensor, config: EpisodeConfig) -> Tensor:
-    """Entropy of the kept views (Eq. 5): mean of their entropies, or entropy of their mean prediction.
+    """Compute the loss of the kept views (Eq. 5): the mean of their entropies, or the entropy of their mean prediction.
 
     logits: (n, K). Returns a 0-dim tensor, in nats.
     """
@@ -37,7 +37,14 @@ def episode_loss(logits: Tensor, config: EpisodeConfig) -> Tensor:
 def make_optimizer(
     parameters: Iterable[Tensor], name: OptimizerName, *, lr: float, weight_decay: float, momentum: float = 0.0
 ) -> Optimizer:
-    """A fresh optimiser, its state zero: resetting an episode is making a new one. momentum: of SGD."""
+    """Make an optimiser without state. Every episode begins with a new one.
+
+    parameters: the parameters to train.
+    name: the kind of optimiser.
+    lr: the learning rate.
+    weight_decay: the factor of weight decay.
+    momentum: the momentum of SGD; the other kinds do not use it.
+    """
     match name:
         case "adamw":
             return AdamW(parameters, lr=lr, weight_decay=weight_decay)
@@ -48,13 +55,15 @@ def make_optimizer(
 
 
 class EpisodeAdapter:
-    """One episode's copy of an adapter: its parameters, its optimiser, its arithmetic.
+    """The copy of an adapter for one episode: its parameters, its buffers and its arithmetic.
 
-    Parameters, moments and steps are float32 or float64 whatever the adapter's type, since float16 has no room for a
-    step of 8e-4 or Adam's 1e-8. Those that are frozen (requires_grad False) stay as they are.
+    Parameters, moments and steps are float32 or float64 whatever the type of the adapter, because float16 would
+    round away a step of 8e-4 on a weight near 1, and Adam's 1e-8. Frozen parameters do not change.
 
-    adapter: where the episode starts; dtype: of the adapter's arithmetic (see arithmetic_dtype); plain: whether the
-    adapter is rational_adapter of its named parameters, so that it need not be called as a module.
+    adapter: the adapter with which the episode starts.
+    dtype: the type of the adapter's arithmetic; see arithmetic_dtype.
+    plain: whether the function rational_adapter of the named parameters computes the adapter, so that the module need
+        not be called.
     """
 
     def __init__(self, adapter: RationalAdapter, dtype: torch.dtype, *, plain: bool) -> None:
@@ -63,11 +72,11 @@ class EpisodeAdapter:
             name: _exact(parameter.detach()).clone().requires_grad_(parameter.requires_grad)
             for name, parameter in adapter.named_parameters()
         }
-        # Of layers that keep some: an episode's power iteration is no business of the next one.
+        # Some layers have buffers, such as those of a power iteration; those of one episode must not reach the next.
         self.buffers = {name: buffer.detach().clone() for name, buffer in adapter.named_buffers()}
 
     def optimizer(self, config: EpisodeConfig) -> Optimizer:
-        """A fresh optimiser over what is trained."""
+        """Make an optimiser of the parameters that are trained."""
         trained = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         return make_optimizer(trained, config.optimizer, lr=config.lr, weight_decay=config.weight_decay)
 
@@ -78,7 +87,7 @@ class EpisodeAdapter:
         logit_scale: Tensor | float,
         penalty: MaskPenalty | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, K), and the penalty () where one is asked for."""
+        """Compute the logits (B, K), and the mask penalty if one is requested, or None."""
         parameters = {name: parameter.to(self.dtype) for name, parameter in self.parameters.items()}
         if self.plain:
             output = rational_adapter(
@@ -94,14 +103,15 @@ class EpisodeAdapter:
 
 
 def _exact(value: Tensor) -> Tensor:
-    """A floating-point tensor in float32, or in float64 if it is."""
+    """Convert a floating-point tensor to float32, except one of float64."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def arithmetic_dtype(adapter: nn.Module, features: Tensor) -> torch.dtype:
-    """What an episode is computed in: the type of features and parameters, the wider where they differ.
+    """Choose the type in which an episode is computed: float64, bfloat16 or float32.
 
-    float32 stands in for float16, in which the penalty's gradient, about 1 / (n K D) an element, is lost.
+    It is float64 if the features or a parameter are, bfloat16 if all of them are, and otherwise float32. In float16 the
+    gradient of the penalty, about 1 / (n K D) for each element, would be rounded to zero.
     """
     types = {features.dtype} | {parameter.dtype for parameter in adapter.parameters()}
     dtype = torch.bfloat16 if types == {torch.bfloat16} else torch.float32
@@ -118,16 +128,22 @@ def adapt_episode(
     zero_shot: bool,
     plain: bool,
 ) -> Tensor:
-    """Adapt to one image's views and predict the original. views: (V, D), the original first. Returns (K,).
+    """Adapt a copy of the adapter to the views of one image, and predict the original view. Returns logits (K,).
 
-    zero_shot: whether the adapter starts with zero output projections, so that every mask is 1 and it gives CLIP's own
-    logits; plain: see EpisodeAdapter.
+    adapter: the adapter with which the episode starts.
+    views: the features (V, D) of the views, the original first.
+    text_features: T (K, D).
+    logit_scale: the multiplier s.
+    config: the configuration of the episode.
+    zero_shot: whether the output projections of the adapter are zero, so that every mask is 1 and the logits are those
+        of CLIP.
+    plain: see EpisodeAdapter.
     """
     adapted = EpisodeAdapter(adapter, views.dtype, plain=plain)
     optimizer = adapted.optimizer(config) if config.steps else None
 
     with torch.no_grad():
-        # With every mask 1 the views are chosen before any adapter work.
+        # If every mask is 1, the views can be selected without the adapter.
         if zero_shot:
             logits = zero_shot_logits(views, text_features, logit_scale)  # (V, K)
         else:
@@ -159,17 +175,20 @@ def adapt_episodes(
 ) -> Tensor:
     """Adapt E episodes, each with its own copy of the adapter, and predict each original view.
 
-    For every episode: keep the int(selection * V) views of lowest prediction entropy once, take the optimiser's steps
-    on the entropy of their predictions (Eq. 5) plus the weighted mask penalty (Eq. 7), predict view 0 with the adapted
-    copy. The adapter itself is never changed; no state passes from one episode to the next. It works the same under
-    ``torch.no_grad`` and ``torch.inference_mode``.
+    An episode selects the int(selection * V) views whose predictions have the lowest entropy. It then takes the steps
+    of the optimiser on the entropy of their predictions (Eq. 5) plus the weighted mask penalty (Eq. 7), and predicts
+    view 0 with the adapted copy. The adapter itself never changes, and no state passes from one episode to the next.
+    This works in the same way under ``torch.no_grad`` and ``torch.inference_mode``.
 
-    adapter: where every episode starts, a RationalAdapter or one in a wrapper (DistributedDataParallel, AveragedModel,
-        torch.compile). Parameters whose requires_grad is False stay as they are. A float16 adapter is computed in
-        float32, a bfloat16 one in bfloat16; parameters, moments and steps are float32 for either.
-    view_features: (E, V, D), unit norm, the original view first; text_features: (K, D), unit norm; logit_scale: the
-        multiplier s; config: None takes the paper's.
-    on_episode: called with the number of finished episodes, for progress.
+    adapter: the adapter with which every episode starts: a RationalAdapter, or one in a wrapper
+        (DistributedDataParallel, AveragedModel, torch.compile). Parameters whose requires_grad is False do not change.
+        A float16 adapter is computed in float32 and a bfloat16 adapter in bfloat16; for both, parameters, moments and
+        steps are float32.
+    view_features: the features (E, V, D) of the views at unit norm, the original view first.
+    text_features: T (K, D) at unit norm.
+    logit_scale: the multiplier s.
+    config: the configuration of an episode; None stands for that of the paper.
+    on_episode: a function that is called with the number of finished episodes, to show the progress.
 
     Returns logits (E, K), in view_features' dtype. Raises ValueError or TypeError naming the argument.
     """
@@ -196,7 +215,7 @@ def adapt_episodes(
         raise ValueError("view_features must have values, got a tensor of the meta device")
     _check_trainable(adapter, config)
     results = []
-    # Nothing made in inference mode takes part in autograd: episodes run outside of it, on copies.
+    # Tensors of inference mode cannot take part in autograd, so episodes run outside of this mode, on copies.
     with torch.inference_mode(False), torch.enable_grad():
         dtype = arithmetic_dtype(adapter, view_features)
         scale = logit_scale
@@ -216,12 +235,12 @@ def adapt_episodes(
 
 
 def _outside_inference(value: Tensor) -> Tensor:
-    """A tensor for autograd to work on, without a history."""
+    """Return the values of a tensor as one without a history that autograd accepts."""
     return value.clone() if value.is_inference() else value.detach()
 
 
 def _check_trainable(adapter: RationalAdapter, config: EpisodeConfig) -> None:
-    """Raise ValueError where episodes could not take a step with this adapter."""
+    """Raise ValueError if episodes cannot take a step with this adapter."""
     parameters = dict(adapter.named_parameters())
     for name, parameter in parameters.items():
         if parameter.is_meta:
