@@ -1,1 +1,1 @@
-"""Vision-language models through open_clip, the names of classes, and the features of texts and images."""
+"""Vision-language models of open_clip, the names of classes, and the features of texts and images."""

@@ -1,4 +1,4 @@
-"""The text features T of the classes: encoded prompts, means of images, a trained classifier, or a file."""
+"""The text features T of the classes, from encoded prompts, means of images, a trained classifier, or a file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rada_fast.system import notices
 
 PHOTO = "a photo of a {}."
 
-# The single prompts that prompt-learning work uses for each data set.
+# The prompt that publications on prompt learning use for each data set.
 DATASET_TEMPLATES = {
     "caltech101": PHOTO,
     "dtd": "{} texture.",
@@ -43,15 +43,16 @@ DATASET_TEMPLATES = {
     "ucf101": "a photo of a person doing {}.",
 }
 
-TEXTS_AT_ONCE = 256
-EQUAL = 1e-6
-"""Rounding of one prompt's feature: a unit-norm row's values are far larger."""
+TEXT_BATCH_SIZE = 256
+EQUALITY_TOLERANCE = 1e-6
+"""The largest difference of equal features by rounding. The values of a unit-norm row are far larger."""
 
 
 class ClassGroup(NamedTuple):
-    """Classes whose text features are made together.
+    """Classes whose text features are computed together.
 
-    names: of the classes, in label order; images: the features of their images, for the option class-means.
+    names: the names of the classes, in label order.
+    images: the features of their images, for the option class-means.
     """
 
     names: Sequence[str]
@@ -61,37 +62,40 @@ class ClassGroup(NamedTuple):
 def text_features(
     options: ClassOptions, groups: Sequence[ClassGroup], model: Model, file: FeatureFile | None = None
 ) -> list[Tensor]:
-    """The text features T of groups of classes, one tensor (K, D) for each, on the CPU.
+    """Compute or read the text features T of groups of classes. Returns a tensor (K, D) on the CPU for each group.
 
-    They are of unit norm, unless they are the classifier of a run of fft, whose rows are taken as they were trained.
+    The rows have unit norm, except those of the classifier of a run of fft, which stay as they were trained.
 
-    groups: together they hold all classes in label order; file: what open_text_file gives for the options.
+    options: the options about classes and texts.
+    groups: all classes in label order, in groups.
+    model: the model that encodes prompts.
+    file: the result of open_text_file for the options.
 
-    Raises UserError where the options do not fit the classes.
+    Raises UserError if the options do not fit the classes.
     """
-    given = options.text_features
-    if given is None:
+    value = options.text_features
+    if value is None:
         templates = resolve_templates(options.templates)
         return [_features_of_prompts(model.loaded(), group.names, templates) for group in groups]
-    if given == "class-means":
+    if value == "class-means":
         means = [class_means(group.images, len(group.names)) for group in groups]
         for group, rows in zip(groups, means, strict=True):
             warn_of_equal_features(group.names, rows)
         return means
     names = [name for group in groups for name in group.names]
     if file is not None:
-        rows = given_text_features(file, names)
+        rows = text_features_from_file(file, names)
     else:
-        rows = read_classifier(Path(given.partition(":")[2]))
+        rows = read_classifier(Path(value.partition(":")[2]))
         if len(rows) != len(names):
             raise UserError(
-                f"text_features {given} holds a classifier of {len(rows)} classes, the data have {len(names)}"
+                f"text_features {value} holds a classifier of {len(rows)} classes, the data have {len(names)}"
             )
     return list(rows.split([len(group.names) for group in groups]))
 
 
 def _features_of_prompts(model: VisionLanguageModel, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """The features of prompts, kept in the cache folder."""
+    """Compute the features of prompts, or read them from the cache folder."""
     warn_of_unused_classifier(model, names)
     warn_of_cut_names(model, names, templates)
     with progress("encode prompts", len(set(names)) * len(templates)) as advance:
@@ -99,19 +103,19 @@ def _features_of_prompts(model: VisionLanguageModel, names: Sequence[str], templ
 
 
 def warn_of_unused_classifier(model: VisionLanguageModel, names: Sequence[str]) -> None:
-    """Warn where prompts stand for classes whose classifier was trained together with the image encoder."""
+    """Warn if prompts are used although a classifier of as many classes was trained with the encoder."""
     if model.trained is not None and model.trained.num_classes == len(names):
-        place = model.trained.path
+        path = model.trained.path
         notices.warn(
-            f"the image encoder of {place} was trained with a classifier of as many classes, which prompts replace "
-            f"here; --text-features classifier:{place} takes it"
+            f"the image encoder of {path} was trained with a classifier of as many classes, which prompts replace "
+            f"here; --text-features classifier:{path} uses it"
         )
 
 
 def class_means(images: Features | None, num_classes: int) -> Tensor:
-    """The unit-norm mean feature of the images of each class. Returns (K, D).
+    """Compute the mean feature of the images of each class, at unit norm. Returns (K, D).
 
-    Raises UserError where a class has no image, or the run has no training images at all.
+    Raises UserError if a class has no image, or if the command has no training images.
     """
     if images is None:
         raise UserError("text_features class-means needs training images, which this command has none of")
@@ -121,49 +125,52 @@ def class_means(images: Features | None, num_classes: int) -> Tensor:
     return normalize(sums, dim=-1)
 
 
-def resolve_templates(given: str) -> tuple[str, ...]:
-    """The prompt templates of an option: a template with {}, a known name, or a file (JSON list or a line each).
+def resolve_templates(value: str) -> tuple[str, ...]:
+    """Return the prompt templates that the option --templates names.
 
-    Raises UserError naming the known ones where it is none of these, or a template has no {}.
+    value: a template with {}, the name of known templates, or a file: a JSON list, or a template on each line.
+
+    Raises UserError with the known names if the value is none of these, or if a template has no {}.
     """
-    if "{}" in given:
-        return (given,)
-    if given == "photo":
+    if "{}" in value:
+        return (value,)
+    if value == "photo":
         return (PHOTO,)
-    if given in ("openai", "simple"):
+    if value in ("openai", "simple"):
         from open_clip import zero_shot_metadata
 
         makers = {
             "openai": zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES,
             "simple": zero_shot_metadata.SIMPLE_IMAGENET_TEMPLATES,
-        }[given]
+        }[value]
         return tuple(make("{}") for make in makers)
-    if given in DATASET_TEMPLATES:
-        return (DATASET_TEMPLATES[given],)
-    path = Path(given).expanduser()
+    if value in DATASET_TEMPLATES:
+        return (DATASET_TEMPLATES[value],)
+    path = Path(value).expanduser()
     try:
         exists = path.is_file()
-    except OSError:  # a text too long for a file's name
+    except OSError:  # the text is too long for the name of a file
         exists = False
     if not exists:
         known = ["photo", "simple", "openai", *DATASET_TEMPLATES]
-        raise UserError(f"templates must be a template with {{}}, a file, or one of {', '.join(known)}; got {given!r}")
+        raise UserError(f"templates must be a template with {{}}, a file, or one of {', '.join(known)}; got {value!r}")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+        templates = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"templates file {path} cannot be read: {error}") from None
-    if not isinstance(values, list) or not values or not all(isinstance(v, str) and "{}" in v for v in values):
+    sound = isinstance(templates, list) and templates
+    if not sound or not all(isinstance(template, str) and "{}" in template for template in templates):
         raise UserError(f"templates file {path} must hold one or more templates, each with {{}}")
-    return tuple(values)
+    return tuple(templates)
 
 
 def warn_of_cut_names(vlm: VisionLanguageModel, names: Sequence[str], templates: Sequence[str]) -> None:
-    """Warn of names that are longer than what the model's tokenizer keeps of a prompt."""
+    """Warn of names that are too long for the tokenizer of the model, which cuts prompts off."""
     check_texts(names, templates)
     template = max(templates, key=len)
     length = int(vlm.tokenizer(["a"]).shape[-1])
-    # A token has a byte or more, and two tokens stand at the ends: shorter prompts cannot be cut.
+    # A token has at least one byte, and two tokens mark the ends. Prompts of fewer bytes are never cut off.
     prompts = {name: prompt for name in names if len((prompt := template.replace("{}", name)).encode()) > length - 2}
     shorter = {name: found[1] for name, prompt in prompts.items() if (found := re.fullmatch(r"(.*\W)\w+\W*", prompt))}
     if not shorter:
@@ -179,7 +186,7 @@ def warn_of_cut_names(vlm: VisionLanguageModel, names: Sequence[str], templates:
 
 
 def check_texts(names: Sequence[str], templates: Sequence[str]) -> None:
-    """Raise UserError where a prompt would be no text, as of a folder whose name is not in UTF-8."""
+    """Raise UserError if a name or a template is not valid Unicode, such as the name of a folder that is not UTF-8."""
     for option, texts in (("classes", names), ("templates", templates)):
         for text in texts:
             if text.encode("utf-8", "replace").decode() != text:
@@ -194,12 +201,18 @@ def class_features(
     cache_dir: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Text features T of the classes: each prompt's unit-norm feature, averaged over templates, normalised again.
+    """Compute the text features T of the classes from prompts.
 
-    names: K class names; templates: each with one {}; cache_dir: folder to keep them in, under a key that changes with
-    model, weights, arithmetic, names and templates; progress: told after each chunk how many prompts it had.
+    The unit-norm features of the prompts of a class are averaged over the templates, and the mean is normalised.
 
-    Returns (K, D) float32 on the CPU, unit norm. Raises UserError where there is no name or no template.
+    vlm: the model that encodes the prompts.
+    names: the K class names.
+    templates: the templates, each with {} for the name.
+    cache_dir: the folder of the cache, or None. The key of an entry depends on the model, its weights, the arithmetic,
+        the names and the templates.
+    progress: a function that is called after each batch with the number of prompts in it.
+
+    Returns (K, D) float32 on the CPU, unit norm. Raises UserError if there is no name or no template.
     """
     if not names:
         raise UserError("classes must hold at least one name, got K = 0")
@@ -213,17 +226,17 @@ def class_features(
         if (found := _read(path, len(names), vlm.embed_dim)) is not None:
             warn_of_equal_features(names, found)
             return found
-    # A name that occurs twice is encoded once: matrix products may round equal rows of a batch differently.
+    # A name that occurs twice is encoded once, because matrix products may round equal rows of a batch differently.
     rows = {name: row for row, name in enumerate(dict.fromkeys(names))}
     prompts = [template.replace("{}", name) for name in rows for template in templates]
     encoded = []
-    for first in range(0, len(prompts), TEXTS_AT_ONCE):
-        chunk = prompts[first : first + TEXTS_AT_ONCE]
+    for first in range(0, len(prompts), TEXT_BATCH_SIZE):
+        chunk = prompts[first : first + TEXT_BATCH_SIZE]
         encoded.append(vlm.encode_texts(chunk))
         if progress is not None:
             progress(len(chunk))
     features = torch.cat(encoded).view(len(rows), len(templates), -1)
-    # One template's feature is taken as it is: normalising twice would move its last digits.
+    # The feature of a single template is not normalised again, because that would change its last digits.
     distinct = (features[:, 0] if len(templates) == 1 else normalize(features.mean(dim=1), dim=-1)).cpu()
     result = distinct[[rows[name] for name in names]]
     warn_of_equal_features(names, result)
@@ -232,13 +245,14 @@ def class_features(
     return result
 
 
-def given_text_features(file: FeatureFile, names: Sequence[str]) -> Tensor:
-    """Text features T that a file holds, one row for each class, in the order of names.
+def text_features_from_file(file: FeatureFile, names: Sequence[str]) -> Tensor:
+    """Return the text features T in a file, one row for each class, in the order of the names.
 
-    file: its labels number the rows' classes, and its class_names, where it has them, name these; names: of the K
-    classes.
+    file: its labels are the classes of the rows, and its class_names, if it has them, the names of the classes.
+    names: the names of the K classes.
 
-    Returns (K, D) float32 on the CPU, unit norm. Raises UserError where a class has no row, or a row no class.
+    Returns (K, D) float32 on the CPU, unit norm. Raises UserError if the file does not have exactly one row for each
+    class.
     """
     if len(file.features) != len(names):
         raise UserError(
@@ -270,37 +284,37 @@ def given_text_features(file: FeatureFile, names: Sequence[str]) -> Tensor:
 
 
 def warn_of_equal_features(names: Sequence[str], features: Tensor) -> None:
-    """Say which different names have the same feature, whatever the cause. features: (K, D), unit norm, on the CPU."""
+    """Warn of different names that have the same feature. features: (K, D), unit norm, on the CPU."""
     first = {name: index for index, name in reversed(list(enumerate(names)))}
     shown = list(first)
     distinct = features[list(first.values())]
     order = distinct[:, 0].argsort()
     distinct = distinct[order]
     alike: set[str] = set()
-    # Equal rows lie side by side in the order of one column, few others between them.
+    # Sorted by one column, equal rows lie side by side, with few other rows between them.
     for offset in range(1, min(9, len(shown))):
-        # Equal prompts at different places of a batch may differ in their last bits.
-        equal = (distinct[offset:] - distinct[:-offset]).abs().amax(dim=-1) < EQUAL
-        for place in equal.nonzero().flatten().tolist():
-            alike |= {shown[order[place]], shown[order[place + offset]]}
+        # Equal prompts at different positions in a batch may differ in their last bits.
+        equal = (distinct[offset:] - distinct[:-offset]).abs().amax(dim=-1) < EQUALITY_TOLERANCE
+        for row in equal.nonzero().flatten().tolist():
+            alike |= {shown[order[row]], shown[order[row + offset]]}
     if alike:
-        some = [name for name in names if name in alike][:EXAMPLES]
+        examples = [name for name in names if name in alike][:2]
         notices.warn(
             f"{len(alike)} of {len(names)} classes have the same text feature as another and cannot be told apart, "
-            f"such as {' and '.join(repr(_short(name)) for name in some[:2])} (a tokenizer may ignore letter case, cut "
+            f"such as {' and '.join(repr(_short(name)) for name in examples)} (a tokenizer may ignore letter case, cut "
             "long names or not know their words)"
         )
 
 
 def _short(name: str) -> str:
-    """A name with its end, which may be all that it differs in."""
+    """Shorten a name, but keep its end, because names may differ in their ends alone."""
     return name if len(name) < 60 else f"{name[:30]} ... {name[-20:]}"
 
 
 def _read(path: Path, num_classes: int, embed_dim: int) -> Tensor | None:
-    """What the cache holds, or None where it is missing, damaged or not unit-norm features of this shape."""
+    """Read features from the cache. Returns None unless the file holds unit-norm features of this shape."""
     features = (read_tensors(path) or {}).get("features")
     if features is None or features.dtype != torch.float32 or features.shape != (num_classes, embed_dim):
         return None
-    # A flipped bit leaves the file readable; float32 rows are within 1e-6 of unit norm when whole.
+    # A file with a wrong bit may still be readable. The norms of undamaged rows differ from 1 by at most 1e-6.
     return features if bool(((features.norm(dim=-1) - 1).abs() < 1e-4).all()) else None

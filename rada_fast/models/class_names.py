@@ -1,6 +1,6 @@
 """The names of the classes, from folders, from ImageNet's ids and numbers, or from a file.
 
-What can stand in no prompt is refused, and what is probably a mistake is warned of.
+Names that no prompt can use are refused, and names that are probably a mistake cause a warning.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from rada_fast.system import notices
 
 
 def class_names_of(source: Source, file: str | None, *, prompts: bool) -> tuple[str, ...]:
-    """The names of the classes of data, in the order of their labels.
+    """Return the names of the classes of some data, in the order of their labels.
 
-    file: the file that --classes names, or None; data without names need one where prompts do, and it may then name
-    more classes than the labels number; prompts: whether the names will stand in prompts.
+    source: the data.
+    file: the file that --classes names, or None. If the data have no names, it may name more classes than they use.
+    prompts: whether the names will be used in prompts. If so, data without names need a file.
 
-    Raises UserError where prompts need names that nothing gives, or where the file does not fit the data.
+    Raises UserError if prompts need names and there are none, or if the file does not fit the data.
     """
     own, count, data = source.class_names, source.num_classes, source.description
     if own is None and file is None:
@@ -51,15 +52,17 @@ def class_names_of(source: Source, file: str | None, *, prompts: bool) -> tuple[
 def resolve_class_names(
     folders: Sequence[str], file: str | None, *, prompts: bool = True, where: str = "class folders"
 ) -> tuple[str, ...]:
-    """Names of the classes, in the folders' order.
+    """Return the names of the classes, in the order of the folders.
 
-    folders: class folders' names; none where the data have no classes of their own and a file has to name them.
-    file: None takes open_clip's names for ImageNet's folders (n01440764, ..., or all numbers from 0 to 999), else the
-        folder's name made readable; otherwise a file (see read_names): as many names as folders, or a name for each.
-    prompts: whether the names will stand in prompts: then numbers are refused, and odd or equal names are warned of.
-    where: what folders are, in a message.
+    folders: the names of the class folders, or none if the data have no classes and a file has to name them.
+    file: the file of names (see read_names), which lists as many names as there are folders, or gives a name for each
+        folder. Without a file, ImageNet's folders (n01440764, ..., or all numbers from 0 to 999) get the names of
+        open_clip, and the names of other folders are made readable.
+    prompts: whether the names will be used in prompts. If so, numbers are refused, and odd or equal names cause a
+        warning.
+    where: the words for the folders in a message.
 
-    Raises UserError naming the file, what was expected and what it holds.
+    Raises UserError naming the file, what was expected, and what the file holds.
     """
     if prompts and (blank := [label for label, folder in enumerate(folders) if not folder.strip()]) and file is None:
         raise UserError(
@@ -85,9 +88,11 @@ def resolve_class_names(
 
 
 def _names_of_folders(folders: Sequence[str], readable: tuple[str, ...], prompts: bool, where: str) -> tuple[str, ...]:
-    """The names of the folders themselves, or ImageNet's where they are its folders.
+    """Return the names of the folders, or the names of ImageNet's classes if the folders are ImageNet's.
 
-    readable: the folders' names as they can stand in a prompt; prompts, where: see resolve_class_names.
+    folders: the names of the folders.
+    readable: the same names made readable for prompts.
+    prompts, where: see resolve_class_names.
     """
     if all(is_whole_number(folder) for folder in folders):
         if [int(folder) for folder in folders] == list(range(1000)):
@@ -130,9 +135,9 @@ def _names_of_folders(folders: Sequence[str], readable: tuple[str, ...], prompts
 
 
 def _names_by_key(given: Mapping[str, str], folders: Sequence[str], file: str) -> tuple[str, ...]:
-    """The names in the order of the folders, from a file that gives one for each folder or WordNet id.
+    """Return the names in the order of the folders, from a file that gives one for each folder or WordNet id.
 
-    Without folders, the names keep the file's order.
+    Without folders, the names keep the order of the file.
     """
     if not folders:
         return tuple(given.values())
@@ -151,15 +156,18 @@ def _names_by_key(given: Mapping[str, str], folders: Sequence[str], file: str) -
 
 
 def _names_in_order(given: tuple[str, ...], own: tuple[str, ...], file: str, where: str) -> tuple[str, ...]:
-    """The names in the order of the folders, from a file that lists names, or WordNet ids, without keys.
+    """Return the names in the order of the folders, from a file that lists names or WordNet ids without keys.
 
-    own: the folders' own readable names; where: what a message calls the folders.
+    given: the names or WordNet ids in the file.
+    own: the readable names of the folders.
+    file: the name of the file, for messages.
+    where: the words for the folders in a message.
     """
     names = given
     if any(WNID.fullmatch(name) for name in given):
         known = _imagenet_names()
         names = tuple(known.get(name.lower(), name) for name in given)
-    # A name that is also a folder's own belongs to that folder, wherever it stands and whatever else the file lists.
+    # A name that equals that of a folder belongs to this folder, wherever it stands and whatever else the file lists.
     by_name = {folded(name): name for name in names}
     wanted = [folded(name) for name in own]
     if own and len(by_name) == len(names) and len(set(wanted)) == len(wanted) and by_name.keys() >= set(wanted):
@@ -174,19 +182,22 @@ def _names_in_order(given: tuple[str, ...], own: tuple[str, ...], file: str, whe
 
 
 def _key(folder: str) -> str:
-    """A class folder as it is looked up: an accented letter may be stored as one character or as two."""
+    """Return the key of a class folder. It is the same whether an accented letter is stored as one character or two."""
     return folder.lower() if WNID.fullmatch(folder) else unicodedata.normalize("NFC", folder)
 
 
 def folded(name: str) -> str:
-    """A name without what writes the same one otherwise: letter case, and characters put together from several."""
+    """Return a name in a form that does not depend on letter case or on how accented letters are stored."""
     return unicodedata.normalize("NFC", name.casefold())
 
 
 def _warn_of_shuffled(folders: Sequence[str], own: Sequence[str], names: Sequence[str], file: str) -> None:
-    """Warn where a file's names seem to be in another order than the folders.
+    """Warn if the names in a file seem to be in another order than the folders.
 
-    own: the folders' own readable names, which some of the file's may equal.
+    folders: the names of the folders.
+    own: the same names made readable, which some names in the file may equal.
+    names: the names in the file.
+    file: the name of the file.
     """
     place_of = {folded(name): index for index, name in enumerate(own)}
     places = [place_of.get(folded(name)) for name in names]
@@ -208,12 +219,12 @@ def _warn_of_shuffled(folders: Sequence[str], own: Sequence[str], names: Sequenc
 
 
 def _natural(name: str) -> list[str | int]:
-    """A key that sorts the numbers in names as numbers: texts at even places, numbers between them."""
+    """Return a key that sorts the numbers in names as numbers: texts at even positions, numbers between them."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _warn_of_numbers(names: Sequence[str], where: str) -> None:
-    """Warn of names that are nothing but a number, such as "7" or "class 7", and of names that all begin with one."""
+    """Warn of names that consist of a number, such as "7" or "class 7", and if all names begin with a number."""
     nothing_else = re.compile(r"(?:(?:class|cls|label|category|cat|id|no|nr|c)[ -]?)?\d+", re.IGNORECASE)
     numbered = [name for name in names if nothing_else.fullmatch(name)]
     counted = re.compile(r"(?:[(\[#]|(?:class|label|category|id)[ -]?)?\d+[\s.:,;)\]=|]", re.IGNORECASE)
@@ -227,7 +238,7 @@ def _warn_of_numbers(names: Sequence[str], where: str) -> None:
 
 
 def _warn_of_equal(names: Sequence[str]) -> None:
-    """Say which names occur twice: their classes cannot be told apart."""
+    """Warn of names that occur more than once, because prompts cannot tell their classes apart."""
     counts = Counter(" ".join(folded(name).split()) for name in names)
     twice = [name for name, count in counts.items() if count > 1]
     if not twice:
@@ -236,7 +247,7 @@ def _warn_of_equal(names: Sequence[str]) -> None:
     message = f"class names occur more than once, and their classes cannot be told apart: {shown}"
     imagenet = Counter(_imagenet_names().values())
     if all(imagenet[name] == counts[name] for name in twice):
-        # Its own list has two names twice: everybody's results are with these ties.
+        # ImageNet's own list has two names twice, and all published results include these ties.
         notices.note(message)
     else:
         notices.warn(message)
@@ -244,7 +255,7 @@ def _warn_of_equal(names: Sequence[str]) -> None:
 
 @cache
 def _imagenet_names() -> dict[str, str]:
-    """open_clip's names of ImageNet's classes by WordNet id, in label order."""
+    """Return open_clip's names of ImageNet's classes by WordNet id, in label order."""
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
@@ -253,7 +264,7 @@ def _imagenet_names() -> dict[str, str]:
 
 @cache
 def _wordnet_names() -> dict[str, str]:
-    """WordNet's own names of what the large ImageNet has pictures of."""
+    """Return WordNet's names of the classes of the large ImageNet by WordNet id."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-22k")

@@ -1,4 +1,4 @@
-"""The features of images: pictures are read, viewed and encoded, and the results are cached on disk."""
+"""The features of images: views of the images are encoded, and the results are cached on disk."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
 SECONDS_TO_SIGNAL = 5.0
-"""The longest wait for the signal that a process has ended; it comes at once."""
+"""The longest wait for the signal that a worker process has ended. It usually comes at once."""
 
 
 class Unreadable(NamedTuple):
-    """An image that could not be read, and the reason why."""
+    """An image that could not be read, and the reason."""
 
     id: str
     label: int
@@ -41,7 +41,13 @@ class Unreadable(NamedTuple):
 
 @dataclass(frozen=True)
 class Features:
-    """Encoded images: unit-norm features (N, D), labels (N,), ids; and what could not be read."""
+    """Encoded images.
+
+    features: the features (N, D), unit norm.
+    labels: the labels (N,).
+    ids: the names of the N images.
+    unreadable: the images that could not be read.
+    """
 
     features: Tensor
     labels: Tensor
@@ -52,9 +58,14 @@ class Features:
 def features_of(
     source: Source, model: Model, *, title: str, workers: int, limit: int | None = None, cached: bool = True
 ) -> Features:
-    """The features of the original view of a source's images, or of at most limit of them, on the CPU.
+    """Return the features of the original views of images, on the CPU.
 
-    title: of the progress bar; workers: see iterate_views; cached: see encode_images.
+    source: the images or their features.
+    model: the model that encodes images.
+    title: the title of the progress bar.
+    workers: see iterate_views.
+    limit: the largest number of images, or None for all.
+    cached: see encode_images.
     """
     chosen = source.limited(limit)
     if (views := chosen.views()) is not None:
@@ -72,17 +83,22 @@ def iterate_views(
     workers: int,
     crop_scale: tuple[float, float] = CROP_SCALE,
 ) -> Iterator[tuple[int, Tensor | None, str | None]]:
-    """(index, views (V, 3, S, S) or None, reason or None) for each sample, in order; see ViewDataset.
+    """Yield the index of each sample and its views (V, 3, S, S), or None and the reason why it cannot be read.
 
-    workers: processes that make them; where the system lets none be started, this process makes them, with a warning.
-    Raises RuntimeError where the system ends a worker; PyTorch raises it at whatever this process does then.
+    samples: the image files.
+    vlm: the model, which determines the form of the views.
+    views, kind, seed, crop_scale: see ViewDataset, where views is num_views.
+    workers: the number of processes that make the views. If the system cannot start them, this process makes the views,
+        and a warning says so.
+
+    Raises RuntimeError if the system ends a worker. PyTorch raises it wherever this process is at that moment.
     """
     dataset = ViewDataset(samples, vlm.preprocess, views, kind, seed, crop_scale)
     if workers:
         try:
-            # The first thing to fail where /dev/shm cannot be written; a half-made loader would complain again later.
+            # If /dev/shm cannot be written, this fails first; an incomplete loader would print another error later.
             multiprocessing.Lock()
-            stream = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=ready_to_send))
+            stream = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=prepare_for_sending))
         except OSError as error:  # no semaphores without a writable /dev/shm, no more processes, no more memory
             notices.warn(f"--workers {workers} cannot be started ({error}); the images are read without them")
         else:
@@ -90,18 +106,19 @@ def iterate_views(
                 for index, sent, reason in stream:
                     yield index, torch.from_numpy(sent) if isinstance(sent, np.ndarray) else sent, reason
             except (ConnectionError, EOFError, FileNotFoundError) as error:
-                # A worker was ended while it handed views over. The signal of its end makes PyTorch raise its own error
-                # here; left to later, that would come while the loader is taken down, where nobody can catch it.
+                # A worker was ended while it sent views. The signal of its end makes PyTorch raise an error of its own
+                # here. Without this wait it would be raised while the loader is taken down, where nobody can catch it.
                 time.sleep(SECONDS_TO_SIGNAL)
                 raise RuntimeError(f"DataLoader worker (pid unknown) has gone: {error}") from error
             return
     yield from DataLoader(dataset, batch_size=None, collate_fn=as_it_is)
 
 
-def ready_to_send(item: Any) -> tuple[int, Tensor | np.ndarray[Any, Any] | None, str | None]:
-    """In a worker: an Item with its views in shared memory or, where that is full, as an array for the pipe.
+def prepare_for_sending(item: Any) -> tuple[int, Tensor | np.ndarray[Any, Any] | None, str | None]:
+    """Move the views of an Item to shared memory or, if that is full, to an array that is sent through a pipe.
 
-    A tensor left to the loader is shared in a thread whose failure nobody hears of: the main process waits for ever.
+    This runs in a worker. The loader would share a tensor in a thread; if that failed, no error would be reported, and
+    the main process would wait for ever.
     """
     index, views, reason = item
     if views is None:
@@ -121,11 +138,18 @@ def encode_images(
     cached: bool = True,
     batch: int = 32,
 ) -> Features:
-    """The centre view's features of every image, cached on disk under model, arithmetic, ids, sizes and times.
+    """Compute the features of the centre view of every image, or read them from the cache on disk.
 
-    cached: False for a model whose weights are no longer those it was loaded with.
+    The key of a cache entry depends on the model, the arithmetic, and the ids, labels, sizes and times of the files.
 
-    Raises UserError where not one of the images can be read, or the features of one are no numbers.
+    samples: the image files.
+    vlm: the model that encodes them.
+    title: the title of the progress bar.
+    workers: see iterate_views.
+    cached: whether to use the cache. It must be False for a model that has been trained since it was loaded.
+    batch: the number of images that are encoded at once.
+
+    Raises UserError if none of the images can be read, or if the features of an image are not usable.
     """
     path = _features_path(samples, vlm)
     if cached and (found := _read_features(path, samples)) is not None:
@@ -162,9 +186,15 @@ def encode_images(
 def encode_crops(
     samples: Sequence[Sample], vlm: VisionLanguageModel, *, title: str, seed: int, draw: str, workers: int
 ) -> Features:
-    """The features of one random crop of each image, drawn from the seed, the name of the draw and the image's id.
+    """Compute the features of one random crop of each image.
 
-    Raises UserError where not one of the images can be read, or the features of one are no numbers.
+    samples: the image files.
+    vlm: the model that encodes them.
+    title: the title of the progress bar.
+    seed, draw: the seed of the run and the name of the draw. The crop of an image depends on them and on its id alone.
+    workers: see iterate_views.
+
+    Raises UserError if none of the images can be read, or if the features of an image are not usable.
     """
     features, kept, unreadable = [], [], []
     stream = iterate_views(samples, vlm, views=0, kind="crop", seed=image_seed(seed, draw), workers=workers)
@@ -182,7 +212,7 @@ def encode_crops(
 
 
 def check_some_readable(unreadable: Sequence[Unreadable], samples: Sequence[Sample]) -> None:
-    """Raise UserError where all of the samples are unreadable."""
+    """Raise UserError if none of the samples can be read."""
     if unreadable and len(unreadable) == len(samples):
         root = str(samples[0].path).removesuffix(samples[0].id).rstrip("/")
         raise UserError(

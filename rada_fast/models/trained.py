@@ -1,7 +1,7 @@
-"""What a run of fft has trained beside its adapter, read back: the image encoder, and the classifier in T's place.
+"""The reading of the image encoder and the classifier that a run of fft has trained.
 
-The encoder is given as --pretrained, the run's folder or its rada-ft-model.safetensors; the classifier as
---text-features classifier:PATH, with the same paths. Nothing in them is executed.
+--pretrained PATH uses the encoder, and --text-features classifier:PATH uses the classifier in place of T. PATH is the
+folder of the run or its rada-ft-model.safetensors. No code in these files is executed.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from torch import Tensor, nn
 from rada_fast.errors import UserError
 
 RUN_FILE = "run.json"
-"""What a run is: its command and its options."""
+"""The file with the command and the options of a run."""
 WEIGHTS_FILES = ("rada-ft-model.safetensors", "rada-model.safetensors")
-"""Where fft leaves classifier and encoder, those that were trained last first."""
+"""The files in which fft stores classifier and encoder. The last stage comes first."""
 CLASSIFIER, VISUAL = "classifier.weight", "visual."
-MOST_RUN_BYTES = 2**29
-"""The largest record of a run that is read; it has an entry for every picture."""
-MOST_STARTS = 16
-"""Runs that can have started from one another."""
+MAX_RUN_FILE_BYTES = 2**29
+"""The largest run.json that is read. It has an entry for every picture."""
+MAX_CHAINED_RUNS = 16
+"""The largest number of runs that may have started from one another."""
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run whose weights go on being used.
+    """A finished run whose weights another run uses.
 
-    path: as it was given; model, pretrained, seed: what the run started from; weights: the file of fft's last stage, or
-    None; trained_encoder: whether that file holds an image encoder, which a run with frozen encoders does not leave;
-    num_classes: the rows of the classifier in that file, or None.
+    path: the path that the user gave.
+    model, pretrained, seed: the options with which the run started.
+    fingerprint: the fingerprint of the model with which the run started, or None.
+    weights: the file of the last stage of fft, or None.
+    trained_encoder: whether this file holds an image encoder. A run with frozen encoders does not write one.
+    num_classes: the number of rows of the classifier in this file, or None.
     """
 
     path: Path
@@ -47,7 +50,7 @@ class TrainedRun:
     num_classes: int | None
 
     def put_encoder_into(self, model: nn.Module) -> None:
-        """Give a model the image encoder that was trained. Raises UserError where it does not fit."""
+        """Load the trained image encoder into a model. Raises UserError if it does not fit."""
         assert self.weights is not None
         state = {name.removeprefix(VISUAL): tensor for name, tensor in _tensors(self.weights, VISUAL).items()}
         for name, tensor in state.items():
@@ -61,9 +64,9 @@ class TrainedRun:
 
 
 def open_run(path: Path) -> TrainedRun | None:
-    """The run that a folder or a weights file belongs to; None where the file is no run's.
+    """Open the run that a folder or a file of weights belongs to. Returns None if the file belongs to no run.
 
-    Raises UserError where it is a run's but cannot be used.
+    Raises UserError if the run cannot be used.
     """
     weights: Path | None
     if path.is_dir():
@@ -80,11 +83,11 @@ def open_run(path: Path) -> TrainedRun | None:
     trained = any(name.startswith(VISUAL) for name in names)
     if path.is_dir() and stages == "both" and not trained:
         raise UserError(f"pretrained {path} is a run of fft that has not trained its image encoder yet")
-    given = options["options"]["model"]
+    model_options = options["options"]["model"]
     return TrainedRun(
         path,
-        given["model"],
-        given["pretrained"],
+        model_options["model"],
+        model_options["pretrained"],
         options["options"]["run"]["seed"],
         options.get("model"),
         weights,
@@ -94,29 +97,29 @@ def open_run(path: Path) -> TrainedRun | None:
 
 
 def read_classifier(path: Path) -> Tensor:
-    """The classifier (K, D) of a run of fft, as it was trained: its rows are not normalised.
+    """Read the classifier (K, D) of a run of fft. Its rows are not normalised.
 
-    path: the run's folder or its file of weights. Raises UserError where there is none.
+    path: the folder of the run or its file of weights. Raises UserError if there is no classifier.
     """
-    wanted = f"text_features classifier:{path} must be a run of fft or its rada-ft-model.safetensors"
+    expected = f"text_features classifier:{path} must be a run of fft or its rada-ft-model.safetensors"
     weights = path
     if path.is_dir():
         found = next((path / name for name in WEIGHTS_FILES if (path / name).is_file()), None)
         if found is None:
-            raise UserError(f"{wanted}; the folder holds no trained classifier")
+            raise UserError(f"{expected}; the folder holds no trained classifier")
         weights = found
     elif not path.is_file():
-        raise UserError(f"{wanted}; it does not exist")
+        raise UserError(f"{expected}; it does not exist")
     classifier = (_tensors(weights, CLASSIFIER) if _names(weights) is not None else {}).get(CLASSIFIER)
     if classifier is None or classifier.ndim != 2 or not classifier.is_floating_point():
-        raise UserError(f"{wanted}; it holds no matrix {CLASSIFIER}")
+        raise UserError(f"{expected}; it holds no matrix {CLASSIFIER}")
     if not bool(torch.isfinite(classifier).all()):
         raise UserError(f"text_features classifier:{path} holds NaN or infinity")
     return classifier.float()
 
 
 def _names(path: Path) -> frozenset[str] | None:
-    """The tensors of a safetensors file, none of them read; None where it is no such file."""
+    """Return the names of the tensors in a safetensors file, or None if it is not such a file."""
     try:
         with safe_open(path, framework="pt") as file:
             return frozenset(file.keys())
@@ -125,7 +128,7 @@ def _names(path: Path) -> frozenset[str] | None:
 
 
 def _rows(path: Path, name: str) -> int | None:
-    """The first dimension of a tensor in a safetensors file, which is not read; None where there is none."""
+    """Return the first dimension of a tensor in a safetensors file, or None if the file has no such tensor."""
     try:
         with safe_open(path, framework="pt") as file:
             return next(iter(file.get_slice(name).get_shape()), None)
@@ -142,12 +145,12 @@ def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _options_of(path: Path, record: Path) -> dict[str, Any]:
-    """What a run's folder says of it."""
+    """Read the identity of a run from its run.json. path: what the user gave, for messages; record: the run.json."""
     try:
         with record.open("rb") as file:
-            content = json.loads(file.read(MOST_RUN_BYTES))["identity"]
-        given, run = content["options"]["model"], content["options"]["run"]
-        sound = isinstance(given["model"], str) and isinstance(given["pretrained"], str | None) and run["seed"] >= 0
+            content = json.loads(file.read(MAX_RUN_FILE_BYTES))["identity"]
+        model, run = content["options"]["model"], content["options"]["run"]
+        sound = isinstance(model["model"], str) and isinstance(model["pretrained"], str | None) and run["seed"] >= 0
         if not sound:
             raise ValueError("its options are of other kinds")
     except FileNotFoundError:

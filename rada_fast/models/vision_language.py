@@ -1,4 +1,4 @@
-"""Vision-language models: one of open_clip's, the embedded one, or the absence of one where a run needs none."""
+"""Vision-language models: those of open_clip, the embedded one, and AbsentModel for a run that needs none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rada_fast import _env
 from rada_fast.config.options import ModelOptions
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
-from rada_fast.models.trained import MOST_STARTS, TrainedRun, open_run
+from rada_fast.models.trained import MAX_CHAINED_RUNS, TrainedRun, open_run
 from rada_fast.system import notices
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -30,13 +30,14 @@ Precision = Literal["float32", "bfloat16", "float16"]
 EMBEDDED = "embedded"
 RANDOM = "random"
 _QUICK_GELU = "-quickgelu"
-"""What open_clip adds to a model's name for its twin with the other activation."""
+"""The ending of the names of open_clip's models with the activation QuickGELU."""
 
 
 def precision_on(device: torch.device, asked: Precision) -> Precision:
-    """The precision that a device computes in: float32, with a warning, for a type that a CPU has no instructions for.
+    """Return the precision in which a device computes.
 
-    PyTorch's own products of such a type are hundreds of times slower than float32's, and less exact.
+    It is the one that was asked for, unless a CPU has no instructions for its products. Then it is float32, with a
+    warning, because PyTorch's emulation of such products is hundreds of times slower and less exact.
     """
     if device.type != "cpu" or _env.has_native_products(asked):
         return asked
@@ -48,12 +49,18 @@ def precision_on(device: torch.device, asked: Precision) -> Precision:
 
 
 class VisionLanguageModel:
-    """A frozen image and text encoder pair.
+    """A frozen pair of an image encoder and a text encoder.
 
-    name, pretrained: what was loaded; model: the open_clip module; tokenizer: texts to token ids; preprocess: how the
-    image encoder wants its images; embed_dim: D; device, precision: where and how the encoders compute;
-    precision_asked: how they were to, which differs where precision_on says so; fingerprint: hash of name and weights
-    as loaded; trained: the run of fft that trained the image encoder, or None.
+    name, pretrained: the name of the model, and the name or the file of its weights.
+    model: the module of open_clip.
+    tokenizer: a function from texts to token ids.
+    preprocess: the form in which the image encoder expects images.
+    embed_dim: the width D of the features.
+    device: the device of the encoders.
+    precision: the precision in which the encoders compute.
+    precision_asked: the precision that the options ask for; see precision_on for the difference.
+    fingerprint: a hash of the name and of the weights as they were loaded.
+    trained: the run of fft that trained the image encoder, or None.
     """
 
     def __init__(
@@ -80,34 +87,33 @@ class VisionLanguageModel:
         self.precision_asked: Precision = precision
         self.precision: Precision = precision_on(device, precision)
         with torch.no_grad():
-            # Asked of the model itself: no table of widths can fall behind open_clip.
+            # The model itself tells its width, so that no table of widths has to follow open_clip.
             probe = self.model.encode_text(tokenizer(["a"]).to(device))
         self.embed_dim = int(probe.shape[-1])
 
     @property
     def logit_scale(self) -> float:
-        """The multiplier s = exp(model.logit_scale). Raises UserError where it is no finite number."""
+        """The multiplier s = exp(model.logit_scale). Raises UserError if it is not finite."""
         scale = float(self.model.logit_scale.detach().double().exp())
         if not math.isfinite(scale):
             raise UserError(f"model {self.name} has the logit scale {scale}: its weights {self.pretrained} are damaged")
         return scale
 
     def loaded(self) -> Self:
-        """The model itself; where a run has none, AbsentModel refuses here."""
+        """Return the model itself. In a run without a model, AbsentModel raises UserError here."""
         return self
 
     def stated_scale(self) -> tuple[float, str] | None:
-        """The multiplier s that the model brings, and its name for a message."""
+        """Return the multiplier s of the model, with the name of the model for messages."""
         return self.logit_scale, f"model {self.name}"
 
     def check_width(self, width: int, what: str) -> None:
-        """Raise UserError where features are not as wide as those of this model. what: what a message
-        calls them."""
+        """Raise UserError if features are not as wide as those of this model. what: the words for them in a message."""
         if width != self.embed_dim:
             raise UserError(f"{what} of width {width}, model {self.name} makes features of width {self.embed_dim}")
 
     def facts(self) -> dict[str, Any] | None:
-        """What a summary says about the model."""
+        """Return the facts about the model that the summary of a run contains."""
         names = ("name", "pretrained", "fingerprint", "precision", "precision_asked")
         return {name: getattr(self, name) for name in names}
 
@@ -120,27 +126,30 @@ class VisionLanguageModel:
             yield
 
     def image_features_with_grad(self, images: Tensor) -> Tensor:
-        """Unit-norm features (N, D) float32 of images (N, 3, S, S), with gradients to an encoder that asks for them."""
+        """Encode images (N, 3, S, S) to unit-norm features (N, D) float32, with gradients if the encoder is trained."""
         with self._arithmetic():
             features = self.model.encode_image(images.to(self.device))
         return normalize(features.float(), dim=-1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, ids: Sequence[str] = ()) -> Tensor:
-        """Unit-norm features (N, D) float32 of normalised images (N, 3, S, S) float32.
+        """Encode normalised images (N, 3, S, S) float32 to unit-norm features (N, D) float32, without gradients.
 
-        ids: what the images are called, or one name for all of them. Raises UserError, naming the first image whose
-        features are no numbers.
+        ids: the names of the images, or one name for all of them. Raises UserError naming the first image whose
+        features are not usable; see check_features.
         """
         features = self.image_features_with_grad(images)
         self.check_features(features, "image", ids)
         return features
 
     def check_features(self, features: Tensor, kind: str, names: Sequence[str]) -> None:
-        """Raise UserError where encoded features (N, D) are no numbers, or nothing but zeros.
+        """Raise UserError if a feature is not finite or all zero. Every later number would then be meaningless.
 
-        kind: image or text; names: what they are of, or one name for all. Such a feature would make every number after
-        it meaningless. In float16 a sound encoder can overflow.
+        In float16 an undamaged encoder can overflow.
+
+        features: the encoded features (N, D).
+        kind: "image" or "text".
+        names: the names of the images or the texts, or one name for all.
         """
         bad = ~features.detach().isfinite().all(dim=-1) | (features.detach() == 0).all(dim=-1)  # (N,)
         if not bool(bad.any()):
@@ -160,7 +169,7 @@ class VisionLanguageModel:
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm features (N, D) float32. Raises UserError, naming the first text whose features are no numbers."""
+        """Encode texts to unit-norm features (N, D) float32. Raises UserError as encode_images does."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         with self._arithmetic():
             features = normalize(self.model.encode_text(tokens).float(), dim=-1)
@@ -172,7 +181,7 @@ class VisionLanguageModel:
 class AbsentModel:
     """The model of a run that encodes neither images nor prompts, because files hold the features of both.
 
-    It answers what a run asks of every model. device, precision: as the options ask for them.
+    It has the methods that a run calls on every model. device, precision: those that the options ask for.
     """
 
     device: torch.device
@@ -180,28 +189,28 @@ class AbsentModel:
     fingerprint: None = None
 
     def loaded(self) -> NoReturn:
-        """Raise UserError, as there is nothing that could encode."""
+        """Raise UserError, because there is no model that could encode."""
         raise UserError("data must be images to be encoded by a model, got feature files")
 
     def stated_scale(self) -> None:
-        """The multiplier s that the model brings: none."""
+        """Return None, because without a model there is no multiplier of a model."""
 
     def check_width(self, width: int, what: str) -> None:
-        """Accept features of any width, as there are none of a model that they would have to fit."""
+        """Accept features of any width, because there is no model that they have to fit."""
 
     def facts(self) -> None:
-        """What a summary says about the model: nothing."""
+        """Return None, because the summary of a run without a model contains no facts about it."""
 
 
 Model = VisionLanguageModel | AbsentModel
 
 
 def open_model(options: ModelOptions, *, needed: bool, seed: int) -> Model:
-    """The model that the options ask for, on its device, or an AbsentModel where none is needed.
+    """Load the model that the options ask for to its device, or return an AbsentModel if no model is needed.
 
-    seed: of random weights.
+    options: the options of the model; needed: whether a model is needed; seed: the seed of random weights.
 
-    Raises UserError where the device does not exist or the model cannot be loaded.
+    Raises UserError if the device does not exist or the model cannot be loaded.
     """
     device = resolve_device(options.device)
     if not needed:
@@ -210,7 +219,7 @@ def open_model(options: ModelOptions, *, needed: bool, seed: int) -> Model:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that an option names. Raises UserError where there is none of that name."""
+    """Return the device that an option names. Raises UserError if it does not exist."""
     if name == "auto":
         return torch.device("cuda" if _env.has_cuda() else "cpu")
     try:
@@ -242,13 +251,16 @@ def load_model(
 ) -> VisionLanguageModel:
     """Load a frozen model.
 
-    name: "embedded", or a model of open_clip; pretrained: a hub tag, a local weights file (never executed: safetensors,
-    or a torch file of plain tensors), a run of fft whose image encoder takes the place of the model's, or "random";
-    seed: of random weights.
+    name: "embedded", or the name of a model of open_clip.
+    pretrained: a tag of a hub, a local file of weights (safetensors, or a torch file of plain tensors; no code in it is
+        executed), a run of fft whose image encoder replaces that of the model, or "random".
+    device: the device of the encoders.
+    precision: the precision in which the encoders compute.
+    seed: the seed of random weights.
 
-    Raises UserError where the name is unknown, weights are not named, cannot be had, or do not fit the model.
+    Raises UserError if the name is unknown, or if the weights are not named, cannot be read or do not fit the model.
     """
-    runs = _runs_behind(name, pretrained)
+    runs = _run_chain(name, pretrained)
     start, start_seed = (runs[-1].pretrained, runs[-1].seed) if runs else (pretrained, seed)
     model, tokenizer, preprocess = _parts_of_embedded(start) if name == EMBEDDED else _parts_of(name, start, start_seed)
     if (
@@ -256,7 +268,7 @@ def load_model(
         and len({run.fingerprint for run in runs}) == 1
         and runs[0].fingerprint not in (None, _fingerprint(name, model))
     ):
-        notices.warn(f"pretrained {pretrained}: the weights {start or name} that it started from are others today")
+        notices.warn(f"pretrained {pretrained}: the weights {start or name} that it started from have changed since")
     trained = next((run for run in runs if run.trained_encoder), None)
     if trained is not None:
         trained.put_encoder_into(model)
@@ -273,13 +285,13 @@ def load_model(
 
 
 Parts = tuple[nn.Module, Callable[[list[str]], Tensor], Preprocess]
-"""A model with its weights, its tokenizer, and how it wants its images."""
+"""A model with its weights, its tokenizer, and the form in which it expects images."""
 
 
-def _runs_behind(name: str, pretrained: str | None) -> list[TrainedRun]:
-    """The run that --pretrained names, the one that it started from, and so on; empty for weights of other kinds."""
+def _run_chain(name: str, pretrained: str | None) -> list[TrainedRun]:
+    """Return the run that --pretrained names, the run it started from, and so on; an empty list for other weights."""
     runs: list[TrainedRun] = []
-    while pretrained is not None and pretrained != RANDOM and len(runs) < MOST_STARTS:
+    while pretrained is not None and pretrained != RANDOM and len(runs) < MAX_CHAINED_RUNS:
         path = Path(pretrained)
         run = open_run(path) if (path.is_dir() or path.is_file()) and not _is_tag(name, pretrained) else None
         if run is None:
@@ -329,22 +341,22 @@ def _parts_of(name: str, pretrained: str | None, seed: int) -> Parts:
     try:
         with _quiet_log():
             tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # tokenizers of other libraries: not installed, or not to be downloaded
+    except Exception as error:  # a tokenizer of another library may be missing or impossible to download
         raise UserError(f"model {name}: its tokenizer cannot be made: {_one_line(error)}") from None
     return model, tokenizer, preprocess
 
 
 def _create(name: str, pretrained: str, seed: int) -> Any:
-    """open_clip's model with weights; its own complaints become one line each."""
+    """Make a model of open_clip with weights. Its errors and warnings become one line each."""
     import open_clip
 
     if pretrained == RANDOM:
         try:
             with _quiet_log(), torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would seed every CUDA device too, and nothing would put their states back.
+                # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
                 torch.default_generator.manual_seed(seed)
                 return open_clip.create_model(name, pretrained_text=False)
-        except Exception as error:  # text towers of other libraries: not installed, or not to be downloaded
+        except Exception as error:  # a text encoder of another library may be missing or impossible to download
             raise UserError(f"model {name} cannot be built: {_one_line(error)}") from None
     is_tag = pretrained in open_clip.list_pretrained_tags_by_model(name)
     source = pretrained if is_tag else str(Path(pretrained).expanduser())
@@ -352,11 +364,11 @@ def _create(name: str, pretrained: str, seed: int) -> Any:
     if record is not None:
         _warn_of_quick_gelu(name, source, bool(record.get("quick_gelu", False)))
     elif any("openai" in re.split(r"[^a-z0-9]", part.lower()) for part in Path(source).parts[-2:]):
-        # All of OpenAI's own weights were trained with it, whatever model they are given to.
+        # All of OpenAI's weights were trained with QuickGELU, whatever model they are loaded into.
         _warn_of_quick_gelu(name, source, True)
     try:
         with _quiet_log(), warnings.catch_warnings():
-            # Said above with the name to use, and below as an error.
+            # A clearer warning was given above, and an archive that cannot be loaded becomes an error below.
             warnings.filterwarnings("ignore", message="QuickGELU mismatch", category=UserWarning)
             warnings.filterwarnings("ignore", message=".*looks like a TorchScript archive", category=UserWarning)
             return open_clip.create_model(
@@ -365,7 +377,7 @@ def _create(name: str, pretrained: str, seed: int) -> Any:
                 weights_only=True,
                 force_preprocess_cfg=None if is_tag else _preprocess_of_file(name, record),
             )
-    except Exception as error:  # a damaged or hostile file, or a hub out of reach, can fail in any way
+    except Exception as error:  # a damaged or hostile file, or a hub that cannot be reached, may raise anything
         reason = _one_line(error)
     if is_tag and "Failed to download" in reason:
         raise UserError(
@@ -374,7 +386,7 @@ def _create(name: str, pretrained: str, seed: int) -> Any:
         )
     if "TorchScript" in reason:
         reason = " without executing code: it is a TorchScript archive; save its state_dict as safetensors"
-    # PyTorch's own text goes on to advise loading without the safeguard.
+    # PyTorch's own message would advise the user to load the file without this protection.
     elif "weights_only" in reason or "allow_pickle" in reason:
         reason = " without executing code: it is damaged, or holds more than plain tensors"
     elif "loading state_dict" in reason:
@@ -389,14 +401,14 @@ def _one_line(error: Exception) -> str:
 
 
 def _record_of_tag(name: str, tag: str) -> dict[str, Any]:
-    """What open_clip knows of a tag's weights: activation, preprocessing, where they come from."""
+    """Return open_clip's record of the weights of a tag: their activation, preprocessing and origin."""
     from open_clip.pretrained import get_pretrained_cfg
 
     return dict(get_pretrained_cfg(name, tag))
 
 
 def _record_of_file(name: str, path: Path) -> dict[str, Any] | None:
-    """The record of the tag whose hub repository or name is in the file's path, or None where nothing says it."""
+    """Return the record of the tag whose repository or name occurs in the path of the file, or None."""
     import open_clip
 
     base = name.removesuffix(_QUICK_GELU)
@@ -411,7 +423,7 @@ def _record_of_file(name: str, path: Path) -> dict[str, Any] | None:
         repository = repository.partition("/")[0]
         if repository and folders & {repository, f"models--{owner}--{repository}"}:
             return record
-    # The longest first: "dfn2b_s39b" holds "dfn2b", and they differ.
+    # The longest names come first, because "dfn2b_s39b" contains "dfn2b", which is another tag.
     for tag in sorted(records, key=len, reverse=True):
         if re.search(rf"(?<![a-z0-9]){re.escape(tag)}(?![a-z0-9])", path.name.lower().replace("-", "_")):
             return records[tag]
@@ -419,9 +431,9 @@ def _record_of_file(name: str, path: Path) -> dict[str, Any] | None:
 
 
 def _preprocess_of_file(name: str, record: dict[str, Any] | None) -> dict[str, Any] | None:
-    """How a file's images want to be prepared: as its record says, or as all of the model's tags agree.
+    """Return the preprocessing for the weights in a file: that of its record, or what all tags of a model share.
 
-    open_clip itself takes OpenAI's statistics for every file, which SigLIP's and others' weights do not want.
+    open_clip itself uses the statistics of OpenAI for every file, which are wrong for SigLIP and some other models.
     """
     import open_clip
 
@@ -436,7 +448,7 @@ def _preprocess_of_file(name: str, record: dict[str, Any] | None) -> dict[str, A
 
 
 def _warn_of_quick_gelu(name: str, pretrained: str, wants: bool) -> None:
-    """Warn where the weights were trained with the other activation than the model has."""
+    """Warn if the weights were trained with another activation than that of the model."""
     import open_clip
 
     has = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
@@ -455,7 +467,7 @@ def _warn_of_quick_gelu(name: str, pretrained: str, wants: bool) -> None:
 
 @contextmanager
 def _quiet_log() -> Iterator[None]:
-    """Keep open_clip's log lines off the terminal: what matters in them becomes an error or a warning of ours."""
+    """Suppress the log lines of open_clip. Their important contents become errors or warnings of this program."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -53,7 +53,7 @@ def test_equal_names_have_equal_features() -> None:
 def test_prompts_are_encoded_in_chunks_with_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     names, templates = [f"thing {index}" for index in range(7)], ["a {}.", "the {}."]
     whole = features_of(Encoder(), names, templates)
-    monkeypatch.setattr(module, "TEXTS_AT_ONCE", 4)
+    monkeypatch.setattr(module, "TEXT_BATCH_SIZE", 4)
     encoder = Encoder()
     told: list[int] = []
     torch.testing.assert_close(features_of(encoder, names, templates, progress=told.append), whole)

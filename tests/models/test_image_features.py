@@ -45,7 +45,7 @@ def test_views_are_sent_through_a_pipe_where_shared_memory_is_full(
 ) -> None:
     alone = views_of(pictures, workers=0)
     monkeypatch.setattr(torch.Tensor, "share_memory_", full_shared_memory)
-    _, sent, _ = image_features.ready_to_send((0, torch.ones(2), None))
+    _, sent, _ = image_features.prepare_for_sending((0, torch.ones(2), None))
     assert not isinstance(sent, Tensor)
     for expected, found in zip(alone, views_of(pictures, workers=1), strict=True):
         assert torch.equal(expected, found)

@@ -63,7 +63,7 @@ def test_encoder_classifier_and_adapter_predict_as_in_their_run(
     assert_alike(found, records(run / "images.jsonl", stage="rada-ft"))
 
     assert cli.main(f"{command} --pretrained {run} --output {tmp_path}/b".split()) == 0
-    assert f"--text-features classifier:{run} takes it" in capsys.readouterr().err
+    assert f"--text-features classifier:{run} uses it" in capsys.readouterr().err
     assert json.loads((tmp_path / "b" / "summary.json").read_text())["warnings"]
 
 
@@ -96,7 +96,7 @@ def test_weights_that_have_changed_since_the_run_are_warned_of(
     record["identity"]["model"] = "0" * 64
     (copied / "run.json").write_text(json.dumps(record))
     load_model("embedded", str(copied))
-    assert "that it started from are others today" in capsys.readouterr().err
+    assert "that it started from have changed since" in capsys.readouterr().err
 
 
 def damage(run: Path, case: str) -> None:
