@@ -25,7 +25,7 @@ from rada_fast.modules import RationalAdapter
 from rada_fast.ops import backends, use_backend
 
 SHAPES = [(1, 50), (1, 500), (6, 200), (6, 1000), (64, 100), (32, 1000)]
-MOST_BASELINE_BYTES = 8 * 2**30
+MAX_BASELINE_BYTES = 8 * 2**30
 """The literal baseline is left out where it would need more memory."""
 BASELINE = "literal"
 COMPILED = "compile"
@@ -65,7 +65,7 @@ class Problem:
 def providers_of(problem: Problem) -> list[str]:
     """The names of all providers that can solve a problem here; the baseline comes first if its memory suffices."""
     literal = costs.literal_bytes(problem.config, problem.batch, problem.classes)
-    names = [BASELINE] if literal <= MOST_BASELINE_BYTES else []
+    names = [BASELINE] if literal <= MAX_BASELINE_BYTES else []
     if problem.multiplies:
         names += ["reference", COMPILED]
     serving = ("cpu",) if problem.device == "cpu" else ("triton",)

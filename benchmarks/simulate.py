@@ -39,7 +39,7 @@ DEVICE = "a100-40gb"
 BESIDE = Path(__file__).resolve().parents[2] / "shared"
 """Where the simulator is looked for after PYTHONPATH."""
 SIZES = ("6x200", "6x1000", "1x500", "64x100", "8x6x200")
-MOST_ROWS = 2**20
+MAX_ROWS = 2**20
 """The most images times classes of one size: more would take hours and gigabytes."""
 
 
@@ -156,8 +156,8 @@ def parse_size(text: str) -> tuple[int, int, int]:
         raise argparse.ArgumentTypeError(f"must be BxK or ExBxK, positive numbers, got {shortened(text)}")
     *episodes, batch, classes = (int(part) for part in text.split("x"))
     size = (episodes[0] if episodes else 1, batch, classes)
-    if math.prod(size) > MOST_ROWS:
-        raise argparse.ArgumentTypeError(f"must have a product of at most {MOST_ROWS}, got {shortened(text)}")
+    if math.prod(size) > MAX_ROWS:
+        raise argparse.ArgumentTypeError(f"must have a product of at most {MAX_ROWS}, got {shortened(text)}")
     return size
 
 

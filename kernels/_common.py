@@ -23,7 +23,7 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 
-MOST_EPISODES = 65535
+MAX_EPISODES = 65535
 """The most blocks that a CUDA grid may have along its second or its third axis, one of which counts the episodes."""
 
 COMPUTE_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -42,8 +42,8 @@ def cdiv(whole: int, part: int) -> int:
 
 def episode_grid(*programs: int, episodes: int) -> tuple[int, ...]:
     """Return the grid of a launch whose last axis counts episodes. Raises ValueError for more than CUDA allows."""
-    if episodes > MOST_EPISODES:
-        raise ValueError(f"episodes must be at most {MOST_EPISODES}, got {episodes}")
+    if episodes > MAX_EPISODES:
+        raise ValueError(f"episodes must be at most {MAX_EPISODES}, got {episodes}")
     return (*programs, episodes)
 
 

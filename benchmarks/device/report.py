@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks import table
 from benchmarks.device.runner import BAD, COUNTED, Result, short
 
-MOST_FAILURES = 25
+MAX_FAILURES = 25
 
 
 def summary(results: Sequence[Result], tests: Sequence[dict[str, Any]], figures: Sequence[dict[str, Any]]) -> str:
@@ -24,9 +24,9 @@ def summary(results: Sequence[Result], tests: Sequence[dict[str, Any]], figures:
     bad = [record for record in tests if record["outcome"] in BAD]
     if bad:
         lines += ["", f"{len(bad)} tests failed (failures.txt has their errors in full):"]
-        shown = [[record["outcome"], short(record["test"]), record["error"]] for record in bad[:MOST_FAILURES]]
+        shown = [[record["outcome"], short(record["test"]), record["error"]] for record in bad[:MAX_FAILURES]]
         lines += [f"  {line}" for line in table.aligned(["what", "test", "first line of the error"], shown, [0, 1, 2])]
-        lines += [f"  and {len(bad) - MOST_FAILURES} more"] if len(bad) > MOST_FAILURES else []
+        lines += [f"  and {len(bad) - MAX_FAILURES} more"] if len(bad) > MAX_FAILURES else []
     tally = {name: sum(record["outcome"] == name for record in tests) for name in COUNTED}
     lines += ["", "tests: " + (", ".join(f"{count} {name}" for name, count in tally.items() if count) or "none")]
     return "\n".join([*lines, *table.summary(figures)])

@@ -22,9 +22,9 @@ from typing import Any
 
 from benchmarks.device.plan import Step
 
-MOST_PROCESSES = 8
+MAX_PROCESSES = 8
 """The most processes of one step. Where so many tests break their process, the others would say no more."""
-LEAST_SECONDS = 10.0
+MIN_SECONDS = 10.0
 """A step is not started if less time is left: importing PyTorch takes most of it."""
 SECONDS_TO_START = 60.0
 """A process may take this long before its first test: it imports PyTorch and the tests, perhaps from a cold disk."""
@@ -113,7 +113,7 @@ class Runner:
                 results.append(known[step.name])
                 self.echo(f"-- {step.name}: {known[step.name].state} in an earlier run")
                 continue
-            if self.left < LEAST_SECONDS:
+            if self.left < MIN_SECONDS:
                 results.append(
                     Result(step.name, "unfinished", message="no time was left; the same command will run it")
                 )
@@ -171,7 +171,7 @@ class Runner:
         events, without = self.output / "events.jsonl", self.output / "without.txt"
         until = time.monotonic() + min(step.limit, self.left)
         short_of_time = self.left < step.limit
-        for _ in range(MOST_PROCESSES):
+        for _ in range(MAX_PROCESSES):
             done = {record["test"] for record in self.read("tests.jsonl") if same_run(record["step"], step)}
             without.write_text("".join(f"{name}\n" for name in sorted(done)), encoding="utf-8")
             events.unlink(missing_ok=True)
@@ -183,7 +183,7 @@ class Runner:
             if ending != "broken":
                 break
         else:
-            ending, trouble = "dead", f"the other tests were left out after {MOST_PROCESSES} processes that broke"
+            ending, trouble = "dead", f"the other tests were left out after {MAX_PROCESSES} processes that broke"
         unfinished = ending == "out of time" and short_of_time
         return self.verdict(step, trouble, unfinished)
 

@@ -30,7 +30,7 @@ _POINTERS = {
 }  # fmt: skip
 # The resources of a multiprocessor, which its blocks share: shared memory in KiB, then registers, warps and blocks.
 _SHARED_KIB = {80: 164, 90: 228, 100: 228}
-_REGISTERS, _MOST_WARPS, _MOST_BLOCKS = 65536, 64, 32
+_REGISTERS, _MAX_WARPS, _MAX_BLOCKS = 65536, 64, 32
 _TENSOR = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE)
 
 
@@ -146,12 +146,12 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], t
 
 def _occupancy(target: int, warps: int, registers: int, shared: int) -> float:
     blocks = min(
-        _MOST_BLOCKS,
-        _MOST_WARPS // warps,
+        _MAX_BLOCKS,
+        _MAX_WARPS // warps,
         _REGISTERS // ((registers + 7) // 8 * 8 * 32 * warps),
         _SHARED_KIB[target] * 1024 // (shared + 1024),
     )
-    return blocks * warps / _MOST_WARPS
+    return blocks * warps / _MAX_WARPS
 
 
 def compile_cuda(target: int) -> list[Compiled] | str:

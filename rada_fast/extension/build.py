@@ -80,7 +80,7 @@ def _ninja_text(parameters: BuildParameters, output: Path) -> str:
     objects = " ".join(name for _, name, _ in parameters.sources)
     lines.append(f"build {escape(output)}: link {objects}")
     if isinstance(toolkit := parameters.cuda, Toolkit):
-        version = f"-DTORCH_TARGET_VERSION=0x{cuda_toolkit.LEAST_TORCH[0]:02x}{cuda_toolkit.LEAST_TORCH[1]:02x}{0:012x}"
+        version = f"-DTORCH_TARGET_VERSION=0x{cuda_toolkit.MIN_TORCH[0]:02x}{cuda_toolkit.MIN_TORCH[1]:02x}{0:012x}"
         headers = shlex.join(f"-isystem{folder}" for folder in toolkit.include)
         host = f"-ccbin={shutil.which(shlex.split(parameters.compiler)[0])}"
         debug = "-lineinfo" if _env.debug_build() else "-DNDEBUG"

@@ -22,8 +22,8 @@ from rada_fast import _env
 
 DEFAULT_TARGETS = (80, 90, 100)
 """The compute capabilities to build for without a device: A100, H100, B200; PTX of the last serves later devices."""
-LEAST_TARGET = 80
-LEAST_TORCH = (2, 10)
+MIN_TARGET = 80
+MIN_TORCH = (2, 10)
 """The first PyTorch with the stable ABI that the glue is compiled against. It runs on all later ones."""
 CONVENTIONAL = Path("/usr/local/cuda")
 
@@ -117,16 +117,16 @@ def _targets_for(nvcc: Path, devices: list[int]) -> Targets | str:
     Returns the reason instead if there are none.
     """
     words = ", ".join(f"sm_{device}" for device in devices)
-    served = [device for device in devices if device >= LEAST_TARGET]
+    served = [device for device in devices if device >= MIN_TARGET]
     if not served:
         return f"the kernels need compute capability 8.0 or newer, the devices here are {words}"
     able = {int(number) for number in re.findall(r"sm_(\d+)\b", _output_of(nvcc, "--list-gpu-code"))}
     known = [device for device in served if device in able or not able]
-    newest = max((target for target in able if LEAST_TARGET <= target <= served[-1]), default=0)
+    newest = max((target for target in able if MIN_TARGET <= target <= served[-1]), default=0)
     needs_ptx = known != served
     if needs_ptx and not newest:
         return f"{nvcc} compiles for none of {words}"
-    old = [f"sm_{device}" for device in devices if device < LEAST_TARGET]
+    old = [f"sm_{device}" for device in devices if device < MIN_TARGET]
     targets = known or [newest]
     return Targets(
         tuple(map(str, targets)),
@@ -156,7 +156,7 @@ def _wanted_targets(nvcc: Path) -> Targets | str:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None:
             return f"TORCH_CUDA_ARCH_LIST must list capabilities as in '8.0;9.0+PTX', got {entry!r}"
-        if int(match[1] + match[2]) < LEAST_TARGET:
+        if int(match[1] + match[2]) < MIN_TARGET:
             old.append(entry)
             continue
         name = match[1] + match[2] + match[3]
@@ -171,8 +171,8 @@ def torch_refusal() -> str | None:
     """Return why the installed PyTorch cannot use the CUDA kernels, or None if it can."""
     if _env.cuda_version() is None:
         return "this PyTorch is built without CUDA"
-    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < LEAST_TORCH:
-        return f"the CUDA kernels need PyTorch {'.'.join(map(str, LEAST_TORCH))} or newer, this is {torch.__version__}"
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < MIN_TORCH:
+        return f"the CUDA kernels need PyTorch {'.'.join(map(str, MIN_TORCH))} or newer, this is {torch.__version__}"
     return None
 
 

@@ -32,7 +32,7 @@ RUN_FILES = ("adapter.safetensors", "rada-ft-adapter.safetensors", "rada-adapter
 """The files to which the runs of this package write their adapter; the one that a run writes last comes first."""
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MOST_WIDTH = 2**14
+_MAX_WIDTH = 2**14
 """The widest embedding that is loaded, several times as wide as that of any vision-language model."""
 
 
@@ -321,8 +321,8 @@ def _adapter_entries(path: Path, state: Mapping[Any, Any], size: int) -> tuple[d
     weight = tensors.get("out_proj.weight")
     if weight is None or weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
         raise UserError(f"adapter checkpoint {path}: out_proj.weight must be a square matrix")
-    if not 0 < len(weight) <= _MOST_WIDTH:
-        raise UserError(f"adapter checkpoint {path}: its width must be from 1 to {_MOST_WIDTH}, got {len(weight)}")
+    if not 0 < len(weight) <= _MAX_WIDTH:
+        raise UserError(f"adapter checkpoint {path}: its width must be from 1 to {_MAX_WIDTH}, got {len(weight)}")
     return {name: value.to(exact) for name, value in tensors.items()}, factor
 
 
@@ -337,8 +337,8 @@ def _plain(path: Path, name: str, value: object, size: int) -> Tensor:
         problem = "must have values, got a tensor of the meta device"
     elif value.is_quantized or value.dtype not in _FLOATING:
         problem = f"must be a floating-point tensor of float16, bfloat16, float32 or float64, got {value.dtype}"
-    elif math.prod(value.shape) > _MOST_WIDTH**2:
-        problem = f"must have at most {_MOST_WIDTH} x {_MOST_WIDTH} elements, got the shape {tuple(value.shape)}"
+    elif math.prod(value.shape) > _MAX_WIDTH**2:
+        problem = f"must have at most {_MAX_WIDTH} x {_MAX_WIDTH} elements, got the shape {tuple(value.shape)}"
     elif math.prod(value.shape) * value.element_size() > size:
         # This is a view with strides of zero, or one past the end of its storage: its elements are not in the file.
         problem = f"must be held by the file's {size} bytes, got the shape {tuple(value.shape)}"

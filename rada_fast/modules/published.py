@@ -31,10 +31,10 @@ _OF_EVERY_MODULE = (frozenset(nn.Module().__dict__) - {"training"}) | {
     "_rada_fast_off",
     "_former_parameters",
 }
-_MOST_SETTINGS = 200
-_MOST_TRIALS = 16
+_MAX_SETTINGS = 200
+_MAX_TRIALS = 16
 """The most settings and shapes that are remembered. For further shapes the results of these decide."""
-_MOST_SCORES = 2**21
+_MAX_SCORES = 2**21
 """The most attention scores of a trial on all of a call's inputs; of a larger call only a part is tried."""
 _REPEATING = {"MulBackward0", "RepeatBackward0", "ExpandBackward0", "UnsqueezeBackward0"}
 """The names of the gradient nodes that may lie between the published queries and the features that they repeat."""
@@ -180,7 +180,7 @@ def _reason_of_arithmetic(
     module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows: list[Tensor], state: dict[str, Any]
 ) -> str | None:
     """Return why the module's own forward is not the published one, or None; each setting and shape is tried once."""
-    budget = [_MOST_SETTINGS]
+    budget = [_MAX_SETTINGS]
     settings: list[Any] = [type(module), own]
     name = ""
     try:
@@ -193,7 +193,7 @@ def _reason_of_arithmetic(
     tried: dict[tuple[int, ...], str | None] = state["tried"]
     shape = tuple(rows[0].shape)
     if shape not in tried:
-        if len(tried) >= _MOST_TRIALS:
+        if len(tried) >= _MAX_TRIALS:
             return next((reason for reason in tried.values() if reason), None)
         tried[shape] = _try(module, own, names, rows)
     return tried[shape]
@@ -217,7 +217,7 @@ def _try(module: nn.Module, own: Callable[..., Any], names: Sequence[str], rows:
             layers = {name: layer for name, layer in projections_of(twin).items() if layer is not None}
             tensors = tensors_or_calls(layers, bias=config.bias)
             batch, classes, width = rows[0].shape
-            if batch * config.num_heads * classes**2 > _MOST_SCORES:
+            if batch * config.num_heads * classes**2 > _MAX_SCORES:
                 batch, classes = min(batch, 2), min(classes, 64)
             called = [row.detach().to("cpu", torch.float64) for row in (rows[0][:batch, :1], rows[1][:1, :classes])]
             for image, text in ((draw(2, 1, width), draw(1, 3, width)), called):

@@ -15,16 +15,16 @@ from rada_fast.ops._predictions import check_logits, is_compiled
 LossKind = Literal["mean", "marginal", "cross_entropy"]
 
 
-MOST_CUDA_ROWS = 500
+MAX_CUDA_ROWS = 500
 """The most predictions of one marginal entropy that fit into a block's shared memory; kMostMarginalRows in
 csrc/cuda/prediction_losses.h."""
 
 
 def _is_compiled(logits: Tensor, kind: str) -> bool:
-    if kind == "marginal" and logits.is_cuda and logits.shape[-2] > MOST_CUDA_ROWS:
+    if kind == "marginal" and logits.is_cuda and logits.shape[-2] > MAX_CUDA_ROWS:
         if chosen_backend() == "cuda":
             raise BackendUnavailableError(
-                f"backend 'cuda' cannot serve this call: it takes at most {MOST_CUDA_ROWS} predictions an episode for "
+                f"backend 'cuda' cannot serve this call: it takes at most {MAX_CUDA_ROWS} predictions an episode for "
                 f"kind 'marginal', got {logits.shape[-2]}"
             )
         return False

@@ -60,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # The samples need no plugins, and loading them takes time in every process.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "MIN_SECONDS", 0.0)
     for name, text in SAMPLES.items():
         (tmp_path / name).write_text(text)
     return tmp_path
@@ -202,7 +202,7 @@ def test_results_without_a_device_are_not_kept_for_one(monkeypatch: pytest.Monke
 def test_a_copy_is_made_after_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [Step("see.good", "", ("this",), 20)]
     monkeypatch.setattr(program, "chosen", lambda names: steps)
-    monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(program, "identity", lambda: {"sources": "1"})
     arguments = ["--output", str(tmp_path / "out"), "--copy-to", str(tmp_path / "copy"), "--budget", "30"]
     assert program.main(arguments) == 0

@@ -13,7 +13,7 @@ import torch
 from rada_fast.data.sources import FeatureFile
 from rada_fast.errors import UserError
 
-MOST_CLASSES = 2**20
+MAX_CLASSES = 2**20
 """A label of this size or more is a mistake: every class up to the largest label needs a name and a text feature."""
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 SMALLEST_FEATURE = 1e-12
@@ -58,9 +58,9 @@ def read_feature_file(path: Path) -> FeatureFile:
         raise UserError(f"feature file {path}: features must not be empty, got shape {features.shape}")
     if labels.min() < 0:
         raise UserError(f"feature file {path}: labels must be at least 0, got {labels.min()} in row {labels.argmin()}")
-    if labels.max() >= MOST_CLASSES:
+    if labels.max() >= MAX_CLASSES:
         raise UserError(
-            f"feature file {path}: labels must be below {MOST_CLASSES}, they number the classes from 0, "
+            f"feature file {path}: labels must be below {MAX_CLASSES}, they number the classes from 0, "
             f"got {labels.max()} in row {labels.argmax()}"
         )
     # The conversion comes before the checks, because it makes large float64 values infinite and tiny ones zero.

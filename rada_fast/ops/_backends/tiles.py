@@ -31,7 +31,7 @@ TILES: dict[str, Any] = {
     "masked_logits_backward": masked_logits.Tile,
     "parameter_gradients": parameter_gradients.Tile,
 }
-LEAST_GAIN = 1.02
+MIN_GAIN = 1.02
 """The ratio of times from which a tile replaces the table's; it is larger than a measurement's noise."""
 
 
@@ -165,7 +165,7 @@ def tune(
         ratio = base[0] / fastest[0] if fastest[0] else 1.0
         key = sizes.key(launch)
         kept.pop(key, None)
-        if ratio > LEAST_GAIN:
+        if ratio > MIN_GAIN:
             kept[key] = asdict(fastest[1])
         report[launch] = {"table": asdict(base[1]), "fastest": asdict(fastest[1]), "ratio": ratio, "tried": len(times)}
         echo(f"{launch}: {len(times)} tiles, the fastest {ratio:.2f} times the table's speed")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rada_fast import _env
 from rada_fast.config.method import AdapterConfig, MaskPenalty
-from rada_fast.kernels._common import MOST_EPISODES
+from rada_fast.kernels._common import MAX_EPISODES
 from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
 from rada_fast.kernels.masked_logits import masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.parameter_gradients import parameter_gradients
@@ -127,8 +127,8 @@ def reason_not_served(
         return f"it serves mask_function 'attention', not {config.mask_function!r}"
     if config.num_layers > 1 and episodes is not None:
         return f"it serves episodes with num_layers 1, not {config.num_layers}"
-    if episodes is not None and episodes > MOST_EPISODES:
-        return f"it serves at most {MOST_EPISODES} episodes, not {episodes}"
+    if episodes is not None and episodes > MAX_EPISODES:
+        return f"it serves at most {MAX_EPISODES} episodes, not {episodes}"
     if config.embed_dim % 32 or config.head_dim % 8:
         return (
             "it serves widths that are multiples of 32 with heads that are multiples of 8, "

@@ -9,7 +9,7 @@ import torch
 
 from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import BackendUnavailableError
-from rada_fast.kernels._common import MOST_EPISODES, episode_grid
+from rada_fast.kernels._common import MAX_EPISODES, episode_grid
 from rada_fast.ops import rational_adapter
 from rada_fast.ops._backends import triton
 from rada_fast.ops._backends.triton import float32_precision
@@ -68,17 +68,17 @@ def test_the_variable_overrides_pytorchs_settings(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_grid_counts_episodes_up_to_cudas_limit() -> None:
-    assert episode_grid(7, episodes=MOST_EPISODES) == (7, MOST_EPISODES)
+    assert episode_grid(7, episodes=MAX_EPISODES) == (7, MAX_EPISODES)
     assert episode_grid(7, 3, episodes=1) == (7, 3, 1)
     with pytest.raises(ValueError, match="episodes must be at most 65535, got 65536"):
-        episode_grid(7, episodes=MOST_EPISODES + 1)
+        episode_grid(7, episodes=MAX_EPISODES + 1)
 
 
 def test_more_episodes_than_a_grid_holds_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "executes_on_cpu", lambda: True)
     config = AdapterConfig.official(32, num_heads=4)
     image, text, parameters = problem(config, 1, 2, torch.float32)
-    for episodes, refused in ((MOST_EPISODES, False), (MOST_EPISODES + 1, True)):
+    for episodes, refused in ((MAX_EPISODES, False), (MAX_EPISODES + 1, True)):
         images = image.expand(episodes, -1)
         assert bool(triton.reason_not_served(config, images, text, parameters, episodes=episodes)) == refused
     with pytest.raises(BackendUnavailableError, match="serves at most 65535 episodes, not 65536"):
