@@ -262,11 +262,11 @@ def test_cpu_tensors_are_refused_without_a_simulator() -> None:
         rational_adapter(image, text, 20.0, parameters, config, backend="triton")
 
 
-# With the offset -1 the mask is at the kink of relu, with 0 at the kink of l1. In the last two cases many columns of
-# all classes have the largest distance.
+# With the offset -2 relu stops the gradient, with -1 the mask is at the kink of relu, with 0 at the kink of l1. In the
+# last two cases many columns of all classes have the largest distance.
 @pytest.mark.parametrize(
     ("penalty", "offsets"),
-    [("l2", [-1.0, 0.0, 0.25]), ("l1", [-1.0, 0.0, 0.25]), ("linf", [0.125, -0.5, 0.5]), ("linf", [0.25])],
+    [("l2", [-2.0, -1.0, 0.0, 0.25]), ("l1", [-2.0, -1.0, 0.0, 0.25]), ("linf", [0.125, -0.5, 0.5]), ("linf", [0.25])],
 )
 def test_kinks_and_ties_are_those_of_the_reference(penalty: str, offsets: list[float], simulated: Simulated) -> None:
     config = AdapterConfig.official(32, num_heads=2)

@@ -145,13 +145,13 @@ def test_the_other_penalties(name: str, dtype: torch.dtype, penalty: str) -> Non
     assert_as_exact_as_the_reference(CONFIGS[name], 3, 37, dtype, penalty)
 
 
-# -1 is relu's kink, 0 that of l1; in the other cases the largest distance is that of many columns, or of all, and of
-# all classes: 40 classes and 160 columns are several tiles of both.
+# At -2 relu stops the gradient, at -1 it has its kink, and at 0 l1 has its own. In the other cases many columns or all
+# of them, in all classes, have the largest distance. 40 classes and 160 columns are several tiles of both.
 @pytest.mark.parametrize(
     ("activation", "penalty", "offsets"),
     [
-        ("relu", "l2", [-1.0, 0.0, 0.25]),
-        ("relu", "l1", [-1.0, 0.0, 0.25]),
+        ("relu", "l2", [-2.0, -1.0, 0.0, 0.25]),
+        ("relu", "l1", [-2.0, -1.0, 0.0, 0.25]),
         ("relu", "linf", [-1.0, 0.0, 0.25]),
         ("relu", "linf", [0.125, -0.5, 0.5]),
         ("none", "l1", [-1.0, 0.0, 0.25]),
