@@ -195,6 +195,7 @@ def test_broken_kernels_leave_the_rest_usable(tmp_path: Path, monkeypatch: pytes
 def test_an_older_pytorch_goes_without_the_cuda_kernels_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    libraries.load()  # otherwise the first load would record its outcome in the replaced list
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch, "__version__", "2.8.0+cu128")
     monkeypatch.setattr(libraries, "_cuda_outcome", [libraries._load_cuda(None)])
