@@ -32,8 +32,13 @@ CONVENTIONAL = Path("/usr/local/cuda")
 class Toolkit:
     """The tools that compile the CUDA kernels, and the devices they compile for.
 
-    version: of nvcc; include: folders of headers, the preferred first; runtime: the folder of libcudart_static.a;
-    targets: compute capabilities to compile for; ptx: those to include PTX of; note: what was left out and why.
+    nvcc: the path of the compiler.
+    version: the version of nvcc.
+    include: the folders of headers, the preferred one first.
+    runtime: the folder of libcudart_static.a.
+    targets: the compute capabilities to compile for.
+    ptx: the compute capabilities whose PTX is included.
+    note: a remark about devices that are left out, with the reason.
     """
 
     nvcc: Path
@@ -104,7 +109,7 @@ def find_nvcc() -> Path | None:
 
 
 class Targets(NamedTuple):
-    """The devices to compile for: as device code, as PTX, and a note of what was left out and why."""
+    """The devices to compile for: as device code, as PTX, and a note about those that are left out."""
 
     targets: tuple[str, ...]
     ptx: tuple[str, ...]
@@ -217,8 +222,12 @@ def find_toolkit() -> Toolkit | str:
 class Resources:
     """The resources of one kernel on one target, as ptxas reports them.
 
-    threads: of a block, from __launch_bounds__, else 1024; spills: bytes stored and loaded; shared: bytes of shared
-    memory that are known when the kernel is compiled (a launch may ask for more).
+    kernel: the name of the kernel.
+    threads: the number of threads in a block, from __launch_bounds__, or 1024 without it.
+    registers: the number of registers of a thread.
+    spills: the bytes that are stored to and loaded from local memory because registers are missing.
+    shared: the bytes of shared memory that are known when the kernel is compiled (a launch may ask for more).
+    tensor_instructions: the number of tensor-core instructions in the PTX of the kernel.
     """
 
     kernel: str

@@ -47,11 +47,14 @@ LOOP_FLAGS = {
 class BuildParameters:
     """Everything that the content of the libraries depends on.
 
-    compiler: the C++ compiler's command.
-    sources: (source, object name, flags of its own).
-    flags: shared by all sources; link: the linker's arguments after the objects.
-    cuda: what compiles the CUDA library, or the reason why there is none.
-    cuda_sources, cuda_glue: of the kernels and of what calls them, (source, object name); cuda_link: as link.
+    compiler: the command of the C++ compiler.
+    sources: each source with the name of its object and the flags of its own.
+    flags: the flags that all sources share.
+    link: the arguments of the linker after the objects.
+    cuda: the toolkit that compiles the CUDA library, or the reason why this library is not built.
+    cuda_sources: each source of the kernels with the name of its object.
+    cuda_glue: each source of the functions that call the kernels, with the name of its object.
+    cuda_link: the arguments of the linker for the CUDA library.
     """
 
     compiler: str
