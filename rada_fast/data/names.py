@@ -1,4 +1,4 @@
-"""Class names out of files and folders: lists, tables, and numbered or underscored names, made readable for prompts."""
+"""The reading of class names from files and folders: lists, tables, and names that are made readable for prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data named KIND:PATH, opened by the reader of their kind."""
+"""The opening of data that an option names as KIND:PATH, by the reader of their kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rada_fast.errors import UserError
 class Kind(NamedTuple):
     """A kind is one way in which data lie on disk.
 
-    usage: how its data are named, for messages; read: the function that reads them.
+    usage: the form of KIND:PATH for this kind, for messages.
+    read: the function that reads such data.
     """
 
     usage: str
@@ -29,21 +30,21 @@ KINDS = {
 }
 
 
-def open_text_file(given: str | None) -> FeatureFile | None:
-    """The feature file that an option for text features names, or None where the option names something else.
+def open_text_file(value: str | None) -> FeatureFile | None:
+    """Read the feature file that the option --text-features names. Returns None if the option names something else.
 
-    given: the option's value: None for prompts, class-means, classifier:RUN, or features:FILE.npz.
+    value: the value of the option: None for prompts, class-means, classifier:RUN, or features:FILE.npz.
 
-    Raises UserError where it is none of these, or where the file does not have one row for each class.
+    Raises UserError if the value has another form, or if the file does not have one row for each class.
     """
-    if given is None or given == "class-means" or given.startswith("classifier:"):
+    if value is None or value == "class-means" or value.startswith("classifier:"):
         return None
-    path = given.removeprefix("features:")
-    source = read_feature_file(Path(path).expanduser()) if path not in (given, "") else None
+    path = value.removeprefix("features:")
+    source = read_feature_file(Path(path).expanduser()) if path not in (value, "") else None
     if source is None or source.features.ndim != 2:
         raise UserError(
             "text_features must be class-means, features:FILE.npz with one row for each class or classifier:RUN of an "
-            f"fft, got {given!r}"
+            f"fft, got {value!r}"
         )
     return source
 
@@ -51,7 +52,7 @@ def open_text_file(given: str | None) -> FeatureFile | None:
 def open_source(spec: str) -> Source:
     """Read the data that KIND:PATH names.
 
-    Raises UserError where the kind is unknown or the path does not hold such data.
+    Raises UserError if the kind is unknown or the path does not hold such data.
     """
     kind, _, path = spec.partition(":")
     if not path or kind not in KINDS:

@@ -37,10 +37,12 @@ class Sample:
 class ImageFolder:
     """Image files by class; a model has to encode them.
 
-    path: the data folder; folders: the names of the classes in label order, empty where the images have none; samples:
-    all images, readable or not, sorted by id; skipped: the other entries of the folder, each with the reason; fault:
-    why the folders' names cannot be the names of the classes, or None. The images of such a folder can still be tested
-    with the classes of another one.
+    path: the data folder.
+    folders: the names of the classes in label order, or none if the images have no classes.
+    samples: all images, readable or not, sorted by id.
+    skipped: the other entries of the folder, each with the reason.
+    fault: the reason why the names of the folders cannot be the names of the classes, or None. The images of such a
+        folder can still be tested with the classes of another folder.
     """
 
     path: Path
@@ -166,9 +168,12 @@ class ImageFolder:
 class FeatureFile:
     """Features that a model has extracted from images.
 
-    features: (N, D), or (N, V, D) where each image has V views and the original is the first; float32, as stored;
-    labels: (N,) int64; ids: the names of the N images; class_names: in label order, where the file has them;
-    logit_scale: the multiplier s of the model that made the features, where the file has it.
+    path: the path of the file.
+    features: (N, D), or (N, V, D) if each image has V views, of which the original is the first; float32, as stored.
+    labels: (N,) int64.
+    ids: the names of the N images.
+    class_names: the names of the classes in label order, if the file has them.
+    logit_scale: the multiplier s of the model that computed the features, if the file has it.
     """
 
     path: Path

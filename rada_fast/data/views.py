@@ -28,9 +28,11 @@ AUGMIX_CHAINS, AUGMIX_DEPTH, AUGMIX_SEVERITY = 3, 3, 1.0
 class Preprocess:
     """The form in which a model expects its images.
 
-    image_size: side S in pixels; mean, std: of each channel, for values in 0..1; interpolation: the filter that resizes
-    the original; resize: "shortest" resizes the shorter side to S and cuts out the centre, "squash" resizes both sides
-    to S, as SigLIP and some other models expect.
+    image_size: the side S in pixels.
+    mean, std: the mean and the standard deviation of each channel, for values in 0..1.
+    interpolation: the filter that resizes the original.
+    resize: "shortest" resizes the shorter side to S and cuts out the centre; "squash" resizes both sides to S, as
+        SigLIP and some other models expect.
     """
 
     image_size: int
@@ -126,10 +128,15 @@ def _cut(image: Image.Image, preprocess: Preprocess, views: Tensor) -> Tensor:
 
 
 class Item(NamedTuple):
-    """The views of one image of a data set, or the reason why it has none."""
+    """The views of one image of a data set, or the reason why it has none.
 
-    number: int  # of the sample, counted from 0
-    views: Tensor | None  # (V, 3, S, S) float32
+    number: the number of the sample, counted from 0.
+    views: (V, 3, S, S) float32, or None if the image cannot be read.
+    reason: the reason why it cannot be read, or None.
+    """
+
+    number: int
+    views: Tensor | None
     reason: str | None
 
 
@@ -139,8 +146,12 @@ Anything = TypeVar("Anything")
 class ViewDataset(Dataset[Item]):
     """The views of image files, one Item for each; an unreadable file has a reason instead of views.
 
-    samples: the files; num_views: V, the original first, or 0 for one random training crop (1, 3, S, S); crop_scale:
-    of training crops; kind, seed: see make_views; the seed of an image is image_seed(seed, id).
+    samples: the image files.
+    preprocess: the form of the views.
+    num_views: the number V of views, the original first, or 0 for one random training crop (1, 3, S, S).
+    kind: see make_views.
+    seed: the seed of the data set. The seed of an image is image_seed(seed, id).
+    crop_scale: the smallest and the largest share of the image in a training crop.
     """
 
     def __init__(
@@ -174,6 +185,6 @@ class ViewDataset(Dataset[Item]):
         return Item(index, make_views(image, self.preprocess, self.num_views, self.kind, seed), None)
 
 
-def as_it_is(item: Anything) -> Anything:
-    """Return the item: the collate function of a loader whose items are not put together."""
+def collate_single(item: Anything) -> Anything:
+    """Return the item itself. This is the collate function of a loader whose items do not form batches."""
     return item

@@ -21,7 +21,7 @@ from rada_fast.config.commands import ViewKind
 from rada_fast.data.fingerprints import file_stamp
 from rada_fast.data.sources import Sample, Source
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
-from rada_fast.data.views import CROP_SCALE, ViewDataset, as_it_is, image_seed
+from rada_fast.data.views import CROP_SCALE, ViewDataset, collate_single, image_seed
 from rada_fast.errors import UserError
 from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.runs.progress import progress
@@ -111,7 +111,7 @@ def iterate_views(
                 time.sleep(SECONDS_TO_SIGNAL)
                 raise RuntimeError(f"DataLoader worker (pid unknown) has gone: {error}") from error
             return
-    yield from DataLoader(dataset, batch_size=None, collate_fn=as_it_is)
+    yield from DataLoader(dataset, batch_size=None, collate_fn=collate_single)
 
 
 def prepare_for_sending(item: Any) -> tuple[int, Tensor | np.ndarray[Any, Any] | None, str | None]:

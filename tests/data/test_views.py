@@ -18,8 +18,8 @@ from rada_fast.data.sources import ImageFolder
 from rada_fast.data.views import (
     Preprocess,
     ViewDataset,
-    as_it_is,
     center_view,
+    collate_single,
     crop_view,
     image_seed,
     make_views,
@@ -114,7 +114,7 @@ def folder(tmp_path: Path) -> ImageFolder:
 def test_workers_and_order_change_no_view(folder: ImageFolder, views: int) -> None:
     def load(samples: tuple, workers: int) -> dict[str, object]:  # type: ignore[type-arg]
         dataset = ViewDataset(samples, PREPROCESS, views, "crop", seed=4)
-        loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+        loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=collate_single)
         return {samples[index].id: (view, reason) for index, view, reason in loader}
 
     plain, spread = load(folder.samples, 0), load(folder.samples[::-1], 2)
