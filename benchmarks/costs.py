@@ -45,9 +45,9 @@ def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int)
     """For each Triton kernel, the bytes that one launch must read and write.
 
     Storage is bfloat16, all query kinds are in use, and the penalty is l2. Every episode has weights of its own.
-    Statistics are float32: a log-sum, a factor and a delta for each row, head and query kind whose attention has the
-    shape (B, K, D), and the sum of a logit for each row. Scratch memory counts as nothing, a sum over columns counts as
-    one value, and the gradient of a text query, which the images share, counts as one copy.
+    Statistics are float32: a log-sum of two numbers, a factor and a delta for each row, head and query kind whose
+    attention has the shape (B, K, D), and the sum of a logit for each row. Scratch memory counts as nothing, a sum over
+    columns counts as one value, and the gradient of a text query, which the images share, counts as one copy.
     """
     width, heads, images = config.embed_dim, config.num_heads, episodes * batch
     rows, matrix = images * classes, config.softmax == "matrix"
@@ -62,8 +62,8 @@ def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int)
     attention_reads = queries + 3 * class_rows + statistics  # queries, keys, values, doutput, deltas
     return {
         "rational_projections_forward_kernel": image + text + 5 * weight + queries + 2 * class_rows,
-        "class_attention_forward_kernel": queries + 2 * class_rows + 2 * class_rows + q_image + statistics,
-        "softmax_factors_kernel": 2 * statistics,
+        "class_attention_forward_kernel": queries + 2 * class_rows + 2 * class_rows + q_image + 2 * statistics,
+        "softmax_factors_kernel": 3 * statistics,
         "masked_logits_forward_kernel": image + text + attended + weight + row_sums,
         "masked_logits_reduce_kernel": 2 * row_sums + 2 * rows,
         "masked_logits_backward_offset_kernel": image + text + attended + weight + 2 * rows + class_rows,
@@ -74,8 +74,11 @@ def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int)
         + class_rows
         + statistics,
         "row_deltas_kernel": 2 * statistics,
-        "class_attention_backward_queries_kernel": attention_reads + (0 if matrix else statistics) + q_image + queries,
-        "class_attention_backward_keys_kernel": attention_reads + (0 if matrix else statistics) + 2 * class_rows,
+        "class_attention_backward_queries_kernel": attention_reads
+        + (0 if matrix else 2 * statistics)
+        + q_image
+        + queries,
+        "class_attention_backward_keys_kernel": attention_reads + (0 if matrix else 2 * statistics) + 2 * class_rows,
         "parameter_gradients_kernel": image + text + attended + 4 * class_rows + q_text + q_image + 6 * weight,
     }
 

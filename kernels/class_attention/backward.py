@@ -109,8 +109,9 @@ def class_attention_backward(
         dq_text=gradients.q_text, dq_rational=gradients.q_rational,
         tiles=query_tiles,
         HEAD_VECTOR=vector, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
-        # The image query's two accumulators of 64 x 64 spill on Blackwell.
-        BLOCK_I=max(1, min(32, 4096 // vector)),
+        # The image query's two accumulators of 64 x 64 spill on Blackwell. A thread has four columns of a row as in the
+        # forward pass, so that scores are added up in the same order.
+        BLOCK_I=max(1, 128 * tile.warps // vector, min(32, 4096 // vector)),
         **common,
     )  # fmt: skip
     class_attention_backward_keys_kernel[(batch * num_heads * groups * tiles,)](

@@ -13,6 +13,7 @@ def _key_gradients(
     query_rows,
     keys,
     dp,
+    maxima,
     logsums,
     deltas,
     head_statistics,
@@ -39,7 +40,8 @@ def _key_gradients(
     dp: dP, (keys, queries).
     query_rows: pointers to rows of the whole width.
     keys: the keys k themselves, or pointers to their rows if the head is split.
-    logsums, deltas: pointers to the log-sums and the deltas delta^c of this kind, head and image.
+    maxima, logsums, deltas: pointers to the two numbers of the log-sums, and to the deltas delta^c, of this kind, head
+        and image.
     """
     q = tl.load(query_rows[:, None] + out_columns[None, :], mask=i_valid[:, None] & c_valid[None, :], other=0.0)
     if SPLIT_HEAD:
@@ -47,13 +49,15 @@ def _key_gradients(
     else:
         scores = product(keys, tl.trans(q), None, PRECISION)
     if MATRIX:
-        head_log_sum, mean_delta = head_statistics
-        log_sum = tl.where(i_valid, head_log_sum, float("inf"))
+        head_maximum, head_log_sum, mean_delta = head_statistics
+        maximum = tl.where(i_valid, head_maximum, float("inf"))
+        log_sum = tl.where(i_valid, head_log_sum, 0.0)
         delta = tl.where(i_valid, mean_delta, 0.0)
     else:
-        log_sum = tl.load(logsums + i, mask=i_valid, other=float("inf"))
+        maximum = tl.load(maxima + i, mask=i_valid, other=float("inf"))
+        log_sum = tl.load(logsums + i, mask=i_valid, other=0.0)
         delta = tl.load(deltas + i, mask=i_valid, other=0.0)
-    p = tl.exp2(scores * scale - log_sum[None, :])
+    p = tl.exp2((scores * scale - maximum[None, :]) - log_sum[None, :])
     ds = p * (dp - delta[None, :])
     return p_sum + p, product(ds.to(q.dtype), q, dk, PRECISION)
 
@@ -103,7 +107,7 @@ def class_attention_backward_keys_kernel(
     tile, group, head, b = program_place(tiles, groups, heads)
     column = head * HEAD
     first = b * classes
-    rows = batch * classes
+    rows = tl.full((), classes, tl.int64) * batch
     j, j_valid, c, c_valid, out_columns = tile_place(tile, group, column, classes, HEAD, BLOCK_K, BLOCK_D)
     valid = j_valid[:, None] & c_valid[None, :]
     # Rows beyond the last class read the last class again. With rows of zeros the exponential could be infinite, and a
@@ -118,8 +122,10 @@ def class_attention_backward_keys_kernel(
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     if HAS_TEXT or HAS_RATIONAL:
         text_row, rational_row = head * rows + first, (heads + head) * rows + first
-        text_statistics = (0.0, 0.0)
-        rational_statistics = (0.0, 0.0)
+        # The sums follow the maxima of both query kinds.
+        after_maxima = 2 * heads * rows
+        text_statistics = (0.0, 0.0, 0.0)
+        rational_statistics = (0.0, 0.0, 0.0)
         if MATRIX and HAS_TEXT:
             text_statistics = head_statistics(totals, deltas, b, head, batch, classes, 0, heads, CHUNKS, BLOCK_S)
         if MATRIX and HAS_RATIONAL:
@@ -141,14 +147,16 @@ def class_attention_backward_keys_kernel(
             if HAS_TEXT:
                 p_sum, dk = _key_gradients(
                     q_text + ((b // images_per_text) * classes + i) * D, k, dp,
-                    logsums + text_row, deltas + text_row, text_statistics, p_sum, dk,
+                    logsums + text_row, logsums + after_maxima + text_row, deltas + text_row, text_statistics,
+                    p_sum, dk,
                     column, out_columns, i, i_valid, c_valid, scale,
                     HEAD, MATRIX, SPLIT_HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
                 )  # fmt: skip
             if HAS_RATIONAL:
                 p_sum, dk = _key_gradients(
                     q_rational + (first + i) * D, k, dp,
-                    logsums + rational_row, deltas + rational_row, rational_statistics, p_sum, dk,
+                    logsums + rational_row, logsums + after_maxima + rational_row, deltas + rational_row,
+                    rational_statistics, p_sum, dk,
                     column, out_columns, i, i_valid, c_valid, scale,
                     HEAD, MATRIX, SPLIT_HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
                 )  # fmt: skip

@@ -25,13 +25,23 @@ def _query_statistics(
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Return the log2-sums and the deltas of a tile of queries, (BLOCK_Q,) each; totals is None for the row softmax."""
+    """Return the two numbers of the log2-sums and the deltas of a tile of queries, (BLOCK_Q,) each.
+
+    totals is None for the row softmax.
+    """
     if totals is not None:
-        log_sum, mean = head_statistics(totals, deltas, b, head, batch, classes, KIND, HEADS, CHUNKS, BLOCK_S)
-        return tl.zeros((BLOCK_Q,), tl.float32) + log_sum, tl.zeros((BLOCK_Q,), tl.float32) + mean
+        maximum, log_sum, mean = head_statistics(totals, deltas, b, head, batch, classes, KIND, HEADS, CHUNKS, BLOCK_S)
+        zeros = tl.zeros((BLOCK_Q,), tl.float32)
+        return zeros + maximum, zeros + log_sum, zeros + mean
     else:
-        row = (KIND * HEADS + head) * (batch * classes) + b * classes
-        return tl.load(logsums + row + i, mask=valid, other=0.0), tl.load(deltas + row + i, mask=valid, other=0.0)
+        rows = tl.full((), classes, tl.int64) * batch
+        row = (KIND * HEADS + head) * rows + b * classes
+        # The sums follow the maxima of both query kinds.
+        return (
+            tl.load(logsums + row + i, mask=valid, other=0.0),
+            tl.load(logsums + 2 * HEADS * rows + row + i, mask=valid, other=0.0),
+            tl.load(deltas + row + i, mask=valid, other=0.0),
+        )
 
 
 @triton.jit
@@ -58,14 +68,14 @@ def _query_gradient(
     keys: pointers to rows, which are used only if the head is split. k: the tile of keys.
     dp: dP, (queries, keys). statistics: the queries' log-sums and deltas.
     """
-    log_sum, delta = statistics
+    maximum, log_sum, delta = statistics
     if SPLIT_HEAD:
         scores = split_head_scores(queries, keys, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
     else:
         scores = product(queries, tl.trans(k), None, PRECISION)
     # Rows beyond the last class are zeros, for which the exponential could be infinite.
     scores = tl.where(i_valid[:, None] & j_valid[None, :], scores, float("-inf"))
-    p = tl.exp2(scores * scale - log_sum[:, None])
+    p = tl.exp2((scores * scale - maximum[:, None]) - log_sum[:, None])
     ds = p * (dp - delta[:, None])
     return product(ds.to(k.dtype), k, dq, PRECISION)
 
@@ -83,6 +93,7 @@ def _image_query_gradient(
     dattended_sum,
     b,
     head,
+    batch,
     classes,
     scale,
     dscale,
@@ -108,8 +119,9 @@ def _image_query_gradient(
     do = tl.sum(do_rows, 0)
     store_column_sums(dattended_sum + row, do, c_valid, BLOCK_I, HEAD_VECTOR)
     delta = tl.sum(do_rows * tl.load(attended_image + row, mask=c_valid, other=0.0)[None, :])
-    q = tl.load(q_image + row, mask=c_valid, other=0.0) * scale
-    log_sum = tl.load(image_logsums + b * heads + head)
+    q = tl.load(q_image + row, mask=c_valid, other=0.0)
+    maximum = tl.load(image_logsums + b * heads + head)
+    log_sum = tl.load(image_logsums + (batch + b) * heads + head)
     dq = tl.zeros((BLOCK_I, HEAD_VECTOR), tl.float32)
     for start in range(0, classes, BLOCK_I):
         j = start + tl.arange(0, BLOCK_I)
@@ -117,7 +129,8 @@ def _image_query_gradient(
         offsets = (first + j)[:, None] * D + (column + c)[None, :]
         valid = j_valid[:, None] & c_valid[None, :]
         k = tl.load(keys + offsets, mask=valid, other=0.0).to(tl.float32)
-        p = tl.exp2(tl.where(j_valid, tl.sum(k * q[None, :], 1), float("-inf")) - log_sum)
+        scores = tl.where(j_valid, tl.sum(k * q[None, :], 1), float("-inf"))
+        p = tl.exp2((scores * scale - maximum) - log_sum)
         v = tl.load(values + offsets, mask=valid, other=0.0).to(tl.float32)
         ds = p * (tl.sum(v * do[None, :], 1) - delta)
         dq += ds[:, None] * k
@@ -239,5 +252,5 @@ def class_attention_backward_queries_kernel(
         if group == 0:
             _image_query_gradient(
                 q_image, keys, values, dattended, attended_image, image_logsums, dq_image, image_pairs, dattended_sum,
-                b, head, classes, scale, dscale, share, D, HEAD, HEAD_VECTOR, BLOCK_I,
+                b, head, batch, classes, scale, dscale, share, D, HEAD, HEAD_VECTOR, BLOCK_I,
             )  # fmt: skip

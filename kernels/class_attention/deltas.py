@@ -33,16 +33,19 @@ def head_statistics(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Return one head's log2-sum under the matrix softmax and its mean delta, (1/K) sum_i dO[i] . w[i] O^c[i].
+    """Load a head's log2-sum under the matrix softmax, the two numbers of Attended.totals, and compute its mean delta,
+    (1/K) sum_i dO[i] . w[i] O^c[i].
 
     KIND is 0 for the text query and 1 for the rational query.
     """
     rows = batch * classes
-    log_sum = tl.load(totals + (KIND * HEADS + head) * batch + b)
+    place = (KIND * HEADS + head) * batch + b
+    largest = tl.load(totals + place)
+    log_sum = tl.load(totals + 2 * HEADS * batch + place)
     total = tl.zeros((BLOCK,), tl.float32)
     for chunk in range(CHUNKS):
         row = ((KIND * HEADS + head) * CHUNKS + chunk) * rows + b * classes
         for start in range(0, classes, BLOCK):
             i = start + tl.arange(0, BLOCK)
             total += tl.load(deltas + row + i, mask=i < classes, other=0.0)
-    return log_sum, tl.sum(total, 0) / classes
+    return largest, log_sum, tl.sum(total, 0) / classes

@@ -29,11 +29,14 @@ from rada_fast.kernels.rational_projections import ProjectionBuffers
 
 
 @triton.jit
-def _online_softmax_update(scores, v, state, PRECISION: tl.constexpr):
-    """Take one step of the online softmax by rows. state: (running_max, running_sum, accumulator)."""
+def _online_softmax_update(scores, scale, v, state, PRECISION: tl.constexpr):
+    """Take one step of the online softmax by rows. state: (running_max, running_sum, accumulator).
+
+    scores: before they are multiplied by scale. The product is fused with the difference, and so is not rounded.
+    """
     running_max, running_sum, accumulator = state
-    new_max = tl.maximum(running_max, tl.max(scores, 1))
-    p = tl.exp2(scores - new_max[:, None])
+    new_max = tl.maximum(running_max, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - new_max[:, None])
     rescale = tl.exp2(running_max - new_max)
     running_sum = running_sum * rescale + tl.sum(p, 1)
     accumulator = product(p.to(v.dtype), v, accumulator * rescale[:, None], PRECISION)
@@ -41,15 +44,16 @@ def _online_softmax_update(scores, v, state, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _store_attended(attended, logsums, state, offsets, valid, stores_logsum):
-    """Store one kind's O^c, normalised by rows, and its log-sums.
+def _store_attended(attended, maxima, logsums, state, offsets, valid, stores_logsum):
+    """Store one kind's O^c, normalised by rows, and the two numbers of its log-sums.
 
-    attended: a pointer to the image's first row; logsums: pointers to the log-sum of each row.
+    attended: a pointer to the image's first row; maxima, logsums: pointers to the two numbers of each row.
     """
     running_max, running_sum, accumulator = state
     accumulator = accumulator / running_sum[:, None]
     tl.store(attended + offsets, accumulator.to(attended.dtype.element_ty), mask=valid)
-    tl.store(logsums, running_max + tl.log2(running_sum), mask=stores_logsum)
+    tl.store(maxima, running_max, mask=stores_logsum)
+    tl.store(logsums, tl.log2(running_sum), mask=stores_logsum)
 
 
 @triton.jit
@@ -61,6 +65,7 @@ def _image_query(
     image_logsums,
     b,
     head,
+    batch,
     classes,
     scale,
     D: tl.constexpr,
@@ -74,7 +79,7 @@ def _image_query(
     column = head * HEAD
     c = arange_by_fours(HEAD_VECTOR)
     c_valid = c < HEAD
-    q = tl.load(q_image + b * D + column + c, mask=c_valid, other=0.0) * scale
+    q = tl.load(q_image + b * D + column + c, mask=c_valid, other=0.0)
     # Every row of the tile has a softmax of its own, so no value crosses warps before the end.
     # -1e38 takes the place of minus infinity, because the difference of two infinities would be NaN.
     running_max = tl.full((BLOCK_I,), -1e38, tl.float32)
@@ -87,9 +92,9 @@ def _image_query(
         valid = j_valid[:, None] & c_valid[None, :]
         k = tl.load(keys + offsets, mask=valid, other=0.0).to(tl.float32)
         scores = tl.where(j_valid, tl.sum(k * q[None, :], 1), float("-inf"))
-        new_max = tl.maximum(running_max, scores)
+        new_max = tl.maximum(running_max, scores * scale)
         rescale = tl.exp2(running_max - new_max)
-        p = tl.exp2(scores - new_max)
+        p = tl.exp2(scores * scale - new_max)
         v = tl.load(values + offsets, mask=valid, other=0.0).to(tl.float32)
         running_sum = running_sum * rescale + p
         accumulator = accumulator * rescale[:, None] + p[:, None] * v
@@ -99,7 +104,8 @@ def _image_query(
     total = tl.sum(tl.where((c == 0)[None, :], (running_sum * rescale)[:, None], 0.0))
     accumulator = accumulator * (rescale / total)[:, None]
     store_column_sums(attended_image + b * D + column + c, tl.sum(accumulator, 0), c_valid, BLOCK_I, HEAD_VECTOR)
-    tl.store(image_logsums + b * heads + head, largest + tl.log2(total))
+    tl.store(image_logsums + b * heads + head, largest)
+    tl.store(image_logsums + (batch + b) * heads + head, tl.log2(total))
 
 
 @triton.jit
@@ -187,37 +193,45 @@ def class_attention_forward_kernel(
             if HAS_TEXT:
                 if not SPLIT_HEAD:
                     text_scores = product(text, k, None, PRECISION)
-                scores = tl.where(j_valid[None, :], text_scores * scale, float("-inf"))
-                text_state = _online_softmax_update(scores, v, text_state, PRECISION)
+                scores = tl.where(j_valid[None, :], text_scores, float("-inf"))
+                text_state = _online_softmax_update(scores, scale, v, text_state, PRECISION)
             if HAS_RATIONAL:
                 if not SPLIT_HEAD:
                     rational_scores = product(rational, k, None, PRECISION)
-                scores = tl.where(j_valid[None, :], rational_scores * scale, float("-inf"))
-                rational_state = _online_softmax_update(scores, v, rational_state, PRECISION)
+                scores = tl.where(j_valid[None, :], rational_scores, float("-inf"))
+                rational_state = _online_softmax_update(scores, scale, v, rational_state, PRECISION)
         offsets = i[:, None] * D + out_columns[None, :]
         valid = i_valid[:, None] & c_valid[None, :]
-        rows = batch * classes
+        # The sums follow the maxima of both query kinds.
+        rows = tl.full((), classes, tl.int64) * batch
+        after_maxima = 2 * heads * rows
         # Every group of columns has the same log-sums; the first one stores them.
         stores_logsum = i < tl.where(group == 0, classes, 0)
         if HAS_TEXT:
-            text_logsums = logsums + (head * rows + first) + i
-            _store_attended(attended_text + first * D, text_logsums, text_state, offsets, valid, stores_logsum)
-        if HAS_RATIONAL:
-            rational_logsums = logsums + ((heads + head) * rows + first) + i
+            text_maxima = logsums + (head * rows + first) + i
             _store_attended(
-                attended_rational + first * D, rational_logsums, rational_state, offsets, valid, stores_logsum
-            )
+                attended_text + first * D, text_maxima, text_maxima + after_maxima, text_state, offsets, valid,
+                stores_logsum,
+            )  # fmt: skip
+        if HAS_RATIONAL:
+            rational_maxima = logsums + ((heads + head) * rows + first) + i
+            _store_attended(
+                attended_rational + first * D, rational_maxima, rational_maxima + after_maxima, rational_state, offsets,
+                valid, stores_logsum,
+            )  # fmt: skip
     elif q_image is not None:
         if group == 0:
             _image_query(
-                q_image, keys, values, attended_image, image_logsums, b, head, classes, scale,
+                q_image, keys, values, attended_image, image_logsums, b, head, batch, classes, scale,
                 D, HEAD, HEAD_VECTOR, BLOCK_I,
             )  # fmt: skip
 
 
 @triton.jit
-def softmax_factors_kernel(logsums, factors, totals, classes, BLOCK: tl.constexpr):
+def softmax_factors_kernel(maxima, logsums, factors, total_maxima, totals, classes, BLOCK: tl.constexpr):
     """Compute the factors w[i] = K exp2(logsum[i] - log-sum of the head's whole matrix), and that log-sum minus log2 K.
+
+    A log-sum is two numbers: the largest score, and the log2 of the sum of the exponentials of the scores less it.
 
     Axis 0 of the grid: query kind, head, image.
     """
@@ -226,17 +240,20 @@ def softmax_factors_kernel(logsums, factors, totals, classes, BLOCK: tl.constexp
     running_max = tl.full((BLOCK,), -1e38, tl.float32)
     for start in range(0, classes, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        running_max = tl.maximum(running_max, tl.load(logsums + row + i, mask=i < classes, other=-1e38))
+        running_max = tl.maximum(running_max, tl.load(maxima + row + i, mask=i < classes, other=-1e38))
     largest = tl.max(running_max, 0)
     running_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, classes, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        running_sum += tl.exp2(tl.load(logsums + row + i, mask=i < classes, other=float("-inf")) - largest)
-    total = largest + tl.log2(tl.sum(running_sum, 0) / classes)
+        distance = tl.load(maxima + row + i, mask=i < classes, other=float("-inf")) - largest
+        running_sum += tl.exp2(distance + tl.load(logsums + row + i, mask=i < classes, other=0.0))
+    total = tl.log2(tl.sum(running_sum, 0) / classes)
+    tl.store(total_maxima + tl.program_id(0), largest)
     tl.store(totals + tl.program_id(0), total)
     for start in range(0, classes, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        w = tl.exp2(tl.load(logsums + row + i, mask=i < classes, other=float("-inf")) - total)
+        distance = tl.load(maxima + row + i, mask=i < classes, other=float("-inf")) - largest
+        w = tl.exp2(distance + (tl.load(logsums + row + i, mask=i < classes, other=0.0) - total))
         tl.store(factors + row + i, w, mask=i < classes)
 
 
@@ -245,9 +262,11 @@ class Attended:
     """Hold the results of the attention, None where a query kind or the matrix softmax is not in use.
 
     text, rational: O^c, (B, K, D), normalised by rows; image: O^image, (B, D) float32.
-    logsums: (2, H, B, K), text query first, and image_logsums: (B, H), the log2 of the rows' sums of exponentials.
+    logsums: (2, 2, H, B, K) and image_logsums: (2, B, H), the log2 of the sums of exponentials, as two numbers: the
+        largest score of each row, then the log2 of the sum over the scores less it. One number would round away what
+        large scores differ in. The next axis is the query kind, text first.
     factors: (2, H, B, K), the rows' factors w of the matrix softmax.
-    totals: (2, H, B), the log2 of a head's whole sum of exponentials minus log2 K.
+    totals: (2, 2, H, B), the log2 of a head's sum less log2 K, as the same two numbers.
     """
 
     text: Tensor | None
@@ -282,10 +301,10 @@ def class_attention_forward(
         text=None if text is None else torch.empty_like(keys),
         rational=None if rational is None else torch.empty_like(keys),
         image=None if image is None else torch.empty_like(image),
-        logsums=torch.empty((2, num_heads, batch, classes), **float32),
-        image_logsums=torch.empty((batch, num_heads), **float32),
+        logsums=torch.empty((2, 2, num_heads, batch, classes), **float32),
+        image_logsums=torch.empty((2, batch, num_heads), **float32),
         factors=torch.empty((2, num_heads, batch, classes), **float32) if matrix else None,
-        totals=torch.empty((2, num_heads, batch), **float32) if matrix else None,
+        totals=torch.empty((2, 2, num_heads, batch), **float32) if matrix else None,
     )
     if batch == 0:
         return attended
@@ -312,9 +331,11 @@ def class_attention_forward(
         assert attended.factors is not None
         assert attended.totals is not None
         softmax_factors_kernel[(kinds * num_heads * batch,)](
-            logsums=attended.logsums[used],
+            maxima=attended.logsums[0, used],
+            logsums=attended.logsums[1, used],
             factors=attended.factors[used],
-            totals=attended.totals[used],
+            total_maxima=attended.totals[0, used],
+            totals=attended.totals[1, used],
             classes=classes,
             BLOCK=max(128, min(1024, triton.next_power_of_2(classes))),
             num_warps=4,

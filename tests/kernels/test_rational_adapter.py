@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -79,6 +81,23 @@ def test_outputs_and_gradients_with_large_scores(name: str, simulated: Simulated
     with simulated():
         fast = solve(config, inputs, dtype, "triton", penalty)
     assert_within_budget(exact, plain, fast, dtype)
+
+
+@pytest.mark.parametrize(
+    ("products", "softmax", "size"),
+    [("tf32x3", "row", 88.0), ("tf32x3", "matrix", 1e4), ("ieee", "row", 1e3), ("ieee", "matrix", 1e3)],
+)
+def test_float32_is_as_exact_as_pytorch_with_large_scores(
+    products: str, softmax: Literal["row", "matrix"], size: float, simulated: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RADA_FAST_FLOAT32", products)
+    config = AdapterConfig.official(64, num_heads=2, softmax=softmax)
+    inputs = with_large_scores(config, problem(config, 1, 20, F32), size)
+    exact = solve(config, inputs, torch.float64, "reference")
+    plain = solve(config, inputs, F32, "reference")
+    with simulated():
+        fast = solve(config, inputs, F32, "triton")
+    assert_within_budget(exact, plain, fast, F32)
 
 
 @pytest.mark.parametrize("name", VECTORS)

@@ -232,10 +232,10 @@ def _forward_fake(
         text=empty(batch, classes, width, dtype=compute, given="text" in weights),
         rational=empty(batch, classes, width, dtype=compute, given="rational" in weights),
         image=empty(batch, width, dtype=exact, given="image" in weights),
-        logsums=empty(2, heads, batch, classes, dtype=exact),
-        image_logsums=empty(batch, heads, dtype=exact),
+        logsums=empty(2, 2, heads, batch, classes, dtype=exact),
+        image_logsums=empty(2, batch, heads, dtype=exact),
         factors=empty(2, heads, batch, classes, dtype=exact, given=matrix),
-        totals=empty(2, heads, batch, dtype=exact, given=matrix),
+        totals=empty(2, 2, heads, batch, dtype=exact, given=matrix),
     )
     peaks = Peaks(empty(batch, dtype=torch.int64, given=options.penalty == "linf"))
     return results, projections, attended, peaks, Sums(empty(batch, classes, dtype=exact))

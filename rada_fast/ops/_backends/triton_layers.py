@@ -109,10 +109,10 @@ def _forward_fake(projected: Projected, options: AttentionOptions) -> tuple[Rows
         text=empty(batch, classes, width, dtype=keys.dtype, given=projected.q_text is not None),
         rational=empty(batch, classes, width, dtype=keys.dtype, given=projected.q_rational is not None),
         image=empty(batch, width, given=projected.q_image is not None),
-        logsums=empty(2, heads, batch, classes),
-        image_logsums=empty(batch, heads),
+        logsums=empty(2, 2, heads, batch, classes),
+        image_logsums=empty(2, batch, heads),
         factors=empty(2, heads, batch, classes, given=matrix),
-        totals=empty(2, heads, batch, given=matrix),
+        totals=empty(2, 2, heads, batch, given=matrix),
     )
     return Rows(empty(batch, classes, width, dtype=keys.dtype)), attended
 
