@@ -166,11 +166,11 @@ def build(
         cuda_words = f"CUDA kernels as built before, for {libraries.build_note(cuda_library)}"
     cuda_ready = not isinstance(toolkit, Toolkit) or (cuda_library is not None and _is_current(cuda_library, toolkit))
     if library is not None and cuda_ready and not force:
-        echo(f"extension: up to date for {libraries.place_name()}, {cuda_words}: {library}")
+        echo(f"extension: up to date for {libraries.build_name()}, {cuda_words}: {library}")
         return library
     for fault in (*faults, *cuda_faults):
         echo(f"extension: {fault}; it is made again")
-    place = libraries.build_place()
+    place = libraries.build_folder()
     try:
         return _compile(parameters, place, cuda_words, jobs or default_jobs(), timeout, echo, force)
     except OSError as error:
@@ -201,7 +201,7 @@ def _compile(
     copies = [name for _, name, _ in parameters.sources if name.startswith("adapter_loops_")]
     paths = ", ".join(name.removeprefix("adapter_loops_").removesuffix(".o") for name in copies)
     echo(
-        f"extension: CPU kernels ({paths}) for {platform.machine()}, {libraries.place_name()}, {compiler}, {jobs} jobs"
+        f"extension: CPU kernels ({paths}) for {platform.machine()}, {libraries.build_name()}, {compiler}, {jobs} jobs"
     )
     echo(f"extension: {cuda_words}")
     start = time.monotonic()

@@ -123,7 +123,7 @@ def torch_name() -> str:
     return f"torch{torch.__version__.split('+')[0]}"
 
 
-def place_name() -> str:
+def build_name() -> str:
     # A sanitized build has a folder of its own, so that it and a plain build keep their objects.
     suffix = "-sanitized" if _env.sanitizers() else ""
     return f"{torch_name()}-{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}{suffix}"
@@ -147,7 +147,7 @@ def _flags_key(cuda: bool = False) -> str:
     return hashlib.sha256(repr((*own, *common)).encode()).hexdigest()[:8]
 
 
-def places() -> list[Path]:
+def library_folders() -> list[Path]:
     """Return the folders in which built libraries are looked for: that in a checkout, then those in the caches.
 
     Their names contain PyTorch's version and Python's interface. In them, each set of sources and flags has a folder.
@@ -155,15 +155,15 @@ def places() -> list[Path]:
     folder = source_dir()
     in_checkout = folder is not None and folder.parent != PACKAGE and (folder.parent / "pyproject.toml").is_file()
     roots = [PACKAGE.parent / "build"] if in_checkout else []
-    return [root / "extension" / place_name() for root in (*roots, *_env.cache_dirs())]
+    return [root / "extension" / build_name() for root in (*roots, *_env.cache_dirs())]
 
 
-def build_place() -> Path:
-    """Return the folder that a build writes to, the first of ``places`` that can be written to."""
-    for place in places():
+def build_folder() -> Path:
+    """Return the folder that a build writes to, the first of ``library_folders`` that can be written to."""
+    for place in library_folders():
         if _env.is_writable(place):
             return place
-    return _env.cache_dir() / "extension" / place_name()
+    return _env.cache_dir() / "extension" / build_name()
 
 
 def library_in(place: Path, cuda: bool = False) -> Path:
@@ -219,10 +219,10 @@ def fault_of(library: Path) -> str | None:
 def search(cuda: bool = False, *, carried: bool = True) -> tuple[Path | None, list[str]]:
     """Find the library to load. Returns its path or None, and the faults of the libraries that were passed over.
 
-    A library that was built from the present sources comes first, in the order of ``places``; then, with carried, the
-    one that a wheel carries.
+    A library that was built from the present sources comes first, in the order of ``library_folders``. If carried is
+    True, the library that a wheel carries comes last.
     """
-    candidates = [] if source_dir() is None else [library_in(place, cuda) for place in places()]
+    candidates = [] if source_dir() is None else [library_in(place, cuda) for place in library_folders()]
     if carried:
         candidates.append(carried_library(cuda))
     faults: list[str] = []
@@ -354,7 +354,7 @@ def describe() -> dict[str, str]:
     """Describe the extension for `doctor`: whether it is usable, where it is, which instructions it uses."""
     reason = load()
     library, faults = search()
-    facts = {"state": reason or "usable", "library": str(library or "none"), "build place": str(build_place())}
+    facts = {"state": reason or "usable", "library": str(library or "none"), "build place": str(build_folder())}
     if library is not None and faults:
         facts["not taken"] = "; ".join(faults)
     if reason is None:

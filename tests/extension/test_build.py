@@ -59,7 +59,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     made = Workshop(tmp_path)
     monkeypatch.setenv("PATH", f"{made.bin}:/usr/local/bin:/usr/bin:/bin")
     monkeypatch.setenv("USE_CUDA", "0")
-    monkeypatch.setattr(libraries, "places", lambda: [made.place])
+    monkeypatch.setattr(libraries, "library_folders", lambda: [made.place])
     monkeypatch.setattr(libraries, "carried_library", lambda cuda=False: tmp_path / "carried" / libraries.LIBRARY)
     return made
 
@@ -159,10 +159,10 @@ def test_a_library_of_any_user_is_found_in_the_checkout_and_in_the_cache(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = [tmp_path / "checkout", tmp_path / "cache"]
-    monkeypatch.setattr(libraries, "places", lambda: both)
+    monkeypatch.setattr(libraries, "library_folders", lambda: both)
     # Another user has built in the checkout, to which this user cannot write.
     monkeypatch.setattr(_env, "is_writable", lambda folder: folder != both[0])
-    assert libraries.build_place() == both[1]
+    assert libraries.build_folder() == both[1]
     library = workshop.build()
     assert library == libraries.library_in(both[1])
     other = libraries.library_in(both[0])
@@ -178,7 +178,7 @@ def test_a_library_of_any_user_is_found_in_the_checkout_and_in_the_cache(
 def test_libraries_are_searched_in_the_checkout_and_in_the_caches() -> None:
     if libraries.source_dir() != libraries.PACKAGE.parent / "csrc":
         pytest.skip("not a checkout")
-    checkout, *caches = libraries.places()
+    checkout, *caches = libraries.library_folders()
     assert checkout.is_relative_to(libraries.PACKAGE.parent / "build")
     assert [place.parent.parent for place in caches] == _env.cache_dirs()
 

@@ -140,7 +140,7 @@ def test_every_older_copy_gives_the_same_answers(capability: str, own: dict[str,
 
 @needs_extension
 def test_the_copies_share_no_name_that_a_linker_could_merge() -> None:
-    objects = sorted((libraries.build_place() / "objects").glob("*_loops_*.o"))
+    objects = sorted((libraries.build_folder() / "objects").glob("*_loops_*.o"))
     if not objects or shutil.which("nm") is None:
         pytest.skip("no objects of a build here, or no nm to read them")
     # Of several weak symbols with one name the linker keeps any, for instance the one compiled for AVX-512.
