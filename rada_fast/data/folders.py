@@ -59,13 +59,13 @@ def existing_folder(root: Path) -> Path:
     return root
 
 
-def _entries(place: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
+def _entries(folder: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
     """Yield the entries of a folder, each with its kind: "folder", "file", or the reason why it is neither."""
     try:
-        with os.scandir(place) as entries:
+        with os.scandir(folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"data folder {place} cannot be read: {error.strerror}") from None
+        raise UserError(f"data folder {folder} cannot be read: {error.strerror}") from None
     return ((entry, _kind(entry)) for entry in found)
 
 
@@ -135,16 +135,16 @@ def pictures_below(folder: Path, root: Path) -> Found:
     skipped: list[Skipped] = []
     pending = [(folder, frozenset({_identity(root)}))]
     while pending:
-        place, above = pending.pop()
-        if place != root:
-            if (own := _identity(place)) in above:
-                skipped.append(Skipped(place.relative_to(root).as_posix(), LOOP))
+        current, above = pending.pop()
+        if current != root:
+            if (own := _identity(current)) in above:
+                skipped.append(Skipped(current.relative_to(root).as_posix(), LOOP))
                 continue
             above |= {own}
         empty = True
-        for entry, kind in _entries(place):
+        for entry, kind in _entries(current):
             empty = False
-            path = place / entry.name
+            path = current / entry.name
             if kind == "folder":
                 pending.append((path, above))
             elif kind == "file" and is_picture(path):
@@ -152,8 +152,8 @@ def pictures_below(folder: Path, root: Path) -> Found:
             else:
                 name = path.relative_to(root).as_posix()
                 skipped.append(Skipped(name, "not a picture" if kind == "file" else kind))
-        if empty and place not in (folder, root):
-            skipped.append(Skipped(place.relative_to(root).as_posix(), "an empty folder"))
+        if empty and current not in (folder, root):
+            skipped.append(Skipped(current.relative_to(root).as_posix(), "an empty folder"))
     return Found(tuple(sorted(pictures)), tuple(sorted(skipped)))
 
 

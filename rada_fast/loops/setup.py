@@ -193,17 +193,17 @@ def _stated_scale(source: Source) -> tuple[float, str] | None:
     return None if source.logit_scale is None else (source.logit_scale, f"array logit_scale of {source.path}")
 
 
-def logit_scale_of(given: float | None, stated: Sequence[tuple[float, str] | None]) -> tuple[float, str]:
+def logit_scale_of(option: float | None, stated: Sequence[tuple[float, str] | None]) -> tuple[float, str]:
     """Choose the multiplier s. Returns it with the option, the model or the file that it comes from.
 
-    given: the value of the option --logit-scale, or None.
+    option: the value of the option --logit-scale, or None.
     stated: the value of the model and then that of each file, each with its name for messages, or None without a value.
 
     Raises UserError if the option is not given and two values differ, or a file without a model seems to state the
     logarithm of the multiplier.
     """
-    if given is not None:
-        return given, "--logit-scale"
+    if option is not None:
+        return option, "--logit-scale"
     of_model, *_ = stated
     found = [one for one in stated if one is not None]
     for value, where in found:

@@ -118,7 +118,7 @@ def class_means(images: Features | None, num_classes: int) -> Tensor:
     Raises UserError if a class has no image, or if the command has no training images.
     """
     if images is None:
-        raise UserError("text_features class-means needs training images, which this command has none of")
+        raise UserError("text_features class-means needs training images, and this command has none")
     sums = torch.zeros(num_classes, images.features.shape[1]).index_add(0, images.labels, images.features)
     if empty := [str(label) for label in range(num_classes) if not bool((images.labels == label).any())]:
         raise UserError(f"text_features class-means needs an image of every class, none of {', '.join(empty[:8])}")

@@ -71,16 +71,16 @@ def resolve_class_names(
     if file is None and not folders:
         raise UserError("--classes must be given, a file with one name per line: these data have no class folders")
     own = readable_names(folders, where if prompts and file is None else None)
-    given = read_names(Path(file).expanduser(), folders) if file is not None else []
-    readable = readable_names(list(given.values()) if isinstance(given, dict) else given)
+    listed = read_names(Path(file).expanduser(), folders) if file is not None else []
+    readable = readable_names(list(listed.values()) if isinstance(listed, dict) else listed)
     if file is None:
         return _names_of_folders(folders, own, prompts, where)
-    if isinstance(given, dict):
-        names = _names_by_key(dict(zip(given, readable, strict=True)), folders, file)
+    if isinstance(listed, dict):
+        names = _names_by_key(dict(zip(listed, readable, strict=True)), folders, file)
     else:
         names = _names_in_order(readable, own, file, where)
     if prompts:
-        if not isinstance(given, dict):
+        if not isinstance(listed, dict):
             _warn_of_shuffled(folders, own, names, file)
         _warn_of_numbers(names, f"in {file}")
         _warn_of_equal(names)
@@ -134,16 +134,16 @@ def _names_of_folders(folders: Sequence[str], readable: tuple[str, ...], prompts
     return names
 
 
-def _names_by_key(given: Mapping[str, str], folders: Sequence[str], file: str) -> tuple[str, ...]:
+def _names_by_key(listed: Mapping[str, str], folders: Sequence[str], file: str) -> tuple[str, ...]:
     """Return the names in the order of the folders, from a file that gives one for each folder or WordNet id.
 
     Without folders, the names keep the order of the file.
     """
     if not folders:
-        return tuple(given.values())
-    by_key = {_key(key): name for key, name in given.items()}
+        return tuple(listed.values())
+    by_key = {_key(key): name for key, name in listed.items()}
     keys = {folder: _key(folder) for folder in folders}
-    if all(is_number(folder) for folder in folders) and all(WNID.fullmatch(key) for key in given):
+    if all(is_number(folder) for folder in folders) and all(WNID.fullmatch(key) for key in listed):
         # ImageNet's classes are numbered in the order of their ids.
         ids = sorted(by_key)
         keys = {folder: ids[int(folder)] if int(folder) < len(ids) else folder for folder in folders}
@@ -155,18 +155,18 @@ def _names_by_key(given: Mapping[str, str], folders: Sequence[str], file: str) -
     return tuple(by_key[keys[folder]] for folder in folders)
 
 
-def _names_in_order(given: tuple[str, ...], own: tuple[str, ...], file: str, where: str) -> tuple[str, ...]:
+def _names_in_order(listed: tuple[str, ...], own: tuple[str, ...], file: str, where: str) -> tuple[str, ...]:
     """Return the names in the order of the folders, from a file that lists names or WordNet ids without keys.
 
-    given: the names or WordNet ids in the file.
+    listed: the names or WordNet ids in the file.
     own: the readable names of the folders.
     file: the name of the file, for messages.
     where: the words for the folders in a message.
     """
-    names = given
-    if any(WNID.fullmatch(name) for name in given):
+    names = listed
+    if any(WNID.fullmatch(name) for name in listed):
         known = _imagenet_names()
-        names = tuple(known.get(name.lower(), name) for name in given)
+        names = tuple(known.get(name.lower(), name) for name in listed)
     # A name that equals that of a folder belongs to this folder, wherever it stands and whatever else the file lists.
     by_name = {folded(name): name for name in names}
     wanted = [folded(name) for name in own]
