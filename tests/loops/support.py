@@ -1,4 +1,4 @@
-"""Write the features that loops read, the options of small runs, and read the lines that a run wrote."""
+"""Write the features that loops read, build the options of small runs, and read the lines that a run wrote."""
 
 from __future__ import annotations
 

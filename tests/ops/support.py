@@ -1,4 +1,4 @@
-"""Name what the tests of the operators share: the mark of the extension, CLIP's colours and numbers of threads."""
+"""Mark the tests of the operators that need the extension, set PyTorch's threads, and check rounded results."""
 
 from __future__ import annotations
 
