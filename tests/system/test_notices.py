@@ -93,7 +93,7 @@ def test_warnings_of_python_are_printed_and_kept_too(
         kept.extend(notices.so_far())
         return 0
 
-    monkeypatch.setattr(cli, "_command", command)
+    monkeypatch.setattr(cli, "_run_command", command)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main(["ttt"]) == 0
