@@ -53,7 +53,7 @@ sanitize: $(READY)
 	  $(BIN)/python -m pytest tests/ops -p no:cacheprovider
 
 # Plant the bugs of tests/mutants/*.toml, one at a time, in a copy under results/, and report which of them no test
-# catches. All of them take an hour or two on two cores; a run that was cut off goes on where it stopped. To plant only
+# catches. All of them take most of an hour on two cores; a run that was cut off goes on where it stopped. To plant only
 # some: make mutants ONLY="cuda-* cpu-relu-gradient-at-zero"
 ONLY ?=
 mutants: setup
