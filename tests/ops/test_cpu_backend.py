@@ -341,7 +341,9 @@ def test_logit_scales_far_beyond_clips(
         return
     # Probabilities are 0 or 1, and the scores' gradients 0 times the scale: their roundings say nothing.
     kept = [name for name in exact if not name.startswith(BY_SCORES)]
-    assert_within_budget(*({name: found[name] for name in kept} for found in (exact, plain, fast)), stored)
+    compared = ({name: found[name] for name in kept} for found in (exact, plain, fast))
+    # The gradient of the output's bias adds up terms far larger than itself, in chains whose length is the processor's.
+    assert_within_budget(*compared, stored, roundings=32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
