@@ -71,7 +71,18 @@ def test_outputs_and_gradients(name: str, simulated: Simulated) -> None:
     assert_within_budget(exact, plain, fast, dtype)
 
 
-@pytest.mark.parametrize("name", ["official", "float16", "row-temperature"])
+THREE_PRODUCTS = pytest.mark.xfail(
+    strict=True, reason="scores of three TF32 products are added up in another order backward than forward"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "official", "float16", "row-temperature", "paper", "wide-head", "wide-head-text", "heads-128",
+        pytest.param("text-float32", marks=THREE_PRODUCTS),
+    ],
+)  # fmt: skip
 def test_outputs_and_gradients_with_large_scores(name: str, simulated: Simulated) -> None:
     config, batch, classes, dtype, penalty = CASES[name]
     # The exponential of 120 is infinite in float32. Rows beyond the last class must not reach one.
@@ -85,7 +96,16 @@ def test_outputs_and_gradients_with_large_scores(name: str, simulated: Simulated
 
 @pytest.mark.parametrize(
     ("products", "softmax", "size"),
-    [("tf32x3", "row", 88.0), ("tf32x3", "matrix", 1e4), ("ieee", "row", 1e3), ("ieee", "matrix", 1e3)],
+    [
+        ("tf32x3", "row", 88.0),
+        ("tf32x3", "matrix", 1e4),
+        ("ieee", "row", 1e3),
+        ("ieee", "matrix", 1e3),
+        ("ieee", "row", 1e4),
+        ("ieee", "matrix", 1e4),
+        pytest.param("tf32x3", "row", 1e3, marks=THREE_PRODUCTS),
+        pytest.param("tf32x3", "matrix", 1e3, marks=THREE_PRODUCTS),
+    ],
 )
 def test_float32_is_as_exact_as_pytorch_with_large_scores(
     products: str, softmax: Literal["row", "matrix"], size: float, simulated: Simulated, monkeypatch: pytest.MonkeyPatch
@@ -319,8 +339,10 @@ def test_large_scores_in_every_configuration(name: str, simulated: Simulated) ->
     plain = solve(config, inputs, F32, "reference")
     with simulated():
         fast = solve(config, inputs, F32, "triton")
-    # The log-sums of a row and of a head reach 32 nats. Each is one float32, whose rounding all probabilities share.
-    assert_within_budget(exact, plain, fast, F32, roundings=2 + 32)
+    # Products are made of three TF32 ones here, which round a score about twice as much as float32's own.
+    # A score is three TF32 products here, added up in another order than PyTorch's. The worst result, the gradient of
+    # the output's bias, is 9 roundings beyond what the budget gives it for plain float32's own error.
+    assert_within_budget(exact, plain, fast, F32, roundings=10)
 
 
 def test_a_gradient_of_the_mask_itself(simulated: Simulated) -> None:
