@@ -100,7 +100,10 @@ def imported(source: str) -> set[str]:
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            # A relative import would hide the room that it names from this test and from a reader.
+            assert node.module is not None, f"line {node.lineno} imports relatively; use the full name"
+            assert node.level == 0, f"line {node.lineno} imports from .{node.module}; use the full name"
             # A name may be a module of the package or something defined in it.
             names = [whole if file_of(whole := f"{node.module}.{alias.name}") else node.module for alias in node.names]
         elif isinstance(node, ast.Constant) and re.fullmatch(r"rada_fast[\w.]*:\w+", str(node.value)):
@@ -148,13 +151,46 @@ def test_a_room_imports_what_its_row_lists(room: Room) -> None:
         )
 
 
+def questions(source: str) -> list[str]:
+    """Return what a source asks of the environment or the devices, each with its line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        asked = []
+        if isinstance(node, ast.Attribute):
+            asked = [ast.unparse(node)]
+        elif isinstance(node, ast.ImportFrom):
+            asked = [f"{node.module}.{alias.name}" for alias in node.names]
+        found += [f"{node.lineno}: {match[0]}" for name in asked if (match := ENVIRONMENT.match(name))]
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos.environ['A']", "from os import environ", "import os\nos.getenv('A')",
+        "from os import getenv as g",
+        "torch.cuda.is_available()", "from torch.cuda import device_count", "torch.cuda.get_device_properties(0)",
+    ],
+)  # fmt: skip
+def test_questions_are_found_however_they_are_asked(source: str) -> None:
+    assert len(questions(source)) == 1
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = (
+        "def f():\n  import torch\n  from rada_fast.config import method\nPLACE = 'rada_fast.demo:run_demo'\nimport os"
+    )
+    assert imported(source) == {"torch", "rada_fast/config/method.py", "rada_fast/demo.py"}
+    for relative in ("from . import method", "from .method import AdapterConfig"):
+        with pytest.raises(AssertionError, match="use the full name"):
+            imported(relative)
+
+
 def test_only_env_reads_the_environment_and_queries_devices() -> None:
     for path in files(".py"):
         if not path.startswith(("rada_fast/", "kernels/")) or path == "rada_fast/_env.py":
             continue
-        for node in ast.walk(ast.parse((ROOT / path).read_text())):
-            if isinstance(node, ast.Attribute) and (found := ENVIRONMENT.match(ast.unparse(node))):
-                raise AssertionError(f"{path}:{node.lineno} reads {found[0]}, which only rada_fast/_env.py may do")
+        assert questions((ROOT / path).read_text()) == [], f"{path} asks what only rada_fast/_env.py may ask"
 
 
 def test_c_sources_include_what_their_row_lists() -> None:
