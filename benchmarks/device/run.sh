@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
-work=${RADA_FAST_DEVICE_WORK:-/tmp/rada_fast_device}
+work=${RADA_FAST_DEVICE_WORK:-${TMPDIR:-/tmp}/rada_fast_device}
 mkdir -p "$work"
 if compgen -G '.whl/*.whl' > /dev/null; then
   # Install these wheels once, in a folder of their own, so that the machine's packages stay as they are.

@@ -53,12 +53,12 @@ class ImageFolder:
 
     @property
     def holds_images(self) -> bool:
-        """Whether a model has to encode the data."""
+        """Return whether a model has to encode the data."""
         return True
 
     @property
     def description(self) -> str:
-        """What a message calls the data."""
+        """Return what a message calls the data."""
         return f"data folder {self.path}"
 
     @property
@@ -80,12 +80,12 @@ class ImageFolder:
 
     @property
     def class_names_from(self) -> str:
-        """Where the names of the classes come from, in the words of a message."""
+        """Return where the names of the classes come from, in the words of a message."""
         return "class folders"
 
     @property
     def has_classes(self) -> bool:
-        """Whether the images have classes."""
+        """Return whether the images have classes."""
         return bool(self.folders)
 
     @property
@@ -185,12 +185,12 @@ class FeatureFile:
 
     @property
     def holds_images(self) -> bool:
-        """Whether a model has to encode the data."""
+        """Return whether a model has to encode the data."""
         return False
 
     @property
     def description(self) -> str:
-        """What a message calls the data."""
+        """Return what a message calls the data."""
         return f"feature file {self.path}"
 
     @property
@@ -200,12 +200,12 @@ class FeatureFile:
 
     @property
     def class_names_from(self) -> str:
-        """Where the names of the classes come from, in the words of a message."""
+        """Return where the names of the classes come from, in the words of a message."""
         return f"names in the array class_names of {self.path}"
 
     @property
     def has_classes(self) -> bool:
-        """Whether the images have classes."""
+        """Return whether the images have classes."""
         return True
 
     @property

@@ -33,7 +33,7 @@ from rada_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """What the weights depend on; they are kept in the weights file's metadata."""
+    """Settings are what the weights depend on; they are kept in the weights file's metadata."""
 
     steps: int = 1300
     batch: int = 256

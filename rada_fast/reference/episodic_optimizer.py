@@ -1,4 +1,4 @@
-"""One step of Adam, AdamW or SGD on one tensor, in the order of operations of torch.optim's single-tensor form."""
+"""Take one step of Adam, AdamW or SGD on one tensor, in the order of torch.optim's single-tensor form."""
 
 from __future__ import annotations
 

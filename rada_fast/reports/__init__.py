@@ -1,1 +1,1 @@
-"""What a run says at its end: summaries, tables and pictures."""
+"""This room makes what a run reports at its end: summaries, tables and pictures."""

@@ -1,1 +1,1 @@
-"""One file for each layout in which data lie on disk; `open.py` beside this folder lists their kinds."""
+"""Each file here reads one layout in which data lie on disk; `open.py` beside this folder lists their kinds."""
