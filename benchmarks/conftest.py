@@ -1,6 +1,7 @@
 """What the benchmarks share: options, fixtures, and a report that names machine and versions and ends with the table.
 
-The options --device, --providers and --figures of pytest exist for the benchmarks only; see pytest_addoption.
+The options --device, --providers, --seconds and --figures of pytest exist for the benchmarks only, see
+pytest_addoption.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device", choices=["cpu", "cuda"], help="where to measure; by default on the CUDA device, if there is one"
     )
     group.addoption("--providers", help="measure only these, separated by commas, in the benchmark of the adapter")
+    group.addoption(
+        "--seconds", type=float, default=timing.SECONDS,
+        help="about this long each provider of a case is timed; default %(default)s",
+    )  # fmt: skip
     group.addoption("--figures", type=Path, help="a file to which every row of figures is added as a JSON line")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    timing.SECONDS = config.getoption("seconds", timing.SECONDS)
     if config.getoption("device", None) == "cuda" and not _env.has_cuda():
         raise pytest.UsageError("no device: --device cuda was asked for, but PyTorch finds no CUDA device")
 

@@ -47,8 +47,19 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     limits = [f"{row['case']} {row['value']:.4g} {row['unit']}" for row in rows if "unit" in row]
     if limits:
         lines += ["", *textwrap.wrap(f"measured limits: {', '.join(limits)}", WIDTH)]
+    by_launch = [row for row in rows if "launch" in row]
+    lines += ["", *launches(by_launch)] if by_launch else []
     measured = [row for row in rows if "provider" in row]
     return [*lines, "", *figures(measured)] if measured else lines
+
+
+def launches(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of microseconds by launch, with a column for each case."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    times = {(row["launch"], row["case"]): row["us"] for row in rows}
+    names = list(dict.fromkeys(row["launch"] for row in rows))
+    cells = [[name, *(number(times.get((name, case)), 1) for case in cases)] for name in names]
+    return aligned(["launch, us", *cases], cells, [0])
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -77,6 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=float, default=540, help="seconds; steps that do not fit wait for the next run"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, min(8, len(os.sched_getaffinity(0)) // 2)),
+        help="processes that share the tests of a step; half the processors, at most 8, by default",
+    )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start anew; earlier results are moved aside")
     parser.add_argument("--again", action="store_true", help="run the named steps again, even if they are finished")
     parser.add_argument("--plan", action="store_true", help="list the steps, and run none")
@@ -93,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(message)
     # A signal that ends this run must end the step in progress too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    runner = Runner(ROOT, options.output, options.budget, lambda line: print(line, flush=True))
+    runner = Runner(ROOT, options.output, options.budget, lambda line: print(line, flush=True), options.jobs)
     if options.again:
         runner.forget(steps)
     results, text = [], ""

@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("each test")
     group.addoption("--events", type=Path, help="a file that gets a JSON line when a test starts and when it ends")
     group.addoption("--without", type=Path, help="a file with the ids of tests to leave out, one on each line")
+    group.addoption("--share", default="0/1", help="I/N: run every N-th test only, starting with number I, from 0")
 
 
 def first_line(text: str) -> str:
@@ -48,6 +49,7 @@ class Writer:
         self.file = config.getoption("events").open("a", encoding="utf-8", buffering=1)
         left_out: Path | None = config.getoption("without")
         self.left_out = set(left_out.read_text(encoding="utf-8").splitlines()) if left_out else set()
+        self.first, self.every = map(int, config.getoption("share").split("/"))
         self.started = 0.0
         self.found: dict[str, Any] = {}
         self.stop: str | None = None
@@ -55,11 +57,13 @@ class Writer:
     def write(self, event: str, **fields: Any) -> None:
         self.file.write(json.dumps({"event": event, **fields}) + "\n")
 
+    # After "-m gpu" has chosen: only then are the tests shared out evenly.
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        done = [item for item in items if item.nodeid in self.left_out]
-        if done:
-            config.hook.pytest_deselected(items=done)
-            items[:] = [item for item in items if item.nodeid not in self.left_out]
+        share = [item for item in items[self.first :: self.every] if item.nodeid not in self.left_out]
+        if len(share) < len(items):
+            config.hook.pytest_deselected(items=[item for item in items if item not in share])
+            items[:] = share
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

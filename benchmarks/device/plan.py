@@ -45,6 +45,8 @@ def checks(name: str, about: str, *arguments: str, limit: float = 240) -> Step:
 
 def bench(name: str, about: str, file: str, chosen: str = "", providers: str = "") -> Step:
     options: tuple[str, ...] = ("--device", "cuda", "--figures", "{output}/figures.jsonl", "--benchmark-quiet")
+    # A device's times hardly vary, and here its minutes count.
+    options += ("--seconds", "0.5")
     options += (("-k", chosen) if chosen else ()) + (("--providers", providers) if providers else ())
     return Step(f"bench.{name}", about, (*PYTEST, f"benchmarks/{file}", *options), 300)
 
@@ -68,6 +70,7 @@ PLAN = (
     checks("graphs", "operators and steps captured in CUDA graphs", "tests/kernels", "tests/cuda", "-k", "graph"),
     checks("context", "many episodes at once, torch.compile, autocast, strided inputs", "tests/kernels"),
     bench("floor", "the device's product rates, its bandwidth, the cost of a launch", "device/bench_floor.py"),
+    bench("launches", "each kernel of a step, and the step in a graph", "device/bench_launches.py"),
     bench("adapter", "a training step of the adapter", ADAPTER, f"{SHAPES} and step", "literal,reference,triton"),
     bench("episodes", "episodes of test-time training", "bench_episodes.py"),
     checks("others", "all tests that no other step has: plain PyTorch in float64, the loops", "tests", limit=300),

@@ -14,8 +14,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from typing import Any
 from benchmarks.device.plan import Step
 
 MAX_PROCESSES = 8
-"""The most processes of one step. Where so many tests break their process, the others would say no more."""
+"""The most processes of one step, one after the other. Where so many tests break their process, the others would say no
+more."""
 MIN_SECONDS = 10.0
 """A step is not started if less time is left: importing PyTorch takes most of it."""
 SECONDS_TO_START = 60.0
@@ -55,10 +58,15 @@ class Runner:
     output: the folder of all results.
     budget: the seconds for all steps of this run.
     echo: prints a line of progress.
+    jobs: the processes among which the tests of a step are shared out. Most of their time goes into compiling, which
+        leaves the device idle. A benchmark always has one process, and the device to itself.
     """
 
-    def __init__(self, root: Path, output: Path, budget: float, echo: Callable[[str], None] = print) -> None:
-        self.root, self.output, self.echo = root, output.resolve(), echo
+    def __init__(
+        self, root: Path, output: Path, budget: float, echo: Callable[[str], None] = print, jobs: int = 1
+    ) -> None:
+        self.root, self.output, self.echo, self.jobs = root, output.resolve(), echo, jobs
+        self.lock = threading.Lock()
         self.deadline = time.monotonic() + budget
         (self.output / "logs").mkdir(parents=True, exist_ok=True)
 
@@ -72,7 +80,7 @@ class Runner:
         return records
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        with (self.output / name).open("a", encoding="utf-8") as file:
+        with self.lock, (self.output / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def forget(self, steps: Sequence[Step]) -> None:
@@ -167,25 +175,31 @@ class Runner:
         return Result(step.name, message=", ".join(dict.fromkeys(shown)))
 
     def tests(self, step: Step) -> Result:
-        """Run one process after the other, until every test has an outcome or the time of the step is over."""
-        events, without = self.output / "events.jsonl", self.output / "without.txt"
+        """Run the tests of a step, in several processes at once, until each has an outcome or the time is over."""
         until = time.monotonic() + min(step.limit, self.left)
         short_of_time = self.left < step.limit
+        jobs = 1 if step.stage == "bench" else self.jobs
+        with ThreadPoolExecutor(jobs) as pool:
+            endings = list(pool.map(lambda share: self.share(step, share, jobs, until), range(jobs)))
+        unfinished = short_of_time and any(ending == "out of time" for ending, _ in endings)
+        return self.verdict(step, next((trouble for _, trouble in endings if trouble), ""), unfinished)
+
+    def share(self, step: Step, number: int, shares: int, until: float) -> tuple[str, str]:
+        """Run one share of a step's tests, in one process after the other. Returns what ``watch`` does for the last."""
+        events, without = (self.output / f"{name}-{number}" for name in ("events.jsonl", "without.txt"))
+        arguments = ("--events", str(events), "--without", str(without), "--share", f"{number}/{shares}")
         for _ in range(MAX_PROCESSES):
             done = {record["test"] for record in self.read("tests.jsonl") if same_run(record["step"], step)}
             without.write_text("".join(f"{name}\n" for name in sorted(done)), encoding="utf-8")
             events.unlink(missing_ok=True)
-            process = self.start(step, "--events", str(events), "--without", str(without))
+            process = self.start(step, *arguments)
             try:
                 ending, trouble = self.watch(step, process, events, until)
             finally:
                 end(process)
             if ending != "broken":
-                break
-        else:
-            ending, trouble = "dead", f"the other tests were left out after {MAX_PROCESSES} processes that broke"
-        unfinished = ending == "out of time" and short_of_time
-        return self.verdict(step, trouble, unfinished)
+                return ending, trouble
+        return "dead", f"the other tests were left out after {MAX_PROCESSES} processes that broke"
 
     def watch(self, step: Step, process: subprocess.Popen[bytes], events: Path, until: float) -> tuple[str, str]:
         """Record the outcomes of a process's tests until it ends. Returns how it ended, and an explanation or "".
@@ -232,7 +246,7 @@ class Runner:
     def outcome(self, step: Step, test: str, outcome: str, error: str = "", details: str = "", ms: float = 0.0) -> None:
         self.append("tests.jsonl", {"step": step.name, "test": test, "outcome": outcome, "ms": ms, "error": error})
         if details and outcome in BAD:
-            with (self.output / "failures.txt").open("a", encoding="utf-8") as file:
+            with self.lock, (self.output / "failures.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{'=' * 100}\n{step.name}: {test}: {outcome}\n{details}\n\n")
 
     def verdict(self, step: Step, trouble: str, unfinished: bool) -> Result:

@@ -96,6 +96,25 @@ def test_no_test_fails_because_of_another(folder: Path, lines: list[str]) -> Non
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
+def test_several_processes_share_the_tests(folder: Path, lines: list[str]) -> None:
+    (folder / "test_e.py").write_text(
+        "import os, signal, pytest\n"
+        "@pytest.mark.parametrize('number', range(7))\n"
+        "def test_process(number):\n"
+        "    with open('processes', 'a') as file: file.write(f'{number} {os.getpid()}\\n')\n"
+        "    if number == 4: os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    sample_runner = Runner(folder, folder / "out", 60, lines.append, jobs=3)
+    (result,) = sample_runner.run([step_of("test_e.py")])
+    assert result.counts == {"passed": 6, "crashed": 1}
+    ran = [tuple(map(int, line.split())) for line in (folder / "processes").read_text().splitlines()]
+    assert sorted(number for number, _ in ran) == list(range(7))
+    processes = dict(ran)
+    assert processes[0] == processes[3] == processes[6]
+    assert len(set(processes.values())) == 3
+    assert processes[1] == processes[4]
+
+
 def test_a_run_that_ran_out_of_time_goes_on(folder: Path, lines: list[str]) -> None:
     (folder / "test_d.py").write_text(
         "import time\nfrom pathlib import Path\n"
@@ -220,7 +239,9 @@ def test_the_summary_is_at_most_120_columns_wide() -> None:
         "benchmark": "s", "case": "select views E=64", "provider": "ours", "median_ms": 0.00525, "ratio": 2.0,
     }  # fmt: skip
     limit = {"benchmark": "test_bench_floor_bandwidth", "case": "copy", "value": 2990.123, "unit": "GB/s"}
-    text = summary([Result("bench.adapter", message="x" * 300)], [], [adapter, small, limit])
+    launch = {"case": "6 x 1000", "launch": "float32 class_attention_backward_queries", "us": 123.456}
+    text = summary([Result("bench.adapter", message="x" * 300)], [], [adapter, small, limit, launch])
+    assert "float32 class_attention_backward_queries     123.5" in text.splitlines()
     assert "measured limits: copy 2990 GB/s" in text
     first, row, second, other = text.splitlines()[-4:]
     assert (first, second) == (adapter["case"], small["case"])
