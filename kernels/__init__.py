@@ -19,3 +19,4 @@ features (K, D), s the logit scale, R[b, k] = f[b] * T[k] the rational matrix; |
 from rada_fast import _env
 
 _env.keep_fused_multiply_adds()
+_env.pass_target_to_triton()

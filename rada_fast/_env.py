@@ -27,6 +27,7 @@ def check_variables(*, building: bool) -> None:
     tiles_from_table()
     float32_products()
     bfloat16_products()
+    triton_target()
     show_traceback()
     if building:
         use_cuda()
@@ -152,6 +153,14 @@ def float32_products() -> str | None:
     value = os.environ.get("RADA_FAST_FLOAT32") or None
     if value not in (None, "ieee", "tf32x3", "tf32"):
         raise UserError(f"RADA_FAST_FLOAT32 must be ieee, tf32x3 or tf32, got {value!r}")
+    return value
+
+
+def triton_target() -> str | None:
+    """Return RADA_FAST_TARGET, the architecture whose code the Triton kernels run, or None for the device's own."""
+    value = os.environ.get("RADA_FAST_TARGET") or None
+    if value not in (None, "sm80"):
+        raise UserError(f"RADA_FAST_TARGET must be sm80, got {value!r}")
     return value
 
 
@@ -324,6 +333,15 @@ def keep_fused_multiply_adds() -> None:
     Where it is not set, Triton 3.9 warns and 3.10 does not fuse; the kernels were measured with fused operations.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def pass_target_to_triton() -> None:
+    """Let Triton compile every kernel of this process for RADA_FAST_TARGET, where that variable is set.
+
+    Triton then makes the instructions of that architecture, and assembles them for the device it runs on.
+    """
+    if target := triton_target():
+        os.environ["TRITON_OVERRIDE_ARCH"] = target
 
 
 def cuda_arch_list() -> str | None:

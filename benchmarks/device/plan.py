@@ -65,6 +65,7 @@ PLAN = (
     checks("launches", "every Triton launch by itself against the reference", "tests/kernels/test_launches.py"),
     checks("adapter", "the adapter, forward and backward, every option and type",
            "tests/kernels/test_rational_adapter.py"),
+    checks("targets", "the adapter by the A100's code, beside the device's own", "tests/kernels/test_targets.py"),
     checks("cuda_ops", "the CUDA C++ operators", "tests/cuda", "tests/extension/test_cuda_toolkit.py"),
     checks("episodes", "whole episodes of test-time training", "tests/engine/test_episodes.py"),
     checks("graphs", "operators and steps captured in CUDA graphs", "tests/kernels", "tests/cuda", "-k", "graph"),

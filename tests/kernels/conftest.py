@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from tests.support import SHARED
 
-Simulated = Callable[[], AbstractContextManager[list]]
+Simulated = Callable[..., AbstractContextManager[list]]
 """A function that opens a context of simulated launches. The context gives a list of what each launch executed."""
 
 
@@ -27,7 +28,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         _allow_equal_writes(monkeypatch)
-    return lambda: ptxsim.simulated(racecheck=True, initcheck=True)
+    return partial(ptxsim.simulated, racecheck=True, initcheck=True)
 
 
 @pytest.fixture(params=["simulator", pytest.param("cuda", marks=pytest.mark.gpu)])
