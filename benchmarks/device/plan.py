@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 STAGES = ("see", "build", "tests", "bench")
 PYTEST = (
-    "pytest", "-q", "-c", "benchmarks/device/pytest.ini", "--rootdir=.", "--continue-on-collection-errors",
-    "-p", "benchmarks.device.each_test",
+    "pytest", "-q", "-c", "benchmarks/device/pytest.ini", "--rootdir=.", "--confcutdir=.",
+    "--continue-on-collection-errors", "-p", "benchmarks.device.each_test",
 )  # fmt: skip
 
 

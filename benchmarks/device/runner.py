@@ -103,8 +103,13 @@ class Runner:
         return not path.is_file() or bool(json.loads(path.read_text(encoding="utf-8"))["devices"])
 
     def environment(self) -> dict[str, str]:
-        """This process's variables, with the machine's devices as those to build for unless a variable names others."""
+        """This process's variables, with the machine's devices as those to build for unless a variable names others.
+
+        Processes that run at once share the processors: if each had a thread for every one, all would wait for all.
+        """
         environment = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"} | os.environ
+        if self.jobs > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.jobs)))
         path = self.output / "facts.json"
         devices = json.loads(path.read_text(encoding="utf-8"))["devices"] if path.is_file() else []
         if devices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,14 @@ def test_device_code_is_built_for_the_devices_of_the_machine(folder: Path, monke
     facts = {"devices": [{"capability": "9.0"}, {"capability": "8.0"}, {"capability": "9.0"}]}
     (folder / "out" / "facts.json").write_text(json.dumps(facts))
     assert sample_runner.environment()["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0"
+
+
+def test_a_benchmark_knows_the_options_that_its_step_gives(tmp_path: Path, lines: list[str]) -> None:
+    step = next(step for step in PLAN if step.name == "bench.floor")
+    arguments = ["cpu" if part == "cuda" else part for part in step.arguments]
+    # Only a device has these limits, so nothing is measured.
+    (result,) = Runner(ROOT, tmp_path, 60, lines.append).run([replace(step, arguments=tuple(arguments))])
+    assert (result.state, result.message) == ("skipped", "no device: this measures a CUDA device")
 
 
 def test_the_plan_names_files_that_exist() -> None:
