@@ -43,7 +43,7 @@ MAX_ROWS = 2**20
 """The most images times classes of one size: more would take hours and gigabytes."""
 
 
-def _tensors(
+def tensors(
     config: AdapterConfig, episodes: int, batch: int, classes: int, device: str
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
     """One row for each launch of a forward and backward, one for each pass, one for the literal baseline."""
     import ptxsim
 
-    image, text, parameters = _tensors(config, episodes, batch, classes, "cpu")
+    image, text, parameters = tensors(config, episodes, batch, classes, "cpu")
     with ptxsim.simulated() as log:
         output = rational_adapter(
             image, text, 100.0, parameters, config, penalty="l2", episodes=episodes, backend="triton"
@@ -100,7 +100,7 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
     ]
     rows += [row("forward", log[:forward], least), row("backward", log[forward:], costs.BACKWARD * least)]
     machine = ptxsim.GPUS[DEVICE]
-    image, text, parameters = _tensors(config, 1, batch, classes, "meta")
+    image, text, parameters = tensors(config, 1, batch, classes, "meta")
     with costs.EagerCounter(machine.hbm_bytes, machine.tensor["bf16"]) as eager:
         output = rational_adapter(image, text, 100.0, parameters, config, penalty="l2", backend="literal")
         assert output.penalty is not None
