@@ -7,7 +7,8 @@ Every entry point takes its parameters in this order, and launchers pass them by
 
 1. tensors that are read, in the order of the equations, then tensors that are written; where an argument is None, the
    code that would use it is left out when the kernel is compiled;
-2. numbers: sizes, then strides, then factors such as `scale` and `share` (one over the number of query kinds);
+2. numbers: sizes, then strides, then factors such as `scale` and `share` (one over the number of query kinds); those
+   that _launch.NUMBERS lists do not make Triton compile a kernel again when their values change;
 3. compile-time constants: sizes (D, HEAD), options, blocks (BLOCK_M rows, BLOCK_N columns, BLOCK_C columns of a step of
    a reduction, ...), and the type and precision of products (COMPUTE, PRECISION).
 

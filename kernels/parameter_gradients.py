@@ -28,6 +28,7 @@ from rada_fast.kernels._common import (
     rational_rows,
     store_column_sums,
 )
+from rada_fast.kernels._launch import Kernel
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.rational_projections import ProjectionBuffers
 
@@ -143,7 +144,7 @@ def _block(
             store_column_sums(bias + o, total, o < D, BLOCK_R, BLOCK_O)
 
 
-@triton.jit
+@Kernel
 def parameter_gradients_kernel(
     image,
     text,

@@ -28,6 +28,7 @@ from rada_fast.kernels._common import (
     product,
     rational_rows,
 )
+from rada_fast.kernels._launch import Kernel
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _project(
     tl.store(out + out_row[:, None] * D + n[None, :], accumulator.to(out.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@Kernel
 def rational_projections_forward_kernel(
     image,
     text,
@@ -282,7 +283,7 @@ def rational_projections_forward(
     return projections
 
 
-@triton.jit
+@Kernel
 def rational_projections_backward_kernel(
     image,
     text,
@@ -361,7 +362,7 @@ def rational_projections_backward_kernel(
     tl.store(dtext + k[:, None] * D + n[None, :], dtext_tile.to(dtext.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@Kernel
 def image_gradient_reduce_kernel(
     logit_scale,
     image_weight,

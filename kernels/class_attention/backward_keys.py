@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from rada_fast.kernels._common import product
+from rada_fast.kernels._launch import Kernel
 from rada_fast.kernels.class_attention.deltas import head_statistics
 from rada_fast.kernels.class_attention.scores import LN2, program_place, split_head_scores, tile_place
 
@@ -62,7 +63,7 @@ def _key_gradients(
     return p_sum + p, product(ds.to(q.dtype), q, dk, PRECISION)
 
 
-@triton.jit
+@Kernel
 def class_attention_backward_keys_kernel(
     q_image,
     q_text,

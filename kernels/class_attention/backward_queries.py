@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from rada_fast.kernels._common import arange_by_fours, product, store_column_sums
+from rada_fast.kernels._launch import Kernel
 from rada_fast.kernels.class_attention.deltas import head_statistics
 from rada_fast.kernels.class_attention.scores import LN2, program_place, split_head_scores, tile_place
 
@@ -141,7 +142,7 @@ def _image_query_gradient(
     store_column_sums(dq_image + row, tl.sum(dq, 0) * dscale, c_valid, BLOCK_I, HEAD_VECTOR)
 
 
-@triton.jit
+@Kernel
 def class_attention_backward_queries_kernel(
     q_image,
     q_text,

@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
+from rada_fast.kernels._launch import Kernel
 
-@triton.jit
+
+@Kernel
 def row_deltas_kernel(deltas, sums, batch, classes, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """Add up each row's deltas over the chunks of a head into sums[kind, head, b], for the row softmax.
 

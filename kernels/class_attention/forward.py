@@ -18,6 +18,7 @@ from rada_fast.kernels._common import (
     product,
     store_column_sums,
 )
+from rada_fast.kernels._launch import Kernel
 from rada_fast.kernels.class_attention.scores import (
     program_place,
     query_scores,
@@ -108,7 +109,7 @@ def _image_query(
     tl.store(image_logsums + (batch + b) * heads + head, tl.log2(total))
 
 
-@triton.jit
+@Kernel
 def class_attention_forward_kernel(
     q_image,
     q_text,
@@ -227,7 +228,7 @@ def class_attention_forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@Kernel
 def softmax_factors_kernel(maxima, logsums, factors, total_maxima, totals, classes, BLOCK: tl.constexpr):
     """Compute the factors w[i] = K exp2(logsum[i] - log-sum of the head's whole matrix), and that log-sum minus log2 K.
 

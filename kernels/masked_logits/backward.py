@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,12 +18,13 @@ from rada_fast.kernels._common import (
     rational_rows,
     store_chunk_sums,
 )
+from rada_fast.kernels._launch import Kernel
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.masked_logits.offset import common_arguments, one_plus_offset, program_tile
 from rada_fast.kernels.masked_logits.tiles import CHUNK, PENALTIES, Tile, tile_of
 
 
-@triton.jit
+@Kernel
 def masked_logits_backward_offset_kernel(
     image,
     text,
@@ -100,7 +100,7 @@ def masked_logits_backward_offset_kernel(
     tl.store(doffset + offsets, dm.to(doffset.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@Kernel
 def masked_logits_backward_attended_kernel(
     attended_text,
     attended_rational,

@@ -17,12 +17,13 @@ from rada_fast.kernels._common import (
     store_chunk_sums,
     store_chunks,
 )
+from rada_fast.kernels._launch import Kernel
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.masked_logits.offset import common_arguments, one_plus_offset, program_tile
 from rada_fast.kernels.masked_logits.tiles import CHUNK, PEAK_CHUNK, PENALTIES, Tile, tile_of
 
 
-@triton.jit
+@Kernel
 def masked_logits_forward_kernel(
     image,
     text,
@@ -91,7 +92,7 @@ def masked_logits_forward_kernel(
         tl.store(mask + batch_row[:, None] * D + n[None, :], m.to(mask.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@Kernel
 def masked_logits_reduce_kernel(
     logit_scale,
     logit_parts,

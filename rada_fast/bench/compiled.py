@@ -101,14 +101,14 @@ def _specialization(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     found = Specialization({}, {}, {}, options)
     for position, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
-        aligned = False
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        aligned, specializes = False, not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specializes):
             found.signature[parameter.name] = "constexpr"
             found.constants[(position,)] = value
         elif isinstance(value, Tensor):
             found.signature[parameter.name], aligned = _POINTERS[value.dtype], True
         elif isinstance(value, int):
-            found.signature[parameter.name], aligned = "i32", value % 16 == 0
+            found.signature[parameter.name], aligned = "i32", specializes and value % 16 == 0
         else:
             found.signature[parameter.name] = "fp32"
         if aligned:

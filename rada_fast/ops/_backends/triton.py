@@ -16,6 +16,7 @@ from torch import Tensor
 from rada_fast import _env
 from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.kernels._common import MAX_EPISODES
+from rada_fast.kernels._launch import is_replaced
 from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
 from rada_fast.kernels.masked_logits import masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.parameter_gradients import parameter_gradients
@@ -77,10 +78,7 @@ _NOTHING_KEPT: tuple[Any, ...] = (
 
 def executes_on_cpu() -> bool:
     """Return whether kernels launched with CPU tensors run: under Triton's interpreter or a simulator."""
-    return (
-        bool(triton.knobs.runtime.interpret)
-        or triton.runtime.jit.JITFunction.run.__module__ != triton.runtime.jit.__name__
-    )
+    return bool(triton.knobs.runtime.interpret) or is_replaced()
 
 
 def float32_precision() -> str:

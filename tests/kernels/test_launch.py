@@ -1,0 +1,121 @@
+"""A kernel is launched again with what Triton compiled for an earlier launch, and is compiled for nothing but need.
+
+A stub takes the place of the CUDA driver: kernels are compiled, and nothing executes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from benchmarks.host_time import StubLauncher, stub_driver
+from rada_fast.bench.compiled import recorded
+from rada_fast.config.method import AdapterConfig
+from rada_fast.kernels.class_attention.deltas import row_deltas_kernel
+from rada_fast.ops import rational_adapter
+from tests.support import problem
+
+CONFIG = AdapterConfig.official(64)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """Return a list to which the stub appends the grid and the arguments of every launch that reaches the driver."""
+    calls: list[tuple[Any, ...]] = []
+
+    def call(self: StubLauncher, x: int, y: int, z: int, *arguments: Any) -> None:
+        # Triton passes the stream, the function, its metadata and the hooks before the kernel's own arguments.
+        own = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments[6:]]
+        calls.append(((x, y, z), *own))
+
+    monkeypatch.setattr(StubLauncher, "__call__", call)
+    with stub_driver():
+        yield calls
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which the name of every kernel is appended that Triton compiles."""
+    names: list[str] = []
+    hook = triton.knobs.runtime.jit_post_compile_hook
+    monkeypatch.setattr(
+        triton.knobs.runtime,
+        "jit_post_compile_hook",
+        lambda *arguments, **named: (names.append(named["fn"].name), hook and hook(*arguments, **named))[1],
+    )
+    return names
+
+
+def add_up(classes: int, offset: int = 0, dtype: torch.dtype = torch.float32, chunks: int = 2) -> dict[str, Any]:
+    """Launch a kernel, and return its arguments. offset: how many elements its results lie after an aligned place."""
+    arguments = {
+        "deltas": torch.zeros(chunks * classes, dtype=dtype),
+        "sums": torch.zeros(classes + offset)[offset:],
+        "batch": 1,
+        "classes": classes,
+    }
+    row_deltas_kernel[(1,)](**arguments, CHUNKS=chunks, BLOCK=128, num_warps=4)
+    return arguments
+
+
+def test_a_second_launch_gives_the_driver_what_triton_would_give(launched: list[tuple[Any, ...]]) -> None:
+    add_up(20)
+    arguments = add_up(20)
+    row_deltas_kernel.jit[(1,)](**arguments, CHUNKS=2, BLOCK=128, num_warps=4)
+    assert launched[1] == launched[2]
+    assert launched[1][0] == (1, 1, 1)
+
+
+def test_nothing_is_compiled_for_another_count(launched: list[tuple[Any, ...]], compiled: list[str]) -> None:
+    add_up(20)
+    compiled.clear()
+    for classes in (1, 16, 19, 32, 1600):
+        add_up(classes)
+    assert compiled == []
+    assert [arguments[4] for arguments in launched[1:]] == [1, 16, 19, 32, 1600]
+
+
+def test_another_type_constant_or_alignment_is_compiled_and_told_apart(
+    launched: list[tuple[Any, ...]], compiled: list[str]
+) -> None:
+    row_deltas_kernel._compiled.clear()
+    row_deltas_kernel.jit.device_caches.clear()
+    for _ in range(2):
+        add_up(20)
+        add_up(20, dtype=torch.bfloat16)
+        add_up(20, chunks=4)
+        # Code for aligned pointers would read and write this pointer's elements in groups of four.
+        assert add_up(20, offset=1)["sums"].data_ptr() % 16 != 0
+    assert len(compiled) == 4
+    assert len(launched) == 8
+    assert len(row_deltas_kernel._compiled) == 3
+
+
+def test_a_launcher_that_replaces_tritons_sees_every_launch(launched: list[tuple[Any, ...]]) -> None:
+    add_up(20)
+    with recorded() as launches:
+        add_up(20)
+    assert len(launches) == len(launched) == 1
+
+
+def test_a_last_batch_with_fewer_images_compiles_nothing(launched: list[tuple[Any, ...]], compiled: list[str]) -> None:
+    def step(batch: int, classes: int) -> None:
+        image, text, parameters = problem(CONFIG, batch, classes, torch.bfloat16)
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        output = rational_adapter(
+            image.detach().requires_grad_(), text, 20.0, leaves, CONFIG, penalty="l2", backend="triton"
+        )
+        assert output.penalty is not None
+        (output.logits.sum() + output.penalty).backward()
+
+    step(6, 50)
+    count = len(launched)
+    compiled.clear()
+    for batch, classes in ((5, 50), (1, 50), (6, 48), (2, 49)):
+        step(batch, classes)
+    assert compiled == []
+    assert len(launched) == 5 * count
