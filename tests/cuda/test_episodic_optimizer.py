@@ -335,8 +335,9 @@ def test_a_device_agrees_with_torch_optim(name: str) -> None:
             reference.step()
     for key, value in theirs.items():
         # PyTorch's CUDA form divides by multiplying with a reciprocal and orders the last product otherwise: 3 ulp of
-        # an update of at most 2 lr, and the sum's rounding.
-        torch.testing.assert_close(ours.parameters[key], value, rtol=2**-23, atol=3 * 2 * 8e-4 * 2**-23)
+        # an update of at most 2 lr. In each of the three steps both forms round the parameter twice, after the decay
+        # and after the update.
+        torch.testing.assert_close(ours.parameters[key], value, rtol=3 * 2**-22, atol=3 * 2 * 8e-4 * 2**-23)
 
 
 @pytest.mark.gpu
