@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rada_fast.extension import cuda_toolkit, libraries
+from tests.kernels.conftest import simulated as simulated  # whole episodes need both kinds of kernels
 from tests.support import SHARED
 
 Launchers = Callable[..., Any]
