@@ -62,10 +62,13 @@ def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int)
     attention_reads = queries + 3 * class_rows + statistics  # queries, keys, values, doutput, deltas
     return {
         "rational_projections_forward_kernel": image + text + 5 * weight + queries + 2 * class_rows,
-        "class_attention_forward_kernel": queries + 2 * class_rows + 2 * class_rows + q_image + 2 * statistics,
-        "softmax_factors_kernel": 3 * statistics,
-        "masked_logits_forward_kernel": image + text + attended + weight + row_sums,
-        "masked_logits_reduce_kernel": 2 * row_sums + 2 * rows,
+        "class_attention_forward_kernel": queries
+        + 2 * class_rows
+        + 2 * class_rows
+        + q_image
+        + 2 * statistics
+        + factors,
+        "masked_logits_forward_kernel": image + text + attended + weight + row_sums + 2 * rows,
         "masked_logits_backward_offset_kernel": image + text + attended + weight + 2 * rows + class_rows,
         "masked_logits_backward_attended_kernel": class_rows
         + 2 * class_rows

@@ -226,3 +226,18 @@ def store_chunk_sums(out, values, first_chunk, row, stride, valid, CHUNK: tl.con
     chunks: tl.constexpr = values.shape[1] // CHUNK
     sums = tl.sum(tl.reshape(values, (rows, chunks, CHUNK)), 2)
     store_chunks(out, sums, first_chunk, row, stride, valid, CHUNK)
+
+
+@triton.jit
+def is_last_to_finish(counter, programs):
+    """Count a program that has stored its results, and return whether all others of a group have done so before it.
+
+    The last program can read what all of them have stored. Which one is the last differs from run to run, and what it
+    computes does not, as it reads the results in a fixed order.
+
+    counter: a pointer to the group's counter, which is zero before the launch. programs: the number of programs in the
+    group.
+    """
+    # The counter is touched by one thread, whose release covers the stores of the others after a barrier.
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1

@@ -24,6 +24,7 @@ NUMBERS = (
     "classes",
     "tiles",
     "parts",
+    "num_counters",
     "total_rows",
     "images_per_text",
     "elements",

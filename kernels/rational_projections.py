@@ -132,8 +132,10 @@ def rational_projections_forward_kernel(
     q_rational,
     keys,
     values,
+    counters,
     images,
     classes,
+    num_counters,
     weight_stride,
     bias_stride,
     D: tl.constexpr,
@@ -146,7 +148,7 @@ def rational_projections_forward_kernel(
     BLOCK_I: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute a tile of one of the projections.
+    """Compute a tile of one of the projections. The first program also sets the counters to zero.
 
     Axis 0 of the grid: tiles of the outputs (B, K, D), then of the text query, then of the image query. Axis 1:
     episodes.
@@ -164,6 +166,10 @@ def rational_projections_forward_kernel(
     elif SHARED:
         # One text query serves all episodes: the programs of the first episode compute it.
         text_programs = tl.where(episode == 0, text_programs, 0)
+    if counters is not None:
+        for first in range(0, tl.where(program + episode == 0, num_counters, 0), 1024):
+            counter = first + tl.arange(0, 1024)
+            tl.store(counters + counter, tl.zeros((1024,), tl.int32), mask=counter < num_counters)
     scale = input_scale(logit_scale, FACTOR)
     weight_offset, bias_offset = episode * weight_stride, episode * bias_stride
     first_image = episode * images
@@ -231,6 +237,7 @@ def rational_projections_forward(
     scale_factor: float,
     episodes: int = 1,
     dtype: torch.dtype | None = None,
+    counters: Tensor | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> ProjectionBuffers:
@@ -244,6 +251,7 @@ def rational_projections_forward(
     dtype: the type of the products and of their results; None takes text's.
     scale_factor: the inputs' scale is this times s; 0 leaves the inputs unscaled.
     episodes: E; image b belongs to episode b // (B/E).
+    counters: int32, set to zero for the launches that follow (see _common.is_last_to_finish).
     """
     (batch, width), classes = image.shape, text.shape[0]
     images = batch // episodes
@@ -272,8 +280,9 @@ def rational_projections_forward(
         rational_weight=weights.get("rational"), rational_bias=biases.get("rational"), key_weight=weights["key"],
         key_bias=biases.get("key"), value_weight=weights["value"], value_bias=biases.get("value"),
         q_image=projections.q_image, q_text=projections.q_text, q_rational=projections.q_rational,
-        keys=projections.keys, values=projections.values,
-        images=images, classes=classes, weight_stride=episode_stride(weights["key"]),
+        keys=projections.keys, values=projections.values, counters=counters,
+        images=images, classes=classes, num_counters=0 if counters is None else len(counters),
+        weight_stride=episode_stride(weights["key"]),
         bias_stride=biases["key"].stride(0) if biases and not shared else 0,
         D=width, FACTOR=scale_factor, SHARED=shared, TWO_IMAGES=classes >= tile.rows, BLOCK_M=tile.rows,
         BLOCK_N=tile.columns, BLOCK_C=tile.depth, BLOCK_I=tile.image_rows,

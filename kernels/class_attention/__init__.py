@@ -7,13 +7,14 @@ c is the query kind, and i and j are classes. In each head of width d, q^c are t
 S^c the scores and P^c the probabilities.
 
 Both forms share one online softmax by rows: O^c is stored normalised by its own row, together with the row's log-sum.
-The matrix form is the same times the factor w^c[i] = K exp(log-sum of row i - log-sum of the whole head). A small
-launch computes these factors, and the kernels that read O^c multiply by them. Text and rational queries go through the
-keys together, so keys and values are read once for both. The image query is a single row, for which each head has an
-additional program.
+The matrix form is the same times the factor w^c[i] = K exp(log-sum of row i - log-sum of the whole head). Of a head's
+programs, the last one to finish computes these factors, and the kernels that read O^c multiply by them. Text and
+rational queries go through the keys together, so keys and values are read once for both. The image query is a single
+row, for which each head has an additional program.
 
 In the backward pass dO . v is the same for all query kinds. In one launch a program owns a tile of queries, in another
-one a tile of keys. For the row softmax a small launch before them adds up the deltas. No sum uses atomics.
+one a tile of keys. For the row softmax a small launch before them adds up the deltas. No sum uses atomics; they only
+count the programs that have finished.
 """
 
 from rada_fast.kernels.class_attention.backward import class_attention_backward

@@ -15,10 +15,12 @@ from rada_fast.kernels._common import (
     arange_by_fours,
     cdiv,
     default_precision,
+    is_last_to_finish,
     product,
     store_column_sums,
 )
 from rada_fast.kernels._launch import Kernel
+from rada_fast.kernels.class_attention.factors import store_factors
 from rada_fast.kernels.class_attention.scores import (
     program_place,
     query_scores,
@@ -121,6 +123,9 @@ def class_attention_forward_kernel(
     attended_rational,
     logsums,
     image_logsums,
+    factors,
+    totals,
+    counters,
     batch,
     classes,
     tiles,
@@ -135,9 +140,12 @@ def class_attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute O^c of a tile of queries and a group of output columns, over all keys.
+
+    Of the programs of a head and image, the last one to finish computes the factors of the matrix softmax.
 
     Axis 0 of the grid: query tile (the last one is the image query), group of output columns, head, image.
     """
@@ -220,42 +228,19 @@ def class_attention_forward_kernel(
                 attended_rational + first * D, rational_maxima, rational_maxima + after_maxima, rational_state, offsets,
                 valid, stores_logsum,
             )  # fmt: skip
+        if factors is not None:
+            if group == 0:
+                if is_last_to_finish(counters + b * heads + head, tiles):
+                    if HAS_TEXT:
+                        store_factors(logsums, factors, totals, head, b, batch, classes, 2 * heads, BLOCK_S)
+                    if HAS_RATIONAL:
+                        store_factors(logsums, factors, totals, heads + head, b, batch, classes, 2 * heads, BLOCK_S)
     elif q_image is not None:
         if group == 0:
             _image_query(
                 q_image, keys, values, attended_image, image_logsums, b, head, batch, classes, scale,
                 D, HEAD, HEAD_VECTOR, BLOCK_I,
             )  # fmt: skip
-
-
-@Kernel
-def softmax_factors_kernel(maxima, logsums, factors, total_maxima, totals, classes, BLOCK: tl.constexpr):
-    """Compute the factors w[i] = K exp2(logsum[i] - log-sum of the head's whole matrix), and that log-sum minus log2 K.
-
-    A log-sum is two numbers: the largest score, and the log2 of the sum of the exponentials of the scores less it.
-
-    Axis 0 of the grid: query kind, head, image.
-    """
-    row = tl.program_id(0).to(tl.int64) * classes
-    # -1e38 takes the place of minus infinity, because the difference of two infinities would be NaN.
-    running_max = tl.full((BLOCK,), -1e38, tl.float32)
-    for start in range(0, classes, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        running_max = tl.maximum(running_max, tl.load(maxima + row + i, mask=i < classes, other=-1e38))
-    largest = tl.max(running_max, 0)
-    running_sum = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, classes, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        distance = tl.load(maxima + row + i, mask=i < classes, other=float("-inf")) - largest
-        running_sum += tl.exp2(distance + tl.load(logsums + row + i, mask=i < classes, other=0.0))
-    total = tl.log2(tl.sum(running_sum, 0) / classes)
-    tl.store(total_maxima + tl.program_id(0), largest)
-    tl.store(totals + tl.program_id(0), total)
-    for start in range(0, classes, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        distance = tl.load(maxima + row + i, mask=i < classes, other=float("-inf")) - largest
-        w = tl.exp2(distance + (tl.load(logsums + row + i, mask=i < classes, other=0.0) - total))
-        tl.store(factors + row + i, w, mask=i < classes)
 
 
 @dataclass
@@ -285,12 +270,14 @@ def class_attention_forward(
     num_heads: int,
     temperature: float,
     matrix: bool,
+    counters: Tensor | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Attended:
-    """Compute the attention of every query kind in use in one launch, and in a second one the matrix softmax's factors.
+    """Compute the attention of every query kind in use, and the matrix softmax's factors, in one launch.
 
     projections: as rational_projections_forward returns them. temperature: divides the scores, beside sqrt(d).
+    counters: (B H,) int32, zero; None lets PyTorch set some to zero, which is a launch of its own.
     """
     keys, values = projections.keys, projections.values
     batch, classes, width = keys.shape
@@ -309,9 +296,9 @@ def class_attention_forward(
     )
     if batch == 0:
         return attended
-    # `used` selects those of the text and the rational query that are in use; their arrays are contiguous.
-    used = slice(0 if text is not None else 1, 2 if rational is not None else 1)
-    kinds = used.stop - used.start
+    kinds = (text is not None) + (rational is not None)
+    if matrix and kinds and counters is None:
+        counters = torch.zeros((batch * num_heads,), dtype=torch.int32, device=keys.device)
     tiles = cdiv(classes, tile.queries) if kinds else 0
     programs = batch * num_heads * cdiv(head, tile.columns) * (tiles + (image is not None))
     vector = triton.next_power_of_2(head)
@@ -319,26 +306,15 @@ def class_attention_forward(
     class_attention_forward_kernel[(programs,)](
         q_image=image, q_text=text, q_rational=rational, keys=keys, values=values,
         attended_image=attended.image, attended_text=attended.text, attended_rational=attended.rational,
-        logsums=attended.logsums, image_logsums=attended.image_logsums,
+        logsums=attended.logsums, image_logsums=attended.image_logsums, factors=attended.factors,
+        totals=attended.totals, counters=counters,
         batch=batch, classes=classes, tiles=tiles, images_per_text=batch // (text.shape[0] if text is not None else 1),
         scale=LOG2E / (math.sqrt(head) * temperature),
         D=width, HEAD=head, HEAD_VECTOR=vector, SPLIT_HEAD=split, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
         BLOCK_D=tile.columns, BLOCK_C=piece_columns(keys.dtype, head), BLOCK_I=max(1, min(64, 4096 // vector)),
+        BLOCK_S=max(128, min(1024, triton.next_power_of_2(classes))),
         PRECISION=default_precision(keys.dtype, precision),
         # With one kind only four warps lie side by side (see text_and_rational_scores).
         num_warps=min(tile.warps, 4) if split and kinds < 2 else tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if matrix and kinds:
-        assert attended.factors is not None
-        assert attended.totals is not None
-        softmax_factors_kernel[(kinds * num_heads * batch,)](
-            maxima=attended.logsums[0, used],
-            logsums=attended.logsums[1, used],
-            factors=attended.factors[used],
-            total_maxima=attended.totals[0, used],
-            totals=attended.totals[1, used],
-            classes=classes,
-            BLOCK=max(128, min(1024, triton.next_power_of_2(classes))),
-            num_warps=4,
-        )
     return attended

@@ -8,18 +8,19 @@ the mask, R the rational matrix and L_s the penalty on the mask.
 
 A program owns a tile of rows and a block of columns of A. It combines O from its query kinds as it reads them, and
 computes R at the end. A is never written to memory, and M only if the mask is asked for; the backward pass computes A
-again. Each sum over columns is stored as one part for each chunk of columns, and a second launch adds the parts in
-order.
+again. Each sum over columns is stored as one part for each chunk of columns. Of the programs that share rows, the last
+one to finish adds the parts in order.
 """
 
 from rada_fast.kernels.masked_logits.backward import MaskedLogitsGradients, masked_logits_backward
-from rada_fast.kernels.masked_logits.forward import MaskedLogits, masked_logits_forward
+from rada_fast.kernels.masked_logits.forward import MaskedLogits, counters_needed, masked_logits_forward
 from rada_fast.kernels.masked_logits.tiles import Tile, tile_of
 
 __all__ = [
     "MaskedLogits",
     "MaskedLogitsGradients",
     "Tile",
+    "counters_needed",
     "masked_logits_backward",
     "masked_logits_forward",
     "tile_of",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from rada_fast.kernels._common import (
     cdiv,
     default_precision,
     episode_grid,
+    is_last_to_finish,
     rational_rows,
     store_chunk_sums,
     store_chunks,
@@ -20,7 +20,13 @@ from rada_fast.kernels._common import (
 from rada_fast.kernels._launch import Kernel
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.masked_logits.offset import common_arguments, one_plus_offset, program_tile
-from rada_fast.kernels.masked_logits.tiles import CHUNK, PEAK_CHUNK, PENALTIES, Tile, tile_of
+from rada_fast.kernels.masked_logits.tiles import CHUNK, MIN_ROWS, PEAK_CHUNK, PENALTIES, Tile, tile_of
+from rada_fast.kernels.masked_logits.totals import (
+    store_image_peak,
+    store_logits,
+    store_penalty,
+    store_row_peaks,
+)
 
 
 @Kernel
@@ -33,17 +39,27 @@ def masked_logits_forward_kernel(
     factors,
     weight,
     bias,
+    logit_scale,
     logit_parts,
     penalty_parts,
     peak_values,
     peak_columns,
+    row_values,
+    row_columns,
+    image_values,
+    logits,
+    sums,
+    penalty,
+    peaks,
     mask,
+    counters,
     images,
     classes,
     total_rows,
     weight_stride,
     bias_stride,
     share,
+    elements,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TWO_IMAGES: tl.constexpr,
@@ -59,10 +75,16 @@ def masked_logits_forward_kernel(
 ):
     """Compute a tile of the mask M, and its contributions to the logits and the penalty.
 
+    Of the programs that share a tile's rows, the last one to finish adds up their logits. For the linf penalty the last
+    one of an image finds its peak, the largest |M - 1|. The last one of an episode adds up the penalty.
+
     Axis 0 of the grid: row tile and column block. Axis 1: episodes.
+    elements: the number of mask elements over which the penalty is a mean.
+    counters: for each episode one of its finished tiles, or of its finished images for the linf penalty; then one of
+        each tile's finished blocks of columns, and one of each image's finished tiles.
     """
     episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
-    _start, row, valid, _rows, _classes, first_image = tile
+    start, row, valid, rows, _classes, first_image = tile
     batch_row = first_image * classes + row
     if bias is not None:
         bias += episode * bias_stride
@@ -90,82 +112,29 @@ def masked_logits_forward_kernel(
         store_chunks(peak_columns, column, block * chunks, batch_row, total_rows, valid, PEAK_CHUNK)
     if mask is not None:
         tl.store(mask + batch_row[:, None] * D + n[None, :], m.to(mask.dtype.element_ty), mask=valid[:, None])
-
-
-@Kernel
-def masked_logits_reduce_kernel(
-    logit_scale,
-    logit_parts,
-    penalty_parts,
-    peak_values,
-    peak_columns,
-    logits,
-    sums,
-    penalty,
-    peaks,
-    batch,
-    images,
-    classes,
-    total_rows,
-    parts,
-    elements,
-    D: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PEAKS: tl.constexpr,
-    PENALTY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PIECE: tl.constexpr,
-):
-    """Add up the parts of the logits and of the penalty.
-
-    Axis 0 of the grid: the images, for their logits, then the episodes, for their penalty.
-    elements: the number of mask elements over which the penalty is a mean.
-    BLOCK: four times the number of threads. Threads lie along the classes, so one thread adds up all parts of a class.
-    """
-    program = tl.program_id(0)
-    lane, part = tl.arange(0, BLOCK), tl.arange(0, PIECE)[:, None]
-    if program < batch:
+    blocks: tl.constexpr = D // BLOCK_N
+    tiles = tl.num_programs(0) // blocks
+    counters += episode * (1 + tiles + images)
+    if is_last_to_finish(counters + 1 + start // BLOCK_M, blocks):
         scale = tl.load(logit_scale).to(tl.float32)
-        first = program.to(tl.int64) * classes
-        for start in range(0, classes, BLOCK):
-            k = start + lane
-            total = tl.zeros((BLOCK,), tl.float32)
-            for piece in range(0, BLOCKS, PIECE):
-                offsets = (piece + part) * total_rows + first + k[None, :]
-                valid = (piece + part < BLOCKS) & (k < classes)[None, :]
-                total += tl.sum(tl.load(logit_parts + offsets, mask=valid, other=0.0), 0)
-            tl.store(sums + first + k, total, mask=k < classes)
-            tl.store(logits + first + k, (total * scale).to(logits.dtype.element_ty), mask=k < classes)
-    elif PENALTY == 3:
-        episode = program - batch
-        mean = 0.0
-        for image in range(images):
-            b = (episode * images + image).to(tl.int64)
-            largest = tl.full((PIECE, BLOCK), -1.0, tl.float32)
-            place = tl.zeros((PIECE, BLOCK), tl.int64)
-            for start in range(0, classes, BLOCK):
-                k = (start + lane)[None, :]
-                for piece in range(0, PEAKS, PIECE):
-                    offsets = (piece + part) * total_rows + b * classes + k
-                    valid = (piece + part < PEAKS) & (k < classes)
-                    value = tl.load(peak_values + offsets, mask=valid, other=-1.0)
-                    column = tl.load(peak_columns + offsets, mask=valid, other=0)
-                    larger = value > largest
-                    largest = tl.where(larger, value, largest)
-                    place = tl.where(larger, k.to(tl.int64) * D + column, place)
-            peak = tl.max(largest)
-            # Of equal peaks the first counts, as in torch.max.
-            first_place = tl.min(tl.where(largest == peak, place, 0x7FFFFFFFFFFFFFFF))
-            tl.store(peaks + b, first_place)
-            mean += peak
-        tl.store(penalty + episode, (mean / images).to(penalty.dtype.element_ty))
-    elif PENALTY > 0:
-        episode = program - batch
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, parts, BLOCK):
-            offsets = start + lane
-            total += tl.load(penalty_parts + episode.to(tl.int64) * parts + offsets, mask=offsets < parts, other=0.0)
-        tl.store(penalty + episode, (tl.sum(total, 0) / elements).to(penalty.dtype.element_ty))
+        store_logits(logit_parts, logits, sums, scale, batch_row, valid, total_rows, D // CHUNK, 16, BLOCK_M)
+        if PENALTY == 3:
+            store_row_peaks(
+                peak_values, peak_columns, row_values, row_columns, batch_row, valid, total_rows,
+                D // PEAK_CHUNK, 8, BLOCK_M,
+            )  # fmt: skip
+            for image_of_episode in range(start // classes, (tl.minimum(start + BLOCK_M, rows) - 1) // classes + 1):
+                first_tile = image_of_episode * classes // BLOCK_M
+                end_tile = ((image_of_episode + 1) * classes - 1) // BLOCK_M + 1
+                if is_last_to_finish(counters + 1 + tiles + image_of_episode, end_tile - first_tile):
+                    b = first_image + image_of_episode
+                    store_image_peak(row_values, row_columns, image_values, peaks, b, classes, D, 512)
+                    if is_last_to_finish(counters, images):
+                        store_penalty(image_values, penalty + episode, first_image, images, images, 512)
+        elif PENALTY > 0:
+            if is_last_to_finish(counters, tiles):
+                programs = tl.num_programs(0)
+                store_penalty(penalty_parts, penalty + episode, episode * programs, programs, elements, 512)
 
 
 @dataclass
@@ -184,6 +153,12 @@ class MaskedLogits:
     peaks: Tensor | None
 
 
+def counters_needed(batch: int, classes: int, episodes: int) -> int:
+    """Return how many counters a launch needs at most (see the kernel)."""
+    images = batch // episodes
+    return episodes * (1 + cdiv(images * classes, MIN_ROWS) + images)
+
+
 def masked_logits_forward(
     image: Tensor,
     text: Tensor,
@@ -198,16 +173,18 @@ def masked_logits_forward(
     return_mask: bool = False,
     episodes: int = 1,
     dtype: torch.dtype | None = None,
+    counters: Tensor | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> MaskedLogits:
-    """Compute logits, the penalty of each episode and, if asked for, the mask, in two launches.
+    """Compute logits, the penalty of each episode and, if asked for, the mask, in one launch.
 
     image: (B, D).
     text: (K, D).
     attended: the results of class_attention_forward.
     weight: Wo, (D, D) or (E, D, D).
     bias: bo, (D,), (E, D) or None.
+    counters: (counters_needed(B, K, E),) int32, zero; None lets PyTorch set some to zero, which is a launch of its own.
 
     The other arguments are those of rational_projections_forward.
     """
@@ -232,20 +209,19 @@ def masked_logits_forward(
     penalty_parts = torch.empty((episodes, programs), **float32) if kind in (1, 2) else None
     peak_values = torch.empty((width // PEAK_CHUNK, batch, classes), **float32) if kind == 3 else None
     peak_columns = torch.empty_like(peak_values, dtype=torch.int32) if peak_values is not None else None
+    row_values = torch.empty((batch, classes), **float32) if kind == 3 else None
+    row_columns = torch.empty_like(row_values, dtype=torch.int32) if row_values is not None else None
+    image_values = torch.empty((batch,), **float32) if kind == 3 else None
+    if counters is None:
+        needed = counters_needed(batch, classes, episodes)
+        counters = torch.zeros((needed,), dtype=torch.int32, device=image.device)
     masked_logits_forward_kernel[episode_grid(programs, episodes=episodes)](
         **common_arguments(image, text, attended, weight, bias, num_heads, episodes, dtype, tile),
+        logit_scale=logit_scale,
         logit_parts=logit_parts, penalty_parts=penalty_parts, peak_values=peak_values, peak_columns=peak_columns,
-        mask=outputs.mask,
+        row_values=row_values, row_columns=row_columns, image_values=image_values,
+        logits=outputs.logits, sums=outputs.sums, penalty=outputs.penalty, peaks=outputs.peaks, mask=outputs.mask,
+        counters=counters, elements=float(images * classes * width),
         RELU=relu, PENALTY=kind, CHUNK=CHUNK, PEAK_CHUNK=PEAK_CHUNK, PRECISION=default_precision(dtype, precision),
-    )  # fmt: skip
-    masked_logits_reduce_kernel[(batch + (episodes if kind else 0),)](
-        logit_scale=logit_scale, logit_parts=logit_parts, penalty_parts=penalty_parts, peak_values=peak_values,
-        peak_columns=peak_columns,
-        logits=outputs.logits, sums=outputs.sums, penalty=outputs.penalty, peaks=outputs.peaks,
-        batch=batch, images=images, classes=classes, total_rows=batch * classes, parts=programs,
-        elements=float(images * classes * width),
-        D=width, BLOCKS=width // CHUNK, PEAKS=width // PEAK_CHUNK, PENALTY=kind, BLOCK=512,
-        PIECE=max(2, min(8 if kind == 3 else 16, triton.next_power_of_2(width // CHUNK))),
-        num_warps=4,
     )  # fmt: skip
     return outputs

@@ -13,6 +13,8 @@ CHUNK = 32
 PEAK_CHUNK = 8
 """The number of columns that share one candidate for the linf penalty's largest element. A chunk wider than one tile of
 the tensor cores would span several warps, and each of them would then need the chunk's largest element."""
+MIN_ROWS = 16
+"""The fewest rows that a tile may have, the least that tensor cores multiply."""
 
 PENALTIES = {"none": 0, "l2": 1, "l1": 2, "linf": 3}
 

@@ -1,99 +1,100 @@
-"""Kernels that add up or compare the results of other launches are right for more values than one block holds.
+"""Sums and comparisons of what other programs or launches have stored are right for more values than one block holds.
 
-The tests launch these kernels by themselves, because whole problems of these sizes would take the simulator minutes.
+The tests launch kernels by themselves, because whole problems of these sizes would take the simulator minutes.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
+from rada_fast.kernels._launch import Kernel
+from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.class_attention.deltas import row_deltas_kernel
-from rada_fast.kernels.class_attention.forward import softmax_factors_kernel
-from rada_fast.kernels.masked_logits.forward import masked_logits_reduce_kernel
+from rada_fast.kernels.class_attention.factors import store_factors
+from rada_fast.kernels.masked_logits import MaskedLogits, Tile, masked_logits_forward
 from rada_fast.kernels.rational_projections import image_gradient_reduce_kernel
 
-WIDTH, CHUNKS, PEAKS = 64, 2, 8
-"""The width of a row of the mask, and into how many parts its logit and its largest distance are split."""
+WIDTH = 64
+TILE = Tile(16, 32, 16, 1, 1)
+"""A tile so small that many programs share an image's rows, and two share a row."""
 
 
-def launch_reduction(
-    device: str, penalty: int, *, images: int = 2, episodes: int = 1, classes: int = 3, parts: int = 1,
-    distances: Tensor | None = None, columns: Tensor | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Launch the kernel on drawn parts, and return both parts and results. What it does not write stays NaN or -1."""
-    batch = images * episodes
+def masked_logits_of(
+    device: str, offsets: Tensor, *, penalty: str, episodes: int = 1
+) -> tuple[MaskedLogits, Tensor, Tensor]:
+    """Return the results for the masks 1 + offsets, with the features. offsets: (B, K, D), the mask's offset A."""
+    batch, classes, _ = offsets.shape
     generator = torch.Generator().manual_seed(0)
-    given = {
-        "logit_parts": torch.randn(CHUNKS, batch, classes, generator=generator),
-        "penalty_parts": torch.rand(episodes, parts, generator=generator),
-        "peak_values": torch.zeros(PEAKS, batch, classes) if distances is None else distances,
-        "peak_columns": torch.zeros(PEAKS, batch, classes, dtype=torch.int32) if columns is None else columns,
-        "logits": torch.full((batch, classes), torch.nan),
-        "sums": torch.full((batch, classes), torch.nan),
-        "penalty": torch.full((episodes,), torch.nan),
-        "peaks": torch.full((batch,), -1),
-    }
-    given = {name: value.to(device) for name, value in given.items()}
-    masked_logits_reduce_kernel[(batch + episodes,)](
-        logit_scale=torch.tensor(20.0, device=device), **given,
-        batch=batch, images=images, classes=classes, total_rows=batch * classes, parts=parts, elements=8.0,
-        D=WIDTH, BLOCKS=CHUNKS, PEAKS=PEAKS, PENALTY=penalty, BLOCK=512, PIECE=2, num_warps=4,
+    image, text = (torch.randn(rows, WIDTH, generator=generator) for rows in (batch, classes))
+    # The output projection passes the attention's result on, which has been computed for the text query alone.
+    unused = torch.empty(0, device=device)
+    attended = Attended(offsets.to(device), None, None, unused, unused, None, None)
+    results = masked_logits_forward(
+        image.to(device), text.to(device), torch.tensor(20.0, device=device), attended,
+        torch.eye(WIDTH, device=device), None,
+        num_heads=1, relu=False, penalty=penalty, episodes=episodes, tile=TILE,
     )  # fmt: skip
-    return {name: value.cpu() for name, value in given.items()}
+    return results, image, text
 
 
-def test_logits_of_more_classes_than_one_block(device: str) -> None:
-    results = launch_reduction(device, 1, classes=1200)
-    wanted = results["logit_parts"].sum(0)
-    torch.testing.assert_close(results["sums"], wanted)
-    torch.testing.assert_close(results["logits"], 20 * wanted)
-
-
-@pytest.mark.parametrize("penalty", [1, 2])
-def test_a_penalty_of_more_parts_than_one_block(device: str, penalty: int) -> None:
-    results = launch_reduction(device, penalty, episodes=3, parts=1100)
-    torch.testing.assert_close(results["penalty"], results["penalty_parts"].sum(1) / 8)
+def test_logits_and_a_penalty_of_more_parts_than_one_block(device: str) -> None:
+    images, episodes, classes = 2, 2, 2100
+    offsets = torch.randn(images * episodes, classes, WIDTH)
+    for penalty, distances in (("l1", offsets.abs()), ("l2", offsets.square())):
+        results, image, text = masked_logits_of(device, offsets, penalty=penalty, episodes=episodes)
+        wanted = ((1 + offsets) * image[:, None] * text).sum(-1)
+        torch.testing.assert_close(results.sums.cpu(), wanted, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(results.logits.cpu(), 20 * results.sums.cpu())
+        assert results.penalty is not None
+        torch.testing.assert_close(results.penalty.cpu(), distances.unflatten(0, (episodes, -1)).mean((1, 2, 3)))
 
 
 @pytest.mark.parametrize("classes", [3, 1100])
 def test_the_first_of_equal_distances_counts(device: str, classes: int) -> None:
     """The first class counts and of its columns the first, as in torch.max, whichever parts hold the equal ones."""
-    images, episodes = 2, 2
-    batch = images * episodes
-    columns = (8 * torch.arange(PEAKS, dtype=torch.int32)[:, None, None]).expand(PEAKS, batch, classes).contiguous()
-    distances = torch.full((PEAKS, batch, classes), 0.5)
-    distances[:, 1:, 0] = 0.25  # not the first class
-    distances[:3, 2:] = 0.25  # nor the first columns
-    distances[:, 3] = 0.0  # everything is equal, and zero
+    images, episodes = 3, 2
+    offsets = torch.full((images * episodes, classes, WIDTH), -0.5)
+    offsets[1, 0] = 0.25  # not the first class
+    offsets[2, 0] = 0.25  # nor in it the first columns
+    offsets[2, 1, :24] = 0.25
     last = classes - 1
-    distances[:, 1, :last] = 0.25  # only in the last class
-    results = launch_reduction(
-        device, 3, images=images, episodes=episodes, classes=classes, distances=distances, columns=columns
-    )  # fmt: skip
-    assert results["peaks"].tolist() == [0, last * WIDTH, WIDTH + 24, 0]
-    assert results["penalty"].tolist() == [0.5, 0.25]
+    offsets[3, :last] = 0.25  # only in the last class
+    offsets[4] = 0.0  # everything is equal, and zero
+    offsets[5, :, :56] = 0.25  # only in the last columns
+    results, _, _ = masked_logits_of(device, offsets, penalty="linf", episodes=episodes)
+    assert results.peaks is not None
+    assert results.peaks.tolist() == [0, WIDTH, WIDTH + 24, last * WIDTH, 0, 56]
+    assert results.penalty is not None
+    torch.testing.assert_close(results.penalty.cpu(), torch.tensor([0.5, 1 / 3]))
+
+
+@Kernel
+def factors_kernel(
+    logsums, factors, totals, batch, classes,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    store_factors(logsums, factors, totals, tl.program_id(0), tl.program_id(1), batch, classes, HEADS, BLOCK)
 
 
 @pytest.mark.parametrize("classes", [1, 130, 2100])
 def test_factors_of_more_classes_than_one_block(device: str, classes: int) -> None:
     # In the first head all classes count. The log-sums of the second reach thousands, and the last is the largest.
-    logsums = torch.stack([3 * torch.randn(classes), torch.linspace(-3000.0, 3000.0, classes)])
+    logsums = torch.stack([3 * torch.randn(2, classes), torch.linspace(-3000.0, 3000.0, 2 * classes).view(2, classes)])
     maxima = logsums.floor()
-    factors, totals, total_maxima = (
-        torch.full(shape, torch.nan, device=device) for shape in ((2, classes), (2,), (2,))
-    )
-    softmax_factors_kernel[(2,)](
-        maxima=maxima.to(device), logsums=(logsums - maxima).to(device), factors=factors, total_maxima=total_maxima,
-        totals=totals, classes=classes,
-        BLOCK=1024 if classes > 512 else 128, num_warps=4,
+    factors = torch.full((2, 2, classes), torch.nan, device=device)
+    totals = torch.full((2, 2, 2), torch.nan, device=device)
+    factors_kernel[(2, 2)](
+        logsums=torch.stack([maxima, logsums - maxima]).to(device), factors=factors, totals=totals,
+        batch=2, classes=classes, HEADS=2, BLOCK=1024 if classes > 512 else 128, num_warps=4,
     )  # fmt: skip
     exact = logsums.double() * torch.log(torch.tensor(2.0, dtype=torch.float64))
     # A log-sum of thousands is as exact as a small one, because its largest score is stored by itself.
-    torch.testing.assert_close(factors.cpu().double(), classes * exact.softmax(1), rtol=1e-5, atol=1e-30)
-    wanted = (exact.logsumexp(1) - torch.log(torch.tensor(float(classes)))) / torch.log(torch.tensor(2.0))
-    torch.testing.assert_close(total_maxima.cpu().double() + totals.cpu().double(), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(factors.cpu().double(), classes * exact.softmax(2), rtol=1e-5, atol=1e-30)
+    wanted = (exact.logsumexp(2) - torch.log(torch.tensor(float(classes)))) / torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(totals.cpu().double().sum(0), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("classes", [130, 1100])

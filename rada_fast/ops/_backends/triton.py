@@ -15,10 +15,10 @@ from torch import Tensor
 
 from rada_fast import _env
 from rada_fast.config.method import AdapterConfig, MaskPenalty
-from rada_fast.kernels._common import MAX_EPISODES
+from rada_fast.kernels._common import MAX_EPISODES, cdiv
 from rada_fast.kernels._launch import is_replaced
 from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
-from rada_fast.kernels.masked_logits import masked_logits_backward, masked_logits_forward
+from rada_fast.kernels.masked_logits import counters_needed, masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.parameter_gradients import parameter_gradients
 from rada_fast.kernels.rational_projections import (
     ProjectionBuffers,
@@ -182,17 +182,24 @@ def _forward(
     problem = _problem(features, scale)
     common = {"episodes": launch.episodes, "dtype": launch.compute, "precision": launch.precision}
     tile = _tile_of(features, options, launch)
+    batch, classes = len(features.image_features), len(features.text_features)
+    # The first launch sets to zero the counters of finished programs of the other two. Those of the heads fill whole
+    # groups of 16 bytes, because pointers that are not so aligned take longer to launch with.
+    heads = 4 * cdiv(batch * options.num_heads, 4)
+    masked_counters = counters_needed(batch, classes, launch.episodes)
+    counters = torch.empty((heads + masked_counters,), dtype=torch.int32, device=features.image_features.device)
     with torch.cuda.device_of(features.image_features):
         projections = rational_projections_forward(
             **problem, weights=weights, biases=biases, scale_factor=options.input_scale_factor,
-            tile=tile("rational_projections_forward"), **common,
+            tile=tile("rational_projections_forward"), counters=counters, **common,
         )  # fmt: skip
         attended = class_attention_forward(
-            projections=projections, tile=tile("class_attention_forward"), **_attention(options, launch),
+            projections=projections, counters=counters[:heads], tile=tile("class_attention_forward"),
+            **_attention(options, launch),
         )  # fmt: skip
         masked = masked_logits_forward(
             **problem, attended=attended, weight=output_weight, bias=output_bias, num_heads=options.num_heads,
-            relu=options.relu, penalty=options.penalty, return_mask=requests.return_mask,
+            relu=options.relu, penalty=options.penalty, return_mask=requests.return_mask, counters=counters[heads:],
             tile=tile("masked_logits_forward"), **common,
         )  # fmt: skip
     results = Results(masked.logits, masked.penalty, masked.mask)
