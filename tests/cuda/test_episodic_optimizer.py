@@ -265,6 +265,20 @@ def test_every_rule_rounds_as_written(library: Any, rule: str, options: dict[str
     assert len(check(library, cases, step)) == 1, "one launch for everything"
 
 
+@pytest.mark.parametrize("name", ["parameter", "source", "first", "second", "gradient"])
+@pytest.mark.parametrize("gradient", TYPES)
+def test_each_tensor_may_lie_off_its_boundary(library: Any, name: str, gradient: torch.dtype) -> None:
+    """One tensor alone lies off the boundary of a vector, by one element, by half a vector or by nearly all of it."""
+    cases = []
+    for offset in (1, 2, 3):
+        case = Case(2, 64, gradient, fresh=False, shared=name == "source", moments=2)
+        whole = getattr(case, name)
+        memory = torch.cat([torch.zeros(offset, dtype=torch.as_tensor(whole).dtype), torch.as_tensor(whole)])[offset:]
+        setattr(case, name, memory if isinstance(whole, Tensor) else memory.numpy())
+        cases.append(case)
+    check(library, cases, Step("adamw", 3, weight_decay=0.01))
+
+
 def test_more_tensors_than_one_launch_takes(library: Any) -> None:
     cases = [Case(1, 3, torch.float32, fresh=False, shared=False, moments=2) for _ in range(2 * 56 + 1)]
     assert len(check(library, cases, Step("adamw", 2, weight_decay=0.01))) == 3

@@ -52,10 +52,10 @@ def run(
 
 
 # Less than a 16-byte word; rows off their boundaries; more rows than a block; a row over a block's warps, in registers
-# and read again; n = 1; more rows than a warp has lanes.
+# and read again; n = 1; more rows than a warp has lanes; one row more than a block has warps or than registers hold.
 SIZES = [
     (1, 1, 1, 0), (3, 6, 3, 1), (2, 6, 101, 3), (2, 13, 37, 0), (1, 6, 1000, 0), (1, 3, 2100, 1), (1, 2, 9001, 0),
-    (2, 40, 3, 0),
+    (2, 40, 3, 0), (2, 9, 37, 1),
 ]  # fmt: skip
 CASES = [(torch.float32, kind, size) for kind in KINDS for size in SIZES] + [
     # The other types differ in the words' elements, not in the loops.
@@ -85,6 +85,24 @@ def test_losses_and_gradients(
     assert torch.equal(alone, losses)
     # The rows' losses pass through memory where an episode is several blocks; its counter is a store too.
     assert stats.footprint_st <= losses.nbytes + episodes * (rows * losses.itemsize + 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(dtype, "mean") for dtype in TYPES] + [(torch.float32, kind) for kind in KINDS[1:]]
+)
+@pytest.mark.parametrize(("fill", "offset"), [(0, 1), (-1, 2), (1, 3)])
+def test_every_logit_counts(launchers: Launchers, dtype: torch.dtype, kind: str, fill: int, offset: int) -> None:
+    """Rows fill a warp's registers exactly, or nearly, and no logit is so small that its loss would not show."""
+    classes = (512 if dtype == torch.float64 else 1024) + fill
+    logits = shifted(3 + draw(1, 2, classes, 0.5, dtype), offset)
+    losses, gradient, _ = run(launchers, logits, kind)
+    with use_backend("reference"):
+        wanted = prediction_loss_and_gradient(logits.double(), **options(kind, logits))
+    assert gradient is not None
+    eps, stored = torch.finfo(losses.dtype).eps, torch.finfo(dtype)
+    torch.testing.assert_close(losses.double(), wanted[0], rtol=32 * eps, atol=0)
+    least = 64 * eps * float(wanted[1].abs().max()) + stored.eps * stored.tiny
+    torch.testing.assert_close(gradient.double(), wanted[1], rtol=64 * eps + stored.eps, atol=least)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -58,6 +58,17 @@ def test_order_is_that_of_float64(
     assert torch.equal(indices, entropies.argsort(dim=-1, stable=True)[:, :count])
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("fill", "offset"), [(0, 0), (0, 1), (-1, 2), (1, 3)])
+def test_every_logit_counts(launchers: Launchers, dtype: torch.dtype, fill: int, offset: int) -> None:
+    """Rows fill a warp's registers exactly, or nearly, and no logit is so small that its loss would not show."""
+    classes = (512 if dtype == torch.float64 else 1024) + fill
+    logits = shifted(3 + draw(1, 2, classes, 0.5, dtype), offset)
+    _, entropies, _ = run(launchers, logits, 1)
+    relative = 32 * torch.finfo(entropies.dtype).eps
+    torch.testing.assert_close(entropies.double(), exact_entropy(logits), rtol=relative, atol=0)
+
+
 def test_no_episodes_and_none_selected_are_served(launchers: Launchers) -> None:
     indices, entropies, launch = run(launchers, torch.empty(0, 5, 7), 2)
     assert (indices.shape, entropies.shape, launch) == ((0, 2), (0, 5), None)
