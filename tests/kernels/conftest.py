@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support import SHARED
 
@@ -18,8 +19,8 @@ Simulated = Callable[..., AbstractContextManager[list]]
 
 
 @pytest.fixture
-def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
-    """Return a context in which launches on CPU tensors run in the simulator, which checks memory and races."""
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
+    """Give a context in which launches on CPU tensors run in the simulator, which checks memory and races."""
     if not (SHARED / "ptxsim").is_dir():
         pytest.skip("no simulator beside this checkout")
     monkeypatch.syspath_prepend(str(SHARED))
@@ -28,7 +29,10 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         _allow_equal_writes(monkeypatch)
-    return partial(ptxsim.simulated, racecheck=True, initcheck=True)
+    # PyTorch then fills new tensors with NaN. The simulator cannot tell which of them were never written.
+    torch.use_deterministic_algorithms(True)
+    yield partial(ptxsim.simulated, racecheck=True, initcheck=True)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["simulator", pytest.param("cuda", marks=pytest.mark.gpu)])
