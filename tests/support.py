@@ -135,6 +135,35 @@ def solve(
     return {name: value.detach().double() for name, value in results.items() if value is not None}
 
 
+def solve_weighted(
+    config: AdapterConfig,
+    inputs: tuple[Tensor, Tensor, dict[str, Tensor]],
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    in_loss: tuple[str, ...] = ("logits", "penalty", "mask"),
+    penalty: str = "l2",
+    episodes: int | None = None,
+) -> dict[str, Tensor]:
+    """Return one backend's results, and the gradients of the sum of those that in_loss names, in float64.
+
+    The elements of the sum have drawn weights. Every input requires a gradient.
+    """
+    image, text, parameters = inputs
+    leaves = {"image": image, "text": text, **parameters}
+    leaves = {name: value.to(dtype).clone().requires_grad_() for name, value in leaves.items()}
+    output = rational_adapter(
+        leaves["image"], leaves["text"], 20.0, {name: leaves[name] for name in parameters}, config,
+        penalty=penalty, return_mask=True, episodes=episodes, backend=backend,
+    )  # fmt: skip
+    found = {name: getattr(output, name) for name in ("logits", "penalty", "mask")}
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.rand(value.shape, generator=generator).to(dtype) for name, value in found.items()}
+    torch.stack([(weights[name] * found[name]).sum() for name in in_loss]).sum().backward()
+    found |= {f"d{name}": value.grad for name, value in leaves.items() if value.grad is not None}
+    return {name: value.detach().double() for name, value in found.items()}
+
+
 def assert_within_budget(
     exact: dict[str, Tensor],
     plain: dict[str, Tensor],

@@ -21,7 +21,14 @@ from rada_fast.errors import UserError
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter, use_backend
-from tests.support import assert_within_budget, problem, problem_with_masks_of, published_vectors, solve
+from tests.support import (
+    assert_within_budget,
+    problem,
+    problem_with_masks_of,
+    published_vectors,
+    solve,
+    solve_weighted,
+)
 
 from .support import needs_extension, num_threads
 
@@ -164,6 +171,30 @@ def test_kinks_and_ties_are_those_of_the_reference(
     config = AdapterConfig.official(160, num_heads=2, mask_activation=activation)
     inputs = problem_with_masks_of(offsets, config, 2, 40, torch.float64)
     assert_as_exact_as_the_reference(config, 2, 40, torch.float64, penalty, inputs=inputs)
+
+
+@pytest.mark.parametrize("result", ["penalty", "mask"])
+@pytest.mark.parametrize("offsets", [None, [-2.0, -1.0, 0.0, 0.25]])
+def test_gradients_of_a_single_result(offsets: list[float] | None, result: str) -> None:
+    config, single = AdapterConfig.official(160, num_heads=2), torch.float32
+    arguments = config, 2, 40, single
+    inputs = problem(*arguments) if offsets is None else problem_with_masks_of(offsets, *arguments)
+    exact, plain, fast = (
+        solve_weighted(config, inputs, dtype, backend, in_loss=(result,))
+        for dtype, backend in ((torch.float64, "reference"), (single, "reference"), (single, "cpu"))
+    )
+    assert_within_budget(exact, plain, fast, single)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_nan_in_a_mask_is_in_its_logits(dtype: torch.dtype) -> None:
+    config = AdapterConfig.official(64, num_heads=2)
+    image, text, parameters = problem(config, 2, 5, dtype)
+    parameters["out_proj.bias"][3] = torch.nan
+    output = rational_adapter(image, text, 20.0, parameters, config, return_mask=True, backend="cpu")
+    assert output.mask is not None
+    assert bool(output.logits.isnan().all())
+    assert output.mask.isnan().sum(-1).tolist() == [[1] * 5] * 2
 
 
 # Loops take four columns of a head at a time, or two.

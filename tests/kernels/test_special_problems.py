@@ -1,0 +1,58 @@
+"""The Triton backend serves many images of several episodes, gradients of a single result, and masks with NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rada_fast.config.method import AdapterConfig
+from rada_fast.ops import rational_adapter
+from tests.support import assert_within_budget, problem, solve_weighted
+
+from .conftest import Simulated
+
+CONFIG = AdapterConfig.official(32, num_heads=2)
+F32, F64 = torch.float32, torch.float64
+
+
+def assert_as_the_reference(
+    simulated: Simulated, config: AdapterConfig, inputs: tuple[Tensor, Tensor, dict[str, Tensor]], **options: Any
+) -> None:
+    exact, plain = (solve_weighted(config, inputs, dtype, "reference", **options) for dtype in (F64, F32))
+    with simulated():
+        fast = solve_weighted(config, inputs, F32, "triton", **options)
+    assert_within_budget(exact, plain, fast, F32)
+
+
+def test_several_episodes_of_many_images(simulated: Simulated) -> None:
+    """17 images are more than one tile of the image query and of the images' gradients holds."""
+    config, episodes, images, classes = AdapterConfig.official(32, num_heads=1), 2, 17, 2
+    inputs = problem(config, episodes * images, classes, F32)
+    own = [problem(config, images, classes, F32, seed=episode)[2] for episode in range(episodes)]
+    stacked = {name: torch.stack([one[name] for one in own]) for name in own[0]}
+    inputs = (inputs[0], inputs[1], stacked)
+    assert_as_the_reference(simulated, config, inputs, penalty="linf", episodes=episodes)
+
+
+@pytest.mark.parametrize("result", ["penalty", "mask"])
+def test_gradients_of_a_single_result(result: str, simulated: Simulated) -> None:
+    assert_as_the_reference(simulated, CONFIG, problem(CONFIG, 2, 5, F32), in_loss=(result,))
+
+
+@pytest.mark.parametrize(("softmax", "queries"), [("matrix", ("image", "rational")), ("row", ("text", "rational"))])
+def test_two_of_the_three_query_kinds(softmax: Any, queries: Any, simulated: Simulated) -> None:
+    config = AdapterConfig.official(32, num_heads=2, softmax=softmax, queries=queries)
+    assert_as_the_reference(simulated, config, problem(config, 2, 5, F32))
+
+
+def test_nan_in_a_mask_is_in_its_logits(simulated: Simulated) -> None:
+    image, text, parameters = problem(CONFIG, 2, 5, F32)
+    parameters["out_proj.bias"][3] = torch.nan
+    with simulated():
+        output = rational_adapter(image, text, 20.0, parameters, CONFIG, return_mask=True, backend="triton")
+    assert output.mask is not None
+    assert bool(output.logits.isnan().all())
+    assert output.mask.isnan().sum(-1).tolist() == [[1] * 5] * 2
