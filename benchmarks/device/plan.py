@@ -67,7 +67,7 @@ PLAN = (
            "tests/kernels/test_rational_adapter.py"),
     checks("targets", "the adapter by the A100's code, beside the device's own", "tests/kernels/test_targets.py"),
     checks("cuda_ops", "the CUDA C++ operators", "tests/cuda", "tests/extension/test_cuda_toolkit.py"),
-    checks("episodes", "whole episodes of test-time training", "tests/engine/test_episodes.py"),
+    checks("episodes", "whole episodes of test-time training", "tests/engine"),
     checks("graphs", "operators and steps captured in CUDA graphs", "tests/kernels", "tests/cuda", "-k", "graph"),
     checks("context", "many episodes at once, torch.compile, autocast, strided inputs", "tests/kernels"),
     bench("floor", "the device's product rates, its bandwidth, the cost of a launch", "device/bench_floor.py"),

@@ -1,12 +1,13 @@
 """Test-time episodes on features (RAda, arXiv:2507.15480, Sec. 4.3): each test image gets its own copy of the adapter.
 
-Each episode is computed by itself, on shapes that depend on its own views alone. Its result is therefore the same to
-the bit, whatever other episodes are computed, how many they are, and in which order.
+The result of an episode is the same to the bit, whatever other episodes are computed, how many they are, and in which
+order. Where the compiled operators serve the adapter, groups.py computes several episodes in each call. Otherwise each
+episode is computed by itself, by the module and PyTorch's optimisers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,18 @@ from torch.func import functional_call
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rada_fast.config.method import EpisodeConfig, MaskPenalty, OptimizerName
+from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, group_sizes, most_episodes
 from rada_fast.modules.projections import GIVE_VALUES, is_no_ordinary_tensor
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
-from rada_fast.ops import prediction_loss, rational_adapter, select_views, under_transform, zero_shot_logits
-from rada_fast.ops.rational_adapter import check_features, check_scale, check_text_features
+from rada_fast.ops import (
+    prediction_loss,
+    rational_adapter,
+    select_views,
+    serving_backend,
+    under_transform,
+    zero_shot_logits,
+)
+from rada_fast.ops.rational_adapter import check_features, check_scale, check_text_features, parameter_shapes
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
@@ -214,7 +223,7 @@ def adapt_episodes(
     if view_features.is_meta:
         raise ValueError("view_features must have values, got a tensor of the meta device")
     _check_trainable(adapter, config)
-    results = []
+    results: list[Tensor] = []
     # Tensors of inference mode cannot take part in autograd, so episodes run outside of this mode, on copies.
     with torch.inference_mode(False), torch.enable_grad():
         dtype = arithmetic_dtype(adapter, view_features)
@@ -225,13 +234,50 @@ def adapt_episodes(
         views = _outside_inference(view_features).to(dtype)
         text = _outside_inference(text_features).to(dtype)
         zero_shot, plain = adapter.is_zero_shot(), adapter.is_plain()
-        for index, episode in enumerate(views):
-            results.append(adapt_episode(adapter, episode, text, scale, config, zero_shot=zero_shot, plain=plain))
-            if on_episode is not None:
-                on_episode(index + 1)
+        rule = EpisodeRule(
+            adapter.config, config, dtype, zero_shot,
+            tuple(name for name, parameter in adapter.named_parameters() if parameter.requires_grad),
+        )  # fmt: skip
+        if plain and len(views) and _serves_groups(rule, views, text):
+            finished = _in_groups(adapter, views, text, scale, rule)
+        else:
+            finished = (
+                adapt_episode(adapter, episode, text, scale, config, zero_shot=zero_shot, plain=plain)[None]
+                for episode in views
+            )
+        done = 0
+        for logits in finished:
+            results.append(logits)
+            for _ in range(len(logits)):
+                done += 1
+                if on_episode is not None:
+                    on_episode(done)
         if not results:
             return view_features.new_empty((0, len(text)))
-        return torch.stack(results).to(view_features.dtype)
+        return torch.cat(results).to(view_features.dtype)
+
+
+def _serves_groups(rule: EpisodeRule, views: Tensor, text_features: Tensor) -> bool:
+    """Return whether a compiled operator computes episodes with this rule, in float32 or a type below it."""
+    if rule.adapter.mask_function != "attention" or rule.adapter.num_layers > 1 or rule.dtype == torch.float64:
+        return False
+    stand_ins = dict.fromkeys(parameter_shapes(rule.adapter), views)
+    penalty = rule.episode.penalty
+    name = serving_backend(views, text_features, stand_ins, rule.adapter, penalty=penalty, episodes=len(views))
+    return name in ("cpu", "triton")
+
+
+def _in_groups(
+    adapter: RationalAdapter, views: Tensor, text_features: Tensor, logit_scale: Tensor | float, rule: EpisodeRule
+) -> Iterator[Tensor]:
+    """Adapt the episodes in groups, and yield the logits (E, K) of each group."""
+    initial = {name: _exact(_outside_inference(value)) for name, value in adapter.named_parameters()}
+    most = most_episodes(rule, views.shape[1], len(text_features), views.device)
+    group: EpisodeGroup | None = None
+    for part in views.split(list(group_sizes(len(views), most))):
+        if group is None or group.episodes != len(part):
+            group = EpisodeGroup(initial, rule, len(part))
+        yield group(part, text_features, logit_scale)
 
 
 def _outside_inference(value: Tensor) -> Tensor:

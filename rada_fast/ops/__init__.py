@@ -11,7 +11,12 @@ from rada_fast.ops.multi_view_crops import (
     whole_view,
 )
 from rada_fast.ops.prediction_losses import prediction_loss, prediction_loss_and_gradient
-from rada_fast.ops.rational_adapter import AdapterOutput, rational_adapter, zero_shot_logits
+from rada_fast.ops.rational_adapter import (
+    AdapterOutput,
+    rational_adapter,
+    serving_backend,
+    zero_shot_logits,
+)
 from rada_fast.ops.view_selection import select_views
 
 __all__ = [
@@ -32,6 +37,7 @@ __all__ = [
     "rational_adapter",
     "resolve_backend",
     "select_views",
+    "serving_backend",
     "under_transform",
     "use_backend",
     "whole_view",

@@ -131,6 +131,40 @@ def check_inputs(
             )
 
 
+def serving_backend(
+    image_features: Tensor,
+    text_features: Tensor,
+    parameters: Mapping[str, Tensor] | ProjectionCalls,
+    config: AdapterConfig,
+    *,
+    penalty: MaskPenalty | None = None,
+    episodes: int | None = None,
+    backend: str | None = None,
+) -> str:
+    """Return the name of the backend that computes a call of rational_adapter with these arguments.
+
+    Of the tensors it looks at the device and the types alone, not at shapes or values.
+    Raises BackendUnavailableError where a named backend cannot serve.
+    """
+    transformed = under_transform()
+
+    def refusal(name: str) -> str | None:
+        if isinstance(parameters, ProjectionCalls):
+            return f"{parameters.reason}; 'reference' serves it"
+        if transformed:
+            return TRANSFORM_REASON
+        match name:
+            case "cpu":
+                from rada_fast.ops._backends.cpu import reason_not_served
+            case "triton":
+                from rada_fast.ops._backends.triton import reason_not_served
+            case _:
+                raise AssertionError(f"backend {name!r} does not say which calls it serves")
+        return reason_not_served(config, image_features, text_features, parameters, penalty, episodes)
+
+    return resolve_backend(backend, refusal)
+
+
 def rational_adapter(
     image_features: Tensor,
     text_features: Tensor,
@@ -173,26 +207,13 @@ def rational_adapter(
     Equivalent to ``logit_scale * (mask * image_features[:, None] * text_features).sum(-1)``.
     """
     check_inputs(image_features, text_features, logit_scale, parameters, config, penalty, episodes)
-    transformed = under_transform()
-
-    def refusal(name: str) -> str | None:
-        if isinstance(parameters, ProjectionCalls):
-            return f"{parameters.reason}; 'reference' serves it"
-        if transformed:
-            return TRANSFORM_REASON
-        match name:
-            case "cpu":
-                from rada_fast.ops._backends.cpu import reason_not_served
-            case "triton":
-                from rada_fast.ops._backends.triton import reason_not_served
-            case _:
-                raise AssertionError(f"backend {name!r} does not say which calls it serves")
-        return reason_not_served(config, image_features, text_features, parameters, penalty, episodes)
-
+    name = serving_backend(
+        image_features, text_features, parameters, config, penalty=penalty, episodes=episodes, backend=backend
+    )
     run: Callable[..., AdapterOutput]
     projections: Any = parameters.call if isinstance(parameters, ProjectionCalls) else parameters
     arguments = (image_features, text_features, logit_scale, projections, config)
-    match resolve_backend(backend, refusal):
+    match name:
         case "reference":
             from rada_fast.reference.rational_adapter import rational_adapter as run
         case "literal":
@@ -203,7 +224,7 @@ def rational_adapter(
             from rada_fast.ops._backends.triton import rational_adapter as fused
 
             return fused(*arguments, penalty=penalty, return_mask=return_mask, episodes=episodes)
-        case name:
+        case _:
             raise AssertionError(f"backend {name!r} resolved but not wired")
     if episodes is None:
         return run(*arguments, penalty=penalty, return_mask=return_mask)

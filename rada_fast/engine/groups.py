@@ -1,0 +1,167 @@
+"""Adapt the episodes of several images together, each with its own parameters, in calls that take all of them.
+
+Nothing that is computed for an episode depends on how many others are computed with it: products have the shapes of one
+episode, and the operators that take all episodes treat each by itself. Results are therefore the same to the bit,
+however episodes are grouped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from rada_fast.config.method import AdapterConfig, EpisodeConfig, MaskPenalty
+from rada_fast.ops import EpisodicOptimizer, prediction_loss_and_gradient, rational_adapter, select_views
+from rada_fast.ops.rational_adapter import AdapterOutput, parameter_shapes
+
+BUDGETS = {"cpu": 2**26, "cuda": 2**30}
+"""The bytes that the episodes of one group may take by episode_bytes, by the type of the device. A single episode is
+computed whatever it takes. More would not be faster: a few episodes fill a GPU, and a CPU's caches hold one or two."""
+
+MOST_EPISODES = 64
+"""The most episodes of a group."""
+
+
+@dataclass(frozen=True)
+class EpisodeRule:
+    """Say how each episode is computed.
+
+    adapter: the arithmetic of the adapter, which has one layer of attention.
+    episode: the configuration of an episode.
+    dtype: the type of the adapter's arithmetic; parameters, moments and steps are float32.
+    zero_shot: whether the output projection is zero at the start of an episode.
+    trained: the names of the parameters that the steps change.
+    """
+
+    adapter: AdapterConfig
+    episode: EpisodeConfig
+    dtype: torch.dtype
+    zero_shot: bool
+    trained: tuple[str, ...]
+
+
+def episode_bytes(rule: EpisodeRule, views: int, classes: int) -> int:
+    """Return about how many bytes one episode takes while its group is computed.
+
+    With n kept views out of V, K classes, width D, P elements of parameters and b bytes for a number of the adapter's
+    type, this is ``12 n K D b + P (12 + 2 b) + V D b``: five tensors (n, K, D) that are kept for the backward pass and
+    seven of it; the parameters and their two moments in float32, a copy of the parameters for the step, and their
+    gradients; and the features of the views.
+    """
+    width, size = rule.adapter.embed_dim, rule.dtype.itemsize
+    rows = rule.episode.num_selected(views) * classes
+    parameters = sum(prod(shape) for shape in parameter_shapes(rule.adapter).values())
+    return 12 * rows * width * size + parameters * (12 + 2 * size) + views * width * size
+
+
+def group_sizes(count: int, most: int) -> Iterator[int]:
+    """Yield the numbers of episodes of the groups that make up `count` episodes, all powers of two up to `most`.
+
+    The rest that does not fill a group is divided into smaller powers of two. So no episode is computed in vain, and
+    calls with any numbers of episodes have only a few sizes of groups, for each of which a GPU has a graph of its own.
+    """
+    while count:
+        size = 1 << (min(count, most).bit_length() - 1)
+        yield size
+        count -= size
+
+
+def most_episodes(rule: EpisodeRule, views: int, classes: int, device: torch.device) -> int:
+    """Return how many episodes a group may have at the most; see BUDGETS and MOST_EPISODES."""
+    return max(1, min(MOST_EPISODES, BUDGETS[device.type] // episode_bytes(rule, views, classes)))
+
+
+class EpisodeGroup:
+    """Adapt E copies of an adapter, each to the views of its own image. A group may be called many times.
+
+    initial: the parameters with which each episode starts, by their published names, float32. They are read in every
+        call and never written, so a change of their values counts from the next call on.
+    rule: how the episodes are computed.
+    episodes: E.
+    """
+
+    def __init__(self, initial: Mapping[str, Tensor], rule: EpisodeRule, episodes: int) -> None:
+        self.initial, self.rule, self.episodes = initial, rule, episodes
+        config = rule.episode
+        self._optimizer = EpisodicOptimizer(
+            {name: nn.Parameter(value, requires_grad=name in rule.trained) for name, value in initial.items()},
+            episodes, config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
+        )  # fmt: skip
+
+    def __call__(self, views: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """Return the logits (E, K) of the original views after each episode's steps.
+
+        views: the features (E, V, D) of the views in the rule's dtype, the original view first.
+        text_features: T (K, D), in the same type.
+        logit_scale: the multiplier s.
+        """
+        # Nothing of the last call's episodes is read after this.
+        self._optimizer.reset()
+        with torch.no_grad():
+            kept = self._kept_views(views, text_features, logit_scale).flatten(0, 1)  # (E n, D)
+        for step in range(self.rule.episode.steps):
+            wanted: Sequence[str] = self.rule.trained
+            if self.rule.zero_shot and step == 0:
+                # No gradient passes through an output projection of zeros, so all others are exactly zero.
+                wanted = [name for name in wanted if name.startswith("out_proj.")]
+            self._optimizer.step(self._gradients(kept, text_features, logit_scale, wanted))
+        with torch.no_grad():
+            return self._adapter(views[:, 0], text_features, logit_scale, self._parameters()).logits
+
+    def _kept_views(self, views: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """Return the features (E, n, D) of the views whose predictions by the initial adapter have the least entropy.
+
+        Libraries choose how to compute a product by its shape, and this choice decides about the last bits. So every
+        episode has products of its own.
+        """
+        if self.rule.zero_shot:
+            # Every mask is 1, so the predictions are those of CLIP.
+            logits = logit_scale * torch.stack([own @ text_features.mT for own in views])  # (E, V, K)
+        else:
+            initial = {name: value.to(self.rule.dtype) for name, value in self.initial.items()}
+            calls = (rational_adapter(own, text_features, logit_scale, initial, self.rule.adapter) for own in views)
+            logits = torch.stack([output.logits for output in calls])  # (E, V, K)
+        kept = select_views(logits, self.rule.episode.num_selected(views.shape[1]))  # (E, n)
+        return views.gather(1, kept[..., None].expand(-1, -1, views.shape[2]))
+
+    def _gradients(
+        self, kept: Tensor, text_features: Tensor, logit_scale: Tensor | float, wanted: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return the gradients (E, ...) of the wanted parameters, each of its own episode's loss and penalty."""
+        if not wanted:
+            return {}
+        config = self.rule.episode
+        parameters = self._parameters()
+        leaves = [parameters[name].requires_grad_() for name in wanted]
+        penalty = config.penalty if config.penalty_weight else None
+        output = self._adapter(kept, text_features, logit_scale, parameters, penalty)
+        logits = output.logits.unflatten(0, (self.episodes, -1))  # (E, n, K)
+        _, dlogits = prediction_loss_and_gradient(logits, config.loss)
+        results, dresults = [logits], [dlogits]
+        if output.penalty is not None:
+            results.append(output.penalty)
+            dresults.append(torch.full_like(output.penalty, config.penalty_weight, requires_grad=False))
+        gradients = torch.autograd.grad(results, leaves, dresults)
+        return dict(zip(wanted, gradients, strict=True))
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return each episode's present parameters (E, ...) in the rule's dtype, as new leaves."""
+        values = {name: value.detach().to(self.rule.dtype) for name, value in self._optimizer.parameters.items()}
+        # The GPU's kernels read a copy for each episode, and would make it anew in the forward and the backward pass.
+        return {name: value.contiguous() if value.is_cuda else value for name, value in values.items()}
+
+    def _adapter(
+        self,
+        images: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        parameters: Mapping[str, Tensor],
+        penalty: MaskPenalty | None = None,
+    ) -> AdapterOutput:
+        return rational_adapter(
+            images, text_features, logit_scale, parameters, self.rule.adapter, penalty=penalty, episodes=self.episodes
+        )
