@@ -11,6 +11,7 @@ through all rows, always in the same order, so no partial sums are left to add.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -29,6 +30,7 @@ from rada_fast.kernels._common import (
     store_column_sums,
 )
 from rada_fast.kernels._launch import Kernel
+from rada_fast.kernels._shared_memory import A100, Target, first_fitting, operand_bytes, target_of
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.rational_projections import ProjectionBuffers
 
@@ -47,8 +49,49 @@ class Tile:
     stages: int
 
 
-def tile_of(dtype: torch.dtype, width: int, precision: str = "ieee") -> Tile:
-    """Return the tile for a problem, from a table."""
+@lru_cache(maxsize=1024)
+def tile_of(
+    dtype: torch.dtype,
+    classes: int,
+    width: int,
+    head: int,
+    precision: str = "ieee",
+    *,
+    features: torch.dtype | None = None,
+    target: Target = A100,
+) -> Tile:
+    """Return the tile for a problem: the table's, or a smaller one where that does not fit the target.
+
+    features: the type in which the features lie in memory; None takes dtype.
+    """
+    return first_fitting(
+        _table(dtype, width, precision),
+        ("rows", "outputs", "inputs"),
+        lambda tile: shared_bytes(tile, dtype, classes, head, features or dtype, target),
+        target,
+    )
+
+
+def shared_bytes(tile: Tile, dtype: torch.dtype, classes: int, head: int, features: torch.dtype, target: Target) -> int:
+    """Return an upper bound of the shared memory that a launch needs, for all weights and query kinds.
+
+    _shared_memory.py explains the formula. Only one of the inputs X is read in each program.
+    """
+    gradient, x = tile.rows * tile.outputs, tile.rows * tile.inputs
+    # Features of images: one row for each row of the tile, or those of two images (image_rows in _common.py).
+    images = 2 * tile.inputs if classes >= tile.rows else x
+    factors = 2 * 4 * (tile.rows if head % tile.inputs == 0 else x)
+    loaded = max(
+        gradient * dtype.itemsize + (x + images) * features.itemsize,  # R
+        gradient * dtype.itemsize + 2 * x * dtype.itemsize + 4 * images + factors,  # O
+        4 * gradient + x * features.itemsize,  # f, with a gradient in float32
+    )
+    needed = (tile.stages - 1) * loaded + operand_bytes(target, dtype, gradient, x)
+    return max(needed, 4 * tile.outputs * tile.inputs)
+
+
+def _table(dtype: torch.dtype, width: int, precision: str) -> Tile:
+    """Return the tile for the A100's registers and number of multiprocessors."""
     if dtype == torch.float32:
         # Reductions are short, as in class_attention. TF32 products have one stage, and 16 rows for each warp.
         block = block_of(width, 64)
@@ -278,7 +321,9 @@ def parameter_gradients(
     some_weight = next(iter(weights.values()))
     episodes = some_weight.shape[0] if some_weight.ndim == 3 else 1
     dtype = doffset.dtype
-    tile = tile or tile_of(dtype, width, precision)
+    tile = tile or tile_of(
+        dtype, classes, width, width // num_heads, precision, features=text.dtype, target=target_of(text.device)
+    )
     inner = gradients or ProjectionBuffers(None, None, None, None, None)
     # The kernel chooses among the pointers of several roles. So an output projection that is not asked for needs
     # pointers of the right type, and biases that do not exist need some pointer; neither is written to.

@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rada_fast.kernels._common import (
-    block_of,
     cdiv,
     default_precision,
     episode_grid,
@@ -29,35 +28,8 @@ from rada_fast.kernels._common import (
     rational_rows,
 )
 from rada_fast.kernels._launch import Kernel
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Hold the rows, columns and depth (reduction) of a product's tile, the rows of the image query's tile, and the
-    warps and pipeline stages."""
-
-    rows: int
-    columns: int
-    depth: int
-    image_rows: int
-    warps: int
-    stages: int
-
-
-def tile_of(dtype: torch.dtype, rows: int, width: int, precision: str = "ieee") -> Tile:
-    """Return the tile for a problem, from a table. rows: the rows of one episode, n images times K classes."""
-    if dtype == torch.float32:
-        # Reductions are short and there is one stage, as in class_attention. Without tensor cores, higher tiles pay
-        # because they read less of W.
-        return Tile(128 if precision == "ieee" and rows > 512 else 64, block_of(width, 64), 16, 16, 4, 1)
-    if rows <= 512:
-        # With few rows, smaller tiles occupy more multiprocessors and waste less in the last tile.
-        return Tile(64, block_of(width, 64), block_of(width, 64), 16, 4, 3)
-    # 128 x 128 is the smallest tile at which an A100's L2 keeps up with its tensor cores. Eight warps hold it in 64
-    # registers of each thread, and three stages of 64 columns fill 96 KB.
-    columns = block_of(width, 128)
-    # A tile of 16 x 32 has only four tensor-core products, so with eight warps two would compute the same one.
-    return Tile(128, columns, block_of(width, 64), 32 if columns == 32 else 16, 8, 3)
+from rada_fast.kernels._shared_memory import target_of
+from rada_fast.kernels.projection_tiles import Tile, backward_tile_of, tile_of
 
 
 @triton.jit
@@ -256,7 +228,10 @@ def rational_projections_forward(
     (batch, width), classes = image.shape, text.shape[0]
     images = batch // episodes
     dtype = dtype or text.dtype
-    tile = tile or tile_of(dtype, images * classes, width, precision)
+    tile = tile or tile_of(
+        dtype, images * classes, classes, width, precision,
+        features=text.dtype, weights=weights["key"].dtype, target=target_of(text.device),
+    )  # fmt: skip
     empty = partial(text.new_empty, dtype=dtype)
     shared = weights["key"].ndim == 2
     projections = ProjectionBuffers(
@@ -436,18 +411,16 @@ def rational_projections_backward(
     """
     (batch, width), classes = image.shape, text.shape[0]
     images, stride = batch // episodes, episode_stride(weights["key"])
-    # Wider tiles spill, because two accumulators and T stay in registers.
-    float32 = gradients.keys.dtype == torch.float32
-    without_tensor_cores = float32 and precision == "ieee"
-    block_m, block_n = 32 if without_tensor_cores else 64, block_of(width, 32)
-    block_c = block_of(width, 16 if float32 else 32)
-    tiles = cdiv(classes, block_m)
-    parts = tiles * (block_m // 16)
+    tile = backward_tile_of(
+        gradients.keys.dtype, width, precision, weights=weights["key"].dtype, target=target_of(text.device)
+    )
+    tiles = cdiv(classes, tile.rows)
+    parts = tiles * (tile.rows // 16)
     image_parts = image.new_empty((parts, batch, width), dtype=torch.float32)
     dimage, dtext = torch.empty_like(image), torch.empty_like(text)
     if batch == 0:
         return dimage, dtext.zero_()
-    rational_projections_backward_kernel[(tiles, width // block_n)](
+    rational_projections_backward_kernel[(tiles, width // tile.columns)](
         image=image, text=text, logit_scale=logit_scale,
         text_weight=weights.get("text"), rational_weight=weights.get("rational"), key_weight=weights["key"],
         value_weight=weights["value"],
@@ -455,16 +428,16 @@ def rational_projections_backward(
         weighted=weighted,
         dtext=dtext, image_parts=image_parts,
         batch=batch, images=images, classes=classes, weight_stride=stride,
-        D=width, FACTOR=scale_factor, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+        D=width, FACTOR=scale_factor, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
         PRECISION=default_precision(gradients.keys.dtype, precision),
-        num_warps=8 if without_tensor_cores else 4, num_stages=2,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    image_gradient_reduce_kernel[episode_grid(cdiv(images, 16), width // block_n, episodes=episodes)](
+    image_gradient_reduce_kernel[episode_grid(cdiv(images, tile.image_rows), width // tile.columns, episodes=episodes)](
         logit_scale=logit_scale, image_weight=weights.get("image"), dq_image=gradients.q_image,
         image_parts=image_parts,
         dimage=dimage,
         batch=batch, images=images, parts=parts, weight_stride=stride,
-        D=width, FACTOR=scale_factor, BLOCK_M=16, BLOCK_N=block_n, BLOCK_C=block_c,
+        D=width, FACTOR=scale_factor, BLOCK_M=tile.image_rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return dimage, dtext

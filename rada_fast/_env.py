@@ -215,11 +215,19 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def cuda_device_capability() -> tuple[int, int]:
-    """Return the compute capability of the current CUDA device, (8, 0) for sm_80."""
+def cuda_device_capability(index: int | None = None) -> tuple[int, int]:
+    """Return the compute capability of the CUDA device with this index, or of the current one, (8, 0) for sm_80."""
     import torch
 
-    return torch.cuda.get_device_capability()
+    return torch.cuda.get_device_capability(index)
+
+
+def cuda_block_memory(index: int) -> int:
+    """Return the bytes of shared memory that one block may have on the CUDA device with this index."""
+    import torch
+
+    # PyTorch's type hints lack this property.
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def cuda_version() -> str | None:

@@ -19,6 +19,6 @@ count the programs that have finished.
 
 from rada_fast.kernels.class_attention.backward import class_attention_backward
 from rada_fast.kernels.class_attention.forward import Attended, class_attention_forward
-from rada_fast.kernels.class_attention.tiles import Tile, tile_of
+from rada_fast.kernels.class_attention.tiles import Tile, shared_bytes, tile_of
 
-__all__ = ["Attended", "Tile", "class_attention_backward", "class_attention_forward", "tile_of"]
+__all__ = ["Attended", "Tile", "class_attention_backward", "class_attention_forward", "shared_bytes", "tile_of"]

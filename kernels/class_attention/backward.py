@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from rada_fast.kernels._common import LOG2E, cdiv, default_precision
+from rada_fast.kernels._shared_memory import target_of
 from rada_fast.kernels.class_attention.backward_keys import class_attention_backward_keys_kernel
 from rada_fast.kernels.class_attention.backward_queries import class_attention_backward_queries_kernel
 from rada_fast.kernels.class_attention.deltas import row_deltas_kernel
@@ -43,7 +44,7 @@ def class_attention_backward(
     keys, values = projections.keys, projections.values
     batch, classes, width = keys.shape
     head = width // num_heads
-    tile = tile or tile_of(keys.dtype, classes, head, backward=True, precision=precision)
+    tile = tile or tile_of(keys.dtype, classes, head, backward=True, precision=precision, target=target_of(keys.device))
     text, rational, image = projections.q_text, projections.q_rational, projections.q_image
     gradients = ProjectionBuffers(
         keys=torch.empty_like(keys),

@@ -20,6 +20,7 @@ from rada_fast.kernels._common import (
     store_column_sums,
 )
 from rada_fast.kernels._launch import Kernel
+from rada_fast.kernels._shared_memory import target_of
 from rada_fast.kernels.class_attention.factors import store_factors
 from rada_fast.kernels.class_attention.scores import (
     program_place,
@@ -282,7 +283,7 @@ def class_attention_forward(
     keys, values = projections.keys, projections.values
     batch, classes, width = keys.shape
     head = width // num_heads
-    tile = tile or tile_of(keys.dtype, classes, head, precision=precision)
+    tile = tile or tile_of(keys.dtype, classes, head, precision=precision, target=target_of(keys.device))
     float32 = {"dtype": torch.float32, "device": keys.device}
     text, rational, image = projections.q_text, projections.q_rational, projections.q_image
     attended = Attended(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 
 from rada_fast.kernels._common import block_of
+from rada_fast.kernels._shared_memory import A100, Target, first_fitting
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,49 @@ class Tile:
     stages: int
 
 
-def tile_of(dtype: torch.dtype, classes: int, head: int, *, backward: bool = False, precision: str = "ieee") -> Tile:
-    """Return the tile for a problem, from a table for A100's 164 KB of shared memory and 255 registers per thread."""
+@lru_cache(maxsize=1024)
+def tile_of(
+    dtype: torch.dtype,
+    classes: int,
+    head: int,
+    *,
+    backward: bool = False,
+    precision: str = "ieee",
+    target: Target = A100,
+) -> Tile:
+    """Return the tile for a problem: the table's, or a smaller one where that does not fit the target."""
+    return first_fitting(
+        _table(dtype, classes, head, backward, precision),
+        ("keys", "queries"),
+        lambda tile: shared_bytes(tile, dtype, head, backward=backward, target=target),
+        target,
+    )
+
+
+def shared_bytes(tile: Tile, dtype: torch.dtype, head: int, *, backward: bool, target: Target) -> int:
+    """Return an upper bound of the shared memory that a launch needs, for all query kinds; see _shared_memory.py."""
+    split, piece = splits_head(dtype, head, tile), piece_columns(dtype, head)
+    queries, keys, scores = tile.queries * tile.columns, tile.keys * tile.columns, tile.queries * tile.keys
+    pieces = (tile.queries + tile.keys) * piece
+    # For each pass over the classes, the elements that a step loads, and those that stay beside them. In the pass that
+    # computes the keys' gradients the two extents change their roles.
+    if dtype == torch.float32:
+        # Only the operands of two products are there at once, and three TF32 products split each into two.
+        passes = [(2 * pieces, 2 * (pieces + scores + keys))]
+    elif not backward:
+        passes = [((tile.queries * piece + pieces), scores + keys) if split else (2 * keys, 2 * queries + scores)]
+    elif split:
+        passes = [(pieces, 2 * scores + keys), (pieces, 2 * scores + 3 * keys)]
+    else:
+        passes = [(2 * keys, 3 * queries + 2 * scores), (3 * keys, 2 * queries + 2 * scores)]
+    # A head in pieces has an inner loop, and what that loads is converted beside the staged copies.
+    copies = tile.stages - 1 + (dtype != torch.float32 and (split or target.keeps_operands))
+    largest = max(copies * loaded + kept for loaded, kept in passes)
+    return max(largest, queries) * dtype.itemsize + (1024 if target.keeps_operands else 0)
+
+
+def _table(dtype: torch.dtype, classes: int, head: int, backward: bool, precision: str) -> Tile:
+    """Return the tile for the A100's registers, of which a thread has at most 255."""
     split = head > 128
     columns = min(max(16, triton.next_power_of_2(head)), 128)
     if dtype == torch.float32:

@@ -14,7 +14,7 @@ one to finish adds the parts in order.
 
 from rada_fast.kernels.masked_logits.backward import MaskedLogitsGradients, masked_logits_backward
 from rada_fast.kernels.masked_logits.forward import MaskedLogits, counters_needed, masked_logits_forward
-from rada_fast.kernels.masked_logits.tiles import Tile, tile_of
+from rada_fast.kernels.masked_logits.tiles import Tile, shared_bytes, tile_of
 
 __all__ = [
     "MaskedLogits",
@@ -23,5 +23,6 @@ __all__ = [
     "counters_needed",
     "masked_logits_backward",
     "masked_logits_forward",
+    "shared_bytes",
     "tile_of",
 ]

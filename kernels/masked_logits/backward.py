@@ -19,9 +19,10 @@ from rada_fast.kernels._common import (
     store_chunk_sums,
 )
 from rada_fast.kernels._launch import Kernel
+from rada_fast.kernels._shared_memory import target_of
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.masked_logits.offset import common_arguments, one_plus_offset, program_tile
-from rada_fast.kernels.masked_logits.tiles import CHUNK, PENALTIES, Tile, tile_of
+from rada_fast.kernels.masked_logits.tiles import CHUNK, PENALTIES, Tile, attended_depth, tile_of
 
 
 @Kernel
@@ -200,7 +201,9 @@ def masked_logits_backward(
     head = width // num_heads
     rows = batch // episodes * classes
     dtype = dtype or text.dtype
-    tile = tile or tile_of(dtype, rows, width, head, backward=True)
+    tile = tile or tile_of(
+        dtype, rows, classes, width, head, backward=True, weights=weight.dtype, target=target_of(text.device)
+    )
     shape, chunk = (batch, classes, width), block_of(head, CHUNK)
     float32 = {"dtype": torch.float32, "device": image.device}
     gradients = MaskedLogitsGradients(
@@ -225,7 +228,7 @@ def masked_logits_backward(
     for unused in ("image", "text", "attended_image", "bias", "bias_stride", "share", "TWO_IMAGES"):
         del arguments[unused]
     masked_logits_backward_attended_kernel[grid](
-        **arguments | {"BLOCK_C": block_of(width, 64 if dtype != torch.float32 else 32)},
+        **arguments | {"BLOCK_C": attended_depth(dtype, width)},
         doffset=gradients.doffset,
         dattended=gradients.dattended,
         deltas=gradients.deltas,

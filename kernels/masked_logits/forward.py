@@ -18,6 +18,7 @@ from rada_fast.kernels._common import (
     store_chunks,
 )
 from rada_fast.kernels._launch import Kernel
+from rada_fast.kernels._shared_memory import target_of
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.masked_logits.offset import common_arguments, one_plus_offset, program_tile
 from rada_fast.kernels.masked_logits.tiles import CHUNK, MIN_ROWS, PEAK_CHUNK, PENALTIES, Tile, tile_of
@@ -191,7 +192,9 @@ def masked_logits_forward(
     (batch, width), classes = image.shape, text.shape[0]
     images = batch // episodes
     dtype = dtype or text.dtype
-    tile = tile or tile_of(dtype, images * classes, width, width // num_heads)
+    tile = tile or tile_of(
+        dtype, images * classes, classes, width, width // num_heads, weights=weight.dtype, target=target_of(text.device)
+    )
     programs = (width // tile.columns) * cdiv(images * classes, tile.rows)
     kind = PENALTIES[penalty]
     float32 = {"dtype": torch.float32, "device": image.device}

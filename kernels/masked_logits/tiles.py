@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from rada_fast.kernels._common import block_of
+from rada_fast.kernels._shared_memory import A100, MIN_EXTENT, Target, first_fitting, operand_bytes
 
 CHUNK = 32
 """The number of columns whose sum is one part of a logit; a block of columns holds whole chunks."""
 PEAK_CHUNK = 8
 """The number of columns that share one candidate for the linf penalty's largest element. A chunk wider than one tile of
 the tensor cores would span several warps, and each of them would then need the chunk's largest element."""
-MIN_ROWS = 16
+MIN_ROWS = MIN_EXTENT
 """The fewest rows that a tile may have, the least that tensor cores multiply."""
 
 PENALTIES = {"none": 0, "l2": 1, "l1": 2, "linf": 3}
@@ -30,11 +32,66 @@ class Tile:
     stages: int
 
 
-def tile_of(dtype: torch.dtype, rows: int, width: int, head: int, *, backward: bool = False) -> Tile:
-    """Return the tile for a problem, from a table. rows: the rows of one episode, n images times K classes.
+@lru_cache(maxsize=1024)
+def tile_of(
+    dtype: torch.dtype,
+    rows: int,
+    classes: int,
+    width: int,
+    head: int,
+    *,
+    backward: bool = False,
+    weights: torch.dtype | None = None,
+    target: Target = A100,
+) -> Tile:
+    """Return the tile for a problem: the table's, or a smaller one where that does not fit the target.
 
-    A step of the reduction stays inside a head, whose columns share one factor.
+    rows: the rows of one episode, n images times K classes.
+    weights: the type in which the weights lie in memory; None takes dtype.
     """
+    return first_fitting(
+        _table(dtype, rows, width, head, backward),
+        ("depth", "rows"),
+        lambda tile: shared_bytes(tile, dtype, classes, width, head, backward, weights or dtype, target),
+        target,
+    )
+
+
+def attended_depth(dtype: torch.dtype, width: int) -> int:
+    """Return the depth of the products of dO, whose steps need not stay inside a head."""
+    return block_of(width, 32 if dtype == torch.float32 else 64)
+
+
+def shared_bytes(
+    tile: Tile,
+    dtype: torch.dtype,
+    classes: int,
+    width: int,
+    head: int,
+    backward: bool,
+    weights: torch.dtype,
+    target: Target,
+) -> int:
+    """Return an upper bound of the shared memory that a launch needs, for all query kinds; see _shared_memory.py."""
+    left, right = tile.rows * tile.depth, tile.columns * tile.depth
+    # The image query's results are in float32: one row for each row of the tile, or those of two images (image_rows).
+    image = 4 * (2 * tile.depth if classes >= tile.rows else left)
+    factors = 2 * 4 * (tile.rows if head % tile.depth == 0 else left)
+    loaded = right * weights.itemsize + 2 * left * dtype.itemsize + image + factors
+    converted = weights != dtype
+    needed = (tile.stages - 1) * loaded
+    needed += operand_bytes(target, dtype, left, right, left_computed=True, right_converted=converted)
+    if backward:
+        depth = attended_depth(dtype, width)
+        left, right = tile.rows * depth, tile.columns * depth
+        loaded = left * dtype.itemsize + right * weights.itemsize
+        attended = (tile.stages - 1) * loaded + operand_bytes(target, dtype, left, right, right_converted=converted)
+        needed = max(needed, attended)
+    return max(needed, 4 * tile.rows * tile.columns)
+
+
+def _table(dtype: torch.dtype, rows: int, width: int, head: int, backward: bool) -> Tile:
+    """Return the tile for the A100's registers. A step of the reduction stays inside a head, which has one factor."""
     if dtype == torch.float32:
         # Reductions are short and there is one stage, as in class_attention.
         return Tile(64, block_of(width, 64), 16, 4, 1)

@@ -20,6 +20,7 @@ from torch import Tensor
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.tools import KernelsOptions
 from rada_fast.extension import cuda_toolkit, libraries
+from rada_fast.kernels._shared_memory import BLOCK_KIB, Target, assumed_target
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import rational_adapter, use_backend
 from rada_fast.system.terminal import PlainConsole, print_json
@@ -28,9 +29,26 @@ TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"
 }  # fmt: skip
-# The resources of a multiprocessor, which its blocks share: shared memory in KiB, then registers, warps and blocks.
-_SHARED_KIB = {80: 164, 90: 228, 100: 228}
-_REGISTERS, _MAX_WARPS, _MAX_BLOCKS = 65536, 64, 32
+_REGISTERS = 65536
+"""The registers of a multiprocessor of every target."""
+
+
+class Multiprocessor(NamedTuple):
+    """Hold what a multiprocessor has for its blocks: shared memory in KiB, warps, and the number of blocks."""
+
+    shared_kib: int
+    warps: int
+    blocks: int
+
+
+_MULTIPROCESSORS = {
+    80: Multiprocessor(164, 64, 32),
+    86: Multiprocessor(100, 48, 16),
+    89: Multiprocessor(100, 48, 24),
+    90: Multiprocessor(228, 64, 32),
+    100: Multiprocessor(228, 64, 32),
+    120: Multiprocessor(100, 48, 24),
+}
 _TENSOR = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE)
 
 
@@ -38,7 +56,8 @@ _TENSOR = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mm
 class Compiled:
     """Hold the resources of one kernel on one target.
 
-    spills: the bytes that a thread spills, stored plus loaded; occupancy: the share of the 64 warps that fit.
+    spills: the bytes that a thread spills, stored plus loaded; shared_limit: the bytes of shared memory that a block
+    may have; occupancy: the share of a multiprocessor's warps that fit.
     """
 
     kernel: str
@@ -48,8 +67,16 @@ class Compiled:
     registers: int
     spills: int
     shared_bytes: int
+    shared_limit: int
     occupancy: float
     tensor_instructions: int
+
+    def fault(self) -> str | None:
+        """Return what is wrong with the kernel, None for one that fits the target and does not spill."""
+        name = f"{self.target} {self.kernel} ({self.case})"
+        if self.shared_bytes > self.shared_limit:
+            return f"{name} needs {self.shared_bytes} bytes of shared memory, and a block has {self.shared_limit}"
+        return f"{name} spills {self.spills} bytes" if self.spills else None
 
 
 @contextmanager
@@ -70,14 +97,27 @@ def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
 
 
 def step_launches(
-    config: AdapterConfig, batch: int, classes: int, dtype: torch.dtype
+    config: AdapterConfig,
+    batch: int,
+    classes: int,
+    dtype: torch.dtype,
+    *,
+    features: torch.dtype | None = None,
+    weights: torch.dtype | None = None,
+    target: int = 80,
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Return the launches of one forward and one backward pass with every gradient."""
+    """Return the launches of one forward and one backward pass with every gradient.
+
+    features, weights: the types in which they lie in memory; where one is not dtype, autocast computes in dtype.
+    target: the compute capability that the tiles have to fit.
+    """
+    features, weights = features or dtype, weights or dtype
     parameters = {
-        key: value.detach().to(dtype).requires_grad_() for key, value in RationalAdapter(config).named_parameters()
+        key: value.detach().to(weights).requires_grad_() for key, value in RationalAdapter(config).named_parameters()
     }
-    image, text = (torch.zeros(rows, config.embed_dim, dtype=dtype, requires_grad=True) for rows in (batch, classes))
-    with recorded() as launches, use_backend("triton"):
+    image, text = (torch.zeros(rows, config.embed_dim, dtype=features, requires_grad=True) for rows in (batch, classes))
+    autocast = torch.autocast("cpu", dtype, enabled=(features, weights) != (dtype, dtype))
+    with assumed_target(Target.of_capability(target)), recorded() as launches, use_backend("triton"), autocast:
         output = rational_adapter(image, text, 100.0, parameters, config, penalty="l2")
         assert output.penalty is not None
         (output.logits.sum() + output.penalty).backward()
@@ -139,19 +179,20 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], t
     registers = int(re.findall(r"Used (\d+) registers", report)[-1])
     spills = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", report))
     return Compiled(
-        kernel.__name__, f"sm_{target}", case, warps, registers, spills, shared,
+        kernel.__name__, f"sm_{target}", case, warps, registers, spills, shared, 1024 * BLOCK_KIB[target],
         _occupancy(target, warps, registers, shared), len(_TENSOR.findall(ptx)),
     )  # fmt: skip
 
 
 def _occupancy(target: int, warps: int, registers: int, shared: int) -> float:
+    multiprocessor = _MULTIPROCESSORS[target]
     blocks = min(
-        _MAX_BLOCKS,
-        _MAX_WARPS // warps,
+        multiprocessor.blocks,
+        multiprocessor.warps // warps,
         _REGISTERS // ((registers + 7) // 8 * 8 * 32 * warps),
-        _SHARED_KIB[target] * 1024 // (shared + 1024),
+        multiprocessor.shared_kib * 1024 // (shared + 1024),
     )
-    return blocks * warps / _MAX_WARPS
+    return blocks * warps / multiprocessor.warps
 
 
 def compile_cuda(target: int) -> list[Compiled] | str:
@@ -169,14 +210,14 @@ def compile_cuda(target: int) -> list[Compiled] | str:
             occupancy = _occupancy(target, warps, found.registers, found.shared)
             row = Compiled(
                 found.kernel, f"sm_{target}", source.name, warps, found.registers, found.spills, found.shared,
-                occupancy, found.tensor_instructions,
+                1024 * BLOCK_KIB[target], occupancy, found.tensor_instructions,
             )  # fmt: skip
             rows.append(row)
     return rows
 
 
 def run_kernels(config: KernelsOptions) -> int:
-    """Print the report, or measure tiles. Returns 0 where no kernel spills, 1 otherwise."""
+    """Print the report, or measure tiles. Returns 0 where every kernel fits its target and none spills, 1 otherwise."""
     adapter = (
         AdapterConfig.paper(config.embed_dim) if config.preset == "paper" else AdapterConfig.official(config.embed_dim)
     )
@@ -185,16 +226,24 @@ def run_kernels(config: KernelsOptions) -> int:
 
         return run_tuning(config, adapter, TYPES[config.dtype])
     case = f"{config.preset} D {config.embed_dim}, B {config.batch}, K {config.classes}, {config.dtype}"
-    rows = []
+    cases = {case: TYPES[config.dtype]}
+    if config.dtype != "float32":
+        cases[f"{case} under autocast"] = torch.float32
+    tables: dict[str, list[Compiled]] = {}
     console = PlainConsole()
     # A narrower table would cut off every number.
-    console.width = max(console.width, 120)
-    launches = step_launches(adapter, config.batch, config.classes, TYPES[config.dtype])
-    for target in config.targets:
-        for launch in launches:
-            if not config.json:
-                PlainConsole(stderr=True).print(f"sm_{target} {launch[0].__name__}", style="dim")
-            rows.append(compile_launch(*launch, target, case))
+    console.width = max(console.width, 130)
+    for name, stored in cases.items():
+        tables[name] = []
+        for target in config.targets:
+            launches = step_launches(
+                adapter, config.batch, config.classes, TYPES[config.dtype], features=stored, weights=stored,
+                target=target,
+            )  # fmt: skip
+            for launch in launches:
+                if not config.json:
+                    PlainConsole(stderr=True).print(f"sm_{target} {launch[0].__name__}", style="dim")
+                tables[name].append(compile_launch(*launch, target, name))
     cuda_rows = []
     for target in config.targets:
         compiled = compile_cuda(target)
@@ -202,21 +251,35 @@ def run_kernels(config: KernelsOptions) -> int:
             PlainConsole(stderr=True).print(f"no table of the CUDA C++ kernels: {compiled}")
             break
         cuda_rows += compiled
-    tables = {case: rows, "CUDA C++": cuda_rows} if cuda_rows else {case: rows}
-    rows = rows + cuda_rows
+    if cuda_rows:
+        tables["CUDA C++"] = cuda_rows
+    rows = [row for shown in tables.values() for row in shown]
     if config.json:
         for row in rows:
             print_json(asdict(row), indent=None)
     for title, shown in {} if config.json else tables.items():
         table = Table(title=title)
-        for name in ("target", "kernel", "warps", "registers", "spilled B", "shared B", "occupancy", "tensor instr."):
+        for name in (
+            "target",
+            "kernel",
+            "warps",
+            "registers",
+            "spilled B",
+            "shared B",
+            "of B",
+            "occupancy",
+            "tensor instr.",
+        ):
             table.add_column(
                 name, justify="left" if name in ("target", "kernel") else "right", no_wrap=name == "kernel"
             )
         for row in shown:
             table.add_row(
                 row.target, row.kernel, str(row.warps), str(row.registers), str(row.spills), str(row.shared_bytes),
-                f"{row.occupancy:.2f}", str(row.tensor_instructions),
+                str(row.shared_limit), f"{row.occupancy:.2f}", str(row.tensor_instructions),
             )  # fmt: skip
         console.print(table)
-    return 1 if any(row.spills for row in rows) else 0
+    faults = [fault for row in rows if (fault := row.fault())]
+    for fault in faults:
+        PlainConsole(stderr=True).print(fault)
+    return 1 if faults else 0

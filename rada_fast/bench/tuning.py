@@ -12,6 +12,7 @@ from rada_fast import _env
 from rada_fast.config.method import ROLES, AdapterConfig
 from rada_fast.config.tools import KernelsOptions
 from rada_fast.errors import UserError
+from rada_fast.kernels._shared_memory import target_of
 from rada_fast.kernels.class_attention import class_attention_backward, class_attention_forward
 from rada_fast.kernels.masked_logits import masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.parameter_gradients import parameter_gradients
@@ -126,7 +127,7 @@ def run_tuning(config: KernelsOptions, adapter: AdapterConfig, dtype: torch.dtyp
     console = PlainConsole(stderr=True)
     report = tune(
         launches, sizes, device, lambda run: float(do_bench(run, warmup=10, rep=50, return_mode="median")),
-        echo=lambda line: console.print(line, style="dim"),
+        echo=lambda line: console.print(line, style="dim"), target=target_of(torch.device("cuda")),
     )  # fmt: skip
     if config.json:
         for launch, found in report.items():

@@ -52,7 +52,8 @@ class KernelsOptions:
     """Report what the GPU kernels compile to: the Triton kernels of one training step, and the CUDA C++ kernels where
     nvcc is found.
 
-    The command needs no device and takes about a minute. Its exit status is 1 where a kernel spills registers.
+    The command needs no device and takes about two minutes. Its exit status is 1 where a kernel spills registers, or
+    needs more shared memory than a block has on the target.
     """
 
     preset: Literal["official", "paper"] = "official"
@@ -64,9 +65,9 @@ class KernelsOptions:
     classes: int = 1000
     """Number K of classes."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of the features and the parameters."""
-    targets: tuple[Literal[80, 90, 100], ...] = (80, 90, 100)
-    """Compute capabilities: 80 is A100, 90 H100, 100 B200."""
+    """Type of the features and the parameters, and of the products under autocast, where both are in float32."""
+    targets: tuple[Literal[80, 86, 89, 90, 100, 120], ...] = (80, 86, 89, 90, 100, 120)
+    """Compute capabilities: 80 is A100, 86 RTX 30 and A10, 89 RTX 40 and L4, 90 H100, 100 B200, 120 RTX 50."""
     tune: bool = False
     """Instead, measure up to ten tiles of each launch on this machine's GPU, and use the fastest in later calls."""
     json: bool = False

@@ -87,7 +87,7 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     ("kernels --targets 80 90 80", "--targets must not repeat a compute capability, got (80, 90, 80)"),
     ("kernels --classes 2147483647", "--classes must be a whole number of at most"),
     ("kernels --batch 2147483647", "--batch must be a whole number of at most"),
-    ("kernels --targets 70", "--targets must be one of 80, 90, 100, got '70'"),
+    ("kernels --targets 70", "--targets must be one of 80, 86, 89, 90, 100, 120, got '70'"),
     ("kernels --dtype float64", "--dtype must be one of"),
     ("kernels --classes few", "--classes must be a whole number"),
     ("build --timeout soon", "--timeout must be a number"),

@@ -21,10 +21,11 @@ import triton
 
 from rada_fast import _env
 from rada_fast.errors import UserError
-from rada_fast.kernels import class_attention, masked_logits, parameter_gradients, rational_projections
+from rada_fast.kernels import class_attention, masked_logits, parameter_gradients, projection_tiles
+from rada_fast.kernels._shared_memory import A100, Target
 
 TILES: dict[str, Any] = {
-    "rational_projections_forward": rational_projections.Tile,
+    "rational_projections_forward": projection_tiles.Tile,
     "class_attention_forward": class_attention.Tile,
     "class_attention_backward": class_attention.Tile,
     "masked_logits_forward": masked_logits.Tile,
@@ -37,9 +38,10 @@ MIN_GAIN = 1.02
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hold the sizes on which the choice of a tile depends. `rows` are those of one episode.
+    """Hold the sizes and types on which the choice of a tile depends. `rows` are those of one episode.
 
-    Of `classes` and `rows` only the number of binary digits counts.
+    dtype: the type of the products. Of `classes` and `rows` only the number of binary digits counts.
+    features, weights: the types in which they lie in memory, under autocast others than dtype; None takes dtype.
     """
 
     dtype: torch.dtype
@@ -48,36 +50,68 @@ class Sizes:
     width: int
     head: int
     precision: str = "ieee"
+    features: torch.dtype | None = None
+    weights: torch.dtype | None = None
 
     def key(self, launch: str) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        stored = (self.features or self.dtype, self.weights or self.dtype)
+        dtype, *loaded = (str(value).removeprefix("torch.") for value in (self.dtype, *stored))
+        if loaded != [dtype, dtype]:
+            dtype += f"({','.join(loaded)})"
         if self.dtype == torch.float32:
             dtype += f"-{self.precision}"
         ranges = f"K{self.classes.bit_length()} rows{self.rows.bit_length()}"
         return f"{launch} {dtype} {ranges} D{self.width} d{self.head}"
 
 
-def table_tile(launch: str, sizes: Sizes) -> Any:
-    """Return the tile that the kernels' own table chooses."""
+def table_tile(launch: str, sizes: Sizes, target: Target = A100) -> Any:
+    """Return the tile that the kernels' own table chooses for a target."""
     match launch:
         case "rational_projections_forward":
-            return rational_projections.tile_of(sizes.dtype, sizes.rows, sizes.width, sizes.precision)
+            return projection_tiles.tile_of(
+                sizes.dtype, sizes.rows, sizes.classes, sizes.width, sizes.precision,
+                features=sizes.features, weights=sizes.weights, target=target,
+            )  # fmt: skip
         case "class_attention_forward" | "class_attention_backward":
-            backward = launch.endswith("backward")
             return class_attention.tile_of(
-                sizes.dtype, sizes.classes, sizes.head, backward=backward, precision=sizes.precision
-            )
+                sizes.dtype, sizes.classes, sizes.head,
+                backward=launch.endswith("backward"), precision=sizes.precision, target=target,
+            )  # fmt: skip
         case "masked_logits_forward" | "masked_logits_backward":
-            backward = launch.endswith("backward")
-            return masked_logits.tile_of(sizes.dtype, sizes.rows, sizes.width, sizes.head, backward=backward)
+            return masked_logits.tile_of(
+                sizes.dtype, sizes.rows, sizes.classes, sizes.width, sizes.head,
+                backward=launch.endswith("backward"), weights=sizes.weights, target=target,
+            )  # fmt: skip
         case "parameter_gradients":
-            return parameter_gradients.tile_of(sizes.dtype, sizes.width, sizes.precision)
+            return parameter_gradients.tile_of(
+                sizes.dtype, sizes.classes, sizes.width, sizes.head, sizes.precision,
+                features=sizes.features, target=target,
+            )  # fmt: skip
     raise ValueError(f"launch must be one of {', '.join(TILES)}, got {launch!r}")
 
 
-def candidates(launch: str, sizes: Sizes) -> Iterator[Any]:
-    """Yield the table's tile, then tiles with other warps or stages, and with half or twice the rows."""
-    base = table_tile(launch, sizes)
+def shared_bytes(launch: str, tile: Any, sizes: Sizes, target: Target) -> int:
+    """Return an upper bound of the shared memory that a launch needs with a tile."""
+    features, weights = sizes.features or sizes.dtype, sizes.weights or sizes.dtype
+    match launch:
+        case "rational_projections_forward":
+            return projection_tiles.shared_bytes(tile, sizes.dtype, sizes.classes, features, weights, target)
+        case "class_attention_forward" | "class_attention_backward":
+            backward = launch.endswith("backward")
+            return class_attention.shared_bytes(tile, sizes.dtype, sizes.head, backward=backward, target=target)
+        case "masked_logits_forward" | "masked_logits_backward":
+            backward = launch.endswith("backward")
+            return masked_logits.shared_bytes(
+                tile, sizes.dtype, sizes.classes, sizes.width, sizes.head, backward, weights, target
+            )
+        case "parameter_gradients":
+            return parameter_gradients.shared_bytes(tile, sizes.dtype, sizes.classes, sizes.head, features, target)
+    raise ValueError(f"launch must be one of {', '.join(TILES)}, got {launch!r}")
+
+
+def candidates(launch: str, sizes: Sizes, target: Target = A100) -> Iterator[Any]:
+    """Yield the table's tile, then tiles with other warps or stages, and with half or twice the rows, that fit."""
+    base = table_tile(launch, sizes, target)
     extent = "outputs" if launch == "parameter_gradients" else "queries" if "attention" in launch else "rows"
     whole, other = getattr(base, extent), 12 - base.warps
     yield base
@@ -87,7 +121,9 @@ def candidates(launch: str, sizes: Sizes) -> Iterator[Any]:
         (2 * whole, base.warps, base.stages), (2 * whole, other, base.stages), (2 * whole, 8, base.stages - 1),
     ):  # fmt: skip
         if 16 <= size <= 128 and stages >= 1 and (extent != "outputs" or sizes.width % size == 0):
-            yield replace(base, **{extent: size}, warps=warps, stages=stages)
+            tile = replace(base, **{extent: size}, warps=warps, stages=stages)
+            if shared_bytes(launch, tile, sizes, target) <= target.block_bytes:
+                yield tile
 
 
 def cache_file(device: str) -> Path:
@@ -136,6 +172,7 @@ def tune(
     device: str,
     measure: Callable[[Callable[[], Any]], float],
     echo: Callable[[str], None] = print,
+    target: Target = A100,
 ) -> dict[str, dict[str, Any]]:
     """Measure the candidates of every launch and write those that beat the table to the device's file.
 
@@ -144,6 +181,7 @@ def tune(
     device: the device's name, which names the file.
     measure: takes a function and returns the time of a call, in any unit.
     echo: called with a line of text after each launch.
+    target: the device's target, which the table's tiles fit.
 
     Returns for each launch the table's tile, the fastest one and the ratio of their times. Raises UserError while a
     CUDA graph is being captured.
@@ -155,7 +193,7 @@ def tune(
     report: dict[str, dict[str, Any]] = {}
     for launch, run in launches.items():
         times: list[tuple[float, Any]] = []
-        for tile in candidates(launch, sizes):
+        for tile in candidates(launch, sizes, target):
             try:
                 times.append((measure(partial(run, tile)), tile))
             except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):

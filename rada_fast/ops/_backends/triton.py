@@ -150,11 +150,16 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {role: value.contiguous() for role, value in tensors.items()}
 
 
-def _tile_of(features: Features, options: Options, launch: Launch) -> Callable[[str], Any | None]:
+def _tile_of(
+    features: Features, parameters: Parameters, options: Options, launch: Launch
+) -> Callable[[str], Any | None]:
     """Return a function that takes a launch's name and returns the tile measured on this device, or None."""
     (batch, width), classes = features.image_features.shape, len(features.text_features)
     rows = batch // launch.episodes * classes
-    sizes = Sizes(launch.compute, classes, rows, width, width // options.num_heads, launch.precision)
+    sizes = Sizes(
+        launch.compute, classes, rows, width, width // options.num_heads, launch.precision,
+        features.text_features.dtype, parameters.key_weight.dtype,
+    )  # fmt: skip
     return lambda name: chosen_tile(features.image_features.device, name, sizes)
 
 
@@ -181,7 +186,7 @@ def _forward(
     output_weight, output_bias = weights.pop("output"), biases.pop("output", None)
     problem = _problem(features, scale)
     common = {"episodes": launch.episodes, "dtype": launch.compute, "precision": launch.precision}
-    tile = _tile_of(features, options, launch)
+    tile = _tile_of(features, parameters, options, launch)
     batch, classes = len(features.image_features), len(features.text_features)
     # The first launch sets to zero the counters of finished programs of the other two. Those of the heads fill whole
     # groups of 16 bytes, because pointers that are not so aligned take longer to launch with.
@@ -269,7 +274,7 @@ def _backward(
     dlogits, dpenalty, dmask = (None if value is None else value.contiguous() for value in gradients)
     problem = _problem(features, scale)
     dimage = dtext = dprojections = None
-    tile = _tile_of(features, options, launch)
+    tile = _tile_of(features, parameters, options, launch)
     with torch.cuda.device_of(features.image_features):
         outer = masked_logits_backward(
             **problem, attended=attended, weight=weights["output"], bias=output_bias, dlogits=dlogits,
