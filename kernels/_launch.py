@@ -1,19 +1,21 @@
-"""Launch kernels with little work on the host: what a launch has in common with an earlier one is done once.
+"""Launch Triton kernels with little work on the host: what a launch has in common with an earlier one is done once.
 
 Triton's own call binds the arguments to the parameters, decides for each what the kernel is compiled for, and looks the
-compiled kernel up, which takes longer than a small kernel runs. A Kernel remembers the compiled kernel for everything
-that decides about it. Where Triton is replaced, by its interpreter or by a simulator, every launch is Triton's own.
+compiled kernel up, which takes longer than a small kernel runs. So a launcher makes a Launch of everything that is no
+tensor, once for equal sizes and options, and the Launch remembers the compiled kernel. Where Triton is replaced, by its
+interpreter or by a simulator, every launch is Triton's own.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -34,13 +36,13 @@ NUMBERS = (
 """The parameters for whose values no kernel is compiled anew. Triton would compile one kernel for the number 1, one for
 multiples of 16 and one for other numbers, so a last batch with fewer images would wait for the compiler."""
 
-OPTIONS = ("num_warps", "num_stages")
-"""The options of Triton that a launch may give beside the kernel's parameters."""
-
 ALIGNMENT = 16
 """The bytes by which all pointers of a remembered kernel can be divided, as it was compiled for such pointers."""
 MAX_NUMBER = 2**31 - 1
 """The largest number that a remembered kernel takes, as it was compiled for 32 bits."""
+
+remembered = lru_cache(maxsize=1024)
+"""A decorator for functions that make a Launch of sizes and options. It keeps the results of the latest calls."""
 
 
 def is_replaced() -> bool:
@@ -49,10 +51,11 @@ def is_replaced() -> bool:
 
 
 class Kernel:
-    """A Triton entry point, launched as usual: kernel[grid](name=value, ..., num_warps=4).
+    """A Triton entry point. Its parameters stand in the order that the package's docstring describes: tensors, numbers,
+    compile-time constants.
 
-    All arguments are given by name. The parameters stand in the order that the package's docstring describes: tensors,
-    numbers, compile-time constants.
+    kernel.launch(grid, number=..., CONSTANT=..., num_warps=4) makes a Launch, which is then called with the tensors.
+    kernel[grid](...) is Triton's own call with all arguments.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -61,41 +64,53 @@ class Kernel:
         parameters = inspect.signature(function).parameters
         names = list(parameters)
         constants = [name for name in names if "constexpr" in str(parameters[name].annotation)]
-        self._tensors = next(at for at, name in enumerate(names) if name in (*NUMBERS, *constants))
-        self._constants = len(names) - len(constants)
-        self._fixed = (*OPTIONS, *(name for name in names[self._tensors :] if name not in NUMBERS))
-        self._values: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*names)
-        self._interpreted = not isinstance(self.jit, JITFunction)
+        tensors = next(at for at, name in enumerate(names) if name in (*NUMBERS, *constants))
+        self.tensors, self.others = names[:tensors], names[tensors:]
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., Any]:
+        own: Callable[..., Any] = self.jit[grid]
+        return own
+
+    def launch(self, grid: Sequence[int], **arguments: Any) -> Launch:
+        """Return a launch on a grid, with every argument that is no tensor, and with options such as num_warps."""
+        return Launch(self, grid, arguments)
+
+
+class Launch:
+    """A launch that waits for its tensors: launch(name=tensor or None, ...). It may be called any number of times."""
+
+    def __init__(self, kernel: Kernel, grid: Sequence[int], arguments: dict[str, Any]) -> None:
+        self._jit, self._grid, self._arguments = kernel.jit, (*grid, 1, 1)[:3], arguments
+        self._tensors: Callable[[dict[str, Tensor | None]], tuple[Tensor | None, ...]] = itemgetter(*kernel.tensors)
+        self._others = tuple(arguments[name] for name in kernel.others)
+        numbers = (value for value in self._others if isinstance(value, int))
+        self._is_compiled = isinstance(kernel.jit, JITFunction) and max(numbers, default=0) <= MAX_NUMBER
         self._compiled: dict[tuple[Any, ...], CompiledKernel] = {}
 
-    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
-        return partial(self._launch, grid)
-
-    def _launch(self, grid: Sequence[int], /, **arguments: Any) -> None:
-        if self._interpreted or is_replaced():
-            self.jit[grid](**arguments)
+    def __call__(self, **tensors: Tensor | None) -> None:
+        if is_replaced() or not self._is_compiled:
+            self._jit[self._grid](**tensors, **self._arguments)
             return
-        values = self._values(arguments)
         pointers: list[int | None] = []
-        types = []
+        device = driver.active.get_current_device()
+        key: list[Any] = [device]
         together = 0
-        for tensor in values[: self._tensors]:
+        for tensor in self._tensors(tensors):
             if tensor is None:
                 pointers.append(None)
-                types.append(None)
+                key.append(None)
             else:
                 address = tensor.data_ptr()
                 together |= address
                 pointers.append(address)
-                types.append(tensor.dtype)
-        device = driver.active.get_current_device()
-        key = (device, *map(arguments.get, self._fixed), *types)
-        compiled = self._compiled.get(key)
-        usual = together % ALIGNMENT == 0 and max(values[self._tensors : self._constants]) <= MAX_NUMBER
-        if compiled is not None and usual:
+                key.append(tensor.dtype)
+        compiled = self._compiled.get(types := tuple(key))
+        if together % ALIGNMENT:
+            self._jit[self._grid](**tensors, **self._arguments)
+        elif compiled is None:
+            launched = self._jit[self._grid](**tensors, **self._arguments)
+            if isinstance(launched, CompiledKernel):
+                self._compiled[types] = launched
+        else:
             stream = driver.active.get_current_stream(device)
-            compiled[(*grid, 1, 1)](*pointers, *values[self._tensors :], stream=stream)
-            return
-        launched = self.jit[grid](**arguments)
-        if usual and isinstance(launched, CompiledKernel):
-            self._compiled[key] = launched
+            compiled[self._grid](*pointers, *self._others, stream=stream)

@@ -29,13 +29,15 @@ from rada_fast.kernels._common import (
     rational_rows,
     store_column_sums,
 )
-from rada_fast.kernels._launch import Kernel
+from rada_fast.kernels._launch import Kernel, Launch, remembered
 from rada_fast.kernels._shared_memory import A100, Target, first_fitting, operand_bytes, target_of
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.rational_projections import ProjectionBuffers
 
 ROLE_ORDER = ("key", "value", "rational", "output", "text", "image")
 """The roles in the order of their programs. The first four go through B K rows and start first."""
+_WEIGHTS, _BIASES = (tuple(f"{role}_{part}" for role in ROLE_ORDER) for part in ("weight", "bias"))
+"""The kernel's parameters for the gradients of the weights and biases, in the order of the roles."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,40 @@ def parameter_gradients_kernel(
         )  # fmt: skip
 
 
+@remembered
+def _launch(
+    batch: int,
+    classes: int,
+    width: int,
+    num_heads: int,
+    roles: tuple[str, ...],
+    kinds: int,
+    scale_factor: float,
+    episodes: int,
+    bias: bool,
+    dtype: torch.dtype,
+    features: torch.dtype,
+    precision: str,
+    target: Target,
+    tile: Tile | None,
+) -> Launch:
+    """Return the launch for the gradients of the weights in `roles`.
+
+    kinds: the number of query kinds in use. features: the type in which the features lie in memory.
+    """
+    head = width // num_heads
+    tile = tile or tile_of(dtype, classes, width, head, precision, features=features, target=target)
+    programs = len(roles) * (width // tile.outputs) * (width // tile.inputs)
+    return parameter_gradients_kernel.launch(
+        episode_grid(programs, episodes=episodes),
+        images=batch // episodes, classes=classes, total_rows=batch * classes, share=1 / kinds,
+        D=width, HEAD=head, FACTOR=scale_factor, HAS_OUTPUT=int("output" in roles), HAS_BIAS=bias,
+        TWO_IMAGES=classes >= tile.rows, BLOCK_O=tile.outputs, BLOCK_I=tile.inputs, BLOCK_R=tile.rows,
+        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
 def parameter_gradients(
     image: Tensor,
     text: Tensor,
@@ -320,29 +356,22 @@ def parameter_gradients(
         return weights, biases
     some_weight = next(iter(weights.values()))
     episodes = some_weight.shape[0] if some_weight.ndim == 3 else 1
-    dtype = doffset.dtype
-    tile = tile or tile_of(
-        dtype, classes, width, width // num_heads, precision, features=text.dtype, target=target_of(text.device)
-    )
     inner = gradients or ProjectionBuffers(None, None, None, None, None)
     # The kernel chooses among the pointers of several roles. So an output projection that is not asked for needs
     # pointers of the right type, and biases that do not exist need some pointer; neither is written to.
     weight_pointers = {"output": some_weight} | weights
     bias_pointers = {"output": next(iter(biases.values()))} | biases if bias else weight_pointers
-    programs = len(weights) * (width // tile.outputs) * (width // tile.inputs)
-    parameter_gradients_kernel[episode_grid(programs, episodes=episodes)](
+    launch = _launch(
+        batch, classes, width, num_heads, tuple(weights), attended.kinds, scale_factor, episodes, bias, doffset.dtype,
+        text.dtype, precision, target_of(text.device), tile,
+    )  # fmt: skip
+    launch(
         image=image, text=text, logit_scale=logit_scale,
         attended_text=attended.text, attended_rational=attended.rational, attended_image=attended.image,
         factors=attended.factors,
         dkeys=inner.keys, dvalues=inner.values, dq_rational=inner.q_rational, doffset=doffset, dq_text=inner.q_text,
         dq_image=inner.q_image,
-        **{f"{role}_weight": weight_pointers.get(role) for role in ROLE_ORDER},
-        **{f"{role}_bias": bias_pointers.get(role) for role in ROLE_ORDER},
-        images=batch // episodes, classes=classes, total_rows=batch * classes,
-        share=1 / sum(kind is not None for kind in (attended.text, attended.rational, attended.image)),
-        D=width, HEAD=width // num_heads, FACTOR=scale_factor, HAS_OUTPUT=int("output" in weights), HAS_BIAS=bias,
-        TWO_IMAGES=classes >= tile.rows, BLOCK_O=tile.outputs, BLOCK_I=tile.inputs, BLOCK_R=tile.rows,
-        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
-        num_warps=tile.warps, num_stages=tile.stages,
+        **dict(zip(_WEIGHTS, map(weight_pointers.get, ROLE_ORDER), strict=True)),
+        **dict(zip(_BIASES, map(bias_pointers.get, ROLE_ORDER), strict=True)),
     )  # fmt: skip
     return weights, biases

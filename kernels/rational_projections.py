@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,8 +28,8 @@ from rada_fast.kernels._common import (
     product,
     rational_rows,
 )
-from rada_fast.kernels._launch import Kernel
-from rada_fast.kernels._shared_memory import target_of
+from rada_fast.kernels._launch import Kernel, Launch, remembered
+from rada_fast.kernels._shared_memory import Target, target_of
 from rada_fast.kernels.projection_tiles import Tile, backward_tile_of, tile_of
 
 
@@ -199,6 +200,48 @@ class ProjectionBuffers:
     q_image: Tensor | None
 
 
+@remembered
+def _forward_launch(
+    batch: int,
+    classes: int,
+    width: int,
+    kinds: tuple[str, ...],
+    scale_factor: float,
+    episodes: int,
+    shared: bool,
+    dtype: torch.dtype,
+    stored: tuple[torch.dtype, torch.dtype],
+    precision: str,
+    num_counters: int,
+    target: Target,
+    tile: Tile | None,
+) -> Launch:
+    """Return the launch of all projections.
+
+    kinds: the keys of the weights. shared: whether episodes share them.
+    stored: the types in which the features and the weights lie in memory.
+    """
+    images = batch // episodes
+    features, weights = stored
+    tile = tile or tile_of(
+        dtype, images * classes, classes, width, precision, features=features, weights=weights, target=target
+    )
+    programs = (width // tile.columns) * (
+        cdiv(images * classes, tile.rows) * (2 + ("rational" in kinds))
+        + cdiv(classes, tile.rows) * ("text" in kinds)
+        + cdiv(images, tile.image_rows) * ("image" in kinds)
+    )
+    return rational_projections_forward_kernel.launch(
+        episode_grid(programs, episodes=episodes),
+        images=images, classes=classes, num_counters=num_counters,
+        weight_stride=0 if shared else width * width, bias_stride=0 if shared else width,
+        D=width, FACTOR=scale_factor, SHARED=shared, TWO_IMAGES=classes >= tile.rows, BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns, BLOCK_C=tile.depth, BLOCK_I=tile.image_rows,
+        PRECISION=default_precision(dtype, precision),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
 def rational_projections_forward(
     image: Tensor,
     text: Tensor,
@@ -226,14 +269,9 @@ def rational_projections_forward(
     counters: int32, set to zero for the launches that follow (see _common.is_last_to_finish).
     """
     (batch, width), classes = image.shape, text.shape[0]
-    images = batch // episodes
     dtype = dtype or text.dtype
-    tile = tile or tile_of(
-        dtype, images * classes, classes, width, precision,
-        features=text.dtype, weights=weights["key"].dtype, target=target_of(text.device),
-    )  # fmt: skip
-    empty = partial(text.new_empty, dtype=dtype)
     shared = weights["key"].ndim == 2
+    empty = partial(text.new_empty, dtype=dtype)
     projections = ProjectionBuffers(
         keys=empty((batch, classes, width)),
         values=empty((batch, classes, width)),
@@ -241,14 +279,14 @@ def rational_projections_forward(
         q_text=empty((1 if shared else episodes, classes, width)) if "text" in weights else None,
         q_image=empty((batch, width), dtype=torch.float32) if "image" in weights else None,
     )
-    programs = (width // tile.columns) * (
-        cdiv(images * classes, tile.rows) * (2 + ("rational" in weights))
-        + cdiv(classes, tile.rows) * ("text" in weights)
-        + cdiv(images, tile.image_rows) * ("image" in weights)
-    )
     if batch == 0:
         return projections
-    rational_projections_forward_kernel[episode_grid(programs, episodes=episodes)](
+    launch = _forward_launch(
+        batch, classes, width, tuple(weights), scale_factor, episodes, shared, dtype,
+        (text.dtype, weights["key"].dtype), precision, 0 if counters is None else len(counters),
+        target_of(text.device), tile,
+    )  # fmt: skip
+    launch(
         image=image, text=text, logit_scale=logit_scale,
         image_weight=weights.get("image"), image_bias=biases.get("image"), text_weight=weights.get("text"),
         text_bias=biases.get("text"),
@@ -256,13 +294,6 @@ def rational_projections_forward(
         key_bias=biases.get("key"), value_weight=weights["value"], value_bias=biases.get("value"),
         q_image=projections.q_image, q_text=projections.q_text, q_rational=projections.q_rational,
         keys=projections.keys, values=projections.values, counters=counters,
-        images=images, classes=classes, num_counters=0 if counters is None else len(counters),
-        weight_stride=episode_stride(weights["key"]),
-        bias_stride=biases["key"].stride(0) if biases and not shared else 0,
-        D=width, FACTOR=scale_factor, SHARED=shared, TWO_IMAGES=classes >= tile.rows, BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns, BLOCK_C=tile.depth, BLOCK_I=tile.image_rows,
-        PRECISION=default_precision(dtype, precision),
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return projections
 
@@ -387,6 +418,48 @@ def image_gradient_reduce_kernel(
     tl.store(dimage + row_offsets + n[None, :], accumulator.to(dimage.dtype.element_ty), mask=valid[:, None])
 
 
+class _BackwardLaunches(NamedTuple):
+    """Hold both launches, and the number of contributions to df that the first one stores for the second one."""
+
+    both: Launch
+    reduce: Launch
+    parts: int
+
+
+@remembered
+def _backward_launches(
+    batch: int,
+    classes: int,
+    width: int,
+    scale_factor: float,
+    episodes: int,
+    weight_stride: int,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    precision: str,
+    target: Target,
+) -> _BackwardLaunches:
+    """Return the launches. weights: the type in which the weights lie in memory."""
+    images = batch // episodes
+    tile = backward_tile_of(dtype, width, precision, weights=weights, target=target)
+    tiles = cdiv(classes, tile.rows)
+    parts = tiles * (tile.rows // 16)
+    both = rational_projections_backward_kernel.launch(
+        (tiles, width // tile.columns),
+        batch=batch, images=images, classes=classes, weight_stride=weight_stride,
+        D=width, FACTOR=scale_factor, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
+        PRECISION=default_precision(dtype, precision),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    reduce = image_gradient_reduce_kernel.launch(
+        episode_grid(cdiv(images, tile.image_rows), width // tile.columns, episodes=episodes),
+        batch=batch, images=images, parts=parts, weight_stride=weight_stride,
+        D=width, FACTOR=scale_factor, BLOCK_M=tile.image_rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return _BackwardLaunches(both, reduce, parts)
+
+
 def rational_projections_backward(
     image: Tensor,
     text: Tensor,
@@ -410,34 +483,25 @@ def rational_projections_backward(
     weighted: s dlogits M, (B, K, D).
     """
     (batch, width), classes = image.shape, text.shape[0]
-    images, stride = batch // episodes, episode_stride(weights["key"])
-    tile = backward_tile_of(
-        gradients.keys.dtype, width, precision, weights=weights["key"].dtype, target=target_of(text.device)
-    )
-    tiles = cdiv(classes, tile.rows)
-    parts = tiles * (tile.rows // 16)
-    image_parts = image.new_empty((parts, batch, width), dtype=torch.float32)
     dimage, dtext = torch.empty_like(image), torch.empty_like(text)
     if batch == 0:
         return dimage, dtext.zero_()
-    rational_projections_backward_kernel[(tiles, width // tile.columns)](
+    launches = _backward_launches(
+        batch, classes, width, scale_factor, episodes, episode_stride(weights["key"]), weighted.dtype,
+        weights["key"].dtype, precision, target_of(text.device),
+    )  # fmt: skip
+    image_parts = image.new_empty((launches.parts, batch, width), dtype=torch.float32)
+    launches.both(
         image=image, text=text, logit_scale=logit_scale,
         text_weight=weights.get("text"), rational_weight=weights.get("rational"), key_weight=weights["key"],
         value_weight=weights["value"],
         dq_text=gradients.q_text, dq_rational=gradients.q_rational, dkeys=gradients.keys, dvalues=gradients.values,
         weighted=weighted,
         dtext=dtext, image_parts=image_parts,
-        batch=batch, images=images, classes=classes, weight_stride=stride,
-        D=width, FACTOR=scale_factor, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
-        PRECISION=default_precision(gradients.keys.dtype, precision),
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    image_gradient_reduce_kernel[episode_grid(cdiv(images, tile.image_rows), width // tile.columns, episodes=episodes)](
+    launches.reduce(
         logit_scale=logit_scale, image_weight=weights.get("image"), dq_image=gradients.q_image,
         image_parts=image_parts,
         dimage=dimage,
-        batch=batch, images=images, parts=parts, weight_stride=stride,
-        D=width, FACTOR=scale_factor, BLOCK_M=tile.image_rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
-        num_warps=4, num_stages=2,
     )  # fmt: skip
     return dimage, dtext

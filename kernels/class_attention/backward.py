@@ -10,19 +10,98 @@ is the mean of w^c O^c over the |Q| query kinds in use.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from rada_fast.kernels._common import LOG2E, cdiv, default_precision
-from rada_fast.kernels._shared_memory import target_of
+from rada_fast.kernels._launch import Launch, remembered
+from rada_fast.kernels._shared_memory import Target, target_of
 from rada_fast.kernels.class_attention.backward_keys import class_attention_backward_keys_kernel
 from rada_fast.kernels.class_attention.backward_queries import class_attention_backward_queries_kernel
 from rada_fast.kernels.class_attention.deltas import row_deltas_kernel
 from rada_fast.kernels.class_attention.forward import Attended
 from rada_fast.kernels.class_attention.tiles import Tile, piece_columns, splits_head, tile_of
 from rada_fast.kernels.rational_projections import ProjectionBuffers
+
+
+class _Launches(NamedTuple):
+    """Hold the launches of the query and key gradients, and that of the row softmax's deltas, or None without it."""
+
+    queries: Launch
+    keys: Launch
+    deltas: Launch | None
+
+
+@remembered
+def _launches(
+    batch: int,
+    classes: int,
+    width: int,
+    num_heads: int,
+    kinds: tuple[bool, bool, bool],
+    images_per_text: int,
+    chunks: int,
+    temperature: float,
+    matrix: bool,
+    dtype: torch.dtype,
+    precision: str,
+    target: Target,
+    tile: Tile | None,
+) -> _Launches:
+    """Return the launches.
+
+    kinds: whether the text, the rational and the image query are in use. chunks: the parts of a head's deltas.
+    """
+    head = width // num_heads
+    tile = tile or tile_of(dtype, classes, head, backward=True, precision=precision, target=target)
+    *in_tiles, has_image = kinds
+    vector = triton.next_power_of_2(head)
+    common = {
+        "batch": batch,
+        "classes": classes,
+        "images_per_text": images_per_text,
+        "scale": LOG2E / (math.sqrt(head) * temperature),
+        "share": 1 / sum(kinds),
+        "D": width,
+        "HEAD": head,
+        "CHUNKS": chunks,
+        "SPLIT_HEAD": splits_head(dtype, head, tile),
+        "BLOCK_D": tile.columns,
+        "BLOCK_C": piece_columns(dtype, head),
+        "BLOCK_S": max(256, min(512, triton.next_power_of_2(classes))),
+        "PRECISION": default_precision(dtype, precision),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    # In the second launch a tile has as many keys as one has queries in the first, and reads queries in short strips.
+    tiles, groups = cdiv(classes, tile.queries), cdiv(head, tile.columns)
+    query_tiles = tiles if any(in_tiles) else 0
+    queries = class_attention_backward_queries_kernel.launch(
+        (batch * num_heads * groups * (query_tiles + has_image),),
+        tiles=query_tiles,
+        HEAD_VECTOR=vector, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+        # The image query's two accumulators of 64 x 64 spill on Blackwell. A thread has four columns of a row as in the
+        # forward pass, so that scores are added up in the same order.
+        BLOCK_I=max(1, 128 * tile.warps // vector, min(32, 4096 // vector)),
+        **common,
+    )  # fmt: skip
+    keys = class_attention_backward_keys_kernel.launch(
+        (batch * num_heads * groups * tiles,), tiles=tiles, BLOCK_Q=tile.keys, BLOCK_K=tile.queries, **common
+    )
+    if matrix or not any(in_tiles):
+        return _Launches(queries, keys, None)
+    deltas = row_deltas_kernel.launch(
+        (sum(in_tiles) * num_heads * batch,),
+        batch=batch,
+        classes=classes,
+        CHUNKS=chunks,
+        BLOCK=max(128, min(1024, triton.next_power_of_2(classes))),
+        num_warps=4,
+    )
+    return _Launches(queries, keys, deltas)
 
 
 def class_attention_backward(
@@ -43,8 +122,6 @@ def class_attention_backward(
     """
     keys, values = projections.keys, projections.values
     batch, classes, width = keys.shape
-    head = width // num_heads
-    tile = tile or tile_of(keys.dtype, classes, head, backward=True, precision=precision, target=target_of(keys.device))
     text, rational, image = projections.q_text, projections.q_rational, projections.q_image
     gradients = ProjectionBuffers(
         keys=torch.empty_like(keys),
@@ -58,23 +135,17 @@ def class_attention_backward(
     float32 = {"dtype": torch.float32, "device": keys.device}
     image_pairs = torch.empty((batch, num_heads, classes, 4), **float32) if image is not None else None
     dattended_sum = torch.empty((batch, width), **float32) if image is not None else None
-    # `used` selects those of the text and the rational query that are in use; their arrays are contiguous.
-    used = slice(0 if text is not None else 1, 2 if rational is not None else 1)
-    kinds = used.stop - used.start
-    chunks = deltas.shape[1] // num_heads
-    if not matrix and kinds:
+    kinds = (text is not None, rational is not None, image is not None)
+    launches = _launches(
+        batch, classes, width, num_heads, kinds, batch // (text.shape[0] if text is not None else 1),
+        deltas.shape[1] // num_heads, temperature, matrix, keys.dtype, precision, target_of(keys.device), tile,
+    )  # fmt: skip
+    if launches.deltas is not None:
+        # `used` selects those of the text and the rational query that are in use; their arrays are contiguous.
+        used = slice(0 if text is not None else 1, 2 if rational is not None else 1)
         chunk_deltas, deltas = deltas, torch.empty((2, num_heads, batch, classes), **float32)
-        row_deltas_kernel[(kinds * num_heads * batch,)](
-            deltas=chunk_deltas[used],
-            sums=deltas[used],
-            batch=batch,
-            classes=classes,
-            CHUNKS=chunks,
-            BLOCK=max(128, min(1024, triton.next_power_of_2(classes))),
-            num_warps=4,
-        )
-    vector = triton.next_power_of_2(head)
-    common = {
+        launches.deltas(deltas=chunk_deltas[used], sums=deltas[used])
+    tensors = {
         "q_image": image,
         "q_text": text,
         "q_rational": rational,
@@ -86,41 +157,10 @@ def class_attention_backward(
         "deltas": deltas,
         "image_pairs": image_pairs,
         "dattended_sum": dattended_sum,
-        "batch": batch,
-        "classes": classes,
-        "images_per_text": batch // (text.shape[0] if text is not None else 1),
-        "scale": LOG2E / (math.sqrt(head) * temperature),
-        "share": 1 / (kinds + (image is not None)),
-        "D": width,
-        "HEAD": head,
-        "CHUNKS": chunks,
-        "SPLIT_HEAD": splits_head(keys.dtype, head, tile),
-        "BLOCK_D": tile.columns,
-        "BLOCK_C": piece_columns(keys.dtype, head),
-        "BLOCK_S": max(256, min(512, triton.next_power_of_2(classes))),
-        "PRECISION": default_precision(keys.dtype, precision),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
     }
-    # In the second launch a tile has as many keys as one has queries in the first, and reads queries in short strips.
-    tiles, groups = cdiv(classes, tile.queries), cdiv(head, tile.columns)
-    query_tiles = tiles if kinds else 0
-    class_attention_backward_queries_kernel[(batch * num_heads * groups * (query_tiles + (image is not None)),)](
+    launches.queries(
         attended_image=attended.image, image_logsums=attended.image_logsums, dq_image=gradients.q_image,
-        dq_text=gradients.q_text, dq_rational=gradients.q_rational,
-        tiles=query_tiles,
-        HEAD_VECTOR=vector, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
-        # The image query's two accumulators of 64 x 64 spill on Blackwell. A thread has four columns of a row as in the
-        # forward pass, so that scores are added up in the same order.
-        BLOCK_I=max(1, 128 * tile.warps // vector, min(32, 4096 // vector)),
-        **common,
+        dq_text=gradients.q_text, dq_rational=gradients.q_rational, **tensors,
     )  # fmt: skip
-    class_attention_backward_keys_kernel[(batch * num_heads * groups * tiles,)](
-        dkeys=gradients.keys,
-        dvalues=gradients.values,
-        tiles=tiles,
-        BLOCK_Q=tile.keys,
-        BLOCK_K=tile.queries,
-        **common,
-    )
+    launches.keys(dkeys=gradients.keys, dvalues=gradients.values, **tensors)
     return gradients

@@ -19,8 +19,8 @@ from rada_fast.kernels._common import (
     product,
     store_column_sums,
 )
-from rada_fast.kernels._launch import Kernel
-from rada_fast.kernels._shared_memory import target_of
+from rada_fast.kernels._launch import Kernel, Launch, remembered
+from rada_fast.kernels._shared_memory import Target, target_of
 from rada_fast.kernels.class_attention.factors import store_factors
 from rada_fast.kernels.class_attention.scores import (
     program_place,
@@ -264,6 +264,46 @@ class Attended:
     factors: Tensor | None
     totals: Tensor | None
 
+    @property
+    def kinds(self) -> int:
+        """Return the number |Q| of query kinds in use."""
+        return (self.text is not None) + (self.rational is not None) + (self.image is not None)
+
+
+@remembered
+def _forward_launch(
+    batch: int,
+    classes: int,
+    width: int,
+    num_heads: int,
+    kinds: tuple[bool, bool, bool],
+    images_per_text: int,
+    temperature: float,
+    dtype: torch.dtype,
+    precision: str,
+    target: Target,
+    tile: Tile | None,
+) -> Launch:
+    """Return the launch. kinds: whether the text, the rational and the image query are in use."""
+    head = width // num_heads
+    tile = tile or tile_of(dtype, classes, head, precision=precision, target=target)
+    *in_tiles, has_image = kinds
+    tiles = cdiv(classes, tile.queries) if any(in_tiles) else 0
+    programs = batch * num_heads * cdiv(head, tile.columns) * (tiles + has_image)
+    vector = triton.next_power_of_2(head)
+    split = splits_head(dtype, head, tile)
+    return class_attention_forward_kernel.launch(
+        (programs,),
+        batch=batch, classes=classes, tiles=tiles, images_per_text=images_per_text,
+        scale=LOG2E / (math.sqrt(head) * temperature),
+        D=width, HEAD=head, HEAD_VECTOR=vector, SPLIT_HEAD=split, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+        BLOCK_D=tile.columns, BLOCK_C=piece_columns(dtype, head), BLOCK_I=max(1, min(64, 4096 // vector)),
+        BLOCK_S=max(128, min(1024, triton.next_power_of_2(classes))),
+        PRECISION=default_precision(dtype, precision),
+        # With one kind only four warps lie side by side (see text_and_rational_scores).
+        num_warps=min(tile.warps, 4) if split and sum(in_tiles) < 2 else tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
 
 def class_attention_forward(
     projections: ProjectionBuffers,
@@ -282,8 +322,6 @@ def class_attention_forward(
     """
     keys, values = projections.keys, projections.values
     batch, classes, width = keys.shape
-    head = width // num_heads
-    tile = tile or tile_of(keys.dtype, classes, head, precision=precision, target=target_of(keys.device))
     float32 = {"dtype": torch.float32, "device": keys.device}
     text, rational, image = projections.q_text, projections.q_rational, projections.q_image
     attended = Attended(
@@ -297,25 +335,17 @@ def class_attention_forward(
     )
     if batch == 0:
         return attended
-    kinds = (text is not None) + (rational is not None)
-    if matrix and kinds and counters is None:
+    kinds = (text is not None, rational is not None, image is not None)
+    if matrix and any(kinds[:2]) and counters is None:
         counters = torch.zeros((batch * num_heads,), dtype=torch.int32, device=keys.device)
-    tiles = cdiv(classes, tile.queries) if kinds else 0
-    programs = batch * num_heads * cdiv(head, tile.columns) * (tiles + (image is not None))
-    vector = triton.next_power_of_2(head)
-    split = splits_head(keys.dtype, head, tile)
-    class_attention_forward_kernel[(programs,)](
+    launch = _forward_launch(
+        batch, classes, width, num_heads, kinds, batch // (text.shape[0] if text is not None else 1), temperature,
+        keys.dtype, precision, target_of(keys.device), tile,
+    )  # fmt: skip
+    launch(
         q_image=image, q_text=text, q_rational=rational, keys=keys, values=values,
         attended_image=attended.image, attended_text=attended.text, attended_rational=attended.rational,
         logsums=attended.logsums, image_logsums=attended.image_logsums, factors=attended.factors,
         totals=attended.totals, counters=counters,
-        batch=batch, classes=classes, tiles=tiles, images_per_text=batch // (text.shape[0] if text is not None else 1),
-        scale=LOG2E / (math.sqrt(head) * temperature),
-        D=width, HEAD=head, HEAD_VECTOR=vector, SPLIT_HEAD=split, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
-        BLOCK_D=tile.columns, BLOCK_C=piece_columns(keys.dtype, head), BLOCK_I=max(1, min(64, 4096 // vector)),
-        BLOCK_S=max(128, min(1024, triton.next_power_of_2(classes))),
-        PRECISION=default_precision(keys.dtype, precision),
-        # With one kind only four warps lie side by side (see text_and_rational_scores).
-        num_warps=min(tile.warps, 4) if split and kinds < 2 else tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return attended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -13,15 +14,21 @@ from rada_fast.kernels._common import (
     cdiv,
     default_precision,
     episode_grid,
+    episode_stride,
     product,
     query_kind_rows,
     rational_rows,
     store_chunk_sums,
 )
-from rada_fast.kernels._launch import Kernel
-from rada_fast.kernels._shared_memory import target_of
+from rada_fast.kernels._launch import Kernel, Launch, remembered
+from rada_fast.kernels._shared_memory import Target, target_of
 from rada_fast.kernels.class_attention import Attended
-from rada_fast.kernels.masked_logits.offset import common_arguments, one_plus_offset, program_tile
+from rada_fast.kernels.masked_logits.offset import (
+    common_arguments,
+    common_tensors,
+    one_plus_offset,
+    program_tile,
+)
 from rada_fast.kernels.masked_logits.tiles import CHUNK, PENALTIES, Tile, attended_depth, tile_of
 
 
@@ -171,6 +178,50 @@ class MaskedLogitsGradients:
     weighted: Tensor | None
 
 
+class _Launches(NamedTuple):
+    """Hold the launches of dA and of dO."""
+
+    offset: Launch
+    attended: Launch
+
+
+@remembered
+def _backward_launches(
+    batch: int,
+    classes: int,
+    width: int,
+    num_heads: int,
+    kinds: int,
+    relu: bool,
+    penalty: int,
+    episodes: int,
+    weight_stride: int,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    precision: str,
+    target: Target,
+    tile: Tile | None,
+) -> _Launches:
+    """Return the launches. kinds: the number of query kinds in use. penalty: a value of PENALTIES.
+
+    weights: the type in which the weights lie in memory.
+    """
+    head = width // num_heads
+    rows = batch // episodes * classes
+    tile = tile or tile_of(dtype, rows, classes, width, head, backward=True, weights=weights, target=target)
+    arguments = common_arguments(batch, classes, width, num_heads, kinds, episodes, weight_stride, dtype, tile)
+    arguments["PRECISION"] = default_precision(dtype, precision)
+    grid = episode_grid(cdiv(rows, tile.rows) * (width // tile.columns), episodes=episodes)
+    offset = masked_logits_backward_offset_kernel.launch(
+        grid, **arguments, elements=float(rows * width), RELU=relu, PENALTY=penalty
+    )
+    for unused in ("bias_stride", "share", "TWO_IMAGES"):
+        del arguments[unused]
+    arguments["BLOCK_C"] = attended_depth(dtype, width)
+    attended = masked_logits_backward_attended_kernel.launch(grid, **arguments, CHUNK=block_of(head, CHUNK))
+    return _Launches(offset, attended)
+
+
 def masked_logits_backward(
     image: Tensor,
     text: Tensor,
@@ -198,13 +249,8 @@ def masked_logits_backward(
     With inner=False this computes dA alone, in one launch: the output projection's own gradient needs no more.
     """
     (batch, width), classes = image.shape, text.shape[0]
-    head = width // num_heads
-    rows = batch // episodes * classes
     dtype = dtype or text.dtype
-    tile = tile or tile_of(
-        dtype, rows, classes, width, head, backward=True, weights=weight.dtype, target=target_of(text.device)
-    )
-    shape, chunk = (batch, classes, width), block_of(head, CHUNK)
+    shape, chunk = (batch, classes, width), block_of(width // num_heads, CHUNK)
     float32 = {"dtype": torch.float32, "device": image.device}
     gradients = MaskedLogitsGradients(
         doffset=image.new_empty(shape, dtype=dtype),
@@ -214,25 +260,18 @@ def masked_logits_backward(
     )
     if batch == 0:
         return gradients
-    arguments = common_arguments(image, text, attended, weight, bias, num_heads, episodes, dtype, tile)
-    grid = episode_grid(cdiv(rows, tile.rows) * (width // tile.columns), episodes=episodes)
-    precision = default_precision(dtype, precision)
-    masked_logits_backward_offset_kernel[grid](
-        **arguments,
-        logit_scale=logit_scale, dlogits=dlogits, dpenalty=dpenalty, dmask=dmask, peaks=peaks,
-        doffset=gradients.doffset, weighted=gradients.weighted, elements=float(rows * width),
-        RELU=relu, PENALTY=PENALTIES[penalty] if dpenalty is not None else 0, PRECISION=precision,
+    launches = _backward_launches(
+        batch, classes, width, num_heads, attended.kinds, relu, PENALTIES[penalty] if dpenalty is not None else 0,
+        episodes, episode_stride(weight), dtype, weight.dtype, precision, target_of(image.device), tile,
     )  # fmt: skip
-    if not inner:
-        return gradients
-    for unused in ("image", "text", "attended_image", "bias", "bias_stride", "share", "TWO_IMAGES"):
-        del arguments[unused]
-    masked_logits_backward_attended_kernel[grid](
-        **arguments | {"BLOCK_C": attended_depth(dtype, width)},
-        doffset=gradients.doffset,
-        dattended=gradients.dattended,
-        deltas=gradients.deltas,
-        CHUNK=chunk,
-        PRECISION=precision,
-    )
+    launches.offset(
+        **common_tensors(image, text, attended, weight, bias),
+        logit_scale=logit_scale, dlogits=dlogits, dpenalty=dpenalty, dmask=dmask, peaks=peaks,
+        doffset=gradients.doffset, weighted=gradients.weighted,
+    )  # fmt: skip
+    if inner:
+        launches.attended(
+            attended_text=attended.text, attended_rational=attended.rational, factors=attended.factors, weight=weight,
+            doffset=gradients.doffset, dattended=gradients.dattended, deltas=gradients.deltas,
+        )  # fmt: skip
     return gradients

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -12,15 +13,21 @@ from rada_fast.kernels._common import (
     cdiv,
     default_precision,
     episode_grid,
+    episode_stride,
     is_last_to_finish,
     rational_rows,
     store_chunk_sums,
     store_chunks,
 )
-from rada_fast.kernels._launch import Kernel
-from rada_fast.kernels._shared_memory import target_of
+from rada_fast.kernels._launch import Kernel, Launch, remembered
+from rada_fast.kernels._shared_memory import Target, target_of
 from rada_fast.kernels.class_attention import Attended
-from rada_fast.kernels.masked_logits.offset import common_arguments, one_plus_offset, program_tile
+from rada_fast.kernels.masked_logits.offset import (
+    common_arguments,
+    common_tensors,
+    one_plus_offset,
+    program_tile,
+)
 from rada_fast.kernels.masked_logits.tiles import CHUNK, MIN_ROWS, PEAK_CHUNK, PENALTIES, Tile, tile_of
 from rada_fast.kernels.masked_logits.totals import (
     store_image_peak,
@@ -160,6 +167,46 @@ def counters_needed(batch: int, classes: int, episodes: int) -> int:
     return episodes * (1 + cdiv(images * classes, MIN_ROWS) + images)
 
 
+class _ForwardLaunch(NamedTuple):
+    """Hold the launch, and its number of parts of an episode's penalty."""
+
+    launch: Launch
+    parts: int
+
+
+@remembered
+def _forward_launch(
+    batch: int,
+    classes: int,
+    width: int,
+    num_heads: int,
+    kinds: int,
+    relu: bool,
+    penalty: int,
+    episodes: int,
+    weight_stride: int,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    precision: str,
+    target: Target,
+    tile: Tile | None,
+) -> _ForwardLaunch:
+    """Return the launch. kinds: the number of query kinds in use. penalty: a value of PENALTIES.
+
+    weights: the type in which the weights lie in memory.
+    """
+    rows = batch // episodes * classes
+    tile = tile or tile_of(dtype, rows, classes, width, width // num_heads, weights=weights, target=target)
+    parts = (width // tile.columns) * cdiv(rows, tile.rows)
+    launch = masked_logits_forward_kernel.launch(
+        episode_grid(parts, episodes=episodes),
+        **common_arguments(batch, classes, width, num_heads, kinds, episodes, weight_stride, dtype, tile),
+        elements=float(rows * width), RELU=relu, PENALTY=penalty, CHUNK=CHUNK, PEAK_CHUNK=PEAK_CHUNK,
+        PRECISION=default_precision(dtype, precision),
+    )  # fmt: skip
+    return _ForwardLaunch(launch, parts)
+
+
 def masked_logits_forward(
     image: Tensor,
     text: Tensor,
@@ -190,12 +237,6 @@ def masked_logits_forward(
     The other arguments are those of rational_projections_forward.
     """
     (batch, width), classes = image.shape, text.shape[0]
-    images = batch // episodes
-    dtype = dtype or text.dtype
-    tile = tile or tile_of(
-        dtype, images * classes, classes, width, width // num_heads, weights=weight.dtype, target=target_of(text.device)
-    )
-    programs = (width // tile.columns) * cdiv(images * classes, tile.rows)
     kind = PENALTIES[penalty]
     float32 = {"dtype": torch.float32, "device": image.device}
     outputs = MaskedLogits(
@@ -208,8 +249,12 @@ def masked_logits_forward(
     )
     if batch == 0:
         return outputs
+    prepared = _forward_launch(
+        batch, classes, width, num_heads, attended.kinds, relu, kind, episodes, episode_stride(weight),
+        dtype or text.dtype, weight.dtype, precision, target_of(image.device), tile,
+    )  # fmt: skip
     logit_parts = torch.empty((width // CHUNK, batch, classes), **float32)
-    penalty_parts = torch.empty((episodes, programs), **float32) if kind in (1, 2) else None
+    penalty_parts = torch.empty((episodes, prepared.parts), **float32) if kind in (1, 2) else None
     peak_values = torch.empty((width // PEAK_CHUNK, batch, classes), **float32) if kind == 3 else None
     peak_columns = torch.empty_like(peak_values, dtype=torch.int32) if peak_values is not None else None
     row_values = torch.empty((batch, classes), **float32) if kind == 3 else None
@@ -218,13 +263,12 @@ def masked_logits_forward(
     if counters is None:
         needed = counters_needed(batch, classes, episodes)
         counters = torch.zeros((needed,), dtype=torch.int32, device=image.device)
-    masked_logits_forward_kernel[episode_grid(programs, episodes=episodes)](
-        **common_arguments(image, text, attended, weight, bias, num_heads, episodes, dtype, tile),
+    prepared.launch(
+        **common_tensors(image, text, attended, weight, bias),
         logit_scale=logit_scale,
         logit_parts=logit_parts, penalty_parts=penalty_parts, peak_values=peak_values, peak_columns=peak_columns,
         row_values=row_values, row_columns=row_columns, image_values=image_values,
         logits=outputs.logits, sums=outputs.sums, penalty=outputs.penalty, peaks=outputs.peaks, mask=outputs.mask,
-        counters=counters, elements=float(images * classes * width),
-        RELU=relu, PENALTY=kind, CHUNK=CHUNK, PEAK_CHUNK=PEAK_CHUNK, PRECISION=default_precision(dtype, precision),
+        counters=counters,
     )  # fmt: skip
     return outputs

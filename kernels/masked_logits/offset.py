@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_fast.kernels._common import COMPUTE_TYPES, attended_rows, episode_stride, product
+from rada_fast.kernels._common import COMPUTE_TYPES, attended_rows, product
 from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.masked_logits.tiles import Tile
 
@@ -59,19 +59,10 @@ def one_plus_offset(
     return 1.0 + accumulator
 
 
-def common_arguments(
-    image: Tensor,
-    text: Tensor,
-    attended: Attended,
-    weight: Tensor,
-    bias: Tensor | None,
-    num_heads: int,
-    episodes: int,
-    dtype: torch.dtype,
-    tile: Tile,
-) -> dict[str, Any]:
-    """Return the arguments that the forward kernel and the kernel of dA share."""
-    width, classes, stride = image.shape[1], len(text), episode_stride(weight)
+def common_tensors(
+    image: Tensor, text: Tensor, attended: Attended, weight: Tensor, bias: Tensor | None
+) -> dict[str, Tensor | None]:
+    """Return the tensors that the forward kernel and the kernel of dA both read."""
     return {
         "image": image,
         "text": text,
@@ -81,12 +72,28 @@ def common_arguments(
         "factors": attended.factors,
         "weight": weight,
         "bias": bias,
-        "images": len(image) // episodes,
+    }
+
+
+def common_arguments(
+    batch: int,
+    classes: int,
+    width: int,
+    num_heads: int,
+    kinds: int,
+    episodes: int,
+    weight_stride: int,
+    dtype: torch.dtype,
+    tile: Tile,
+) -> dict[str, Any]:
+    """Return the other arguments that both kernels have in common. kinds: the number of query kinds in use."""
+    return {
+        "images": batch // episodes,
         "classes": classes,
-        "total_rows": len(image) * classes,
-        "weight_stride": stride,
-        "bias_stride": width if stride else 0,
-        "share": 1 / sum(kind is not None for kind in (attended.text, attended.rational, attended.image)),
+        "total_rows": batch * classes,
+        "weight_stride": weight_stride,
+        "bias_stride": width if weight_stride else 0,
+        "share": 1 / kinds,
         "D": width,
         "HEAD": width // num_heads,
         "TWO_IMAGES": classes >= tile.rows,

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import triton
+from torch import Tensor
 
 from benchmarks.host_time import StubLauncher, stub_driver
 from rada_fast.bench.compiled import recorded
 from rada_fast.config.method import AdapterConfig
+from rada_fast.kernels._launch import Launch
 from rada_fast.kernels.class_attention.deltas import row_deltas_kernel
 from rada_fast.ops import rational_adapter
 from tests.support import problem
@@ -29,7 +31,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
 
     def call(self: StubLauncher, x: int, y: int, z: int, *arguments: Any) -> None:
         # Triton passes the stream, the function, its metadata and the hooks before the kernel's own arguments.
-        own = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments[6:]]
+        own = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments[6:]]
         calls.append(((x, y, z), *own))
 
     monkeypatch.setattr(StubLauncher, "__call__", call)
@@ -50,31 +52,30 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def add_up(classes: int, offset: int = 0, dtype: torch.dtype = torch.float32, chunks: int = 2) -> dict[str, Any]:
-    """Launch a kernel, and return its arguments. offset: how many elements its results lie after an aligned place."""
-    arguments = {
-        "deltas": torch.zeros(chunks * classes, dtype=dtype),
-        "sums": torch.zeros(classes + offset)[offset:],
-        "batch": 1,
-        "classes": classes,
-    }
-    row_deltas_kernel[(1,)](**arguments, CHUNKS=chunks, BLOCK=128, num_warps=4)
-    return arguments
+def launch(classes: int, chunks: int = 2) -> Launch:
+    """Make a launch of a small kernel."""
+    return row_deltas_kernel.launch((1,), batch=1, classes=classes, CHUNKS=chunks, BLOCK=128, num_warps=4)
 
 
-def test_a_second_launch_gives_the_driver_what_triton_would_give(launched: list[tuple[Any, ...]]) -> None:
-    add_up(20)
-    arguments = add_up(20)
-    row_deltas_kernel.jit[(1,)](**arguments, CHUNKS=2, BLOCK=128, num_warps=4)
-    assert launched[1] == launched[2]
+def tensors(classes: int, offset: int = 0, dtype: torch.dtype = torch.float32, chunks: int = 2) -> dict[str, Tensor]:
+    """Return the tensors of this launch. The results lie `offset` elements after an aligned place."""
+    return {"deltas": torch.zeros(chunks * classes, dtype=dtype), "sums": torch.zeros(classes + offset)[offset:]}
+
+
+def test_a_second_call_gives_the_driver_what_triton_would_give(launched: list[tuple[Any, ...]]) -> None:
+    add_up, given = launch(20), tensors(20)
+    add_up(**given)
+    add_up(**given)
+    row_deltas_kernel[(1,)](**given, batch=1, classes=20, CHUNKS=2, BLOCK=128, num_warps=4)
+    assert launched[1] == launched[0] == launched[2]
     assert launched[1][0] == (1, 1, 1)
 
 
 def test_nothing_is_compiled_for_another_count(launched: list[tuple[Any, ...]], compiled: list[str]) -> None:
-    add_up(20)
+    launch(20)(**tensors(20))
     compiled.clear()
     for classes in (1, 16, 19, 32, 1600):
-        add_up(classes)
+        launch(classes)(**tensors(classes))
     assert compiled == []
     assert [arguments[4] for arguments in launched[1:]] == [1, 16, 19, 32, 1600]
 
@@ -82,23 +83,25 @@ def test_nothing_is_compiled_for_another_count(launched: list[tuple[Any, ...]], 
 def test_another_type_constant_or_alignment_is_compiled_and_told_apart(
     launched: list[tuple[Any, ...]], compiled: list[str]
 ) -> None:
-    row_deltas_kernel._compiled.clear()
     row_deltas_kernel.jit.device_caches.clear()
+    by_two, by_four = launch(20), launch(20, chunks=4)
     for _ in range(2):
-        add_up(20)
-        add_up(20, dtype=torch.bfloat16)
-        add_up(20, chunks=4)
+        by_two(**tensors(20))
+        by_two(**tensors(20, dtype=torch.bfloat16))
+        by_four(**tensors(20, chunks=4))
         # Code for aligned pointers would read and write this pointer's elements in groups of four.
-        assert add_up(20, offset=1)["sums"].data_ptr() % 16 != 0
+        apart = tensors(20, offset=1)
+        assert apart["sums"].data_ptr() % 16 != 0
+        by_two(**apart)
     assert len(compiled) == 4
     assert len(launched) == 8
-    assert len(row_deltas_kernel._compiled) == 3
 
 
-def test_a_launcher_that_replaces_tritons_sees_every_launch(launched: list[tuple[Any, ...]]) -> None:
-    add_up(20)
+def test_a_launcher_that_replaces_tritons_sees_every_call(launched: list[tuple[Any, ...]]) -> None:
+    add_up = launch(20)
+    add_up(**tensors(20))
     with recorded() as launches:
-        add_up(20)
+        add_up(**tensors(20))
     assert len(launches) == len(launched) == 1
 
 
