@@ -28,6 +28,7 @@ def check_variables(*, building: bool) -> None:
     float32_products()
     bfloat16_products()
     triton_target()
+    uses_graphs()
     show_traceback()
     if building:
         use_cuda()
@@ -162,6 +163,14 @@ def triton_target() -> str | None:
     if value not in (None, "sm80"):
         raise UserError(f"RADA_FAST_TARGET must be sm80, got {value!r}")
     return value
+
+
+def uses_graphs() -> bool:
+    """Return whether episodes may be replayed from CUDA graphs, which RADA_FAST_GRAPHS=0 forbids."""
+    value = os.environ.get("RADA_FAST_GRAPHS") or None
+    if value not in (None, "0", "1"):
+        raise UserError(f"RADA_FAST_GRAPHS must be 0 or 1, got {value!r}")
+    return value != "0"
 
 
 def bfloat16_products() -> str | None:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rada_fast.config.method import EpisodeConfig, MaskPenalty, OptimizerName
+from rada_fast.engine.graphs import GRAPHS, GroupInputs, usable
 from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, group_sizes, most_episodes
 from rada_fast.modules.projections import GIVE_VALUES, is_no_ordinary_tensor
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
@@ -263,7 +264,7 @@ def _serves_groups(rule: EpisodeRule, views: Tensor, text_features: Tensor) -> b
         return False
     stand_ins = dict.fromkeys(parameter_shapes(rule.adapter), views)
     penalty = rule.episode.penalty
-    name = serving_backend(views, text_features, stand_ins, rule.adapter, penalty=penalty, episodes=len(views))
+    name = serving_backend(views, text_features, stand_ins, rule.adapter, penalty=penalty, episodes=1)
     return name in ("cpu", "triton")
 
 
@@ -273,11 +274,29 @@ def _in_groups(
     """Adapt the episodes in groups, and yield the logits (E, K) of each group."""
     initial = {name: _exact(_outside_inference(value)) for name, value in adapter.named_parameters()}
     most = most_episodes(rule, views.shape[1], len(text_features), views.device)
+    views, text_features = _in_usual_memory(views), _in_usual_memory(text_features)
+    if views.is_cuda and not isinstance(logit_scale, Tensor):
+        # With or without a graph, the multiplier is a number on the device: both then round alike.
+        logit_scale = torch.full((), float(logit_scale), device=views.device)
+    in_graphs = usable(views.device)
     group: EpisodeGroup | None = None
     for part in views.split(list(group_sizes(len(views), most))):
+        if in_graphs and isinstance(logit_scale, Tensor):
+            inputs = GroupInputs(part, text_features, logit_scale, initial)
+            if (logits := GRAPHS.adapt(inputs, rule)) is not None:
+                yield logits
+                continue
         if group is None or group.episodes != len(part):
             group = EpisodeGroup(initial, rule, len(part))
         yield group(part, text_features, logit_scale)
+
+
+def _in_usual_memory(value: Tensor) -> Tensor:
+    """Return a tensor that is contiguous and begins where vectors may be loaded, as a graph's own copy does.
+
+    Libraries choose how to compute a product by strides and addresses too, and this decides about the last bits.
+    """
+    return value.contiguous() if value.data_ptr() % 16 == 0 else value.clone(memory_format=torch.contiguous_format)
 
 
 def _outside_inference(value: Tensor) -> Tensor:

@@ -340,6 +340,7 @@ VARIABLES: list[tuple[str, str, str]] = [
     ("RADA_FAST_FLOAT32", "float64", "eft --train imagefolder:{0}/pictures --test imagefolder:{0}/pictures"),
     ("RADA_FAST_TILES", "measured", "kernels"),
     ("RADA_FAST_TARGET", "sm_80", "kernels"),
+    ("RADA_FAST_GRAPHS", "always", "doctor"),
     ("USE_CUDA", "maybe", "build"),
 ]
 

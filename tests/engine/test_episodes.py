@@ -305,6 +305,10 @@ def test_a_device_adapts_as_the_cpu_does(dtype: torch.dtype, optimizer: str, sta
     device_adapter.load_state_dict(cpu_adapter.state_dict())
     adapted = adapt_episodes(device_adapter, views.cuda(), text.cuda(), 100.0, config_of(optimizer))
     assert adapted.is_cuda
+    for _ in range(2):
+        # The second call is recorded in a CUDA graph, and the third replays it.
+        again = adapt_episodes(device_adapter, views.cuda(), text.cuda(), 100.0, config_of(optimizer))
+        assert torch.equal(again, adapted)
     error = float((adapted.double().cpu() - expected).norm() / expected.norm())
     # AdamW's first steps follow the signs of the gradients: three of them differ by 2e-5 between two CPUs in float32.
     assert error <= (2e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps), error
