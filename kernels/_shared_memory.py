@@ -80,7 +80,28 @@ def target_of(device: torch.device) -> Target:
 @cache
 def _cuda_target(index: int) -> Target:
     major, minor = _env.cuda_device_capability(index)
-    return Target.of_capability(10 * major + minor, _env.cuda_block_memory(index))
+    return Target.of_capability(10 * major + minor, _env.cuda_block_memory(index) - _withheld.get(index, 0))
+
+
+_withheld: dict[int, int] = {}
+"""The bytes of each CUDA device that withhold has taken."""
+
+
+def withhold(device: torch.device, count: int) -> bool:
+    """Leave so many bytes of a device's shared memory unused in all later launches, and return whether that helps.
+
+    Another version of Triton may need more than the formula says. It does not help on the CPU, nor where less than half
+    of the memory would be left.
+    """
+    target = target_of(device)
+    if device.type != "cuda" or count <= 0:
+        return False
+    index = _env.current_cuda_device() if device.index is None else device.index
+    if 2 * (target.block_bytes - count) < _env.cuda_block_memory(index):
+        return False
+    _withheld[index] = _withheld.get(index, 0) + count
+    _cuda_target.cache_clear()
+    return True
 
 
 def operand_bytes(

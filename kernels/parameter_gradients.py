@@ -11,7 +11,6 @@ through all rows, always in the same order, so no partial sums are left to add.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -51,7 +50,6 @@ class Tile:
     stages: int
 
 
-@lru_cache(maxsize=1024)
 def tile_of(
     dtype: torch.dtype,
     classes: int,

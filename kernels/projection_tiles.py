@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -24,7 +23,6 @@ class Tile:
     stages: int
 
 
-@lru_cache(maxsize=1024)
 def tile_of(
     dtype: torch.dtype,
     rows: int,
@@ -62,7 +60,6 @@ def shared_bytes(
     return max(needed, tile.rows * tile.columns * dtype.itemsize)
 
 
-@lru_cache(maxsize=1024)
 def backward_tile_of(
     dtype: torch.dtype,
     width: int,

@@ -237,8 +237,7 @@ def _forward_launch(
         weight_stride=0 if shared else width * width, bias_stride=0 if shared else width,
         D=width, FACTOR=scale_factor, SHARED=shared, TWO_IMAGES=classes >= tile.rows, BLOCK_M=tile.rows,
         BLOCK_N=tile.columns, BLOCK_C=tile.depth, BLOCK_I=tile.image_rows,
-        PRECISION=default_precision(dtype, precision),
-        num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=default_precision(dtype, precision), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -258,8 +257,7 @@ def rational_projections_forward(
 ) -> ProjectionBuffers:
     """Compute every projection that the attention needs, in one launch.
 
-    image: (B, D).
-    text: (K, D), same dtype, contiguous.
+    image: (B, D). text: (K, D), same dtype, contiguous.
     logit_scale: s itself, () float32 on the device.
     weights, biases: (D, D) and (D,), or with a leading axis of episodes, under the keys "image", "text", "rational"
         (those in use), "key" and "value". biases may be empty.
@@ -288,8 +286,8 @@ def rational_projections_forward(
     )  # fmt: skip
     launch(
         image=image, text=text, logit_scale=logit_scale,
-        image_weight=weights.get("image"), image_bias=biases.get("image"), text_weight=weights.get("text"),
-        text_bias=biases.get("text"),
+        image_weight=weights.get("image"), image_bias=biases.get("image"),
+        text_weight=weights.get("text"), text_bias=biases.get("text"),
         rational_weight=weights.get("rational"), rational_bias=biases.get("rational"), key_weight=weights["key"],
         key_bias=biases.get("key"), value_weight=weights["value"], value_bias=biases.get("value"),
         q_image=projections.q_image, q_text=projections.q_text, q_rational=projections.q_rational,
@@ -440,22 +438,19 @@ def _backward_launches(
     target: Target,
 ) -> _BackwardLaunches:
     """Return the launches. weights: the type in which the weights lie in memory."""
-    images = batch // episodes
-    tile = backward_tile_of(dtype, width, precision, weights=weights, target=target)
+    images, tile = batch // episodes, backward_tile_of(dtype, width, precision, weights=weights, target=target)
     tiles = cdiv(classes, tile.rows)
     parts = tiles * (tile.rows // 16)
     both = rational_projections_backward_kernel.launch(
         (tiles, width // tile.columns),
         batch=batch, images=images, classes=classes, weight_stride=weight_stride,
         D=width, FACTOR=scale_factor, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
-        PRECISION=default_precision(dtype, precision),
-        num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=default_precision(dtype, precision), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     reduce = image_gradient_reduce_kernel.launch(
         episode_grid(cdiv(images, tile.image_rows), width // tile.columns, episodes=episodes),
-        batch=batch, images=images, parts=parts, weight_stride=weight_stride,
-        D=width, FACTOR=scale_factor, BLOCK_M=tile.image_rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
-        num_warps=4, num_stages=2,
+        batch=batch, images=images, parts=parts, weight_stride=weight_stride, D=width, FACTOR=scale_factor,
+        BLOCK_M=tile.image_rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth, num_warps=4, num_stages=2,
     )  # fmt: skip
     return _BackwardLaunches(both, reduce, parts)
 
@@ -493,15 +488,13 @@ def rational_projections_backward(
     image_parts = image.new_empty((launches.parts, batch, width), dtype=torch.float32)
     launches.both(
         image=image, text=text, logit_scale=logit_scale,
-        text_weight=weights.get("text"), rational_weight=weights.get("rational"), key_weight=weights["key"],
-        value_weight=weights["value"],
+        text_weight=weights.get("text"), rational_weight=weights.get("rational"),
+        key_weight=weights["key"], value_weight=weights["value"],
         dq_text=gradients.q_text, dq_rational=gradients.q_rational, dkeys=gradients.keys, dvalues=gradients.values,
-        weighted=weighted,
-        dtext=dtext, image_parts=image_parts,
+        weighted=weighted, dtext=dtext, image_parts=image_parts,
     )  # fmt: skip
     launches.reduce(
         logit_scale=logit_scale, image_weight=weights.get("image"), dq_image=gradients.q_image,
-        image_parts=image_parts,
-        dimage=dimage,
+        image_parts=image_parts, dimage=dimage,
     )  # fmt: skip
     return dimage, dtext

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -23,7 +22,6 @@ class Tile:
     stages: int
 
 
-@lru_cache(maxsize=1024)
 def tile_of(
     dtype: torch.dtype,
     classes: int,

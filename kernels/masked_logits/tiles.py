@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -32,7 +31,6 @@ class Tile:
     stages: int
 
 
-@lru_cache(maxsize=1024)
 def tile_of(
     dtype: torch.dtype,
     rows: int,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from rada_fast import _env
 from rada_fast.bench.compiled import compile_launch, step_launches
@@ -14,7 +16,9 @@ from rada_fast.config.method import AdapterConfig
 from rada_fast.kernels import _shared_memory, projection_tiles
 from rada_fast.kernels._shared_memory import BLOCK_KIB, Target, assumed_target, smaller_tiles, target_of
 from rada_fast.kernels.projection_tiles import Tile
+from rada_fast.ops._backends.adapter_operator import Features
 from rada_fast.ops._backends.tiles import TILES, Sizes, candidates, shared_bytes, table_tile
+from rada_fast.ops._backends.triton import with_smaller_tiles
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 TARGETS = (80, 86, 89, 90, 100, 120)
@@ -131,6 +135,42 @@ def test_the_target_is_the_device_asked_once_or_the_one_compiled_for(monkeypatch
     with assumed_target(Target.of_capability(90)):
         assert target_of(torch.device("cpu")) == Target(90, 232448)
     assert target_of(torch.device("cpu")) == Target.of_capability(80)
+
+
+def test_a_launch_that_does_not_fit_is_started_again_with_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_env, "cuda_device_capability", lambda index: (8, 0))
+    monkeypatch.setattr(_env, "cuda_block_memory", lambda index: 166912)
+    monkeypatch.setattr(_shared_memory, "_withheld", {})
+    _shared_memory._cuda_target.cache_clear()
+    device = torch.device("cuda", 0)
+    on_device: Any = SimpleNamespace(device=device)
+    given: list[int] = []
+
+    def run(number: int, features: Features) -> int:
+        given.append(target_of(device).block_bytes)
+        # Triton needs 8 KiB more than the formula says, for a tile that fills the memory.
+        if given[-1] > 166912 - 8192:
+            raise OutOfResources(166912 + 8192, 166912, "shared memory")
+        return number
+
+    call = with_smaller_tiles(run)
+    try:
+        assert call(7, Features(on_device, on_device)) == 7
+        assert call(8, Features(on_device, on_device)) == 8
+        assert given == [166912, 166912 - 8192, 166912 - 8192]
+
+        def fail(features: Features, required: int, name: str) -> None:
+            raise OutOfResources(required, 166912, name)
+
+        for required, name in ((300_000, "shared memory"), (166_913, "threads")):
+            with pytest.raises(OutOfResources):
+                with_smaller_tiles(fail)(Features(on_device, on_device), required, name)
+        monkeypatch.setattr(_env, "is_capturing", lambda: True)
+        with pytest.raises(OutOfResources):
+            with_smaller_tiles(fail)(Features(on_device, on_device), 170_000, "shared memory")
+        assert target_of(device).block_bytes == 166912 - 8192
+    finally:
+        _shared_memory._cuda_target.cache_clear()
 
 
 def test_the_limits_are_those_of_the_programming_guide() -> None:

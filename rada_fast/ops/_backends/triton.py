@@ -6,6 +6,7 @@ interpreter, or a simulator that has replaced Triton's launcher.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from rada_fast import _env
 from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.kernels._common import MAX_EPISODES, cdiv
 from rada_fast.kernels._launch import is_replaced
+from rada_fast.kernels._shared_memory import withhold
 from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
 from rada_fast.kernels.masked_logits import counters_needed, masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.parameter_gradients import parameter_gradients
@@ -315,13 +317,34 @@ def _backward_fake(gradients: ResultGradients, *arguments: Any) -> tuple[Feature
     return empty_gradients(features, parameters, needed.needed)
 
 
+def with_smaller_tiles(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that starts again with smaller tiles where a launch needs more shared memory than there is.
+
+    The tables should not let that happen; they were made with one version of Triton. A CUDA graph that is being
+    captured keeps what it has captured, so the error is raised then.
+    """
+
+    @functools.wraps(run)
+    def call(*arguments: Any) -> Any:
+        while True:
+            try:
+                return run(*arguments)
+            except triton.runtime.errors.OutOfResources as error:
+                device = next(group for group in arguments if isinstance(group, Features)).image_features.device
+                missing = error.required - error.limit if error.name == "shared memory" else 0
+                if _env.is_capturing() or not withhold(device, missing):
+                    raise
+
+    return call
+
+
 adapter_operator.register(
     "rational_adapter_triton",
     Launch,
     [ProjectionBuffers, Attended, Peaks],
-    forward=_forward,
+    forward=with_smaller_tiles(_forward),
     fake=_forward_fake,
-    backward=_backward,
+    backward=with_smaller_tiles(_backward),
     fake_backward=_backward_fake,
 )
 
