@@ -27,6 +27,7 @@ NUMBERS = (
     "tiles",
     "parts",
     "num_counters",
+    "num_zeros",
     "total_rows",
     "images_per_text",
     "elements",

@@ -94,12 +94,15 @@ def masked_logits_forward_kernel(
     episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
     start, row, valid, rows, _classes, first_image = tile
     batch_row = first_image * classes + row
-    if bias is not None:
-        bias += episode * bias_stride
-    m = one_plus_offset(
-        (attended_text, attended_rational, attended_image, factors, total_rows), weight + episode * weight_stride, bias,
-        tile, n, share, TWO_IMAGES, D, HEAD, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
-    )  # fmt: skip
+    if weight is None:
+        m = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
+    else:
+        if bias is not None:
+            bias += episode * bias_stride
+        m = one_plus_offset(
+            (attended_text, attended_rational, attended_image, factors, total_rows), weight + episode * weight_stride,
+            bias, tile, n, share, TWO_IMAGES, D, HEAD, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
+        )  # fmt: skip
     if RELU:
         # tl.maximum would turn NaN into 0.
         m = tl.where(m <= 0.0, 0.0, m)
@@ -212,7 +215,7 @@ def masked_logits_forward(
     text: Tensor,
     logit_scale: Tensor,
     attended: Attended,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     *,
     num_heads: int,
@@ -230,7 +233,7 @@ def masked_logits_forward(
     image: (B, D).
     text: (K, D).
     attended: the results of class_attention_forward.
-    weight: Wo, (D, D) or (E, D, D).
+    weight: Wo, (D, D) or (E, D, D); None if Wo and bo are zero, and so every mask is 1.
     bias: bo, (D,), (E, D) or None.
     counters: (counters_needed(B, K, E),) int32, zero; None lets PyTorch set some to zero, which is a launch of its own.
 
@@ -249,9 +252,10 @@ def masked_logits_forward(
     )
     if batch == 0:
         return outputs
+    dtype = dtype or text.dtype
     prepared = _forward_launch(
-        batch, classes, width, num_heads, attended.kinds, relu, kind, episodes, episode_stride(weight),
-        dtype or text.dtype, weight.dtype, precision, target_of(image.device), tile,
+        batch, classes, width, num_heads, attended.kinds, relu, kind, episodes, episode_stride(weight), dtype,
+        dtype if weight is None else weight.dtype, precision, target_of(image.device), tile,
     )  # fmt: skip
     logit_parts = torch.empty((width // CHUNK, batch, classes), **float32)
     penalty_parts = torch.empty((episodes, prepared.parts), **float32) if kind in (1, 2) else None

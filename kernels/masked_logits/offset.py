@@ -60,7 +60,7 @@ def one_plus_offset(
 
 
 def common_tensors(
-    image: Tensor, text: Tensor, attended: Attended, weight: Tensor, bias: Tensor | None
+    image: Tensor, text: Tensor, attended: Attended, weight: Tensor | None, bias: Tensor | None
 ) -> dict[str, Tensor | None]:
     """Return the tensors that the forward kernel and the kernel of dA both read."""
     return {

@@ -106,7 +106,7 @@ def step_launches(
     weights: torch.dtype | None = None,
     target: int = 80,
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Return the launches of one forward and one backward pass with every gradient.
+    """Return the launches of one forward and one backward pass with every gradient, and the first step's own launch.
 
     features, weights: the types in which they lie in memory; where one is not dtype, autocast computes in dtype.
     target: the compute capability that the tiles have to fit.
@@ -121,7 +121,10 @@ def step_launches(
         output = rational_adapter(image, text, 100.0, parameters, config, penalty="l2")
         assert output.penalty is not None
         (output.logits.sum() + output.penalty).backward()
-    return launches
+        every_gradient = len(launches)
+        output = rational_adapter(image.detach(), text.detach(), 100.0, parameters, config, output_is_zero=True)
+        output.logits.sum().backward()
+    return [*launches[:every_gradient], launches[-1]]
 
 
 class Specialization(NamedTuple):

@@ -96,13 +96,19 @@ class EpisodeAdapter:
         text_features: Tensor,
         logit_scale: Tensor | float,
         penalty: MaskPenalty | None = None,
+        *,
+        output_is_zero: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the logits (B, K), and the mask penalty if one is requested, or None."""
+        """Compute the logits (B, K), and the mask penalty if one is requested, or None.
+
+        output_is_zero: whether the output projection is known to be zero.
+        """
         parameters = {name: parameter.to(self.dtype) for name, parameter in self.parameters.items()}
         if self.plain:
             output = rational_adapter(
-                image_features, text_features, logit_scale, parameters, self.adapter.config, penalty=penalty
-            )
+                image_features, text_features, logit_scale, parameters, self.adapter.config, penalty=penalty,
+                output_is_zero=output_is_zero,
+            )  # fmt: skip
             return output.logits, output.penalty
         state = parameters | {
             name: buffer.to(self.dtype) if buffer.is_floating_point() else buffer
@@ -160,10 +166,13 @@ def adapt_episode(
             logits, _ = adapted(views, text_features, logit_scale)
     kept = views[select_views(logits, config.num_selected(len(views)))]  # (n, D)
 
-    for _ in range(config.steps):
+    for step in range(config.steps):
         assert optimizer is not None
         optimizer.zero_grad()
-        logits, penalty = adapted(kept, text_features, logit_scale, config.penalty if config.penalty_weight else None)
+        logits, penalty = adapted(
+            kept, text_features, logit_scale, config.penalty if config.penalty_weight else None,
+            output_is_zero=zero_shot and step == 0,
+        )  # fmt: skip
         loss = episode_loss(logits, config)
         if penalty is not None:
             loss = loss + config.penalty_weight * penalty

@@ -105,10 +105,11 @@ class EpisodeGroup:
             kept = self._kept_views(views, text_features, logit_scale).flatten(0, 1)  # (E n, D)
         for step in range(self.rule.episode.steps):
             wanted: Sequence[str] = self.rule.trained
-            if self.rule.zero_shot and step == 0:
+            zero = self.rule.zero_shot and step == 0
+            if zero:
                 # No gradient passes through an output projection of zeros, so all others are exactly zero.
                 wanted = [name for name in wanted if name.startswith("out_proj.")]
-            self._optimizer.step(self._gradients(kept, text_features, logit_scale, wanted))
+            self._optimizer.step(self._gradients(kept, text_features, logit_scale, wanted, output_is_zero=zero))
         with torch.no_grad():
             return self._adapter(views[:, 0], text_features, logit_scale, self._parameters()).logits
 
@@ -129,7 +130,13 @@ class EpisodeGroup:
         return views.gather(1, kept[..., None].expand(-1, -1, views.shape[2]))
 
     def _gradients(
-        self, kept: Tensor, text_features: Tensor, logit_scale: Tensor | float, wanted: Sequence[str]
+        self,
+        kept: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        wanted: Sequence[str],
+        *,
+        output_is_zero: bool,
     ) -> dict[str, Tensor]:
         """Return the gradients (E, ...) of the wanted parameters, each of its own episode's loss and penalty."""
         if not wanted:
@@ -138,7 +145,7 @@ class EpisodeGroup:
         parameters = self._parameters()
         leaves = [parameters[name].requires_grad_() for name in wanted]
         penalty = config.penalty if config.penalty_weight else None
-        output = self._adapter(kept, text_features, logit_scale, parameters, penalty)
+        output = self._adapter(kept, text_features, logit_scale, parameters, penalty, output_is_zero=output_is_zero)
         logits = output.logits.unflatten(0, (self.episodes, -1))  # (E, n, K)
         _, dlogits = prediction_loss_and_gradient(logits, config.loss)
         results, dresults = [logits], [dlogits]
@@ -161,7 +168,10 @@ class EpisodeGroup:
         logit_scale: Tensor | float,
         parameters: Mapping[str, Tensor],
         penalty: MaskPenalty | None = None,
+        *,
+        output_is_zero: bool = False,
     ) -> AdapterOutput:
         return rational_adapter(
-            images, text_features, logit_scale, parameters, self.rule.adapter, penalty=penalty, episodes=self.episodes
-        )
+            images, text_features, logit_scale, parameters, self.rule.adapter, penalty=penalty, episodes=self.episodes,
+            output_is_zero=output_is_zero,
+        )  # fmt: skip

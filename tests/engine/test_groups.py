@@ -106,9 +106,9 @@ def test_from_a_zero_output_projection_the_first_step_takes_its_gradient_alone(m
     wanted: list[set[str]] = []
     original = groups.EpisodeGroup._gradients
 
-    def noted(self: groups.EpisodeGroup, *given: Any) -> dict[str, Tensor]:
+    def noted(self: groups.EpisodeGroup, *given: Any, **named: Any) -> dict[str, Tensor]:
         wanted.append(set(given[-1]))
-        return original(self, *given)
+        return original(self, *given, **named)
 
     monkeypatch.setattr(groups.EpisodeGroup, "_gradients", noted)
     adapter, views, text = problem()

@@ -21,6 +21,7 @@ from rada_fast.kernels._launch import is_replaced
 from rada_fast.kernels._shared_memory import withhold
 from rada_fast.kernels.class_attention import Attended, class_attention_backward, class_attention_forward
 from rada_fast.kernels.masked_logits import counters_needed, masked_logits_backward, masked_logits_forward
+from rada_fast.kernels.output_projection_gradients import output_projection_gradients
 from rada_fast.kernels.parameter_gradients import parameter_gradients
 from rada_fast.kernels.rational_projections import (
     ProjectionBuffers,
@@ -56,12 +57,14 @@ _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 class Launch(NamedTuple):
     """Hold the options of the Triton operator alone.
 
-    episodes: E; compute: the type of the products; precision: how float32 is multiplied (see float32_precision).
+    episodes: E; compute: the type of the products; precision: how float32 is multiplied (see float32_precision);
+    output_is_zero: whether the output projection is known to be zero.
     """
 
     episodes: int
     compute: torch.dtype
     precision: str
+    output_is_zero: bool
 
 
 class Peaks(NamedTuple):
@@ -185,7 +188,8 @@ def _forward(
     features: Features, scale: Scale, parameters: Parameters, options: Options, launch: Launch, requests: Requests
 ) -> tuple[Any, ...]:
     weights, biases = _contiguous(parameters.by_role("weight")), _contiguous(parameters.by_role("bias"))
-    output_weight, output_bias = weights.pop("output"), biases.pop("output", None)
+    output = weights.pop("output"), biases.pop("output", None)
+    output_weight, output_bias = (None, None) if launch.output_is_zero else output
     problem = _problem(features, scale)
     common = {"episodes": launch.episodes, "dtype": launch.compute, "precision": launch.precision}
     tile = _tile_of(features, parameters, options, launch)
@@ -253,6 +257,40 @@ def _forward_fake(
     return results, projections, attended, peaks, Sums(empty(batch, classes, dtype=exact))
 
 
+def _by_argument(dweights: dict[str, Tensor], dbiases: dict[str, Tensor], wanted: Parameters) -> Parameters:
+    """Return the gradients of the parameters that are wanted, and None for the others, from gradients by role."""
+    named = {f"{role}_weight": dweights[role] if asked else None for role, asked in wanted.by_role("weight").items()}
+    named |= {f"{role}_bias": dbiases[role] if asked else None for role, asked in wanted.by_role("bias").items()}
+    return Parameters(**named)  # type: ignore[arg-type]
+
+
+def _backward_of_zero_output(
+    gradients: ResultGradients,
+    features: Features,
+    scale: Scale,
+    parameters: Parameters,
+    options: Options,
+    launch: Launch,
+    attended: Attended,
+    wanted: Parameters,
+) -> tuple[Features, Parameters]:
+    """Compute the backward pass of test-time training's first step: only the output projection has a gradient."""
+    weights_wanted, biases_wanted = wanted.by_role("weight"), wanted.by_role("bias")
+    roles = {
+        role: value
+        for role, value in parameters.by_role("weight").items()
+        if role == "output" or weights_wanted[role] or biases_wanted[role]
+    }
+    dlogits, _, dmask = (None if value is None else value.contiguous() for value in gradients)
+    with torch.cuda.device_of(features.image_features):
+        dweights, dbiases = output_projection_gradients(
+            **_problem(features, scale), attended=attended, dlogits=dlogits, dmask=dmask, wanted=roles,
+            num_heads=options.num_heads, bias=parameters.output_bias is not None, dtype=launch.compute,
+            precision=launch.precision,
+        )  # fmt: skip
+    return Features(None, None), _by_argument(dweights, dbiases, wanted)  # type: ignore[arg-type]
+
+
 def _backward(
     gradients: ResultGradients,
     features: Features,
@@ -265,13 +303,16 @@ def _backward(
     peaks: Peaks,
     needed: Needed,
 ) -> tuple[Features, Parameters]:
+    if launch.output_is_zero and not any(GRADIENTS.split(needed.needed)[0]):
+        return _backward_of_zero_output(
+            gradients, features, scale, parameters, options, launch, attended, GRADIENTS.split(needed.needed)[1]
+        )
     weights, has_bias = _contiguous(parameters.by_role("weight")), parameters.output_bias is not None
     output_bias = None if parameters.output_bias is None else parameters.output_bias.contiguous()
     features_wanted, parameters_wanted = GRADIENTS.split(needed.needed)
     weights_wanted, biases_wanted = parameters_wanted.by_role("weight"), parameters_wanted.by_role("bias")
     roles = {role: value for role, value in weights.items() if weights_wanted[role] or biases_wanted[role]}
     to_features = any(features_wanted)
-    # The first step of test-time training starts from an output projection of zeros and needs only its gradient.
     inner = to_features or any(role != "output" for role in roles)
     dlogits, dpenalty, dmask = (None if value is None else value.contiguous() for value in gradients)
     problem = _problem(features, scale)
@@ -303,13 +344,11 @@ def _backward(
                 **problem, weights=weights, gradients=dprojections, weighted=outer.weighted,
                 scale_factor=options.input_scale_factor, episodes=launch.episodes, precision=launch.precision,
             )  # fmt: skip
-    dparameters = {f"{role}_weight": dweights[role] if wanted else None for role, wanted in weights_wanted.items()}
-    dparameters |= {f"{role}_bias": dbiases[role] if wanted else None for role, wanted in biases_wanted.items()}
     dfeatures: tuple[Any, Any] = (
         dimage if features_wanted.image_features else None,
         dtext if features_wanted.text_features else None,
     )
-    return Features(*dfeatures), Parameters(**dparameters)  # type: ignore[arg-type]
+    return Features(*dfeatures), _by_argument(dweights, dbiases, parameters_wanted)
 
 
 def _backward_fake(gradients: ResultGradients, *arguments: Any) -> tuple[Features, Parameters]:
@@ -359,6 +398,7 @@ def rational_adapter(
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
     episodes: int | None = None,
+    output_is_zero: bool = False,
 ) -> AdapterOutput:
     """Compute ops.rational_adapter, with its arguments and results, for a call that reason_not_served lets pass."""
     if config.num_layers > 1:
@@ -375,7 +415,7 @@ def rational_adapter(
     logits, mask_penalty, mask, *_ = torch.ops.rada_fast.rational_adapter_triton.default(
         *tensors,
         *options_of(config, penalty),
-        *Launch(episodes=episodes or 1, compute=compute, precision=float32_precision()),
+        *Launch(episodes=episodes or 1, compute=compute, precision=float32_precision(), output_is_zero=output_is_zero),
         *Requests(return_mask=return_mask, keep=backward_follows(*tensors)),
     )
     one = mask_penalty.reshape(()) if penalty and episodes is None else mask_penalty
