@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from operator import itemgetter
+from functools import lru_cache, reduce
+from operator import itemgetter, or_
 from typing import Any
 
 import triton
@@ -92,26 +92,19 @@ class Launch:
         if is_replaced() or not self._is_compiled:
             self._jit[self._grid](**tensors, **self._arguments)
             return
-        pointers: list[int | None] = []
+        values = self._tensors(tensors)
+        pointers = [None if value is None else value.data_ptr() for value in values]
         device = driver.active.get_current_device()
-        key: list[Any] = [device]
-        together = 0
-        for tensor in self._tensors(tensors):
-            if tensor is None:
-                pointers.append(None)
-                key.append(None)
-            else:
-                address = tensor.data_ptr()
-                together |= address
-                pointers.append(address)
-                key.append(tensor.dtype)
-        compiled = self._compiled.get(types := tuple(key))
+        key = (device, *[None if value is None else value.dtype for value in values])
+        compiled = self._compiled.get(key)
+        # A bit that is set in one address is set in this number.
+        together = reduce(or_, filter(None, pointers), 0)
         if together % ALIGNMENT:
             self._jit[self._grid](**tensors, **self._arguments)
         elif compiled is None:
             launched = self._jit[self._grid](**tensors, **self._arguments)
             if isinstance(launched, CompiledKernel):
-                self._compiled[types] = launched
+                self._compiled[key] = launched
         else:
             stream = driver.active.get_current_stream(device)
             compiled[self._grid](*pointers, *self._others, stream=stream)

@@ -109,26 +109,24 @@ def check_inputs(
             raise ValueError(f"episodes need parameters that are tensors, but {parameters.reason}")
         return
     lead: tuple[int, ...] = ()
+    dtype, device = image_features.dtype, image_features.device
     for at, (name, shape) in enumerate(parameter_shapes(config).items()):
         if name not in parameters:
             raise ValueError(f"parameters must hold {name!r} for this configuration")
-        given = tuple(parameters[name].shape)
+        value = parameters[name]
+        given = tuple(value.shape)
         if at == 0 and episodes is not None and len(given) > len(shape):
             # Either every parameter has a leading axis of episodes, or no parameter has one.
             lead = (episodes,)
         if given != lead + shape:
             raise ValueError(f"parameter {name!r} must be {lead + shape}, got {given}")
-        kind = parameters[name].dtype
-        if kind != image_features.dtype and not torch.is_autocast_enabled(image_features.device.type):
+        if value.dtype != dtype and not torch.is_autocast_enabled(device.type):
             raise TypeError(
-                f"parameter {name!r} must have image_features' dtype {image_features.dtype}, got {kind}: convert one "
+                f"parameter {name!r} must have image_features' dtype {dtype}, got {value.dtype}: convert one "
                 "of them, or use torch.autocast"
             )
-        if parameters[name].device != image_features.device:
-            raise ValueError(
-                f"parameter {name!r} must be on {image_features.device} as image_features are, "
-                f"got {parameters[name].device}"
-            )
+        if value.device != device:
+            raise ValueError(f"parameter {name!r} must be on {device} as image_features are, got {value.device}")
 
 
 def serving_backend(

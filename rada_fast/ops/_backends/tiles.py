@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +160,23 @@ def chosen_tile(device: torch.device, launch: str, sizes: Sizes) -> Any | None:
     return _chosen(device.index if device.index is not None else _env.current_cuda_device(), launch, sizes)
 
 
+@lru_cache(maxsize=1024)
+def _all_chosen(device: int, *sizes: Any) -> dict[str, Any]:
+    return {launch: _chosen(device, launch, Sizes(*sizes)) for launch in TILES}
+
+
+def chosen_tiles(device: torch.device, *sizes: Any) -> dict[str, Any]:
+    """Return chosen_tile of every launch by name; a launch without one may be missing. sizes: the fields of Sizes."""
+    if device.type != "cuda":
+        return {}
+    return _all_chosen(device.index if device.index is not None else _env.current_cuda_device(), *sizes)
+
+
 def forget() -> None:
     """Read the files again at the next call."""
     _measured.cache_clear()
     _chosen.cache_clear()
+    _all_chosen.cache_clear()
 
 
 def tune(

@@ -47,7 +47,7 @@ from rada_fast.ops._backends.adapter_operator import (
     parameters_of,
 )
 from rada_fast.ops._backends.cpu import compute_dtype
-from rada_fast.ops._backends.tiles import Sizes, chosen_tile
+from rada_fast.ops._backends.tiles import chosen_tiles
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
 
@@ -155,17 +155,14 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {role: value.contiguous() for role, value in tensors.items()}
 
 
-def _tile_of(
-    features: Features, parameters: Parameters, options: Options, launch: Launch
-) -> Callable[[str], Any | None]:
-    """Return a function that takes a launch's name and returns the tile measured on this device, or None."""
-    (batch, width), classes = features.image_features.shape, len(features.text_features)
-    rows = batch // launch.episodes * classes
-    sizes = Sizes(
-        launch.compute, classes, rows, width, width // options.num_heads, launch.precision,
-        features.text_features.dtype, parameters.key_weight.dtype,
+def _tiles(features: Features, parameters: Parameters, options: Options, launch: Launch) -> dict[str, Any]:
+    """Return the tiles measured on this device by the launches' names; a launch without one may be missing."""
+    image, text = features
+    (batch, width), classes = image.shape, text.shape[0]
+    return chosen_tiles(
+        image.device, launch.compute, classes, batch // launch.episodes * classes, width, width // options.num_heads,
+        launch.precision, text.dtype, parameters.key_weight.dtype,
     )  # fmt: skip
-    return lambda name: chosen_tile(features.image_features.device, name, sizes)
 
 
 def _problem(features: Features, scale: Scale) -> dict[str, Tensor]:
@@ -192,8 +189,8 @@ def _forward(
     output_weight, output_bias = (None, None) if launch.output_is_zero else output
     problem = _problem(features, scale)
     common = {"episodes": launch.episodes, "dtype": launch.compute, "precision": launch.precision}
-    tile = _tile_of(features, parameters, options, launch)
-    batch, classes = len(features.image_features), len(features.text_features)
+    tiles = _tiles(features, parameters, options, launch)
+    batch, classes = problem["image"].shape[0], problem["text"].shape[0]
     # The first launch sets to zero the counters of finished programs of the other two. Those of the heads fill whole
     # groups of 16 bytes, because pointers that are not so aligned take longer to launch with.
     heads = 4 * cdiv(batch * options.num_heads, 4)
@@ -202,16 +199,16 @@ def _forward(
     with torch.cuda.device_of(features.image_features):
         projections = rational_projections_forward(
             **problem, weights=weights, biases=biases, scale_factor=options.input_scale_factor,
-            tile=tile("rational_projections_forward"), counters=counters, **common,
+            tile=tiles.get("rational_projections_forward"), counters=counters, **common,
         )  # fmt: skip
         attended = class_attention_forward(
-            projections=projections, counters=counters[:heads], tile=tile("class_attention_forward"),
+            projections=projections, counters=counters[:heads], tile=tiles.get("class_attention_forward"),
             **_attention(options, launch),
         )  # fmt: skip
         masked = masked_logits_forward(
             **problem, attended=attended, weight=output_weight, bias=output_bias, num_heads=options.num_heads,
             relu=options.relu, penalty=options.penalty, return_mask=requests.return_mask, counters=counters[heads:],
-            tile=tile("masked_logits_forward"), **common,
+            tile=tiles.get("masked_logits_forward"), **common,
         )  # fmt: skip
     results = Results(masked.logits, masked.penalty, masked.mask)
     if not requests.keep:
@@ -317,25 +314,25 @@ def _backward(
     dlogits, dpenalty, dmask = (None if value is None else value.contiguous() for value in gradients)
     problem = _problem(features, scale)
     dimage = dtext = dprojections = None
-    tile = _tile_of(features, parameters, options, launch)
+    tiles = _tiles(features, parameters, options, launch)
     with torch.cuda.device_of(features.image_features):
         outer = masked_logits_backward(
             **problem, attended=attended, weight=weights["output"], bias=output_bias, dlogits=dlogits,
             dpenalty=dpenalty, dmask=dmask, peaks=peaks.peaks, num_heads=options.num_heads, relu=options.relu,
             penalty=options.penalty, weighted=to_features, inner=inner, episodes=launch.episodes,
-            dtype=launch.compute, precision=launch.precision, tile=tile("masked_logits_backward"),
+            dtype=launch.compute, precision=launch.precision, tile=tiles.get("masked_logits_backward"),
         )  # fmt: skip
         if inner:
             assert outer.dattended is not None
             assert outer.deltas is not None
             dprojections = class_attention_backward(
                 projections=projections, attended=attended, dattended=outer.dattended, deltas=outer.deltas,
-                tile=tile("class_attention_backward"), **_attention(options, launch),
+                tile=tiles.get("class_attention_backward"), **_attention(options, launch),
             )  # fmt: skip
         dweights, dbiases = parameter_gradients(
             **problem, attended=attended, gradients=dprojections, doffset=outer.doffset, wanted=roles,
             num_heads=options.num_heads, bias=has_bias, scale_factor=options.input_scale_factor,
-            precision=launch.precision, tile=tile("parameter_gradients"),
+            precision=launch.precision, tile=tiles.get("parameter_gradients"),
         )  # fmt: skip
         if to_features:
             assert outer.weighted is not None
