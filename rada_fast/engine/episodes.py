@@ -243,7 +243,8 @@ def adapt_episodes(
             scale = _outside_inference(logit_scale).to(view_features.device)
         views = _outside_inference(view_features).to(dtype)
         text = _outside_inference(text_features).to(dtype)
-        zero_shot, plain = adapter.is_zero_shot(), adapter.is_plain()
+        # This waits for a device, after which the host should have little left to do.
+        plain, zero_shot = adapter.is_plain(), adapter.is_zero_shot()
         rule = EpisodeRule(
             adapter.config, config, dtype, zero_shot,
             tuple(name for name, parameter in adapter.named_parameters() if parameter.requires_grad),

@@ -20,6 +20,8 @@ from rada_fast.engine.groups import EpisodeRule, episode_bytes, group_sizes, mos
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import EpisodicOptimizer
+from tests.kernels.conftest import Simulated
+from tests.kernels.conftest import simulated as simulated  # a fixture
 
 if reason := libraries.load():
     pytest.skip(f"no compiled operators: {reason}", allow_module_level=True)
@@ -144,6 +146,19 @@ def test_the_adapter_computes_the_kept_views_and_at_the_end_the_original(
     adapter, views, text = problem(start=start, episodes=2)
     adapt_episodes(adapter, views, text, 30.0, EpisodeConfig(selection=0.3))
     assert rows == [VIEWS] * (2 if start == "pretrained" else 0) + [2 * 3] * 3 + [2]
+
+
+def test_the_gpu_kernels_compute_each_episode_of_a_group_by_itself(
+    simulated: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, views, text = problem(episodes=3, classes=7)
+    adapter = RationalAdapter(AdapterConfig.official(WIDTH, num_heads=2))
+    config = EpisodeConfig(steps=2, selection=0.2)
+    with use_backend("triton"), simulated():
+        together = adapt_episodes(adapter, views[:, :5], text, 30.0, config)
+        monkeypatch.setattr(groups, "MOST_EPISODES", 1)
+        assert torch.equal(adapt_episodes(adapter, views[:, :5], text, 30.0, config), together)
+    torch.testing.assert_close(adapt_episodes(adapter, views[:, :5], text, 30.0, config), together, rtol=0, atol=1e-4)
 
 
 def test_an_image_with_nan_changes_no_other_of_its_group() -> None:
