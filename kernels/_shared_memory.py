@@ -53,6 +53,11 @@ class Target(NamedTuple):
         """
         return 90 <= self.capability < 120
 
+    @property
+    def is_hopper(self) -> bool:
+        """Return whether the tables hold tiles that were measured on such a device, an H100."""
+        return self.capability == 90
+
 
 A100 = Target.of_capability(80)
 

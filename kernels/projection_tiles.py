@@ -40,8 +40,9 @@ def tile_of(
     features, weights: the types in which they lie in memory; None takes dtype.
     """
     features, weights = features or dtype, weights or dtype
+    table = _hopper_table if target.is_hopper else _table
     return first_fitting(
-        _table(dtype, rows, width, precision, features),
+        table(dtype, rows, width, precision, features),
         ("depth", "rows"),
         lambda tile: shared_bytes(tile, dtype, classes, features, weights, target),
         target,
@@ -90,6 +91,19 @@ def backward_shared_bytes(tile: Tile, dtype: torch.dtype, weights: torch.dtype, 
     return (tile.stages - 1) * loaded + operand_bytes(
         target, dtype, 4 * left if target.keeps_operands else left, 4 * right if target.keeps_operands else right
     )
+
+
+def _hopper_table(dtype: torch.dtype, rows: int, width: int, precision: str, features: torch.dtype) -> Tile:
+    """Return the tile that was the fastest on an H100, at D = 512 (docs/measurements.md)."""
+    few = rows <= 128
+    if dtype == torch.float32:
+        if precision == "ieee":
+            return _table(dtype, rows, width, precision, features)
+        return Tile(32 if rows <= 512 else 64, block_of(width, 64), block_of(width, 32), 16, 4, 2 if rows <= 512 else 1)
+    # One group of four warps computes 64 rows with wgmma; eight warps or 128 rows wait longer for R.
+    columns = block_of(width, 32 if few else 64 if rows <= 512 else 128)
+    depth = block_of(width, 64 if features.itemsize <= 2 else 32)
+    return Tile(32 if few else 64, columns, depth, 32 if columns == 32 else 16, 4, 3)
 
 
 def _table(dtype: torch.dtype, rows: int, width: int, precision: str, features: torch.dtype) -> Tile:
