@@ -74,8 +74,13 @@ def test_affine_transforms(launchers: Launchers) -> None:
         [1.0, 0.0, -7.0, -0.03, 1.0, 40.0],
         [0.3, 1.7, -3.0, -2.0, 0.1, 30.0],
         reference._rotation(-2.0, size),
+        # The first pixels are read at the very borders of the picture, and then the last ones, which are outside.
+        [1.0, 0.0, -0.5, 0.0, 1.0, -0.5],
+        [1.0, 0.0, 0.5, 0.0, 1.0, 0.5],
     ]
-    plans = [one_chain(pixels, size, (1, [0.0]), (5, matrix), (5, matrix), (2, [0.0])) for matrix in matrices]
+    # Noise of the whole range stays as it is when its contrast is stretched, but not when it is solarised.
+    steps = [[(1, [0.0]), (4, [100.0]), (5, matrix), (5, matrix), (2, [0.0])] for matrix in matrices]
+    plans = [one_chain(pixels, size, *chain) for chain in steps]
     assert_pillows(launchers, pixels, AugmixPlan(*(torch.cat(parts) for parts in zip(*plans, strict=True))), size)
 
 

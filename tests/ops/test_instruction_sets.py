@@ -92,13 +92,18 @@ def optimizer_follows_pytorch() -> bool:
 
 
 def views_hash() -> list[str]:
-    """Return the hash of crops and AugMix views of pictures that are wide, tall, small and large."""
+    """Return the hash of crops and AugMix views of pictures that are wide, tall, small and large.
+
+    Among their pixels are blocks of black and white, where bicubic weights give sums out of range.
+    """
     size, mean, std = 33, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     found = []
     for height, width in ((37, 50), (300, 200), (30, 400), (400, 20)):
-        pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8)
+        pixels = torch.randint(-128, 384, (height, width, 3)).clamp(0, 255).to(torch.uint8)
         views = random_views(height, width, size, 6, torch.Generator().manual_seed(1), backend="cpu")
-        views = torch.cat([views, whole_view(height, width, size)])
+        whole = whole_view(height, width, size)
+        bicubic = torch.cat([whole[:, :-1], torch.ones_like(whole[:, -1:])], dim=1)
+        views = torch.cat([views, whole, bicubic])
         found.append(multi_view_crops([pixels], views, size, mean, std, backend="cpu"))
         mixed = random_augmix(height, width, size, 6, torch.Generator().manual_seed(1), backend="cpu")
         found.append(augmix([pixels], mixed, size, mean, std, backend="cpu"))
