@@ -76,9 +76,14 @@ def content_hash(paths: list[Path]) -> str:
 
 
 def tests_key(test: str, code: str) -> str:
-    """A hash of an argument of pytest, of the tests that it names, and of what stands for the code that they test."""
+    """A hash of an argument of pytest, of the tests that it names, and of what stands for the code that they test.
+
+    The helpers that tests share count as theirs.
+    """
     place = ROOT / test.partition("::")[0]
     files = [place] if place.is_file() else sorted(place.rglob("*.py"))
+    files += [place.parent / "conftest.py", ROOT / "tests" / "support.py", ROOT / "tests" / "conftest.py"]
+    files = [path for path in files if path.is_file()]
     return hashlib.sha256(f"{test} {code} {content_hash(files)}".encode()).hexdigest()[:16]
 
 
