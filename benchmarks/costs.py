@@ -69,7 +69,7 @@ def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int)
         + 2 * statistics
         + factors,
         "masked_logits_forward_kernel": image + text + attended + weight + row_sums + 2 * rows,
-        "masked_logits_backward_offset_kernel": image + text + attended + weight + 2 * rows + class_rows,
+        "masked_logits_backward_offset_kernel": image + text + attended + weight + 2 * rows + 2 * class_rows,
         "masked_logits_backward_attended_kernel": class_rows
         + 2 * class_rows
         + factors
@@ -82,7 +82,7 @@ def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int)
         + q_image
         + queries,
         "class_attention_backward_keys_kernel": attention_reads + (0 if matrix else 2 * statistics) + 2 * class_rows,
-        "parameter_gradients_kernel": image + text + attended + 4 * class_rows + q_text + q_image + 6 * weight,
+        "parameter_gradients_kernel": image + text + 5 * class_rows + q_text + q_image + 6 * weight,
     }
 
 

@@ -4,8 +4,16 @@
 
 A projection with weight W and bias maps its input X to Y = X W^T + bias. X is scale R for keys, values and the rational
 query, sqrt(scale) T and sqrt(scale) f for the text and image queries, and O, the attention's result, for the output
-projection; R and O are computed where they are used. A program owns one block of one weight of one episode and goes
-through all rows, always in the same order, so no partial sums are left to add.
+projection; masked_logits_backward has stored O. R is never computed:
+
+    sum_bk dY[b, k, o] f[b, c] T[k, c] = sum_b f[b, c] (dY_b^T T)[o, c]
+
+So both operands of the product of one image can be loaded ahead of their use, and multiplied from shared memory. Its
+result, in float32, is added to the block times the image's features. Rows of different images are never multiplied
+together: an image is divided into steps of equal length, and a shorter step for the classes that are left over.
+
+A program owns one block of one weight of one episode, or some columns of one bias, and goes through all rows, always in
+the same order, so no partial sums are left to add. The programs of the biases come first, and finish before the others.
 """
 
 from __future__ import annotations
@@ -19,24 +27,25 @@ from torch import Tensor
 
 from rada_fast.kernels._common import (
     COMPUTE_TYPES,
-    attended_rows,
     block_of,
     default_precision,
     episode_grid,
     input_scale,
     product,
-    rational_rows,
     store_column_sums,
 )
 from rada_fast.kernels._launch import Kernel, Launch, remembered
 from rada_fast.kernels._shared_memory import A100, Target, first_fitting, operand_bytes, target_of
-from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.rational_projections import ProjectionBuffers
 
 ROLE_ORDER = ("key", "value", "rational", "output", "text", "image")
-"""The roles in the order of their programs. The first four go through B K rows and start first."""
+"""The roles in the order of their programs. Those that go through B K rows come first."""
 _WEIGHTS, _BIASES = (tuple(f"{role}_{part}" for role in ROLE_ORDER) for part in ("weight", "bias"))
 """The kernel's parameters for the gradients of the weights and biases, in the order of the roles."""
+IMAGES_AT_ONCE = tl.constexpr(4)
+"""The number of images whose gradients of the text query are loaded together."""
+BIAS_COLUMNS = 32
+"""The most columns of a program that adds up a bias's gradient."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +61,7 @@ class Tile:
 
 def tile_of(
     dtype: torch.dtype,
-    classes: int,
     width: int,
-    head: int,
     precision: str = "ieee",
     *,
     features: torch.dtype | None = None,
@@ -64,127 +71,171 @@ def tile_of(
 
     features: the type in which the features lie in memory; None takes dtype.
     """
+    features = features or dtype
     return first_fitting(
-        _table(dtype, width, precision),
+        _table(dtype, width, precision, features, target),
         ("rows", "outputs", "inputs"),
-        lambda tile: shared_bytes(tile, dtype, classes, head, features or dtype, target),
+        lambda tile: shared_bytes(tile, dtype, features, target),
         target,
     )
 
 
-def shared_bytes(tile: Tile, dtype: torch.dtype, classes: int, head: int, features: torch.dtype, target: Target) -> int:
-    """Return an upper bound of the shared memory that a launch needs, for all weights and query kinds.
+def shared_bytes(tile: Tile, dtype: torch.dtype, features: torch.dtype, target: Target) -> int:
+    """Return an upper bound of the shared memory that a launch needs, for all weights.
 
-    _shared_memory.py explains the formula. Only one of the inputs X is read in each program.
+    _shared_memory.py explains the formula. T needs the most memory of the inputs X. The text query's gradients are
+    added up in registers, and then lie in shared memory beside T.
     """
     gradient, x = tile.rows * tile.outputs, tile.rows * tile.inputs
-    # Features of images: one row for each row of the tile, or those of two images (image_rows in _common.py).
-    images = 2 * tile.inputs if classes >= tile.rows else x
-    factors = 2 * 4 * (tile.rows if head % tile.inputs == 0 else x)
-    loaded = max(
-        gradient * dtype.itemsize + (x + images) * features.itemsize,  # R
-        gradient * dtype.itemsize + 2 * x * dtype.itemsize + 4 * images + factors,  # O
-        4 * gradient + x * features.itemsize,  # f, with a gradient in float32
+    loaded = gradient * dtype.itemsize + x * features.itemsize
+    return max(
+        (tile.stages - 1) * loaded + operand_bytes(target, dtype, gradient, x),
+        (gradient + x) * dtype.itemsize,
+        4 * tile.outputs * tile.inputs,
     )
-    needed = (tile.stages - 1) * loaded + operand_bytes(target, dtype, gradient, x)
-    return max(needed, 4 * tile.outputs * tile.inputs)
 
 
-def _table(dtype: torch.dtype, width: int, precision: str) -> Tile:
-    """Return the tile for the A100's registers and number of multiprocessors."""
+def _table(dtype: torch.dtype, width: int, precision: str, features: torch.dtype, target: Target) -> Tile:
+    """Return the tile for the target's registers and number of multiprocessors: 108 on the A100, 132 on the H100.
+
+    A program's block is in registers twice: the sum over images, and the product of one image.
+    """
     if dtype == torch.float32:
-        # Reductions are short, as in class_attention. TF32 products have one stage, and 16 rows for each warp.
-        block = block_of(width, 64)
-        return Tile(block, block, 16, 4, 2) if precision == "ieee" else Tile(block, block, 16, block // 16, 1)
-    # With tiles of 128 x 64 the four weights that go through B K rows take 128 programs at D = 512, for the A100's 108
-    # multiprocessors; with 128 x 128 they would take 64.
-    return Tile(block_of(width, 128), block_of(width, 64), 64, 8, 3)
+        outputs = block_of(width, 64)
+        if precision == "ieee":
+            return Tile(outputs, outputs, 16, 4, 2)
+        # TF32 operands are split in registers, so blocks are smaller. A warp has 16 of a block's outputs: more warps
+        # would compute and store the same elements.
+        return Tile(outputs, block_of(width, 32), 32, max(1, outputs // 16), 3)
+    if target.keeps_operands and features == dtype:
+        # At D = 512 the four weights that go through B K rows take 128 programs. Wider blocks read less from the cache,
+        # which limits the speed.
+        return Tile(block_of(width, 64), block_of(width, 128), 64, 4, 4)
+    # These four weights take 256 programs at D = 512, of which a multiprocessor holds three. Where the A100's threads
+    # also convert the features, as many columns of them would spill.
+    converts = features != dtype and not target.keeps_operands
+    return Tile(block_of(width, 64), block_of(width, 32 if converts else 64), 64, 4, 3)
+
+
+def remainder(classes: int, rows: int) -> int:
+    """Return the rows of a step for the classes that are left over when an image is divided into steps of `rows` rows.
+
+    It is a power of two, at least 16. If it equals `rows`, all steps of an image are alike.
+    """
+    left = (classes - 1) % rows + 1
+    return min(rows, max(16, triton.next_power_of_2(left)))
 
 
 @triton.jit
-def _block(
-    features,
-    attended,
+def _load_rows(matrix, first, row, end, columns, D: tl.constexpr):
+    """Return rows first + row of a matrix with D columns, 0 from row `end` on. A row number may exceed 32 bits."""
+    tile = row[:, None] * D + columns[None, :]
+    return tl.load(matrix + tl.cast(first, tl.int64) * D + tile, mask=(row < end - first)[:, None], other=0.0)
+
+
+@triton.jit
+def _add_rational(
+    total,
+    image,
+    text,
     dy,
-    weight,
-    bias,
-    episode,
+    o,
+    i,
     images,
     classes,
-    first_output,
-    first_input,
-    share,
-    scale,
-    SOURCE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    TWO_IMAGES: tl.constexpr,
+    first_class,
+    steps,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    ROWS: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store one block of one weight's gradient, and the gradient of the bias beside it.
+    """Add sum_b f[b] * (dY_b^T T) to a block, for the classes that lie in `steps` steps of ROWS from first_class on.
 
-    features: (image, text).
-    dy: the gradient dY of the projection's result.
-    weight, bias: the arrays that receive the gradients.
-    SOURCE: the input X of the projection: 0 for R, 1 for O, 2 for T (dY is then summed over the images), 3 for f.
+    image, dy: the features and the gradient of the episode's first image. The accumulator holds one image's product.
+    All images share one loop, so that the loads of the next image start during the products of this one.
     """
-    image, text = features
-    first_image = episode * images
-    first_row = first_image * classes
-    o = first_output + tl.arange(0, BLOCK_O)
-    i = first_input + tl.arange(0, BLOCK_I)
-    rows = images * classes
-    if SOURCE == 2:
-        rows = classes
-    elif SOURCE == 3:
-        rows = images
-    accumulator = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    row = tl.arange(0, ROWS)
+    accumulator = tl.zeros(total.shape, tl.float32)
+    f = tl.load(image + i).to(tl.float32)
+    for step in range(images * steps):
+        b = step // steps
+        start = first_class + (step % steps) * ROWS
+        y = _load_rows(dy + tl.cast(b, tl.int64) * classes * D, start, row, classes, o, D)
+        t = _load_rows(text, start, row, classes, i, D)
+        accumulator = product(tl.trans(y.to(COMPUTE)), t.to(COMPUTE), accumulator, PRECISION)
+        if step % steps == steps - 1:
+            total += accumulator * f[None, :]
+            accumulator = tl.zeros(total.shape, tl.float32)
+            f = tl.load(image + tl.minimum(b + 1, images - 1) * D + i).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _add_product(
+    total,
+    x,
+    dy,
+    o,
+    i,
+    rows,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add dY^T X to a block, where X and dY have `rows` rows."""
+    row = tl.arange(0, ROWS)
+    for start in tl.range(0, rows, ROWS, num_stages=STAGES):
+        y = _load_rows(dy, start, row, rows, o, D)
+        loaded = _load_rows(x, start, row, rows, i, D)
+        total = product(tl.trans(y.to(COMPUTE)), loaded.to(COMPUTE), total, PRECISION)
+    return total
+
+
+@triton.jit
+def _add_text(
+    total,
+    text,
+    dy,
+    o,
+    i,
+    images,
+    classes,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add (sum_b dY_b)^T T to a block. The images' gradients are added up first: one product serves all images."""
+    row = tl.arange(0, ROWS)
+    for start in range(0, classes, ROWS):
+        y = tl.zeros((ROWS, total.shape[0]), tl.float32)
+        for first in range(0, images, IMAGES_AT_ONCE):
+            # The loads of several images are under way together.
+            for j in tl.static_range(IMAGES_AT_ONCE):
+                b = first + j
+                end = tl.where(b < images, classes, 0)
+                y += _load_rows(dy + tl.cast(b, tl.int64) * classes * D, start, row, end, o, D).to(tl.float32)
+        t = _load_rows(text, start, row, classes, i, D)
+        total = product(tl.trans(y.to(COMPUTE)), t.to(COMPUTE), total, PRECISION)
+    return total
+
+
+@triton.jit
+def _store_block(weight, block, o, i, D: tl.constexpr):
+    tl.store(weight + o[:, None] * D + i[None, :], block.to(weight.dtype.element_ty))
+
+
+@triton.jit
+def _store_bias(bias, dy, column, rows, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Store the sums of dY's columns."""
+    row = tl.arange(0, BLOCK_R)
+    sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(0, rows, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        valid = row < rows
-        tile = (start, row, valid, rows, classes, first_image)
-        if SOURCE == 0:
-            x = rational_rows(features, tile, i, D, BLOCK_R, TWO_IMAGES)
-        elif SOURCE == 1:
-            x = attended_rows(attended, tile, i, first_input, share, D, HEAD, BLOCK_R, BLOCK_I, TWO_IMAGES)
-        elif SOURCE == 2:
-            x = tl.load(text + row[:, None] * D + i[None, :], mask=valid[:, None], other=0.0)
-        else:
-            x = tl.load(image + (first_image + row)[:, None] * D + i[None, :], mask=valid[:, None], other=0.0)
-        if SOURCE == 2:
-            y = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-            for b in range(images):
-                offsets = (first_row + b * classes + row)[:, None] * D + o[None, :]
-                y += tl.load(dy + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
-        elif SOURCE == 3:
-            y = tl.load(dy + (first_image + row)[:, None] * D + o[None, :], mask=valid[:, None], other=0.0)
-        else:
-            y = tl.load(dy + (first_row + row)[:, None] * D + o[None, :], mask=valid[:, None], other=0.0)
-        accumulator = product(tl.trans(y.to(COMPUTE)), x.to(COMPUTE), accumulator, PRECISION)
-    weight += episode * (D * D)
-    tl.store(weight + o[:, None] * D + i[None, :], (accumulator * scale).to(weight.dtype.element_ty))
-    if HAS_BIAS:
-        bias += episode * D
-        if first_input == 0:
-            # One program in D / BLOCK_I reads dY again, from the cache.
-            total = tl.zeros((BLOCK_O,), tl.float32)
-            bias_rows = rows
-            if SOURCE == 2:
-                bias_rows = images * classes
-            first = first_row
-            if SOURCE == 3:
-                first = first_image
-            for start in range(0, bias_rows, BLOCK_R):
-                row = start + tl.arange(0, BLOCK_R)
-                offsets = (first + row)[:, None] * D + o[None, :]
-                y = tl.load(dy + offsets, mask=(row < bias_rows)[:, None], other=0.0)
-                total += tl.sum(y.to(tl.float32), 0)
-            store_column_sums(bias + o, total, o < D, BLOCK_R, BLOCK_O)
+        sums += _load_rows(dy, start, row, rows, column, D).to(tl.float32)
+    store_column_sums(bias + column, tl.sum(sums, 0), column < D, BLOCK_R, BLOCK_C)
 
 
 @Kernel
@@ -192,10 +243,7 @@ def parameter_gradients_kernel(
     image,
     text,
     logit_scale,
-    attended_text,
-    attended_rational,
-    attended_image,
-    factors,
+    attended,
     dkeys,
     dvalues,
     dq_rational,
@@ -216,75 +264,100 @@ def parameter_gradients_kernel(
     image_bias,
     images,
     classes,
-    total_rows,
-    share,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
     FACTOR: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    TWO_IMAGES: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    STAGES: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    BIAS_COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute one block of the gradient of one weight, and of its bias.
+    """Compute one block of the gradient of one weight or of one bias.
 
-    Axis 0 of the grid: role among those asked for, block of outputs, block of inputs. Axis 1: episodes.
-    A role is asked for where its weight is not None, the output projection where HAS_OUTPUT is 1.
+    Axis 0 of the grid: first the biases, by role and block of columns; then the weights, by role, block of outputs and
+    block of inputs. Axis 1: episodes. A role is asked for where its weight is not None, the output projection where
+    HAS_OUTPUT is 1. REMAINDER: the rows of the last step of an image, see steps_of.
     """
     inputs: tl.constexpr = D // BLOCK_I
     blocks: tl.constexpr = inputs * (D // BLOCK_O)
-    program, episode = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    role, block = program // blocks, program % blocks
-    first_output, first_input = (block // inputs) * BLOCK_O, (block % inputs) * BLOCK_I
-    features = (image, text)
-    attended = (attended_text, attended_rational, attended_image, factors, total_rows)
-    scale = input_scale(logit_scale, FACTOR)
+    bias_blocks: tl.constexpr = D // BIAS_COLUMNS
     value_role: tl.constexpr = 0 if key_weight is None else 1
     rational_role: tl.constexpr = value_role + (0 if value_weight is None else 1)
     output_role: tl.constexpr = rational_role + (0 if rational_weight is None else 1)
     text_role: tl.constexpr = output_role + HAS_OUTPUT
     image_role: tl.constexpr = text_role + (0 if text_weight is None else 1)
+    bias_programs: tl.constexpr = HAS_BIAS * bias_blocks * (image_role + (0 if image_weight is None else 1))
+    program, episode = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    role, block = (program - bias_programs) // blocks, (program - bias_programs) % blocks
+    if HAS_BIAS:
+        if program < bias_programs:
+            role, block = program // bias_blocks, program % bias_blocks
+    # The output projection's pointers have the right types; those of the program's role replace them.
+    dy, weight, bias = doffset, output_weight, output_bias
+    if key_weight is not None:
+        if role == 0:
+            dy, weight, bias = dkeys, key_weight, key_bias
+    if value_weight is not None:
+        if role == value_role:
+            dy, weight, bias = dvalues, value_weight, value_bias
+    if rational_weight is not None:
+        if role == rational_role:
+            dy, weight, bias = dq_rational, rational_weight, rational_bias
+    if text_weight is not None:
+        if role == text_role:
+            dy, weight, bias = dq_text, text_weight, text_bias
+    if image_weight is not None:
+        if role == image_role:
+            weight, bias = image_weight, image_bias
+            dq_image += episode * images * D
+    image += episode * images * D
+    dy += episode * images * classes * D
+    if HAS_BIAS:
+        if program < bias_programs:
+            bias += episode * D
+            column = block * BIAS_COLUMNS + tl.arange(0, BIAS_COLUMNS)
+            if image_weight is not None:
+                if role == image_role:
+                    _store_bias(bias, dq_image, column, images, D, BIAS_ROWS, BIAS_COLUMNS)
+                else:
+                    _store_bias(bias, dy, column, images * classes, D, BIAS_ROWS, BIAS_COLUMNS)
+            else:
+                _store_bias(bias, dy, column, images * classes, D, BIAS_ROWS, BIAS_COLUMNS)
+            return
+    o = (block // inputs) * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = (block % inputs) * BLOCK_I + tl.arange(0, BLOCK_I)
+    weight += episode * (D * D)
+    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    scale = input_scale(logit_scale, FACTOR)
     if role < output_role:
         if output_role > 0:
-            # The output projection's pointers have the right types; those of one of the roles below replace them.
-            dy, weight, bias = doffset, output_weight, output_bias
-            if key_weight is not None:
-                if role == 0:
-                    dy, weight, bias = dkeys, key_weight, key_bias
-            if value_weight is not None:
-                if role == value_role:
-                    dy, weight, bias = dvalues, value_weight, value_bias
-            if rational_weight is not None:
-                if role == rational_role:
-                    dy, weight, bias = dq_rational, rational_weight, rational_bias
-            _block(
-                features, attended, dy, weight, bias, episode, images, classes, first_output, first_input, share, scale,
-                0, HAS_BIAS, TWO_IMAGES, D, HEAD, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
-            )  # fmt: skip
+            steps = (classes + BLOCK_R - 1) // BLOCK_R if REMAINDER == BLOCK_R else classes // BLOCK_R
+            total = _add_rational(
+                total, image, text, dy, o, i, images, classes, 0, steps, D, BLOCK_R, COMPUTE, PRECISION
+            )
+            if REMAINDER < BLOCK_R:
+                total = _add_rational(
+                    total, image, text, dy, o, i, images, classes, steps * BLOCK_R, 1, D, REMAINDER, COMPUTE, PRECISION
+                )
+            _store_block(weight, total * scale, o, i, D)
     elif role < text_role:
         if HAS_OUTPUT:
-            _block(
-                features, attended, doffset, output_weight, output_bias, episode, images, classes, first_output,
-                first_input, share, 1.0,
-                1, HAS_BIAS, TWO_IMAGES, D, HEAD, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
-            )  # fmt: skip
+            attended += episode * images * classes * D
+            total = _add_product(total, attended, dy, o, i, images * classes, D, BLOCK_R, STAGES, COMPUTE, PRECISION)
+            _store_block(weight, total, o, i, D)
     elif role < image_role:
         if text_weight is not None:
-            _block(
-                features, attended, dq_text, text_weight, text_bias, episode, images, classes, first_output,
-                first_input, share, tl.sqrt(scale),
-                2, HAS_BIAS, TWO_IMAGES, D, HEAD, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
-            )  # fmt: skip
+            total = _add_text(total, text, dy, o, i, images, classes, D, BLOCK_R, COMPUTE, PRECISION)
+            _store_block(weight, total * tl.sqrt(scale), o, i, D)
     elif image_weight is not None:
-        _block(
-            features, attended, dq_image, image_weight, image_bias, episode, images, classes, first_output, first_input,
-            share, tl.sqrt(scale),
-            3, HAS_BIAS, TWO_IMAGES, D, HEAD, BLOCK_O, BLOCK_I, BLOCK_R, COMPUTE, PRECISION,
-        )  # fmt: skip
+        total = _add_product(total, image, dq_image, o, i, images, D, 16, 1, COMPUTE, PRECISION)
+        _store_block(weight, total * tl.sqrt(scale), o, i, D)
 
 
 @remembered
@@ -292,9 +365,7 @@ def _launch(
     batch: int,
     classes: int,
     width: int,
-    num_heads: int,
     roles: tuple[str, ...],
-    kinds: int,
     scale_factor: float,
     episodes: int,
     bias: bool,
@@ -306,16 +377,17 @@ def _launch(
 ) -> Launch:
     """Return the launch for the gradients of the weights in `roles`.
 
-    kinds: the number of query kinds in use. features: the type in which the features lie in memory.
+    features: the type in which the features lie in memory.
     """
-    head = width // num_heads
-    tile = tile or tile_of(dtype, classes, width, head, precision, features=features, target=target)
-    programs = len(roles) * (width // tile.outputs) * (width // tile.inputs)
+    tile = tile or tile_of(dtype, width, precision, features=features, target=target)
+    bias_columns = block_of(width, BIAS_COLUMNS)
+    blocks = (width // tile.outputs) * (width // tile.inputs) + bias * (width // bias_columns)
     return parameter_gradients_kernel.launch(
-        episode_grid(programs, episodes=episodes),
-        images=batch // episodes, classes=classes, total_rows=batch * classes, share=1 / kinds,
-        D=width, HEAD=head, FACTOR=scale_factor, HAS_OUTPUT=int("output" in roles), HAS_BIAS=bias,
-        TWO_IMAGES=classes >= tile.rows, BLOCK_O=tile.outputs, BLOCK_I=tile.inputs, BLOCK_R=tile.rows,
+        episode_grid(len(roles) * blocks, episodes=episodes),
+        images=batch // episodes, classes=classes,
+        D=width, FACTOR=scale_factor, HAS_OUTPUT=int("output" in roles), HAS_BIAS=bias,
+        BLOCK_O=tile.outputs, BLOCK_I=tile.inputs, BLOCK_R=tile.rows, REMAINDER=remainder(classes, tile.rows),
+        STAGES=tile.stages, BIAS_ROWS=(128 // dtype.itemsize) * tile.warps, BIAS_COLUMNS=bias_columns,
         COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -325,12 +397,11 @@ def parameter_gradients(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
-    attended: Attended,
+    attended: Tensor | None,
     gradients: ProjectionBuffers | None,
     doffset: Tensor,
     wanted: dict[str, Tensor],
     *,
-    num_heads: int,
     bias: bool,
     scale_factor: float,
     precision: str = "ieee",
@@ -338,6 +409,7 @@ def parameter_gradients(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Compute the gradients of the weights in `wanted` and, with bias=True, of their biases, in one launch.
 
+    attended: the output projection's input O from masked_logits_backward; None if that projection is not wanted.
     gradients: the projections' gradients from class_attention_backward; None if only the output projection is wanted.
     doffset: dA, the gradient of the output projection's result.
     wanted: the weights by role (see ROLE_ORDER), all (D, D) or all (E, D, D). A gradient has its weight's shape and
@@ -360,13 +432,11 @@ def parameter_gradients(
     weight_pointers = {"output": some_weight} | weights
     bias_pointers = {"output": next(iter(biases.values()))} | biases if bias else weight_pointers
     launch = _launch(
-        batch, classes, width, num_heads, tuple(weights), attended.kinds, scale_factor, episodes, bias, doffset.dtype,
-        text.dtype, precision, target_of(text.device), tile,
+        batch, classes, width, tuple(weights), scale_factor, episodes, bias, doffset.dtype, text.dtype, precision,
+        target_of(text.device), tile,
     )  # fmt: skip
     launch(
-        image=image, text=text, logit_scale=logit_scale,
-        attended_text=attended.text, attended_rational=attended.rational, attended_image=attended.image,
-        factors=attended.factors,
+        image=image, text=text, logit_scale=logit_scale, attended=attended,
         dkeys=inner.keys, dvalues=inner.values, dq_rational=inner.q_rational, doffset=doffset, dq_text=inner.q_text,
         dq_image=inner.q_image,
         **dict(zip(_WEIGHTS, map(weight_pointers.get, ROLE_ORDER), strict=True)),

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rada_fast.kernels._common import (
+    attended_rows,
     block_of,
     cdiv,
     default_precision,
@@ -49,6 +50,7 @@ def masked_logits_backward_offset_kernel(
     peaks,
     doffset,
     weighted,
+    attended,
     images,
     classes,
     total_rows,
@@ -67,17 +69,22 @@ def masked_logits_backward_offset_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute dA, for which A is computed again; the programs are those of the forward pass."""
-    episode, n, _block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
+    """Compute dA, for which A is computed again, and store O; the programs are those of the forward pass."""
+    episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
     _start, row, valid, _rows, _classes, first_image = tile
     first_row = first_image * classes
+    offsets = (first_row + row)[:, None] * D + n[None, :]
+    parts = (attended_text, attended_rational, attended_image, factors, total_rows)
+    if attended is not None:
+        # These columns are read once more in the loop over all columns, from the cache.
+        o = attended_rows(parts, tile, n, block * BLOCK_N, share, D, HEAD, BLOCK_M, BLOCK_N, TWO_IMAGES)
+        tl.store(attended + offsets, o.to(attended.dtype.element_ty), mask=valid[:, None])
     if bias is not None:
         bias += episode * bias_stride
     m = one_plus_offset(
-        (attended_text, attended_rational, attended_image, factors, total_rows), weight + episode * weight_stride, bias,
+        parts, weight + episode * weight_stride, bias,
         tile, n, share, TWO_IMAGES, D, HEAD, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
     )  # fmt: skip
-    offsets = (first_row + row)[:, None] * D + n[None, :]
     clamped = m <= 0.0
     if RELU:
         m = tl.where(clamped, 0.0, m)
@@ -170,12 +177,14 @@ class MaskedLogitsGradients:
     dattended: dO, (B, K, D).
     deltas: (2, D/g, B, K) float32, the sums of dO . w O^c over chunks of g columns, where g divides a head's width.
     weighted: s dlogits M, (B, K, D).
+    attended: O, the input of the output projection, (B, K, D).
     """
 
     doffset: Tensor
     dattended: Tensor | None
     deltas: Tensor | None
     weighted: Tensor | None
+    attended: Tensor | None
 
 
 class _Launches(NamedTuple):
@@ -238,6 +247,7 @@ def masked_logits_backward(
     relu: bool,
     penalty: str = "none",
     weighted: bool = False,
+    keep_attended: bool = True,
     inner: bool = True,
     episodes: int = 1,
     dtype: torch.dtype | None = None,
@@ -246,6 +256,7 @@ def masked_logits_backward(
 ) -> MaskedLogitsGradients:
     """Compute dA and dO in two launches; with weighted=True also s dlogits M, which the features' gradients need.
 
+    With keep_attended=True this also stores O, which the gradient of the output projection's weight needs.
     With inner=False this computes dA alone, in one launch: the output projection's own gradient needs no more.
     """
     (batch, width), classes = image.shape, text.shape[0]
@@ -257,6 +268,7 @@ def masked_logits_backward(
         dattended=image.new_empty(shape, dtype=dtype) if inner else None,
         deltas=torch.empty((2, width // chunk, batch, classes), **float32) if inner else None,
         weighted=image.new_empty(shape, dtype=dtype) if weighted else None,
+        attended=image.new_empty(shape, dtype=dtype) if keep_attended else None,
     )
     if batch == 0:
         return gradients
@@ -267,7 +279,7 @@ def masked_logits_backward(
     launches.offset(
         **common_tensors(image, text, attended, weight, bias),
         logit_scale=logit_scale, dlogits=dlogits, dpenalty=dpenalty, dmask=dmask, peaks=peaks,
-        doffset=gradients.doffset, weighted=gradients.weighted,
+        doffset=gradients.doffset, weighted=gradients.weighted, attended=gradients.attended,
     )  # fmt: skip
     if inner:
         launches.attended(

@@ -133,13 +133,13 @@ def start_launches(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[
         image,
         text,
         scale,
-        attended,
+        mask_gradients.attended,
         gradients,
         mask_gradients.doffset,
         weights,
         bias=True,
         scale_factor=scale_factor,
-        **heads,
+        **common,
     )
     yield {
         f"d{ROLES[role]}.{part}": value

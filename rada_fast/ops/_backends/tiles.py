@@ -84,9 +84,8 @@ def table_tile(launch: str, sizes: Sizes, target: Target = A100) -> Any:
             )  # fmt: skip
         case "parameter_gradients":
             return parameter_gradients.tile_of(
-                sizes.dtype, sizes.classes, sizes.width, sizes.head, sizes.precision,
-                features=sizes.features, target=target,
-            )  # fmt: skip
+                sizes.dtype, sizes.width, sizes.precision, features=sizes.features, target=target
+            )
     raise ValueError(f"launch must be one of {', '.join(TILES)}, got {launch!r}")
 
 
@@ -105,7 +104,7 @@ def shared_bytes(launch: str, tile: Any, sizes: Sizes, target: Target) -> int:
                 tile, sizes.dtype, sizes.classes, sizes.width, sizes.head, backward, weights, target
             )
         case "parameter_gradients":
-            return parameter_gradients.shared_bytes(tile, sizes.dtype, sizes.classes, sizes.head, features, target)
+            return parameter_gradients.shared_bytes(tile, sizes.dtype, features, target)
     raise ValueError(f"launch must be one of {', '.join(TILES)}, got {launch!r}")
 
 

@@ -319,8 +319,9 @@ def _backward(
         outer = masked_logits_backward(
             **problem, attended=attended, weight=weights["output"], bias=output_bias, dlogits=dlogits,
             dpenalty=dpenalty, dmask=dmask, peaks=peaks.peaks, num_heads=options.num_heads, relu=options.relu,
-            penalty=options.penalty, weighted=to_features, inner=inner, episodes=launch.episodes,
-            dtype=launch.compute, precision=launch.precision, tile=tiles.get("masked_logits_backward"),
+            penalty=options.penalty, weighted=to_features, keep_attended="output" in roles, inner=inner,
+            episodes=launch.episodes, dtype=launch.compute, precision=launch.precision,
+            tile=tiles.get("masked_logits_backward"),
         )  # fmt: skip
         if inner:
             assert outer.dattended is not None
@@ -330,8 +331,8 @@ def _backward(
                 tile=tiles.get("class_attention_backward"), **_attention(options, launch),
             )  # fmt: skip
         dweights, dbiases = parameter_gradients(
-            **problem, attended=attended, gradients=dprojections, doffset=outer.doffset, wanted=roles,
-            num_heads=options.num_heads, bias=has_bias, scale_factor=options.input_scale_factor,
+            **problem, attended=outer.attended, gradients=dprojections, doffset=outer.doffset, wanted=roles,
+            bias=has_bias, scale_factor=options.input_scale_factor,
             precision=launch.precision, tile=tiles.get("parameter_gradients"),
         )  # fmt: skip
         if to_features:
