@@ -58,6 +58,11 @@ class Target(NamedTuple):
         """Return whether the tables hold tiles that were measured on such a device, an H100."""
         return self.capability == 90
 
+    @property
+    def is_b200(self) -> bool:
+        """Return whether the code is that of B200 and B300."""
+        return self.capability in (100, 103)
+
 
 A100 = Target.of_capability(80)
 
