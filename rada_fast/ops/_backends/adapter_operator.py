@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rada_fast.config.method import ROLES, AdapterConfig, MaskPenalty
-from rada_fast.ops._backends.registration import Layout, define, register_fake, register_gradient
+from rada_fast.ops._backends.registration import Layout, define, register_fake, register_gradient, runs_at_once
 from rada_fast.ops._backends.transforms import refuse_second_derivative
 
 SERVED_PENALTIES: tuple[MaskPenalty | None, ...] = (None, "l2", "l1", "linf")
@@ -187,13 +187,15 @@ def register(
     forward_arguments, backward_arguments = arguments_of(options), backward_arguments_of(options, kept)
     forward_results = Layout(Results, *kept, Sums, results=(Results, *kept, Sums))
     backward_results = Layout(Features, Parameters, results=(Features, Parameters), prefix="d")
+    function = None
     if forward is None or backward is None:
         register_fake(name, forward_arguments, fake)
         register_fake(f"{name}_backward", backward_arguments, fake_backward)
     else:
-        define(name, forward_arguments, forward_results, forward, fake)
+        function = define(name, forward_arguments, forward_results, forward, fake)
         define(f"{name}_backward", backward_arguments, backward_results, backward, fake_backward)
     operator = getattr(torch.ops.rada_fast, f"{name}_backward").default
+    kept_layout = Layout(*kept, results=kept)
 
     def formula(
         given: Sequence[Tensor | None], arguments: list[Any], saved: tuple[Tensor, ...], wanted: list[Any]
@@ -204,16 +206,23 @@ def register(
         if not requests.keep:
             raise RuntimeError("the forward was told that no gradient follows (keep=False)")
         *kept_tensors, sums = saved
-        gradients: Sequence[Tensor | None] = [None] * len(GRADIENTS.names)
         needed = [*wanted_features, *wanted_parameters]
+        dfeatures, dparameters = GRADIENTS.split([None] * len(GRADIENTS.names))
         if any(needed):
             refuse_second_derivative("rational_adapter")
-            gradients = operator(*dresults, *features, *scale, *parameters, *shared, *own, *kept_tensors, needed)
+            if backward is not None and runs_at_once((*given, *features)):
+                groups = kept_layout.split(kept_tensors)
+                dfeatures, dparameters = backward(
+                    dresults, features, scale, parameters, shared, own, *groups, Needed(needed)
+                )
+            else:
+                dfeatures, dparameters = GRADIENTS.split(
+                    operator(*dresults, *features, *scale, *parameters, *shared, *own, *kept_tensors, needed)
+                )
         dscale = None
         if wanted_scale.logit_scale and dresults.dlogits is not None:
             # Only the factor in front of the sum carries a gradient; the projections' inputs use the detached s.
             dscale = (dresults.dlogits.to(sums.dtype) * sums).sum().to(scale.logit_scale.dtype)
-        dfeatures, dparameters = GRADIENTS.split(gradients)
         return dfeatures, Scale(dscale), dparameters  # type: ignore[arg-type]
 
-    register_gradient(name, forward_arguments, tensors, len(Results._fields), formula)
+    register_gradient(name, forward_arguments, tensors, len(Results._fields), formula, function)

@@ -7,12 +7,14 @@ the functions behind an operator take groups and return groups, so no code depen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+
+from rada_fast.ops._backends.transforms import under_transform
 
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -71,6 +73,17 @@ def _none_if_empty(value: Tensor) -> Tensor | None:
     return None if value.ndim == 1 and value.numel() == 0 else value
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, bool, str, torch.dtype})
+
+
+def runs_at_once(values: Iterable[Any]) -> bool:
+    """Return whether an operator with these arguments would only run: nothing traces, counts or transforms it.
+
+    The function behind it may then be called directly, which spares PyTorch's dispatcher some 10 us in every pass.
+    """
+    return _PLAIN.issuperset(map(type, values)) and torch._C._len_torch_dispatch_stack() == 0 and not under_transform()
+
+
 def _flat(arguments: Layout, function: Callable[..., Sequence[Any]]) -> Callable[..., tuple[Tensor, ...]]:
     """Return a function that takes an operator's flat arguments and calls a function of groups with them.
 
@@ -102,17 +115,19 @@ def define(
     results: Layout,
     implementation: Callable[..., Sequence[Any]],
     fake: Callable[..., Sequence[Any]],
-) -> None:
-    """Define an operator for CPU and CUDA tensors.
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Define an operator for CPU and CUDA tensors. Returns the function of flat arguments behind it.
 
     name: the operator's name.
     arguments, results: the layouts of both, from which the schema is made.
     implementation, fake: take the groups of the arguments and return the groups of the results.
     """
     _library.define(f"{name}({arguments.schema()}) -> ({results.schema()})")
+    function = _flat(arguments, implementation)
     for device in ("CPU", "CUDA"):
-        _library.impl(name, _flat(arguments, implementation), device)
+        _library.impl(name, function, device)
     register_fake(name, arguments, fake)
+    return function
 
 
 def register_gradient(
@@ -121,6 +136,7 @@ def register_gradient(
     tensors: Layout,
     differentiable: int,
     formula: Callable[[Sequence[Tensor | None], list[Any], tuple[Tensor, ...], list[Any]], Sequence[Any]],
+    function: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> None:
     """Register an operator's gradient.
 
@@ -131,12 +147,15 @@ def register_gradient(
     formula: takes the gradients of the differentiable results (at least one is not None), the groups of the arguments,
         the kept results, and for each group of `tensors` a group of flags that say which gradients are wanted. It
         returns groups of gradients like those of `tensors`. Gradients that are not wanted may be None.
+    function: what `define` returned; None where a library has defined the operator.
     """
     count = len(tensors.names)
     operator = getattr(torch.ops.rada_fast, name).default
 
     def run(keyset: Any, arguments: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
+            if function is not None and runs_at_once(arguments) and not keyset.has(torch._C.DispatchKey.Meta):
+                return function(*arguments)
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     class Gradient(torch.autograd.Function):

@@ -166,7 +166,7 @@ def _gradients(
 
 _ARGUMENTS = Layout(Projected, AttentionOptions)
 _RESULTS = Layout(Rows, Attended, results=(Rows, Attended))
-define("class_attention_triton", _ARGUMENTS, _RESULTS, _forward, _forward_fake)
+_function = define("class_attention_triton", _ARGUMENTS, _RESULTS, _forward, _forward_fake)
 define(
     "class_attention_triton_backward",
     Layout(RowGradients, Projected, Attended, AttentionOptions, results=(Attended,)),
@@ -174,7 +174,7 @@ define(
     _backward,
     _backward_fake,
 )
-register_gradient("class_attention_triton", _ARGUMENTS, Layout(Projected), len(Rows._fields), _gradients)
+register_gradient("class_attention_triton", _ARGUMENTS, Layout(Projected), len(Rows._fields), _gradients, _function)
 
 
 def layered_adapter(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rada_fast.bench.compiled import recorded
 from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import BackendUnavailableError
 from rada_fast.kernels._common import MAX_EPISODES, episode_grid
@@ -83,3 +86,26 @@ def test_more_episodes_than_a_grid_holds_are_not_served(monkeypatch: pytest.Monk
         assert bool(triton.reason_not_served(config, images, text, parameters, episodes=episodes)) == refused
     with pytest.raises(BackendUnavailableError, match="serves at most 65535 episodes, not 65536"):
         rational_adapter(images, text, 20.0, parameters, config, episodes=episodes, backend="triton")
+
+
+def test_a_mode_sees_both_operators() -> None:
+    """Without a mode the functions behind the operators are called directly."""
+    config = AdapterConfig.official(32, num_heads=4)
+    image, text, parameters = problem(config, 2, 3, torch.float32)
+    leaves = {name: value.requires_grad_() for name, value in parameters.items()}
+    names: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    def step() -> int:
+        with recorded() as launches:
+            rational_adapter(image, text, 20.0, leaves, config, backend="triton").logits.sum().backward()
+        return len(launches)
+
+    with Names():
+        seen = step()
+    assert {"rada_fast::rational_adapter_triton", "rada_fast::rational_adapter_triton_backward"} <= set(names)
+    assert step() == seen > 0
