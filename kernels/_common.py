@@ -61,7 +61,7 @@ def default_precision(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "ieee"
 
 
-# Triton's interpreter stores bfloat16 as integers, and a product would multiply these integers.
+# Triton's interpreter stores bfloat16 as integers, and a product of such operands would multiply these integers.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -69,9 +69,12 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 def product(left, right, accumulator, PRECISION: tl.constexpr):
     """Return the matrix product of left and right in float32, added to the accumulator unless that is None."""
     if INTERPRETED:
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, accumulator, input_precision=PRECISION)
+        # NumPy adds up a float32 product in an order that depends on the sides of its operands. In float64 the order
+        # does not show, so that scores are equal in all kernels.
+        result = tl.dot(left.to(tl.float64), right.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        return result if accumulator is None else accumulator + result
+    else:
+        return tl.dot(left, right, accumulator, input_precision=PRECISION)
 
 
 @triton.jit

@@ -73,23 +73,36 @@ def _launches(
         "BLOCK_C": piece_columns(dtype, head),
         "BLOCK_S": max(256, min(512, triton.next_power_of_2(classes))),
         "PRECISION": default_precision(dtype, precision),
-        "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
     # In the second launch a tile has as many keys as one has queries in the first, and reads queries in short strips.
+    # Products of float32 on tensor cores have the bits of the forward pass only where the keys are on the left as they
+    # are there: with other bits, probabilities of scores of 1e4 would not add up to 1. The first launch therefore turns
+    # its tile, and takes half the queries and warps of the second one, since its accumulators have as many rows. The
+    # tiles measured on Hopper have other forms, and their products are not made to agree.
+    transposed = dtype == torch.float32 and precision != "ieee" and not target.is_hopper
     tiles, groups = cdiv(classes, tile.queries), cdiv(head, tile.columns)
-    query_tiles = tiles if any(in_tiles) else 0
+    query_block, key_block, warps = tile.queries, tile.keys, tile.warps
+    if transposed:
+        query_block, key_block, warps = max(16, tile.keys // 2), tile.queries, max(1, tile.warps // 2)
+    query_tiles = cdiv(classes, query_block) if any(in_tiles) else 0
     queries = class_attention_backward_queries_kernel.launch(
         (batch * num_heads * groups * (query_tiles + has_image),),
         tiles=query_tiles,
-        HEAD_VECTOR=vector, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+        HEAD_VECTOR=vector, TRANSPOSED=transposed, BLOCK_Q=query_block, BLOCK_K=key_block,
         # The image query's two accumulators of 64 x 64 spill on Blackwell. A thread has four columns of a row as in the
         # forward pass, so that scores are added up in the same order.
-        BLOCK_I=max(1, 128 * tile.warps // vector, min(32, 4096 // vector)),
+        BLOCK_I=max(1, 128 * warps // vector, min(32, 4096 // vector)),
+        num_warps=warps,
         **common,
     )  # fmt: skip
     keys = class_attention_backward_keys_kernel.launch(
-        (batch * num_heads * groups * tiles,), tiles=tiles, BLOCK_Q=tile.keys, BLOCK_K=tile.queries, **common
+        (batch * num_heads * groups * tiles,),
+        tiles=tiles,
+        BLOCK_Q=tile.keys,
+        BLOCK_K=tile.queries,
+        num_warps=tile.warps,
+        **common,
     )
     if matrix or not any(in_tiles):
         return _Launches(queries, keys, None)

@@ -25,23 +25,25 @@ def _query_statistics(
     CHUNKS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
-    """Return the two numbers of the log2-sums and the deltas of a tile of queries, (BLOCK_Q,) each.
+    """Return the two numbers of the log2-sums and the deltas of a tile of queries, each with an axis for the keys.
 
-    totals is None for the row softmax.
+    totals is None for the row softmax. The maxima of rows beyond the last class are infinite, so their P is 0.
     """
+    key_axis: tl.constexpr = 0 if TRANSPOSED else 1
     if totals is not None:
         maximum, log_sum, mean = head_statistics(totals, deltas, b, head, batch, classes, KIND, HEADS, CHUNKS, BLOCK_S)
-        zeros = tl.zeros((BLOCK_Q,), tl.float32)
-        return zeros + maximum, zeros + log_sum, zeros + mean
+        valid = tl.expand_dims(valid, key_axis)
+        return tl.where(valid, maximum, float("inf")), tl.where(valid, log_sum, 0.0), tl.where(valid, mean, 0.0)
     else:
         rows = tl.full((), classes, tl.int64) * batch
         row = (KIND * HEADS + head) * rows + b * classes
         # The sums follow the maxima of both query kinds.
         return (
-            tl.load(logsums + row + i, mask=valid, other=0.0),
-            tl.load(logsums + 2 * HEADS * rows + row + i, mask=valid, other=0.0),
-            tl.load(deltas + row + i, mask=valid, other=0.0),
+            tl.expand_dims(tl.load(logsums + row + i, mask=valid, other=float("inf")), key_axis),
+            tl.expand_dims(tl.load(logsums + 2 * HEADS * rows + row + i, mask=valid, other=0.0), key_axis),
+            tl.expand_dims(tl.load(deltas + row + i, mask=valid, other=0.0), key_axis),
         )
 
 
@@ -58,6 +60,7 @@ def _query_gradient(
     scale,
     HEAD: tl.constexpr,
     SPLIT_HEAD: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -67,17 +70,26 @@ def _query_gradient(
 
     queries: the queries themselves, or pointers to their rows if the head is split.
     keys: pointers to rows, which are used only if the head is split. k: the tile of keys.
-    dp: dP, (queries, keys). statistics: the queries' log-sums and deltas.
+    dp: dP, (queries, keys), or (keys, queries) if TRANSPOSED. statistics: the queries' log-sums and deltas.
+    j_valid: whether each key exists; None where rows beyond the last class repeat it and can be read.
     """
     maximum, log_sum, delta = statistics
-    if SPLIT_HEAD:
-        scores = split_head_scores(queries, keys, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+    # Rows of zeros beyond the last class could have an infinite exponential. Their infinite maximum prevents it for
+    # queries, and a mask for keys.
+    if TRANSPOSED:
+        scores = split_head_scores(keys, queries, j_valid, i_valid, HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
+        if j_valid is not None:
+            scores = tl.where(j_valid[:, None], scores, float("-inf"))
     else:
-        scores = product(queries, tl.trans(k), None, PRECISION)
-    # Rows beyond the last class are zeros, for which the exponential could be infinite.
-    scores = tl.where(i_valid[:, None] & j_valid[None, :], scores, float("-inf"))
-    p = tl.exp2((scores * scale - maximum[:, None]) - log_sum[:, None])
-    ds = p * (dp - delta[:, None])
+        if SPLIT_HEAD:
+            scores = split_head_scores(queries, keys, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+        else:
+            scores = product(queries, tl.trans(k), None, PRECISION)
+        scores = tl.where(j_valid[None, :], scores, float("-inf"))
+    p = tl.exp2((scores * scale - maximum) - log_sum)
+    ds = p * (dp - delta)
+    if TRANSPOSED:
+        ds = tl.trans(ds)
     return product(ds.to(k.dtype), k, dq, PRECISION)
 
 
@@ -171,6 +183,7 @@ def class_attention_backward_queries_kernel(
     HEAD_VECTOR: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT_HEAD: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -182,9 +195,13 @@ def class_attention_backward_queries_kernel(
     """Compute dq of a tile of queries over all keys; the programs are those of the forward pass.
 
     scale: log2(e) / (sqrt(d) tau), because scores are in base 2; share: 1/|Q|.
+    TRANSPOSED: whether scores are computed as (keys, queries), for a head that is read in pieces.
     """
     HAS_TEXT: tl.constexpr = q_text is not None
     HAS_RATIONAL: tl.constexpr = q_rational is not None
+    # Keys beyond the last class are masked, or they are the last class again. On sm_80 and sm_90 the mask spills for
+    # narrow heads, and the second reading for heads of 64.
+    REPEAT_LAST: tl.constexpr = TRANSPOSED and HEAD < 64
     heads: tl.constexpr = D // HEAD
     groups: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
     dscale = scale * LN2 * share
@@ -205,28 +222,38 @@ def class_attention_backward_queries_kernel(
             if not SPLIT_HEAD:
                 text = tl.load(text[:, None] + c[None, :], mask=valid, other=0.0)
             text_statistics = _query_statistics(
-                logsums, totals, deltas, b, head, i, i_valid, batch, classes, 0, heads, CHUNKS, BLOCK_Q, BLOCK_S
-            )
+                logsums, totals, deltas, b, head, i, i_valid, batch, classes, 0, heads, CHUNKS, BLOCK_Q, BLOCK_S,
+                TRANSPOSED,
+            )  # fmt: skip
         if HAS_RATIONAL:
             rational = q_rational + (first + i) * D + column
             if not SPLIT_HEAD:
                 rational = tl.load(rational[:, None] + c[None, :], mask=valid, other=0.0)
             rational_statistics = _query_statistics(
-                logsums, totals, deltas, b, head, i, i_valid, batch, classes, 1, heads, CHUNKS, BLOCK_Q, BLOCK_S
-            )
+                logsums, totals, deltas, b, head, i, i_valid, batch, classes, 1, heads, CHUNKS, BLOCK_Q, BLOCK_S,
+                TRANSPOSED,
+            )  # fmt: skip
         dq_text_tile = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
         dq_rational_tile = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
         for start in range(0, classes, BLOCK_K):
             j = start + tl.arange(0, BLOCK_K)
             j_valid = j < classes
-            key_rows = keys + (first + j) * D + column
-            value_rows = values + (first + j) * D + column
+            source_row = first + j
+            if REPEAT_LAST:
+                source_row = first + tl.minimum(j, classes - 1)
+            key_rows = keys + source_row * D + column
+            value_rows = values + source_row * D + column
             k = tl.load(
                 keys + (first + j)[:, None] * D + out_columns[None, :],
                 mask=j_valid[:, None] & c_valid[None, :],
                 other=0.0,
             )
-            if SPLIT_HEAD:
+            if TRANSPOSED:
+                dp = split_head_scores(
+                    value_rows, do_rows, None if REPEAT_LAST else j_valid, i_valid,
+                    HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION,
+                )  # fmt: skip
+            elif SPLIT_HEAD:
                 dp = split_head_scores(
                     do_rows, value_rows, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION
                 )
@@ -236,13 +263,15 @@ def class_attention_backward_queries_kernel(
             # Keys beyond the last are rows of zeros, so their dS adds nothing.
             if HAS_TEXT:
                 dq_text_tile = _query_gradient(
-                    text, key_rows, k, dp, text_statistics, dq_text_tile, i_valid, j_valid, scale,
-                    HEAD, SPLIT_HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
+                    text, key_rows, k, dp, text_statistics, dq_text_tile, i_valid,
+                    None if REPEAT_LAST else j_valid, scale,
+                    HEAD, SPLIT_HEAD, TRANSPOSED, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
                 )  # fmt: skip
             if HAS_RATIONAL:
                 dq_rational_tile = _query_gradient(
-                    rational, key_rows, k, dp, rational_statistics, dq_rational_tile, i_valid, j_valid, scale,
-                    HEAD, SPLIT_HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
+                    rational, key_rows, k, dp, rational_statistics, dq_rational_tile, i_valid,
+                    None if REPEAT_LAST else j_valid, scale,
+                    HEAD, SPLIT_HEAD, TRANSPOSED, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
                 )  # fmt: skip
         offsets = (first + i)[:, None] * D + out_columns[None, :]
         if HAS_TEXT:

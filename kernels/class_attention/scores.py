@@ -66,19 +66,33 @@ def split_head_scores(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
+    end=None,
 ):
     """Return left right^T, (BLOCK_L, BLOCK_R), for a head that is read in pieces.
 
-    left, right: pointers to rows.
+    left, right: pointers to rows. end: HEAD if None, else see _end_of_pieces.
     left_valid, right_valid: whether each row exists; left_valid is None where all of the left rows can be read.
     """
     accumulator = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
-    for c in range(0, HEAD, BLOCK_C):
+    for c in range(0, HEAD if end is None else end, BLOCK_C):
         columns = c + tl.arange(0, BLOCK_C)
         x = _load_piece(left, left_valid, columns, HEAD, BLOCK_C)
         y = _load_transposed_piece(right, right_valid, columns, HEAD, BLOCK_C)
         accumulator = product(x, y, accumulator, PRECISION)
     return accumulator
+
+
+@triton.jit
+def _end_of_pieces(HEAD: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return HEAD, for a head of one piece as a number that Triton does not know, so that it keeps the loop.
+
+    Without the loop, the scores of one query kind would get the layout of the product that follows them, and all four
+    warps would compute the same scores.
+    """
+    if HEAD > BLOCK_C:
+        return HEAD
+    else:
+        return tl.minimum(tl.num_programs(0), 1) * HEAD
 
 
 @triton.jit
@@ -95,11 +109,13 @@ def query_scores(
 ):
     """Return split_head_scores of queries and keys, with the warps side by side along the queries.
 
-    The sum of a row then stays in one warp. For a head of one piece there is no loop, and the compiler places the warps
-    like this by itself.
+    The sum of a row then stays in one warp.
     """
-    if BLOCK_Q > BLOCK_K and HEAD > BLOCK_C:
-        scores = split_head_scores(keys, queries, key_valid, query_valid, HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
+    if BLOCK_Q > BLOCK_K:
+        scores = split_head_scores(
+            keys, queries, key_valid, query_valid, HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION,
+            _end_of_pieces(HEAD, BLOCK_C),
+        )  # fmt: skip
         return tl.trans(scores)
     else:
         return split_head_scores(queries, keys, query_valid, key_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
@@ -123,10 +139,10 @@ def text_and_rational_scores(
     The compiler places eight warps side by side along the queries only where two products share an operand. For a
     single product it makes two layers of four warps.
     """
-    if BLOCK_Q > BLOCK_K and HEAD > BLOCK_C:
+    if BLOCK_Q > BLOCK_K:
         text_scores = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
         rational_scores = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
-        for c in range(0, HEAD, BLOCK_C):
+        for c in range(0, _end_of_pieces(HEAD, BLOCK_C), BLOCK_C):
             columns = c + tl.arange(0, BLOCK_C)
             k = _load_piece(keys, key_valid, columns, HEAD, BLOCK_C)
             q = _load_transposed_piece(text, query_valid, columns, HEAD, BLOCK_C)

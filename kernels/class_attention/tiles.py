@@ -90,8 +90,7 @@ def _table(dtype: torch.dtype, classes: int, head: int, backward: bool, precisio
         if precision == "ieee":
             return Tile(32, 16 if backward else 32, min(columns, 64), 8 if head > 64 else 4, 1)
         # Eight warps lie side by side here and four lie one above the other: with other tiles several warps would
-        # compute the same products. Heads of 16 spill 32 bytes in the forward pass on sm_80, because of the mask of
-        # columns 16 to 31, which they do not have.
+        # compute the same products.
         return Tile(16, 64, 64, 8, 1) if backward else Tile(64, 16, 32, 4, 1)
     if backward and split:
         # The output is wider than high, so eight warps lie side by side. A head's last piece may need a mask.

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from rada_fast.config.method import AdapterConfig
@@ -71,42 +72,34 @@ def test_outputs_and_gradients(name: str, simulated: Simulated) -> None:
     assert_within_budget(exact, plain, fast, dtype)
 
 
-THREE_PRODUCTS = pytest.mark.xfail(
-    strict=True, reason="scores of three TF32 products are added up in another order backward than forward"
-)
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        "official", "float16", "row-temperature", "paper", "wide-head", "wide-head-text", "heads-128",
-        pytest.param("text-float32", marks=THREE_PRODUCTS),
-    ],
-)  # fmt: skip
+    ["official", "float16", "row-temperature", "paper", "wide-head", "wide-head-text", "heads-128", "text-float32"],
+)
 def test_outputs_and_gradients_with_large_scores(name: str, simulated: Simulated) -> None:
     config, batch, classes, dtype, penalty = CASES[name]
-    # The exponential of 120 is infinite in float32. Rows beyond the last class must not reach one.
-    inputs = with_large_scores(config, problem(config, batch, classes, dtype), 120.0)
-    exact = solve(config, inputs, torch.float64, "reference", penalty)
-    plain = solve(config, inputs, dtype, "reference", penalty)
-    with simulated():
-        fast = solve(config, inputs, dtype, "triton", penalty)
-    assert_within_budget(exact, plain, fast, dtype)
+    # In float32 the largest errors are a few roundings of the scores, and those of one problem may happen to cancel in
+    # the reference. Three problems are therefore compared as one.
+    seeds = range(3 if dtype == F32 else 1)
+    results: dict[str, list[dict[str, Tensor]]] = {"exact": [], "plain": [], "fast": []}
+    for seed in seeds:
+        # The exponential of 120 is infinite in float32. Rows beyond the last class must not reach one.
+        inputs = with_large_scores(config, problem(config, batch, classes, dtype, seed=seed), 120.0)
+        results["exact"].append(solve(config, inputs, torch.float64, "reference", penalty))
+        results["plain"].append(solve(config, inputs, dtype, "reference", penalty))
+        with simulated():
+            results["fast"].append(solve(config, inputs, dtype, "triton", penalty))
+    assert_within_budget(*(side_by_side(solved) for solved in results.values()), dtype)
 
 
-@pytest.mark.parametrize(
-    ("products", "softmax", "size"),
-    [
-        ("tf32x3", "row", 88.0),
-        ("tf32x3", "matrix", 1e4),
-        ("ieee", "row", 1e3),
-        ("ieee", "matrix", 1e3),
-        ("ieee", "row", 1e4),
-        ("ieee", "matrix", 1e4),
-        pytest.param("tf32x3", "row", 1e3, marks=THREE_PRODUCTS),
-        pytest.param("tf32x3", "matrix", 1e3, marks=THREE_PRODUCTS),
-    ],
-)
+def side_by_side(solutions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the solutions of several problems as one, each result a vector."""
+    return {name: torch.cat([solution[name].flatten() for solution in solutions]) for name in solutions[0]}
+
+
+@pytest.mark.parametrize("size", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("softmax", ["row", "matrix"])
+@pytest.mark.parametrize("products", ["ieee", "tf32x3"])
 def test_float32_is_as_exact_as_pytorch_with_large_scores(
     products: str, softmax: Literal["row", "matrix"], size: float, simulated: Simulated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
