@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.host_time import StubLauncher, stub_driver
-from rada_fast.bench.compiled import recorded
+from rada_fast.bench.compiled import recorded, step_launches
 from rada_fast.config.method import AdapterConfig
 from rada_fast.kernels._launch import Launch
 from rada_fast.kernels.class_attention.deltas import row_deltas_kernel
@@ -103,6 +103,15 @@ def test_a_launcher_that_replaces_tritons_sees_every_call(launched: list[tuple[A
     with recorded() as launches:
         add_up(**tensors(20))
     assert len(launches) == len(launched) == 1
+
+
+@pytest.mark.parametrize("config", [CONFIG, AdapterConfig.paper(32, bias=True)], ids=["official", "paper"])
+def test_every_count_is_one_for_which_nothing_is_compiled(config: AdapterConfig) -> None:
+    for kernel, _, arguments in step_launches(config, 2, 20, torch.bfloat16):
+        for parameter in kernel.params:
+            # A stride is 0 or the size of a weight, whatever the number of images and classes.
+            if isinstance(arguments[parameter.name], int) and not parameter.name.endswith("_stride"):
+                assert parameter.is_constexpr or parameter.do_not_specialize, f"{kernel.__name__}: {parameter.name}"
 
 
 def test_a_last_batch_with_fewer_images_compiles_nothing(launched: list[tuple[Any, ...]], compiled: list[str]) -> None:

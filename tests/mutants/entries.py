@@ -16,6 +16,7 @@ KINDS = {
     "boundary": "off by one at the edge of a tile, a picture or a vector",
     "gradient": "a term of a gradient that is missing or belongs elsewhere",
     "indexing": "a wrong stride or offset",
+    "launch": "a kernel is launched with code made for other arguments, or past what stands in Triton's place",
     "limit": "wrong only beyond what one launch, block or register holds",
     "precision": "rounded where it must not be, or kept in a narrower type",
     "randomness": "numbers that are drawn in another order, or from another range",
