@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 SMALL = """
+import os
+
 import torch
 from tests.kernels.test_rational_adapter import CASES
-from tests.support import assert_within_budget, problem, solve
+from rada_fast.config.method import AdapterConfig
+from tests.support import assert_within_budget, problem, solve, with_large_scores
 
 for name, (config, batch, classes, dtype, penalty) in CASES.items():
     if config.embed_dim > 128:
@@ -23,6 +26,17 @@ for name, (config, batch, classes, dtype, penalty) in CASES.items():
     plain = solve(config, inputs, dtype, "reference", penalty)
     assert_within_budget(exact, plain, solve(config, inputs, dtype, "triton", penalty), dtype)
     print(name)
+
+for softmax in ("row", "matrix"):
+    config = AdapterConfig.official(64, num_heads=2, softmax=softmax)
+    for size in (1e2, 1e3, 1e4):
+        inputs = with_large_scores(config, problem(config, 1, 20, torch.float32), size)
+        exact = solve(config, inputs, torch.float64, "reference")
+        plain = solve(config, inputs, torch.float32, "reference")
+        for products in ("ieee", "tf32x3"):
+            os.environ["RADA_FAST_FLOAT32"] = products
+            assert_within_budget(exact, plain, solve(config, inputs, torch.float32, "triton"), torch.float32)
+            print(softmax, size, products)
 """
 
 
@@ -46,4 +60,4 @@ def test_every_option_on_small_shapes() -> None:
         cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) >= 15
+    assert len(done.stdout.splitlines()) >= 27
