@@ -108,8 +108,8 @@ def case_of(config: AdapterConfig, name: str, episodes: int, batch: int, classes
         step()
 
     def launched() -> None:
-        for kernel, _, arguments in launches:
-            kernel[(1,)](**arguments)
+        for launch in launches:
+            launch.kernel[(1,)](**launch.kwargs)
 
     return timing.Case(
         name=f"host, {name}",

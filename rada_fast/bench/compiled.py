@@ -79,14 +79,24 @@ class Compiled:
         return f"{name} spills {self.spills} bytes" if self.spills else None
 
 
+class RecordedLaunch(NamedTuple):
+    """Hold a kernel launch that was not executed: the kernel, its arguments by position and by name, and its grid."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grid: tuple[int, int, int]
+
+
 @contextmanager
-def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+def recorded() -> Iterator[list[RecordedLaunch]]:
     """Open a block in which kernel launches are appended to the returned list and not executed."""
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    launches: list[RecordedLaunch] = []
     jit = triton.runtime.jit.JITFunction
 
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self, args, kwargs))
+    def record(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        x, y, z, *_ = (*grid, 1, 1)
+        launches.append(RecordedLaunch(self, args, kwargs, (x, y, z)))
 
     original = jit.run
     jit.run = record
@@ -104,18 +114,23 @@ def step_launches(
     *,
     features: torch.dtype | None = None,
     weights: torch.dtype | None = None,
+    feature_gradients: bool = True,
     target: int = 80,
-) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+) -> list[RecordedLaunch]:
     """Return the launches of one forward and one backward pass with every gradient, and the first step's own launch.
 
     features, weights: the types in which they lie in memory; where one is not dtype, autocast computes in dtype.
+    feature_gradients: whether the features' gradients are among the backward pass's.
     target: the compute capability that the tiles have to fit.
     """
     features, weights = features or dtype, weights or dtype
     parameters = {
         key: value.detach().to(weights).requires_grad_() for key, value in RationalAdapter(config).named_parameters()
     }
-    image, text = (torch.zeros(rows, config.embed_dim, dtype=features, requires_grad=True) for rows in (batch, classes))
+    image, text = (
+        torch.zeros(rows, config.embed_dim, dtype=features, requires_grad=feature_gradients)
+        for rows in (batch, classes)
+    )
     autocast = torch.autocast("cpu", dtype, enabled=(features, weights) != (dtype, dtype))
     with assumed_target(Target.of_capability(target)), recorded() as launches, use_backend("triton"), autocast:
         output = rational_adapter(image, text, 100.0, parameters, config, penalty="l2")
@@ -136,8 +151,9 @@ class Specialization(NamedTuple):
     options: dict[str, Any]
 
 
-def _specialization(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
-    """Return the specialization that Triton's launcher would choose for these arguments."""
+def _specialization(launch: RecordedLaunch) -> Specialization:
+    """Return the specialization that Triton's launcher would choose for the arguments of a launch."""
+    kernel, args, kwargs, _grid = launch
     names = [parameter.name for parameter in kernel.params]
     bound = dict(zip(names, args, strict=False)) | {key: value for key, value in kwargs.items() if key in names}
     options = {key: value for key, value in kwargs.items() if key not in names}
@@ -159,15 +175,21 @@ def _specialization(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return found
 
 
-def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: int, case: str) -> Compiled:
-    """Compile the kernel of a launch, and read its use of resources from the output of ptxas."""
+def compiled_code(launch: RecordedLaunch, target: int) -> Any:
+    """Return what Triton compiles for a launch: an object with the code at every stage, and its metadata."""
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    found = _specialization(kernel, args, kwargs)
-    source = ASTSource(fn=kernel, signature=found.signature, constexprs=found.constants, attrs=found.alignments)
-    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=found.options)
+    found = _specialization(launch)
+    source = ASTSource(fn=launch.kernel, signature=found.signature, constexprs=found.constants, attrs=found.alignments)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=found.options)
+
+
+def compile_launch(launch: RecordedLaunch, target: int, case: str) -> Compiled:
+    """Compile the kernel of a launch, and read its use of resources from the output of ptxas."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    binary = compiled_code(launch, target)
     ptx, warps, shared = binary.asm["ptx"], binary.metadata.num_warps, binary.metadata.shared
     target_line = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
     assert target_line
@@ -182,20 +204,24 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], t
     registers = int(re.findall(r"Used (\d+) registers", report)[-1])
     spills = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", report))
     return Compiled(
-        kernel.__name__, f"sm_{target}", case, warps, registers, spills, shared, 1024 * BLOCK_KIB[target],
+        launch.kernel.__name__, f"sm_{target}", case, warps, registers, spills, shared, 1024 * BLOCK_KIB[target],
         _occupancy(target, warps, registers, shared), len(_TENSOR.findall(ptx)),
     )  # fmt: skip
 
 
-def _occupancy(target: int, warps: int, registers: int, shared: int) -> float:
+def resident_blocks(target: int, warps: int, registers: int, shared: int) -> int:
+    """Return how many blocks of a kernel fit a multiprocessor at once."""
     multiprocessor = _MULTIPROCESSORS[target]
-    blocks = min(
+    return min(
         multiprocessor.blocks,
         multiprocessor.warps // warps,
         _REGISTERS // ((registers + 7) // 8 * 8 * 32 * warps),
         multiprocessor.shared_kib * 1024 // (shared + 1024),
     )
-    return blocks * warps / multiprocessor.warps
+
+
+def _occupancy(target: int, warps: int, registers: int, shared: int) -> float:
+    return resident_blocks(target, warps, registers, shared) * warps / _MULTIPROCESSORS[target].warps
 
 
 def compile_cuda(target: int) -> list[Compiled] | str:
@@ -245,8 +271,8 @@ def run_kernels(config: KernelsOptions) -> int:
             )  # fmt: skip
             for launch in launches:
                 if not config.json:
-                    PlainConsole(stderr=True).print(f"sm_{target} {launch[0].__name__}", style="dim")
-                tables[name].append(compile_launch(*launch, target, name))
+                    PlainConsole(stderr=True).print(f"sm_{target} {launch.kernel.__name__}", style="dim")
+                tables[name].append(compile_launch(launch, target, name))
     cuda_rows = []
     for target in config.targets:
         compiled = compile_cuda(target)

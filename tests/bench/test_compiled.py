@@ -11,7 +11,7 @@ import torch
 
 from rada_fast import cli
 from rada_fast.bench import compiled
-from rada_fast.bench.compiled import TYPES, Compiled, compile_cuda, compile_launch, step_launches
+from rada_fast.bench.compiled import TYPES, Compiled, RecordedLaunch, compile_cuda, compile_launch, step_launches
 from rada_fast.config.method import AdapterConfig
 from rada_fast.kernels._shared_memory import BLOCK_KIB
 
@@ -27,7 +27,7 @@ MAX_SPILLED_BYTES = 0 if tuple(map(int, version("triton").split(".")[:2])) == CH
 )
 def test_no_triton_kernel_spills(target: int, classes: int, dtype: str) -> None:
     for launch in step_launches(AdapterConfig.official(512), 6, classes, TYPES[dtype], target=target):
-        compiled_kernel = compile_launch(*launch, target, "")
+        compiled_kernel = compile_launch(launch, target, "")
         assert compiled_kernel.spills <= MAX_SPILLED_BYTES, compiled_kernel
         assert compiled_kernel.shared_bytes <= compiled_kernel.shared_limit, compiled_kernel
         assert 0 < compiled_kernel.occupancy <= 1, compiled_kernel
@@ -45,12 +45,12 @@ def test_the_report_prints_a_line_for_each_kernel(capsys: pytest.CaptureFixture[
 def test_the_report_names_kernels_that_spill_or_do_not_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compile_one(kernel: Any, args: Any, kwargs: Any, target: int, case: str) -> Compiled:
+    def compile_one(launch: RecordedLaunch, target: int, case: str) -> Compiled:
         # Under autocast, features in float32 need more shared memory than an RTX 30 has.
-        shared = 200_000 if kwargs["text"].dtype == torch.float32 and target == 86 else 1000
+        shared = 200_000 if launch.kwargs["text"].dtype == torch.float32 and target == 86 else 1000
         spills = 8 if target == 90 else 0
         limit = 1024 * BLOCK_KIB[target]
-        return Compiled(kernel.__name__, f"sm_{target}", case, 4, 100, spills, shared, limit, 0.5, 1)
+        return Compiled(launch.kernel.__name__, f"sm_{target}", case, 4, 100, spills, shared, limit, 0.5, 1)
 
     def projections_only(*arguments: Any, **options: Any) -> list[Any]:
         return step_launches(*arguments, **options)[:1]

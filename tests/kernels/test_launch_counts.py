@@ -26,7 +26,7 @@ def launches_of_a_step(config: AdapterConfig, *, output_is_zero: bool) -> list[s
         assert output.penalty is not None
         (output.logits.sum() + output.penalty.sum()).backward()
     assert all(value.grad is not None for value in leaves.values())
-    return [kernel.__name__.removesuffix("_kernel") for kernel, _, _ in launches]
+    return [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
 
 
 @pytest.mark.parametrize("queries", QUERIES, ids="-".join)

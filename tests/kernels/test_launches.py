@@ -199,7 +199,7 @@ def test_each_launch_is_as_exact_as_plain_pytorch(device: str, name: str, dtype:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kernels_are_named_and_called_by_one_rule(name: str) -> None:
-    for kernel, positional, _ in step_launches(CONFIGS[name], BATCH, CLASSES, F32):
+    for kernel, positional, _, _ in step_launches(CONFIGS[name], BATCH, CLASSES, F32):
         assert kernel.__name__.endswith("_kernel")
         assert positional == (), f"{kernel.__name__} is not launched by keyword"
         constants = [parameter.is_constexpr for parameter in kernel.params]

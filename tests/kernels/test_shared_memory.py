@@ -100,8 +100,8 @@ def test_launches_under_autocast_need_what_the_formula_says(
     config, target = AdapterConfig.official(512), Target.of_capability(capability)
     sizes = Sizes(BF16, classes, images * classes, 512, 64, "ieee", F32, F32)
     launches = step_launches(config, images, classes, BF16, features=F32, weights=F32, target=capability)
-    for launch in (launch for launch in launches if launch[0].__name__ in kernels):
-        found = compile_launch(*launch, capability, "autocast")
+    for launch in (launch for launch in launches if launch.kernel.__name__ in kernels):
+        found = compile_launch(launch, capability, "autocast")
         assert found.fault() is None
         name = LAUNCH_OF[found.kernel]
         bound = shared_bytes(name, table_tile(name, sizes, target), sizes, target)

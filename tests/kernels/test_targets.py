@@ -75,13 +75,13 @@ def test_the_a100s_code_runs_on_a_newer_target(a100_code: None, simulated: Any) 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_hopper_has_its_own_code_without_the_variable(dtype: str, request: pytest.FixtureRequest) -> None:
     launches = step_launches(CONFIG, BATCH, CLASSES, TYPES[dtype])
-    launch = next(launch for launch in launches if launch[0].__name__ == "masked_logits_forward_kernel")
+    launch = next(launch for launch in launches if launch.kernel.__name__ == "masked_logits_forward_kernel")
     with tensor_instructions() as found:
-        compile_launch(*launch, 90, "")
+        compile_launch(launch, 90, "")
     assert found == {"wgmma.mma_async"}
     request.getfixturevalue("a100_code")
     with tensor_instructions() as found:
-        compile_launch(*launch, 90, "")
+        compile_launch(launch, 90, "")
     assert found == {"mma.sync"}
 
 
