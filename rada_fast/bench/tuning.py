@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from rada_fast import _env
+from rada_fast.bench.compiled import RecordedLaunch, recorded
 from rada_fast.config.method import ROLES, AdapterConfig
 from rada_fast.config.tools import KernelsOptions
 from rada_fast.errors import UserError
-from rada_fast.kernels._shared_memory import target_of
+from rada_fast.kernels._shared_memory import Target, assumed_target, target_of
 from rada_fast.kernels.class_attention import class_attention_backward, class_attention_forward
 from rada_fast.kernels.masked_logits import masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.parameter_gradients import parameter_gradients
 from rada_fast.kernels.rational_projections import rational_projections_forward
 from rada_fast.modules import RationalAdapter
-from rada_fast.ops._backends.tiles import Sizes, cache_file, tune
+from rada_fast.ops._backends.tiles import Sizes, cache_file, table_tile, tune
 from rada_fast.ops._backends.triton import float32_precision
 from rada_fast.system.terminal import PlainConsole, print_json
 
@@ -110,6 +112,29 @@ def launches_of(
         "class_attention_backward": attend_backward,
         "parameter_gradients": parameters,
     }
+
+
+def launches_with_tile(
+    adapter: AdapterConfig,
+    batch: int,
+    classes: int,
+    dtype: torch.dtype,
+    launch: str,
+    tile: dict[str, int],
+    *,
+    target: int,
+) -> list[RecordedLaunch]:
+    """Return what one of a step's launches, named as in launches_of, launches with a tile. Nothing is executed.
+
+    target: the compute capability for which the other launches choose their tiles.
+    """
+    sizes = Sizes(dtype, classes, batch * classes, adapter.embed_dim, adapter.head_dim, float32_precision())
+    chosen = replace(table_tile(launch, sizes), **tile)
+    with assumed_target(Target.of_capability(target)), recorded() as launches:
+        run = launches_of(adapter, batch, classes, dtype, "cpu")[launch]
+        launches.clear()
+        run(chosen)
+    return launches
 
 
 def run_tuning(config: KernelsOptions, adapter: AdapterConfig, dtype: torch.dtype) -> int:
