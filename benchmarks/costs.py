@@ -76,12 +76,12 @@ def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int)
         + weight
         + class_rows
         + statistics,
-        "row_deltas_kernel": 2 * statistics,
-        "class_attention_backward_queries_kernel": attention_reads
+        # Queries, keys and their attention are read once for both gradients.
+        "class_attention_backward_kernel": attention_reads
         + (0 if matrix else 2 * statistics)
         + q_image
-        + queries,
-        "class_attention_backward_keys_kernel": attention_reads + (0 if matrix else 2 * statistics) + 2 * class_rows,
+        + queries
+        + 2 * class_rows,
         "parameter_gradients_kernel": image + text + 5 * class_rows + q_text + q_image + 6 * weight,
     }
 

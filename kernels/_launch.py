@@ -25,6 +25,7 @@ NUMBERS = (
     "images",
     "classes",
     "tiles",
+    "query_tiles",
     "parts",
     "num_counters",
     "num_zeros",

@@ -12,9 +12,8 @@ programs, the last one to finish computes these factors, and the kernels that re
 rational queries go through the keys together, so keys and values are read once for both. The image query is a single
 row, for which each head has an additional program.
 
-In the backward pass dO . v is the same for all query kinds. In one launch a program owns a tile of queries, in another
-one a tile of keys. For the row softmax a small launch before them adds up the deltas. No sum uses atomics; they only
-count the programs that have finished.
+In the backward pass dO . v is the same for all query kinds. Some programs own a tile of queries, others a tile of keys.
+No sum uses atomics; they only count the programs that have finished.
 """
 
 from rada_fast.kernels.class_attention.backward import class_attention_backward

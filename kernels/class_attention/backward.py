@@ -14,29 +14,99 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from rada_fast.kernels._common import LOG2E, cdiv, default_precision
-from rada_fast.kernels._launch import Launch, remembered
+from rada_fast.kernels._launch import Kernel, Launch, remembered
 from rada_fast.kernels._shared_memory import Target, target_of
-from rada_fast.kernels.class_attention.backward_keys import class_attention_backward_keys_kernel
-from rada_fast.kernels.class_attention.backward_queries import class_attention_backward_queries_kernel
-from rada_fast.kernels.class_attention.deltas import row_deltas_kernel
+from rada_fast.kernels.class_attention.backward_keys import key_gradients
+from rada_fast.kernels.class_attention.backward_queries import query_gradients
 from rada_fast.kernels.class_attention.forward import Attended
 from rada_fast.kernels.class_attention.tiles import Tile, piece_columns, splits_head, tile_of
 from rada_fast.kernels.rational_projections import ProjectionBuffers
 
 
-class _Launches(NamedTuple):
-    """Hold the launches of the query and key gradients, and that of the row softmax's deltas, or None without it."""
+@Kernel
+def class_attention_backward_kernel(
+    q_image,
+    q_text,
+    q_rational,
+    keys,
+    values,
+    dattended,
+    attended_image,
+    logsums,
+    image_logsums,
+    totals,
+    deltas,
+    dkeys,
+    dvalues,
+    dq_image,
+    dq_text,
+    dq_rational,
+    image_pairs,
+    dattended_sum,
+    batch,
+    classes,
+    tiles,
+    query_tiles,
+    images_per_text,
+    scale,
+    share,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_VECTOR: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLIT_HEAD: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute dk and dv of a tile of keys over all queries, or dq of a tile of queries over all keys.
 
-    queries: Launch
-    keys: Launch
-    deltas: Launch | None
+    Axis 0 of the grid: tile of keys, group of output columns, head, image; then the same with tiles of queries, of
+    which the last one is the image query. Each program computes what it needs, so none waits for another.
+
+    tiles, query_tiles: the numbers of tiles of keys and of queries; query_tiles is 0 with the image query alone.
+    scale: log2(e) / (sqrt(d) tau), because scores are in base 2; share: 1/|Q|.
+    TRANSPOSED: whether programs that own queries compute scores as (keys, queries).
+    BLOCK_M: the keys or queries of a tile. BLOCK_N: those that a program goes through at once. The two change places
+        in programs that own queries and are TRANSPOSED.
+    """
+    groups: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
+    program, key_programs = tl.program_id(0), batch * tiles * (groups * (D // HEAD))
+    if program < key_programs:
+        key_gradients(
+            program, q_image, q_text, q_rational, keys, values, dattended, attended_image, logsums, image_logsums,
+            totals, deltas, dkeys, dvalues, image_pairs, dattended_sum, batch, classes, tiles, images_per_text, scale,
+            share, D, HEAD, HEAD_VECTOR, CHUNKS, SPLIT_HEAD, BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_C, BLOCK_I, BLOCK_S,
+            PRECISION,
+        )  # fmt: skip
+    else:
+        query_gradients(
+            program - key_programs, q_image, q_text, q_rational, keys, values, dattended, attended_image, logsums,
+            image_logsums, totals, deltas, dq_image, dq_text, dq_rational, batch, classes, query_tiles, images_per_text,
+            scale, share, D, HEAD, HEAD_VECTOR, CHUNKS, SPLIT_HEAD, TRANSPOSED, BLOCK_N if TRANSPOSED else BLOCK_M,
+            BLOCK_M if TRANSPOSED else BLOCK_N, BLOCK_D, BLOCK_C, BLOCK_I, BLOCK_S, PRECISION,
+        )  # fmt: skip
+
+
+class _BackwardLaunch(NamedTuple):
+    """Hold the launch, and how many tiles of keys and groups of output columns a head has."""
+
+    launch: Launch
+    tiles: int
+    groups: int
 
 
 @remembered
-def _launches(
+def _backward_launch(
     batch: int,
     classes: int,
     width: int,
@@ -45,13 +115,12 @@ def _launches(
     images_per_text: int,
     chunks: int,
     temperature: float,
-    matrix: bool,
     dtype: torch.dtype,
     precision: str,
     target: Target,
     tile: Tile | None,
-) -> _Launches:
-    """Return the launches.
+) -> _BackwardLaunch:
+    """Return the launch.
 
     kinds: whether the text, the rational and the image query are in use. chunks: the parts of a head's deltas.
     """
@@ -59,62 +128,33 @@ def _launches(
     tile = tile or tile_of(dtype, classes, head, backward=True, precision=precision, target=target)
     *in_tiles, has_image = kinds
     vector = triton.next_power_of_2(head)
-    common = {
-        "batch": batch,
-        "classes": classes,
-        "images_per_text": images_per_text,
-        "scale": LOG2E / (math.sqrt(head) * temperature),
-        "share": 1 / sum(kinds),
-        "D": width,
-        "HEAD": head,
-        "CHUNKS": chunks,
-        "SPLIT_HEAD": splits_head(dtype, head, tile),
-        "BLOCK_D": tile.columns,
-        "BLOCK_C": piece_columns(dtype, head),
-        "BLOCK_S": max(256, min(512, triton.next_power_of_2(classes))),
-        "PRECISION": default_precision(dtype, precision),
-        "num_stages": tile.stages,
-    }
-    # In the second launch a tile has as many keys as one has queries in the first, and reads queries in short strips.
     # Products of float32 on tensor cores have the bits of the forward pass only where the keys are on the left as they
-    # are there: with other bits, probabilities of scores of 1e4 would not add up to 1. The first launch therefore turns
-    # its tile, and takes half the queries and warps of the second one, since its accumulators have as many rows. The
+    # are there: with other bits, probabilities of scores of 1e4 would not add up to 1. Programs that own queries then
+    # turn their tile. Tiles take half the queries and warps, because the accumulators of queries have as many rows. The
     # tiles measured on Hopper have other forms, and their products are not made to agree.
     transposed = dtype == torch.float32 and precision != "ieee" and not target.is_hopper
-    tiles, groups = cdiv(classes, tile.queries), cdiv(head, tile.columns)
-    query_block, key_block, warps = tile.queries, tile.keys, tile.warps
+    strip, warps = tile.keys, tile.warps
     if transposed:
-        query_block, key_block, warps = max(16, tile.keys // 2), tile.queries, max(1, tile.warps // 2)
-    query_tiles = cdiv(classes, query_block) if any(in_tiles) else 0
-    queries = class_attention_backward_queries_kernel.launch(
-        (batch * num_heads * groups * (query_tiles + has_image),),
-        tiles=query_tiles,
-        HEAD_VECTOR=vector, TRANSPOSED=transposed, BLOCK_Q=query_block, BLOCK_K=key_block,
+        strip, warps = max(16, tile.keys // 2), max(1, tile.warps // 2)
+    # A program that owns keys has as many of them as one that owns queries has of those, unless tiles are turned.
+    tiles, groups = cdiv(classes, tile.queries), cdiv(head, tile.columns)
+    query_tiles = cdiv(classes, strip if transposed else tile.queries) if any(in_tiles) else 0
+    launch = class_attention_backward_kernel.launch(
+        (batch * num_heads * groups * (tiles + query_tiles + has_image),),
+        batch=batch, classes=classes, tiles=tiles, query_tiles=query_tiles, images_per_text=images_per_text,
+        scale=LOG2E / (math.sqrt(head) * temperature), share=1 / sum(kinds),
+        D=width, HEAD=head, HEAD_VECTOR=vector, CHUNKS=chunks, SPLIT_HEAD=splits_head(dtype, head, tile),
+        TRANSPOSED=transposed, BLOCK_M=tile.queries, BLOCK_N=strip, BLOCK_D=tile.columns,
+        BLOCK_C=piece_columns(dtype, head),
         # The image query's two accumulators of 64 x 64 spill on Blackwell. A thread has four columns of a row as in the
         # forward pass, so that scores are added up in the same order.
         BLOCK_I=max(1, 128 * warps // vector, min(32, 4096 // vector)),
-        num_warps=warps,
-        **common,
+        BLOCK_S=max(256, min(512, triton.next_power_of_2(classes))),
+        PRECISION=default_precision(dtype, precision),
+        # Left alone, the assembler spills on sm_100 to fit a third block of four warps into a multiprocessor.
+        num_warps=warps, num_stages=tile.stages, maxnreg=255 if transposed else None,
     )  # fmt: skip
-    keys = class_attention_backward_keys_kernel.launch(
-        (batch * num_heads * groups * tiles,),
-        tiles=tiles,
-        BLOCK_Q=tile.keys,
-        BLOCK_K=tile.queries,
-        num_warps=tile.warps,
-        **common,
-    )
-    if matrix or not any(in_tiles):
-        return _Launches(queries, keys, None)
-    deltas = row_deltas_kernel.launch(
-        (sum(in_tiles) * num_heads * batch,),
-        batch=batch,
-        classes=classes,
-        CHUNKS=chunks,
-        BLOCK=max(128, min(1024, triton.next_power_of_2(classes))),
-        num_warps=4,
-    )
-    return _Launches(queries, keys, deltas)
+    return _BackwardLaunch(launch, tiles, groups)
 
 
 def class_attention_backward(
@@ -129,9 +169,10 @@ def class_attention_backward(
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> ProjectionBuffers:
-    """Compute the gradients of every projection in two launches, for the row softmax in three; q_text's is (B, K, D).
+    """Compute the gradients of every projection in one launch; q_text's is (B, K, D).
 
-    dattended: dO, (B, K, D); deltas: (2, D/g, B, K) float32, dO . w O^c over chunks of g columns, text query first.
+    dattended: dO, (B, K, D).
+    deltas: see MaskedLogitsGradients. Only the matrix softmax may have more than one chunk in a head.
     """
     keys, values = projections.keys, projections.values
     batch, classes, width = keys.shape
@@ -145,35 +186,19 @@ def class_attention_backward(
     )
     if batch == 0:
         return gradients
-    float32 = {"dtype": torch.float32, "device": keys.device}
-    image_pairs = torch.empty((batch, num_heads, classes, 4), **float32) if image is not None else None
-    dattended_sum = torch.empty((batch, width), **float32) if image is not None else None
     kinds = (text is not None, rational is not None, image is not None)
-    launches = _launches(
+    launch, tiles, groups = _backward_launch(
         batch, classes, width, num_heads, kinds, batch // (text.shape[0] if text is not None else 1),
-        deltas.shape[1] // num_heads, temperature, matrix, keys.dtype, precision, target_of(keys.device), tile,
+        deltas.shape[1] // num_heads, temperature, keys.dtype, precision, target_of(keys.device), tile,
     )  # fmt: skip
-    if launches.deltas is not None:
-        # `used` selects those of the text and the rational query that are in use; their arrays are contiguous.
-        used = slice(0 if text is not None else 1, 2 if rational is not None else 1)
-        chunk_deltas, deltas = deltas, torch.empty((2, num_heads, batch, classes), **float32)
-        launches.deltas(deltas=chunk_deltas[used], sums=deltas[used])
-    tensors = {
-        "q_image": image,
-        "q_text": text,
-        "q_rational": rational,
-        "keys": keys,
-        "values": values,
-        "dattended": dattended,
-        "logsums": attended.logsums,
-        "totals": attended.totals if matrix else None,
-        "deltas": deltas,
-        "image_pairs": image_pairs,
-        "dattended_sum": dattended_sum,
-    }
-    launches.queries(
-        attended_image=attended.image, image_logsums=attended.image_logsums, dq_image=gradients.q_image,
-        dq_text=gradients.q_text, dq_rational=gradients.q_rational, **tensors,
+    float32 = {"dtype": torch.float32, "device": keys.device}
+    launch(
+        q_image=image, q_text=text, q_rational=rational, keys=keys, values=values, dattended=dattended,
+        attended_image=attended.image, logsums=attended.logsums, image_logsums=attended.image_logsums,
+        totals=attended.totals if matrix else None, deltas=deltas,
+        dkeys=gradients.keys, dvalues=gradients.values, dq_image=gradients.q_image, dq_text=gradients.q_text,
+        dq_rational=gradients.q_rational,
+        image_pairs=None if image is None else torch.empty((batch, num_heads, groups, classes, 4), **float32),
+        dattended_sum=None if image is None else torch.empty((batch, tiles, width), **float32),
     )  # fmt: skip
-    launches.keys(dkeys=gradients.keys, dvalues=gradients.values, **tensors)
     return gradients

@@ -1,11 +1,10 @@
-"""Gradients of the queries of the attention over classes; backward.py holds the equations and the launcher."""
+"""Gradients of the queries of the attention over classes; backward.py holds the equations and the kernel."""
 
 import triton
 import triton.language as tl
 
 from rada_fast.kernels._common import arange_by_fours, product, store_column_sums
-from rada_fast.kernels._launch import Kernel
-from rada_fast.kernels.class_attention.deltas import head_statistics
+from rada_fast.kernels.class_attention.deltas import head_statistics, strided_sums
 from rada_fast.kernels.class_attention.scores import LN2, program_place, split_head_scores, tile_place
 
 
@@ -35,7 +34,12 @@ def _query_statistics(
     if totals is not None:
         maximum, log_sum, mean = head_statistics(totals, deltas, b, head, batch, classes, KIND, HEADS, CHUNKS, BLOCK_S)
         valid = tl.expand_dims(valid, key_axis)
-        return tl.where(valid, maximum, float("inf")), tl.where(valid, log_sum, 0.0), tl.where(valid, mean, 0.0)
+        maximum = tl.where(valid, maximum, float("inf"))
+        if TRANSPOSED:
+            return maximum, tl.where(valid, log_sum, 0.0), tl.where(valid, mean, 0.0)
+        else:
+            # One number for all rows takes fewer registers here, and more where the scores are transposed.
+            return maximum, log_sum, mean
     else:
         rows = tl.full((), classes, tl.int64) * batch
         row = (KIND * HEADS + head) * rows + b * classes
@@ -102,35 +106,26 @@ def _image_query_gradient(
     attended_image,
     image_logsums,
     dq_image,
-    image_pairs,
-    dattended_sum,
     b,
     head,
     batch,
     classes,
     scale,
     dscale,
-    share,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_VECTOR: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Store dq of one image query and head, the sum of dO over the classes, and for each key the pair (P, dS)."""
+    """Store dq of one image query and head, for which the sum of dO over the classes stands for dO."""
     heads: tl.constexpr = D // HEAD
     first = b * classes
     column = head * HEAD
     c = arange_by_fours(HEAD_VECTOR)
     c_valid = c < HEAD
     row = b * D + column + c
-    do_rows = tl.zeros((BLOCK_I, HEAD_VECTOR), tl.float32)
-    for start in range(0, classes, BLOCK_I):
-        i = start + tl.arange(0, BLOCK_I)
-        valid = (i < classes)[:, None] & c_valid[None, :]
-        do_tile = tl.load(dattended + (first + i)[:, None] * D + (column + c)[None, :], mask=valid, other=0.0)
-        do_rows += do_tile.to(tl.float32)
+    do_rows = strided_sums(dattended + first * D, column + c, c_valid, classes, D, BLOCK_I, HEAD_VECTOR)
     do = tl.sum(do_rows, 0)
-    store_column_sums(dattended_sum + row, do, c_valid, BLOCK_I, HEAD_VECTOR)
     delta = tl.sum(do_rows * tl.load(attended_image + row, mask=c_valid, other=0.0)[None, :])
     q = tl.load(q_image + row, mask=c_valid, other=0.0)
     maximum = tl.load(image_logsums + b * heads + head)
@@ -147,15 +142,12 @@ def _image_query_gradient(
         v = tl.load(values + offsets, mask=valid, other=0.0).to(tl.float32)
         ds = p * (tl.sum(v * do[None, :], 1) - delta)
         dq += ds[:, None] * k
-        # P and dS of a key alternate in four columns, which are those of one thread in the tile's own layout.
-        pair_offsets = ((b * heads + head) * classes + j)[:, None] * 4 + c[None, :]
-        pair = tl.where((c % 2 == 0)[None, :], (p * share)[:, None], (ds * dscale)[:, None])
-        tl.store(image_pairs + pair_offsets, pair, mask=j_valid[:, None] & (c < 4)[None, :])
     store_column_sums(dq_image + row, tl.sum(dq, 0) * dscale, c_valid, BLOCK_I, HEAD_VECTOR)
 
 
-@Kernel
-def class_attention_backward_queries_kernel(
+@triton.jit
+def query_gradients(
+    program,
     q_image,
     q_text,
     q_rational,
@@ -170,8 +162,6 @@ def class_attention_backward_queries_kernel(
     dq_image,
     dq_text,
     dq_rational,
-    image_pairs,
-    dattended_sum,
     batch,
     classes,
     tiles,
@@ -194,7 +184,6 @@ def class_attention_backward_queries_kernel(
 ):
     """Compute dq of a tile of queries over all keys; the programs are those of the forward pass.
 
-    scale: log2(e) / (sqrt(d) tau), because scores are in base 2; share: 1/|Q|.
     TRANSPOSED: whether scores are computed as (keys, queries), for a head that is read in pieces.
     """
     HAS_TEXT: tl.constexpr = q_text is not None
@@ -208,7 +197,7 @@ def class_attention_backward_queries_kernel(
     all_tiles = tiles
     if q_image is not None:
         all_tiles += 1
-    tile, group, head, b = program_place(all_tiles, groups, heads)
+    tile, group, head, b = program_place(program, all_tiles, groups, heads)
     column = head * HEAD
     first = b * classes
     if tile < tiles:
@@ -281,6 +270,6 @@ def class_attention_backward_queries_kernel(
     elif q_image is not None:
         if group == 0:
             _image_query_gradient(
-                q_image, keys, values, dattended, attended_image, image_logsums, dq_image, image_pairs, dattended_sum,
-                b, head, batch, classes, scale, dscale, share, D, HEAD, HEAD_VECTOR, BLOCK_I,
+                q_image, keys, values, dattended, attended_image, image_logsums, dq_image,
+                b, head, batch, classes, scale, dscale, D, HEAD, HEAD_VECTOR, BLOCK_I,
             )  # fmt: skip

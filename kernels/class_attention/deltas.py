@@ -1,25 +1,7 @@
-"""Compute the deltas that the backward pass subtracts from dP: dO . w O^c for each row, or their mean over a head."""
+"""Add up what the programs of the backward pass need of a whole head: its mean delta, and rows of a matrix."""
 
 import triton
 import triton.language as tl
-
-from rada_fast.kernels._launch import Kernel
-
-
-@Kernel
-def row_deltas_kernel(deltas, sums, batch, classes, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up each row's deltas over the chunks of a head into sums[kind, head, b], for the row softmax.
-
-    Axis 0 of the grid: query kind, head, image.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    first, b = program // batch * CHUNKS, program % batch
-    for start in range(0, classes, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for chunk in range(CHUNKS):
-            total += tl.load(deltas + ((first + chunk) * batch + b) * classes + i, mask=i < classes, other=0.0)
-        tl.store(sums + program * classes + i, total, mask=i < classes)
 
 
 @triton.jit
@@ -40,10 +22,10 @@ def head_statistics(
 
     KIND is 0 for the text query and 1 for the rational query.
     """
-    rows = batch * classes
     place = (KIND * HEADS + head) * batch + b
     largest = tl.load(totals + place)
     log_sum = tl.load(totals + 2 * HEADS * batch + place)
+    rows = batch * classes
     total = tl.zeros((BLOCK,), tl.float32)
     for chunk in range(CHUNKS):
         row = ((KIND * HEADS + head) * CHUNKS + chunk) * rows + b * classes
@@ -51,3 +33,17 @@ def head_statistics(
             i = start + tl.arange(0, BLOCK)
             total += tl.load(deltas + row + i, mask=i < classes, other=0.0)
     return largest, log_sum, tl.sum(total, 0) / classes
+
+
+@triton.jit
+def strided_sums(rows, columns, columns_valid, classes, D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a tile (BLOCK, WIDTH) whose line l is the sum of the rows l, l + BLOCK, l + 2 BLOCK, ... of a matrix.
+
+    rows: a pointer to the first of `classes` rows of D columns, of which WIDTH are read.
+    """
+    total = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for start in range(0, classes, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        valid = (i < classes)[:, None] & columns_valid[None, :]
+        total += tl.load(rows + i[:, None] * D + columns[None, :], mask=valid, other=0.0).to(tl.float32)
+    return total

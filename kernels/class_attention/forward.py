@@ -157,7 +157,7 @@ def class_attention_forward_kernel(
     all_tiles = tiles
     if q_image is not None:
         all_tiles += 1
-    tile, group, head, b = program_place(all_tiles, groups, heads)
+    tile, group, head, b = program_place(tl.program_id(0), all_tiles, groups, heads)
     column = head * HEAD
     first = b * classes
     if tile < tiles:
@@ -298,7 +298,7 @@ def _forward_launch(
         scale=LOG2E / (math.sqrt(head) * temperature),
         D=width, HEAD=head, HEAD_VECTOR=vector, SPLIT_HEAD=split, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
         BLOCK_D=tile.columns, BLOCK_C=piece_columns(dtype, head), BLOCK_I=max(1, min(64, 4096 // vector)),
-        BLOCK_S=max(128, min(1024, triton.next_power_of_2(classes))),
+        BLOCK_S=max(256, min(1024, triton.next_power_of_2(classes))),
         PRECISION=default_precision(dtype, precision),
         # With one kind only four warps lie side by side (see text_and_rational_scores).
         num_warps=min(tile.warps, 4) if split and sum(in_tiles) < 2 else tile.warps, num_stages=tile.stages,

@@ -10,12 +10,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def program_place(tiles, GROUPS: tl.constexpr, HEADS: tl.constexpr):
-    """Return a program's tile, group of output columns, head and image.
+def program_place(program, tiles, GROUPS: tl.constexpr, HEADS: tl.constexpr):
+    """Return the tile, group of output columns, head and image of a program.
 
     Neighbouring programs have different tiles of the same head, and so share its keys in the cache.
     """
-    program = tl.program_id(0)
     tile, rest = program % tiles, program // tiles
     group, rest = rest % GROUPS, rest // GROUPS
     head, b = rest % HEADS, (rest // HEADS).to(tl.int64)

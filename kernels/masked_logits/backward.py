@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from rada_fast.kernels._common import (
     default_precision,
     episode_grid,
     episode_stride,
+    is_last_to_finish,
     product,
     query_kind_rows,
     rational_rows,
@@ -31,6 +33,14 @@ from rada_fast.kernels.masked_logits.offset import (
     program_tile,
 )
 from rada_fast.kernels.masked_logits.tiles import CHUNK, PENALTIES, Tile, attended_depth, tile_of
+from rada_fast.kernels.masked_logits.totals import store_head_sums
+
+
+@triton.jit
+def tile_counter(episode, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the place of the counter of a program's tile of rows, which D // BLOCK_N programs share."""
+    blocks: tl.constexpr = D // BLOCK_N
+    return episode * (tl.num_programs(0) // blocks) + tl.program_id(0) // blocks
 
 
 @Kernel
@@ -51,6 +61,7 @@ def masked_logits_backward_offset_kernel(
     doffset,
     weighted,
     attended,
+    counters,
     images,
     classes,
     total_rows,
@@ -69,9 +80,15 @@ def masked_logits_backward_offset_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute dA, for which A is computed again, and store O; the programs are those of the forward pass."""
+    """Compute dA, for which A is computed again, and store O; the programs are those of the forward pass.
+
+    counters: set to zero for the next launch, which has one for each tile of rows.
+    """
     episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
     _start, row, valid, _rows, _classes, first_image = tile
+    if counters is not None:
+        if block == 0:
+            tl.store(counters + tile_counter(episode, D, BLOCK_N), 0)
     first_row = first_image * classes
     offsets = (first_row + row)[:, None] * D + n[None, :]
     parts = (attended_text, attended_rational, attended_image, factors, total_rows)
@@ -123,7 +140,9 @@ def masked_logits_backward_attended_kernel(
     weight,
     doffset,
     dattended,
+    delta_parts,
     deltas,
+    counters,
     images,
     classes,
     total_rows,
@@ -139,7 +158,8 @@ def masked_logits_backward_attended_kernel(
 ):
     """Compute dO, and for each query kind c the sums of dO . w O^c over chunks of CHUNK columns.
 
-    A chunk lies in one head. w are the factors of the matrix softmax and O^c is the attention's result.
+    A chunk lies in one head. w are the factors of the matrix softmax and O^c is the attention's result. Where deltas
+    is given, the last program of a tile of rows to finish adds up the chunks of each head.
     """
     one_head: tl.constexpr = HEAD % BLOCK_N == 0
     episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
@@ -160,13 +180,18 @@ def masked_logits_backward_attended_kernel(
     chunk = first_column // CHUNK
     if attended_text is not None:
         o = query_kind_rows(attended_text, factors, batch_row, valid, n, first_column, total_rows, 0, D, HEAD, one_head)
-        store_chunk_sums(deltas, do * o, chunk, batch_row, total_rows, valid, CHUNK)
+        store_chunk_sums(delta_parts, do * o, chunk, batch_row, total_rows, valid, CHUNK)
     if attended_rational is not None:
         o = query_kind_rows(
             attended_rational, factors, batch_row, valid, n, first_column, total_rows, 1, D, HEAD, one_head
         )
-        chunk += D // CHUNK
-        store_chunk_sums(deltas, do * o, chunk, batch_row, total_rows, valid, CHUNK)
+        store_chunk_sums(delta_parts, do * o, D // CHUNK + chunk, batch_row, total_rows, valid, CHUNK)
+    if deltas is not None:
+        if is_last_to_finish(counters + tile_counter(episode, D, BLOCK_N), D // BLOCK_N):
+            if attended_text is not None:
+                store_head_sums(delta_parts, deltas, batch_row, valid, total_rows, 0, D, HEAD, CHUNK, BLOCK_M)
+            if attended_rational is not None:
+                store_head_sums(delta_parts, deltas, batch_row, valid, total_rows, 1, D, HEAD, CHUNK, BLOCK_M)
 
 
 @dataclass
@@ -175,7 +200,8 @@ class MaskedLogitsGradients:
 
     doffset: dA, (B, K, D).
     dattended: dO, (B, K, D).
-    deltas: (2, D/g, B, K) float32, the sums of dO . w O^c over chunks of g columns, where g divides a head's width.
+    deltas: (2, H, B, K) float32, the sums of dO . w O^c over a head's columns, text query first; for the matrix softmax
+        (2, D/g, B, K), over chunks of g columns, where g divides a head's width.
     weighted: s dlogits M, (B, K, D).
     attended: O, the input of the output projection, (B, K, D).
     """
@@ -188,10 +214,11 @@ class MaskedLogitsGradients:
 
 
 class _Launches(NamedTuple):
-    """Hold the launches of dA and of dO."""
+    """Hold the launches of dA and of dO, and the number of tiles of rows."""
 
     offset: Launch
     attended: Launch
+    tiles: int
 
 
 @remembered
@@ -228,7 +255,7 @@ def _backward_launches(
         del arguments[unused]
     arguments["BLOCK_C"] = attended_depth(dtype, width)
     attended = masked_logits_backward_attended_kernel.launch(grid, **arguments, CHUNK=block_of(head, CHUNK))
-    return _Launches(offset, attended)
+    return _Launches(offset, attended, episodes * cdiv(rows, tile.rows))
 
 
 def masked_logits_backward(
@@ -276,14 +303,21 @@ def masked_logits_backward(
         batch, classes, width, num_heads, attended.kinds, relu, PENALTIES[penalty] if dpenalty is not None else 0,
         episodes, episode_stride(weight), dtype, weight.dtype, precision, target_of(image.device), tile,
     )  # fmt: skip
+    deltas = counters = None
+    if inner and attended.factors is None and width // num_heads > chunk:
+        deltas = torch.empty((2, num_heads, batch, classes), **float32)
+        counters = torch.empty((launches.tiles,), dtype=torch.int32, device=image.device)
     launches.offset(
         **common_tensors(image, text, attended, weight, bias),
         logit_scale=logit_scale, dlogits=dlogits, dpenalty=dpenalty, dmask=dmask, peaks=peaks,
-        doffset=gradients.doffset, weighted=gradients.weighted, attended=gradients.attended,
+        doffset=gradients.doffset, weighted=gradients.weighted, attended=gradients.attended, counters=counters,
     )  # fmt: skip
     if inner:
         launches.attended(
             attended_text=attended.text, attended_rational=attended.rational, factors=attended.factors, weight=weight,
-            doffset=gradients.doffset, dattended=gradients.dattended, deltas=gradients.deltas,
+            doffset=gradients.doffset, dattended=gradients.dattended, delta_parts=gradients.deltas, deltas=deltas,
+            counters=counters,
         )  # fmt: skip
+    if deltas is not None:
+        gradients.deltas = deltas
     return gradients

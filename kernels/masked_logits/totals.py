@@ -1,4 +1,4 @@
-"""Add up what programs of the forward pass have stored: a tile's logits, an image's peak and an episode's penalty."""
+"""Add up what other programs have stored: a tile's logits, an image's peak, an episode's penalty, a head's deltas."""
 
 import triton
 import triton.language as tl
@@ -103,3 +103,29 @@ def store_penalty(parts, penalty, first, count, divisor, BLOCK: tl.constexpr):
         part = start + tl.arange(0, BLOCK)
         total += tl.load(parts + first + part, mask=part < count, other=0.0, cache_modifier=".cg")
     tl.store(penalty, (tl.sum(total, 0) / divisor).to(penalty.dtype.element_ty))
+
+
+@triton.jit
+def store_head_sums(
+    parts,
+    sums,
+    batch_row,
+    valid,
+    total_rows,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Store the sums of the parts of one query kind over the chunks of each head, for a tile of rows."""
+    heads: tl.constexpr = D // HEAD
+    chunks: tl.constexpr = HEAD // CHUNK
+    head = tl.arange(0, triton.next_power_of_2(heads))[:, None]
+    inside = (head < heads) & valid[None, :]
+    rows = tl.full((), total_rows, tl.int64)
+    total = tl.zeros(inside.shape, tl.float32)
+    for chunk in tl.static_range(chunks):
+        offsets = (KIND * (heads * chunks) + head * chunks + chunk) * rows + batch_row[None, :]
+        total += tl.load(parts + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+    tl.store(sums + (KIND * heads + head) * rows + batch_row[None, :], total, mask=inside)

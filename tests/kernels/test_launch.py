@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from benchmarks.host_time import StubLauncher, stub_driver
 from rada_fast.bench.compiled import recorded, step_launches
 from rada_fast.config.method import AdapterConfig
-from rada_fast.kernels._launch import Launch
-from rada_fast.kernels.class_attention.deltas import row_deltas_kernel
+from rada_fast.kernels._launch import Kernel, Launch
 from rada_fast.ops import rational_adapter
 from tests.support import problem
 
@@ -52,9 +52,19 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@Kernel
+def add_up_kernel(deltas, sums, batch, classes, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, batch * classes, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for chunk in range(CHUNKS):
+            total += tl.load(deltas + chunk * classes + i, mask=i < classes, other=0.0)
+        tl.store(sums + i, total, mask=i < classes)
+
+
 def launch(classes: int, chunks: int = 2) -> Launch:
     """Make a launch of a small kernel."""
-    return row_deltas_kernel.launch((1,), batch=1, classes=classes, CHUNKS=chunks, BLOCK=128, num_warps=4)
+    return add_up_kernel.launch((1,), batch=1, classes=classes, CHUNKS=chunks, BLOCK=128, num_warps=4)
 
 
 def tensors(classes: int, offset: int = 0, dtype: torch.dtype = torch.float32, chunks: int = 2) -> dict[str, Tensor]:
@@ -66,7 +76,7 @@ def test_a_second_call_gives_the_driver_what_triton_would_give(launched: list[tu
     add_up, given = launch(20), tensors(20)
     add_up(**given)
     add_up(**given)
-    row_deltas_kernel[(1,)](**given, batch=1, classes=20, CHUNKS=2, BLOCK=128, num_warps=4)
+    add_up_kernel[(1,)](**given, batch=1, classes=20, CHUNKS=2, BLOCK=128, num_warps=4)
     assert launched[1] == launched[0] == launched[2]
     assert launched[1][0] == (1, 1, 1)
 
@@ -83,7 +93,7 @@ def test_nothing_is_compiled_for_another_count(launched: list[tuple[Any, ...]], 
 def test_another_type_constant_or_alignment_is_compiled_and_told_apart(
     launched: list[tuple[Any, ...]], compiled: list[str]
 ) -> None:
-    row_deltas_kernel.jit.device_caches.clear()
+    add_up_kernel.jit.device_caches.clear()
     by_two, by_four = launch(20), launch(20, chunks=4)
     for _ in range(2):
         by_two(**tensors(20))

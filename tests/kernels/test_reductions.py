@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rada_fast.kernels._launch import Kernel
 from rada_fast.kernels.class_attention import Attended
-from rada_fast.kernels.class_attention.deltas import row_deltas_kernel
 from rada_fast.kernels.class_attention.factors import store_factors
 from rada_fast.kernels.masked_logits import MaskedLogits, Tile, masked_logits_forward
+from rada_fast.kernels.masked_logits.totals import store_head_sums
 from rada_fast.kernels.rational_projections import image_gradient_reduce_kernel
 
 WIDTH = 64
@@ -97,16 +97,26 @@ def test_factors_of_more_classes_than_one_block(device: str, classes: int) -> No
     torch.testing.assert_close(totals.cpu().double().sum(0), wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("classes", [130, 1100])
-def test_deltas_of_more_classes_than_one_block(device: str, classes: int) -> None:
-    kinds_and_heads, chunks, batch = 2, 3, 2
-    deltas = torch.randn(kinds_and_heads * chunks, batch, classes)
-    sums = torch.full((kinds_and_heads, batch, classes), torch.nan, device=device)
-    row_deltas_kernel[(kinds_and_heads * batch,)](
-        deltas=deltas.to(device), sums=sums, batch=batch, classes=classes, CHUNKS=chunks,
-        BLOCK=1024 if classes > 512 else 128, num_warps=4,
+@Kernel
+def head_sums_kernel(
+    parts, sums, total_rows,
+    KIND: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    store_head_sums(parts, sums, row, row < total_rows, total_rows, KIND, D, HEAD, CHUNK, BLOCK_M)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_heads_deltas_are_the_sums_of_its_chunks(device: str, kind: int) -> None:
+    heads, chunks, rows = 3, 5, 100
+    parts = torch.randn(2, heads, chunks, rows)
+    sums = torch.full((2, heads, rows), torch.nan, device=device)
+    head_sums_kernel[(2,)](
+        parts=parts.to(device), sums=sums, total_rows=rows, KIND=kind, D=heads * chunks * 16, HEAD=chunks * 16,
+        CHUNK=16, BLOCK_M=64, num_warps=4,
     )  # fmt: skip
-    torch.testing.assert_close(sums.cpu(), deltas.view(kinds_and_heads, chunks, batch, classes).sum(1))
+    torch.testing.assert_close(sums[kind].cpu(), parts[kind].sum(1))
+    assert bool(sums[1 - kind].isnan().all())
 
 
 def test_an_images_gradient_is_that_of_all_parts(device: str) -> None:
