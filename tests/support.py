@@ -135,6 +135,45 @@ def solve(
     return {name: value.detach().double() for name, value in results.items() if value is not None}
 
 
+def solve_in_several_orders(
+    config: AdapterConfig,
+    inputs: tuple[Tensor, Tensor, dict[str, Tensor]],
+    dtype: torch.dtype,
+    penalty: str | None = "l2",
+    *,
+    orders: int = 6,
+) -> list[dict[str, Tensor]]:
+    """Solve one problem with the reference several times, with the terms of its sums over columns in another order.
+
+    Where scores are large, an error is a few roundings of scores, and in one order they may happen to cancel. The
+    columns of the features and of each head are shuffled, and results are put back in order. The adapter has one layer.
+    """
+    image, text, parameters = inputs
+    generator = torch.Generator().manual_seed(0)
+    columns, inner = torch.arange(config.embed_dim), torch.arange(config.embed_dim)
+    solutions = []
+    for _ in range(orders):
+
+        def shuffled(name: str, value: Tensor, *, columns: Tensor = columns, inner: Tensor = inner) -> Tensor:
+            if name.endswith(".weight"):
+                return value[columns][:, inner] if name.startswith("out_proj") else value[inner][:, columns]
+            if name.endswith(".bias") and not name.startswith("out_proj"):
+                return value[inner]
+            return value[..., columns]
+
+        moved = {name: shuffled(name, value) for name, value in parameters.items()}
+        solution = solve(config, (image[:, columns], text[:, columns], moved), dtype, "reference", penalty)
+        back = {"columns": columns.argsort(), "inner": inner.argsort()}
+        solutions.append({
+            name: value if name in ("logits", "penalty") else shuffled(name.removeprefix("d"), value, **back)
+            for name, value in solution.items()
+        })  # fmt: skip
+        columns = torch.randperm(config.embed_dim, generator=generator)
+        inner = torch.rand(config.num_heads, config.head_dim, generator=generator).argsort(1)
+        inner = (inner + config.head_dim * torch.arange(config.num_heads)[:, None]).flatten()
+    return solutions
+
+
 def solve_weighted(
     config: AdapterConfig,
     inputs: tuple[Tensor, Tensor, dict[str, Tensor]],
@@ -166,7 +205,7 @@ def solve_weighted(
 
 def assert_within_budget(
     exact: dict[str, Tensor],
-    plain: dict[str, Tensor],
+    plain: dict[str, Tensor] | list[dict[str, Tensor]],
     fast: dict[str, Tensor],
     dtype: torch.dtype,
     *,
@@ -174,13 +213,16 @@ def assert_within_budget(
 ) -> None:
     """Compare a backend's errors with those that plain PyTorch makes in the same type.
 
-    exact: solve of the reference in float64; plain: of the reference in dtype; fast: of the backend in dtype. The error
+    exact: solve of the reference in float64; plain: of the reference in dtype, or a list of several such solutions, of
+    which the one with the largest error counts for each result; fast: of the backend in dtype. The error
     of an output may be twice that of the reference in dtype, the error of a gradient three times, plus some roundings
     of the largest value, because the reference may happen to be exact.
     """
     assert fast.keys() == exact.keys()
+    solutions = [plain] if isinstance(plain, dict) else plain
     for name, value in exact.items():
-        error, allowed, size = (fast[name] - value).norm(), (plain[name] - value).norm(), value.norm()
+        error, size = (fast[name] - value).norm(), value.norm()
+        allowed = torch.stack([(solution[name] - value).norm() for solution in solutions]).max()
         factor = 3 if name.startswith("d") else 2
         if _env.sanitizers():
             # Loops with sanitizers are not vectorised: a sum is one chain of additions instead of sixteen.

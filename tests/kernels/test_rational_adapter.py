@@ -6,7 +6,6 @@ from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from rada_fast.config.method import AdapterConfig
@@ -19,6 +18,7 @@ from tests.support import (
     problem_with_masks_of,
     published_vectors,
     solve,
+    solve_in_several_orders,
     with_large_scores,
 )
 
@@ -78,23 +78,13 @@ def test_outputs_and_gradients(name: str, simulated: Simulated) -> None:
 )
 def test_outputs_and_gradients_with_large_scores(name: str, simulated: Simulated) -> None:
     config, batch, classes, dtype, penalty = CASES[name]
-    # In float32 the largest errors are a few roundings of the scores, and those of one problem may happen to cancel in
-    # the reference. Three problems are therefore compared as one.
-    seeds = range(3 if dtype == F32 else 1)
-    results: dict[str, list[dict[str, Tensor]]] = {"exact": [], "plain": [], "fast": []}
-    for seed in seeds:
-        # The exponential of 120 is infinite in float32. Rows beyond the last class must not reach one.
-        inputs = with_large_scores(config, problem(config, batch, classes, dtype, seed=seed), 120.0)
-        results["exact"].append(solve(config, inputs, torch.float64, "reference", penalty))
-        results["plain"].append(solve(config, inputs, dtype, "reference", penalty))
-        with simulated():
-            results["fast"].append(solve(config, inputs, dtype, "triton", penalty))
-    assert_within_budget(*(side_by_side(solved) for solved in results.values()), dtype)
-
-
-def side_by_side(solutions: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the solutions of several problems as one, each result a vector."""
-    return {name: torch.cat([solution[name].flatten() for solution in solutions]) for name in solutions[0]}
+    # The exponential of 120 is infinite in float32. Rows beyond the last class must not reach one.
+    inputs = with_large_scores(config, problem(config, batch, classes, dtype), 120.0)
+    exact = solve(config, inputs, torch.float64, "reference", penalty)
+    plain = solve_in_several_orders(config, inputs, dtype, penalty)
+    with simulated():
+        fast = solve(config, inputs, dtype, "triton", penalty)
+    assert_within_budget(exact, plain, fast, dtype)
 
 
 @pytest.mark.parametrize("size", [1e2, 1e3, 1e4])
@@ -117,26 +107,23 @@ def test_float32_is_as_exact_as_pytorch_with_large_scores(
     ("softmax", "query"),
     [("row", "text"), ("row", "rational"), ("matrix", "text"), ("matrix", "rational"), ("row", "image")],
 )
+@pytest.mark.parametrize("products", ["ieee", "tf32x3"])
 def test_each_query_alone_is_as_exact_as_pytorch_with_large_scores(
+    products: str,
     softmax: Literal["row", "matrix"],
     query: Literal["text", "rational", "image"],
     simulated: Simulated,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("RADA_FAST_FLOAT32", "tf32x3")
+    monkeypatch.setenv("RADA_FAST_FLOAT32", products)
     config = AdapterConfig.official(64, num_heads=2, softmax=softmax, queries=(query,))
     for size in (1e2, 1e3, 1e4):
-        # Where errors are a few roundings of large scores, those of one problem may happen to cancel in the reference.
-        seeds = range(3 if size == 1e4 else 1)
-        results: dict[str, list[dict[str, Tensor]]] = {"exact": [], "plain": [], "fast": []}
-        for seed in seeds:
-            inputs = with_large_scores(config, problem(config, 1, 20, F32, seed=seed), size)
-            # The penalty is a single number, which may be exact by chance. The mask that it is made of is compared.
-            results["exact"].append(solve(config, inputs, torch.float64, "reference", None))
-            results["plain"].append(solve(config, inputs, F32, "reference", None))
-            with simulated():
-                results["fast"].append(solve(config, inputs, F32, "triton", None))
-        assert_within_budget(*(side_by_side(solved) for solved in results.values()), F32)
+        inputs = with_large_scores(config, problem(config, 1, 20, F32), size)
+        exact = solve(config, inputs, torch.float64, "reference")
+        plain = solve_in_several_orders(config, inputs, F32)
+        with simulated():
+            fast = solve(config, inputs, F32, "triton")
+        assert_within_budget(exact, plain, fast, F32)
 
 
 @pytest.mark.parametrize("name", VECTORS)
