@@ -34,7 +34,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +78,6 @@ class Device:
     half, float32: the times of programs whose products are of 16-bit numbers, and of float32 ones.
     load, atomic: the times of a load outside loops, and of an atomic operation.
     element: the time that a thread takes for an operation of arithmetic, when it runs by itself.
-    tail: the time of a step of the last program of a group.
     peak: the most operations of products, by their name in launched_programs.COUNTS.
     tf32: the operations of TF32 products that the kernels reach: most of them cannot use the fastest instruction.
     memory_bytes: the bytes that the whole device moves to or from its memory in a microsecond.
@@ -93,23 +92,21 @@ class Device:
     load: float
     atomic: float
     element: float
-    tail: float
     peak: dict[str, float]
     tf32: float
     arithmetic: float
     loaded_bytes: float
-    stored_bytes: float
     memory_bytes: float
 
 
 H100 = Device(
     name="H100", target=90, processors=132,
-    launch=1.7,
-    half=Steps(0.47, 0.094, 0.22), float32=Steps(0.61, 0.365, 0.334),
-    load=0.18, atomic=2.69, element=0.00027, tail=0.24,
+    launch=1.63,
+    half=Steps(0.75, 0.036, 0.214), float32=Steps(1.75, 0.146, 0.246),
+    load=0.153, atomic=1.87, element=0.00057,
     peak={"half_operations": 792e6 / 132, "tf32_operations": 407e6 / 132, "float32_operations": 52e6 / 132},
-    tf32=1.757e6,
-    arithmetic=0.284e6, loaded_bytes=0.16e6, stored_bytes=0.28e6, memory_bytes=3.0e6,
+    tf32=202e6 / 132,
+    arithmetic=54e6 / 132, loaded_bytes=18.1e6 / 132, memory_bytes=3.0e6,
 )  # fmt: skip
 
 
@@ -128,12 +125,11 @@ def _scaled_to_a100(device: Device) -> Device:
     return Device(
         name="A100, scaled", target=80, processors=processors, launch=device.launch,
         half=slower(device.half), float32=slower(device.float32), load=device.load / clock,
-        atomic=device.atomic / clock, element=device.element / clock, tail=device.tail / clock,
+        atomic=device.atomic / clock, element=device.element / clock,
         peak={name: rate * ratios[name] * each for name, rate in device.peak.items()},
         # The TF32 instruction of the kernels is the only one that an A100 has.
         tf32=min(device.tf32 * clock, device.peak["tf32_operations"] * ratios["tf32_operations"] * each),
         arithmetic=device.arithmetic * clock / 2, loaded_bytes=device.loaded_bytes * clock,
-        stored_bytes=device.stored_bytes * clock,
         memory_bytes=device.memory_bytes * 1555 / 3350,
     )  # fmt: skip
 
@@ -170,19 +166,16 @@ def least_bytes(launch: RecordedLaunch) -> int:
     return sum(tensors.values())
 
 
-def arithmetic(programs: Programs) -> Numbers:
-    """Return each program's operations of arithmetic. An exponential takes the time of four others."""
-    return np.asarray(programs.counts["arithmetic"] + 4 * programs.counts["exponentials"])
+def arithmetic(counts: Mapping[str, Any]) -> Any:
+    """Return the operations of arithmetic. An exponential takes the time of four others."""
+    return counts["arithmetic"] + 4 * counts["exponentials"]
 
 
-def chain_times(programs: Programs, warps: int, device: Device) -> Numbers:
-    """Return the microseconds that each program takes when nothing else runs, by its steps alone."""
-    counts = programs.counts
-    steps = device.half if counts["half_operations"].any() else device.float32
-    threads = 32 * warps
-    times = steps.program + counts["pipelined_steps"] * steps.pipelined + counts["serial_steps"] * steps.serial
+def steps_time(counts: Mapping[str, Any], warps: int, steps: Steps, device: Device) -> Any:
+    """Return the microseconds that a program takes for its steps when nothing else runs; see Device."""
+    times = counts["pipelined_steps"] * steps.pipelined + counts["serial_steps"] * steps.serial
     times = times + counts["loads"] * device.load + counts["atomics"] * device.atomic
-    return np.asarray(times + arithmetic(programs) / threads * device.element)
+    return times + arithmetic(counts) / (32 * warps) * device.element
 
 
 def work_times(programs: Programs, device: Device) -> Numbers:
@@ -191,10 +184,9 @@ def work_times(programs: Programs, device: Device) -> Numbers:
         **device.peak,
         "tf32_operations": device.tf32,
         "loaded_bytes": device.loaded_bytes,
-        "stored_bytes": device.stored_bytes,
     }
     times = sum(programs.counts[name] / rate for name, rate in rates.items())
-    return np.asarray(times + arithmetic(programs) / device.arithmetic)
+    return np.asarray(times + arithmetic(programs.counts) / device.arithmetic)
 
 
 class Schedule(NamedTuple):
@@ -222,19 +214,19 @@ def schedule(chains: Numbers, works: Numbers, resident: int, processors: int) ->
     return Schedule(max(chain_of.values()), float(work_of.max()), idle)
 
 
-def in_parts(programs: Programs, parts: int, itemsize: int) -> Programs:
+def in_parts(programs: Programs, parts: int) -> Programs:
     """Return the programs of a launch in which `parts` programs share the steps of one, and then add up their sums.
 
-    itemsize: the bytes of an element that is stored without parts. Sums of parts have four.
+    What it takes to store the sums is left out.
     """
     if parts == 1:
         return programs
     counts = {}
     for name, count in programs.counts.items():
-        share = {"loads": count, "atomics": count + 1, "stored_bytes": count * 4 / itemsize}.get(name, count / parts)
+        share = {"loads": count, "atomics": count + 1}.get(name, count / parts)
         counts[name] = np.repeat(np.ceil(share) if name in STEPS else share, parts)
-    # The last program waits once for the sums of all parts, and its own stores come after that.
-    tail = programs.tail | {"loads": programs.tail["loads"] + 1, "serial_steps": programs.tail["serial_steps"] + 1}
+    # The last program waits for the sums of all parts, which it reads together.
+    tail = programs.tail | {"loads": programs.tail["loads"] + 1}
     return Programs(counts, tail)
 
 
@@ -242,17 +234,17 @@ def estimate(launch: RecordedLaunch, device: Device, parts: int = 1) -> Estimate
     """Return what the model says of a launch on a device, with every program in `parts` parts."""
     found = compile_launch(launch, device.target, "")
     programs = programs_of(launch, compiled_code(launch, device.target).asm["ttgir"])
-    programs = in_parts(programs, parts, 2 if programs.counts["half_operations"].any() else 4)
+    programs = in_parts(programs, parts)
     resident = resident_blocks(device.target, found.warps, found.registers, found.shared_bytes)
-    chains, works = chain_times(programs, found.warps, device), work_times(programs, device)
+    steps = device.half if programs.counts["half_operations"].any() else device.float32
+    chains = steps.program + steps_time(programs.counts, found.warps, steps, device)
+    works = work_times(programs, device)
     filled = schedule(chains, works, resident, device.processors)
-    tail = programs.tail
-    tail_steps = sum(tail[name] for name in (*STEPS, "loads", "atomics"))
     operations = {name: float(programs.counts[name].sum()) for name in device.peak}
     moved = least_bytes(launch)
     by_products = sum(count / device.peak[name] for name, count in operations.items()) / device.processors
     floor = max(device.launch, by_products, moved / device.memory_bytes)
-    us = device.launch + filled.chain + filled.work + device.tail * tail_steps
+    us = device.launch + filled.chain + filled.work + steps_time(programs.tail, found.warps, steps, device)
     return Estimate(
         launch=launch.kernel.__name__.removesuffix("_kernel"), programs=len(programs), warps=found.warps,
         resident=resident, waves=math.ceil(len(programs) / (resident * device.processors)), idle=filled.idle,

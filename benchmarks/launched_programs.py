@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,6 @@ COUNTS = (
     "tf32_operations",  # operations of TF32 products on tensor cores
     "float32_operations",  # operations of products without tensor cores
     "loaded_bytes",
-    "stored_bytes",
     "arithmetic",  # elements that arithmetic with float numbers computes
     "exponentials",  # elements of exponentials, logarithms, roots and quotients
     "loads",  # loads of tensors outside loops
@@ -44,7 +43,11 @@ COUNTS = (
 _LOCATION = re.compile(r"\s*loc\((?:[^()]|\([^()]*\))*\)")
 _OPERATION = re.compile(r'^(?:(%[\w.$-]+)(?::\d+)? = )?"?(\w+\.[\w.]+)"?(.*)$')
 _NAME = re.compile(r"%[\w.$-]+(?:#\d+)?")
-_TENSOR = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)(?:!tt\.ptr<)?(\w+)")
+_TENSOR = re.compile(
+    r"(?:tensor|memdesc)<((?:\d+x)+)(?:!tt\.ptr<)?(\w+)>?(?:, (?:#ttg\.dot_op<\{opIdx = (\d), parent = )?(#\w+))?"
+)
+_LAYOUT = re.compile(r"^(#\w+) = #ttg\.(?:nvidia_mma|blocked)<\{(.*)\}>")
+_LISTS = re.compile(r"(\w+) = \[([\d, ]+)\]")
 _LOOP = re.compile(r"(%[\w.$-]+) = (\S+) to (\S+) step (\S+)")
 _BYTES = {"i1": 1, "i8": 1, "i16": 2, "i64": 8, "bf16": 2, "f16": 2, "f64": 8}
 _SPECIAL = ("exp2", "log2", "exp", "log", "sqrt", "divf")
@@ -92,10 +95,10 @@ class Programs:
 
 def programs_of(launch: RecordedLaunch, code: str) -> Programs:
     """Return what the programs of a launch do. code: the text of Triton's GPU stage for this launch."""
-    lines = (_LOCATION.sub("", line).strip() for line in code.splitlines() if not line.startswith("#"))
-    module, _ = _parse(lines)
+    lines = code.splitlines()
+    module, _ = _parse(_LOCATION.sub("", line).strip() for line in lines if not line.startswith("#"))
     function = module.operations[0].regions[0].operations[0]
-    reader = _Reader(launch)
+    reader = _Reader(launch, _layouts(lines))
     reader.run(function.regions[0], reader.every_program, in_loop=False)
     return Programs(reader.counts, reader.tail)
 
@@ -129,13 +132,38 @@ def _parse(lines: Iterator[str]) -> tuple[_Region, bool]:
     return region, False
 
 
-def _tensors(text: str) -> list[tuple[int, int, str]]:
-    """Return for each tensor type in a line its number of elements, its last extent and the type of its elements."""
-    found = []
-    for shape, kind in _TENSOR.findall(text):
-        extents = [int(extent) for extent in shape.split("x") if extent]
-        found.append((math.prod(extents), extents[-1], kind))
-    return found
+class _Layout(NamedTuple):
+    """Hold how a tensor lies in the registers of a block: the elements that all warps cover at once, and the warps."""
+
+    covered: list[int]
+    warps: list[int]
+
+
+def _layouts(lines: Sequence[str]) -> dict[str, _Layout]:
+    """Return the layouts that the first lines of the code define, by name."""
+    layouts = {}
+    for found in filter(None, map(_LAYOUT.match, lines)):
+        name, text = found.groups()
+        lists = {key: [int(number) for number in numbers.split(",")] for key, numbers in _LISTS.findall(text)}
+        warps = lists["warpsPerCTA"]
+        if "instrShape" in lists:
+            of_a_warp = lists["instrShape"]
+        else:
+            of_a_warp = [
+                size * threads for size, threads in zip(lists["sizePerThread"], lists["threadsPerWarp"], strict=True)
+            ]
+        layouts[name] = _Layout([size * count for size, count in zip(of_a_warp, warps, strict=False)], warps)
+    return layouts
+
+
+class _Tensor(NamedTuple):
+    """Hold the number of elements of a tensor, its last extent, the type of its elements, and the copies of each
+    element in the registers of a block: where a tensor is too small for all warps, several compute the same."""
+
+    elements: int
+    last: int
+    kind: str
+    copies: float
 
 
 class _Reader:
@@ -144,7 +172,8 @@ class _Reader:
     A number that depends on a float, on a pointer, on what memory holds or on the step of a loop is unknown, None.
     """
 
-    def __init__(self, launch: RecordedLaunch) -> None:
+    def __init__(self, launch: RecordedLaunch, layouts: dict[str, _Layout]) -> None:
+        self.layouts = layouts
         x, y, z = launch.grid
         program = np.arange(x * y * z)
         self.places = {"x": program % x, "y": program // x % y, "z": program // (x * y)}
@@ -162,6 +191,22 @@ class _Reader:
             self.counts[name] += weight * amount
         else:
             self.tail[name] += weight * amount
+
+    def tensors(self, text: str) -> list[_Tensor]:
+        """Return the tensors whose types stand in an operation."""
+        return [self.tensor(*found) for found in _TENSOR.findall(text)]
+
+    def tensor(self, shape: str, kind: str, operand: str, layout: str) -> _Tensor:
+        extents = [int(extent) for extent in shape.split("x") if extent]
+        copies, found = 1.0, self.layouts.get(layout)
+        if found and operand:
+            # Warps that lie side by side have the same rows of the left operand, and others the same columns.
+            copies = found.warps[1 - int(operand)]
+        elif found:
+            copies = math.prod(
+                max(1, covered / extent) for covered, extent in zip(found.covered, extents, strict=False)
+            )
+        return _Tensor(math.prod(extents), extents[-1], kind, copies)
 
     def operands(self, text: str) -> list[Numbers | None]:
         """Return the values named in an operation, before its types."""
@@ -187,7 +232,7 @@ class _Reader:
             elif name.startswith("cf."):
                 self.branch(name, rest, weight, labels)
             else:
-                self.values[result] = None if _tensors(rest) else self.number(name, rest)
+                self.values[result] = None if _TENSOR.search(rest) else self.number(name, rest)
                 self.count(name, rest, weight, in_loop=in_loop)
         return []
 
@@ -215,7 +260,7 @@ class _Reader:
             steps = np.maximum(0, _divided(end - first + step - 1, step))
         weight = weight * (steps if isinstance(weight, np.ndarray) else float(np.max(steps)))
         texts = [operation.text.partition(" = ")[2] for operation in body.operations]
-        loads = any(text.startswith("tt.load") and _tensors(text) for text in texts)
+        loads = any(text.startswith("tt.load") and _TENSOR.search(text) for text in texts)
         ahead = any(text.startswith("ttg.async_wait") for text in texts)
         self.add(STEPS[0] if ahead else STEPS[1] if loads else STEPS[2], weight)
         self.run(body, weight, in_loop=True)
@@ -242,31 +287,29 @@ class _Reader:
 
     def count(self, name: str, rest: str, weight: Numbers | float, *, in_loop: bool) -> None:
         """Count an atomic operation, or an operation on tensors."""
-        tensors = _tensors(rest)
+        tensors = self.tensors(rest)
         if name.startswith("tt.atomic"):
             self.add("atomics", weight)
         if not tensors:
             return
-        (elements, last, kind), (results, _, result_kind) = tensors[0], tensors[-1]
-        size = _BYTES.get(kind, 4)
+        first, result = tensors[0], tensors[-1]
+        size = _BYTES.get(first.kind, 4)
         if name in ("tt.dot", "ttng.warp_group_dot"):
             on_tensor_cores = name != "tt.dot" or size == 2 or "inputPrecision = tf32" in rest
             key = "half_operations" if size == 2 else "tf32_operations" if on_tensor_cores else "float32_operations"
             # The last extent of the left operand is the length of the sums.
-            self.add(key, weight, 2.0 * results * last)
+            self.add(key, weight, 2.0 * result.elements * result.copies * first.last)
         elif name in ("tt.load", "ttg.async_copy_global_to_local"):
-            self.add("loaded_bytes", weight, elements * size)
+            self.add("loaded_bytes", weight, first.elements * size)
             if name == "tt.load" and not in_loop:
                 self.add("loads", weight)
-        elif name == "tt.store":
-            self.add("stored_bytes", weight, elements * size)
         elif name == "tt.reduce":
-            self.add("arithmetic", weight, elements)
+            self.add("arithmetic", weight, first.elements * first.copies)
         elif name.startswith(("arith.", "math.")) and name != "arith.constant":
             if name.partition(".")[2] in _SPECIAL:
-                self.add("exponentials", weight, results)
-            elif result_kind in ("f32", "bf16", "f16"):
-                self.add("arithmetic", weight, results)
+                self.add("exponentials", weight, result.elements * result.copies)
+            elif result.kind in ("f32", "bf16", "f16"):
+                self.add("arithmetic", weight, result.elements * result.copies)
 
     def number(self, name: str, rest: str) -> Numbers | None:
         """Return the result of an operation on single numbers."""
