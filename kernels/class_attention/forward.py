@@ -278,6 +278,7 @@ def _forward_launch(
     num_heads: int,
     kinds: tuple[bool, bool, bool],
     images_per_text: int,
+    images: int | None,
     temperature: float,
     dtype: torch.dtype,
     precision: str,
@@ -286,7 +287,7 @@ def _forward_launch(
 ) -> Launch:
     """Return the launch. kinds: whether the text, the rational and the image query are in use."""
     head = width // num_heads
-    tile = tile or tile_of(dtype, classes, head, precision=precision, target=target)
+    tile = tile or tile_of(dtype, classes, head, images=images, precision=precision, target=target)
     *in_tiles, has_image = kinds
     tiles = cdiv(classes, tile.queries) if any(in_tiles) else 0
     programs = batch * num_heads * cdiv(head, tile.columns) * (tiles + has_image)
@@ -311,6 +312,7 @@ def class_attention_forward(
     num_heads: int,
     temperature: float,
     matrix: bool,
+    images: int | None = None,
     counters: Tensor | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
@@ -318,6 +320,7 @@ def class_attention_forward(
     """Compute the attention of every query kind in use, and the matrix softmax's factors, in one launch.
 
     projections: as rational_projections_forward returns them. temperature: divides the scores, beside sqrt(d).
+    images: the images of one episode, by which the tile is chosen; None stands for many.
     counters: (B H,) int32, zero; None lets PyTorch set some to zero, which is a launch of its own.
     """
     keys, values = projections.keys, projections.values
@@ -339,8 +342,8 @@ def class_attention_forward(
     if matrix and any(kinds[:2]) and counters is None:
         counters = torch.zeros((batch * num_heads,), dtype=torch.int32, device=keys.device)
     launch = _forward_launch(
-        batch, classes, width, num_heads, kinds, batch // (text.shape[0] if text is not None else 1), temperature,
-        keys.dtype, precision, target_of(keys.device), tile,
+        batch, classes, width, num_heads, kinds, batch // (text.shape[0] if text is not None else 1), images,
+        temperature, keys.dtype, precision, target_of(keys.device), tile,
     )  # fmt: skip
     launch(
         q_image=image, q_text=text, q_rational=rational, keys=keys, values=values,

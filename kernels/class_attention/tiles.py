@@ -27,14 +27,22 @@ def tile_of(
     classes: int,
     head: int,
     *,
+    images: int | None = None,
     backward: bool = False,
     precision: str = "ieee",
     target: Target = A100,
 ) -> Tile:
-    """Return the tile for a problem: the table's, or a smaller one where that does not fit the target."""
-    table = _hopper_table if target.is_hopper else _table
+    """Return the tile for a problem: the table's, or a smaller one where that does not fit the target.
+
+    images: the images of one episode; None stands for many.
+    """
+    if target.is_hopper:
+        few_rows = images is not None and images * classes <= 512
+        tile = _hopper_table(dtype, classes, head, few_rows, backward, precision)
+    else:
+        tile = _table(dtype, classes, head, backward, precision)
     return first_fitting(
-        table(dtype, classes, head, backward, precision),
+        tile,
         ("keys", "queries"),
         lambda tile: shared_bytes(tile, dtype, head, backward=backward, target=target),
         target,
@@ -63,19 +71,19 @@ def shared_bytes(tile: Tile, dtype: torch.dtype, head: int, *, backward: bool, t
     return max(largest, queries) * dtype.itemsize + (1024 if target.keeps_operands else 0)
 
 
-def _hopper_table(dtype: torch.dtype, classes: int, head: int, backward: bool, precision: str) -> Tile:
+def _hopper_table(dtype: torch.dtype, classes: int, head: int, few_rows: bool, backward: bool, precision: str) -> Tile:
     """Return the tile that was the fastest on an H100, with heads of 64 (docs/measurements.md)."""
     if head > 64 or (dtype == torch.float32 and (precision == "ieee" or head < 32)):
         return _table(dtype, classes, head, backward, precision)
     columns = max(16, triton.next_power_of_2(head))
     if dtype == torch.float32:
-        if classes <= 64:
-            return Tile(16, 64, 64, 8, 1) if backward else Tile(16, 32, min(columns, 32), 4, 1)
-        # The keys' kernel spills up to 124 bytes with many classes; still it is 1.9 times as fast as with 16 x 64.
+        if classes <= 64 or few_rows:
+            # With fewer queries four times as many multiprocessors work. In the backward pass four warps spill.
+            return Tile(16, 64, 64, 8, 1) if backward else Tile(16, 32, columns, 4, 1)
         return Tile(64, 32, 64 if backward else columns, 4, 1)
     if classes <= 64:
-        # Fewer queries than 64 occupy more multiprocessors. In the backward pass 16 spill.
-        return Tile(32 if backward else 16, 64, columns, 4, 2)
+        # Fewer queries than 64 occupy more multiprocessors.
+        return Tile(16, 64, columns, 4, 2)
     return Tile(64, 32 if classes <= 256 or backward else 64, columns, 4, 3)
 
 

@@ -57,6 +57,7 @@ def launches_of(
         "num_heads": heads,
         "temperature": adapter.temperature,
         "matrix": adapter.softmax == "matrix",
+        "images": batch,
     }
     last = {"precision": precision, "num_heads": heads, "relu": adapter.mask_activation == "relu", "penalty": "l2"}
     ones, one = draw(batch, classes), draw(1)

@@ -74,7 +74,7 @@ def table_tile(launch: str, sizes: Sizes, target: Target = A100) -> Any:
             )  # fmt: skip
         case "class_attention_forward" | "class_attention_backward":
             return class_attention.tile_of(
-                sizes.dtype, sizes.classes, sizes.head,
+                sizes.dtype, sizes.classes, sizes.head, images=sizes.rows // sizes.classes,
                 backward=launch.endswith("backward"), precision=sizes.precision, target=target,
             )  # fmt: skip
         case "masked_logits_forward" | "masked_logits_backward":
