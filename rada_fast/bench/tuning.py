@@ -130,7 +130,7 @@ def launches_with_tile(
     target: the compute capability for which the other launches choose their tiles.
     """
     sizes = Sizes(dtype, classes, batch * classes, adapter.embed_dim, adapter.head_dim, float32_precision())
-    chosen = replace(table_tile(launch, sizes), **tile)
+    chosen = replace(table_tile(launch, sizes, Target.of_capability(target)), **tile)
     with assumed_target(Target.of_capability(target)), recorded() as launches:
         run = launches_of(adapter, batch, classes, dtype, "cpu")[launch]
         launches.clear()
