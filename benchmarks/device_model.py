@@ -59,7 +59,7 @@ from rada_fast.system.terminal import print_json
 
 SIZES = ("1x50", "1x500", "6x200", "64x100")
 MEASURED = Path(__file__).parent / "device" / "h100.json"
-"""The times by launch, in microseconds, that `make device` measured on an H100, and the sizes they belong to."""
+"""The sizes that device/bench_launches.py measured on an H100, and for each the microseconds of every launch."""
 
 
 class Steps(NamedTuple):
