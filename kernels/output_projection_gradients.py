@@ -24,6 +24,7 @@ from rada_fast.kernels._common import (
     store_column_sums,
 )
 from rada_fast.kernels._launch import Kernel, Launch, remembered
+from rada_fast.kernels._shared_memory import Target, target_of
 from rada_fast.kernels.class_attention import Attended
 
 
@@ -114,11 +115,15 @@ def _launch(
     num_zeros: int,
     dtype: torch.dtype,
     precision: str,
+    target: Target,
 ) -> Launch:
     """Return the launch. kinds: the number of query kinds in use."""
     float32 = dtype == torch.float32
     # In bfloat16 many small blocks occupy the multiprocessors; products of three TF32 ones keep 16 rows for each warp.
     block_o, block_i, block_r = block_of(width, 64), block_of(width, 64 if float32 else 32), 16 if float32 else 64
+    if not float32 and classes < block_r and target.capability in (86, 89):
+        # The compiler allows a thread 128 registers there, and 64 rows of several images spill.
+        block_r = 32
     return output_projection_gradients_kernel.launch(
         episode_grid(width // block_o * (width // block_i + 1), episodes=episodes),
         images=batch // episodes, classes=classes, total_rows=batch * classes, num_zeros=num_zeros, share=1 / kinds,
@@ -173,7 +178,7 @@ def output_projection_gradients(
         return weights, biases
     launch = _launch(
         batch, classes, width, num_heads, attended.kinds, episodes, 0 if zeros is None else zeros.numel(), dtype,
-        precision,
+        precision, target_of(image.device),
     )  # fmt: skip
     launch(
         image=image, text=text, logit_scale=logit_scale,
