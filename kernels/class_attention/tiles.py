@@ -96,6 +96,9 @@ def _table(dtype: torch.dtype, classes: int, head: int, backward: bool, precisio
         # keeps each operand three times. Reductions are therefore short. There is one stage, since more would send the
         # operands through shared memory.
         if precision == "ieee":
+            if backward and 64 < head < 128:
+                # With 64 columns and eight warps these heads spill up to 156 bytes.
+                return Tile(32, 16, 32, 4, 1)
             return Tile(32, 16 if backward else 32, min(columns, 64), 8 if head > 64 else 4, 1)
         # Eight warps lie side by side here and four lie one above the other: with other tiles several warps would
         # compute the same products.
