@@ -114,8 +114,8 @@ def _table(dtype: torch.dtype, classes: int, head: int, backward: bool, precisio
         # Two accumulators of 64 x 128 take 128 registers of a thread with four warps; eight halve that.
         return Tile(64, 32, columns, 8, 2)
     if head > 64:
-        # Each of eight warps has a strip of 16 rows: on 64 rows two warps would compute the same scores. Heads of 128
-        # spill two registers on sm_80, and more with other tiles.
+        # Each of eight warps has a strip of 16 rows. Heads of 128 spill 88 bytes on sm_80. With 64 x 64 they spill none
+        # there, but keys and values are read twice as often and the sums of a row cross warps.
         return Tile(128, 32, columns, 8, 2)
     if classes <= 256 or backward:
         # The last block of keys is rarely full: 200 classes are 7 blocks of 32 keys, and 4 blocks of 64 would be 28 %
