@@ -117,7 +117,7 @@ def test_a_launcher_that_replaces_tritons_sees_every_call(launched: list[tuple[A
 
 @pytest.mark.parametrize("config", [CONFIG, AdapterConfig.paper(32, bias=True)], ids=["official", "paper"])
 def test_every_count_is_one_for_which_nothing_is_compiled(config: AdapterConfig) -> None:
-    for kernel, _, arguments in step_launches(config, 2, 20, torch.bfloat16):
+    for kernel, _, arguments, _ in step_launches(config, 2, 20, torch.bfloat16):
         for parameter in kernel.params:
             # A stride is 0 or the size of a weight, whatever the number of images and classes.
             if isinstance(arguments[parameter.name], int) and not parameter.name.endswith("_stride"):
