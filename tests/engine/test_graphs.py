@@ -134,13 +134,50 @@ def test_another_kind_of_group_is_recorded_anew(recordings: list[StandIn]) -> No
 
 
 def test_settings_of_products_make_another_kind(recordings: list[StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
+    call, matmul = problem(1), torch.backends.cuda.matmul
+
+    def adapt_twice() -> None:
+        for _ in range(2):
+            adapt_episodes(*call, SCALE)
+
+    adapt_twice()
+    monkeypatch.setenv("RADA_FAST_FLOAT32", "tf32")
+    adapt_twice()
+    assert len(recordings) == 2
+    for made, number in ((3, "bf16"), (4, "fp16")):
+        name = f"allow_{number}_reduced_precision_reduction"
+        before = getattr(matmul, name)
+        setattr(matmul, name, not before)
+        try:
+            adapt_twice()
+        finally:
+            setattr(matmul, name, before)
+        assert len(recordings) == made
+
+
+def test_a_multiplier_of_another_type_is_not_rounded_to_the_recorded_one(recordings: list[StandIn]) -> None:
     call = problem(1)
     for _ in range(2):
         adapt_episodes(*call, SCALE)
-    monkeypatch.setenv("RADA_FAST_FLOAT32", "tf32")
     for _ in range(2):
-        adapt_episodes(*call, SCALE)
+        adapt_episodes(*call, SCALE.double() / 3)
     assert len(recordings) == 2
+
+
+def test_the_graph_that_was_used_the_longest_ago_is_dropped(recordings: list[StandIn]) -> None:
+    adapter, views, text = problem(1)
+
+    def adapt(classes: int) -> None:
+        adapt_episodes(adapter, views, text[:classes], SCALE)
+
+    for classes in range(1, KEPT_GRAPHS + 1):
+        adapt(classes)
+        adapt(classes)
+    adapt(1)
+    for _ in range(2):
+        adapt(KEPT_GRAPHS + 1)
+    # The first graph was made before the second, but was used after it.
+    assert [one.waited for one in recordings] == [False, True] + [False] * (KEPT_GRAPHS - 1)
 
 
 def test_the_rest_of_a_call_is_divided_into_groups_of_known_kinds(
