@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -110,3 +111,8 @@ def test_gradients_of_an_output_projection_of_zeros(device: str, name: str) -> N
             assert not weights[role].any()
             assert weights[role].shape == shape
             assert not case.bias or not biases[role].any()
+    # An optimiser may change one gradient in place, as clipping does, so none lies in another's memory.
+    spans = sorted(
+        (value.data_ptr(), value.data_ptr() + value.nbytes) for value in (*weights.values(), *biases.values())
+    )
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
