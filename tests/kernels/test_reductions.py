@@ -26,15 +26,15 @@ def masked_logits_of(
     device: str, offsets: Tensor, *, penalty: str, episodes: int = 1
 ) -> tuple[MaskedLogits, Tensor, Tensor]:
     """Return the results for the masks 1 + offsets, with the features. offsets: (B, K, D), the mask's offset A."""
-    batch, classes, _ = offsets.shape
+    batch, classes, width = offsets.shape
     generator = torch.Generator().manual_seed(0)
-    image, text = (torch.randn(rows, WIDTH, generator=generator) for rows in (batch, classes))
+    image, text = (torch.randn(rows, width, generator=generator) for rows in (batch, classes))
     # The output projection passes the attention's result on, which has been computed for the text query alone.
     unused = torch.empty(0, device=device)
     attended = Attended(offsets.to(device), None, None, unused, unused, None, None)
     results = masked_logits_forward(
         image.to(device), text.to(device), torch.tensor(20.0, device=device), attended,
-        torch.eye(WIDTH, device=device), None,
+        torch.eye(width, device=device), None,
         num_heads=1, relu=False, penalty=penalty, episodes=episodes, tile=TILE,
     )  # fmt: skip
     return results, image, text
@@ -69,6 +69,16 @@ def test_the_first_of_equal_distances_counts(device: str, classes: int) -> None:
     assert results.peaks.tolist() == [0, WIDTH, WIDTH + 24, last * WIDTH, 0, 56]
     assert results.penalty is not None
     torch.testing.assert_close(results.penalty.cpu(), torch.tensor([0.5, 1 / 3]))
+
+
+def test_the_first_of_equal_distances_counts_in_rows_of_more_parts_than_are_read_at_once(device: str) -> None:
+    offsets = torch.full((3, 2, 160), -0.5)
+    offsets[1, 0, :40] = 0.25  # not in the first columns
+    offsets[2] = 0.25
+    offsets[2, 0, 159] = 0.5  # only in the last column
+    results, _, _ = masked_logits_of(device, offsets, penalty="linf")
+    assert results.peaks is not None
+    assert results.peaks.tolist() == [0, 40, 159]
 
 
 @Kernel
