@@ -5,6 +5,7 @@ A launch reads the results of the launches before it, so the first one that fail
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rada_fast.bench.compiled import step_launches
+from rada_fast.bench.compiled import compiled_code, step_launches
 from rada_fast.bench.tuning import launches_of
 from rada_fast.config.method import ROLES, AdapterConfig
 from rada_fast.ops._backends import triton
@@ -222,3 +223,22 @@ def test_the_launches_give_the_result_of_the_whole_backend_bit_for_bit(device: s
     assert output.mask is not None
     assert torch.equal(output.logits.cpu().double(), found["logits"])
     assert torch.equal(output.mask.cpu().double(), found["mask"])
+
+
+def test_the_last_program_sees_what_the_others_have_stored() -> None:
+    # The simulator, where every store is visible at once, cannot show that one of these instructions is missing.
+    counting = []
+    for launch in step_launches(CONFIGS["matrix"], BATCH, CLASSES, F32):
+        lines = compiled_code(launch, 80).asm["ptx"].splitlines()
+        atomics = [at for at, line in enumerate(lines) if re.search(r"\batom\.", line)]
+        for at in atomics:
+            counting.append(launch.kernel.__name__)
+            assert ".gpu." in lines[at]
+            assert ".acq_rel." in lines[at]
+            barriers = [before for before in range(at) if "bar.sync" in lines[before]]
+            stores = [before for before in range(at) if "st.global" in lines[before]]
+            assert stores[-1] < barriers[-1], "a thread may count before another one has stored"
+            # What other programs have stored is read past the multiprocessor's own cache.
+            loads = [line for line in lines[at:] if "ld.global" in line]
+            assert any(".cg." in line for line in loads)
+    assert set(counting) == {"class_attention_forward_kernel", "masked_logits_forward_kernel"}
