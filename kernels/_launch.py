@@ -27,6 +27,8 @@ NUMBERS = (
     "tiles",
     "query_tiles",
     "parts",
+    "groups",
+    "group_images",
     "num_counters",
     "num_zeros",
     "total_rows",

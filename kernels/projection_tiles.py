@@ -1,4 +1,4 @@
-"""The sizes of the tiles on which the programs of rational_projections.py work."""
+"""The sizes of the tiles on which the programs of the projections and of their backward pass work."""
 
 from __future__ import annotations
 

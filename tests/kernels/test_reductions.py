@@ -15,7 +15,7 @@ from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.class_attention.factors import store_factors
 from rada_fast.kernels.masked_logits import MaskedLogits, Tile, masked_logits_forward
 from rada_fast.kernels.masked_logits.totals import store_head_sums
-from rada_fast.kernels.rational_projections import image_gradient_reduce_kernel
+from rada_fast.kernels.rational_projections_backward import feature_gradients_reduce_kernel
 
 WIDTH = 64
 TILE = Tile(16, 32, 16, 1, 1)
@@ -129,17 +129,19 @@ def test_a_heads_deltas_are_the_sums_of_its_chunks(device: str, kind: int) -> No
     assert bool(sums[1 - kind].isnan().all())
 
 
-def test_an_images_gradient_is_that_of_all_parts(device: str) -> None:
-    episodes, images, parts = 2, 3, 5
+def test_the_features_gradients_are_those_of_all_parts(device: str) -> None:
+    # Three tiles of classes are divided among two episodes.
+    episodes, images, classes, parts, groups = 2, 3, 37, 5, 6
     batch = episodes * images
-    image_parts = torch.randn(parts, batch, WIDTH)
+    image_parts, text_parts = torch.randn(parts, batch, WIDTH), torch.randn(groups, classes, WIDTH)
     weight, dq_image = torch.randn(episodes, WIDTH, WIDTH), torch.randn(batch, WIDTH)
-    dimage = torch.full((batch, WIDTH), torch.nan, device=device)
-    image_gradient_reduce_kernel[(1, WIDTH // 32, episodes)](
+    dimage, dtext = (torch.full((rows, WIDTH), torch.nan, device=device) for rows in (batch, classes))
+    feature_gradients_reduce_kernel[(1 + 2, WIDTH // 32, episodes)](
         logit_scale=torch.tensor(9.0, device=device), image_weight=weight.to(device), dq_image=dq_image.to(device),
-        image_parts=image_parts.to(device), dimage=dimage,
-        batch=batch, images=images, parts=parts, weight_stride=WIDTH * WIDTH,
+        image_parts=image_parts.to(device), text_parts=text_parts.to(device), dimage=dimage, dtext=dtext,
+        batch=batch, images=images, classes=classes, parts=parts, groups=groups, weight_stride=WIDTH * WIDTH,
         D=WIDTH, FACTOR=1.0, BLOCK_M=16, BLOCK_N=32, BLOCK_C=16, num_warps=4, num_stages=2,
     )  # fmt: skip
     through_query = (dq_image.view(episodes, images, WIDTH) @ weight).flatten(0, 1)
     torch.testing.assert_close(dimage.cpu(), 3 * through_query + image_parts.sum(0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dtext.cpu(), text_parts.sum(0))

@@ -23,11 +23,8 @@ from rada_fast.kernels.class_attention import Attended, class_attention_backward
 from rada_fast.kernels.masked_logits import counters_needed, masked_logits_backward, masked_logits_forward
 from rada_fast.kernels.output_projection_gradients import output_projection_gradients
 from rada_fast.kernels.parameter_gradients import parameter_gradients
-from rada_fast.kernels.rational_projections import (
-    ProjectionBuffers,
-    rational_projections_backward,
-    rational_projections_forward,
-)
+from rada_fast.kernels.rational_projections import ProjectionBuffers, rational_projections_forward
+from rada_fast.kernels.rational_projections_backward import rational_projections_backward
 from rada_fast.ops._backends import adapter_operator
 from rada_fast.ops._backends.adapter_operator import (
     GRADIENTS,
