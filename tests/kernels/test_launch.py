@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.host_time import StubLauncher, stub_driver
+from benchmarks.host_time import StubDriver, StubLauncher, stub_driver
 from rada_fast.bench.compiled import recorded, step_launches
 from rada_fast.config.method import AdapterConfig
 from rada_fast.kernels._launch import Kernel, Launch
@@ -105,6 +105,19 @@ def test_another_type_constant_or_alignment_is_compiled_and_told_apart(
         by_two(**apart)
     assert len(compiled) == 4
     assert len(launched) == 8
+
+
+def test_each_device_has_code_of_its_own(
+    launched: list[tuple[Any, ...]], compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A function that one device has loaded is none of another's.
+    add_up_kernel.jit.device_caches.clear()
+    add_up = launch(20)
+    for device in (0, 1, 0, 1):
+        monkeypatch.setattr(StubDriver, "get_current_device", lambda self, device=device: device)
+        add_up(**tensors(20))
+    assert len(compiled) == 2
+    assert len(launched) == 4
 
 
 def test_a_launcher_that_replaces_tritons_sees_every_call(launched: list[tuple[Any, ...]]) -> None:
