@@ -113,7 +113,6 @@ def _backward_launch(
     num_heads: int,
     kinds: tuple[bool, bool, bool],
     images_per_text: int,
-    images: int | None,
     chunks: int,
     temperature: float,
     dtype: torch.dtype,
@@ -126,7 +125,7 @@ def _backward_launch(
     kinds: whether the text, the rational and the image query are in use. chunks: the parts of a head's deltas.
     """
     head = width // num_heads
-    tile = tile or tile_of(dtype, classes, head, images=images, backward=True, precision=precision, target=target)
+    tile = tile or tile_of(dtype, classes, head, backward=True, precision=precision, target=target)
     *in_tiles, has_image = kinds
     vector = triton.next_power_of_2(head)
     # Products of float32 on tensor cores have the bits of the forward pass only where the keys are on the left as they
@@ -167,14 +166,12 @@ def class_attention_backward(
     num_heads: int,
     temperature: float,
     matrix: bool,
-    images: int | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> ProjectionBuffers:
     """Compute the gradients of every projection in one launch; q_text's is (B, K, D).
 
     dattended: dO, (B, K, D).
-    images: the images of one episode, by which the tile is chosen; None stands for many.
     deltas: see MaskedLogitsGradients. Only the matrix softmax may have more than one chunk in a head.
     """
     keys, values = projections.keys, projections.values
@@ -191,7 +188,7 @@ def class_attention_backward(
         return gradients
     kinds = (text is not None, rational is not None, image is not None)
     launch, tiles, groups = _backward_launch(
-        batch, classes, width, num_heads, kinds, batch // (text.shape[0] if text is not None else 1), images,
+        batch, classes, width, num_heads, kinds, batch // (text.shape[0] if text is not None else 1),
         deltas.shape[1] // num_heads, temperature, keys.dtype, precision, target_of(keys.device), tile,
     )  # fmt: skip
     float32 = {"dtype": torch.float32, "device": keys.device}

@@ -34,7 +34,7 @@ def tile_of(
 ) -> Tile:
     """Return the tile for a problem: the table's, or a smaller one where that does not fit the target.
 
-    images: the images of one episode; None stands for many.
+    images: the images of one episode, which count in the forward pass only; None stands for many.
     """
     if target.is_hopper:
         few_rows = images is not None and images * classes <= 512
@@ -77,10 +77,13 @@ def _hopper_table(dtype: torch.dtype, classes: int, head: int, few_rows: bool, b
         return _table(dtype, classes, head, backward, precision)
     columns = max(16, triton.next_power_of_2(head))
     if dtype == torch.float32:
-        if classes <= 64 or few_rows:
-            # With fewer queries four times as many multiprocessors work. In the backward pass four warps spill.
-            return Tile(16, 64, 64, 8, 1) if backward else Tile(16, 32, columns, 4, 1)
-        return Tile(64, 32, 64 if backward else columns, 4, 1)
+        # Fewer queries make more programs. With more than 64 classes the backward pass has enough of them, because its
+        # one launch has programs for the queries and programs for the keys.
+        if backward and classes <= 64:
+            return Tile(16, 64, 64, 8, 1)
+        if not backward and (classes <= 64 or few_rows):
+            return Tile(16, 32, columns, 4, 1)
+        return Tile(64, 32, columns, 4, 1)
     if classes <= 64:
         # Fewer queries than 64 occupy more multiprocessors.
         return Tile(16, 64, columns, 4, 2)

@@ -57,7 +57,6 @@ def launches_of(
         "num_heads": heads,
         "temperature": adapter.temperature,
         "matrix": adapter.softmax == "matrix",
-        "images": batch,
     }
     last = {"precision": precision, "num_heads": heads, "relu": adapter.mask_activation == "relu", "penalty": "l2"}
     ones, one = draw(batch, classes), draw(1)
@@ -70,7 +69,7 @@ def launches_of(
     projections = project(None)
 
     def attend(tile: Any) -> Any:
-        return class_attention_forward(projections, **attention, tile=tile)
+        return class_attention_forward(projections, images=batch, **attention, tile=tile)
 
     attended = attend(None)
 

@@ -168,13 +168,12 @@ def _problem(features: Features, scale: Scale) -> dict[str, Tensor]:
     return {"image": image, "text": text, "logit_scale": scale.logit_scale}
 
 
-def _attention(features: Features, options: Options, launch: Launch) -> dict[str, Any]:
+def _attention(options: Options, launch: Launch) -> dict[str, Any]:
     """Return the arguments that say how the launches of class attention compute it."""
     return {
         "num_heads": options.num_heads,
         "temperature": options.temperature,
         "matrix": options.matrix_softmax,
-        "images": len(features.image_features) // launch.episodes,
         "precision": launch.precision,
     }
 
@@ -201,7 +200,7 @@ def _forward(
         )  # fmt: skip
         attended = class_attention_forward(
             projections=projections, counters=counters[:heads], tile=tiles.get("class_attention_forward"),
-            **_attention(features, options, launch),
+            images=len(features.image_features) // launch.episodes, **_attention(options, launch),
         )  # fmt: skip
         masked = masked_logits_forward(
             **problem, attended=attended, weight=output_weight, bias=output_bias, num_heads=options.num_heads,
@@ -326,7 +325,7 @@ def _backward(
             assert outer.deltas is not None
             dprojections = class_attention_backward(
                 projections=projections, attended=attended, dattended=outer.dattended, deltas=outer.deltas,
-                tile=tiles.get("class_attention_backward"), **_attention(features, options, launch),
+                tile=tiles.get("class_attention_backward"), **_attention(options, launch),
             )  # fmt: skip
         dweights, dbiases = parameter_gradients(
             **problem, attended=outer.attended, gradients=dprojections, doffset=outer.doffset, wanted=roles,
