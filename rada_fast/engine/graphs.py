@@ -127,7 +127,8 @@ def kind_of(inputs: GroupInputs, rule: EpisodeRule) -> Hashable:
         rule,
         tuple(inputs.initial),
         tuple((value.device, value.dtype, value.shape) for value in inputs.tensors()),
-        # These are the settings of the products.
+        # These are the settings of the products, and of their tiles.
+        _env.tiles_from_table(),
         _env.float32_products(),
         getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision(),
         matmul.allow_bf16_reduced_precision_reduction,

@@ -133,7 +133,9 @@ def test_another_kind_of_group_is_recorded_anew(recordings: list[StandIn]) -> No
         assert [one.waited for one in recordings] == [index < at - KEPT_GRAPHS for index in range(at)]
 
 
-def test_settings_of_products_make_another_kind(recordings: list[StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_products_and_tiles_make_another_kind(
+    recordings: list[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
     call, matmul = problem(1), torch.backends.cuda.matmul
 
     def adapt_twice() -> None:
@@ -144,7 +146,10 @@ def test_settings_of_products_make_another_kind(recordings: list[StandIn], monke
     monkeypatch.setenv("RADA_FAST_FLOAT32", "tf32")
     adapt_twice()
     assert len(recordings) == 2
-    for made, number in ((3, "bf16"), (4, "fp16")):
+    monkeypatch.setenv("RADA_FAST_TILES", "table")
+    adapt_twice()
+    assert len(recordings) == 3
+    for made, number in ((4, "bf16"), (5, "fp16")):
         name = f"allow_{number}_reduced_precision_reduction"
         before = getattr(matmul, name)
         setattr(matmul, name, not before)
