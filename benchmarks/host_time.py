@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks import table, timing
-from benchmarks.simulate import parse_size, tensors
+from benchmarks.simulate import add_problem, chosen_adapter, tensors
 from rada_fast.bench.compiled import recorded
 from rada_fast.config.method import AdapterConfig
-from rada_fast.errors import UserError
 from rada_fast.ops import rational_adapter
 from rada_fast.system.terminal import print_json
 
@@ -130,24 +129,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.host_time", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--sizes", nargs="+", type=parse_size, default=[parse_size(size) for size in SIZES], metavar="[Ex]BxK",
-        help=f"images x classes, or episodes x images x classes with own weights each; by default {' '.join(SIZES)}",
-    )  # fmt: skip
-    parser.add_argument("--preset", choices=["official", "paper"], default="official", help="the adapter's arithmetic")
-    parser.add_argument(
-        "--embed-dim", type=int, default=64, metavar="D",
-        help="the width, by default 64: memory is then so small that the allocator of the CPU keeps it, as that of "
-        "CUDA always does",
-    )  # fmt: skip
+    add_problem(
+        parser,
+        SIZES,
+        64,
+        ": memory is then so small that the allocator of the CPU keeps it, as that of CUDA always does",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="by default bfloat16")
     parser.add_argument("--json", action="store_true", help="print one JSON line for each row")
     options = parser.parse_args(arguments)
-    try:
-        preset = AdapterConfig.paper if options.preset == "paper" else AdapterConfig.official
-        adapter = preset(options.embed_dim)
-    except UserError as error:
-        parser.error(f"argument --embed-dim: {error}")
+    adapter = chosen_adapter(parser, options)
     rows = []
     with stub_driver():
         for episodes, batch, classes in options.sizes:

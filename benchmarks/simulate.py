@@ -161,24 +161,35 @@ def parse_size(text: str) -> tuple[int, int, int]:
     return size
 
 
+def add_problem(parser: argparse.ArgumentParser, sizes: Sequence[str], width: int, why: str = "") -> None:
+    """Add the options for sizes and for the adapter, with their defaults. why: what to say after the default width."""
+    parser.add_argument(
+        "--sizes", nargs="+", type=parse_size, default=[parse_size(size) for size in sizes], metavar="[Ex]BxK",
+        help=f"images x classes, or episodes x images x classes with own weights each; by default {' '.join(sizes)}",
+    )  # fmt: skip
+    parser.add_argument("--preset", choices=["official", "paper"], default="official", help="the adapter's arithmetic")
+    parser.add_argument(
+        "--embed-dim", type=int, default=width, metavar="D", help=f"the width, by default {width}{why}"
+    )  # fmt: skip
+
+
+def chosen_adapter(parser: argparse.ArgumentParser, options: argparse.Namespace) -> AdapterConfig:
+    """Return the adapter that the options ask for. The parser ends the program with an error where there is none."""
+    try:
+        return (AdapterConfig.paper if options.preset == "paper" else AdapterConfig.official)(options.embed_dim)
+    except UserError as error:
+        parser.error(f"argument --embed-dim: {error}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the counts of every size as soon as it is done. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--sizes", nargs="+", type=parse_size, default=[parse_size(size) for size in SIZES], metavar="[Ex]BxK",
-        help=f"images x classes, or episodes x images x classes with own weights each; by default {' '.join(SIZES)}",
-    )  # fmt: skip
-    parser.add_argument("--preset", choices=["official", "paper"], default="official", help="the adapter's arithmetic")
-    parser.add_argument("--embed-dim", type=int, default=512, metavar="D", help="the width, by default 512")
+    add_problem(parser, SIZES, 512)
     parser.add_argument("--json", action="store_true", help="print one JSON line for each kernel and pass")
     options = parser.parse_args(arguments)
-    try:
-        preset = AdapterConfig.paper if options.preset == "paper" else AdapterConfig.official
-        adapter = preset(options.embed_dim)
-    except UserError as error:
-        parser.error(f"argument --embed-dim: {error}")
+    adapter = chosen_adapter(parser, options)
     if not _env.has_module("ptxsim"):
         sys.path.append(str(BESIDE))
     if not _env.has_module("ptxsim"):
