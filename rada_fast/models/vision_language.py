@@ -132,13 +132,21 @@ class VisionLanguageModel:
         return normalize(features.float(), dim=-1)
 
     @torch.no_grad()
+    def image_features(self, views: Tensor) -> Tensor:
+        """Encode normalised images (N, 3, S, S) float32 to unit-norm features (N, D) float32 on the model's device.
+
+        It reads nothing back from the device, so the features are not checked: see check_features.
+        """
+        return self.image_features_with_grad(views)
+
+    @torch.no_grad()
     def encode_images(self, images: Tensor, ids: Sequence[str] = ()) -> Tensor:
-        """Encode normalised images (N, 3, S, S) float32 to unit-norm features (N, D) float32, without gradients.
+        """Encode images as image_features does, and check the features.
 
         ids: the names of the images, or one name for all of them. Raises UserError naming the first image whose
         features are not usable; see check_features.
         """
-        features = self.image_features_with_grad(images)
+        features = self.image_features(images)
         self.check_features(features, "image", ids)
         return features
 

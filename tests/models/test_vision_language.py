@@ -201,6 +201,7 @@ def test_only_the_method_for_fine_tuning_computes_gradients(precision: Any) -> N
     model = load_model("Small", "random", precision=precision)
     images = torch.randn(2, 3, 32, 32)
     assert not model.encode_images(images).requires_grad
+    assert torch.equal(model.image_features(images), model.encode_images(images))
     model.model.visual.requires_grad_(True)
     features = model.image_features_with_grad(images)
     assert features.dtype == torch.float32
@@ -208,6 +209,20 @@ def test_only_the_method_for_fine_tuning_computes_gradients(precision: Any) -> N
     gradients = [parameter.grad for parameter in model.model.visual.parameters()]
     assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
     assert any(bool(gradient.any()) for gradient in gradients)
+
+
+@pytest.mark.usefixtures("weights")
+def test_features_are_checked_by_encode_images_alone() -> None:
+    """The check waits for the device; a caller that must not wait makes it later, for many images at once."""
+    model = load_model("Small", "random")
+    images = torch.randn(3, 3, 32, 32)
+    images[1, 0, 0, 0] = torch.nan
+    features = model.image_features(images)
+    assert features.isnan().any(dim=-1).tolist() == [False, True, False]
+    with pytest.raises(UserError, match="features of image 'b' are NaN"):
+        model.check_features(features, "image", ["a", "b", "c"])
+    with pytest.raises(UserError, match="features of image 'b' are NaN"):
+        model.encode_images(images, ["a", "b", "c"])
 
 
 def test_a_run_that_encodes_nothing_has_an_absent_model() -> None:
