@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from functools import cache
 from pathlib import Path
@@ -67,6 +68,20 @@ def _described(value: object) -> str:
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     return repr(value)
+
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_AMOUNT = re.compile(rf"(?P<number>\d{{1,15}}(?:\.\d{{1,15}})?) ?(?P<unit>{'|'.join(_UNITS)})")
+
+
+def bytes_of(name: str, value: str) -> int:
+    """Return the bytes of an amount of memory such as 2GiB or 1.5 GB. Raises UserError naming the field otherwise."""
+    found = _AMOUNT.fullmatch(value) if isinstance(value, str) else None
+    amount = int(float(found["number"]) * _UNITS[found["unit"]]) if found else 0
+    if amount < 1:
+        raise UserError(f"{name} must be an amount of memory such as 2GiB or 512MiB, got {value!r}")
+    return amount
 
 
 def check_text(name: str, value: str | None) -> None:
