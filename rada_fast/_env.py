@@ -29,6 +29,7 @@ def check_variables(*, building: bool) -> None:
     bfloat16_products()
     triton_target()
     uses_graphs()
+    keeps_freed_memory()
     show_traceback()
     if building:
         use_cuda()
@@ -171,6 +172,19 @@ def uses_graphs() -> bool:
     if value not in (None, "0", "1"):
         raise UserError(f"RADA_FAST_GRAPHS must be 0 or 1, got {value!r}")
     return value != "0"
+
+
+def keeps_freed_memory() -> bool:
+    """Return whether the C library may be told to keep freed memory, see system/memory.py.
+
+    RADA_FAST_KEEP_MEMORY=0 forbids it. So does a variable of glibc's own that says how it shall manage memory.
+    """
+    value = os.environ.get("RADA_FAST_KEEP_MEMORY") or None
+    if value not in (None, "0", "1"):
+        raise UserError(f"RADA_FAST_KEEP_MEMORY must be 0 or 1, got {value!r}")
+    own = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+    chosen = any(os.environ.get(name) for name in own) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    return value == "1" or (value is None and not chosen)
 
 
 def bfloat16_products() -> str | None:

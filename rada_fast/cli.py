@@ -25,7 +25,7 @@ from rada_fast.config.arguments import check_file_kind, name_option, paths_of, r
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions
 from rada_fast.errors import BackendUnavailableError, UserError
-from rada_fast.system import notices, termination
+from rada_fast.system import memory, notices, termination
 from rada_fast.system.notices import one_line
 
 
@@ -231,6 +231,7 @@ def _run_command(arguments: list[str]) -> int:
     except FileNotFoundError:  # without this folder, libraries of PyTorch end the process
         raise UserError("the folder that this was started in does not exist any more; start it in another") from None
     _env.place_other_caches()
+    memory.keep_freed_memory()
     try:
         with notices.collecting(hold=True):
             with termination.deferred():

@@ -23,7 +23,7 @@ from rada_fast.config.options import ModelOptions
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
 from rada_fast.models.trained import MAX_CHAINED_RUNS, TrainedRun, open_run
-from rada_fast.system import notices
+from rada_fast.system import memory, notices
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -257,7 +257,7 @@ def load_model(
     precision: Precision = "float32",
     seed: int = 0,
 ) -> VisionLanguageModel:
-    """Load a frozen model.
+    """Load a frozen model. The process then keeps freed memory, see system/memory.py.
 
     name: "embedded", or the name of a model of open_clip.
     pretrained: a tag of a hub, a local file of weights (safetensors, or a torch file of plain tensors; no code in it is
@@ -268,6 +268,7 @@ def load_model(
 
     Raises UserError if the name is unknown, or if the weights are not named, cannot be read or do not fit the model.
     """
+    memory.keep_freed_memory()
     runs = _run_chain(name, pretrained)
     start, start_seed = (runs[-1].pretrained, runs[-1].seed) if runs else (pretrained, seed)
     model, tokenizer, preprocess = _parts_of_embedded(start) if name == EMBEDDED else _parts_of(name, start, start_seed)

@@ -1,1 +1,1 @@
-"""Services of the operating system: files, signals and the terminal; and the warnings that a command gives."""
+"""Services of the operating system: files, memory, signals and the terminal; and the warnings that a command gives."""

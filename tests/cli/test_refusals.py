@@ -341,6 +341,7 @@ VARIABLES: list[tuple[str, str, str]] = [
     ("RADA_FAST_TILES", "measured", "kernels"),
     ("RADA_FAST_TARGET", "sm_80", "kernels"),
     ("RADA_FAST_GRAPHS", "always", "doctor"),
+    ("RADA_FAST_KEEP_MEMORY", "always", "doctor"),
     ("USE_CUDA", "maybe", "build"),
 ]
 
