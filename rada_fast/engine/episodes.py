@@ -294,11 +294,11 @@ def _in_groups(
         if in_graphs and isinstance(logit_scale, Tensor):
             inputs = GroupInputs(part, text_features, logit_scale, initial)
             if (logits := GRAPHS.adapt(inputs, rule)) is not None:
-                yield logits
+                yield logits.adapted
                 continue
         if group is None or group.episodes != len(part):
             group = EpisodeGroup(initial, rule, len(part))
-        yield group(part, text_features, logit_scale)
+        yield group(part, text_features, logit_scale).adapted
 
 
 def _in_usual_memory(value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rada_fast import _env
-from rada_fast.engine.groups import EpisodeGroup, EpisodeRule
+from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, GroupLogits
 
 KEPT_GRAPHS = 4
 """The most graphs that a process keeps. Each keeps about BUDGETS["cuda"] bytes of the device's memory."""
@@ -42,10 +42,10 @@ class GroupInputs(NamedTuple):
 class Recording:
     """Record the launches of a call in a CUDA graph, and replay them.
 
-    call: reads and writes the same memory whenever it is called, and returns a tensor on the device.
+    call: reads and writes the same memory whenever it is called, and returns tensors on the device.
     """
 
-    def __init__(self, call: Callable[[], Tensor], device: torch.device) -> None:
+    def __init__(self, call: Callable[[], GroupLogits], device: torch.device) -> None:
         # What the call keeps belongs to the graph, whose launches hold only its addresses.
         self._device, self._call = device, call
         self._graph = torch.cuda.CUDAGraph()
@@ -82,7 +82,7 @@ class Recording:
             yield
             self._last_use.record(stream)
 
-    def replay(self) -> Tensor:
+    def replay(self) -> GroupLogits:
         """Queue the launches on the current stream. Returns the call's result, which the next replay overwrites."""
         self._graph.replay()
         return self._result
@@ -109,11 +109,12 @@ class GroupGraph:
         with torch.no_grad():
             torch._foreach_copy_(self._inputs.tensors(), inputs.tensors())
 
-    def __call__(self, inputs: GroupInputs) -> Tensor:
+    def __call__(self, inputs: GroupInputs) -> GroupLogits:
         """Return the logits (E, K) of a group's original views."""
         with self._recording.in_order():
             self._copy(inputs)
-            return self._recording.replay().clone()
+            # One launch copies both results out of the graph's memory.
+            return GroupLogits(*torch.stack(self._recording.replay()).unbind())
 
     def close(self) -> None:
         """Wait for the last group, after which the memory may be freed."""
@@ -171,7 +172,7 @@ class GraphCache:
         self._graphs: OrderedDict[Hashable, GroupGraph] = OrderedDict()
         self._met: OrderedDict[Hashable, str] = OrderedDict()
 
-    def adapt(self, inputs: GroupInputs, rule: EpisodeRule) -> Tensor | None:
+    def adapt(self, inputs: GroupInputs, rule: EpisodeRule) -> GroupLogits | None:
         """Return the logits (E, K) of a group's original views, or None where all launches have to be made.
 
         The first group of a kind is not recorded: most groups that make up the rest of the images are met only once.

@@ -10,12 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rada_fast.config.method import AdapterConfig, EpisodeConfig, MaskPenalty
-from rada_fast.ops import EpisodicOptimizer, prediction_loss_and_gradient, rational_adapter, select_views
+from rada_fast.ops import (
+    EpisodicOptimizer,
+    prediction_loss_and_gradient,
+    rational_adapter,
+    select_views,
+    zero_shot_logits,
+)
 from rada_fast.ops.rational_adapter import AdapterOutput, parameter_shapes
 
 BUDGETS = {"cpu": 2**26, "cuda": 2**30}
@@ -42,6 +49,13 @@ class EpisodeRule:
     dtype: torch.dtype
     zero_shot: bool
     trained: tuple[str, ...]
+
+
+class GroupLogits(NamedTuple):
+    """Hold the logits (E, K) of a group's original views, after each episode's steps and by CLIP alone."""
+
+    adapted: Tensor
+    zero_shot: Tensor
 
 
 def episode_bytes(rule: EpisodeRule, views: int, classes: int) -> int:
@@ -92,8 +106,8 @@ class EpisodeGroup:
             episodes, config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
         )  # fmt: skip
 
-    def __call__(self, views: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-        """Return the logits (E, K) of the original views after each episode's steps.
+    def __call__(self, views: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> GroupLogits:
+        """Return the logits (E, K) of the original views, without a wait for the device.
 
         views: the features (E, V, D) of the views in the rule's dtype, the original view first.
         text_features: T (K, D), in the same type.
@@ -102,19 +116,23 @@ class EpisodeGroup:
         # Nothing of the last call's episodes is read after this.
         self._optimizer.reset()
         with torch.no_grad():
-            kept = self._kept_views(views, text_features, logit_scale).flatten(0, 1)  # (E n, D)
+            kept, zero_shot = self._kept_views(views, text_features, logit_scale)  # (E, n, D), (E, K)
+            images = kept.flatten(0, 1)  # (E n, D)
         for step in range(self.rule.episode.steps):
             wanted: Sequence[str] = self.rule.trained
             zero = self.rule.zero_shot and step == 0
             if zero:
                 # No gradient passes through an output projection of zeros, so all others are exactly zero.
                 wanted = [name for name in wanted if name.startswith("out_proj.")]
-            self._optimizer.step(self._gradients(kept, text_features, logit_scale, wanted, output_is_zero=zero))
+            self._optimizer.step(self._gradients(images, text_features, logit_scale, wanted, output_is_zero=zero))
         with torch.no_grad():
-            return self._adapter(views[:, 0], text_features, logit_scale, self._parameters()).logits
+            adapted = self._adapter(views[:, 0], text_features, logit_scale, self._parameters()).logits
+        return GroupLogits(adapted, zero_shot)
 
-    def _kept_views(self, views: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+    def _kept_views(self, views: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the features (E, n, D) of the views whose predictions by the initial adapter have the least entropy.
+
+        It also returns CLIP's logits (E, K) of the original views.
 
         Libraries choose how to compute a product by its shape, and this choice decides about the last bits. So every
         episode has products of its own.
@@ -122,12 +140,14 @@ class EpisodeGroup:
         if self.rule.zero_shot:
             # Every mask is 1, so the predictions are those of CLIP.
             logits = logit_scale * torch.stack([own @ text_features.mT for own in views])  # (E, V, K)
+            zero_shot = logits[:, 0]
         else:
             initial = {name: value.to(self.rule.dtype) for name, value in self.initial.items()}
             calls = (rational_adapter(own, text_features, logit_scale, initial, self.rule.adapter) for own in views)
             logits = torch.stack([output.logits for output in calls])  # (E, V, K)
+            zero_shot = torch.cat([zero_shot_logits(own[:1], text_features, logit_scale) for own in views])
         kept = select_views(logits, self.rule.episode.num_selected(views.shape[1]))  # (E, n)
-        return views.gather(1, kept[..., None].expand(-1, -1, views.shape[2]))
+        return views.gather(1, kept[..., None].expand(-1, -1, views.shape[2])), zero_shot
 
     def _gradients(
         self,

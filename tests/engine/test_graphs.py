@@ -22,7 +22,7 @@ from rada_fast.config.method import AdapterConfig, EpisodeConfig
 from rada_fast.engine import episodes as engine
 from rada_fast.engine import graphs, groups
 from rada_fast.engine.graphs import GRAPHS, KEPT_GRAPHS, GroupInputs, usable
-from rada_fast.engine.groups import EpisodeGroup, EpisodeRule
+from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, GroupLogits
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 
@@ -46,17 +46,20 @@ class StandIn:
 
     made: list[StandIn]
 
-    def __init__(self, call: Callable[[], Tensor], device: torch.device) -> None:
-        self.call, self.result, self.replays, self.waited = call, call().clone(), 0, False
+    def __init__(self, call: Callable[[], GroupLogits], device: torch.device) -> None:
+        result = GroupLogits(*(value.clone() for value in call()))
+        self.call, self.result, self.replays, self.waited = call, result, 0, False
         self.made.append(self)
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
         yield
 
-    def replay(self) -> Tensor:
+    def replay(self) -> GroupLogits:
         self.replays += 1
-        return self.result.copy_(self.call())
+        for kept, value in zip(self.result, self.call(), strict=True):
+            kept.copy_(value)
+        return self.result
 
     def wait(self) -> None:
         self.waited = True
@@ -368,5 +371,6 @@ def test_a_replay_allocates_its_result_alone_and_does_not_wait() -> None:
     assert torch.cuda.memory_stats()["allocation.all.allocated"] <= before + 1
     assert kept is not None
     assert again is not None
-    assert torch.equal(kept, expected)
-    assert torch.equal(again, expected)
+    for values in zip(expected, kept, again, strict=True):
+        assert torch.equal(values[1], values[0])
+        assert torch.equal(values[2], values[0])

@@ -16,7 +16,7 @@ from rada_fast import adapt_episodes, use_backend
 from rada_fast.config.method import MASK_PENALTIES, AdapterConfig, EpisodeConfig
 from rada_fast.engine import episodes as engine
 from rada_fast.engine import groups
-from rada_fast.engine.groups import EpisodeRule, episode_bytes, group_sizes, most_episodes
+from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, episode_bytes, group_sizes, most_episodes
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import EpisodicOptimizer
@@ -146,6 +146,20 @@ def test_the_adapter_computes_the_kept_views_and_at_the_end_the_original(
     adapter, views, text = problem(start=start, episodes=2)
     adapt_episodes(adapter, views, text, 30.0, EpisodeConfig(selection=0.3))
     assert rows == [VIEWS] * (2 if start == "pretrained" else 0) + [2 * 3] * 3 + [2]
+
+
+@pytest.mark.parametrize("start", ["zero", "pretrained"])
+def test_a_group_returns_the_logits_of_clip_too(start: str) -> None:
+    adapter, views, text = problem(start=start)
+    initial = {name: value.detach() for name, value in adapter.named_parameters()}
+    rule = EpisodeRule(adapter.config, EpisodeConfig(selection=0.3), torch.float32, start == "zero", tuple(initial))
+    together = EpisodeGroup(initial, rule, 8)(views, text, 30.0)
+    alone = EpisodeGroup(initial, rule, 1)
+    for index, own in enumerate(views.split(1)):
+        single = alone(own, text, 30.0)
+        assert torch.equal(single.adapted[0], together.adapted[index])
+        assert torch.equal(single.zero_shot[0], together.zero_shot[index])
+    torch.testing.assert_close(together.zero_shot, 30.0 * views[:, 0] @ text.T, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gpu_kernels_compute_each_episode_of_a_group_by_itself(
