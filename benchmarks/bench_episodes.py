@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks import costs
 from benchmarks.timing import Case, Provider
 from rada_fast import AdapterConfig, EpisodeConfig, RationalAdapter, adapt_episodes, use_backend
+from rada_fast.bench import costs
 
 VIEWS, WIDTH = 64, 512
 TOLERANCE = 1e-2

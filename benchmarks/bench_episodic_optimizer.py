@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import costs
 from benchmarks.timing import Case, Provider
+from rada_fast.bench import costs
 from rada_fast.config.method import AdapterConfig
 from rada_fast.ops import EpisodicOptimizer
 from rada_fast.ops.rational_adapter import parameter_shapes

@@ -1,4 +1,4 @@
-"""What a call costs at the least, and what the published arithmetic costs; measurements are compared with both.
+"""What the simulator's counts are compared with: the bytes of each kernel, and what eager PyTorch launches.
 
 A multiply-add counts as two operations. Sizes are the method's own: B images, K classes, width D, E episodes.
 """
@@ -12,33 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rada_fast.config.method import AdapterConfig
-
-BACKWARD = 2.5
-"""The backward pass of the adapter takes this many times the operations of its forward pass."""
-OPTIMIZER_PASSES = 7
-"""AdamW moves this many times the parameters' bytes: it reads them, their gradients and two moments of each, and writes
-all of these but the gradients."""
-
-
-def least_operations(batch: int, classes: int, width: int) -> int:
-    """F_min = B (8 K D^2 + 6 K^2 D), the operations of the matrix products of one forward pass of the adapter."""
-    return batch * (8 * classes * width**2 + 6 * classes**2 * width)
-
-
-def step_elements(config: AdapterConfig, batch: int, classes: int, *, backward: bool) -> int:
-    """The elements that one pass of the adapter must read or write, if all tensors between stay on the chip.
-
-    These are the parameters and the features, read once, and the logits, written once; with the backward pass also the
-    gradients of the parameters, written once.
-    """
-    width = config.embed_dim
-    parameters = 6 * (width**2 + (width if config.bias else 0))
-    return parameters * (2 if backward else 1) + (batch + classes) * width + batch * classes
-
-
-def literal_bytes(config: AdapterConfig, batch: int, classes: int) -> int:
-    """Roughly the memory that the literal baseline needs: six float32 tensors of K x K for every image and head."""
-    return 6 * 4 * batch * config.num_heads * classes**2
 
 
 def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int) -> dict[str, int]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks import timing
-from benchmarks.bench_rational_adapter import Problem, case_of, providers_of
+from benchmarks.bench_rational_adapter import case_of
+from rada_fast.bench.adapter import Problem, providers_of
 
 CLASSES = (50, 100, 200, 400, 800, 1600, 4000)
 

@@ -28,6 +28,7 @@ from torch.nn.functional import normalize
 
 from benchmarks import costs
 from rada_fast import _env
+from rada_fast.bench.costs import BACKWARD, least_operations
 from rada_fast.config.arguments import shortened
 from rada_fast.config.method import AdapterConfig
 from rada_fast.errors import UserError
@@ -71,7 +72,7 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
         forward = len(log)
         assert output.penalty is not None
         (output.logits.float().sum() + output.penalty.sum()).backward()
-    least = costs.least_operations(episodes * batch, classes, config.embed_dim)
+    least = least_operations(episodes * batch, classes, config.embed_dim)
     least_moved = costs.kernel_bytes(config, episodes, batch, classes)
     size = {"episodes": episodes, "batch": batch, "classes": classes}
 
@@ -95,10 +96,8 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
             "bound_by": max(bounds[0].terms, key=bounds[0].terms.get) if len(stats) == 1 else "",
         }
 
-    rows = [
-        row(stats.kernel, [stats], least if at < forward else costs.BACKWARD * least) for at, stats in enumerate(log)
-    ]
-    rows += [row("forward", log[:forward], least), row("backward", log[forward:], costs.BACKWARD * least)]
+    rows = [row(stats.kernel, [stats], least if at < forward else BACKWARD * least) for at, stats in enumerate(log)]
+    rows += [row("forward", log[:forward], least), row("backward", log[forward:], BACKWARD * least)]
     machine = ptxsim.GPUS[DEVICE]
     image, text, parameters = tensors(config, 1, batch, classes, "meta")
     with costs.EagerCounter(machine.hbm_bytes, machine.tensor["bf16"]) as eager:
@@ -110,7 +109,7 @@ def simulate(config: AdapterConfig, episodes: int, batch: int, classes: int) -> 
             **size,
             "kernel": "literal, both passes",
             "launches": episodes * eager.launches,
-            "tensor_over_least": episodes * eager.operations / ((1 + costs.BACKWARD) * least),
+            "tensor_over_least": episodes * eager.operations / ((1 + BACKWARD) * least),
             "requested_bytes": episodes * eager.bytes,
             "unique_bytes": episodes * eager.bytes,
             "bound_microseconds": 1e6 * episodes * eager.seconds,

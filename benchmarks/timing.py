@@ -1,45 +1,36 @@
 """The one way in which benchmarks measure: compare every answer, then time all providers of a case in turn.
 
 A case is one problem, and its providers are different ways to solve it. They run one after the other, round after
-round, so that a machine that slows down slows all of them, and the best of many rounds is what is compared.
-
-On a CPU, the time of a call is the time that passes on the clock. On a CUDA device a call has three times. The device's
-own time lies between two events; the L2 cache is flushed before the first one, and the device is kept busy until the
-host has queued everything, so that no gap between launches is counted. The host's time ends when the call returns. The
-wall time ends when the device has finished, which is what a program waits for. The first of the three is the one
-compared.
+round, so that a machine that slows down slows all of them, and the best of many rounds is what is compared. On a CUDA
+device that is the device's own time; rada_fast/bench/timing.py says how a call is timed.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, equal
 
 from rada_fast import _env
+from rada_fast.bench.timing import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    Call,
+    Sample,
+    bandwidth,
+    memory_of,
+    product_rate,
+    sample,
+)
 
 SECONDS = 2.0
 """About this long all rounds of one provider take together."""
-MIN_ROUNDS, MAX_ROUNDS = 3, 1000
-"""A slow provider runs so many rounds however long they take, and a fast one no more than so many."""
 WARM_UP_CALLS, WARM_UP_SECONDS = 3, 0.2
 """Before it is timed a provider is called so often, or until so much time has passed."""
-HOST_PRODUCT_SIZE, DEVICE_PRODUCT_SIZE = 2048, 8192
-"""The rows and columns of the matrices whose product is timed to find a machine's product rate."""
-COPIED_BYTES = 2**30
-"""The size of the buffer whose copy is timed to find a device's bandwidth: more than any cache holds."""
-
-Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -84,14 +75,6 @@ class Case:
     @property
     def on_device(self) -> bool:
         return self.device != "cpu"
-
-
-class Sample(NamedTuple):
-    """The milliseconds of one call. host and wall are given on a CUDA device only."""
-
-    ms: float
-    host: float | None = None
-    wall: float | None = None
 
 
 def default_device() -> str:
@@ -146,7 +129,7 @@ def compare(case: Case, name: str, provider: Provider) -> None:
         return
     assert case.expected is not None, f"{case.name}: {name} has a tolerance, and no expected answer is given"
     if provider.tolerance == 0:
-        assert torch.equal(answer, case.expected), f"{name} on {case.name}: the answer differs from the expected one"
+        assert equal(answer, case.expected), f"{name} on {case.name}: the answer differs from the expected one"
         return
     expected = case.expected.float()
     error = float((answer.float() - expected).norm() / expected.norm())
@@ -165,16 +148,6 @@ def warm_up(call: Call, device: str) -> float:
     return end - start
 
 
-def sample(call: Call, device: str) -> Sample:
-    """Time one call."""
-    if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return Sample(1e3 * (time.perf_counter() - start))
-    host, wall = host_and_wall_ms(call)
-    return Sample(device_ms(call, host, device), host, wall)
-
-
 def figures(case: Case, provider: Provider, samples: list[Sample], baseline_ms: float | None) -> dict[str, Any]:
     """The figures of one provider, as ``measure`` describes them."""
     times = [one.ms for one in samples]
@@ -183,6 +156,7 @@ def figures(case: Case, provider: Provider, samples: list[Sample], baseline_ms: 
     floors = [1e3 * case.operations / product_rate(provider.dtype, case.device)] if case.operations else []
     floors += [1e3 * case.least_bytes / bandwidth(case.device)] if case.on_device else []
     floor = max(floors, default=None)
+    memory = memory_of(provider.call, case.device)
     return {
         "rounds": len(times),
         "best_ms": best,
@@ -192,103 +166,7 @@ def figures(case: Case, provider: Provider, samples: list[Sample], baseline_ms: 
         "floor_ms": floor,
         "share": None if floor is None else floor / best,
         "gb_per_s": 1e-6 * case.least_bytes / best,
-        "extra_mib": (extra_device_mib if case.on_device else extra_host_mib)(provider.call),
+        "extra_mib": None if memory is None else memory.extra_mib,
         "host_ms": statistics.median(one.host for one in samples if one.host is not None) if case.on_device else None,
         "wall_ms": statistics.median(one.wall for one in samples if one.wall is not None) if case.on_device else None,
     }
-
-
-def host_and_wall_ms(call: Call) -> tuple[float, float]:
-    """Milliseconds until the call returns, and until the device has finished; the device is idle at the start."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    returned = time.perf_counter()
-    torch.cuda.synchronize()
-    return 1e3 * (returned - start), 1e3 * (time.perf_counter() - start)
-
-
-def device_ms(call: Call, queued_ms: float, device: str = "cuda") -> float:
-    """Milliseconds that the device works on one call, with nothing in its L2 cache at the start.
-
-    queued_ms: how long the host takes to queue the call; the device is kept busy for longer than that.
-    """
-    cycles = int(_cycles_per_second() * min(0.1, 1.5e-3 * queued_ms + 50e-6))
-    torch.cuda.synchronize()
-    _flusher(device).zero_()
-    torch.cuda._sleep(cycles)
-    return _between_events(call)
-
-
-def _between_events(call: Call) -> float:
-    """Milliseconds between an event before the call and one after it."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
-
-
-@cache
-def _flusher(device: str) -> Tensor:
-    """A tensor of twice the size of the L2 cache: writing it drives out everything else."""
-    size = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0) or 64 * 2**20
-    return torch.empty(2 * size, dtype=torch.int8, device=device)
-
-
-@cache
-def _cycles_per_second() -> float:
-    """The clock of torch.cuda._sleep, measured: it may not be the one that the device's description names."""
-    cycles = 20_000_000
-    # The first call raises the clock to where it stays.
-    torch.cuda._sleep(cycles)
-    return cycles / (_between_events(lambda: torch.cuda._sleep(cycles)) * 1e-3)
-
-
-@cache
-def product_rate(dtype: str, device: str) -> float:
-    """The machine's matrix-product rate in operations per second: the best of several large products of PyTorch's.
-
-    float32 multiplies as torch.set_float32_matmul_precision says; "highest", the default, keeps off tensor cores.
-    """
-    size = HOST_PRODUCT_SIZE if device == "cpu" else DEVICE_PRODUCT_SIZE
-    left, right = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    best = min(sample(lambda: left @ right, device).ms for _ in range(12))
-    return 2 * size**3 / (1e-3 * best)
-
-
-@cache
-def bandwidth(device: str) -> float:
-    """A device's bytes per second in a large copy, counting those read and those written: the best of several."""
-    source = torch.zeros(COPIED_BYTES // 4, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    best = min(sample(lambda: target.copy_(source), device).ms for _ in range(10))
-    return 2 * source.nbytes / (1e-3 * best)
-
-
-def extra_device_mib(call: Call) -> float:
-    """The peak memory of the device during one call beyond what was in use before it, in MiB."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return float(torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def extra_host_mib(call: Call) -> float | None:
-    """The same of resident memory on a CPU; None where the system does not say."""
-    if not sys.platform.startswith("linux"):
-        return None
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
-    before = _kib(status, "VmRSS")
-    call()
-    return (_kib(status, "VmHWM") - before) / 1024
-
-
-def _kib(status: Path, name: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(f"{name}:"))

@@ -253,6 +253,14 @@ def cuda_block_memory(index: int) -> int:
     return torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
+def cuda_cache_bytes() -> int:
+    """Return the size of the L2 cache of the current CUDA device, or 64 MiB where PyTorch does not tell it."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(getattr(properties, "L2_cache_size", 0)) or 64 * 2**20
+
+
 def cuda_version() -> str | None:
     """Return the CUDA version that PyTorch was built with, or None where it was built without CUDA."""
     import torch
@@ -275,6 +283,16 @@ def cpu_capability() -> str:
     import torch
 
     return torch.backends.cpu.get_cpu_capability()
+
+
+def processor_name() -> str:
+    """Return what the system calls the processor, or its architecture where it has no name for it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return next(names, "") or platform.machine()
 
 
 def has_native_products(dtype: str) -> bool:

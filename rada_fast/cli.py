@@ -13,7 +13,7 @@ import select
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from rada_fast import _env
 from rada_fast._version import __version__
 from rada_fast.config.arguments import check_file_kind, name_option, paths_of, read, shortened
+from rada_fast.config.bench import PARTS, MeasuringOptions
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions
 from rada_fast.errors import BackendUnavailableError, UserError
@@ -33,14 +34,19 @@ from rada_fast.system.notices import one_line
 class Command:
     """One command of the program.
 
-    options: the class of its configuration.
+    options: the class of its configuration; or one for each part of the command, by the word that names the part.
     function: the function that runs it, as MODULE:FUNCTION.
     summary: the line about it in the list of commands.
     """
 
-    options: type
+    options: type | Mapping[str, type]
     function: str
     summary: str
+
+    @property
+    def parts(self) -> Mapping[str, type]:
+        """Return the parts of the command by name, or nothing for a command without parts."""
+        return {} if isinstance(self.options, type) else self.options
 
     def load(self) -> Callable[[Any], Any]:
         """Import the function that runs the command. Most of these import PyTorch, which takes seconds."""
@@ -71,6 +77,11 @@ COMMANDS = {
         KernelsOptions,
         "rada_fast.bench.compiled:run_kernels",
         "what the GPU kernels compile to: registers, spills, shared memory, occupancy",
+    ),
+    "bench": Command(
+        PARTS,
+        "rada_fast.bench.command:run_bench",
+        f"measure a part on this machine: {', '.join(PARTS)}",
     ),
     "doctor": Command(
         DoctorOptions,
@@ -222,7 +233,7 @@ def _run_command(arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(_unknown_command(command))
     if {"-h", "--help", "help"} & set(rest[:1]) or {"-h", "--help"} & set(rest):
-        return _help(command)
+        return _help(command, rest)
     config = parse(command, rest)
     check_paths(config)
     _env.check_variables(building=command == "build")
@@ -249,14 +260,20 @@ def _unknown_command(command: str) -> str:
     return f"unknown command {shortened(command)}; {advice}the commands are {', '.join(COMMANDS)}"
 
 
-def _help(command: str) -> int:
-    """Print the options of a command. tyro reads their descriptions from the source of the configuration."""
+def _help(command: str, arguments: Sequence[str]) -> int:
+    """Print the options of a command. tyro reads their descriptions from the source of the configuration.
+
+    arguments: the arguments after the command, which may name a part of it. Without one, the parts are listed.
+    """
     import tyro
 
+    parts = COMMANDS[command].parts
+    if parts and not parts.keys() & set(arguments[:1]):
+        print(_parts_help(command, parts), end="")
+        return 0
+    options, name = _options_of_part(command, arguments)
     try:
-        tyro.cli(
-            COMMANDS[command].options, prog=f"rada-fast {command}", args=["--help"], config=(tyro.conf.OmitArgPrefixes,)
-        )
+        tyro.cli(options, prog=f"rada-fast {name}", args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -267,7 +284,34 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
 
     Raises UserError if an option is unknown or missing, or its value cannot be used.
     """
-    return read(COMMANDS[command].options, command, arguments)
+    options, name = _options_of_part(command, arguments)
+    return read(options, name, arguments[1:] if COMMANDS[command].parts else arguments)
+
+
+def _options_of_part(command: str, arguments: Sequence[str]) -> tuple[type, str]:
+    """Return the class of a command's configuration, or of that of the part that the first argument names.
+
+    The command's name comes with it, and that of the part.
+    """
+    options = COMMANDS[command].options
+    if isinstance(options, type):
+        return options, command
+    if not arguments or arguments[0] not in options:
+        found = f", got {shortened(arguments[0])}" if arguments else ""
+        close = difflib.get_close_matches(arguments[0], options, n=1) if arguments else []
+        advice = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{command} must be followed by one of {', '.join(options)}{found}{advice}")
+    return options[arguments[0]], f"{command} {arguments[0]}"
+
+
+def _parts_help(command: str, parts: Mapping[str, type]) -> str:
+    """Return the help of a command with parts: a line for each, and its example."""
+    lines = [f"usage: rada-fast {command} {{{','.join(parts)}}} [OPTIONS]", ""]
+    for name, options in parts.items():
+        about, _, example = " ".join((options.__doc__ or "").split()).partition("Example: ")
+        lines += [f"{name}: {about.split('. ')[0].rstrip(' .')}.", f"    {example}", ""]
+    lines.append(f"'rada-fast {command} {next(iter(parts))} --help' explains the options of a part.")
+    return "\n".join(lines) + "\n"
 
 
 def check_paths(config: Any) -> None:
@@ -279,9 +323,11 @@ def check_paths(config: Any) -> None:
     found = [(option, Path(value)) for option, value in paths_of(config)]
     for option, path in found:
         check_file_kind(option, path, pipes=option == "--classes")
+    measuring = getattr(config, "measuring", None)
     for option, path in found:
         if option == "--output":
-            check_output(path)
+            # The command bench takes a picture's file, too.
+            check_output(path.parent if isinstance(measuring, MeasuringOptions) and path.suffix == ".png" else path)
 
 
 def check_output(path: Path) -> None:

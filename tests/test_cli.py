@@ -45,7 +45,7 @@ def inputs(tmp_path: Path) -> Path:
 
 
 REFUSED: dict[str, tuple[str, str]] = {
-    "command": ("tt --data x", "unknown command 'tt'; did you mean ttt? the commands are demo, ttt, eft, fft, build, kernels, doctor"),
+    "command": ("tt --data x", "unknown command 'tt'; did you mean ttt? the commands are demo, ttt, eft, fft, build, kernels, bench, doctor"),
     "kind": ("ttt --data pictures:{0}/pictures", "data must be KIND:PATH with KIND one of imagefolder:DIR"),
     "folder": ("ttt --data imagefolder:{0}/nowhere", "data folder {0}/nowhere does not exist"),
     "empty folder": ("ttt --data imagefolder:{0}/empty", "must have one sub-folder for each class, it has none"),
@@ -69,6 +69,15 @@ REFUSED: dict[str, tuple[str, str]] = {
     "means": ("ttt --data features:{0}/good.npz --text-features class-means", "class-means needs training images"),
     "classes of two sets": ("eft --train imagefolder:{0}/pictures --test imagefolder:{0}", "must have the classes of train"),
     "stages": ("fft --train features:{0}/good.npz --test features:{0}/good.npz", "stages both trains the image encoder"),
+    "part": ("bench tt", "bench must be followed by one of ttt, eft, fft, encoder, views, adapter, got 'tt'; did you mean ttt?"),
+    "no part": ("bench", "bench must be followed by one of ttt, eft, fft, encoder, views, adapter"),
+    "part's option": ("bench views --device cpu", "--device is no option of 'rada-fast bench views'"),
+    "repeats": ("bench encoder --repeats 1", "--repeats must be a whole number of at least 2, got 1"),
+    "numbers": ("bench encoder --batch 2 2", "--batch must not repeat a number, got 2 2"),
+    "grid": ("bench adapter --batch 2", "--batch and classes must be given together"),
+    "measured backend": ("bench adapter --batch 1 --classes 5 --embed-dim 16 --backend triton", "--backend 'triton' cannot be measured"),
+    "measured data": ("bench views --data features:{0}/good.npz", "data must be image files, imagefolder:DIR or images:DIR"),
+    "picture": ("bench views --output {0}/three.txt/x.png", "--output {0}/three.txt must be a folder"),
     "resumed": ("fft --train x --test y --finetune-from 20", "--finetune-from must be at most epochs 10, got 20"),
 }  # fmt: skip
 
@@ -99,15 +108,18 @@ def test_help_does_not_import_torch_and_shows_every_option() -> None:
     program = """
 import sys
 from rada_fast.cli import COMMANDS, main
-for command in COMMANDS:
-    assert main([command, "--help"]) == 0
+for name, command in COMMANDS.items():
+    assert main([name, "--help"]) == 0
+    assert all(main([name, part, "--help"]) == 0 for part in command.parts)
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     for name, command in cli.COMMANDS.items():
         assert f"usage: rada-fast {name}" in done.stdout
         assert name not in ("ttt", "eft", "fft") or f"Example: rada-fast {name}" in done.stdout
-        assert all(option.flag in done.stdout for option in options_of(command.options).values())
+        for part, options in (command.parts or {"": command.options}).items():
+            assert f"usage: rada-fast {name} {part}".rstrip() in done.stdout
+            assert all(option.flag in done.stdout for option in options_of(options).values())
 
 
 def test_the_module_runs_as_the_command_does() -> None:

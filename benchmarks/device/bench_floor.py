@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import timing
+from rada_fast.bench import timing
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import timing
-from benchmarks.bench_rational_adapter import Problem, call_of
+from rada_fast.bench import timing
+from rada_fast.bench.adapter import Problem, call_of
 
 SHAPES = [(1, 50), (1, 500), (6, 200), (6, 1000), (64, 100)]
 CALLS = 20

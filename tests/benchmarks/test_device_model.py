@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import costs, device_model
+from benchmarks import device_model
 from benchmarks.device_model import DEVICES, H100, Schedule, error_of, measured_us, schedule
 from benchmarks.launched_programs import STEPS, Programs, programs_of
 from rada_fast.bench.compiled import RecordedLaunch, compiled_code, recorded, step_launches
+from rada_fast.bench.costs import least_operations
 from rada_fast.config.method import AdapterConfig
 from rada_fast.ops import rational_adapter
 from tests.support import problem
@@ -85,7 +86,7 @@ def test_operations_of_the_forward_pass_are_those_of_its_tiles(dtype: str, produ
     forward = [programs for launch, (_, programs) in found.items() if launch.endswith("forward")]
     operations = sum(programs.counts[name].sum() for programs in forward)
     # Tiles are larger than what they hold, and the text query is computed once for all images.
-    assert 1.0 <= operations / products / costs.least_operations(BATCH, CLASSES, 512) <= 1.4
+    assert 1.0 <= operations / products / least_operations(BATCH, CLASSES, 512) <= 1.4
 
 
 def test_programs_of_one_launch_have_their_own_numbers_of_steps() -> None:

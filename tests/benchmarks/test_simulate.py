@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import costs, simulate
+from benchmarks import simulate
 from rada_fast import _env
+from rada_fast.bench.costs import least_operations
 
 
 def test_the_simulation_prints_a_line_for_each_kernel_and_pass(
@@ -32,7 +33,7 @@ def test_the_simulation_prints_a_line_for_each_kernel_and_pass(
 
 
 def test_the_least_operations_are_those_of_the_products() -> None:
-    assert costs.least_operations(6, 1000, 512) == 6 * (8 * 1000 * 512**2 + 6 * 1000**2 * 512)
+    assert least_operations(6, 1000, 512) == 6 * (8 * 1000 * 512**2 + 6 * 1000**2 * 512)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import bench_rational_adapter, table, timing
-from benchmarks.bench_rational_adapter import Problem
 from benchmarks.timing import Case, Provider
+from rada_fast.bench import timing as bench_timing
+from rada_fast.bench.adapter import Problem
 
 ONES = torch.ones(4)
 FAKE_DEVICE = "cpu:0"
@@ -50,9 +51,10 @@ def sleep_cycles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    for name, value in {"DEVICE_PRODUCT_SIZE": 64, "COPIED_BYTES": 2**12, "SECONDS": 0.0}.items():
-        monkeypatch.setattr(timing, name, value)
-    cached = (timing._flusher, timing._cycles_per_second, timing.product_rate, timing.bandwidth)
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(bench_timing, "DEVICE_PRODUCT_SIZE", 64)
+    monkeypatch.setattr(bench_timing, "DEVICE_COPIED_BYTES", 2**12)
+    cached = (bench_timing._flusher, bench_timing._cycles_per_second, bench_timing.product_rate, bench_timing.bandwidth)
     for function in cached:
         function.cache_clear()
     yield cycles
@@ -67,10 +69,10 @@ def case_of(device: str = "cpu", baseline: str = "plain", **providers: Provider)
 
 
 def test_the_device_is_kept_busy_while_the_host_queues(sleep_cycles: list[int]) -> None:
-    assert timing.device_ms(lambda: time.sleep(2e-3), 4.0, FAKE_DEVICE) >= 2.0
+    assert bench_timing.device_ms(lambda: time.sleep(2e-3), 4.0, FAKE_DEVICE) >= 2.0
     # The device sleeps half as long again as the host needs, by the clock that was measured.
-    assert sleep_cycles[-1] >= 1.5e-3 * 4.0 * timing._cycles_per_second()
-    host, wall = timing.host_and_wall_ms(lambda: time.sleep(1e-3))
+    assert sleep_cycles[-1] >= 1.5e-3 * 4.0 * bench_timing._cycles_per_second()
+    host, wall = bench_timing.host_and_wall_ms(lambda: time.sleep(1e-3))
     assert 1.0 <= host <= wall
 
 
@@ -85,8 +87,8 @@ def test_every_provider_is_compared_with_the_floor(sleep_cycles: list[int]) -> N
         assert row["share"] == pytest.approx(row["floor_ms"] / row["best_ms"])
         assert row["extra_mib"] == 2.0
     seconds = (
-        case.operations / timing.product_rate("float32", FAKE_DEVICE),
-        case.least_bytes / timing.bandwidth(FAKE_DEVICE),
+        case.operations / bench_timing.product_rate("float32", FAKE_DEVICE),
+        case.least_bytes / bench_timing.bandwidth(FAKE_DEVICE),
     )
     assert rows[0]["floor_ms"] == pytest.approx(1e3 * max(seconds))
     assert "host ms" in "\n".join(table.figures(rows))
@@ -103,7 +105,7 @@ def test_providers_are_compared_with_the_best_of_the_baseline(monkeypatch: pytes
     plain, near = timing.measure(case_of(**providers))
     assert plain["ratio"] == 1.0
     assert near["ratio"] == plain["best_ms"] / near["best_ms"]
-    assert plain["rounds"] == near["rounds"] == timing.MIN_ROUNDS
+    assert plain["rounds"] == near["rounds"] == bench_timing.MIN_ROUNDS
     assert plain["best_ms"] <= plain["median_ms"]
     assert plain["gb_per_s"] == pytest.approx(1e-6 * ONES.nbytes / plain["best_ms"])
     # A case without operations has no floor, and one without its baseline has no ratio.

@@ -16,12 +16,12 @@ pytestmark = [
 ]
 
 MEASURE = """
-from benchmarks.bench_rational_adapter import Problem, call_of
-from benchmarks.timing import extra_host_mib
+from rada_fast.bench.adapter import Problem, call_of
+from rada_fast.bench.timing import memory_of
 for classes in (1000, 2000):
     call = call_of(Problem(1, classes, "official", "float32", True), "cpu")
     call()
-    print(extra_host_mib(call))
+    print(memory_of(call, "cpu").extra_mib)
 """
 
 

@@ -1,0 +1,51 @@
+"""The command `bench`: it measures what its configuration names, and shows the figures."""
+
+from __future__ import annotations
+
+import torch
+
+from rada_fast.bench import adapter, encoder, views
+from rada_fast.bench.report import machine_facts, show
+from rada_fast.bench.stages import Figure
+from rada_fast.config.bench import (
+    PARTS,
+    BenchAdapterOptions,
+    BenchEncoderOptions,
+    BenchOptions,
+    BenchViewsOptions,
+)
+from rada_fast.models.vision_language import resolve_device
+from rada_fast.system import notices
+
+
+def run_bench(options: BenchOptions) -> int:
+    """Measure, print the figures, and write the files that the options ask for. Returns the exit status.
+
+    Raises UserError naming an option that cannot be used.
+    """
+    device = device_of(options)
+    notices.release()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(options.measuring.seed)
+        figures = measured(options, device)
+    part = next(name for name, kind in PARTS.items() if isinstance(options, kind))
+    return show(part, figures, machine_facts(device), options.measuring)
+
+
+def device_of(options: BenchOptions) -> torch.device:
+    """Return the device that the options name; views are made on the CPU."""
+    if isinstance(options, BenchViewsOptions):
+        return torch.device("cpu")
+    return resolve_device(options.device if isinstance(options, BenchAdapterOptions) else options.model.device)
+
+
+def measured(options: BenchOptions, device: torch.device) -> list[Figure]:
+    """Return the lines of figures of all settings of a configuration."""
+    match options:
+        case BenchEncoderOptions():
+            return encoder.figures(options, device)
+        case BenchViewsOptions():
+            return views.figures(options)
+        case BenchAdapterOptions():
+            return adapter.figures(options, device)
+    raise AssertionError(f"no part of the command has the options {options!r}")

@@ -1,0 +1,113 @@
+"""Measure the image encoder, beside open_clip's own module in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from rada_fast.bench.costs import Work
+from rada_fast.bench.report import sizes_name
+from rada_fast.bench.stages import Figure, Ratio, Setting, Stage, counted_operations, measure
+from rada_fast.config.bench import BenchEncoderOptions
+from rada_fast.models.vision_language import VisionLanguageModel, load_model
+
+PLAIN = "open_clip"
+
+
+def figures(options: BenchEncoderOptions, device: torch.device) -> list[Figure]:
+    """Return the lines of figures for each number of views. Raises UserError if the model cannot be loaded."""
+    chosen = options.model
+    vlm = load_model(
+        chosen.model, chosen.pretrained, device=device, precision=chosen.precision, seed=options.measuring.seed
+    )
+    found = []
+    for batch in options.batch:
+        found += measure(setting_of(vlm, batch), device.type, options.measuring)
+    return found
+
+
+def setting_of(vlm: VisionLanguageModel, batch: int) -> Setting:
+    """Return the setting of one number of views."""
+    views = drawn_views(vlm, batch)
+    work = encoder_work(vlm, batch)
+    operations = counted_encoder_operations(vlm, batch)
+    sizes = model_sizes(vlm) | {"batch": batch}
+
+    @torch.no_grad()
+    def plain() -> Tensor:
+        with torch.autocast(vlm.device.type, dtype=getattr(torch, vlm.precision), enabled=vlm.precision != "float32"):
+            features = vlm.model.encode_image(views)
+        return normalize(features.float(), dim=-1)  # fmt: skip
+
+    return Setting(
+        name=sizes_name(sizes),
+        sizes=sizes,
+        stages=(
+            Stage(
+                name="encode",
+                inside="views in memory to features of unit length",
+                call=lambda: vlm.encode_images(views),
+                pictures=batch,
+                work=(work,),
+                operations=operations,
+            ),
+            Stage(
+                name=PLAIN,
+                inside="the same by open_clip's module in plain PyTorch, with the same allocator and threads",
+                call=plain,
+                pictures=batch,
+                work=(work,),
+                operations=operations,
+            ),
+        ),
+        ratios=(Ratio("speed-up", PLAIN, "encode", "time of open_clip's module / time of this encoder"),),
+    )
+
+
+def drawn_views(vlm: VisionLanguageModel, count: int) -> Tensor:
+    """Draw random normalised views (V, 3, S, S) on the device of a model; their content decides no time."""
+    size = vlm.preprocess.image_size
+    return torch.randn(count, 3, size, size).to(vlm.device)
+
+
+def model_sizes(vlm: VisionLanguageModel) -> dict[str, str | None]:
+    """Return what the lines of figures say about a model."""
+    return {"model": vlm.name, "pretrained": vlm.pretrained, "precision": vlm.precision}
+
+
+def encoder_work(vlm: VisionLanguageModel, views: int) -> Work:
+    """Return the work of encoding views: all products, and weights and views read once.
+
+    For open_clip's vision transformer the products follow the formula of transformer_multiply_adds; for another image
+    encoder they are those that PyTorch's counter finds.
+    """
+    visual = vlm.model.visual
+    multiply_adds = transformer_multiply_adds(visual)
+    operations = views * (counted_encoder_operations(vlm, 1) if multiply_adds is None else 2 * multiply_adds)
+    size = getattr(torch, vlm.precision).itemsize
+    moved = size * sum(parameter.numel() for parameter in visual.parameters())
+    moved += 4 * views * 3 * vlm.preprocess.image_size**2
+    return Work(operations, moved, vlm.precision)
+
+
+def transformer_multiply_adds(visual: nn.Module) -> int | None:
+    """Return the multiply-adds for one image of open_clip's vision transformer, or None for another module.
+
+    With n tokens (the patches and the class token), width W, an MLP of width M, L blocks and patches of P x P pixels:
+
+        (n - 1) 3 P^2 W  +  L (n (4 W^2 + 2 W M) + 2 n^2 W)  +  W D
+    """
+    if not isinstance(visual, VisionTransformer) or not isinstance(visual.proj, Tensor):
+        return None
+    patches, (width, embed_dim) = visual.grid_size[0] * visual.grid_size[1], visual.proj.shape
+    blocks = visual.transformer.resblocks
+    inner, tokens = blocks[0].mlp[0].out_features, patches + 1
+    block = tokens * (4 * width**2 + 2 * width * inner) + 2 * tokens**2 * width
+    return int(patches * visual.conv1.weight.numel() + len(blocks) * block + width * embed_dim)
+
+
+def counted_encoder_operations(vlm: VisionLanguageModel, views: int) -> float:
+    """Return the operations of encoding views as PyTorch's counter finds them in open_clip's module."""
+    return views * counted_operations(lambda: vlm.model.encode_image(drawn_views(vlm, 1)))

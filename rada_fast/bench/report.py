@@ -1,0 +1,189 @@
+"""Show the figures of the command `bench`: as a table, as JSON lines, or as a picture of the stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from rada_fast import _env
+from rada_fast.bench.stages import SIZES, Figure
+from rada_fast.config.bench import MeasuringOptions
+from rada_fast.errors import UserError
+from rada_fast.runs.folder import versions
+from rada_fast.system.files import write_text
+from rada_fast.system.terminal import PlainConsole, finite, print_json
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Return what every line of figures says about the machine and the programs that it was measured with."""
+    on_device = device.type == "cuda"
+    return {
+        "machine": _env.processor_name(),
+        "device": _env.cuda_device_name(device.index) if on_device else "cpu",
+        "threads": torch.get_num_threads(),
+        "instruction_set": _env.cpu_capability(),
+        "float32_products": torch.get_float32_matmul_precision(),
+        "versions": versions(),
+    }
+
+
+def show(part: str, figures: Sequence[Figure], facts: dict[str, Any], options: MeasuringOptions) -> int:
+    """Print the figures, and write the files that the options ask for. Returns the exit status.
+
+    part: what was measured, "ttt" or "views", say.
+    figures: the lines of figures of all settings.
+    facts: what machine_facts returned.
+    options: the options that say where the figures go.
+    """
+    lines = [{"bench": part, **figure, **facts} for figure in figures]
+    console = PlainConsole()
+    if options.json:
+        for line in lines:
+            print_json(line, indent=None)
+    else:
+        for text in facts_lines(facts):
+            console.print(text, soft_wrap=True)
+        stages = [figure for figure in figures if figure["kind"] == "stage"]
+        for setting in dict.fromkeys(figure["setting"] for figure in stages):
+            console.print(f"\n{part}: {setting}", soft_wrap=True)
+            console.print(setting_table([figure for figure in stages if figure["setting"] == setting]))
+        for text in sentences(figures):
+            console.print(text, soft_wrap=True)
+    if options.output is not None:
+        picture, file = output_files(options.output, part)
+        if file is not None:
+            write_text(file, "".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines))
+        draw(picture, part, figures, facts)
+        if not options.json:
+            console.print(f"picture: {picture}" + (f"; figures: {file}" if file else ""), soft_wrap=True)
+    return 0
+
+
+def output_files(output: str, part: str) -> tuple[Path, Path | None]:
+    """Return the picture's file and, where --output names a folder, the file of JSON lines. Makes missing folders."""
+    path = Path(output)
+    is_picture = path.suffix == ".png" and not path.is_dir()
+    folder = path.parent if is_picture else path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror}") from None
+    return (path, None) if is_picture else (folder / f"bench-{part}.png", folder / f"bench-{part}.jsonl")
+
+
+def draw(path: Path, part: str, figures: Sequence[Figure], facts: dict[str, Any]) -> None:
+    """Draw a bar of the stages for every setting."""
+    from rada_fast.reports.pictures import StageBar, stages_picture
+
+    bars = [
+        StageBar(
+            figure["setting"],
+            figure["name"],
+            figure["median"],
+            figure["floor_ms"],
+            whole=figure["share"] is None or figure["share"] == 1,
+        )
+        for figure in figures
+        if figure["kind"] == "stage"
+    ]
+    place = facts["machine"] if facts["device"] == "cpu" else facts["device"]
+    title = f"rada-fast bench {part}: {place}, {facts['threads']} threads, {facts['instruction_set']}"
+    stages_picture(path, title=title, bars=bars)
+
+
+def facts_lines(facts: dict[str, Any]) -> list[str]:
+    """Return the sentences above the table: the machine and the versions."""
+    device = "" if facts["device"] == "cpu" else f", {facts['device']}"
+    packages = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return [
+        f"{facts['machine']}{device}; {facts['threads']} threads, {facts['instruction_set']}, float32 products "
+        f"{facts['float32_products']}",
+        packages,
+    ]
+
+
+COLUMNS: dict[str, Callable[[Figure], str]] = {
+    "stage": lambda figure: figure["name"],
+    "best ms": lambda figure: significant(figure["best"]),
+    "median": lambda figure: significant(figure["median"]),
+    "spread": lambda figure: significant(figure["spread"]),
+    "share": lambda figure: significant(figure["share"]),
+    "pictures/s": lambda figure: significant(figure["pictures_per_second"]),
+    "GMAC": lambda figure: giga(figure["multiply_adds_per_picture"]),
+    "GFLOP": lambda figure: giga(figure["operations_per_picture"]),
+    "counted": lambda figure: giga(figure["counted_operations_per_picture"]),
+    "floor ms": lambda figure: significant(figure["floor_ms"]),
+    "gap": lambda figure: significant(figure["gap"]),
+    "% peak": lambda figure: percent(figure["share_of_peak"]),
+    "% bw": lambda figure: percent(figure["share_of_bandwidth"]),
+    "peak MiB": lambda figure: significant(figure["peak_mib"]),
+}
+"""The columns of the table of a setting, and what stands in them for a stage's line of figures."""
+LEGEND = (
+    "GMAC, GFLOP: billions for each picture by the formula, a multiply-add counted as one and as two; counted: GFLOP "
+    "by PyTorch's counter on plain PyTorch; floor: operations / product rate or bytes / bandwidth, whichever is more, "
+    "part by part; gap: best / floor; % peak, % bw: of the machine's product rate and bandwidth; spread: the distance "
+    "of the quartiles"
+)
+
+
+def setting_table(stages: Sequence[Figure]) -> Table:
+    """Make the table of a setting, with a line for each of its stages."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "stage" else "right", overflow="fold")
+    for figure in stages:
+        table.add_row(*(cell(figure) for cell in COLUMNS.values()))
+    return table
+
+
+def sentences(figures: Sequence[Figure]) -> list[str]:
+    """Return the sentences below the table: the ratios, the limits, what was timed, and what the columns are."""
+    lines = [
+        f"{figure['setting']}: {figure['name']} {significant(figure['best'])} (median {significant(figure['median'])}, "
+        f"spread {significant(figure['spread'])}): {figure['inside']}"
+        for figure in figures
+        if figure["kind"] == "ratio"
+    ]
+    limits: dict[str, list[str]] = {}
+    for figure in figures:
+        if figure["kind"] == "limit":
+            limits.setdefault(f"{figure['name']} in {figure['unit']}", []).append(significant(figure["best"]))
+    found = "; ".join(f"{name}: {', '.join(values)}" for name, values in limits.items())
+    lines.append(f"this machine, measured in the same rounds: {found}")
+    inside = {figure["name"]: figure["inside"] for figure in figures if figure["kind"] == "stage"}
+    return [*lines, *(f"{name}: {text}" for name, text in inside.items()), LEGEND]
+
+
+def giga(value: float | None) -> str:
+    """Return a number in billions, or an empty text for None."""
+    return "" if value is None else significant(value / 1e9)
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a percentage, or an empty text for None."""
+    return "" if value is None else f"{100 * value:.0f}" if value >= 0.1 else f"{100 * value:.1f}"
+
+
+def significant(value: float | None) -> str:
+    """Return a number with about three digits that count, or an empty text for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def sizes_name(sizes: dict[str, Any]) -> str:
+    """Return the name of a setting: its sizes in words."""
+    letters = {"batch": "B", "views": "V", "classes": "K", "embed_dim": "D"}
+    words = [
+        f"{letters.get(name, name)} {value}" if name not in ("model", "precision", "view_kind") else str(value)
+        for name in SIZES
+        if (value := sizes.get(name)) is not None and name not in ("pretrained",)
+    ]
+    return ", ".join(words)

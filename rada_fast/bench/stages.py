@@ -1,0 +1,212 @@
+"""Measure the stages of a setting in turn, and compare each with what the machine can do.
+
+The floor of a stage is the least time that the machine's measured limits allow: for each part of its work, the greater
+of operations / product rate and bytes / bandwidth, because both can go on at once; the parts add up, because each needs
+the result of the one before. A multiply-add is one, or two operations; every figure says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rada_fast.bench.costs import Work
+from rada_fast.bench.timing import Call, Interleaved, Memory, Times, interleaved
+from rada_fast.config.bench import MeasuringOptions
+
+Figure = dict[str, Any]
+"""One line of figures, as figures_of describes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the work of a setting that is timed by itself, or all of it.
+
+    name: its name in the table.
+    inside: what is inside of the timer, in words.
+    call: does the work once.
+    pictures: the number of pictures of one call.
+    work: the least work of one call by the formulas, part by part.
+    operations: the operations of one call as PyTorch counts them, if it can; see counted_operations.
+    """
+
+    name: str
+    inside: str
+    call: Call
+    pictures: float
+    work: tuple[Work, ...] = ()
+    operations: float | None = None
+
+
+class Ratio(NamedTuple):
+    """The ratio of the times of two stages, by their names, with a name and with words for what it says."""
+
+    name: str
+    stage: str
+    over: str
+    inside: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One set of sizes to measure.
+
+    name: its name in the table.
+    sizes: its sizes, by the names that all lines of figures have.
+    stages: its stages, in the order of the work.
+    whole: the name of the stage that contains the others; the share of a stage is of its time. None: there is none.
+    ratios: the ratios to report.
+    """
+
+    name: str
+    sizes: Mapping[str, Any]
+    stages: tuple[Stage, ...]
+    whole: str | None = None
+    ratios: tuple[Ratio, ...] = ()
+
+
+def counted_operations(call: Callable[[], Any]) -> float:
+    """Return the operations of matrix products and attention in a call, as torch.utils.flop_counter counts them.
+
+    A multiply-add counts as two. The counter knows PyTorch's own operations only, so the call must be plain PyTorch;
+    tensors of the meta device will do.
+    """
+    # The counter knows neither the fast path of multi-head attention nor the fused attention of CPUs.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    return float(counter.get_total_flops())
+
+
+def relative_error(answer: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference of two tensors over the norm of the second one."""
+    expected = expected.float()
+    return float((answer.float() - expected).norm() / expected.norm())
+
+
+def measure(setting: Setting, device: str, options: MeasuringOptions) -> list[Figure]:
+    """Time the stages of a setting in turn, and return its lines of figures; see figures_of."""
+    dtypes = sorted({work.dtype for stage in setting.stages for work in stage.work if work.operations})
+    measured = interleaved(
+        {stage.name: stage.call for stage in setting.stages},
+        device,
+        seconds=options.seconds,
+        repeats=options.repeats,
+        dtypes=dtypes or ["float32"],
+    )
+    return figures_of(setting, measured)
+
+
+def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
+    """Return the lines of figures of a setting: one for each stage, each ratio and each limit of the machine.
+
+    Every line has the setting's name and sizes and:
+
+    kind: "stage", "ratio" or "limit"; name: that of the stage, the ratio or the limit; inside: what was timed.
+    unit, best, median, spread, rounds: milliseconds of a stage; the ratio, from round to round; or what the machine can
+        do. The best ratio is that of the best times. spread is how far the quartiles lie apart.
+    share: the median of the stage over that of the whole. Stages that go on at once may have more than 1 together.
+    pictures_per_second: by the median.
+    multiply_adds_per_picture, operations_per_picture: by the formula, multiply-adds counted as one and as two.
+    counted_multiply_adds_per_picture, counted_operations_per_picture: the same by PyTorch's counter.
+    bytes_per_picture: what must at least be read and written.
+    floor_ms, gap: the least time that the machine's limits allow, and the best time over it.
+    share_of_peak, share_of_bandwidth: the operations and the bytes per second of the best time over the machine's.
+    peak_mib, extra_mib: the peak of memory during a call, and what of it was not in use before.
+
+    What does not apply is None.
+    """
+    medians = {name: times.median for name, times in measured.times.items()}
+    lines = [
+        stage_figure(
+            setting, stage, measured, share=medians[stage.name] / medians[setting.whole] if setting.whole else None
+        )
+        for stage in setting.stages
+    ]
+    for ratio in setting.ratios:
+        own, other = measured.times[ratio.stage], measured.times[ratio.over]
+        times = own.over(other)
+        lines.append(
+            line_of(
+                setting, kind="ratio", name=ratio.name, inside=ratio.inside, unit="1", best=own.best / other.best,
+                median=times.median, spread=times.spread, rounds=len(times.rounds),
+            )
+        )  # fmt: skip
+    for dtype, rate in measured.product_rate.items():
+        inside = "PyTorch's product of two large matrices, the best of all rounds; a multiply-add counts as two"
+        lines.append(
+            line_of(setting, kind="limit", name=f"{dtype} products", inside=inside, unit="GFLOP/s", best=rate / 1e9)
+        )
+    inside = "PyTorch's copy of a large buffer, the best of all rounds; bytes read and bytes written"
+    best = measured.bandwidth / 1e9
+    lines.append(line_of(setting, kind="limit", name="bandwidth", inside=inside, unit="GB/s", best=best))
+    return lines
+
+
+def stage_figure(setting: Setting, stage: Stage, measured: Interleaved, *, share: float | None) -> Figure:
+    """Return the line of figures of one stage."""
+    times: Times = measured.times[stage.name]
+    memory: Memory | None = measured.memory[stage.name]
+    operations, moved = sum(work.operations for work in stage.work), sum(work.bytes for work in stage.work)
+    floor = 1e3 * sum(
+        max(
+            work.operations / measured.product_rate[work.dtype] if work.operations else 0.0,
+            work.bytes / measured.bandwidth,
+        )
+        for work in stage.work
+    )
+    products = 1e3 * sum(work.operations / measured.product_rate[work.dtype] for work in stage.work if work.operations)
+    counted = stage.operations
+    return line_of(
+        setting,
+        kind="stage",
+        name=stage.name,
+        inside=stage.inside,
+        unit="ms",
+        best=times.best,
+        median=times.median,
+        spread=times.spread,
+        rounds=len(times.rounds),
+        share=share,
+        pictures_per_second=1e3 * stage.pictures / times.median,
+        multiply_adds_per_picture=operations / 2 / stage.pictures if operations else None,
+        operations_per_picture=operations / stage.pictures if operations else None,
+        counted_multiply_adds_per_picture=counted / 2 / stage.pictures if counted is not None else None,
+        counted_operations_per_picture=counted / stage.pictures if counted is not None else None,
+        bytes_per_picture=moved / stage.pictures if moved else None,
+        floor_ms=floor or None,
+        gap=times.best / floor if floor else None,
+        share_of_peak=products / times.best if products else None,
+        share_of_bandwidth=1e3 * moved / measured.bandwidth / times.best if moved else None,
+        peak_mib=None if memory is None else memory.peak_mib,
+        extra_mib=None if memory is None else memory.extra_mib,
+    )
+
+
+MEASURED = (
+    "kind", "name", "inside", "unit", "best", "median", "spread", "rounds", "share", "pictures_per_second",
+    "multiply_adds_per_picture", "operations_per_picture", "counted_multiply_adds_per_picture",
+    "counted_operations_per_picture", "bytes_per_picture", "floor_ms", "gap", "share_of_peak", "share_of_bandwidth",
+    "peak_mib", "extra_mib",
+)  # fmt: skip
+"""What every line of figures has besides the setting."""
+SIZES = ("model", "pretrained", "precision", "batch", "pictures", "views", "view_kind", "steps", "classes", "embed_dim")
+"""The sizes that every line of figures has; what does not apply is None."""
+
+
+def line_of(setting: Setting, **values: Any) -> Figure:
+    """Return a line of figures with these values, and None for those that are not given."""
+    assert set(values) <= set(MEASURED)
+    assert set(setting.sizes) <= set(SIZES)
+    sizes = {name: setting.sizes.get(name) for name in SIZES}
+    return {"setting": setting.name, **sizes, **{name: values.get(name) for name in MEASURED}}

@@ -1,0 +1,80 @@
+"""Measure reading pictures and making their views, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rada_fast.bench.costs import Work
+from rada_fast.bench.inputs import pictures
+from rada_fast.bench.report import sizes_name
+from rada_fast.bench.stages import Figure, Setting, Stage, measure
+from rada_fast.config.bench import BenchViewsOptions
+from rada_fast.config.commands import ViewKind
+from rada_fast.data.decode import read_image
+from rada_fast.data.sources import Sample
+from rada_fast.data.views import Preprocess, ViewDataset, image_seed, make_views
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""The mean and the standard deviation of the channels in CLIP's own preprocessing."""
+
+
+def figures(options: BenchViewsOptions) -> list[Figure]:
+    """Return the lines of figures for each kind and each number of views. Raises UserError if the data are unusable."""
+    preprocess = Preprocess(options.image_size, MEAN, STD)
+    found = []
+    seed = options.measuring.seed
+    with pictures(options.data, options.pictures, image_size=options.image_size, seed=seed) as samples:
+        for kind in options.view_kind:
+            for views in options.views:
+                setting = setting_of(samples, preprocess, views, kind, options)
+                found += measure(setting, "cpu", options.measuring)
+    return found
+
+
+def setting_of(
+    samples: Sequence[Sample], preprocess: Preprocess, views: int, kind: ViewKind, options: BenchViewsOptions
+) -> Setting:
+    """Return the setting of one kind and one number of views: reading, making the views, and both."""
+    images = [read_image(sample.path) for sample in samples]
+    seeds = [image_seed(options.measuring.seed, sample.id) for sample in samples]
+    dataset = ViewDataset(samples, preprocess, views, kind, options.measuring.seed)
+    sizes = {"pictures": len(samples), "views": views, "view_kind": kind}
+    read = sum(image.width * image.height * 3 for image in images)
+    made = len(samples) * views * 3 * preprocess.image_size**2 * torch.float32.itemsize
+
+    def make() -> list[Tensor]:
+        return [
+            make_views(image, preprocess, views, kind, seed) for image, seed in zip(images, seeds, strict=True)
+        ]  # fmt: skip
+
+    return Setting(
+        name=sizes_name(sizes) + f", {preprocess.image_size} pixels",
+        sizes=sizes,
+        stages=(
+            Stage(
+                name="decode",
+                inside="reading the files and decoding them to RGB pixels",
+                call=lambda: [read_image(sample.path) for sample in samples],
+                pictures=len(samples),
+                work=(Work(0, read),),
+            ),
+            Stage(
+                name="views",
+                inside="drawing the boxes of decoded pictures, cutting, resizing and normalising",
+                call=make,
+                pictures=len(samples),
+                work=(Work(0, read + made),),
+            ),
+            Stage(
+                name="decode and views",
+                inside="files to views, as the loops read them in one process",
+                call=lambda: [dataset[index] for index in range(len(samples))],
+                pictures=len(samples),
+                work=(Work(0, read), Work(0, read + made)),
+            ),
+        ),
+        whole="decode and views",
+    )

@@ -1,0 +1,257 @@
+"""Define the options of the command `bench`: one configuration for each thing that it measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rada_fast.config.checks import MAX_LAYERS, MAX_WORKERS, check_choices, check_integer, check_paths, check_positive
+from rada_fast.config.commands import Stages, ViewKind
+from rada_fast.config.options import ModelOptions, Precision
+from rada_fast.errors import UserError
+
+AdapterBackend = Literal["literal", "reference", "compile", "cpu", "cpu-float32", "triton"]
+AdapterPass = Literal["forward", "step"]
+GRID = ((1, 50), (1, 500), (6, 200), (6, 1000), (64, 100), (32, 1000))
+"""The pairs (B, K) at which the adapter is measured."""
+MAX_SIZE = 2**20
+"""No number of images, views or classes may be larger."""
+
+
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """These options say how long to measure and where the figures go."""
+
+    seconds: float = 10.0
+    """About how long the rounds of one setting take together; there are at least three rounds."""
+    repeats: int | None = None
+    """Rounds of each setting, whatever time they take. In a round, everything is timed in turn."""
+    seed: int = 0
+    """Seed of the drawn pictures, of the drawn features and of random weights."""
+    output: str | None = None
+    """Draw the stages into this PNG file; or a folder, for the picture and the figures as JSON lines."""
+    json: bool = False
+    """Print one JSON line for each figure instead of a table."""
+
+    def __post_init__(self) -> None:
+        check_positive("seconds", self.seconds)
+        if self.repeats is not None:
+            # Quartiles need two rounds.
+            check_integer("repeats", self.repeats, 2, 10**6)
+        check_integer("seed", self.seed, 0, 2**31 - 1)
+        check_paths(self, "output")
+
+
+@dataclass(frozen=True)
+class BenchTTTOptions:
+    """Measure test-time training from image files to predictions, and each of its stages alone: reading and views,
+    encoding, adaptation.
+
+    The overhead ratio is the time end to end over the time to encode the same views alone, in one interleaved run. The
+    text features are random rows of unit length, because the number of the classes decides the cost, and not their
+    names.
+
+    Example: rada-fast bench ttt --model ViT-B-16-quickgelu --pretrained random --classes 200 1000 --pictures 2
+    """
+
+    data: str | None = None
+    """Pictures as KIND:PATH: imagefolder:DIR or images:DIR. Default: drawn pictures as JPEG files."""
+    pictures: int = 8
+    """Pictures from disk to predictions in one call."""
+    classes: tuple[int, ...] = (200,)
+    """Numbers K of classes; each makes a setting of its own."""
+    views: int = 64
+    """Views V of a picture, the original included (paper: 64)."""
+    view_kind: ViewKind = "crop"
+    """crop: random resized crops and flips; augmix: also AugMix."""
+    steps: int = 3
+    """Optimiser steps for each picture (paper: 3)."""
+    workers: int = 0
+    """Processes that read images and make views; with 0 the main process does it."""
+    measuring: MeasuringOptions = MeasuringOptions()
+    model: ModelOptions = ModelOptions()
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_paths(self, "data")
+        _check_sizes("classes", self.classes)
+        check_integer("pictures", self.pictures, 1, MAX_SIZE)
+        check_integer("views", self.views, 1, MAX_SIZE)
+        check_integer("steps", self.steps, 0, MAX_LAYERS)
+        check_integer("workers", self.workers, 0, MAX_WORKERS)
+
+
+@dataclass(frozen=True)
+class BenchEFTOptions:
+    """Measure the training steps of efficient fine-tuning: on one repeated batch of pictures with the encoder in each
+    step, as published figures are counted, and on cached features.
+
+    The published figure is training iterations per second over 1000 iterations on one batch; --iterations 1000 makes
+    exactly these. The overhead ratio is the time of such an iteration over the time to encode its batch alone.
+
+    Example: rada-fast bench eft --model ViT-B-16-quickgelu --pretrained random --classes 50 100 500
+    """
+
+    classes: tuple[int, ...] = (50, 100, 500)
+    """Numbers K of classes; each makes a setting of its own."""
+    batch: tuple[int, ...] = (1,)
+    """Pictures B of a step (paper: 1); each number makes settings of its own."""
+    iterations: int | None = None
+    """Iterations of one call. Default: as many as take a tenth of a second."""
+    embed_dim: int | None = None
+    """Measure cached features of this width only, without any encoder."""
+    measuring: MeasuringOptions = MeasuringOptions()
+    model: ModelOptions = ModelOptions()
+
+    def __post_init__(self) -> None:
+        _check_sizes("classes", self.classes)
+        _check_sizes("batch", self.batch)
+        _check_width(self.embed_dim)
+        if self.iterations is not None:
+            check_integer("iterations", self.iterations, 1, 10**6)
+
+
+@dataclass(frozen=True)
+class BenchFFTOptions:
+    """Measure the training steps of full fine-tuning: of the adapter and the classifier on features, and of these with
+    the image encoder.
+
+    Example: rada-fast bench fft --embed-dim 512 --classes 1000 --batch 8 512
+    """
+
+    classes: tuple[int, ...] = (100,)
+    """Numbers K of classes; each makes a setting of its own."""
+    batch: tuple[int, ...] = (8, 64)
+    """Pictures B of a step (paper: 512); each number makes settings of its own."""
+    stages: Stages = "both"
+    """both, or rada: adapter and classifier only."""
+    embed_dim: int | None = None
+    """Measure features of this width only, without any encoder."""
+    measuring: MeasuringOptions = MeasuringOptions()
+    model: ModelOptions = ModelOptions()
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        _check_sizes("classes", self.classes)
+        _check_sizes("batch", self.batch)
+        _check_width(self.embed_dim)
+
+
+@dataclass(frozen=True)
+class BenchEncoderOptions:
+    """Measure the image encoder, beside open_clip's own module in plain PyTorch.
+
+    Example: rada-fast bench encoder --model ViT-B-16-quickgelu --pretrained random --batch 1 64
+    """
+
+    batch: tuple[int, ...] = (64,)
+    """Views of one call; each number makes a setting of its own."""
+    measuring: MeasuringOptions = MeasuringOptions()
+    model: ModelOptions = ModelOptions()
+
+    def __post_init__(self) -> None:
+        _check_sizes("batch", self.batch)
+
+
+@dataclass(frozen=True)
+class BenchViewsOptions:
+    """Measure reading a picture and making its views, in one process: decoding, drawing the boxes, cutting.
+
+    Example: rada-fast bench views --data imagefolder:photos --views 64 --image-size 224
+    """
+
+    data: str | None = None
+    """Pictures as KIND:PATH: imagefolder:DIR or images:DIR. Default: drawn pictures as JPEG files."""
+    pictures: int = 8
+    """Pictures of one call."""
+    views: tuple[int, ...] = (64,)
+    """Views V of a picture, the original included (paper: 64); each number makes settings of its own."""
+    view_kind: tuple[ViewKind, ...] = ("crop", "augmix")
+    """crop: random resized crops and flips; augmix: also AugMix."""
+    image_size: int = 224
+    """Side of a view in pixels."""
+    measuring: MeasuringOptions = MeasuringOptions()
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_paths(self, "data")
+        _check_sizes("views", self.views)
+        check_integer("pictures", self.pictures, 1, MAX_SIZE)
+        check_integer("image_size", self.image_size, 1, 2**14)
+
+
+@dataclass(frozen=True)
+class BenchAdapterOptions:
+    """Measure the adapter by itself, forward and in a training step, beside the published arithmetic.
+
+    Without --batch and --classes, the sizes are those of the developers' benchmark: 1 x 50, 1 x 500, 6 x 200, 6 x 1000,
+    64 x 100 and 32 x 1000.
+
+    Example: rada-fast bench adapter --batch 6 --classes 200 1000 --backend literal reference cpu
+    """
+
+    batch: tuple[int, ...] = ()
+    """Numbers B of images."""
+    classes: tuple[int, ...] = ()
+    """Numbers K of classes; every B is measured with every K."""
+    backend: tuple[AdapterBackend, ...] = ()
+    """What computes it; compile is torch.compile of the reference, and cpu-float32 is the backend cpu in float32 where
+    the precision is another. Default: all that are usable here."""
+    passes: tuple[AdapterPass, ...] = ("forward", "step")
+    """forward: the logits; step: forward and backward with the mask penalty."""
+    preset: Literal["official", "paper"] = "official"
+    """The published code's arithmetic, or the paper's."""
+    embed_dim: int = 512
+    """Width D of the features."""
+    precision: Precision = "float32"
+    """Type of the features and of the parameters."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    measuring: MeasuringOptions = MeasuringOptions(seconds=5.0)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        ModelOptions(device=self.device)
+        for name in ("batch", "classes"):
+            if getattr(self, name):
+                _check_sizes(name, getattr(self, name))
+        if bool(self.batch) != bool(self.classes):
+            raise UserError("batch and classes must be given together, or both left out")
+        _check_width(self.embed_dim)
+        if self.preset == "official" and self.embed_dim % 8:
+            raise UserError(f"embed_dim must be a multiple of 8 with preset 'official', got {self.embed_dim}")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return the pairs (B, K) to measure."""
+        return tuple((batch, classes) for batch in self.batch for classes in self.classes) or GRID
+
+
+def _check_sizes(name: str, values: tuple[int, ...]) -> None:
+    if not values:
+        raise UserError(f"{name} must name at least one number, got none")
+    for value in values:
+        check_integer(name, value, 1, MAX_SIZE)
+    if len(set(values)) < len(values):
+        raise UserError(f"{name} must not repeat a number, got {' '.join(map(str, values))}")
+
+
+def _check_width(width: int | None) -> None:
+    if width is not None:
+        check_integer("embed_dim", width, 1, 2**16)
+        if width % 8:
+            raise UserError(f"embed_dim must be a multiple of the adapter's 8 heads, got {width}")
+
+
+BenchOptions = (
+    BenchTTTOptions | BenchEFTOptions | BenchFFTOptions | BenchEncoderOptions | BenchViewsOptions | BenchAdapterOptions
+)
+PARTS: dict[str, type[BenchOptions]] = {
+    "ttt": BenchTTTOptions,
+    "eft": BenchEFTOptions,
+    "fft": BenchFFTOptions,
+    "encoder": BenchEncoderOptions,
+    "views": BenchViewsOptions,
+    "adapter": BenchAdapterOptions,
+}
+"""What `rada-fast bench` measures, and the options of each."""

@@ -1,0 +1,106 @@
+"""The command bench measures small settings, and prints a table or JSON lines and draws a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rada_fast import cli
+from rada_fast.bench.stages import MEASURED, SIZES
+
+from .conftest import Lines
+
+FACTS = {"machine", "device", "threads", "instruction_set", "float32_products", "versions"}
+
+
+def names(lines: Lines, kind: str) -> list[str]:
+    """Return the names of the lines of a kind, each once."""
+    return list(dict.fromkeys(line["name"] for line in lines if line["kind"] == kind))
+
+
+def check(lines: Lines, part: str) -> None:
+    """Check the form of all lines of a run."""
+    for line in lines:
+        assert set(line) == {"bench", "setting", *SIZES, *MEASURED, *FACTS}
+        assert line["bench"] == part
+        assert line["best"] > 0
+        assert line["inside"]
+        if line["kind"] != "limit":
+            assert line["best"] <= line["median"] or line["kind"] == "ratio"
+            assert line["rounds"] == 2
+        if line["kind"] == "stage":
+            assert line["pictures_per_second"] > 0
+            assert line["floor_ms"] > 0
+            assert line["gap"] == pytest.approx(line["best"] / line["floor_ms"])
+
+
+def test_views(bench: Callable[..., Lines]) -> None:
+    lines = bench("views", "--pictures", "2", "--views", "2", "3", "--image-size", "16")
+    check(lines, "views")
+    assert names(lines, "stage") == ["decode", "views", "decode and views"]
+    assert {(line["view_kind"], line["views"]) for line in lines} == {
+        ("crop", 2), ("crop", 3), ("augmix", 2), ("augmix", 3)
+    }  # fmt: skip
+
+
+def test_views_of_own_pictures(bench: Callable[..., Lines], tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (20, 30)).save(tmp_path / "photos" / "one.png")
+    data = f"images:{tmp_path / 'photos'}"
+    lines = bench(
+        "views", "--data", data, "--pictures", "3", "--views", "1", "--image-size", "8", "--view-kind", "crop"
+    )
+    assert {line["pictures"] for line in lines} == {3}
+    assert lines[0]["bytes_per_picture"] == 20 * 30 * 3
+
+
+def test_the_encoder(bench: Callable[..., Lines]) -> None:
+    lines = bench("encoder", "--batch", "1", "2")
+    check(lines, "encoder")
+    assert names(lines, "stage") == ["encode", "open_clip"]
+    assert names(lines, "ratio") == ["speed-up"]
+    first = lines[0]
+    assert (first["model"], first["precision"], first["batch"]) == ("embedded", "float32", 1)
+    assert first["operations_per_picture"] == first["counted_operations_per_picture"]
+
+
+def test_the_adapter(bench: Callable[..., Lines]) -> None:
+    lines = bench(
+        "adapter", "--batch", "2", "--classes", "5", "--embed-dim", "16", "--backend", "literal", "reference"
+    )
+    check(lines, "adapter")
+    assert names(lines, "stage") == ["literal", "reference"]
+    assert names(lines, "ratio") == ["reference speed-up"]
+    assert len({line["setting"] for line in lines}) == 2
+
+
+def test_a_table_is_printed_and_a_picture_drawn(
+    bench: Callable[..., Lines], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "encoder", "--batch", "1", "--repeats", "2", "--output"]
+    for output in (tmp_path / "new" / "stages.png", tmp_path / "folder"):
+        # The second time the file or the folder is there.
+        for _ in range(2):
+            assert cli.main([*arguments, str(output)]) == 0
+            shown = capsys.readouterr().out
+    assert "encoder: embedded, float32, B 1" in shown
+    assert "GFLOP" in shown
+    assert "encode: views in memory to features of unit length" in shown
+    assert "GB/s" in shown
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["bench-encoder.jsonl", "bench-encoder.png"]
+    for picture in (tmp_path / "new" / "stages.png", tmp_path / "folder" / "bench-encoder.png"):
+        with Image.open(picture) as image:
+            assert image.size[0] > 1000
+    written = (tmp_path / "folder" / "bench-encoder.jsonl").read_text().splitlines()
+    check([json.loads(line) for line in written], "encoder")
+
+
+def test_without_a_part_the_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "usage: rada-fast bench {ttt,eft,fft,encoder,views,adapter}" in shown
+    assert shown.count("    rada-fast bench ") == 6
