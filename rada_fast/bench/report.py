@@ -17,6 +17,7 @@ from rada_fast.config.bench import MeasuringOptions
 from rada_fast.errors import UserError
 from rada_fast.runs.folder import versions
 from rada_fast.system.files import write_text
+from rada_fast.system.memory import keep_freed_memory
 from rada_fast.system.terminal import PlainConsole, finite, print_json
 
 
@@ -28,6 +29,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "device": _env.cuda_device_name(device.index) if on_device else "cpu",
         "threads": torch.get_num_threads(),
         "instruction_set": _env.cpu_capability(),
+        "keeps_freed_memory": keep_freed_memory(),
         "float32_products": torch.get_float32_matmul_precision(),
         "versions": versions(),
     }

@@ -14,7 +14,9 @@ from rada_fast.bench.stages import MEASURED, SIZES
 
 from .conftest import Lines
 
-FACTS = {"machine", "device", "threads", "instruction_set", "float32_products", "versions"}
+FACTS = {
+    "machine", "device", "threads", "instruction_set", "keeps_freed_memory", "float32_products", "versions"
+}  # fmt: skip
 
 
 def names(lines: Lines, kind: str) -> list[str]:
@@ -69,9 +71,7 @@ def test_the_encoder(bench: Callable[..., Lines]) -> None:
 
 
 def test_the_adapter(bench: Callable[..., Lines]) -> None:
-    lines = bench(
-        "adapter", "--batch", "2", "--classes", "5", "--embed-dim", "16", "--backend", "literal", "reference"
-    )
+    lines = bench("adapter", "--batch", "2", "--classes", "5", "--embed-dim", "16", "--backend", "literal", "reference")
     check(lines, "adapter")
     assert names(lines, "stage") == ["literal", "reference"]
     assert names(lines, "ratio") == ["reference speed-up"]
