@@ -154,7 +154,7 @@ def setting_of(problem: Problem, names: list[str]) -> Setting:
     )
     baseline = next((name for name in (BASELINE, "reference") if name in names), None)
     ratios = [
-        Ratio(f"{name} speed-up", baseline, name, f"time of {baseline} / time of {name}")
+        Ratio(f"{name} speed-up", baseline, (name,), f"time of {baseline} / time of {name}")
         for name in names
         if baseline is not None and name != baseline
     ]

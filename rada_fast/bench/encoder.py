@@ -62,7 +62,7 @@ def setting_of(vlm: VisionLanguageModel, batch: int) -> Setting:
                 operations=operations,
             ),
         ),
-        ratios=(Ratio("speed-up", PLAIN, "encode", "time of open_clip's module / time of this encoder"),),
+        ratios=(Ratio("speed-up", PLAIN, ("encode",), "time of open_clip's module / time of this encoder"),),
     )
 
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rada_fast.bench.costs import Work
-from rada_fast.bench.timing import Call, Interleaved, Memory, Times, interleaved
+from rada_fast.bench.timing import Call, Interleaved, Memory, Times, added, interleaved
 from rada_fast.config.bench import MeasuringOptions
 
 Figure = dict[str, Any]
@@ -30,7 +30,8 @@ class Stage:
 
     name: its name in the table.
     inside: what is inside of the timer, in words.
-    call: does the work once.
+    call: does the work once, or None for a stage that consists of others.
+    parts: the names of the other stages that it consists of; its times are the sums of theirs, round by round.
     pictures: the number of pictures of one call.
     work: the least work of one call by the formulas, part by part.
     operations: the operations of one call as PyTorch counts them, if it can; see counted_operations.
@@ -38,18 +39,24 @@ class Stage:
 
     name: str
     inside: str
-    call: Call
+    call: Call | None
     pictures: float
+    parts: tuple[str, ...] = ()
     work: tuple[Work, ...] = ()
     operations: float | None = None
 
 
 class Ratio(NamedTuple):
-    """The ratio of the times of two stages, by their names, with a name and with words for what it says."""
+    """The ratio of the time of a stage to that of another, or to the sum of several.
+
+    name: its name in the table.
+    stage, over: the names of the stages.
+    inside: what it says, in words.
+    """
 
     name: str
     stage: str
-    over: str
+    over: tuple[str, ...]
     inside: str
 
 
@@ -62,6 +69,7 @@ class Setting:
     stages: its stages, in the order of the work.
     whole: the name of the stage that contains the others; the share of a stage is of its time. None: there is none.
     ratios: the ratios to report.
+    burst: the number of calls in a row in a round, or None for as many as take BURST_SECONDS.
     """
 
     name: str
@@ -69,6 +77,7 @@ class Setting:
     stages: tuple[Stage, ...]
     whole: str | None = None
     ratios: tuple[Ratio, ...] = ()
+    burst: int | None = None
 
 
 def counted_operations(call: Callable[[], Any]) -> float:
@@ -98,12 +107,17 @@ def measure(setting: Setting, device: str, options: MeasuringOptions) -> list[Fi
     """Time the stages of a setting in turn, and return its lines of figures; see figures_of."""
     dtypes = sorted({work.dtype for stage in setting.stages for work in stage.work if work.operations})
     measured = interleaved(
-        {stage.name: stage.call for stage in setting.stages},
+        {stage.name: stage.call for stage in setting.stages if stage.call is not None},
         device,
         seconds=options.seconds,
         repeats=options.repeats,
         dtypes=dtypes or ["float32"],
+        burst=setting.burst,
     )
+    for stage in setting.stages:
+        if stage.call is None:
+            measured.times[stage.name] = added([measured.times[name] for name in stage.parts])
+            measured.memory[stage.name] = None
     return figures_of(setting, measured)
 
 
@@ -134,11 +148,11 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
         for stage in setting.stages
     ]
     for ratio in setting.ratios:
-        own, other = measured.times[ratio.stage], measured.times[ratio.over]
-        times = own.over(other)
+        own, others = measured.times[ratio.stage], [measured.times[name] for name in ratio.over]
+        times, best = own.over(others), own.best / sum(other.best for other in others)
         lines.append(
             line_of(
-                setting, kind="ratio", name=ratio.name, inside=ratio.inside, unit="1", best=own.best / other.best,
+                setting, kind="ratio", name=ratio.name, inside=ratio.inside, unit="1", best=best,
                 median=times.median, spread=times.spread, rounds=len(times.rounds),
             )
         )  # fmt: skip

@@ -13,7 +13,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -211,9 +211,14 @@ class Times:
         quarter, _, three_quarters = statistics.quantiles(self.rounds, n=4, method="inclusive")
         return three_quarters - quarter
 
-    def over(self, others: Times) -> Times:
-        """Return the ratio to other milliseconds, round by round."""
-        return Times(tuple(own / other for own, other in zip(self.rounds, others.rounds, strict=True)))
+    def over(self, others: Sequence[Times]) -> Times:
+        """Return the ratio to the sum of other milliseconds, round by round."""
+        return Times(tuple(own / other for own, other in zip(self.rounds, added(others).rounds, strict=True)))
+
+
+def added(several: Sequence[Times]) -> Times:
+    """Return the sum of several times, round by round."""
+    return Times(tuple(map(sum, zip(*(times.rounds for times in several), strict=True))))
 
 
 class Interleaved(NamedTuple):
@@ -231,7 +236,13 @@ class Interleaved(NamedTuple):
 
 
 def interleaved(
-    calls: Mapping[str, Call], device: str, *, seconds: float, repeats: int | None = None, dtypes: Iterable[str] = ()
+    calls: Mapping[str, Call],
+    device: str,
+    *,
+    seconds: float,
+    repeats: int | None = None,
+    dtypes: Iterable[str] = (),
+    burst: int | None = None,
 ) -> Interleaved:
     """Time calls in turn, round after round, so that a machine that slows down slows all of them.
 
@@ -243,6 +254,7 @@ def interleaved(
     seconds: about how long all rounds take together; there are at least MIN_ROUNDS.
     repeats: the number of rounds, if it does not depend on the time.
     dtypes: the types of the products whose rate is measured.
+    burst: the number of calls in a row whose mean is the time of a round, if it does not depend on the time.
     """
     memory, bursts = {}, {}
     for name, call in calls.items():
@@ -252,7 +264,7 @@ def interleaved(
             # The first call may have allocated what later ones find.
             memory[name] = memory_of(call, device)
             took = 1e-3 * burst_ms(call, 1, device)
-        bursts[name] = max(1, int(BURST_SECONDS / took))
+        bursts[name] = burst or max(1, int(BURST_SECONDS / took))
     probes = {dtype: _product(dtype, device) for dtype in dtypes}
     copy = _copy(device)
     for probe in (*probes.values(), copy):

@@ -38,43 +38,49 @@ def setting_of(
     samples: Sequence[Sample], preprocess: Preprocess, views: int, kind: ViewKind, options: BenchViewsOptions
 ) -> Setting:
     """Return the setting of one kind and one number of views: reading, making the views, and both."""
-    images = [read_image(sample.path) for sample in samples]
-    seeds = [image_seed(options.measuring.seed, sample.id) for sample in samples]
     dataset = ViewDataset(samples, preprocess, views, kind, options.measuring.seed)
     sizes = {"pictures": len(samples), "views": views, "view_kind": kind}
+    stages = stages_of(samples, preprocess, views, kind, options.measuring.seed)
+    both = Stage(
+        name="decode and views",
+        inside="files to views, as the loops read them in one process",
+        call=lambda: [dataset[index] for index in range(len(samples))],
+        pictures=len(samples),
+        work=tuple(work for stage in stages for work in stage.work),
+    )
+    return Setting(
+        name=f"{sizes_name(sizes)}, {preprocess.image_size} pixels",
+        sizes=sizes,
+        stages=(*stages, both),
+        whole="decode and views",
+    )
+
+
+def stages_of(
+    samples: Sequence[Sample], preprocess: Preprocess, views: int, kind: ViewKind, seed: int
+) -> tuple[Stage, Stage]:
+    """Return the stages of reading pictures and of making their views, each by itself."""
+    images = [read_image(sample.path) for sample in samples]
+    seeds = [image_seed(seed, sample.id) for sample in samples]
     read = sum(image.width * image.height * 3 for image in images)
     made = len(samples) * views * 3 * preprocess.image_size**2 * torch.float32.itemsize
 
     def make() -> list[Tensor]:
-        return [
-            make_views(image, preprocess, views, kind, seed) for image, seed in zip(images, seeds, strict=True)
-        ]  # fmt: skip
+        return [make_views(image, preprocess, views, kind, own) for image, own in zip(images, seeds, strict=True)]
 
-    return Setting(
-        name=sizes_name(sizes) + f", {preprocess.image_size} pixels",
-        sizes=sizes,
-        stages=(
-            Stage(
-                name="decode",
-                inside="reading the files and decoding them to RGB pixels",
-                call=lambda: [read_image(sample.path) for sample in samples],
-                pictures=len(samples),
-                work=(Work(0, read),),
-            ),
-            Stage(
-                name="views",
-                inside="drawing the boxes of decoded pictures, cutting, resizing and normalising",
-                call=make,
-                pictures=len(samples),
-                work=(Work(0, read + made),),
-            ),
-            Stage(
-                name="decode and views",
-                inside="files to views, as the loops read them in one process",
-                call=lambda: [dataset[index] for index in range(len(samples))],
-                pictures=len(samples),
-                work=(Work(0, read), Work(0, read + made)),
-            ),
+    return (
+        Stage(
+            name="decode",
+            inside="reading the files and decoding them to RGB pixels",
+            call=lambda: [read_image(sample.path) for sample in samples],
+            pictures=len(samples),
+            work=(Work(0, read),),
         ),
-        whole="decode and views",
+        Stage(
+            name="views",
+            inside="drawing the boxes of decoded pictures, cutting, resizing and normalising",
+            call=make,
+            pictures=len(samples),
+            work=(Work(0, read + made),),
+        ),
     )

@@ -21,17 +21,24 @@ def test_figures_follow_from_times_and_limits() -> None:
         )
     )
     setting = Setting(
-        name="two", sizes={"views": 4}, stages=stages, whole="all", ratios=(Ratio("overhead", "all", "encode", "why"),)
+        name="two",
+        sizes={"views": 4},
+        stages=stages,
+        whole="all",
+        ratios=(
+            Ratio("overhead", "all", ("encode",), "why"),
+            Ratio("loop", "all", ("encode", "adapt"), ""),
+        ),
     )
     times = {"encode": Times((100, 120, 200)), "adapt": Times((40, 30, 50)), "all": Times((160, 150, 400))}
     memory = {"encode": Memory(100, 10), "adapt": None, "all": Memory(120, 20)}
     lines = figures_of(setting, Interleaved(times, memory, {"float32": 100e9}, 100e9))
     assert [(line["kind"], line["name"]) for line in lines] == [
-        ("stage", "encode"), ("stage", "adapt"), ("stage", "all"), ("ratio", "overhead"), ("limit", "float32 products"),
-        ("limit", "bandwidth"),
+        ("stage", "encode"), ("stage", "adapt"), ("stage", "all"), ("ratio", "overhead"), ("ratio", "loop"),
+        ("limit", "float32 products"), ("limit", "bandwidth"),
     ]  # fmt: skip
     assert all(set(line) == {"setting", *SIZES, *MEASURED} for line in lines)
-    encode, adapt, whole, ratio, rate, bandwidth = lines
+    encode, adapt, whole, ratio, loop, rate, bandwidth = lines
     assert (encode["best"], encode["median"], encode["spread"], encode["rounds"]) == (100, 120, 50, 3)
     assert encode["share"] == 120 / 160
     assert encode["pictures_per_second"] == pytest.approx(4 / 0.120)
@@ -45,6 +52,7 @@ def test_figures_follow_from_times_and_limits() -> None:
     assert (adapt["peak_mib"], whole["peak_mib"], whole["extra_mib"], whole["share"]) == (None, 120, 20, 1)
     # The best ratio is that of the best times; the median is that of the ratios of the rounds.
     assert (ratio["best"], ratio["median"], ratio["unit"]) == (1.5, 1.6, "1")
+    assert (loop["best"], loop["median"]) == (150 / 130, 160 / 140)
     assert (rate["best"], rate["unit"], bandwidth["best"], bandwidth["unit"]) == (100, "GFLOP/s", 100, "GB/s")
 
 
