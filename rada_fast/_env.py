@@ -313,6 +313,13 @@ def has_native_products(dtype: str) -> bool:
     return cpu_capability().startswith("AVX512") and bool(names[dtype] & _processor_flags())
 
 
+def has_onednn() -> bool:
+    """Return whether PyTorch has oneDNN's products for x86 processors."""
+    import torch
+
+    return platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+
+
 @cache
 def _processor_flags() -> frozenset[str]:
     """Return the names that the system gives to the processor's instruction sets, none where it gives no list.

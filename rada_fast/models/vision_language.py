@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import logging
 import math
-import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,15 +18,12 @@ from rada_fast import _env
 from rada_fast.config.options import ModelOptions
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
+from rada_fast.models.image_encoder import ImageEncoder
 from rada_fast.models.trained import MAX_CHAINED_RUNS, TrainedRun, open_run
+from rada_fast.models.weights import EMBEDDED, RANDOM, is_tag, parts_of, parts_of_embedded
 from rada_fast.system import memory, notices
 
 Precision = Literal["float32", "bfloat16", "float16"]
-
-EMBEDDED = "embedded"
-RANDOM = "random"
-_QUICK_GELU = "-quickgelu"
-"""The ending of the names of open_clip's models with the activation QuickGELU."""
 
 
 def precision_on(device: torch.device, asked: Precision) -> Precision:
@@ -86,6 +79,7 @@ class VisionLanguageModel:
         self.device = device
         self.precision_asked: Precision = precision
         self.precision: Precision = precision_on(device, precision)
+        self._image_encoder = ImageEncoder(self.model, getattr(torch, self.precision))
         with torch.no_grad():
             # The model itself tells its width, so that no table of widths has to follow open_clip.
             probe = self.model.encode_text(tokenizer(["a"]).to(device))
@@ -127,9 +121,12 @@ class VisionLanguageModel:
 
     def image_features_with_grad(self, images: Tensor) -> Tensor:
         """Encode images (N, 3, S, S) to unit-norm features (N, D) float32, with gradients if the encoder is trained."""
+        return normalize(self._encode_by_module(images.to(self.device)).float(), dim=-1)
+
+    def _encode_by_module(self, images: Tensor) -> Tensor:
         with self._arithmetic():
-            features = self.model.encode_image(images.to(self.device))
-        return normalize(features.float(), dim=-1)
+            features: Tensor = self.model.encode_image(images)
+        return features
 
     @torch.no_grad()
     def image_features(self, views: Tensor) -> Tensor:
@@ -137,7 +134,10 @@ class VisionLanguageModel:
 
         It reads nothing back from the device, so the features are not checked: see check_features.
         """
-        return self.image_features_with_grad(views)
+        images = views.to(self.device)
+        prepared = self._image_encoder.prepared_for(images)
+        features = self._encode_by_module(images) if prepared is None else prepared(images)
+        return normalize(features.float(), dim=-1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, ids: Sequence[str] = ()) -> Tensor:
@@ -271,7 +271,7 @@ def load_model(
     memory.keep_freed_memory()
     runs = _run_chain(name, pretrained)
     start, start_seed = (runs[-1].pretrained, runs[-1].seed) if runs else (pretrained, seed)
-    model, tokenizer, preprocess = _parts_of_embedded(start) if name == EMBEDDED else _parts_of(name, start, start_seed)
+    model, tokenizer, preprocess = parts_of_embedded(start) if name == EMBEDDED else parts_of(name, start, start_seed)
     if (
         runs
         and len({run.fingerprint for run in runs}) == 1
@@ -293,16 +293,12 @@ def load_model(
     )
 
 
-Parts = tuple[nn.Module, Callable[[list[str]], Tensor], Preprocess]
-"""A model with its weights, its tokenizer, and the form in which it expects images."""
-
-
 def _run_chain(name: str, pretrained: str | None) -> list[TrainedRun]:
     """Return the run that --pretrained names, the run it started from, and so on; an empty list for other weights."""
     runs: list[TrainedRun] = []
     while pretrained is not None and pretrained != RANDOM and len(runs) < MAX_CHAINED_RUNS:
         path = Path(pretrained)
-        run = open_run(path) if (path.is_dir() or path.is_file()) and not _is_tag(name, pretrained) else None
+        run = open_run(path) if (path.is_dir() or path.is_file()) and not is_tag(name, pretrained) else None
         if run is None:
             break
         if run.model != name:
@@ -310,186 +306,3 @@ def _run_chain(name: str, pretrained: str | None) -> list[TrainedRun]:
         runs.append(run)
         pretrained = run.pretrained
     return runs
-
-
-def _is_tag(name: str, pretrained: str) -> bool:
-    if name == EMBEDDED:
-        return False
-    import open_clip
-
-    return pretrained in open_clip.list_pretrained_tags_by_model(name)
-
-
-def _parts_of(name: str, pretrained: str | None, seed: int) -> Parts:
-    import open_clip
-
-    if name not in open_clip.list_models():
-        close = difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.4)
-        advice = f"; close: {', '.join(close)}" if close else ""
-        raise UserError(f"model {name!r} is neither one of open_clip's nor 'embedded'{advice}")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None:
-        raise UserError(
-            f"model {name} needs --pretrained: a tag ({', '.join(tags[:6]) or 'it has none'}), a weights file, "
-            f'or "{RANDOM}" to try the machinery without weights'
-        )
-    if pretrained != RANDOM and pretrained not in tags and not Path(pretrained).expanduser().is_file():
-        raise UserError(
-            f"pretrained {pretrained!r} is neither a file nor a tag of {name} ({', '.join(tags) or 'it has none'})"
-        )
-    model = _create(name, pretrained, seed)
-    config = model.visual.preprocess_cfg
-    size = config["size"]
-    preprocess = Preprocess(
-        size if isinstance(size, int) else int(size[0]),
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        "bilinear" if config["interpolation"] == "bilinear" else "bicubic",
-        "squash" if config["resize_mode"] == "squash" else "shortest",
-    )
-    try:
-        with _quiet_log():
-            tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # a tokenizer of another library may be missing or impossible to download
-        raise UserError(f"model {name}: its tokenizer cannot be made: {_one_line(error)}") from None
-    return model, tokenizer, preprocess
-
-
-def _create(name: str, pretrained: str, seed: int) -> Any:
-    """Make a model of open_clip with weights. Its errors and warnings become one line each."""
-    import open_clip
-
-    if pretrained == RANDOM:
-        try:
-            with _quiet_log(), torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
-                torch.default_generator.manual_seed(seed)
-                return open_clip.create_model(name, pretrained_text=False)
-        except Exception as error:  # a text encoder of another library may be missing or impossible to download
-            raise UserError(f"model {name} cannot be built: {_one_line(error)}") from None
-    is_tag = pretrained in open_clip.list_pretrained_tags_by_model(name)
-    source = pretrained if is_tag else str(Path(pretrained).expanduser())
-    record = _record_of_tag(name, pretrained) if is_tag else _record_of_file(name, Path(source))
-    if record is not None:
-        _warn_of_quick_gelu(name, source, bool(record.get("quick_gelu", False)))
-    elif any("openai" in re.split(r"[^a-z0-9]", part.lower()) for part in Path(source).parts[-2:]):
-        # All of OpenAI's weights were trained with QuickGELU, whatever model they are loaded into.
-        _warn_of_quick_gelu(name, source, True)
-    try:
-        with _quiet_log(), warnings.catch_warnings():
-            # A clearer warning was given above, and an archive that cannot be loaded becomes an error below.
-            warnings.filterwarnings("ignore", message="QuickGELU mismatch", category=UserWarning)
-            warnings.filterwarnings("ignore", message=".*looks like a TorchScript archive", category=UserWarning)
-            return open_clip.create_model(
-                name,
-                pretrained=source,
-                weights_only=True,
-                force_preprocess_cfg=None if is_tag else _preprocess_of_file(name, record),
-            )
-    except Exception as error:  # a damaged or hostile file, or a hub that cannot be reached, may raise anything
-        reason = _one_line(error)
-    if is_tag and "Failed to download" in reason:
-        raise UserError(
-            f"pretrained {pretrained!r} of {name} could not be downloaded; fetch it where there is a network and "
-            f"give the file instead ({reason})"
-        )
-    if "TorchScript" in reason:
-        reason = " without executing code: it is a TorchScript archive; save its state_dict as safetensors"
-    # PyTorch's own message would advise the user to load the file without this protection.
-    elif "weights_only" in reason or "allow_pickle" in reason:
-        reason = " without executing code: it is damaged, or holds more than plain tensors"
-    elif "loading state_dict" in reason:
-        reason = f", its tensors do not fit: {reason}"
-    else:
-        reason = f": {reason}"
-    raise UserError(f"pretrained {'weights' if is_tag else 'file'} {source} does not load into {name}{reason}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _record_of_tag(name: str, tag: str) -> dict[str, Any]:
-    """Return open_clip's record of the weights of a tag: their activation, preprocessing and origin."""
-    from open_clip.pretrained import get_pretrained_cfg
-
-    return dict(get_pretrained_cfg(name, tag))
-
-
-def _record_of_file(name: str, path: Path) -> dict[str, Any] | None:
-    """Return the record of the tag whose repository or name occurs in the path of the file, or None."""
-    import open_clip
-
-    base = name.removesuffix(_QUICK_GELU)
-    records = {
-        tag: _record_of_tag(model, tag)
-        for model in (base, base + _QUICK_GELU)
-        for tag in open_clip.list_pretrained_tags_by_model(model)
-    }
-    folders = {part.lower() for part in path.absolute().parent.parts}
-    for record in records.values():
-        owner, _, repository = str(record.get("hf_hub") or "").lower().partition("/")
-        repository = repository.partition("/")[0]
-        if repository and folders & {repository, f"models--{owner}--{repository}"}:
-            return record
-    # The longest names come first, because "dfn2b_s39b" contains "dfn2b", which is another tag.
-    for tag in sorted(records, key=len, reverse=True):
-        if re.search(rf"(?<![a-z0-9]){re.escape(tag)}(?![a-z0-9])", path.name.lower().replace("-", "_")):
-            return records[tag]
-    return None
-
-
-def _preprocess_of_file(name: str, record: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the preprocessing for the weights in a file: that of its record, or what all tags of a model share.
-
-    open_clip itself uses the statistics of OpenAI for every file, which are wrong for SigLIP and some other models.
-    """
-    import open_clip
-
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    records = (
-        [record]
-        if record is not None
-        else [_record_of_tag(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-    )
-    found = [{key: known[key] for key in keys if known.get(key) is not None} for known in records]
-    return found[0] if found and all(one == found[0] for one in found) else None
-
-
-def _warn_of_quick_gelu(name: str, pretrained: str, wants: bool) -> None:
-    """Warn if the weights were trained with another activation than that of the model."""
-    import open_clip
-
-    has = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
-    if wants == has:
-        return
-    twin = name.removesuffix(_QUICK_GELU) if has else name + _QUICK_GELU
-    advice = f"; use {twin}" if twin != name and twin in open_clip.list_models() else ""
-    trained, built = ("QuickGELU", "GELU") if wants else ("GELU", "QuickGELU")
-    warnings.warn(
-        f"QuickGELU mismatch: the weights {pretrained} were trained with {trained}, the model {name} has {built}, "
-        f"which quietly costs accuracy{advice}",
-        UserWarning,
-        stacklevel=4,
-    )
-
-
-@contextmanager
-def _quiet_log() -> Iterator[None]:
-    """Suppress the log lines of open_clip. Their important contents become errors or warnings of this program."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(previous)
-
-
-def _parts_of_embedded(pretrained: str | None) -> Parts:
-    from rada_fast.embedded import model as embedded
-    from rada_fast.embedded.world import IMAGE_SIZE
-
-    if pretrained is not None:
-        raise UserError(f"pretrained must be left out for the embedded model, or name a run of fft, got {pretrained!r}")
-    model, tokenizer = embedded.load()
-    return model, tokenizer, Preprocess(IMAGE_SIZE, embedded.MEAN, embedded.STD)

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from rada_fast.config.options import ModelOptions
 from rada_fast.errors import UserError
-from rada_fast.models.vision_language import AbsentModel, VisionLanguageModel, _record_of_file, load_model, open_model
+from rada_fast.models.vision_language import AbsentModel, VisionLanguageModel, load_model, open_model
+from rada_fast.models.weights import _record_of_file
 
 SMALL = {
     "embed_dim": 16,

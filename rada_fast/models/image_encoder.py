@@ -1,0 +1,384 @@
+"""Compute image features with open_clip's vision transformer in fewer steps than its modules take, without gradients.
+
+The numbers are the module's within rounding. What differs:
+
+- The last block computes one token, the one that is pooled. Its keys and values are those of all tokens.
+- The weights are converted to the precision, and on a CPU reordered for oneDNN's products, once and not in each call.
+- A product adds its bias, applies the activation and adds the residual while its result is in the cache. QuickGELU,
+  x sigmoid(1.702 x), is SiLU of 1.702 x divided by 1.702, and both factors become part of the weights around it.
+- A CPU encodes few images at a time, so that what one step writes is still in the cache when the next one reads it.
+- The last normalisation and the projection, which are of one token, are computed in float32 in every precision.
+
+An image encoder of another kind, or one that has been changed (a hook, a replaced layer), is called as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rada_fast import _env
+
+CPU_CHUNK = 8
+"""The most images that a CPU encodes at a time. Measured with ViT-B/16 on two cores, see docs/measurements.md."""
+
+CPU_QUERIES = 16
+"""How often a CPU computes the attention of the pooled token. The float32 products of fewer rows have results that
+depend on where the numbers lie in memory, and with it on the number of images."""
+
+_QUICK_GELU_FACTOR = 1.702
+
+Product = Callable[[Tensor], Tensor]
+Sum = Callable[[Tensor, Tensor], Tensor]
+
+
+class Norm(NamedTuple):
+    """A layer normalisation: its parameters, and whether it computes in float32 whatever the type of its input."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    in_float32: bool
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Normalise rows (..., W)."""
+        given = rows.float() if self.in_float32 else rows
+        return functional.layer_norm(given, self.weight.shape, self.weight, self.bias, self.eps).to(rows.dtype)
+
+
+class Block(NamedTuple):
+    """A residual block.
+
+    norm_1, norm_2: the normalisations before the attention and before the MLP.
+    queries: the projection to the queries; None in all blocks but the last, where keys_values projects to them too.
+    keys_values: the projection to queries, keys and values, or in the last block to keys and values.
+    output: the projection of the attention's result, plus the residual.
+    hidden: the first layer of the MLP with its activation.
+    mlp_output: the second layer of the MLP, plus the residual.
+    """
+
+    norm_1: Norm
+    queries: Product | None
+    keys_values: Product
+    output: Sum
+    norm_2: Norm
+    hidden: Product
+    mlp_output: Sum
+
+
+class VisionTransformer:
+    """The prepared weights of an open_clip VisionTransformer that reason_not_served lets pass, and its arithmetic.
+
+    They take as much memory as the module's own weights in that type.
+
+    visual: the module.
+    dtype: the type in which it computes.
+    """
+
+    def __init__(self, visual: Any, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._device = visual.proj.device if visual.proj is not None else visual.class_embedding.device
+        self._patch_size = tuple(visual.patch_size)
+        self.image_size = tuple(visual.image_size)
+        blocks = visual.transformer.resblocks
+        self._heads = int(blocks[0].attn.num_heads)
+        # The patches are rows of a product. The class token and the positions are added in the module's type.
+        self._patches = self._product(visual.conv1.weight.flatten(1), None)
+        self._positions = self._converted(visual.positional_embedding)
+        self._class_token = self._converted(visual.class_embedding)
+        self._norm_pre = self._norm(visual.ln_pre, dtype)
+        self._blocks = [self._block(block, last=False) for block in blocks[:-1]]
+        self._last_block = self._block(blocks[-1], last=True)
+        self._norm_post = self._norm(visual.ln_post, torch.float32)
+        self._projection = None if visual.proj is None else self._product(visual.proj.T, None, dtype=torch.float32)
+
+    def _converted(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return parameter.detach().to(dtype or self._dtype)
+
+    def _norm(self, norm: nn.Module, dtype: torch.dtype) -> Norm | None:
+        if isinstance(norm, nn.Identity):
+            return None
+        norm = cast(nn.LayerNorm, norm)
+        in_float32 = type(norm).__name__ == "LayerNormFp32"
+        # A CPU normalises rows of a low precision with float32 parameters. A GPU wants both in one type.
+        if in_float32 or self._device.type == "cpu":
+            dtype = torch.float32
+        return Norm(self._converted(norm.weight, dtype), self._converted(norm.bias, dtype), norm.eps, in_float32)
+
+    def _product(
+        self, weight: Tensor, bias: Tensor | None, activation: str = "none", *, dtype: torch.dtype | None = None
+    ) -> Product:
+        make = _reordered_product if _reorders(self._device.type, dtype or self._dtype) else _plain_product
+        return make(self._converted(weight, dtype), None if bias is None else self._converted(bias), activation)
+
+    def _sum(self, weight: Tensor, bias: Tensor) -> Sum:
+        make = _reordered_sum if _reorders(self._device.type, self._dtype) else _plain_sum
+        return make(self._converted(weight), self._converted(bias))
+
+    def _block(self, block: Any, *, last: bool) -> Block:
+        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        width = weight.shape[1]
+        hidden, mlp_output = block.mlp.c_fc, block.mlp.c_proj
+        factor, activation = 1.0, "gelu"
+        if type(block.mlp.gelu).__name__ == "QuickGELU":
+            factor, activation = _QUICK_GELU_FACTOR, "silu"
+        scale_1, scale_2 = (getattr(scale, "gamma", 1.0) for scale in (block.ls_1, block.ls_2))
+        return Block(
+            cast(Norm, self._norm(block.ln_1, self._dtype)),
+            self._product(weight[:width], bias[:width]) if last else None,
+            self._product(weight[width:], bias[width:]) if last else self._product(weight, bias),
+            self._sum(*_scaled(block.attn.out_proj, scale_1)),
+            cast(Norm, self._norm(block.ln_2, self._dtype)),
+            self._product(factor * hidden.weight, factor * hidden.bias, activation),
+            self._sum(*_scaled(mlp_output, scale_2, 1 / factor)),
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode images (N, 3, S, S) float32 on the device to features (N, D) float32 that are not normalised."""
+        if images.device.type == "cpu" and len(images) > CPU_CHUNK:
+            return torch.cat([self._encode(chunk) for chunk in images.split(CPU_CHUNK)])
+        with _attention_kernels(images.device):
+            return self._encode(images)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        rows = self._embed(images)  # (N, L, W)
+        for block in self._blocks:
+            rows = self._through(block, rows)
+        pooled = self._pooled_through(self._last_block, rows).float()  # (N, W)
+        if self._norm_post is not None:
+            pooled = self._norm_post(pooled)
+        return pooled if self._projection is None else self._projection(pooled)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        number, channels, height, width = images.shape
+        patch_height, patch_width = self._patch_size
+        patches = images.to(self._dtype).reshape(
+            number, channels, height // patch_height, patch_height, width // patch_width, patch_width
+        )
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, L - 1, 3 * P * P)
+        embedded = self._patches(patches)
+        rows = embedded.new_empty(number, embedded.shape[1] + 1, embedded.shape[2])
+        rows[:, 0] = self._class_token + self._positions[0]
+        torch.add(embedded, self._positions[1:], out=rows[:, 1:])
+        return rows if self._norm_pre is None else self._norm_pre(rows)
+
+    def _through(self, block: Block, rows: Tensor) -> Tensor:
+        queries, keys, values = block.keys_values(block.norm_1(rows)).chunk(3, dim=-1)
+        rows = block.output(self._attend(queries, keys, values), rows)
+        return block.mlp_output(block.hidden(block.norm_2(rows)), rows)
+
+    def _pooled_through(self, block: Block, rows: Tensor) -> Tensor:
+        """Return the class token (N, W) after the last block."""
+        normalised = block.norm_1(rows)
+        keys, values = block.keys_values(normalised).chunk(2, dim=-1)
+        assert block.queries is not None
+        queries = block.queries(normalised[:, :1].contiguous())
+        if rows.device.type == "cpu":
+            queries = queries.expand(-1, CPU_QUERIES, -1)
+        pooled = block.output(self._attend(queries, keys, values)[:, 0], rows[:, 0].contiguous())
+        return block.mlp_output(block.hidden(block.norm_2(pooled)), pooled)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend with every head. queries (N, L', W), keys and values (N, L, W). Returns (N, L', W)."""
+        heads = (part.unflatten(-1, (self._heads, -1)).transpose(1, 2) for part in (queries, keys, values))
+        return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+def _scaled(layer: nn.Linear, scale: Tensor | float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias of a layer whose input is multiplied by a factor, and whose output by a scale."""
+    weight = layer.weight * (scale[:, None] if isinstance(scale, Tensor) else scale) * factor
+    return weight, layer.bias * scale
+
+
+def _attention_kernels(device: torch.device) -> AbstractContextManager[Any]:
+    """Choose PyTorch's attention kernel: cuDNN's on Hopper, where it is the fastest; elsewhere PyTorch decides."""
+    if device.type != "cuda" or _env.cuda_device_capability(device.index)[0] != 9:
+        return nullcontext()
+    kernels = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return cast(AbstractContextManager[Any], sdpa_kernel(kernels, set_priority=True))
+
+
+def _plain_product(weight: Tensor, bias: Tensor | None, activation: str) -> Product:
+    def product(rows: Tensor) -> Tensor:
+        result = functional.linear(rows, weight, bias)
+        match activation:
+            case "gelu":
+                return functional.gelu(result)
+            case "silu":
+                return functional.silu(result, inplace=True)
+        return result
+
+    return product
+
+
+def _plain_sum(weight: Tensor, bias: Tensor) -> Sum:
+    def plus_product(rows: Tensor, residual: Tensor) -> Tensor:
+        return functional.linear(rows, weight, bias).add_(residual)
+
+    return plus_product
+
+
+_POINTWISE = {"none": ("none", ""), "gelu": ("gelu", "none"), "silu": ("swish", "")}
+"""The names that oneDNN's operators of PyTorch have for the activations."""
+
+
+def _reordered_product(weight: Tensor, bias: Tensor | None, activation: str) -> Product:
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
+    name, algorithm = _POINTWISE[activation]
+
+    def product(rows: Tensor) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, reordered, bias, name, [], algorithm)
+        return result
+
+    return product
+
+
+def _reordered_sum(weight: Tensor, bias: Tensor) -> Sum:
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def plus_product(rows: Tensor, residual: Tensor) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, residual, reordered, bias, "add")
+        return result
+
+    return plus_product
+
+
+@cache
+def _reorders(device: str, dtype: torch.dtype) -> bool:
+    """Return whether oneDNN multiplies this type with reordered weights here.
+
+    Compiled models of PyTorch call the same operators. On an AMD processor oneDNN multiplies float32 more than twice as
+    fast as PyTorch's own products, whose library does not use AVX-512 there.
+    """
+    if device != "cpu" or not _env.has_onednn():
+        return False
+    try:
+        weight, bias, rows = (
+            torch.ones(16, 16, dtype=dtype),
+            torch.ones(16, dtype=dtype),
+            torch.ones(2, 16, dtype=dtype),
+        )
+        products = [_reordered_product(weight, bias, activation)(rows) for activation in _POINTWISE]
+        total = _reordered_sum(weight, bias)(rows, rows)
+    except (AttributeError, RuntimeError):  # this PyTorch has other operators, or this processor lacks instructions
+        return False
+    return bool((products[0] == 17).all() and (total == 18).all())
+
+
+def reason_not_served(model: Any) -> str | None:
+    """Return why the image encoder of a model is called as a module, or None where VisionTransformer computes it."""
+    from open_clip import model as models
+    from open_clip import transformer
+
+    visual = model.visual
+    served = (models.CLIP.encode_image, models.CustomTextCLIP.encode_image)
+    if getattr(type(model), "encode_image", None) not in served or "encode_image" in vars(model):
+        return "encode_image is not open_clip's"
+    if type(visual) is not transformer.VisionTransformer:
+        return f"the image encoder is a {type(visual).__name__}"
+    if visual.attn_pool is not None or visual.pool_type != "tok" or visual.output_tokens:
+        return "it does not pool the class token alone"
+    if not visual.transformer.batch_first or not len(visual.transformer.resblocks):
+        return "its blocks are arranged in another way"
+    norms = (transformer.LayerNorm, transformer.LayerNormFp32, nn.LayerNorm)
+    plain = (transformer.VisionTransformer, transformer.Transformer, nn.ModuleList, nn.Sequential, nn.Conv2d)
+    known = {
+        transformer.ResidualAttentionBlock: _is_known_block,
+        nn.MultiheadAttention: _is_known_attention,
+        transformer.PatchDropout: lambda module: not module.training,
+        nn.GELU: lambda module: module.approximate == "none",
+    }
+    always = {*norms, *plain, nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Identity}
+    always |= {transformer.QuickGELU, transformer.LayerScale}
+    hooks = nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return "hooks of all modules are called"
+    for name, module in visual.named_modules():
+        if type(module) not in always and not known.get(type(module), lambda _: False)(module):
+            return f"its {name} is a {type(module).__name__} with other options, or one that is not open_clip's"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"its {name or 'module'} has a hook"
+    if not all(isinstance(norm, nn.Identity | nn.LayerNorm) for norm in (visual.ln_pre, visual.ln_post)):
+        return "its normalisations are of another kind"
+    for name, parameter in visual.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.dtype != torch.float32 or parameter.is_inference():
+            return f"its {name} is no ordinary parameter in float32"
+    return None
+
+
+def _is_known_block(block: Any) -> bool:
+    norms = isinstance(block.ln_1, nn.LayerNorm) and isinstance(block.ln_2, nn.LayerNorm)
+    layers = list(block.mlp.named_children()) if type(block.mlp) is nn.Sequential else []
+    kinds = [(name, isinstance(layer, nn.Linear)) for name, layer in layers]
+    return (
+        norms
+        and kinds == [("c_fc", True), ("gelu", False), ("c_proj", True)]
+        and block.mlp.c_fc.bias is not None
+        and block.mlp.c_proj.bias is not None
+        and not hasattr(block, "ln_1_kv")
+    )
+
+
+def _is_known_attention(attention: Any) -> bool:
+    return (
+        attention._qkv_same_embed_dim
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention.out_proj.bias is not None
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+        and not (attention.training and attention.dropout)
+    )
+
+
+class ImageEncoder:
+    """The image encoder of a model: it prepares the weights, and prepares them anew when they have changed.
+
+    A change by way of parameter.data, which PyTorch does not count, is not noticed unless it replaces the memory.
+
+    model: the module of open_clip, which may be trained or changed between two calls.
+    dtype: the type in which the encoder computes.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+        self._prepared: VisionTransformer | None = None
+        self._parameters: list[tuple[int, int]] = []
+
+    def prepared_for(self, images: Tensor) -> VisionTransformer | None:
+        """Return the function that encodes these images, or None where the module has to do it."""
+        device = images.device.type
+        if (
+            type(images) is not Tensor
+            or images.dtype != torch.float32
+            or images.dim() != 4
+            or not len(images)
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(device)
+            or (device == "cpu" and self._dtype == torch.float16)
+            or reason_not_served(self._model) is not None
+        ):
+            return None
+        parameters = list(self._state())
+        if self._prepared is None or parameters != self._parameters:
+            self._prepared = None  # the memory of the old weights serves the new ones
+            self._prepared = VisionTransformer(self._model.visual, self._dtype)
+            self._parameters = parameters
+        return self._prepared if tuple(images.shape[1:]) == (3, *self._prepared.image_size) else None
+
+    def _state(self) -> Iterator[tuple[int, int]]:
+        """Yield where each parameter lies and how often it was changed: a change makes the prepared weights stale."""
+        for parameter in self._model.visual.parameters():
+            yield parameter.data_ptr(), parameter._version
