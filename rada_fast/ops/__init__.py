@@ -11,6 +11,7 @@ from rada_fast.ops.multi_view_crops import (
     whole_view,
 )
 from rada_fast.ops.prediction_losses import prediction_loss, prediction_loss_and_gradient
+from rada_fast.ops.prepared_adapter import PreparedAdapter
 from rada_fast.ops.rational_adapter import (
     AdapterOutput,
     rational_adapter,
@@ -26,6 +27,7 @@ __all__ = [
     "AdapterOutput",
     "AugmixPlan",
     "EpisodicOptimizer",
+    "PreparedAdapter",
     "augmix",
     "backends",
     "episodic_optimizer_step",
