@@ -153,7 +153,10 @@ class FFTOptions:
     batch_size: int = 512
     """Images per step (paper: 512)."""
     micro_batch: int | None = None
-    """Split a step into parts of this many images to save memory; gradients are accumulated."""
+    """Split a step into parts of this many images to save memory; gradients are accumulated. Default: as many as
+    fit into 1 GiB on a CPU and 8 GiB on a GPU."""
+    grad_checkpointing: bool = False
+    """RAda-FT: let the image encoder compute its activations again in the backward pass, which saves memory."""
     lr: float = 4e-3
     """Learning rate of RAda (paper: 4e-3)."""
     finetune_lr: float = 4e-6

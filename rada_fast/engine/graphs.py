@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,13 +39,16 @@ class GroupInputs(NamedTuple):
         return [self.views, self.text_features, self.logit_scale, *self.initial.values()]
 
 
-class Recording:
+Result = TypeVar("Result")
+
+
+class Recording(Generic[Result]):
     """Record the launches of a call in a CUDA graph, and replay them.
 
     call: reads and writes the same memory whenever it is called, and returns tensors on the device.
     """
 
-    def __init__(self, call: Callable[[], GroupLogits], device: torch.device) -> None:
+    def __init__(self, call: Callable[[], Result], device: torch.device) -> None:
         # What the call keeps belongs to the graph, whose launches hold only its addresses.
         self._device, self._call = device, call
         self._graph = torch.cuda.CUDAGraph()
@@ -82,7 +85,7 @@ class Recording:
             yield
             self._last_use.record(stream)
 
-    def replay(self) -> GroupLogits:
+    def replay(self) -> Result:
         """Queue the launches on the current stream. Returns the call's result, which the next replay overwrites."""
         self._graph.replay()
         return self._result

@@ -15,21 +15,14 @@ from torch import Tensor
 
 from rada_fast.config.commands import EFTOptions
 from rada_fast.data.sources import Source, base_and_new
-from rada_fast.engine.episodes import make_optimizer
+from rada_fast.engine.optimizers import training_optimizer
+from rada_fast.engine.steps import Gradients, Objective, TrainingStep
+from rada_fast.engine.training import Batch, Plan, efficient_rate, epoch_name, feature_batches, shuffled, training_time
 from rada_fast.errors import UserError
 from rada_fast.loops.evaluate import EvaluationData, EvaluationSet, encode_evaluation, evaluate_sets
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
-from rada_fast.loops.training import (
-    Batch,
-    Plan,
-    Training,
-    shuffled,
-    step_loss,
-    train,
-    training_time,
-    warm_up_then_cosine,
-)
+from rada_fast.loops.training import Training, train
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
 from rada_fast.models.image_features import Features, encode_crops, features_of
@@ -37,8 +30,6 @@ from rada_fast.reports.summary import accuracy_of, already_finished, finish, har
 from rada_fast.runs.folder import RunFolder, reset_peak_memory
 
 IMAGES, STATE = "images.jsonl", "state.pt"
-WARMUP_LR = 1e-5
-"""The learning rate of the one warm-up epoch in the published configurations."""
 MOMENTUM = 0.9
 """The momentum of SGD in the published configurations."""
 
@@ -172,48 +163,38 @@ def train_adapter(
     """
     setup, seed = task.setup, options.run.seed
     adapter = setup.adapter
-    optimizer = make_optimizer(
+    optimizer = training_optimizer(
         adapter.parameters(), options.optimizer, lr=options.lr, weight_decay=options.weight_decay, momentum=MOMENTUM
     )
     training = Training(folder, STATE, adapter, optimizer)
-    warmup_lr = min(WARMUP_LR, options.lr)
-
-    def rate(epoch: int, step: int) -> float:
-        """Return the learning rate of a step: one warm-up epoch, then a cosine that falls to zero at the end."""
-        if options.schedule == "constant" or options.epochs == 1:
-            return options.lr
-        return warm_up_then_cosine(options.lr, epoch, options.epochs, warmup=0) if epoch else warmup_lr
+    objective = Objective(options.penalty, options.penalty_weight)
+    step = TrainingStep(Gradients(adapter, setup.text, setup.logit_scale, objective), optimizer)
 
     def batches(epoch: int) -> Iterator[Batch]:
-        """Yield the features and labels of each step, in an order that depends on the seed and the epoch alone.
+        """Yield the batches of an epoch, in an order that depends on the seed and the epoch alone.
 
         The features are those of the fixed centre views, or of random crops that depend on the seed, the epoch and the
         image alone.
         """
-        features, name = task.features, training.epoch_name(epoch)
+        features, name = task.features, epoch_name(None, epoch)
         if options.train_views == "crop":
             model, images = setup.model.loaded(), task.images.samples
             title = f"encode epoch {epoch + 1}"
             features = encode_crops(images, model, title=title, seed=seed, draw=name, workers=options.run.workers)
         training.note_unreadable(features.unreadable)
-        inputs, labels = features.features.to(setup.device), features.labels.to(setup.device)
-        for batch in shuffled(len(labels), options.batch_size, seed, name):
-            batch = batch.to(setup.device)
-            yield inputs[batch], labels[batch]
-
-    def loss(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits, penalty = adapter(features, setup.text, setup.logit_scale, penalty=options.penalty)
-        return step_loss(logits, penalty, target, options.penalty_weight)
+        order = shuffled(len(features.labels), seed, name)
+        return feature_batches(features.features, features.labels, order, options.batch_size, setup.device)
 
     def after_epoch(epoch: int, record: dict[str, Any]) -> None:
         if options.evaluate_every and (epoch + 1) % options.evaluate_every == 0:
             for name, records in evaluate_sets(sets, setup).items():
                 record[f"{name}_top1"] = accuracy_of(records, before="zero_shot", after="adapted")["adapted_top1"]
 
+    rate = efficient_rate(options.lr, options.schedule, options.epochs)
+    plan = Plan(options.epochs, rate, batches, options.lr, seed=seed)
     steps = -(-len(task.features.ids) // options.batch_size)
-    plan = Plan(options.epochs, steps, rate, options.lr, seed=seed)
     training.note_unreadable(task.features.unreadable)
-    resumed = train(training, plan, batches, loss, title="efficient fine-tuning", after_epoch=after_epoch)
+    resumed = train(training, step, plan, steps, title="efficient fine-tuning", after_epoch=after_epoch)
     return training, resumed
 
 

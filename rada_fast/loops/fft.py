@@ -9,58 +9,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import Tensor
 
 from rada_fast.config.commands import FFTOptions
 from rada_fast.data.sources import Source
-from rada_fast.data.views import image_seed
+from rada_fast.engine.full_training import Stage, learning_rate, stage_step
+from rada_fast.engine.training import Batch, ImageBatches, Plan, epoch_name, feature_batches, shuffled, training_time
 from rada_fast.errors import UserError
 from rada_fast.loops.evaluate import evaluate
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
-from rada_fast.loops.training import (
-    Batch,
-    Plan,
-    Training,
-    shuffled,
-    step_loss,
-    train,
-    training_time,
-    warm_up_then_cosine,
-)
+from rada_fast.loops.training import Training, train
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
-from rada_fast.models.image_features import Features, Unreadable, check_some_readable, features_of, iterate_views
+from rada_fast.models.image_features import Features, features_of
 from rada_fast.modules.rational_classifier import RationalClassifier
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, unreadable_records
 from rada_fast.runs.folder import RunFolder, reset_peak_memory
 
 IMAGES = "images.jsonl"
-TRAIN_CROP_SCALE = (0.9, 1.0)
-"""The smallest and the largest share of the picture in a training crop, as in the training defaults of open_clip."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One of the two stages of training.
-
-    name: "rada" or "rada-ft".
-    epochs: the number of epochs.
-    lr: the largest learning rate.
-    penalty_weight: the factor of the mask penalty in the loss.
-    trains_encoder: whether the stage trains the image encoder too.
-    """
-
-    name: str
-    epochs: int
-    lr: float
-    penalty_weight: float
-    trains_encoder: bool
 
 
 @dataclass(frozen=True)
@@ -164,90 +134,6 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
     return results, resumed
 
 
-@dataclass
-class Batches:
-    """The training batches of a stage, in an order that depends on the seed, the stage and the epoch alone.
-
-    task: the data and the set-up of the run.
-    stage: the stage of training.
-    batch_size: the number of images in a step.
-    crops: whether each epoch makes new random crops.
-    ids: the names of the images of the current step that are not encoded yet.
-    """
-
-    task: Task
-    stage: Stage
-    batch_size: int
-    crops: bool
-    ids: list[str] = field(default_factory=list)
-
-    @property
-    def fixed(self) -> Features | None:
-        """The features that every epoch uses, or None if each epoch reads the images."""
-        reads_images = self.stage.trains_encoder or (self.crops and self.task.images.holds_images)
-        return None if reads_images else self.task.features
-
-    @property
-    def steps(self) -> int:
-        """The largest number of steps in an epoch. A step is left out if none of its images can be read."""
-        fixed = self.fixed
-        count = len(self.task.images.samples) if fixed is None else len(fixed.labels)
-        return -(-count // self.batch_size)
-
-    def take_ids(self, count: int) -> list[str]:
-        """Remove the names of the next images of the current step from the list, and return them."""
-        taken, self.ids = self.ids[:count], self.ids[count:]
-        return taken
-
-    def epoch(self, epoch: int, training: Training) -> Iterator[Batch]:
-        """Yield the inputs and labels of each step of an epoch.
-
-        The inputs are images (B, 3, S, S), or unit-norm features (B, D) if every epoch uses the same features. Images
-        that cannot be read are recorded in the training. Raises UserError if no image can be read.
-        """
-        run = self.task.setup.options.run
-        name = training.epoch_name(epoch)
-        if (fixed := self.fixed) is not None:
-            training.note_unreadable(fixed.unreadable)
-            for step in shuffled(len(fixed.labels), self.batch_size, run.seed, name):
-                yield fixed.features[step], fixed.labels[step]
-            return
-        images = self.task.images.samples
-        unreadable = []
-        for step in shuffled(len(images), self.batch_size, run.seed, name):
-            samples = [images[index] for index in step.tolist()]
-            views, labels = [], []
-            self.ids = []
-            stream = iterate_views(
-                samples,
-                self.task.setup.model.loaded(),
-                views=0 if self.crops else 1,
-                kind="crop",
-                seed=image_seed(run.seed, f"{self.stage.name} views {epoch}"),
-                workers=run.workers,
-                crop_scale=TRAIN_CROP_SCALE,
-            )
-            for index, view, reason in stream:
-                if view is None:
-                    unreadable.append(Unreadable(samples[index].id, samples[index].label, reason or ""))
-                else:
-                    views.append(view[0])
-                    labels.append(samples[index].label)
-                    self.ids.append(samples[index].id)
-            if views:
-                yield torch.stack(views), torch.tensor(labels)
-        check_some_readable(unreadable, images)
-        training.note_unreadable(unreadable)
-
-
-def learning_rate(stage: Stage, warmup_steps: int, step: int, total: int) -> float:
-    """Return the learning rate of a step, counted from 0, of a stage with total steps.
-
-    The rate rises linearly during the warm-up, and then falls to zero as a cosine.
-    """
-    return warm_up_then_cosine(stage.lr, step, total, min(warmup_steps, total // 5))
-
-
 def train_stage(
     stage: Stage, model: RationalClassifier, task: Task, options: FFTOptions, done: list[Training], folder: RunFolder
 ) -> tuple[Training, int]:
@@ -262,58 +148,67 @@ def train_stage(
 
     Returns the training, and the number of epochs that an earlier run had finished.
     """
-    setup = task.setup
-    trained = nn.ModuleList([model])
+    setup, seed = task.setup, options.run.seed
     if stage.trains_encoder:
         assert done[0].kept_weights is not None
         model.load_state_dict(done[0].kept_weights)
-        visual = setup.model.loaded().model.visual
-        trained.append(visual)
-        visual.requires_grad_(True).train()
-    training = Training(
-        folder,
-        f"{stage.name}.pt",
-        trained,
-        AdamW(trained.parameters(), lr=stage.lr, weight_decay=options.weight_decay),
-        torch.amp.GradScaler(setup.device.type, enabled=stage.trains_encoder and setup.model.precision == "float16"),
-        name=stage.name,
-        earlier_records=[record for previous in done for record in previous.records],
-    )
-    batches = Batches(task, stage, options.batch_size, crops=options.train_views == "crop")
-
-    def loss(inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        if inputs.ndim == 4:
-            vlm, ids = setup.model.loaded(), batches.take_ids(len(inputs))
-            if not stage.trains_encoder:
-                inputs = vlm.encode_images(inputs, ids)
-            else:
-                inputs = vlm.image_features_with_grad(inputs)
-                # An overflow in float32 after a step is caused by the learning rate, which train_epoch reports.
-                if vlm.precision != "float32" or not training.optimizer.state:
-                    vlm.check_features(inputs, "image", ids)
-        logits, penalty = model(inputs, options.penalty)
-        return step_loss(logits, penalty, target, stage.penalty_weight)
-
-    def after_epoch(epoch: int, record: dict[str, Any]) -> None:
-        if not stage.trains_encoder and epoch + 1 == options.finetune_from:
-            training.kept_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-    steps = batches.steps
-    plan = Plan(
-        stage.epochs,
-        steps,
-        lambda epoch, step: learning_rate(stage, options.warmup_steps, epoch * steps + step, stage.epochs * steps),
-        stage.lr,
-        option="finetune_lr" if stage.trains_encoder else "lr",
+    with stage_step(
+        stage,
+        model,
+        setup.model.loaded() if stage.trains_encoder else None,
+        batch_size=options.batch_size,
+        weight_decay=options.weight_decay,
+        penalty=options.penalty,
         micro_batch=options.micro_batch,
-        seed=options.run.seed,
-    )
-    title = f"full fine-tuning, {stage.name}"
-    resumed = train(
-        training, plan, lambda epoch: batches.epoch(epoch, training), loss, title=title, after_epoch=after_epoch
-    )
-    if stage.trains_encoder:
-        visual.requires_grad_(False).eval()
+        grad_checkpointing=options.grad_checkpointing,
+    ) as made:
+        training = Training(
+            folder,
+            f"{stage.name}.pt",
+            made.trained,
+            made.optimizer,
+            made.scaler,
+            earlier_records=[record for previous in done for record in previous.records],
+        )
+        crops = options.train_views == "crop"
+        reads_images = stage.trains_encoder or (crops and task.images.holds_images)
+        fixed = None if reads_images else task.features
+        count = len(task.images.samples) if fixed is None else len(fixed.labels)
+
+        def batches(epoch: int) -> Iterator[Batch]:
+            """Yield the batches of an epoch, in an order that depends on the seed, the stage and the epoch alone."""
+            name = epoch_name(stage.name, epoch)
+            if fixed is not None:
+                training.note_unreadable(fixed.unreadable)
+                order = shuffled(count, seed, name)
+                yield from feature_batches(fixed.features, fixed.labels, order, options.batch_size, setup.device)
+                return
+            images = ImageBatches(
+                task.images.samples,
+                setup.model.loaded(),
+                options.batch_size,
+                seed,
+                crops=crops,
+                encoded=not stage.trains_encoder,
+                workers=options.run.workers,
+            )
+            yield from images.epoch(name, f"{stage.name} views {epoch}")
+            training.note_unreadable(images.unreadable.values())
+
+        def after_epoch(epoch: int, record: dict[str, Any]) -> None:
+            if not stage.trains_encoder and epoch + 1 == options.finetune_from:
+                training.kept_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+        # This is the largest number of steps: a step is left out if none of its images can be read.
+        steps = -(-count // options.batch_size)
+
+        def rate(epoch: int, step: int) -> float:
+            return learning_rate(stage, options.warmup_steps, epoch * steps + step, stage.epochs * steps)
+
+        option = "finetune_lr" if stage.trains_encoder else "lr"
+        plan = Plan(stage.epochs, rate, batches, stage.lr, option, seed, stage.name)
+        title = f"full fine-tuning, {stage.name}"
+        resumed = train(training, made.step, plan, steps, title=title, after_epoch=after_epoch)
     return training, resumed
 
 

@@ -27,6 +27,8 @@ from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
+ENCODER_BATCH = 32
+"""The number of images that are encoded at once."""
 SECONDS_TO_SIGNAL = 5.0
 """The longest wait for the signal that a worker process has ended. It usually comes at once."""
 
@@ -82,6 +84,7 @@ def iterate_views(
     seed: int,
     workers: int,
     crop_scale: tuple[float, float] = CROP_SCALE,
+    ahead: int = 0,
 ) -> Iterator[tuple[int, Tensor | None, str | None]]:
     """Yield the index of each sample and its views (V, 3, S, S), or None and the reason why it cannot be read.
 
@@ -90,6 +93,7 @@ def iterate_views(
     views, kind, seed, crop_scale: see ViewDataset, where views is num_views.
     workers: the number of processes that make the views. If the system cannot start them, this process makes the views,
         and a warning says so.
+    ahead: the number of images that the workers may read before they are needed; at least two each.
 
     Raises RuntimeError if the system ends a worker. PyTorch raises it wherever this process is at that moment.
     """
@@ -98,7 +102,12 @@ def iterate_views(
         try:
             # If /dev/shm cannot be written, this fails first; an incomplete loader would print another error later.
             multiprocessing.Lock()
-            stream = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=prepare_for_sending))
+            stream = iter(
+                DataLoader(
+                    dataset, batch_size=None, num_workers=workers, collate_fn=prepare_for_sending,
+                    prefetch_factor=max(2, -(-ahead // workers)),
+                )
+            )  # fmt: skip
         except OSError as error:  # no semaphores without a writable /dev/shm, no more processes, no more memory
             notices.warn(f"--workers {workers} cannot be started ({error}); the images are read without them")
         else:
@@ -129,14 +138,64 @@ def prepare_for_sending(item: Any) -> tuple[int, Tensor | np.ndarray[Any, Any] |
         return index, views.numpy(), reason
 
 
+class Rows(NamedTuple):
+    """Images that follow one another in a stream, or their features.
+
+    rows: the images (n, 3, S, S) or the features (n, D), or None if n is 0.
+    indices: the indices of their samples.
+    until: the number of samples that the stream has read so far.
+    unreadable: the images among them that could not be read.
+    """
+
+    rows: Tensor | None
+    indices: list[int]
+    until: int
+    unreadable: tuple[Unreadable, ...] = ()
+
+
+Stream = Iterator[tuple[int, Tensor | None, str | None]]
+"""What iterate_views yields, in the order of the samples."""
+
+
+def iterate_images(stream: Stream, samples: Sequence[Sample]) -> Iterator[Rows]:
+    """Yield the first view of each image of a stream. samples: the samples of the stream."""
+    for index, views, reason in stream:
+        if views is None:
+            unreadable = Unreadable(samples[index].id, samples[index].label, reason or "")
+            yield Rows(None, [], index + 1, (unreadable,))
+        else:
+            yield Rows(views[:1], [index], index + 1)
+
+
+def iterate_features(
+    stream: Stream, samples: Sequence[Sample], vlm: VisionLanguageModel, *, batch: int = ENCODER_BATCH
+) -> Iterator[Rows]:
+    """Yield the features of the first view of each image of a stream, on the model's device.
+
+    stream, samples: see iterate_images.
+    vlm: the model that encodes the images.
+    batch: the number of images that are encoded at once.
+
+    Raises UserError if the features of an image are not usable.
+    """
+    images: list[Tensor] = []
+    indices: list[int] = []
+    unreadable: list[Unreadable] = []
+    for part in iterate_images(stream, samples):
+        indices += part.indices
+        unreadable += part.unreadable
+        if part.rows is not None:
+            images.append(part.rows)
+        if len(images) == batch or part.until == len(samples):
+            features = None
+            if images:
+                features = vlm.encode_images(torch.cat(images), [samples[index].id for index in indices])
+            yield Rows(features, indices, part.until, tuple(unreadable))
+            images, indices, unreadable = [], [], []
+
+
 def encode_images(
-    samples: Sequence[Sample],
-    vlm: VisionLanguageModel,
-    *,
-    title: str,
-    workers: int,
-    cached: bool = True,
-    batch: int = 32,
+    samples: Sequence[Sample], vlm: VisionLanguageModel, *, title: str, workers: int, cached: bool = True
 ) -> Features:
     """Compute the features of the centre view of every image, or read them from the cache on disk.
 
@@ -147,7 +206,6 @@ def encode_images(
     title: the title of the progress bar.
     workers: see iterate_views.
     cached: whether to use the cache. It must be False for a model that has been trained since it was loaded.
-    batch: the number of images that are encoded at once.
 
     Raises UserError if none of the images can be read, or if the features of an image are not usable.
     """
@@ -155,30 +213,9 @@ def encode_images(
     if cached and (found := _read_features(path, samples)) is not None:
         return found
     notices.release()
-    features, unreadable = [], []
-    kept: list[Sample] = []
-    pending: list[Tensor] = []
     stream = iterate_views(samples, vlm, views=1, kind="crop", seed=0, workers=workers)
-    with progress(title, len(samples)) as advance:
-        for index, view, reason in stream:
-            if view is None:
-                unreadable.append(Unreadable(samples[index].id, samples[index].label, reason or ""))
-            else:
-                kept.append(samples[index])
-                pending.append(view[0])
-            if pending and (len(pending) == batch or index == len(samples) - 1):
-                ids = [sample.id for sample in kept[-len(pending) :]]
-                features.append(vlm.encode_images(torch.stack(pending), ids).cpu())
-                pending.clear()
-            advance()
-    check_some_readable(unreadable, samples)
-    result = Features(
-        torch.cat(features),
-        torch.tensor([sample.label for sample in kept]),
-        tuple(sample.id for sample in kept),
-        tuple(unreadable),
-    )
-    if cached and not unreadable:
+    result = _encode(stream, samples, vlm, title)
+    if cached and not result.unreadable:
         write_tensors(path, {"features": result.features, "labels": result.labels})
     return result
 
@@ -196,16 +233,24 @@ def encode_crops(
 
     Raises UserError if none of the images can be read, or if the features of an image are not usable.
     """
-    features, kept, unreadable = [], [], []
     stream = iterate_views(samples, vlm, views=0, kind="crop", seed=image_seed(seed, draw), workers=workers)
+    return _encode(stream, samples, vlm, title)
+
+
+def _encode(stream: Stream, samples: Sequence[Sample], vlm: VisionLanguageModel, title: str) -> Features:
+    """Encode all images of a stream, and show the progress."""
+    features: list[Tensor] = []
+    kept: list[Sample] = []
+    unreadable: list[Unreadable] = []
+    finished = 0
     with progress(title, len(samples)) as advance:
-        for index, views, reason in stream:
-            if views is None:
-                unreadable.append(Unreadable(samples[index].id, samples[index].label, reason or ""))
-            else:
-                features.append(vlm.encode_images(views, [samples[index].id]).cpu())
-                kept.append(samples[index])
-            advance()
+        for part in iterate_features(stream, samples, vlm):
+            if part.rows is not None:
+                features.append(part.rows.cpu())
+            kept += [samples[index] for index in part.indices]
+            unreadable += part.unreadable
+            advance(part.until - finished)
+            finished = part.until
     check_some_readable(unreadable, samples)
     labels = torch.tensor([sample.label for sample in kept])
     return Features(torch.cat(features), labels, tuple(sample.id for sample in kept), tuple(unreadable))

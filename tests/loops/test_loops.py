@@ -20,9 +20,10 @@ from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.method import MASK_PENALTIES, EpisodeConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.embedded import world
+from rada_fast.engine import training as training_engine
+from rada_fast.engine.full_training import Stage, learning_rate
 from rada_fast.errors import UserError
 from rada_fast.loops import fft as fft_loop
-from rada_fast.loops import training as training_loop
 from rada_fast.loops import ttt as ttt_loop
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.fft import run_fft
@@ -236,15 +237,15 @@ def test_eft_goes_on_to_the_same_weights(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_views: str
 ) -> None:
     run_eft(eft(pictures, pictures, tmp_path / "complete", train_views=train_views))
-    original = training_loop.train_epoch
+    original = training_engine.epoch_name
 
-    def interrupt(*args: Any, **kwargs: Any) -> Any:
-        if len(args[0].records) == 2:
+    def interrupt(stage: str | None, epoch: int) -> str:
+        if epoch == 2:
             raise KeyboardInterrupt
-        return original(*args, **kwargs)
+        return original(stage, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_loop, "train_epoch", interrupt)
+        patch.setattr(training_engine, "epoch_name", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_eft(eft(pictures, pictures, tmp_path / "interrupted", train_views=train_views))
     summary = run_eft(eft(pictures, pictures, tmp_path / "interrupted", train_views=train_views))
@@ -302,9 +303,9 @@ def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monk
     stages = [(line["stage"], line["epoch"]) for line in lines(tmp_path / "complete", "epochs.jsonl")]
     assert stages == [("rada", 1), ("rada", 2), ("rada-ft", 1), ("rada-ft", 2)]
 
-    original = fft_loop.learning_rate
+    original = learning_rate
 
-    def interrupt(stage: fft_loop.Stage, *args: Any) -> float:
+    def interrupt(stage: Stage, *args: Any) -> float:
         if stage.name == "rada-ft" and args[1] == 2:
             raise KeyboardInterrupt
         return original(stage, *args)
@@ -354,9 +355,9 @@ def test_a_runs_folder_stands_for_its_adapter(tmp_path: Path, command: str) -> N
 
 
 def test_learning_rates_warm_up_and_decay() -> None:
-    stage = fft_loop.Stage("rada", 2, 1.0, 1.0, trains_encoder=False)
-    rates = [fft_loop.learning_rate(stage, 4, step, 40) for step in range(40)]
+    stage = Stage("rada", 2, 1.0, 1.0, trains_encoder=False)
+    rates = [learning_rate(stage, 4, step, 40) for step in range(40)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert all(earlier > later for earlier, later in itertools.pairwise(rates[4:]))
-    short = [fft_loop.learning_rate(stage, 4, step, 5) for step in range(5)]
+    short = [learning_rate(stage, 4, step, 5) for step in range(5)]
     assert short[0] == 1.0

@@ -5,37 +5,44 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
-from torch import nn
-from torch.optim import AdamW
+from torch.nn.functional import normalize
 
+from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import RunOptions
-from rada_fast.errors import UserError
-from rada_fast.loops.training import Training, drawing_from, shuffled, step_loss, train_epoch, training_time
+from rada_fast.engine.optimizers import training_optimizer
+from rada_fast.engine.steps import Gradients, Objective, TrainingStep
+from rada_fast.engine.training import Batch, Plan, train_epochs
+from rada_fast.loops.training import Training
 from rada_fast.models.image_features import Unreadable
+from rada_fast.modules import RationalAdapter
 from rada_fast.runs.folder import RunFolder
 from rada_fast.system import notices
 
 
-def training(folder: RunFolder, width: int = 3) -> Training:
+def training(folder: RunFolder, width: int = 8) -> Training:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Linear(width, 2)
+        adapter = RationalAdapter(AdapterConfig.official(width))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-    return Training(folder, "rada.pt", model, AdamW(model.parameters(), lr=0.1), scaler, name="rada")
+    optimizer = training_optimizer(adapter.parameters(), "adamw", lr=0.01, weight_decay=0.1)
+    return Training(folder, "rada.pt", adapter, optimizer, scaler)
 
 
 def epoch(trainer: Training) -> None:
-    inputs, labels = (
-        torch.randn(4, 3, generator=torch.Generator().manual_seed(len(trainer.records))),
-        torch.arange(4) % 2,
-    )
+    """Train for one more epoch of a single step in two parts, and save the state."""
 
-    def loss(inputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return step_loss(trainer.trained(inputs), torch.zeros(()), target, 0.0)
+    def batches(epoch: int) -> list[Batch]:
+        generator = torch.Generator().manual_seed(epoch)
+        return [Batch(normalize(torch.randn(4, 8, generator=generator), dim=-1), torch.arange(4) % 2)]
 
-    trainer.save(train_epoch(trainer, [(inputs, labels)], loss, lambda step: 0.1, lr=0.1, micro_batch=3))
+    assert isinstance(trainer.trained, RationalAdapter)
+    gradients = Gradients(trainer.trained, torch.eye(2, 8), 5.0, Objective("l2", 1.0))
+    step = TrainingStep(gradients, trainer.optimizer, micro_batch=3, scaler=trainer.scaler)
+    finished = len(trainer.records)
+    plan = Plan(finished + 1, lambda epoch, step: 0.01, batches, 0.01, stage="rada")
+    (record,) = train_epochs(step, trainer.trained, plan, first=finished)
+    trainer.save(record)
 
 
 def folder_in(path: Path) -> RunFolder:
@@ -85,9 +92,10 @@ def test_resuming_restores_the_lines_of_the_state(tmp_path: Path) -> None:
 def test_a_state_of_other_weights_is_set_aside_unused(tmp_path: Path) -> None:
     with notices.collecting(), folder_in(tmp_path) as folder:
         epoch(training(folder))
-        other = training(folder, width=5)
+        other = training(folder, width=16)
         assert other.resume() == 0
-        assert torch.equal(other.trained.weight, training(folder, width=5).trained.weight)
+        started = training(folder, width=16).trained.state_dict()
+        assert all(torch.equal(value, started[name]) for name, value in other.trained.state_dict().items())
         assert "rada.pt is damaged (it holds other weights)" in notices.so_far()[0]
 
 
@@ -109,51 +117,3 @@ def test_an_unusable_state_is_set_aside(tmp_path: Path) -> None:
             torch.save(state | change, path)
             assert training(folder).resume() == 0
             assert reason in notices.so_far()[-1]
-
-
-def test_an_epoch_without_a_step_has_a_record(tmp_path: Path) -> None:
-    with folder_in(tmp_path) as folder:
-        record = train_epoch(training(folder), [], lambda inputs, target: (inputs, target), lambda step: 0.1, lr=0.1)
-    assert (record["images"], record["lr"]) == (0, 0.1)
-    assert training_time([]) == {"training_seconds": 0, "images_per_second": None}
-
-
-def test_a_loss_that_is_nan_names_the_learning_rate(tmp_path: Path) -> None:
-    with folder_in(tmp_path) as folder:
-        trainer, batch = training(folder), (torch.ones(2, 3), torch.zeros(2).long())
-
-        def loss(inputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            value = trainer.trained(inputs).sum() * torch.nan
-            return value, value.detach().expand(4)
-
-        with pytest.raises(UserError, match="lr 7 made the loss nan in epoch 1 of rada"):
-            train_epoch(trainer, [batch], loss, lambda step: 0.1, lr=7)
-
-
-def test_weights_that_are_nan_after_the_last_step_are_not_saved(tmp_path: Path) -> None:
-    with folder_in(tmp_path) as folder:
-        trainer = training(folder)
-
-        def spoil() -> None:
-            trainer.trained.weight.data.fill_(torch.nan)
-
-        def loss(inputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return (value := trainer.trained(inputs).sum()), value.detach().expand(4)
-
-        batch = (torch.ones(2, 3), torch.zeros(2).long())
-        with pytest.raises(UserError, match="finetune_lr 7 made the weights no numbers in epoch 1 of rada"):
-            train_epoch(trainer, [batch], loss, lambda step: 0.1, lr=7, option="finetune_lr", on_step=spoil)
-
-
-def test_random_draws_depend_only_on_the_seed_and_the_name() -> None:
-    before = torch.random.get_rng_state()
-    drawn = []
-    for seed, name in ((0, "a"), (0, "a"), (1, "a"), (0, "b")):
-        with drawing_from(seed, name, torch.device("cpu")):
-            drawn.append(torch.rand(4))
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
-    assert not torch.equal(drawn[0], drawn[3])
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert sorted(torch.cat(shuffled(7, 3, 0, "a")).tolist()) == list(range(7))
-    assert [len(step) for step in shuffled(7, 3, 0, "a")] == [3, 3, 1]

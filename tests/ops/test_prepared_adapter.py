@@ -1,4 +1,4 @@
-"""A prepared adapter gives the results and gradients of rational_adapter, on every backend and for each wanted tensor."""
+"""A prepared adapter gives the results and gradients of rational_adapter on every backend, for every wanted tensor."""
 
 from __future__ import annotations
 

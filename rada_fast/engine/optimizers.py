@@ -1,0 +1,128 @@
+"""Optimisers for training: one pass over all parameters on a CPU, and no host value in a step on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from rada_fast.config.method import OptimizerName
+from rada_fast.ops import backends, episodic_optimizer_step
+
+
+class OnePassOptimizer(Optimizer):
+    """AdamW, Adam or SGD that updates all parameters in one call of the compiled operator.
+
+    PyTorch's fused optimisers start their threads anew for each parameter. Here, they are started once in a step, which
+    matters most where other programs use the cores too.
+
+    params: float32 parameters on one CPU, contiguous.
+    name: the kind of optimiser; weight decay is decoupled in adamw and added to the gradient in the others.
+    lr, weight_decay, betas, eps, momentum: as in torch.optim; only SGD uses the momentum, and the others the betas.
+
+    Equivalent to ``torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, foreach=False)`` and the like.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        name: OptimizerName,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        momentum: float = 0.0,
+    ) -> None:
+        options = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "momentum": momentum}
+        super().__init__(params, {"name": name, **options})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step with the gradients in ``.grad``; a parameter without a gradient stays as it is."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            # Parameters may have taken different numbers of steps, if some had no gradient at first.
+            by_step: dict[int, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_step.setdefault(int(self.state[parameter].get("step", 0)) + 1, []).append(parameter)
+            for step, parameters in by_step.items():
+                self._take(group, step, parameters)
+        return loss
+
+    def _take(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
+        name, momentum, nothing = group["name"], group["momentum"], parameters[0].new_empty(0)
+        names = {"sgd": ("momentum_buffer",) if momentum else ()}.get(name, ("exp_avg", "exp_avg_sq"))
+        moments = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if len(state) == 0:
+                state.update({key: torch.zeros_like(parameter) for key in names})
+            state["step"] = step
+            moments.append([*(state[key] for key in names), nothing, nothing])
+        episodic_optimizer_step(
+            parameters,
+            [own[0] for own in moments],
+            [own[1] for own in moments],
+            [parameter.grad.contiguous() for parameter in parameters if parameter.grad is not None],
+            [None] * len(parameters),
+            [step == 1] * len(parameters),
+            name=name, step=step, lr=group["lr"], weight_decay=group["weight_decay"], betas=group["betas"],
+            eps=group["eps"], momentum=momentum,
+        )  # fmt: skip
+
+
+def training_optimizer(
+    parameters: Iterable[Tensor], name: OptimizerName, *, lr: float, weight_decay: float, momentum: float = 0.0
+) -> Optimizer:
+    """Make the fastest optimiser of a kind for the parameters of a training.
+
+    It is OnePassOptimizer for float32 on a CPU with the compiled operators, and otherwise one of PyTorch's. On
+    a GPU the learning rate is a tensor, so that a captured CUDA graph reads the present one; see set_rate.
+
+    parameters: the parameters to train, at least one, on one device.
+    name: the kind of optimiser.
+    lr: the learning rate at the start.
+    weight_decay: the factor of weight decay, decoupled in adamw and added to the gradient in the others.
+    momentum: the momentum of SGD; the other kinds do not use it.
+    """
+    parameters = list(parameters)
+    device = parameters[0].device
+    momentum = momentum if name == "sgd" else 0.0
+    plain = all(value.dtype == torch.float32 and value.is_contiguous() for value in parameters)
+    if device.type == "cpu" and plain and backends()["cpu"] == "usable":
+        return OnePassOptimizer(parameters, name, lr=lr, weight_decay=weight_decay, momentum=momentum)
+    on_device = device.type == "cuda"
+    rate = torch.tensor(lr, device=device) if on_device else lr
+    if name == "sgd":
+        return SGD(parameters, lr=rate, weight_decay=weight_decay, momentum=momentum, fused=on_device)
+    kind = AdamW if name == "adamw" else Adam
+    optimizer = kind(parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=on_device)
+    # PyTorch would warn that the first step, which comes before the capture, is not captured.
+    optimizer._warned_capturable_if_run_uncaptured = True
+    return optimizer
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of an optimiser. A rate that is a tensor is written in place, without any wait."""
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], Tensor):
+            group["lr"] = rate
+            continue
+        device = group["params"][0].device
+        if group["lr"].device != device:
+            # The state of an earlier run was loaded to the CPU.
+            group["lr"] = group["lr"].to(device)
+        group["lr"].fill_(rate)

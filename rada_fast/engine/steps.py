@@ -1,0 +1,280 @@
+"""Take the optimiser's steps of a training: forward pass, loss, gradients and update, for one batch after the other.
+
+On a CPU a step of the adapter is a handful of calls of compiled operators, without autograd. On a GPU, steps on
+features are replayed from a CUDA graph, and nothing in them waits for the device: the learning rate is a number on it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rada_fast.config.method import AdapterConfig, MaskPenalty
+from rada_fast.engine.graphs import Recording, usable
+from rada_fast.engine.optimizers import set_rate
+from rada_fast.modules.rational_adapter import RationalAdapter
+from rada_fast.ops import AdapterOutput, PreparedAdapter, prediction_loss_and_gradient
+from rada_fast.ops.prepared_adapter import Pullback, pullback_of
+
+BUDGETS = {"cpu": 2**30, "cuda": 2**33}
+"""The bytes that the adapter may take for the images of one part of a step, by the type of the device; see
+images_at_once. Larger parts are not faster: some tens of images fill a processor."""
+
+
+def bytes_of_image(config: AdapterConfig, classes: int, itemsize: int, *, fused: bool) -> int:
+    """Return about how many bytes the adapter takes for one image in a forward and a backward pass.
+
+    With K classes, width D, H heads and b bytes for a number this is ``12 K D b``: five tensors (K, D) that are kept
+    for the backward pass, and seven of it. Without a fused operator, attention keeps scores, probabilities and their
+    gradients for each kind of query as well, ``4 |Q| H K^2 b``.
+    """
+    bytes_of_rows = 12 * classes * config.embed_dim * itemsize
+    if fused or config.mask_function != "attention":
+        return bytes_of_rows
+    return bytes_of_rows + 4 * len(config.queries) * config.num_heads * classes**2 * itemsize
+
+
+def images_at_once(
+    config: AdapterConfig, classes: int, device: torch.device, *, itemsize: int = 4, fused: bool = True, extra: int = 0
+) -> int:
+    """Return how many images a part of a step may have, so that it takes no more than BUDGETS; at least one.
+
+    It is ``budget // (bytes_of_image + extra)``, where `extra` is what an image takes outside of the adapter.
+    """
+    return max(1, BUDGETS[device.type] // (bytes_of_image(config, classes, itemsize, fused=fused) + extra))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a step: the cross-entropy plus the weighted mask penalty (Eq. 14; Eq. 15 if the weight is 0)."""
+
+    penalty: MaskPenalty
+    penalty_weight: float
+
+
+class Parts(NamedTuple):
+    """The parts of a loss, each () and detached, and the gradient of the features (B, D), or None."""
+
+    entropy: Tensor
+    penalty: Tensor
+    correct: Tensor
+    dfeatures: Tensor | None
+
+
+class Gradients:
+    """Compute the loss of images and the gradients of an adapter, and of text features that are trained too.
+
+    adapter: the adapter. Where it is more than its named parameters (hooks, replaced layers), it is called as a module.
+    text_features: T (K, D); their gradient is computed if they require one.
+    logit_scale: the multiplier s.
+    objective: the loss.
+    of_images: whether the gradient of the images' features is computed too.
+    """
+
+    def __init__(
+        self,
+        adapter: RationalAdapter,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        objective: Objective,
+        *,
+        of_images: bool = False,
+    ) -> None:
+        named: dict[str, Tensor] = dict(adapter.named_parameters())
+        trained = {name: value for name, value in named.items() if value.requires_grad}
+        if text_features.requires_grad:
+            trained["text_features"] = text_features
+        self.trained = list(trained.values())
+        self.of_images = of_images
+        self.plain = adapter.is_plain()
+        self.fused = False
+        self._adapter, self._text_features, self._logit_scale = adapter, text_features, logit_scale
+        self.penalty_weight, self._penalty = objective.penalty_weight, objective.penalty
+        self._dpenalty = text_features.new_full((), objective.penalty_weight, requires_grad=False)
+        self._call: Callable[[Tensor], tuple[AdapterOutput, Pullback]] = self._as_module
+        if self.plain:
+            self._call = prepared = PreparedAdapter(
+                text_features, logit_scale, named, adapter.config, penalty=objective.penalty,
+                wanted=[*trained, "image_features"] if of_images else list(trained),
+            )  # fmt: skip
+            self.fused = prepared.backend in ("cpu", "triton")
+
+    def _as_module(self, features: Tensor) -> tuple[AdapterOutput, Pullback]:
+        leaf = features.detach().requires_grad_(self.of_images)
+        with torch.enable_grad():
+            logits, penalty = self._adapter(leaf, self._text_features, self._logit_scale, self._penalty)
+        leaves = [*self.trained, leaf] if self.of_images else self.trained
+        return AdapterOutput(logits.detach(), penalty.detach(), None), pullback_of(logits, penalty, leaves)
+
+    def add(self, features: Tensor, labels: Tensor, share: float | Tensor = 1.0, *, first: bool = True) -> Parts:
+        """Compute the loss of images and put its gradients into ``.grad`` of what is trained.
+
+        features: (B, D), unit norm; labels: (B,).
+        share: the factor of the gradients: the share of these images in the step, times the scale of the loss.
+        first: whether the gradients replace those of the step before. Otherwise they are added to those of the step's
+            earlier parts.
+        """
+        output, pullback = self._call(features)
+        entropy, dlogits = prediction_loss_and_gradient(output.logits, "cross_entropy", labels=labels)
+        dpenalty = self._dpenalty if self.penalty_weight else None
+        if isinstance(share, Tensor) or share != 1.0:
+            dlogits = dlogits * share
+            dpenalty = None if dpenalty is None else dpenalty * share
+        gradients = pullback(dlogits, dpenalty)
+        dfeatures = gradients.pop() if self.of_images else None
+        if first:
+            for parameter, gradient in zip(self.trained, gradients, strict=True):
+                parameter.grad = gradient
+        else:
+            sums = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+            torch._foreach_add_(sums, gradients)
+        assert output.penalty is not None
+        return Parts(entropy, output.penalty, (output.logits.argmax(dim=-1) == labels).sum(), dfeatures)
+
+
+class TrainingStep:
+    """Take steps of an optimiser, each on a batch, and sum up what they report.
+
+    gradients: computes the loss and the gradients of the adapter.
+    optimizer: the optimiser of everything that is trained; see training_optimizer.
+    micro_batch: the number of images that are computed at once, or None for all. The gradients of the parts are added
+        up. Losses and penalties are means over images, so each part counts by its share of the images, and the sum is
+        the gradient of the whole batch.
+    encode: a function from images (B, 3, S, S) and their names to features (B, D) with gradients, if the image encoder
+        is trained. Otherwise the inputs are features.
+    scaler: the scaler of the loss for float16.
+    """
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        optimizer: Optimizer,
+        *,
+        micro_batch: int | None = None,
+        encode: Callable[[Tensor, Sequence[str]], Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.gradients, self.optimizer = gradients, optimizer
+        self.micro_batch, self.encode = micro_batch, encode
+        self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
+        self.device = gradients.trained[0].device
+        self._totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._entropy, self._penalty, self._correct = self._totals.unbind()
+        self._images = 0
+        self._recorded: _RecordedStep | None = None
+        self._shape: torch.Size | None = None
+        self._records = encode is None and gradients.plain and usable(self.device)
+
+    def __call__(self, inputs: Tensor, labels: Tensor, rate: float, ids: Sequence[str] = ()) -> None:
+        """Take one step.
+
+        inputs: features (B, D), or images (B, 3, S, S) if the image encoder is trained.
+        labels: (B,); rate: the learning rate; ids: the names of the images.
+
+        Where a CUDA graph can be used, the first step of a shape is taken without it, and the second step records it.
+        """
+        set_rate(self.optimizer, rate)
+        self._images += len(labels)
+        labels = labels.to(self.device, non_blocking=True)
+        if self.encode is not None:
+            # The images stay where they are; the encoder copies those of a part to its device.
+            self._take(inputs, labels, ids)
+            return
+        inputs = inputs.to(self.device, non_blocking=True)
+        if self._records and self._shape == inputs.shape:
+            if self._recorded is None:
+                self._record(inputs, labels)
+            else:
+                self._recorded(inputs, labels)
+            return
+        if self._recorded is None:
+            self._shape = inputs.shape
+        self._take(inputs, labels)
+
+    def _record(self, inputs: Tensor, labels: Tensor) -> None:
+        """Take one step, and record it. Where that is not possible, later steps are taken without a recording."""
+        step = _RecordedStep(self._take, inputs, labels)
+        try:
+            step.record()
+            self._recorded = step
+        except Exception as error:
+            self._records = False
+            if not step.taken:
+                raise
+            warnings.warn(
+                "a step of the training could not be recorded in a CUDA graph, and steps are taken without one, more "
+                f"slowly: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _take(self, inputs: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> None:
+        count = len(labels)
+        part = min(self.micro_batch or count, count)
+        scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else 1.0
+        if self.encode is not None:
+            self.optimizer.zero_grad()
+        for start in range(0, count, part):
+            some, target = inputs[start : start + part], labels[start : start + part]
+            features = some if self.encode is None else self.encode(some, ids[start : start + part])
+            parts = self.gradients.add(features.detach(), target, len(target) / count * scale, first=start == 0)
+            if parts.dfeatures is not None:
+                features.backward(parts.dfeatures)
+            # The sums stay on the device, where they are read once in an epoch.
+            self._entropy.add_(parts.entropy, alpha=len(target))
+            self._penalty.add_(parts.penalty, alpha=len(target))
+            self._correct.add_(parts.correct)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def read_totals(self) -> Totals:
+        """Return the means over the images since the last call. This waits for the device."""
+        images = self._images
+        entropy, penalty, correct = (self._totals / max(images, 1)).tolist()
+        self._totals.zero_()
+        self._images = 0
+        return Totals(images, entropy, penalty, correct)
+
+
+class Totals(NamedTuple):
+    """The number of images of some steps, and means over them: cross-entropy, penalty and share of right answers."""
+
+    images: int
+    cross_entropy: float
+    penalty: float
+    accuracy: float
+
+
+class _RecordedStep:
+    """A step that is replayed from a CUDA graph, on copies of its batch.
+
+    take: takes a step on the tensors that it is given.
+    inputs, labels: the first batch.
+    taken: whether the first step has been taken.
+    """
+
+    def __init__(self, take: Callable[[Tensor, Tensor], None], inputs: Tensor, labels: Tensor) -> None:
+        self._inputs, self._labels, self._take = inputs.clone(), labels.clone(), take
+        self.taken = False
+
+    def record(self) -> None:
+        """Take a step on the first batch, then record the launches of the next one."""
+        self._recording = Recording(self._step, self._inputs.device)
+
+    def _step(self) -> Tensor:
+        self._take(self._inputs, self._labels)
+        self.taken = True
+        return self._labels
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> None:
+        """Queue a step on a batch of the same shape."""
+        with self._recording.in_order():
+            self._inputs.copy_(inputs)
+            self._labels.copy_(labels)
+            self._recording.replay()

@@ -1,0 +1,262 @@
+"""Train for epochs: the batches of an epoch, the learning rates, the steps, and a record of each epoch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rada_fast.config.commands import Schedule
+from rada_fast.data.sources import Sample
+from rada_fast.data.views import image_seed
+from rada_fast.engine.steps import TrainingStep
+from rada_fast.errors import UserError
+from rada_fast.models.image_features import (
+    Unreadable,
+    check_some_readable,
+    iterate_features,
+    iterate_images,
+    iterate_views,
+)
+from rada_fast.models.vision_language import VisionLanguageModel
+
+WARMUP_LR = 1e-5
+"""The learning rate of the one warm-up epoch in the published configurations of efficient fine-tuning."""
+TRAIN_CROP_SCALE = (0.9, 1.0)
+"""The smallest and the largest share of the picture in a training crop, as in the training defaults of open_clip."""
+
+
+class Batch(NamedTuple):
+    """The inputs of a step, features (B, D) or images (B, 3, S, S), their labels (B,), and the images' names."""
+
+    inputs: Tensor
+    labels: Tensor
+    ids: Sequence[str] = ()
+
+
+def efficient_rate(lr: float, schedule: Schedule, epochs: int) -> Callable[[int, int], float]:
+    """Return the learning rate of efficient fine-tuning as a function of the epoch and the step.
+
+    "cosine" has one warm-up epoch with WARMUP_LR, and then falls from epoch to epoch to zero as a cosine.
+    """
+
+    def rate(epoch: int, step: int) -> float:
+        if schedule == "constant" or epochs == 1:
+            return lr
+        return warm_up_then_cosine(lr, epoch, epochs, warmup=0) if epoch else min(WARMUP_LR, lr)
+
+    return rate
+
+
+def warm_up_then_cosine(lr: float, step: int, total: int, warmup: int) -> float:
+    """Return the learning rate of a step: it rises linearly to lr during warmup steps, then falls to zero as a cosine.
+
+    lr: the largest rate.
+    step: the number of the step, counted from 0.
+    total: the number of steps in all.
+    warmup: the number of steps in which the rate rises.
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return 0.5 * lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def shuffled(count: int, seed: int, name: str) -> Tensor:
+    """Return the order (count,) of the images in an epoch, which depends on the seed and the name alone.
+
+    count: the number of images.
+    seed, name: the seed of the run, and the name of the epoch.
+    """
+    generator = torch.Generator().manual_seed(image_seed(seed, name))
+    return torch.randperm(count, generator=generator)
+
+
+def feature_batches(
+    features: Tensor, labels: Tensor, order: Tensor, batch_size: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield the batches of an epoch on features (N, D) with labels (N,), in an order (N,).
+
+    Everything is copied to the device once, so no step of the epoch waits for a copy.
+    """
+    features, labels, order = features.to(device), labels.to(device), order.to(device)
+    for indices in order.split(batch_size):
+        yield Batch(features.index_select(0, indices), labels.index_select(0, indices))
+
+
+@dataclass
+class ImageBatches:
+    """Read the batches of an epoch from image files, with one loader that reads ahead.
+
+    samples: the image files.
+    vlm: the model, which determines the form of the images.
+    batch_size: the number of images in a step.
+    seed: the seed of the run.
+    crops: whether each epoch makes new random crops, whose draws depend on the seed, the epoch and the image alone.
+    encoded: whether the batches hold features, which the model computes in batches of its own size, or the images.
+    workers: see iterate_views.
+    unreadable: the images of the epochs so far that could not be read, by id.
+    """
+
+    samples: Sequence[Sample]
+    vlm: VisionLanguageModel
+    batch_size: int
+    seed: int
+    crops: bool
+    encoded: bool
+    workers: int
+    unreadable: dict[str, Unreadable] = field(default_factory=dict)
+
+    def epoch(self, name: str, views_name: str) -> Iterator[Batch]:
+        """Yield the batches of an epoch. A batch lacks the images that cannot be read; an empty batch is left out.
+
+        name, views_name: the names that decide the order of the images and, with their ids, the crops.
+
+        Raises UserError if no image can be read, or if the features of an image are not usable.
+        """
+        order = shuffled(len(self.samples), self.seed, name).tolist()
+        samples = [self.samples[index] for index in order]
+        stream = iterate_views(
+            samples,
+            self.vlm,
+            views=0 if self.crops else 1,
+            kind="crop",
+            seed=image_seed(self.seed, views_name),
+            workers=self.workers,
+            crop_scale=TRAIN_CROP_SCALE,
+            ahead=self.batch_size,
+        )
+        parts = iterate_features(stream, samples, self.vlm) if self.encoded else iterate_images(stream, samples)
+        unreadable: list[Unreadable] = []
+        waiting: list[Tensor] = []
+        indices: list[int] = []
+        start = 0
+        for part in parts:
+            unreadable += part.unreadable
+            indices += part.indices
+            if part.rows is not None:
+                waiting.append(part.rows)
+            while start < len(samples) and part.until >= (end := min(start + self.batch_size, len(samples))):
+                start, count = end, sum(index < end for index in indices)
+                if count:
+                    rows, step = torch.cat(waiting), [samples[index] for index in indices[:count]]
+                    labels = torch.tensor([sample.label for sample in step])
+                    yield Batch(rows[:count], labels, [sample.id for sample in step])
+                    waiting, indices = [rows[count:]], indices[count:]
+        check_some_readable(unreadable, samples)
+        self.unreadable |= {image.id: image for image in unreadable}
+
+
+@contextmanager
+def drawing_from(seed: int, name: str, device: torch.device) -> Iterator[None]:
+    """Seed the random numbers that PyTorch draws itself, such as those of dropout, while the context lasts.
+
+    They depend on the seed and the name alone, so a run that was interrupted and goes on draws the same numbers as one
+    that was not.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        context_seed = image_seed(seed, f"{name} draws")
+        # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
+        torch.default_generator.manual_seed(context_seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(context_seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length and the learning rates of a training.
+
+    epochs: the number of epochs.
+    rate: the learning rate as a function of the epoch and of the step in it, both counted from 0.
+    batches: a function from the number of an epoch, counted from 0, to its batches.
+    lr: the value of the option that sets the learning rate, for the message of an error.
+    option: the name of this option.
+    seed: the seed of the random numbers that PyTorch draws itself.
+    stage: the name of the stage, if a training has several.
+    """
+
+    epochs: int
+    rate: Callable[[int, int], float]
+    batches: Callable[[int], Iterable[Batch]]
+    lr: float
+    option: str = "lr"
+    seed: int = 0
+    stage: str | None = None
+
+
+def epoch_name(stage: str | None, epoch: int) -> str:
+    """Return the name of an epoch, counted from 0. The random numbers of the epoch depend on it and on the seed."""
+    return f"{stage} epoch {epoch}" if stage else f"epoch {epoch}"
+
+
+def train_epochs(
+    step: TrainingStep,
+    trained: nn.Module,
+    plan: Plan,
+    *,
+    first: int = 0,
+    on_step: Callable[[], object] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Train, and yield the record of each epoch when it is finished.
+
+    step: takes the steps.
+    trained: the module that holds everything that is trained.
+    plan: the length, the batches and the learning rates of the training.
+    first: the number of epochs that an earlier training has finished.
+    on_step: a function that is called after every step.
+
+    Raises UserError if the loss or a weight becomes NaN or infinite.
+    """
+    for epoch in range(first, plan.epochs):
+        with drawing_from(plan.seed, epoch_name(plan.stage, epoch), step.device):
+            record = _train_epoch(step, trained, plan, epoch, on_step)
+        yield record
+
+
+def _train_epoch(
+    step: TrainingStep, trained: nn.Module, plan: Plan, epoch: int, on_step: Callable[[], object] | None
+) -> dict[str, Any]:
+    """Train for one epoch and return its record."""
+    start = time.perf_counter()
+    last_rate = plan.rate(epoch, 0)
+    for index, batch in enumerate(plan.batches(epoch)):
+        last_rate = plan.rate(epoch, index)
+        step(batch.inputs, batch.labels, last_rate, batch.ids)
+        if on_step is not None:
+            on_step()
+    totals = step.read_totals()
+    seconds = time.perf_counter() - start
+    loss = totals.cross_entropy + step.gradients.penalty_weight * totals.penalty
+    # The weights are checked too, because no loss has been computed with those of the last step.
+    finite = all(bool(parameter.isfinite().all()) for parameter in trained.parameters())
+    if not math.isfinite(loss) or not finite:
+        fault = "the weights no numbers" if math.isfinite(loss) else f"the loss {loss}"
+        stage = f" of {plan.stage}" if plan.stage else ""
+        raise UserError(f"{plan.option} {plan.lr} made {fault} in epoch {epoch + 1}{stage}: give a smaller one")
+    return ({"stage": plan.stage} if plan.stage else {}) | {
+        "epoch": epoch + 1,
+        "lr": last_rate,
+        "loss": round(loss, 6),
+        "cross_entropy": round(totals.cross_entropy, 6),
+        "penalty": round(totals.penalty, 8),
+        "train_top1": round(100 * totals.accuracy, 3),
+        "images": totals.images,
+        "images_per_second": round(totals.images / seconds, 3),
+        "seconds": round(seconds, 3),
+    }
+
+
+def training_time(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the seconds of all epochs, including those before an interruption, and their images per second."""
+    seconds, images = (sum(record[name] for record in records) for name in ("seconds", "images"))
+    return {
+        "training_seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 3) if seconds else None,
+    }
