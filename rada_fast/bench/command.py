@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
-from rada_fast.bench import adapter, encoder, views
+from rada_fast.bench import adapter, encoder, training, views
 from rada_fast.bench.report import machine_facts, show
 from rada_fast.bench.stages import Figure
 from rada_fast.config.bench import (
     PARTS,
     BenchAdapterOptions,
+    BenchEFTOptions,
     BenchEncoderOptions,
+    BenchFFTOptions,
     BenchOptions,
     BenchViewsOptions,
 )
@@ -25,7 +29,9 @@ def run_bench(options: BenchOptions) -> int:
     """
     device = device_of(options)
     notices.release()
-    with torch.random.fork_rng(devices=[]):
+    # Everything is measured on the current device.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(options.measuring.seed)
         figures = measured(options, device)
     part = next(name for name, kind in PARTS.items() if isinstance(options, kind))
@@ -42,6 +48,10 @@ def device_of(options: BenchOptions) -> torch.device:
 def measured(options: BenchOptions, device: torch.device) -> list[Figure]:
     """Return the lines of figures of all settings of a configuration."""
     match options:
+        case BenchEFTOptions():
+            return training.eft_figures(options, device)
+        case BenchFFTOptions():
+            return training.fft_figures(options, device)
         case BenchEncoderOptions():
             return encoder.figures(options, device)
         case BenchViewsOptions():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from open_clip.transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from rada_fast.bench.costs import Work
 from rada_fast.bench.report import sizes_name
 from rada_fast.bench.stages import Figure, Ratio, Setting, Stage, counted_operations, measure
 from rada_fast.config.bench import BenchEncoderOptions
+from rada_fast.models.image_encoder import reason_not_served
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 
 PLAIN = "open_clip"
@@ -31,7 +33,6 @@ def figures(options: BenchEncoderOptions, device: torch.device) -> list[Figure]:
 def setting_of(vlm: VisionLanguageModel, batch: int) -> Setting:
     """Return the setting of one number of views."""
     views = drawn_views(vlm, batch)
-    work = encoder_work(vlm, batch)
     operations = counted_encoder_operations(vlm, batch)
     sizes = model_sizes(vlm) | {"batch": batch}
 
@@ -50,7 +51,7 @@ def setting_of(vlm: VisionLanguageModel, batch: int) -> Setting:
                 inside="views in memory to features of unit length",
                 call=lambda: vlm.encode_images(views),
                 pictures=batch,
-                work=(work,),
+                work=(encoder_work(vlm, batch),),
                 operations=operations,
             ),
             Stage(
@@ -58,7 +59,7 @@ def setting_of(vlm: VisionLanguageModel, batch: int) -> Setting:
                 inside="the same by open_clip's module in plain PyTorch, with the same allocator and threads",
                 call=plain,
                 pictures=batch,
-                work=(work,),
+                work=(module_work(vlm, batch),),
                 operations=operations,
             ),
         ),
@@ -78,34 +79,47 @@ def model_sizes(vlm: VisionLanguageModel) -> dict[str, str | None]:
 
 
 def encoder_work(vlm: VisionLanguageModel, views: int) -> Work:
-    """Return the work of encoding views: all products, and weights and views read once.
+    """Return the least work of encoding views: all products whose results are needed, and weights and views read once.
 
-    For open_clip's vision transformer the products follow the formula of transformer_multiply_adds; for another image
-    encoder they are those that PyTorch's counter finds.
+    For open_clip's vision transformer the products follow the formula of transformer_multiply_adds, where the last
+    block computes the pooled token only; for another image encoder they are those of the module.
     """
-    visual = vlm.model.visual
-    multiply_adds = transformer_multiply_adds(visual)
-    operations = views * (counted_encoder_operations(vlm, 1) if multiply_adds is None else 2 * multiply_adds)
+    served = reason_not_served(vlm.model) is None
+    operations = 2.0 * views * transformer_multiply_adds(vlm.model.visual, pooled_only=True) if served else None
+    return _work(vlm, views, counted_encoder_operations(vlm, views) if operations is None else operations)
+
+
+def module_work(vlm: VisionLanguageModel, views: int) -> Work:
+    """Return the work of open_clip's own module, which computes every token in every block."""
+    return _work(vlm, views, counted_encoder_operations(vlm, views))
+
+
+def _work(vlm: VisionLanguageModel, views: int, operations: float) -> Work:
     size = getattr(torch, vlm.precision).itemsize
-    moved = size * sum(parameter.numel() for parameter in visual.parameters())
-    moved += 4 * views * 3 * vlm.preprocess.image_size**2
-    return Work(operations, moved, vlm.precision)
+    moved = size * sum(parameter.numel() for parameter in vlm.model.visual.parameters())
+    return Work(operations, moved + 4 * views * 3 * vlm.preprocess.image_size**2, vlm.precision)
 
 
-def transformer_multiply_adds(visual: nn.Module) -> int | None:
-    """Return the multiply-adds for one image of open_clip's vision transformer, or None for another module.
+def transformer_multiply_adds(visual: Any, *, pooled_only: bool) -> int:
+    """Return the multiply-adds for one image of open_clip's vision transformer.
 
     With n tokens (the patches and the class token), width W, an MLP of width M, L blocks and patches of P x P pixels:
 
         (n - 1) 3 P^2 W  +  L (n (4 W^2 + 2 W M) + 2 n^2 W)  +  W D
+
+    Where the last block computes the pooled token only, (n - 1) (2 W^2 + 2 W M + 2 n W) of it are not needed.
+
+    visual: an image encoder that models.image_encoder.reason_not_served lets pass.
+    pooled_only: whether the last block computes the pooled token only.
     """
-    if not isinstance(visual, VisionTransformer) or not isinstance(visual.proj, Tensor):
-        return None
-    patches, (width, embed_dim) = visual.grid_size[0] * visual.grid_size[1], visual.proj.shape
     blocks = visual.transformer.resblocks
-    inner, tokens = blocks[0].mlp[0].out_features, patches + 1
-    block = tokens * (4 * width**2 + 2 * width * inner) + 2 * tokens**2 * width
-    return int(patches * visual.conv1.weight.numel() + len(blocks) * block + width * embed_dim)
+    width, inner = blocks[0].mlp.c_fc.in_features, blocks[0].mlp.c_fc.out_features
+    patches = visual.grid_size[0] * visual.grid_size[1]
+    tokens = patches + 1
+    total = patches * visual.conv1.weight.numel()
+    total += len(blocks) * (tokens * (4 * width**2 + 2 * width * inner) + 2 * tokens**2 * width)
+    total += visual.proj.numel() if visual.proj is not None else 0
+    return int(total - (patches * (2 * width**2 + 2 * width * inner + 2 * tokens * width) if pooled_only else 0))
 
 
 def counted_encoder_operations(vlm: VisionLanguageModel, views: int) -> float:

@@ -159,8 +159,8 @@ def sentences(figures: Sequence[Figure]) -> list[str]:
             limits.setdefault(f"{figure['name']} in {figure['unit']}", []).append(significant(figure["best"]))
     found = "; ".join(f"{name}: {', '.join(values)}" for name, values in limits.items())
     lines.append(f"this machine, measured in the same rounds: {found}")
-    inside = {figure["name"]: figure["inside"] for figure in figures if figure["kind"] == "stage"}
-    return [*lines, *(f"{name}: {text}" for name, text in inside.items()), LEGEND]
+    inside = [f"{figure['name']}: {figure['inside']}" for figure in figures if figure["kind"] == "stage"]
+    return [*lines, *dict.fromkeys(inside), LEGEND]
 
 
 def giga(value: float | None) -> str:

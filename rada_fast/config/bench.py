@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rada_fast.config.checks import MAX_LAYERS, MAX_WORKERS, check_choices, check_integer, check_paths, check_positive
+from rada_fast.config.checks import (
+    MAX_LAYERS,
+    MAX_WORKERS,
+    bytes_of,
+    check_choices,
+    check_integer,
+    check_paths,
+    check_positive,
+)
 from rada_fast.config.commands import Stages, ViewKind
 from rada_fast.config.options import ModelOptions, Precision
 from rada_fast.errors import UserError
@@ -66,8 +74,11 @@ class BenchTTTOptions:
     """crop: random resized crops and flips; augmix: also AugMix."""
     steps: int = 3
     """Optimiser steps for each picture (paper: 3)."""
-    workers: int = 0
-    """Processes that read images and make views; with 0 the main process does it."""
+    workers: int = 1
+    """Threads that decode pictures and cut views, ahead of the one that encodes and adapts; 0 reads nothing ahead."""
+    memory: str | None = None
+    """About how much memory the pipeline may take, such as 2GiB, which picks the number of pictures adapted together.
+    Default: what groups of a useful size need."""
     measuring: MeasuringOptions = MeasuringOptions()
     model: ModelOptions = ModelOptions()
 
@@ -79,6 +90,8 @@ class BenchTTTOptions:
         check_integer("views", self.views, 1, MAX_SIZE)
         check_integer("steps", self.steps, 0, MAX_LAYERS)
         check_integer("workers", self.workers, 0, MAX_WORKERS)
+        if self.memory is not None:
+            bytes_of("memory", self.memory)
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class BenchEFTOptions:
     batch: tuple[int, ...] = (1,)
     """Pictures B of a step (paper: 1); each number makes settings of its own."""
     iterations: int | None = None
-    """Iterations of one call. Default: as many as take a tenth of a second."""
+    """Calls in a row of each stage in a round. Default: as many as take a tenth of a second."""
     embed_dim: int | None = None
     """Measure cached features of this width only, without any encoder."""
     measuring: MeasuringOptions = MeasuringOptions()

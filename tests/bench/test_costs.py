@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from rada_fast.bench import costs
 from rada_fast.bench.adapter import Problem, operations_of, work_of
-from rada_fast.bench.encoder import counted_encoder_operations, encoder_work, transformer_multiply_adds
+from rada_fast.bench.encoder import counted_encoder_operations, encoder_work, module_work, transformer_multiply_adds
 from rada_fast.config.method import AdapterConfig
 from rada_fast.models.vision_language import load_model
 
 
 def test_the_encoder_has_the_operations_of_its_formula() -> None:
     vlm = load_model("embedded")
-    multiply_adds = transformer_multiply_adds(vlm.model.visual)
-    assert multiply_adds is not None
-    assert counted_encoder_operations(vlm, 3) == 3 * 2 * multiply_adds == encoder_work(vlm, 3).operations
-    assert transformer_multiply_adds(vlm.model.token_embedding) is None
+    visual = vlm.model.visual
+    assert counted_encoder_operations(vlm, 3) == 3 * 2 * transformer_multiply_adds(visual, pooled_only=False)
+    assert module_work(vlm, 3).operations == counted_encoder_operations(vlm, 3)
+    # Of the last block's products, only those of the keys and the values are computed for all 65 tokens.
+    saved = 64 * (2 * 160**2 + 2 * 160 * 640 + 2 * 65 * 160)
+    assert encoder_work(vlm, 1).operations == counted_encoder_operations(vlm, 1) - 2 * saved
+    # An encoder that is called as a module computes what the module computes.
+    with torch.no_grad():
+        hook = visual.register_forward_hook(lambda *_: None)
+        assert encoder_work(vlm, 1).operations == counted_encoder_operations(vlm, 1)
+        hook.remove()
 
 
 @pytest.mark.parametrize(("batch", "classes"), [(1, 50), (6, 200)])

@@ -76,6 +76,16 @@ def test_the_device_is_kept_busy_while_the_host_queues(sleep_cycles: list[int]) 
     assert 1.0 <= host <= wall
 
 
+def test_bursts_on_a_device_are_timed_by_events(sleep_cycles: list[int]) -> None:
+    measured = bench_timing.interleaved(
+        {"slow": lambda: time.sleep(2e-3), "fast": lambda: None}, FAKE_DEVICE, seconds=0.0, burst=2, dtypes=["float32"]
+    )
+    assert measured.times["slow"].best >= 2.0 > measured.times["fast"].best
+    assert measured.memory["slow"] == (3.0, 2.0)
+    assert measured.product_rate["float32"] > 0
+    assert measured.bandwidth > 0
+
+
 def test_every_provider_is_compared_with_the_floor(sleep_cycles: list[int]) -> None:
     problem = Problem(2, 5, "official", "float32", True, width=64, device=FAKE_DEVICE)
     case = bench_rational_adapter.case_of(problem, ["literal", "reference"])

@@ -1,0 +1,255 @@
+"""Measure the training steps of efficient and of full fine-tuning, with their encoder and on features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+
+from rada_fast.bench.costs import (
+    Work,
+    adapter_parameters,
+    optimizer_work,
+    step_work,
+)
+from rada_fast.bench.encoder import drawn_views, encoder_work, model_sizes, module_work
+from rada_fast.bench.inputs import unit_rows
+from rada_fast.bench.report import sizes_name
+from rada_fast.bench.stages import Figure, Ratio, Setting, Stage, measure
+from rada_fast.config.bench import BenchEFTOptions, BenchFFTOptions
+from rada_fast.config.commands import EFTOptions, FFTOptions
+from rada_fast.config.method import AdapterConfig
+from rada_fast.engine.full_training import Stage as TrainingStage
+from rada_fast.engine.full_training import StageStep, stage_step
+from rada_fast.engine.optimizers import training_optimizer
+from rada_fast.engine.steps import Gradients, Objective, TrainingStep
+from rada_fast.models.vision_language import VisionLanguageModel, load_model
+from rada_fast.modules import RationalAdapter
+from rada_fast.modules.rational_classifier import RationalClassifier
+from rada_fast.ops import use_backend
+
+LOGIT_SCALE = 100.0
+GRADIENTS = "features in memory to the gradients of everything that is trained: forward, loss, backward"
+OPTIMIZER = "the optimiser's step with gradients that are there"
+
+
+def model_of(options: BenchEFTOptions | BenchFFTOptions, device: torch.device) -> VisionLanguageModel | None:
+    """Load the model that the options name, or return None where only features are measured."""
+    if options.embed_dim is not None:
+        return None
+    chosen, seed = options.model, options.measuring.seed
+    return load_model(chosen.model, chosen.pretrained, device=device, precision=chosen.precision, seed=seed)
+
+
+def eft_figures(options: BenchEFTOptions, device: torch.device) -> list[Figure]:
+    """Return the lines of figures of efficient fine-tuning, for each batch and number of classes."""
+    vlm = model_of(options, device)
+    found = []
+    for batch in options.batch:
+        for classes in options.classes:
+            setting = eft_setting(vlm, batch, classes, options, device)
+            found += measure(setting, device.type, options.measuring)
+    return found
+
+
+def eft_setting(
+    vlm: VisionLanguageModel | None, batch: int, classes: int, options: BenchEFTOptions, device: torch.device
+) -> Setting:
+    """Return the setting of one batch and one number of classes."""
+    width = options.embed_dim if vlm is None else vlm.embed_dim
+    assert width is not None
+    config = AdapterConfig.official(width)
+    text, features = unit_rows(classes, width, device=device), unit_rows(batch, width, device=device)
+    labels = torch.arange(batch, device=device) % classes
+    step = eft_step(config, text)
+    apart = eft_step(config, text)
+    apart.gradients.add(features, labels)
+    optimizing, computing = optimizer_work(adapter_parameters(config)), step_work(config, batch, classes)
+    stages = [
+        Stage(
+            name="gradients", inside=GRADIENTS, call=lambda: apart.gradients.add(features, labels), pictures=batch,
+            work=(computing,),
+        ),
+        Stage(name="optimizer", inside=OPTIMIZER, call=apart.optimizer.step, pictures=batch, work=(optimizing,)),
+        Stage(
+            name="step on cached features",
+            inside="one training step on features in memory: gradients, optimiser, sums for the record",
+            call=lambda: step(features, labels, EFTOptions.lr),
+            pictures=batch,
+            work=(computing, optimizing),
+        ),
+        Stage(
+            name="published step",
+            inside="the same with the published arithmetic, autograd and torch.optim.AdamW",
+            call=published_step(config, text, features, labels),
+            pictures=batch,
+            work=(computing, optimizing),
+        ),
+    ]  # fmt: skip
+    whole = "step on cached features"
+    ratios = [
+        Ratio("loop's overhead", whole, ("gradients", "optimizer"), "time of a step / time of its two parts alone"),
+        Ratio("speed-up", "published step", (whole,), "time of a step with the published arithmetic / time of a step"),
+    ]
+    sizes: dict[str, object] = {"batch": batch, "classes": classes, "embed_dim": width}
+    if vlm is not None:
+        views, encoding = drawn_views(vlm, batch), encoder_work(vlm, batch)
+        whole, iteration_step = "iteration", eft_step(config, text)
+        sizes = model_sizes(vlm) | sizes
+        encode = Stage(
+            name="encode", inside="pictures in memory to features of unit length, and nothing else",
+            call=lambda: vlm.image_features(views), pictures=batch, work=(encoding,),
+        )  # fmt: skip
+        iteration = Stage(
+            name="iteration",
+            inside="one training iteration on one repeated batch of pictures in memory, the frozen encoder included",
+            call=lambda: iteration_step(vlm.image_features(views), labels, EFTOptions.lr),
+            pictures=batch,
+            work=(encoding, computing, optimizing),
+        )
+        stages = [encode, *stages, iteration]
+        what = "time of an iteration / time to encode its batch alone"
+        ratios.insert(0, Ratio("overhead ratio", "iteration", ("encode",), what))
+    return Setting(
+        name=sizes_name(sizes), sizes=sizes, stages=tuple(stages), whole=whole, ratios=tuple(ratios),
+        burst=options.iterations,
+    )  # fmt: skip
+
+
+def eft_step(config: AdapterConfig, text: Tensor) -> TrainingStep:
+    """Return what takes the steps of efficient fine-tuning, for an adapter of its own with the default options."""
+    adapter = RationalAdapter(config).to(text.device)
+    objective = Objective(EFTOptions.penalty, EFTOptions.penalty_weight)
+    optimizer = training_optimizer(
+        adapter.parameters(), EFTOptions.optimizer, lr=EFTOptions.lr, weight_decay=EFTOptions.weight_decay
+    )
+    return TrainingStep(Gradients(adapter, text, LOGIT_SCALE, objective), optimizer)
+
+
+def published_step(config: AdapterConfig, text: Tensor, features: Tensor, labels: Tensor) -> Callable[[], None]:
+    """Return a function that takes a step as the published code does: its arithmetic, autograd and PyTorch's AdamW."""
+    adapter = RationalAdapter(config).to(text.device)
+    optimizer = AdamW(adapter.parameters(), lr=EFTOptions.lr, weight_decay=EFTOptions.weight_decay)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with use_backend("literal"):
+            logits, penalty = adapter(features, text, LOGIT_SCALE, penalty=EFTOptions.penalty)
+        (cross_entropy(logits, labels) + EFTOptions.penalty_weight * penalty).backward()
+        optimizer.step()
+
+    return step
+
+
+def fft_figures(options: BenchFFTOptions, device: torch.device) -> list[Figure]:
+    """Return the lines of figures of full fine-tuning, for each stage of training, batch and number of classes."""
+    vlm = model_of(options, device)
+    trains = [False] if options.stages == "rada" or vlm is None else [False, True]
+    found = []
+    for trains_encoder in trains:
+        for batch in options.batch:
+            for classes in options.classes:
+                with fft_setting(vlm, batch, classes, options, device, trains_encoder=trains_encoder) as setting:
+                    found += measure(setting, device.type, options.measuring)
+    return found
+
+
+@contextmanager
+def fft_setting(
+    vlm: VisionLanguageModel | None,
+    batch: int,
+    classes: int,
+    options: BenchFFTOptions,
+    device: torch.device,
+    *,
+    trains_encoder: bool,
+) -> Iterator[Setting]:
+    """Return the setting of one batch and one number of classes, as long as the context lasts.
+
+    trains_encoder: whether the stage RAda-FT is measured, which trains the encoder, or the stage RAda.
+    """
+    width = options.embed_dim if vlm is None else vlm.embed_dim
+    assert width is not None
+    text = unit_rows(classes, width, device=device)
+    classifier = RationalClassifier(text, RationalAdapter(AdapterConfig.official(width)), LOGIT_SCALE).to(device)
+    sizes: dict[str, object] = {"batch": batch, "classes": classes, "embed_dim": width}
+    sizes = sizes if vlm is None else model_sizes(vlm) | sizes
+    stage = FULL if trains_encoder else RADA
+    with stage_step(
+        stage, classifier, vlm, batch_size=batch, weight_decay=FFTOptions.weight_decay, penalty=FFTOptions.penalty
+    ) as taking:
+        if trains_encoder:
+            assert vlm is not None
+            stages = [full_stage(vlm, batch, taking, classifier)]
+        else:
+            stages = rada_stages(vlm, batch, taking, classifier)
+        overhead = Ratio("overhead ratio", "step", ("encode",), "time of a step / time to encode its batch alone")
+        yield Setting(
+            name=f"{sizes_name(sizes)}, {stage.name}", sizes=sizes, stages=tuple(stages), whole=stages[-1].name,
+            ratios=(overhead,) if vlm is not None and not trains_encoder else (),
+        )  # fmt: skip
+
+
+RADA = TrainingStage("rada", 1, FFTOptions.lr, FFTOptions.penalty_weight, False)
+FULL = TrainingStage("rada-ft", 1, FFTOptions.finetune_lr, 0.0, True)
+
+
+def rada_stages(
+    vlm: VisionLanguageModel | None, batch: int, taking: StageStep, classifier: RationalClassifier
+) -> list[Stage]:
+    """Return the stages of a step that trains the adapter and the classifier: encoding, and the step on features."""
+    classes, width = classifier.weight.shape
+    device, config = classifier.weight.device, classifier.adapter.config
+    features, labels = unit_rows(batch, width, device=device), torch.arange(batch, device=device) % classes
+    trained = sum(parameter.numel() for parameter in classifier.parameters())
+    on_features = Stage(
+        name="step on features",
+        inside="one step of RAda on features in memory: adapter and classifier are trained",
+        call=lambda: taking.step(features, labels, RADA.lr),
+        pictures=batch,
+        work=(step_work(config, batch, classes), optimizer_work(trained)),
+    )
+    if vlm is None:
+        return [on_features]
+    views, encoding = drawn_views(vlm, batch), encoder_work(vlm, batch)
+    return [
+        Stage(
+            name="encode",
+            inside="pictures in memory to features of unit length, and nothing else",
+            call=lambda: vlm.image_features(views),
+            pictures=batch,
+            work=(encoding,),
+        ),
+        on_features,
+        Stage(
+            name="step",
+            inside="one step of RAda on pictures in memory, which the frozen encoder encodes",
+            call=lambda: taking.step(vlm.image_features(views), labels, RADA.lr),
+            pictures=batch,
+            work=(encoding, *on_features.work),
+        ),
+    ]
+
+
+def full_stage(vlm: VisionLanguageModel, batch: int, taking: StageStep, classifier: RationalClassifier) -> Stage:
+    """Return the step that trains the encoder too."""
+    classes = len(classifier.weight)
+    views, labels = drawn_views(vlm, batch), torch.arange(batch, device=vlm.device) % classes
+    trained = sum(parameter.numel() for parameter in taking.trained.parameters())
+    forward = module_work(vlm, batch)
+    return Stage(
+        name="step",
+        inside="one step of RAda-FT on pictures in memory: encoder, adapter and classifier are trained",
+        call=lambda: taking.step(views, labels, FULL.lr, ["drawn"] * batch),
+        pictures=batch,
+        work=(
+            # The gradients of the weights and those of the activations each take what the forward pass takes.
+            Work(3 * forward.operations, 3 * forward.bytes, forward.dtype),
+            step_work(classifier.adapter.config, batch, classes),
+            optimizer_work(trained),
+        ),
+    )
