@@ -242,6 +242,7 @@ def _run_command(arguments: list[str]) -> int:
     except FileNotFoundError:  # without this folder, libraries of PyTorch end the process
         raise UserError("the folder that this was started in does not exist any more; start it in another") from None
     _env.place_other_caches()
+    _env.shorten_waits()
     memory.keep_freed_memory()
     try:
         with notices.collecting(hold=True):

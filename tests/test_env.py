@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import pwd
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401 (the test of the waits needs it to be loaded)
 
 from rada_fast import _env
 from rada_fast.errors import UserError
@@ -147,3 +149,20 @@ def test_native_products_follow_the_instruction_sets(
 def test_instruction_sets_are_read_from_the_system(monkeypatch: pytest.MonkeyPatch, text: str, flags: set[str]) -> None:
     monkeypatch.setattr(_env.Path, "read_text", lambda *_: text)
     assert _env._processor_flags.__wrapped__() == flags
+
+
+def test_threads_wait_shortly_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    for name in names:
+        monkeypatch.setenv(name, "")
+    _env.shorten_waits()
+    assert os.environ["GOMP_SPINCOUNT"] == "", "a library that is loaded does not read the variable any more"
+    monkeypatch.delitem(sys.modules, "torch")
+    _env.shorten_waits()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    for name, value in zip(names, ("active", "300000"), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setenv("GOMP_SPINCOUNT", "")
+            patch.setenv(name, value)
+            _env.shorten_waits()
+            assert os.environ["GOMP_SPINCOUNT"] == (value if name == "GOMP_SPINCOUNT" else "")
