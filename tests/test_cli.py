@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "part": ("bench tt", "bench must be followed by one of ttt, eft, fft, encoder, views, adapter, got 'tt'; did you mean ttt?"),
     "no part": ("bench", "bench must be followed by one of ttt, eft, fft, encoder, views, adapter"),
     "part's option": ("bench views --device cpu", "--device is no option of 'rada-fast bench views'"),
-    "repeats": ("bench encoder --repeats 1", "--repeats must be a whole number of at least 2, got 1"),
+    "repeats": ("bench encoder --repeats 0", "--repeats must be a whole number of at least 1, got 0"),
     "numbers": ("bench encoder --batch 2 2", "--batch must not repeat a number, got 2 2"),
     "grid": ("bench adapter --batch 2", "--batch and classes must be given together"),
     "measured backend": ("bench adapter --batch 1 --classes 5 --embed-dim 16 --backend triton", "--backend 'triton' cannot be measured"),

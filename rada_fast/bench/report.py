@@ -136,12 +136,14 @@ LEGEND = (
 
 
 def setting_table(stages: Sequence[Figure]) -> Table:
-    """Make the table of a setting, with a line for each of its stages."""
+    """Make the table of a setting, with a line for each of its stages and without columns that would be empty."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "stage" else "right", overflow="fold")
-    for figure in stages:
-        table.add_row(*(cell(figure) for cell in COLUMNS.values()))
+    columns = {name: [cell(figure) for figure in stages] for name, cell in COLUMNS.items()}
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in columns:
+        table.add_column(name, justify="left" if name == "stage" else "right", overflow="fold")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
 
 

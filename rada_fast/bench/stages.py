@@ -36,6 +36,7 @@ class Stage:
     pictures: the number of pictures of one call.
     work: the least work of one call by the formulas, part by part.
     operations: the operations of one call as PyTorch counts them, if it can; see counted_operations.
+    within: whether it is a part of the whole, or the whole. Something that is only compared with it has no share.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Stage:
     parts: tuple[str, ...] = ()
     work: tuple[Work, ...] = ()
     operations: float | None = None
+    within: bool = True
 
 
 class Ratio(NamedTuple):
@@ -168,7 +170,10 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
     medians = {name: times.median for name, times in measured.times.items()}
     lines = [
         stage_figure(
-            setting, stage, measured, share=medians[stage.name] / medians[setting.whole] if setting.whole else None
+            setting,
+            stage,
+            measured,
+            share=medians[stage.name] / medians[setting.whole] if setting.whole and stage.within else None,
         )
         for stage in setting.stages
     ]

@@ -207,7 +207,9 @@ class Times:
 
     @property
     def spread(self) -> float:
-        """The distance of the quartiles."""
+        """The distance of the quartiles; 0 for a single round."""
+        if len(self.rounds) == 1:
+            return 0.0
         quarter, _, three_quarters = statistics.quantiles(self.rounds, n=4, method="inclusive")
         return three_quarters - quarter
 

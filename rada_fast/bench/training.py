@@ -80,6 +80,7 @@ def eft_setting(
             inside="one training step on features in memory: gradients, optimiser, sums for the record",
             call=lambda: step(features, labels, EFTOptions.lr),
             pictures=batch,
+            within=vlm is None,
             work=(computing, optimizing),
         ),
         Stage(
@@ -87,6 +88,7 @@ def eft_setting(
             inside="the same with the published arithmetic, autograd and torch.optim.AdamW",
             call=published_step(config, text, features, labels),
             pictures=batch,
+            within=False,
             work=(computing, optimizing),
         ),
     ]  # fmt: skip

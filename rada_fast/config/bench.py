@@ -44,8 +44,7 @@ class MeasuringOptions:
     def __post_init__(self) -> None:
         check_positive("seconds", self.seconds)
         if self.repeats is not None:
-            # Quartiles need two rounds.
-            check_integer("repeats", self.repeats, 2, 10**6)
+            check_integer("repeats", self.repeats, 1, 10**6)
         check_integer("seed", self.seed, 0, 2**31 - 1)
         check_paths(self, "output")
 

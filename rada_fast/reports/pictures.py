@@ -128,5 +128,5 @@ def stages_picture(path: Path, *, title: str, bars: Sequence[StageBar]) -> None:
     axes.set_yticks(range(len(rows)), rows[::-1], fontsize=8)
     axes.set_xlim(0, 1.15 * max(ends.values()))
     axes.set_xlabel("median milliseconds of one call; hatched: the floor that the machine's measured limits allow")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=min(4, len(stages)), fontsize=8)
     figure.savefig(path, dpi=110)
