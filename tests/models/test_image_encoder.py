@@ -11,6 +11,8 @@ import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import LayerNormFp32
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rada_fast import _env
 from rada_fast.models import image_encoder
@@ -96,9 +98,10 @@ def test_it_equals_the_embedded_model(dtype: torch.dtype, onednn: bool, monkeypa
 def test_the_features_of_an_image_do_not_depend_on_the_others(precision: Any) -> None:
     """The number of images in a call, their order and their place in it change no bit on a CPU."""
     model = load_model("embedded", precision=precision)
-    images = torch.randn(2 * image_encoder.CPU_CHUNK + 3, 3, 64, 64)
+    images = torch.randn(70, 3, 64, 64)  # of 65 tokens each, which are too many for one chunk
+    assert len(images) * 65 > image_encoder.CPU_ROWS
     together = model.image_features(images)
-    for number in (1, 2, 3, image_encoder.CPU_CHUNK, image_encoder.CPU_CHUNK + 1):
+    for number in (1, 2, 3, 8, 33, 64):
         for start in (0, 5):
             chosen = slice(start, start + number)
             assert torch.equal(model.image_features(images[chosen]), together[chosen]), (number, start)
@@ -208,3 +211,33 @@ def test_other_images_are_encoded_by_the_module() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert encoder.prepared_for(images) is None
     assert ImageEncoder(build(), torch.float16).prepared_for(images) is None
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Fail where a number leaves its tensor, for which a program would have to wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        assert func is not torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_encoding_reads_nothing_back(precision: Any) -> None:
+    model = load_model("embedded", precision=precision)
+    images = torch.randn(2, 3, 64, 64)
+    model.image_features(images)  # the first call may try oneDNN's products
+    with NothingReadBack():
+        model.image_features(images)
+    with NothingReadBack(), pytest.raises(AssertionError):
+        model.encode_images(images)
+
+
+def test_cudnn_comes_first_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels: list[Any] = []
+    monkeypatch.setattr(image_encoder, "sdpa_kernel", lambda chosen, **options: kernels.append((chosen[0], options)))
+    for capability in ((8, 0), (10, 0), (9, 0)):
+        monkeypatch.setattr(_env, "cuda_device_capability", lambda index, found=capability: found)
+        image_encoder._attention_kernels(torch.device("cuda", 0))
+    image_encoder._attention_kernels(torch.device("cpu"))
+    assert kernels == [(SDPBackend.CUDNN_ATTENTION, {"set_priority": True})]

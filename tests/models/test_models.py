@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from rada_fast import _env
+from rada_fast.config.options import ModelOptions
 from rada_fast.errors import UserError
 from rada_fast.models.class_features import class_features, resolve_templates
 from rada_fast.models.class_names import resolve_class_names
-from rada_fast.models.vision_language import VisionLanguageModel, load_model, precision_on
+from rada_fast.models.vision_language import VisionLanguageModel, load_model, open_model, precision_on
 from rada_fast.system import notices
 
 TINY = {
@@ -84,6 +85,12 @@ def test_a_processor_without_instructions_for_a_precision_computes_in_float32(
     assert (low.precision_asked, low.precision) == (precision, "float32")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(low.encode_images(images), tiny.encode_images(images))
+    # The same holds for the shipped model and for one that is made or opened in another way.
+    for made in (
+        load_model("embedded", precision=precision),
+        open_model(ModelOptions(device="cpu", precision=precision), needed=True, seed=0),
+    ):
+        assert (made.precision_asked, made.precision) == (precision, "float32")
     # There is no note for float32, nor on a device that multiplies the type.
     with notices.collecting():
         assert precision_on(torch.device("cpu"), "float32") == "float32"

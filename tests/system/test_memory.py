@@ -38,16 +38,23 @@ def faults():
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 2**20
 
-sizes = [40, 3, 17, 40, 1, 29, 8, 35, 12, 23]
-for size in sizes * 2:
-    use(size)
-before, start = faults(), resident()
-peaks = []
-for turn in range(5):
-    for size in sizes[turn:] + sizes[:turn]:
-        use(size)
-    peaks.append(resident())
-found = {"kept": kept, "again": keep_freed_memory(), "faults": faults() - before, "growth": max(peaks) - start}
+def growth(action, numbers, rounds=10):
+    # MiB by which the process grows, and pages that it takes, in the second half of its rounds
+    for turn in range(2 * rounds):
+        if turn == rounds:
+            start, before = resident(), faults()
+        shift = turn % len(numbers)
+        for number in numbers[shift:] + numbers[:shift]:
+            action(number)
+    return resident() - start, faults() - before
+
+grown, taken = growth(use, [40, 3, 17, 40, 1, 29, 8, 35, 12, 23])
+
+from rada_fast.models.vision_language import load_model
+
+model = load_model("embedded")
+by_encoding, _ = growth(lambda number: model.image_features(torch.zeros(number, 3, 64, 64)), [1, 30, 7, 52, 3, 16], 4)
+found = {"kept": kept, "again": keep_freed_memory(), "taken": taken, "grown": grown, "by encoding": by_encoding}
 print(json.dumps(found))
 """
 
@@ -65,9 +72,10 @@ def test_freed_memory_is_not_paged_in_again_and_does_not_grow() -> None:
     kept = run()
     assert kept["kept"] is True
     assert kept["again"] is True
-    # Without the setting these are 460,000 pages.
-    assert kept["faults"] < 20_000
-    assert kept["growth"] <= 8
+    # Without the setting these are more than 700,000. A tensor whose place is taken by another may need 20,000.
+    assert kept["taken"] < 60_000
+    assert kept["grown"] <= 8
+    assert kept["by encoding"] <= 8
 
 
 @pytest.mark.parametrize(
