@@ -10,7 +10,7 @@ How to add the benchmark of an op:
 3. Compute the expected answer once, in plain PyTorch. Give each provider, as its ``tolerance``, the relative error that
    its type allows; 0 asks for equal bits. No provider is timed before its answer was compared.
 4. Say what every provider must at least read and write (``least_bytes``), and, where matrix products take most of the
-   time, how many ``operations`` they have. Formulas that others may need belong into ``costs.py``.
+   time, how many ``operations`` they have. Formulas that others may need belong into ``rada_fast/bench/costs.py``.
 5. Hand all of it to the fixture: ``measured(Case(...))``. It times the providers in turn (``timing.py``), keeps a row
    of figures for each, and shows all rows in one table (``table.py``).
 

@@ -275,9 +275,7 @@ def interleaved(
     rates: dict[str, list[float]] = {name: [] for name in probes}
     copies: list[float] = []
     began, rounds = time.perf_counter(), 0
-    while rounds < (repeats or MIN_ROUNDS) or not (
-        repeats or rounds >= MAX_ROUNDS or time.perf_counter() - began > seconds * rounds / (rounds + 1)
-    ):
+    while not _enough(rounds, time.perf_counter() - began, seconds, repeats):
         for name, call in calls.items():
             found[name].append(burst_ms(call, bursts[name], device))
         for name, probe in probes.items():
@@ -290,6 +288,13 @@ def interleaved(
         {name: max(values) for name, values in rates.items()},
         max(copies),
     )
+
+
+def _enough(rounds: int, elapsed: float, seconds: float, repeats: int | None) -> bool:
+    """Return whether there have been enough rounds, or another one would probably take longer than the seconds."""
+    if repeats is not None:
+        return rounds >= repeats
+    return rounds >= MIN_ROUNDS and (rounds >= MAX_ROUNDS or elapsed * (rounds + 1) / rounds > seconds)
 
 
 def burst_ms(call: Call, times: int, device: str) -> float:
