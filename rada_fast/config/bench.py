@@ -15,7 +15,7 @@ from rada_fast.config.checks import (
     check_positive,
 )
 from rada_fast.config.commands import Stages, ViewKind
-from rada_fast.config.options import ModelOptions, Precision
+from rada_fast.config.options import ModelOptions, Precision, RunOptions
 from rada_fast.errors import UserError
 
 AdapterBackend = Literal["literal", "reference", "compile", "cpu", "cpu-float32", "triton"]
@@ -73,7 +73,7 @@ class BenchTTTOptions:
     """crop: random resized crops and flips; augmix: also AugMix."""
     steps: int = 3
     """Optimiser steps for each picture (paper: 3)."""
-    workers: int = 1
+    workers: int = RunOptions.workers
     """Threads that decode pictures and cut views, ahead of the one that encodes and adapts; 0 reads nothing ahead."""
     memory: str | None = None
     """About how much memory the pipeline may take, such as 2GiB, which picks the number of pictures adapted together.
