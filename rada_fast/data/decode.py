@@ -1,4 +1,4 @@
-"""Image files: telling which files are pictures, and decoding them to 8-bit RGB."""
+"""Telling which files are pictures, and decoding pictures to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import errno
 import os
 import re
 import stat
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from torch import Tensor
 
+Picture = str | os.PathLike[str] | Image.Image | Tensor
+"""The forms in which a picture may be given; see pixels_of_picture."""
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows but does not decode itself: it starts Ghostscript for EPS and has stubs for the others."""
 PICTURES_WITHOUT_A_DECODER = frozenset({".heic", ".heif", ".jxl"})
@@ -99,6 +106,35 @@ def _open_regular(path: Path) -> BinaryIO:
         raise
 
 
+def pixels_of(image: Image.Image) -> Tensor:
+    """Return the pixels of an RGB image, (height, width, 3) uint8."""
+    return torch.from_numpy(np.array(image))
+
+
+def pixels_of_picture(picture: Picture) -> Tensor:
+    """Return the pixels of a picture in any form, (height, width, 3) uint8.
+
+    picture: the path of a file; an image of PIL; or a tensor (3, height, width), uint8 or with values in 0..1.
+
+    Raises UnreadableImageError where a file or an image of PIL cannot be decoded, and TypeError or ValueError for
+    anything else.
+    """
+    if isinstance(picture, str | os.PathLike):
+        return pixels_of(read_image(Path(picture)))
+    if isinstance(picture, Image.Image):
+        with _one_error("the image"):
+            return pixels_of(_to_rgb(picture))
+    if not isinstance(picture, Tensor):
+        raise TypeError(f"a picture must be a path, an image of PIL or a tensor, got {type(picture).__name__}")
+    if picture.ndim != 3 or picture.shape[0] != 3 or picture.numel() == 0:
+        raise ValueError(f"a picture's tensor must be (3, height, width), got {tuple(picture.shape)}")
+    if picture.dtype != torch.uint8:
+        if not picture.is_floating_point() or not bool(((picture >= 0) & (picture <= 1)).all()):
+            raise ValueError(f"a picture's tensor must be uint8 or have values in 0..1, got {picture.dtype}")
+        picture = (picture.detach().float() * 255).round().to(torch.uint8)
+    return picture.permute(1, 2, 0).contiguous()
+
+
 def read_image(path: Path) -> Image.Image:
     """Decode an image file to RGB.
 
@@ -108,16 +144,56 @@ def read_image(path: Path) -> Image.Image:
 
     Raises UnreadableImageError where the file is missing, damaged, of an unknown kind, or too large to be a picture.
     """
+    with _one_error(path.name), _open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise UnreadableImageError("the file is empty")
+        with Image.open(file, formats=_formats()) as image:
+            # PIL raises at twice its limit of pixels, and only warns of a picture between the two.
+            pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if most is not None and pixels > most:
+                raise UnreadableImageError(
+                    f"Image size ({pixels} pixels) exceeds limit of {most} pixels, could be decompression bomb DOS "
+                    "attack."
+                )
+            return _to_rgb(image)
+
+
+class _WarningsOff:
+    """Ignore the warnings of PIL while any thread decodes a picture.
+
+    warnings.catch_warnings would not do: it puts the filters back that it found, which may be those of another thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._threads += 1
+            if self._threads == 1:
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                self._filter = warnings.filters[0]
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if self._threads == 0:
+                # Whoever has replaced all filters meanwhile has removed this one too.
+                with suppress(ValueError):
+                    warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
+
+
+_WARNINGS_OFF = _WarningsOff()
+
+
+@contextmanager
+def _one_error(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into an UnreadableImageError that names the picture and the reason."""
     try:
-        # PIL warns of a picture above its pixel limit and raises at twice the limit. Both are refused here.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with _open_regular(path) as file:
-                if os.fstat(file.fileno()).st_size == 0:
-                    raise UnreadableImageError("the file is empty")
-                with Image.open(file, formats=_formats()) as image:
-                    return _to_rgb(image)
+        with _WARNINGS_OFF:
+            yield
+            return
     except UnidentifiedImageError:
         reason = "not an image of a known kind"
     except OSError as error:
@@ -128,7 +204,7 @@ def read_image(path: Path) -> Image.Image:
         reason = (error.strerror if error.errno else None) or str(error) or type(error).__name__
     except Exception as error:  # a decoder may raise anything when a file is damaged
         reason = str(error) or type(error).__name__
-    raise UnreadableImageError(f"{path.name} cannot be read: {reason.splitlines()[0]}") from None
+    raise UnreadableImageError(f"{name} cannot be read: {reason.splitlines()[0]}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

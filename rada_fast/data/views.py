@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from rada_fast.config.commands import ViewKind
-from rada_fast.data.decode import UnreadableImageError, read_image
+from rada_fast.data.decode import UnreadableImageError, pixels_of, read_image
 from rada_fast.data.sources import Sample
 from rada_fast.ops import CROP_SCALE as CROP_SCALE
-from rada_fast.ops import augmix, multi_view_crops, random_augmix, random_views, whole_view
+from rada_fast.ops import AugmixPlan, augmix, multi_view_crops, random_augmix, random_views, whole_view
 
 AUGMIX_CHAINS, AUGMIX_DEPTH, AUGMIX_SEVERITY = 3, 3, 1.0
 """AugMix as test-time prompt tuning uses it: three chains of one to three operations at the lowest severity."""
@@ -53,7 +52,56 @@ def center_view(image: Image.Image, preprocess: Preprocess) -> Tensor:
 
     image: RGB, as read_image returns it. Returns (3, S, S) float32.
     """
-    return _cut(image, preprocess, _original(image, preprocess))[0]
+    original = whole_view(
+        image.height, image.width, preprocess.image_size,
+        resize=preprocess.resize, interpolation=preprocess.interpolation,
+    )  # fmt: skip
+    return cut_views(pixels_of(image), original, preprocess)[0]
+
+
+ViewPlan = Tensor | AugmixPlan
+"""The boxes of the views of one picture, and for AugMix what is done with each."""
+
+
+def plan_views(height: int, width: int, preprocess: Preprocess, num_views: int, kind: ViewKind, seed: int) -> ViewPlan:
+    """Draw the boxes of the original and of num_views - 1 random views of a picture.
+
+    Boxes and flips are those that torchvision's RandomResizedCrop (bilinear) and RandomHorizontalFlip draw after
+    torch.manual_seed(seed); AugMix draws from the same stream. The global random state does not change.
+
+    height, width: the size of the picture, in pixels.
+    preprocess: the form of the views.
+    num_views: the number V of views.
+    kind: "crop" or "augmix".
+    seed: decides the draws, with the size of the picture.
+
+    Raises ValueError where num_views is below 1 or the kind is unknown.
+    """
+    if num_views < 1:
+        raise ValueError(f"num_views must be at least 1, got {num_views}")
+    if kind not in ("crop", "augmix"):
+        raise ValueError(f"kind must be crop or augmix, got {kind!r}")
+    size, generator = preprocess.image_size, _generator(seed)
+    original = whole_view(height, width, size, resize=preprocess.resize, interpolation=preprocess.interpolation)
+    if kind == "crop":
+        return torch.cat([original, random_views(height, width, size, num_views - 1, generator)])
+    return random_augmix(
+        height, width, size, num_views - 1, generator,
+        chains=AUGMIX_CHAINS, depth=AUGMIX_DEPTH, severity=AUGMIX_SEVERITY,
+    ).with_plain(original)  # fmt: skip
+
+
+def cut_views(pixels: Tensor, plan: ViewPlan, preprocess: Preprocess) -> Tensor:
+    """Cut the views of a plan out of a picture, on the device of its pixels. Returns (V, 3, S, S) float32.
+
+    pixels: (height, width, 3) uint8, RGB.
+    plan: the result of plan_views for the picture's size.
+    preprocess: the form of the views.
+    """
+    form = (preprocess.image_size, preprocess.mean, preprocess.std)
+    if isinstance(plan, AugmixPlan):
+        return augmix([pixels], plan, *form)
+    return multi_view_crops([pixels], plan, *form)
 
 
 def make_views(
@@ -63,33 +111,12 @@ def make_views(
     kind: ViewKind,
     seed: int,
 ) -> Tensor:
-    """Make the original and num_views - 1 random views of an image.
+    """Make the original and num_views - 1 random views of an image; see plan_views.
 
-    Boxes and flips are those that torchvision's RandomResizedCrop (bilinear) and RandomHorizontalFlip draw after
-    torch.manual_seed(seed); AugMix draws from the same stream. The global random state does not change.
-
-    image: RGB, as read_image returns it. Returns (V, 3, S, S) float32. Raises ValueError where num_views is below 1 or
-    the kind is unknown.
+    image: RGB, as read_image returns it. Returns (V, 3, S, S) float32. Raises ValueError as plan_views does.
     """
-    if num_views < 1:
-        raise ValueError(f"num_views must be at least 1, got {num_views}")
-    if kind not in ("crop", "augmix"):
-        raise ValueError(f"kind must be crop or augmix, got {kind!r}")
-    size, original = preprocess.image_size, _original(image, preprocess)
-    if kind == "crop":
-        drawn = random_views(image.height, image.width, size, num_views - 1, _generator(seed))
-        return _cut(image, preprocess, torch.cat([original, drawn]))
-    plan = random_augmix(
-        image.height,
-        image.width,
-        size,
-        num_views - 1,
-        _generator(seed),
-        chains=AUGMIX_CHAINS,
-        depth=AUGMIX_DEPTH,
-        severity=AUGMIX_SEVERITY,
-    ).with_plain(original)
-    return augmix([_pixels(image)], plan, size, preprocess.mean, preprocess.std)
+    plan = plan_views(image.height, image.width, preprocess, num_views, kind, seed)
+    return cut_views(pixels_of(image), plan, preprocess)
 
 
 def crop_view(image: Image.Image, preprocess: Preprocess, seed: int, crop_scale: tuple[float, float]) -> Tensor:
@@ -99,32 +126,11 @@ def crop_view(image: Image.Image, preprocess: Preprocess, seed: int, crop_scale:
     float32.
     """
     view = random_views(image.height, image.width, preprocess.image_size, 1, _generator(seed), scale=crop_scale)
-    return _cut(image, preprocess, view)[0]
+    return cut_views(pixels_of(image), view, preprocess)[0]
 
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """Return the pixels, (height, width, 3) uint8."""
-    return torch.from_numpy(np.array(image))
-
-
-def _original(image: Image.Image, preprocess: Preprocess) -> Tensor:
-    """Return the view of the original, a table with one row."""
-    return whole_view(
-        image.height,
-        image.width,
-        preprocess.image_size,
-        resize=preprocess.resize,
-        interpolation=preprocess.interpolation,
-    )
-
-
-def _cut(image: Image.Image, preprocess: Preprocess, views: Tensor) -> Tensor:
-    """Cut a table of views out of an image. Returns (V, 3, S, S) float32."""
-    return multi_view_crops([_pixels(image)], views, preprocess.image_size, preprocess.mean, preprocess.std)
 
 
 class Item(NamedTuple):
