@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rada_fast import compat, ops
     from rada_fast.config.method import AdapterConfig, EpisodeConfig
     from rada_fast.engine.episodes import adapt_episodes
+    from rada_fast.engine.predictor import Prediction, TestTimePredictor
     from rada_fast.errors import BackendUnavailableError, UserError
     from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
     from rada_fast.ops import backends, use_backend
@@ -30,6 +31,8 @@ _MODULES = {
     "load_adapter": "modules",
     "save_adapter": "modules",
     "adapt_episodes": "engine.episodes",
+    "TestTimePredictor": "engine.predictor",
+    "Prediction": "engine.predictor",
     "backends": "ops",
     "use_backend": "ops",
     "UserError": "errors",
@@ -42,7 +45,9 @@ __all__ = [
     "AdapterConfig",
     "BackendUnavailableError",
     "EpisodeConfig",
+    "Prediction",
     "RationalAdapter",
+    "TestTimePredictor",
     "UserError",
     "__version__",
     "adapt_episodes",

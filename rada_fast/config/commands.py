@@ -7,6 +7,7 @@ from typing import Literal
 
 from rada_fast.config.checks import (
     MAX_SEED,
+    bytes_of,
     check_choices,
     check_integer,
     check_paths,
@@ -45,8 +46,11 @@ class TTTOptions:
     """Views of an image, the original included (paper: 64)."""
     view_kind: ViewKind = "crop"
     """crop: random resized crops and flips, as for ImageNet's variants; augmix: also AugMix, for fine-grained sets."""
-    episodes: int = 8
-    """Images adapted at once; it changes speed and memory, never a result."""
+    memory: str | None = None
+    """About how much memory the run may take beside the model's weights, such as 2GiB. It decides how many images are
+    adapted at once, and changes no result. Default: what groups of a useful size take."""
+    episodes: int | None = None
+    """The most images to adapt at once, whatever the memory allows; it changes no result."""
     order_seed: int | None = None
     """Visit the images in a random order drawn from this seed; it changes no image's result."""
     run: RunOptions = RunOptions(output="results/ttt")
@@ -59,7 +63,10 @@ class TTTOptions:
         check_choices(self)
         check_paths(self, "data")
         check_integer("views", self.views, 1)
-        check_integer("episodes", self.episodes, 1)
+        if self.memory is not None:
+            bytes_of("memory", self.memory)
+        if self.episodes is not None:
+            check_integer("episodes", self.episodes, 1)
         if self.order_seed is not None:
             check_integer("order_seed", self.order_seed, 0, MAX_SEED)
 

@@ -157,7 +157,7 @@ class RunOptions:
     seed: int = 0
     """Every random draw comes from (seed, image id), so order, workers and interruptions change nothing."""
     workers: int = 0
-    """Processes that read images and make views; with 0 the main process does it."""
+    """Processes, in ttt threads, that read images and make views; with 0 nothing is read ahead."""
     limit: int | None = None
     """Use only this many images, spread over the classes."""
     overwrite: bool = False

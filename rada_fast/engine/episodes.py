@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rada_fast.config.method import EpisodeConfig, MaskPenalty, OptimizerName
 from rada_fast.engine.graphs import GRAPHS, GroupInputs, usable
-from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, group_sizes, most_episodes
+from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, GroupLogits, group_sizes, most_episodes
 from rada_fast.modules.projections import GIVE_VALUES, is_no_ordinary_tensor
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
 from rada_fast.ops import (
@@ -143,8 +143,8 @@ def adapt_episode(
     *,
     zero_shot: bool,
     plain: bool,
-) -> Tensor:
-    """Adapt a copy of the adapter to the views of one image, and predict the original view. Returns logits (K,).
+) -> GroupLogits:
+    """Adapt a copy of the adapter to the views of one image, and predict the original view: logits (1, K).
 
     adapter: the adapter with which the episode starts.
     views: the features (V, D) of the views, the original first.
@@ -162,8 +162,10 @@ def adapt_episode(
         # If every mask is 1, the views can be selected without the adapter.
         if zero_shot:
             logits = zero_shot_logits(views, text_features, logit_scale)  # (V, K)
+            original = logits[:1]
         else:
             logits, _ = adapted(views, text_features, logit_scale)
+            original = zero_shot_logits(views[:1], text_features, logit_scale)
     kept = views[select_views(logits, config.num_selected(len(views)))]  # (n, D)
 
     for step in range(config.steps):
@@ -180,7 +182,7 @@ def adapt_episode(
         optimizer.step()
 
     with torch.no_grad():
-        return adapted(views[:1], text_features, logit_scale)[0][0]
+        return GroupLogits(adapted(views[:1], text_features, logit_scale)[0], original)
 
 
 def adapt_episodes(
@@ -232,40 +234,102 @@ def adapt_episodes(
     check_scale(logit_scale)
     if view_features.is_meta:
         raise ValueError("view_features must have values, got a tensor of the meta device")
-    _check_trainable(adapter, config)
-    results: list[Tensor] = []
-    # Tensors of inference mode cannot take part in autograd, so episodes run outside of this mode, on copies.
-    with torch.inference_mode(False), torch.enable_grad():
-        dtype = arithmetic_dtype(adapter, view_features)
-        scale = logit_scale
-        if isinstance(logit_scale, Tensor):
-            # Once for all steps of all episodes: the adapter refuses a tensor of another device.
-            scale = _outside_inference(logit_scale).to(view_features.device)
-        views = _outside_inference(view_features).to(dtype)
-        text = _outside_inference(text_features).to(dtype)
-        # This waits for a device, after which the host should have little left to do.
-        plain, zero_shot = adapter.is_plain(), adapter.is_zero_shot()
-        rule = EpisodeRule(
-            adapter.config, config, dtype, zero_shot,
+    check_trainable(adapter, config)
+    adaptation = Adaptation(adapter, text_features, logit_scale, config, arithmetic_dtype(adapter, view_features))
+    return adaptation(view_features, on_episode=on_episode).adapted
+
+
+class Adaptation:
+    """Adapt episodes that all start with the same adapter, and have the same classes and configuration.
+
+    The adapter's values are looked at when the object is made, which waits for a device. No call waits for one.
+
+    adapter: the adapter with which every episode starts.
+    text_features: T (K, D).
+    logit_scale: the multiplier s.
+    config: the configuration of an episode.
+    dtype: the type of the arithmetic; see arithmetic_dtype.
+    most: the most episodes of a group, or None for as many as most_episodes says.
+    """
+
+    def __init__(
+        self,
+        adapter: RationalAdapter,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        config: EpisodeConfig,
+        dtype: torch.dtype,
+        *,
+        most: int | None = None,
+    ) -> None:
+        self._adapter, self._most = adapter, most
+        self._plain = adapter.is_plain()
+        self.rule = EpisodeRule(
+            adapter.config, config, dtype, adapter.is_zero_shot(),
             tuple(name for name, parameter in adapter.named_parameters() if parameter.requires_grad),
         )  # fmt: skip
-        if plain and len(views) and _serves_groups(rule, views, text):
-            finished = _in_groups(adapter, views, text, scale, rule)
-        else:
-            finished = (
-                adapt_episode(adapter, episode, text, scale, config, zero_shot=zero_shot, plain=plain)[None]
-                for episode in views
-            )
-        done = 0
-        for logits in finished:
-            results.append(logits)
-            for _ in range(len(logits)):
-                done += 1
-                if on_episode is not None:
-                    on_episode(done)
-        if not results:
-            return view_features.new_empty((0, len(text)))
-        return torch.cat(results).to(view_features.dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            device = text_features.device
+            # The adapter refuses a multiplier on another device.
+            scale = logit_scale.to(device) if isinstance(logit_scale, Tensor) else logit_scale
+            self._scale = _outside_inference(scale) if isinstance(scale, Tensor) else scale
+            self._text = _in_usual_memory(_outside_inference(text_features).to(dtype))
+            self._group_scale = self._scale
+            if device.type == "cuda" and not isinstance(scale, Tensor):
+                # With or without a graph, the multiplier of a group is a number on the device: both then round alike.
+                self._group_scale = torch.full((), float(scale), device=device)
+            self._initial = {}
+            if self._plain:
+                self._initial = {name: _exact(_outside_inference(value)) for name, value in adapter.named_parameters()}
+        self._group: EpisodeGroup | None = None
+
+    def __call__(self, view_features: Tensor, *, on_episode: Callable[[int], None] | None = None) -> GroupLogits:
+        """Return the logits (E, K) of the original views, in view_features' dtype.
+
+        view_features: the features (E, V, D) of the views, the original first.
+        on_episode: see adapt_episodes.
+        """
+        results: list[GroupLogits] = []
+        # Tensors of inference mode cannot take part in autograd, so episodes run outside of this mode, on copies.
+        with torch.inference_mode(False), torch.enable_grad():
+            views = _outside_inference(view_features).to(self.rule.dtype)
+            if self._plain and len(views) and _serves_groups(self.rule, views, self._text):
+                finished = self._in_groups(views)
+            else:
+                finished = (
+                    adapt_episode(
+                        self._adapter, episode, self._text, self._scale, self.rule.episode,
+                        zero_shot=self.rule.zero_shot, plain=self._plain,
+                    )
+                    for episode in views
+                )  # fmt: skip
+            done = 0
+            for logits in finished:
+                results.append(logits)
+                for _ in range(len(logits.adapted)):
+                    done += 1
+                    if on_episode is not None:
+                        on_episode(done)
+            if not results:
+                return GroupLogits(*view_features.new_empty((2, 0, len(self._text))))
+            return GroupLogits(*(torch.cat(parts).to(view_features.dtype) for parts in zip(*results, strict=True)))
+
+    def _in_groups(self, views: Tensor) -> Iterator[GroupLogits]:
+        """Adapt the episodes in groups, and yield the logits (E, K) of each group."""
+        most = self._most or most_episodes(self.rule, views.shape[1], len(self._text), views.device)
+        views, text, scale = _in_usual_memory(views), self._text, self._group_scale
+        in_graphs = usable(views.device)
+        for part in views.split(list(group_sizes(len(views), most))):
+            logits = None
+            if in_graphs and isinstance(scale, Tensor):
+                logits = GRAPHS.adapt(GroupInputs(part, text, scale, self._initial), self.rule)
+            if logits is not None:
+                yield logits
+                continue
+            if self._group is None or self._group.episodes != len(part):
+                # A group keeps its memory, so only the last one is kept.
+                self._group = EpisodeGroup(self._initial, self.rule, len(part))
+            yield self._group(part, text, scale)
 
 
 def _serves_groups(rule: EpisodeRule, views: Tensor, text_features: Tensor) -> bool:
@@ -276,29 +340,6 @@ def _serves_groups(rule: EpisodeRule, views: Tensor, text_features: Tensor) -> b
     penalty = rule.episode.penalty
     name = serving_backend(views, text_features, stand_ins, rule.adapter, penalty=penalty, episodes=1)
     return name in ("cpu", "triton")
-
-
-def _in_groups(
-    adapter: RationalAdapter, views: Tensor, text_features: Tensor, logit_scale: Tensor | float, rule: EpisodeRule
-) -> Iterator[Tensor]:
-    """Adapt the episodes in groups, and yield the logits (E, K) of each group."""
-    initial = {name: _exact(_outside_inference(value)) for name, value in adapter.named_parameters()}
-    most = most_episodes(rule, views.shape[1], len(text_features), views.device)
-    views, text_features = _in_usual_memory(views), _in_usual_memory(text_features)
-    if views.is_cuda and not isinstance(logit_scale, Tensor):
-        # With or without a graph, the multiplier is a number on the device: both then round alike.
-        logit_scale = torch.full((), float(logit_scale), device=views.device)
-    in_graphs = usable(views.device)
-    group: EpisodeGroup | None = None
-    for part in views.split(list(group_sizes(len(views), most))):
-        if in_graphs and isinstance(logit_scale, Tensor):
-            inputs = GroupInputs(part, text_features, logit_scale, initial)
-            if (logits := GRAPHS.adapt(inputs, rule)) is not None:
-                yield logits.adapted
-                continue
-        if group is None or group.episodes != len(part):
-            group = EpisodeGroup(initial, rule, len(part))
-        yield group(part, text_features, logit_scale).adapted
 
 
 def _in_usual_memory(value: Tensor) -> Tensor:
@@ -314,7 +355,7 @@ def _outside_inference(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value.detach()
 
 
-def _check_trainable(adapter: RationalAdapter, config: EpisodeConfig) -> None:
+def check_trainable(adapter: RationalAdapter, config: EpisodeConfig) -> None:
     """Raise ValueError if episodes cannot take a step with this adapter."""
     parameters = dict(adapter.named_parameters())
     for name, parameter in parameters.items():

@@ -25,6 +25,7 @@ NON_IDENTITY_OPTIONS = (
     "overwrite",
     "allow_unreadable",
     "json",
+    "memory",
     "episodes",
     "order_seed",
 )

@@ -20,6 +20,7 @@ from rada_fast.extension import libraries
 from rada_fast.models.vision_language import Model, open_model
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.checkpoint import read_adapter
+from rada_fast.modules.rational_adapter import new_adapter
 from rada_fast.ops import backends
 from rada_fast.reports.summary import RunFacts
 from rada_fast.system import notices
@@ -232,11 +233,7 @@ def make_adapter(options: AdapterOptions, embed_dim: int, seed: int) -> Rational
             raise UserError(f"adapter {options.adapter} has width {own.embed_dim}, the features have {embed_dim}")
         config = options.applied_to(own, stated=stored.stated is not None)
         return stored.build(config).float()
-    config = options.resolve(embed_dim)
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
-        torch.default_generator.manual_seed(seed)
-        return RationalAdapter(config)
+    return new_adapter(options.resolve(embed_dim), seed)
 
 
 def check_width(width: int | None, expected: int, data: str) -> None:

@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rada_fast.config.commands import TTTOptions
-from rada_fast.config.method import EpisodeConfig
 from rada_fast.data.sources import Source
 from rada_fast.data.views import image_seed
-from rada_fast.engine.episodes import adapt_episodes, prediction_entropy
+from rada_fast.engine.episodes import prediction_entropy
+from rada_fast.engine.predictor import Prediction, TestTimePredictor
+from rada_fast.engine.stages import StageTimes
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
-from rada_fast.models.image_features import iterate_views
-from rada_fast.ops import zero_shot_logits
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, image_record, is_image_record
 from rada_fast.runs.folder import SUPERSEDED, RunFolder, describe_change, reset_peak_memory
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
 IMAGES = "images.jsonl"
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One image that is to be adapted to.
-
-    id: the name of the image.
-    label: the number of its class, or None if it is not known.
-    views: the unit-norm features (V, D) of its views, or None if the image could not be read.
-    error: the reason why it could not be read.
-    """
-
-    id: str
-    label: int | None
-    views: Tensor | None
-    error: str | None = None
 
 
 def run_ttt(options: TTTOptions) -> dict[str, Any]:
@@ -64,8 +46,7 @@ def run_ttt(options: TTTOptions) -> dict[str, Any]:
         scope = {"images": len(ids)}
         if len(done) == len(ids) and (summary := folder.finished_summary(scope)) is not None:
             return already_finished(folder, summary, resumed=len(done))
-        clock = Clock()
-        total = adapt_to_all(setup, chosen, options, folder, done, clock)
+        clock = adapt_to_all(setup, chosen, options, folder, done)
         records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
         accuracy = accuracy_of(records, before="zero_shot", after="adapted")
         results = {
@@ -73,7 +54,7 @@ def run_ttt(options: TTTOptions) -> dict[str, Any]:
             "views": num_views(options, source),
             **accuracy,
             "unreadable": accuracy["status"]["unreadable"],
-            "time": clock.report(total),
+            "time": clock.report(),
         }
         return finish(folder, setup.facts(), results, scope=scope, resumed=len(done))
 
@@ -129,83 +110,72 @@ def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None
     folder.accept_inputs()
 
 
-def adapt_to_all(
-    setup: Setup, source: Source, options: TTTOptions, folder: RunFolder, done: set[str], clock: Clock
-) -> int:
-    """Adapt to every image that no earlier run has recorded. Returns the number of these images.
+def adapt_to_all(setup: Setup, source: Source, options: TTTOptions, folder: RunFolder, done: set[str]) -> Clock:
+    """Adapt to every image that no earlier run has recorded, and append a line for each to images.jsonl.
 
     setup: the set-up of the run.
     source: all images of the run.
     options: the options of the command.
     folder: the folder of the run.
     done: the ids of the images that an earlier run has recorded.
-    clock: this measures the time of each part of the work.
+
+    Returns the times of the run.
     """
     reset_peak_memory()
-    pending: list[Episode] = []
+    clock, labels = Clock(), source.known_labels()
     order = visiting_order(len(source.ids), options.order_seed)
     chosen = [index for index in order if source.ids[index] not in done]
-    with progress("test-time training", len(chosen)) as advance:
-        for episode in episodes_of(setup, source, options, chosen, clock):
-            pending.append(episode)
-            if len(pending) == options.episodes:
-                adapt_and_record(pending, setup, options.episode, folder, clock)
-                advance(len(pending))
-                pending.clear()
-        adapt_and_record(pending, setup, options.episode, folder, clock)
-        advance(len(pending))
-    return len(chosen)
+    clock.images = len(chosen)
+    with (
+        progress("test-time training", len(chosen)) as advance,
+        closing(predictions(setup, source, options, chosen, clock.stages)) as found,
+    ):
+        for prediction in found:
+            with clock.stages.busy("record"):
+                folder.append(IMAGES, record_of(prediction, labels[prediction.id]))
+            advance()
+    return clock
 
 
 class Clock:
-    """The time that a run has taken, as a whole and for each part of the work."""
+    """The time that a run has taken, as a whole and for each stage, and the number of its images."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.parts = {"encode": 0.0, "adapt": 0.0}
+        self.stages = StageTimes()
+        self.images = 0
 
-    def report(self, images: int) -> dict[str, float | None]:
-        """Return the number of images, the seconds in all and of each part, and the images per second.
+    def report(self) -> dict[str, float | None]:
+        """Return the number of images, the seconds in all and of each stage, and the images per second.
 
-        The rest of the seconds was spent on reading images and making views.
+        Pictures are read and cut beside the other stages where there are workers, so the seconds of the stages may
+        exceed those of the run.
         """
         seconds = time.perf_counter() - self.start
-        parts = {f"{name}_seconds": round(value, 3) for name, value in self.parts.items()}
-        speed = round(images / seconds, 3) if images else None
-        return {"images": images, "seconds": round(seconds, 3), **parts, "images_per_second": speed}
+        stages = {f"{name}_seconds": round(value, 3) for name, value in self.stages.seconds().items()}
+        speed = round(self.images / seconds, 3) if self.images else None
+        return {"images": self.images, "seconds": round(seconds, 3), **stages, "images_per_second": speed}
 
 
-def episodes_of(
-    setup: Setup, source: Source, options: TTTOptions, chosen: Sequence[int], clock: Clock
-) -> Iterator[Episode]:
-    """Yield the episodes of some images.
+def predictions(
+    setup: Setup, source: Source, options: TTTOptions, chosen: Sequence[int], times: StageTimes
+) -> Generator[Prediction]:
+    """Predict some images, and yield each as soon as it is predicted.
 
     setup: the set-up of the run.
     source: all images of the run.
     options: the options of the command.
-    chosen: the indices of the images in the source, in the order of the episodes.
-    clock: this measures the time of encoding.
+    chosen: the indices of the images in the source, in the order in which they are begun.
+    times: this counts the time of each stage.
     """
-    labels = source.known_labels()
+    predictor = TestTimePredictor(
+        setup.model, setup.names, text_features=setup.text, logit_scale=setup.logit_scale, adapter=setup.adapter,
+        config=options.episode, views=options.views, view_kind=options.view_kind, seed=options.run.seed,
+        workers=options.run.workers, memory=options.memory, episodes=options.episodes, times=times,
+    )  # fmt: skip
     if (features := source.views()) is not None:
-        for index in chosen:
-            yield Episode(source.ids[index], labels[source.ids[index]], features[index])
-        return
-    model, run = setup.model.loaded(), options.run
-    samples = [source.samples[index] for index in chosen]
-    stream = iterate_views(
-        samples, model, views=options.views, kind=options.view_kind, seed=run.seed, workers=run.workers
-    )
-    for index, views, reason in stream:
-        id = samples[index].id
-        if views is None:
-            yield Episode(id, labels[id], None, reason)
-            continue
-        start = time.perf_counter()
-        # Each image is encoded by itself, so that the shapes, and with them the last bits, depend on the image alone.
-        encoded = model.encode_images(views, [id])
-        clock.parts["encode"] += time.perf_counter() - start
-        yield Episode(id, labels[id], encoded)
+        return predictor.predict_features([(source.ids[index], features[index]) for index in chosen])
+    return predictor.stream([(sample.id, sample.path) for sample in (source.samples[index] for index in chosen)])
 
 
 def visiting_order(count: int, seed: int | None) -> list[int]:
@@ -216,39 +186,10 @@ def visiting_order(count: int, seed: int | None) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def adapt_and_record(
-    episodes: list[Episode], setup: Setup, config: EpisodeConfig, folder: RunFolder, clock: Clock
-) -> None:
-    """Adapt to a group of images, and append a line for each to images.jsonl.
-
-    episodes: the images with the features of their views.
-    setup: the set-up of the run.
-    config: the configuration of the adaptation.
-    folder: the folder of the run.
-    clock: this measures the time of adaptation.
-    """
-    readable = [episode for episode in episodes if episode.views is not None]
-    for episode in episodes:
-        if episode.views is None:
-            record = {"id": episode.id, "label": episode.label, "status": "unreadable", "error": episode.error}
-            folder.append(IMAGES, record)
-    if not readable:
-        return
-    start = time.perf_counter()
-    text, scale = setup.text, setup.logit_scale
-    views = torch.stack([episode.views for episode in readable if episode.views is not None])  # (E, V, D)
-    views = views.to(setup.device)
-    adapted = adapt_episodes(setup.adapter, views, text, scale, config).cpu()  # (E, K)
-    # Each original view is predicted by itself, like its episode, so that its bits do not depend on the group.
-    zero_shot = torch.cat([zero_shot_logits(view[:1], text, scale) for view in views]).cpu()  # (E, K)
-    clock.parts["adapt"] += time.perf_counter() - start
-    entropies = zip(prediction_entropy(zero_shot).tolist(), prediction_entropy(adapted).tolist(), strict=True)
-    for episode, before, after, (entropy_before, entropy_after) in zip(
-        readable, zero_shot, adapted, entropies, strict=True
-    ):
-        status = "ok"
-        if not bool(torch.isfinite(after).all()):
-            # The zero-shot answer replaces adapted logits that are not finite, and the status says so.
-            status, after, entropy_after = "diverged", before, entropy_before
-        record = image_record(episode.id, episode.label, status, before, after)
-        folder.append(IMAGES, record | {"entropy": [round(entropy_before, 6), round(entropy_after, 6)]})
+def record_of(prediction: Prediction, label: int | None) -> dict[str, Any]:
+    """Return the line of an image. label: the number of its class, or None if it is not known."""
+    before, after = prediction.zero_shot_logits, prediction.logits
+    if before is None or after is None:
+        return {"id": prediction.id, "label": label, "status": prediction.status, "error": prediction.error}
+    entropies = [round(float(prediction_entropy(logits)), 6) for logits in (before, after)]
+    return image_record(prediction.id, label, prediction.status, before, after) | {"entropy": entropies}

@@ -139,6 +139,12 @@ class VisionLanguageModel:
         features = self._encode_by_module(images) if prepared is None else prepared(images)
         return normalize(features.float(), dim=-1)
 
+    def encodes_each_by_itself(self) -> bool:
+        """Return whether the features of an image are the same, to the bit, whatever is encoded in the same call."""
+        size = self.preprocess.image_size
+        sample = torch.zeros((1, 3, size, size), device=self.device)
+        return self.device.type == "cpu" and self._image_encoder.prepared_for(sample) is not None
+
     @torch.no_grad()
     def encode_images(self, images: Tensor, ids: Sequence[str] = ()) -> Tensor:
         """Encode images as image_features does, and check the features.

@@ -193,6 +193,14 @@ class RationalAdapter(nn.Module):
         return True
 
 
+def new_adapter(config: AdapterConfig, seed: int) -> RationalAdapter:
+    """Make an adapter whose random weights depend on the seed alone, and leave all random states as they are."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
+        torch.default_generator.manual_seed(seed)
+        return RationalAdapter(config)
+
+
 def unwrapped(adapter: nn.Module) -> RationalAdapter:
     """Return the adapter inside wrappers of torch.compile, data parallelism, averaging and activation checkpoints.
 

@@ -23,8 +23,8 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Advance]:
-    """Show the progress of a loop while the context lasts. total: the number of steps."""
+def progress(title: str, total: int | None) -> Iterator[Advance]:
+    """Show the progress of a loop while the context lasts. total: the number of steps, or None if nobody knows it."""
     # A process can run without a standard error.
     if sys.stderr is not None and sys.stderr.isatty():
         columns = (
@@ -47,12 +47,15 @@ def progress(title: str, total: int) -> Iterator[Advance]:
         nonlocal done, last
         done += steps
         now = time.monotonic()
-        finished = steps > 0 and done >= total and now - start >= PLAIN_INTERVAL
+        finished = steps > 0 and total is not None and done >= total and now - start >= PLAIN_INTERVAL
         if now - last >= PLAIN_INTERVAL or finished:
             last = now
-            remaining = (now - start) / max(done, 1) * (total - done)
+            reached = f"{done}"
+            if total is not None:
+                remaining = (now - start) / max(done, 1) * (total - done)
+                reached = f"{done}/{total}, {remaining:.0f} s left"
             # The work goes on even if nobody reads the lines any more.
             with suppress(OSError, ValueError):
-                print(f"{title}: {done}/{total}, {remaining:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)
+                print(f"{title}: {reached} {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield on_log

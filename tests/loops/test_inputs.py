@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, RunOptions
+from rada_fast.engine.episodes import Adaptation
 from rada_fast.errors import UserError
-from rada_fast.loops import ttt as ttt_loop
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.fft import run_fft
 from rada_fast.loops.ttt import run_ttt
@@ -198,13 +198,13 @@ def test_ttt_goes_on_with_added_and_changed_pictures(
     shutil.copy(specks / "cat" / "0.png", specks / "dog" / "0.png")  # replaced
     (specks / "cat" / "1.png").unlink()  # removed
     adapted: list[int] = []
-    original = ttt_loop.adapt_episodes
+    original = Adaptation.__call__
 
-    def count(adapter: Any, views: Any, *args: Any, **kwargs: Any) -> Any:
+    def count(adaptation: Adaptation, views: Any, **kwargs: Any) -> Any:
         adapted.append(len(views))
-        return original(adapter, views, *args, **kwargs)
+        return original(adaptation, views, **kwargs)
 
-    monkeypatch.setattr(ttt_loop, "adapt_episodes", count)
+    monkeypatch.setattr(Adaptation, "__call__", count)
     second = run_ttt(ttt_options(specks, output))
     assert sum(adapted) == 3
     assert (second["images"], second["unreadable"], second["resumed"]) == (4, 0, 1)

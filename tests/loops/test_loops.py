@@ -21,10 +21,10 @@ from rada_fast.config.method import MASK_PENALTIES, EpisodeConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.embedded import world
 from rada_fast.engine import training as training_engine
+from rada_fast.engine.episodes import Adaptation
 from rada_fast.engine.full_training import Stage, learning_rate
 from rada_fast.errors import UserError
 from rada_fast.loops import fft as fft_loop
-from rada_fast.loops import ttt as ttt_loop
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.fft import run_fft
 from rada_fast.loops.ttt import run_ttt
@@ -87,7 +87,7 @@ def test_ttt_lines_do_not_depend_on_order_episodes_or_workers(pictures: Path, tm
 def test_ttt_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_ttt(ttt(pictures, tmp_path / "complete"))
     calls = 0
-    original = ttt_loop.adapt_episodes
+    original = Adaptation.__call__
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -96,7 +96,7 @@ def test_ttt_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path, mo
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(ttt_loop, "adapt_episodes", interrupt)
+    monkeypatch.setattr(Adaptation, "__call__", interrupt)
     config = ttt(pictures, tmp_path / "interrupted", episodes=4)
     with pytest.raises(KeyboardInterrupt):
         run_ttt(config)

@@ -93,7 +93,8 @@ def test_a_worker_that_the_system_kills_is_reported_and_the_run_goes_on_later(
             os.kill(os.getpid(), signal.SIGKILL)
         return read_image(path)
 
-    command = ["ttt", "--data", f"imagefolder:{pictures}", "--views", "2", "--steps", "1", "--episodes", "1"]
+    data = f"imagefolder:{pictures}"
+    command = ["eft", "--train", data, "--test", data, "--protocol", "all", "--epochs", "1"]
     command += ["--output", str(tmp_path / "out"), "--workers", "1"]
     with monkeypatch.context() as patched:
         patched.setattr(views, "read_image", killed)
