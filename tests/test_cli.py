@@ -27,6 +27,8 @@ def inputs(tmp_path: Path) -> Path:
     """Make a folder of files and folders to give to the commands, good ones and bad ones."""
     write_class_folders(tmp_path / "pictures", ("red plain square", "blue plain ring"), each=3)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "0.png").write_bytes(b"torn")
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
     (tmp_path / "none.txt").write_text("\n")
     features = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
@@ -77,6 +79,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "grid": ("bench adapter --batch 2", "--batch and classes must be given together"),
     "measured backend": ("bench adapter --batch 1 --classes 5 --embed-dim 16 --backend triton", "--backend 'triton' cannot be measured"),
     "measured data": ("bench views --data features:{0}/good.npz", "data must be image files, imagefolder:DIR or images:DIR"),
+    "unreadable": ("bench views --data images:{0}/torn", "--data must be pictures that can be read: "),
     "picture": ("bench views --output {0}/three.txt/x.png", "--output {0}/three.txt must be a folder"),
     "resumed": ("fft --train x --test y --finetune-from 20", "--finetune-from must be at most epochs 10, got 20"),
 }  # fmt: skip

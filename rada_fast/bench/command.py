@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from rada_fast.bench import adapter, encoder, training, views
+from rada_fast.bench import adapter, encoder, training, ttt, views
 from rada_fast.bench.report import machine_facts, show
 from rada_fast.bench.stages import Figure
 from rada_fast.config.bench import (
@@ -16,6 +16,7 @@ from rada_fast.config.bench import (
     BenchEncoderOptions,
     BenchFFTOptions,
     BenchOptions,
+    BenchTTTOptions,
     BenchViewsOptions,
 )
 from rada_fast.models.vision_language import resolve_device
@@ -48,6 +49,8 @@ def device_of(options: BenchOptions) -> torch.device:
 def measured(options: BenchOptions, device: torch.device) -> list[Figure]:
     """Return the lines of figures of all settings of a configuration."""
     match options:
+        case BenchTTTOptions():
+            return ttt.figures(options, device)
         case BenchEFTOptions():
             return training.eft_figures(options, device)
         case BenchFFTOptions():

@@ -13,9 +13,10 @@ from rada_fast.bench.report import sizes_name
 from rada_fast.bench.stages import Figure, Setting, Stage, measure
 from rada_fast.config.bench import BenchViewsOptions
 from rada_fast.config.commands import ViewKind
-from rada_fast.data.decode import read_image
+from rada_fast.data.decode import UnreadableImageError, pixels_of_picture
 from rada_fast.data.sources import Sample
-from rada_fast.data.views import Preprocess, ViewDataset, image_seed, make_views
+from rada_fast.data.views import Preprocess, ViewDataset, cut_views, image_seed, plan_views
+from rada_fast.errors import UserError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """The mean and the standard deviation of the channels in CLIP's own preprocessing."""
@@ -57,22 +58,39 @@ def setting_of(
 
 
 def stages_of(
-    samples: Sequence[Sample], preprocess: Preprocess, views: int, kind: ViewKind, seed: int
+    samples: Sequence[Sample],
+    preprocess: Preprocess,
+    views: int,
+    kind: ViewKind,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> tuple[Stage, Stage]:
-    """Return the stages of reading pictures and of making their views, each by itself."""
-    images = [read_image(sample.path) for sample in samples]
-    seeds = [image_seed(seed, sample.id) for sample in samples]
-    read = sum(image.width * image.height * 3 for image in images)
-    made = len(samples) * views * 3 * preprocess.image_size**2 * torch.float32.itemsize
+    """Return the stages of reading pictures and of making their views, each by itself.
+
+    device: the device that cuts the views; their boxes are drawn on the CPU.
+
+    Raises UserError if a picture cannot be read.
+    """
+    try:
+        pictures = [(image_seed(seed, sample.id), pixels_of_picture(sample.path)) for sample in samples]
+    except UnreadableImageError as error:
+        raise UserError(f"data must be pictures that can be read: {error}") from None
+    read = sum(pixels.numel() for _, pixels in pictures)
+    written = len(samples) * views * 3 * preprocess.image_size**2 * torch.float32.itemsize
 
     def make() -> list[Tensor]:
-        return [make_views(image, preprocess, views, kind, own) for image, own in zip(images, seeds, strict=True)]
+        made = []
+        for own, pixels in pictures:
+            height, width, _ = pixels.shape
+            plan = plan_views(height, width, preprocess, views, kind, own)
+            made.append(cut_views(pixels.to(device), plan, preprocess))
+        return made
 
     return (
         Stage(
             name="decode",
             inside="reading the files and decoding them to RGB pixels",
-            call=lambda: [read_image(sample.path) for sample in samples],
+            call=lambda: [pixels_of_picture(sample.path) for sample in samples],
             pictures=len(samples),
             work=(Work(0, read),),
         ),
@@ -81,6 +99,6 @@ def stages_of(
             inside="drawing the boxes of decoded pictures, cutting, resizing and normalising",
             call=make,
             pictures=len(samples),
-            work=(Work(0, read + made),),
+            work=(Work(0, read + written),),
         ),
     )

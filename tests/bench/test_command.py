@@ -79,6 +79,23 @@ def test_the_adapter(bench: Callable[..., Lines]) -> None:
     assert len({line["setting"] for line in lines}) == 2
 
 
+def test_ttt(bench: Callable[..., Lines]) -> None:
+    lines = bench("ttt", "--pictures", "2", "--views", "4", "--classes", "5", "7", "--steps", "2")
+    check(lines, "ttt")
+    assert names(lines, "stage") == [
+        "decode", "views", "encode", "adapt", "without decoding and views", "end to end"
+    ]  # fmt: skip
+    assert names(lines, "ratio") == ["overhead ratio"]
+    assert {line["classes"] for line in lines} == {5, 7}
+    stages = {line["name"]: line for line in lines if line["classes"] == 5 and line["kind"] == "stage"}
+    assert stages["end to end"]["share"] == 1
+    both = stages["encode"]["floor_ms"] + stages["adapt"]["floor_ms"]
+    assert stages["without decoding and views"]["floor_ms"] == pytest.approx(both)
+    assert stages["end to end"]["operations_per_picture"] == pytest.approx(
+        stages["encode"]["operations_per_picture"] + stages["adapt"]["operations_per_picture"]
+    )
+
+
 def test_eft(bench: Callable[..., Lines]) -> None:
     lines = bench("eft", "--batch", "2", "--classes", "5", "--iterations", "3")
     check(lines, "eft")

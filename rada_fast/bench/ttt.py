@@ -1,0 +1,140 @@
+"""Measure test-time training from image files to predictions, and each of its stages alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rada_fast.bench.costs import episode_work
+from rada_fast.bench.encoder import counted_encoder_operations, encoder_work, model_sizes
+from rada_fast.bench.inputs import pictures, unit_rows
+from rada_fast.bench.report import sizes_name
+from rada_fast.bench.stages import Figure, Ratio, Setting, Stage, counted_operations, measure
+from rada_fast.bench.views import stages_of
+from rada_fast.config.bench import BenchTTTOptions
+from rada_fast.config.method import AdapterConfig, EpisodeConfig
+from rada_fast.data.sources import Sample
+from rada_fast.engine.encoder import ViewEncoder
+from rada_fast.engine.episodes import adapt_episodes
+from rada_fast.engine.predictor import TestTimePredictor
+from rada_fast.models.vision_language import VisionLanguageModel, load_model
+from rada_fast.modules import RationalAdapter
+from rada_fast.ops import use_backend
+
+OVERHEAD = "overhead ratio"
+
+
+def figures(options: BenchTTTOptions, device: torch.device) -> list[Figure]:
+    """Return the lines of figures for each number of classes. Raises UserError naming an unusable option."""
+    chosen, seed = options.model, options.measuring.seed
+    vlm = load_model(chosen.model, chosen.pretrained, device=device, precision=chosen.precision, seed=seed)
+    found = []
+    with pictures(options.data, options.pictures, image_size=vlm.preprocess.image_size, seed=seed) as samples:
+        for classes in options.classes:
+            found += measure(setting_of(samples, vlm, classes, options), device.type, options.measuring)
+    return found
+
+
+def setting_of(samples: Sequence[Sample], vlm: VisionLanguageModel, classes: int, options: BenchTTTOptions) -> Setting:
+    """Return the setting of one number of classes."""
+    count, views, seed = len(samples), options.views, options.measuring.seed
+    config = EpisodeConfig(steps=options.steps)
+    text = unit_rows(classes, vlm.embed_dim, device=vlm.device)
+    predictor = TestTimePredictor(
+        vlm,
+        [str(label) for label in range(classes)],
+        text_features=text,
+        config=config,
+        views=views,
+        view_kind=options.view_kind,
+        seed=seed,
+        workers=options.workers,
+        memory=options.memory,
+    )
+    sizes = model_sizes(vlm) | {
+        "pictures": count, "views": views, "view_kind": options.view_kind, "steps": options.steps, "classes": classes,
+        "embed_dim": vlm.embed_dim,
+    }  # fmt: skip
+    decode, make = stages_of(samples, vlm.preprocess, views, options.view_kind, seed, vlm.device)
+    assert make.call is not None
+    tensors: list[Tensor] = make.call()
+    encoder = ViewEncoder(vlm, views)
+    features = encoded(encoder, tensors)
+    files = [(sample.id, sample.path) for sample in samples]
+    adapting = tuple(
+        work
+        for _ in samples
+        for work in episode_work(
+            AdapterConfig.official(vlm.embed_dim), views, config.num_selected(views), options.steps, classes
+        )
+    )
+    encode = Stage(
+        name="encode",
+        inside="the views of all pictures, in memory, to features of unit length, and nothing else",
+        call=lambda: encoded(encoder, tensors),
+        pictures=count,
+        work=(encoder_work(vlm, count * views),),
+        operations=counted_encoder_operations(vlm, count * views),
+    )
+    adapt = Stage(
+        name="adapt",
+        inside="features in memory to predictions: selection, steps, prediction, results on the host",
+        call=lambda: deque(predictor.predict_features(features), maxlen=0),
+        pictures=count,
+        work=adapting,
+        operations=count * counted_episode_operations(vlm.embed_dim, views, classes, config),
+    )
+    return Setting(
+        name=sizes_name(sizes),
+        sizes=sizes,
+        stages=(
+            decode,
+            make,
+            encode,
+            adapt,
+            Stage(
+                name="without decoding and views",
+                inside="views in memory to predictions: the stages encode and adapt, timed alone and added up",
+                call=None,
+                parts=("encode", "adapt"),
+                pictures=count,
+                within=False,
+                work=(*encode.work, *adapt.work),
+            ),
+            Stage(
+                name="end to end",
+                inside="image files on disk to predictions, by TestTimePredictor.stream, as the command ttt does it",
+                call=lambda: deque(predictor.stream(files), maxlen=0),
+                pictures=count,
+                work=(*decode.work, *make.work, *encode.work, *adapt.work),
+            ),
+        ),
+        whole="end to end",
+        ratios=(
+            Ratio(OVERHEAD, "end to end", ("encode",), "time end to end / time to encode the same views alone"),
+        ),
+    )  # fmt: skip
+
+
+def encoded(encoder: ViewEncoder, tensors: Sequence[Tensor]) -> Tensor:
+    """Return the features (N, V, D) of the views of pictures, encoded in the batches of the pipeline."""
+    batches = [tensors[start : start + encoder.pictures] for start in range(0, len(tensors), encoder.pictures)]
+    return torch.cat([encoder(batch) for batch in batches])
+
+
+def counted_episode_operations(width: int, views: int, classes: int, config: EpisodeConfig) -> float:
+    """Return the operations of one episode in plain PyTorch, as PyTorch's counter finds them.
+
+    Plain PyTorch takes the same savings but one: it does not scale the first step's projections in the second step.
+    """
+    adapter = RationalAdapter(AdapterConfig.official(width))
+    features, text = unit_rows(1, views, width), unit_rows(classes, width)
+
+    def adapt() -> None:
+        with use_backend("reference"):
+            adapt_episodes(adapter, features, text, 100.0, config)
+
+    return counted_operations(adapt)
