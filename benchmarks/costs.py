@@ -30,19 +30,20 @@ def kernel_bytes(config: AdapterConfig, episodes: int, batch: int, classes: int)
     weight = episodes * 2 * width * (width + config.bias)
     statistics, row_sums = 4 * 2 * heads * rows, 4 * rows
     factors = statistics if matrix else 0
-    attended = 2 * class_rows + q_image + factors
     queries = q_text + class_rows + q_image
     attention_reads = queries + 3 * class_rows + statistics  # queries, keys, values, doutput, deltas
     return {
         "rational_projections_forward_kernel": image + text + 5 * weight + queries + 2 * class_rows,
+        # Each query kind's result is stored by itself, read again when a head's factors are known, and combined.
         "class_attention_forward_kernel": queries
         + 2 * class_rows
-        + 2 * class_rows
-        + q_image
-        + 2 * statistics
-        + factors,
-        "masked_logits_forward_kernel": image + text + attended + weight + row_sums + 2 * rows,
-        "masked_logits_backward_offset_kernel": image + text + attended + weight + 2 * rows + 2 * class_rows,
+        + 2 * (2 * class_rows + q_image)
+        + 2 * (2 * statistics if matrix else statistics)
+        + factors
+        + class_rows,
+        # O, and the mask for the backward pass.
+        "masked_logits_forward_kernel": image + text + 2 * class_rows + weight + row_sums + 2 * rows,
+        "masked_logits_backward_offset_kernel": image + text + 2 * class_rows + 2 * rows,
         "masked_logits_backward_attended_kernel": class_rows
         + 2 * class_rows
         + factors

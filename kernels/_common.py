@@ -4,12 +4,8 @@ A tile of rows belongs to one episode. Row r of an episode has its image r // K 
 rows of several images, and only the last tile of an episode has rows beyond the last one. Blocks of columns divide the
 width, so columns need no mask.
 
-The helpers take two tuples:
-
-- `tile` = (start, row, valid, rows, classes, first_image): the tile's first row, the row of each of its lines, whether
-  each of these rows exists, the episode's number of rows, K, and the episode's first image;
-- `attended` = (text, rational, image, factors, total_rows): the results of class_attention_forward, None where a query
-  kind or the matrix softmax is not in use, and the number of rows of all episodes.
+The helpers take a tuple `tile` = (start, row, valid, rows, classes, first_image): the tile's first row, the row of each
+of its lines, whether each of these rows exists, the episode's number of rows, K, and the episode's first image.
 
 Scores and their log-sums include a factor log2(e), so exp2 takes the place of exp.
 """
@@ -139,41 +135,6 @@ def query_kind_rows(
             offsets = (columns // HEAD)[None, :] * total_rows + batch_row[:, None]
             output *= tl.load(factors + offsets, mask=valid[:, None], other=0.0)
     return output
-
-
-@triton.jit
-def attended_rows(
-    attended,
-    tile,
-    columns,
-    first_column,
-    share,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    TWO_IMAGES: tl.constexpr,
-):
-    """Return O = (1/|Q|) sum_c w^c O^c for a tile of rows, in float32.
-
-    It is the mean over the query kinds c of the attention's results O^c times their factors w^c. share: 1/|Q|.
-    """
-    one_head: tl.constexpr = HEAD % BLOCK_C == 0
-    text, rational, image, factors, total_rows = attended
-    _start, row, valid, _rows, classes, first_image = tile
-    batch_row = first_image * classes + row
-    output = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    if text is not None:
-        output += query_kind_rows(
-            text, factors, batch_row, valid, columns, first_column, total_rows, 0, D, HEAD, one_head
-        )
-    if rational is not None:
-        output += query_kind_rows(
-            rational, factors, batch_row, valid, columns, first_column, total_rows, 1, D, HEAD, one_head
-        )
-    if image is not None:
-        output += image_rows(image, tile, columns, D, BLOCK_M, TWO_IMAGES)
-    return output * share
 
 
 @triton.jit

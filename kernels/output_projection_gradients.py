@@ -5,17 +5,23 @@
 Wo and bo are the output projection's weight and bias, O the attention's result, R the rational matrix, and dM the
 gradient of the mask where one is given. Every mask is 1 then, where relu passes the gradient on and no penalty has one.
 As dO = dA Wo is zero, so are the gradients of all other parameters. Test-time training starts like this.
+
+dA is never computed, because R[b, k, o] = f[b, o] T[k, o]:
+
+    sum_bk s dlogits[b, k] R[b, k, o] O[b, k, i] = s sum_b f[b, o] (T^T (dlogits_b O_b))[o, i]
+
+Rows of different images are never multiplied together, so that the image's features can be multiplied by its result.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from rada_fast.kernels._common import (
     COMPUTE_TYPES,
-    attended_rows,
     block_of,
     default_precision,
     episode_grid,
@@ -25,7 +31,72 @@ from rada_fast.kernels._common import (
 )
 from rada_fast.kernels._launch import Kernel, Launch, remembered
 from rada_fast.kernels._shared_memory import Target, target_of
-from rada_fast.kernels.class_attention import Attended
+
+BIAS_COLUMNS = 32
+"""The most columns of a program that adds up the bias's gradient."""
+
+
+@triton.jit
+def _add_rational(
+    total,
+    image,
+    text,
+    dlogits,
+    attended,
+    o,
+    i,
+    images,
+    classes,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add sum_b f[b] (T^T (dlogits_b O_b)) to a block.
+
+    image, dlogits, attended: those of the episode's first image. The accumulator holds one image's product. All images
+    share one loop, so that the loads of the next image start during the products of this one.
+    """
+    steps = (classes + BLOCK_R - 1) // BLOCK_R
+    accumulator = tl.zeros(total.shape, tl.float32)
+    for step in range(images * steps):
+        b = step // steps
+        k = (step % steps) * BLOCK_R + tl.arange(0, BLOCK_R)
+        valid = k < classes
+        row = tl.cast(b, tl.int64) * classes + k
+        t = tl.load(text + k[:, None] * D + o[None, :], mask=valid[:, None], other=0.0)
+        x = tl.load(attended + row[:, None] * D + i[None, :], mask=valid[:, None], other=0.0)
+        g = tl.load(dlogits + row, mask=valid, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * g[:, None]).to(COMPUTE)
+        accumulator = product(tl.trans(t.to(COMPUTE)), x, accumulator, PRECISION)
+        if step % steps == steps - 1:
+            f = tl.load(image + b * D + o).to(tl.float32)
+            total += accumulator * f[:, None]
+            accumulator = tl.zeros(total.shape, tl.float32)
+    return total
+
+
+@triton.jit
+def _add_masks(
+    total,
+    dmask,
+    attended,
+    o,
+    i,
+    rows,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add dM^T O to a block. dmask, attended: those of the episode's first image."""
+    for start in range(0, rows, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        valid = (row < rows)[:, None]
+        y = tl.load(dmask + row[:, None] * D + o[None, :], mask=valid, other=0.0)
+        x = tl.load(attended + row[:, None] * D + i[None, :], mask=valid, other=0.0)
+        total = product(tl.trans(y.to(COMPUTE)), x, total, PRECISION)
+    return total
 
 
 @Kernel
@@ -33,10 +104,7 @@ def output_projection_gradients_kernel(
     image,
     text,
     logit_scale,
-    attended_text,
-    attended_rational,
-    attended_image,
-    factors,
+    attended,
     dlogits,
     dmask,
     dweight,
@@ -44,64 +112,65 @@ def output_projection_gradients_kernel(
     zeros,
     images,
     classes,
-    total_rows,
     num_zeros,
-    share,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
     TWO_IMAGES: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_Z: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    BIAS_COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute a block of dWo or of dbo, and set a part of the other gradients to zero.
 
-    Axis 0 of the grid: block of outputs, and in it the blocks of inputs, then the bias. Axis 1: episodes.
+    Axis 0 of the grid: first the blocks of dbo, if there is one; then block of outputs and block of inputs of dWo. Axis
+    1: episodes.
     zeros: num_zeros gradients that are zero, of all episodes.
     """
     inputs: tl.constexpr = D // BLOCK_I
+    bias_programs: tl.constexpr = 0 if dbias is None else D // BIAS_COLUMNS
     program, episode = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if zeros is not None:
         programs = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
         for first in range((episode * tl.num_programs(0) + program) * BLOCK_Z, num_zeros, programs * BLOCK_Z):
             z = first + tl.arange(0, BLOCK_Z)
             tl.store(zeros + z, tl.zeros((BLOCK_Z,), zeros.dtype.element_ty), mask=z < num_zeros)
-    block = program % (inputs + 1)
-    o = program // (inputs + 1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    first_input = tl.minimum(block, inputs - 1) * BLOCK_I
-    i = first_input + tl.arange(0, BLOCK_I)
-    attended = (attended_text, attended_rational, attended_image, factors, total_rows)
     first_image = episode * images
     first_row = first_image * classes
     rows = images * classes
     scale = tl.load(logit_scale).to(tl.float32)
-    accumulator = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    sums = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-    for start in range(0, rows, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        valid = row < rows
-        tile = (start, row, valid, rows, classes, first_image)
-        da = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-        if dlogits is not None:
-            g = tl.load(dlogits + first_row + row, mask=valid, other=0.0).to(tl.float32) * scale
-            da += g[:, None] * rational_rows((image, text), tile, o, D, BLOCK_R, TWO_IMAGES)
-        if dmask is not None:
-            offsets = (first_row + row)[:, None] * D + o[None, :]
-            da += tl.load(dmask + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
-        if block < inputs:
-            x = attended_rows(attended, tile, i, first_input, share, D, HEAD, BLOCK_R, BLOCK_I, TWO_IMAGES)
-            accumulator = product(tl.trans(da.to(COMPUTE)), x.to(COMPUTE), accumulator, PRECISION)
-        else:
-            # The bias adds up the same numbers that the weight's products multiply.
-            sums += da.to(COMPUTE).to(tl.float32)
-    if block < inputs:
-        offsets = episode * (D * D) + o[:, None] * D + i[None, :]
-        tl.store(dweight + offsets, accumulator.to(dweight.dtype.element_ty))
-    elif dbias is not None:
-        store_column_sums(dbias + episode * D + o, tl.sum(sums, 0), o < D, BLOCK_R, BLOCK_O)
+    if dbias is not None:
+        if program < bias_programs:
+            column = program * BIAS_COLUMNS + tl.arange(0, BIAS_COLUMNS)
+            sums = tl.zeros((BIAS_ROWS, BIAS_COLUMNS), tl.float32)
+            for start in range(0, rows, BIAS_ROWS):
+                row = start + tl.arange(0, BIAS_ROWS)
+                valid = row < rows
+                if dlogits is not None:
+                    g = tl.load(dlogits + first_row + row, mask=valid, other=0.0).to(tl.float32) * scale
+                    tile = (start, row, valid, rows, classes, first_image)
+                    sums += g[:, None] * rational_rows((image, text), tile, column, D, BIAS_ROWS, TWO_IMAGES)
+                if dmask is not None:
+                    offsets = (first_row + row)[:, None] * D + column[None, :]
+                    sums += tl.load(dmask + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
+            store_column_sums(dbias + episode * D + column, tl.sum(sums, 0), column < D, BIAS_ROWS, BIAS_COLUMNS)
+            return
+    block = program - bias_programs
+    o = block // inputs * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = block % inputs * BLOCK_I + tl.arange(0, BLOCK_I)
+    attended += first_row * D
+    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    if dlogits is not None:
+        total = scale * _add_rational(
+            total, image + first_image * D, text, dlogits + first_row, attended, o, i, images, classes, D, BLOCK_R,
+            COMPUTE, PRECISION,
+        )  # fmt: skip
+    if dmask is not None:
+        total = _add_masks(total, dmask + first_row * D, attended, o, i, rows, D, BLOCK_R, COMPUTE, PRECISION)
+    tl.store(dweight + episode * (D * D) + o[:, None] * D + i[None, :], total.to(dweight.dtype.element_ty))
 
 
 @remembered
@@ -109,28 +178,27 @@ def _launch(
     batch: int,
     classes: int,
     width: int,
-    num_heads: int,
-    kinds: int,
     episodes: int,
     num_zeros: int,
+    bias: bool,
     dtype: torch.dtype,
     precision: str,
     target: Target,
 ) -> Launch:
-    """Return the launch. kinds: the number of query kinds in use."""
+    # Many small blocks occupy the multiprocessors. Products of three TF32 ones keep 16 outputs for each warp, and two
+    # warps do not multiply by wgmma, for which the parts of an operand would go through shared memory on Hopper.
     float32 = dtype == torch.float32
-    # In bfloat16 many small blocks occupy the multiprocessors; products of three TF32 ones keep 16 rows for each warp.
-    block_o, block_i, block_r = block_of(width, 64), block_of(width, 64 if float32 else 32), 16 if float32 else 64
-    if not float32 and classes < block_r and target.capability in (86, 89):
-        # The compiler allows a thread 128 registers there, and 64 rows of several images spill.
-        block_r = 32
+    block_o, block_i = (32, 64) if float32 and precision != "ieee" else (64, 32)
+    block_o, block_i, block_r = block_of(width, block_o), block_of(width, block_i), 32 if float32 else 64
+    warps, columns = max(1, block_o // 16), block_of(width, BIAS_COLUMNS)
+    bias_rows = 32 * warps
     return output_projection_gradients_kernel.launch(
-        episode_grid(width // block_o * (width // block_i + 1), episodes=episodes),
-        images=batch // episodes, classes=classes, total_rows=batch * classes, num_zeros=num_zeros, share=1 / kinds,
-        D=width, HEAD=width // num_heads, TWO_IMAGES=classes >= block_r,
-        BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=block_r, BLOCK_Z=1024,
+        episode_grid(width // block_o * (width // block_i) + bias * (width // columns), episodes=episodes),
+        images=batch // episodes, classes=classes, num_zeros=num_zeros,
+        D=width, TWO_IMAGES=classes >= bias_rows,
+        BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=block_r, BLOCK_Z=1024, BIAS_ROWS=bias_rows, BIAS_COLUMNS=columns,
         COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
-        num_warps=block_o // 16, num_stages=1 if float32 else 2,
+        num_warps=warps, num_stages=3,
     )  # fmt: skip
 
 
@@ -138,12 +206,11 @@ def output_projection_gradients(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
-    attended: Attended,
+    attended: Tensor,
     dlogits: Tensor | None,
     dmask: Tensor | None,
     wanted: dict[str, Tensor],
     *,
-    num_heads: int,
     bias: bool,
     dtype: torch.dtype | None = None,
     precision: str = "ieee",
@@ -152,6 +219,7 @@ def output_projection_gradients(
 
     The results are those of parameter_gradients while the output projection's weight and bias are zero.
 
+    attended: O, (B, K, D), the result of class_attention_forward.
     wanted: the weights by role, among them "output", all (D, D) or all (E, D, D). A gradient has its weight's shape
         and dtype.
     """
@@ -177,13 +245,11 @@ def output_projection_gradients(
             value.zero_()
         return weights, biases
     launch = _launch(
-        batch, classes, width, num_heads, attended.kinds, episodes, 0 if zeros is None else zeros.numel(), dtype,
-        precision, target_of(image.device),
+        batch, classes, width, episodes, 0 if zeros is None else zeros.numel(), bias, dtype, precision,
+        target_of(image.device),
     )  # fmt: skip
     launch(
-        image=image, text=text, logit_scale=logit_scale,
-        attended_text=attended.text, attended_rational=attended.rational, attended_image=attended.image,
-        factors=attended.factors, dlogits=dlogits, dmask=dmask,
+        image=image, text=text, logit_scale=logit_scale, attended=attended, dlogits=dlogits, dmask=dmask,
         dweight=dweight, dbias=dbias, zeros=zeros,
     )  # fmt: skip
     return weights, biases

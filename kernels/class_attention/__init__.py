@@ -8,9 +8,9 @@ S^c the scores and P^c the probabilities.
 
 Both forms share one online softmax by rows: O^c is stored normalised by its own row, together with the row's log-sum.
 The matrix form is the same times the factor w^c[i] = K exp(log-sum of row i - log-sum of the whole head). Of a head's
-programs, the last one to finish computes these factors, and the kernels that read O^c multiply by them. Text and
-rational queries go through the keys together, so keys and values are read once for both. The image query is a single
-row, for which each head has an additional program.
+programs, the last one to finish computes these factors, and the mean O of w^c O^c over the query kinds in use, which
+the output projection takes. Text and rational queries go through the keys together, so keys and values are read once
+for both. The image query is a single row, for which each head has an additional program.
 
 In the backward pass dO . v is the same for all query kinds. Some programs own a tile of queries, others a tile of keys.
 No sum uses atomics; they only count the programs that have finished.

@@ -21,7 +21,7 @@ from rada_fast.kernels._common import (
 )
 from rada_fast.kernels._launch import Kernel, Launch, remembered
 from rada_fast.kernels._shared_memory import Target, target_of
-from rada_fast.kernels.class_attention.factors import store_factors
+from rada_fast.kernels.class_attention.combined import store_combined
 from rada_fast.kernels.class_attention.scores import (
     program_place,
     query_scores,
@@ -122,6 +122,7 @@ def class_attention_forward_kernel(
     attended_image,
     attended_text,
     attended_rational,
+    combined,
     logsums,
     image_logsums,
     factors,
@@ -132,6 +133,7 @@ def class_attention_forward_kernel(
     tiles,
     images_per_text,
     scale,
+    share,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_VECTOR: tl.constexpr,
@@ -142,11 +144,13 @@ def class_attention_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute O^c of a tile of queries and a group of output columns, over all keys.
 
-    Of the programs of a head and image, the last one to finish computes the factors of the matrix softmax.
+    Of the programs of a head and image, the last one to finish combines the results of all query kinds into O, for
+    which it computes the factors of the matrix softmax.
 
     Axis 0 of the grid: query tile (the last one is the image query), group of output columns, head, image.
     """
@@ -229,19 +233,17 @@ def class_attention_forward_kernel(
                 attended_rational + first * D, rational_maxima, rational_maxima + after_maxima, rational_state, offsets,
                 valid, stores_logsum,
             )  # fmt: skip
-        if factors is not None:
-            if group == 0:
-                if is_last_to_finish(counters + b * heads + head, tiles):
-                    if HAS_TEXT:
-                        store_factors(logsums, factors, totals, head, b, batch, classes, 2 * heads, BLOCK_S)
-                    if HAS_RATIONAL:
-                        store_factors(logsums, factors, totals, heads + head, b, batch, classes, 2 * heads, BLOCK_S)
     elif q_image is not None:
         if group == 0:
             _image_query(
                 q_image, keys, values, attended_image, image_logsums, b, head, batch, classes, scale,
                 D, HEAD, HEAD_VECTOR, BLOCK_I,
             )  # fmt: skip
+    if is_last_to_finish(counters + b * heads + head, all_tiles * groups):
+        store_combined(
+            (attended_text, attended_rational, attended_image), combined, logsums, factors, totals, b, head, batch,
+            classes, share, D, HEAD, HEAD_VECTOR, BLOCK_S, BLOCK_R,
+        )  # fmt: skip
 
 
 @dataclass
@@ -249,6 +251,7 @@ class Attended:
     """Hold the results of the attention, None where a query kind or the matrix softmax is not in use.
 
     text, rational: O^c, (B, K, D), normalised by rows; image: O^image, (B, D) float32.
+    combined: O, (B, K, D), the mean over the query kinds of O^c times its factors.
     logsums: (2, 2, H, B, K) and image_logsums: (2, B, H), the log2 of the sums of exponentials, as two numbers: the
         largest score of each row, then the log2 of the sum over the scores less it. One number would round away what
         large scores differ in. The next axis is the query kind, text first.
@@ -259,6 +262,7 @@ class Attended:
     text: Tensor | None
     rational: Tensor | None
     image: Tensor | None
+    combined: Tensor
     logsums: Tensor
     image_logsums: Tensor
     factors: Tensor | None
@@ -296,10 +300,10 @@ def _forward_launch(
     return class_attention_forward_kernel.launch(
         (programs,),
         batch=batch, classes=classes, tiles=tiles, images_per_text=images_per_text,
-        scale=LOG2E / (math.sqrt(head) * temperature),
+        scale=LOG2E / (math.sqrt(head) * temperature), share=1 / sum(kinds),
         D=width, HEAD=head, HEAD_VECTOR=vector, SPLIT_HEAD=split, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
         BLOCK_D=tile.columns, BLOCK_C=piece_columns(dtype, head), BLOCK_I=max(1, min(64, 4096 // vector)),
-        BLOCK_S=max(256, min(1024, triton.next_power_of_2(classes))),
+        BLOCK_S=max(256, min(1024, triton.next_power_of_2(classes))), BLOCK_R=max(1, min(64, 4096 // vector)),
         PRECISION=default_precision(dtype, precision),
         # With one kind only four warps lie side by side (see text_and_rational_scores).
         num_warps=min(tile.warps, 4) if split and sum(in_tiles) < 2 else tile.warps, num_stages=tile.stages,
@@ -317,7 +321,7 @@ def class_attention_forward(
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Attended:
-    """Compute the attention of every query kind in use, and the matrix softmax's factors, in one launch.
+    """Compute the attention of every query kind in use, and the mean over the kinds, in one launch.
 
     projections: as rational_projections_forward returns them. temperature: divides the scores, beside sqrt(d).
     images: the images of one episode, by which the tile is chosen; None stands for many.
@@ -331,6 +335,7 @@ def class_attention_forward(
         text=None if text is None else torch.empty_like(keys),
         rational=None if rational is None else torch.empty_like(keys),
         image=None if image is None else torch.empty_like(image),
+        combined=torch.empty_like(keys),
         logsums=torch.empty((2, 2, num_heads, batch, classes), **float32),
         image_logsums=torch.empty((2, batch, num_heads), **float32),
         factors=torch.empty((2, num_heads, batch, classes), **float32) if matrix else None,
@@ -339,7 +344,7 @@ def class_attention_forward(
     if batch == 0:
         return attended
     kinds = (text is not None, rational is not None, image is not None)
-    if matrix and any(kinds[:2]) and counters is None:
+    if counters is None:
         counters = torch.zeros((batch * num_heads,), dtype=torch.int32, device=keys.device)
     launch = _forward_launch(
         batch, classes, width, num_heads, kinds, batch // (text.shape[0] if text is not None else 1), images,
@@ -348,7 +353,7 @@ def class_attention_forward(
     launch(
         q_image=image, q_text=text, q_rational=rational, keys=keys, values=values,
         attended_image=attended.image, attended_text=attended.text, attended_rational=attended.rational,
-        logsums=attended.logsums, image_logsums=attended.image_logsums, factors=attended.factors,
-        totals=attended.totals, counters=counters,
+        combined=attended.combined, logsums=attended.logsums, image_logsums=attended.image_logsums,
+        factors=attended.factors, totals=attended.totals, counters=counters,
     )  # fmt: skip
     return attended

@@ -6,10 +6,10 @@
 O is the result of the attention over classes, Wo and bo the output projection's weight and bias, A the mask's offset, M
 the mask, R the rational matrix and L_s the penalty on the mask.
 
-A program owns a tile of rows and a block of columns of A. It combines O from its query kinds as it reads them, and
-computes R at the end. A is never written to memory, and M only if the mask is asked for; the backward pass computes A
-again. Each sum over columns is stored as one part for each chunk of columns. Of the programs that share rows, the last
-one to finish adds the parts in order.
+A program of the forward pass owns a tile of rows and a block of columns of A. It computes R at the end. M is written to
+memory if it is asked for, and M - 1 if a backward pass follows, which computes dA from it element by element. Each sum
+over columns is stored as one part for each chunk of columns. Of the programs that share rows, the last one to finish
+adds the parts in order.
 """
 
 from rada_fast.kernels.masked_logits.backward import MaskedLogitsGradients, masked_logits_backward

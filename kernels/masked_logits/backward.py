@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from rada_fast.kernels._common import (
-    attended_rows,
+    COMPUTE_TYPES,
     block_of,
     cdiv,
     default_precision,
@@ -26,96 +25,68 @@ from rada_fast.kernels._common import (
 from rada_fast.kernels._launch import Kernel, Launch, remembered
 from rada_fast.kernels._shared_memory import Target, target_of
 from rada_fast.kernels.class_attention import Attended
-from rada_fast.kernels.masked_logits.offset import (
-    common_arguments,
-    common_tensors,
-    one_plus_offset,
-    program_tile,
-)
-from rada_fast.kernels.masked_logits.tiles import CHUNK, PENALTIES, Tile, attended_depth, tile_of
+from rada_fast.kernels.masked_logits.offset import program_tile
+from rada_fast.kernels.masked_logits.tiles import CHUNK, PENALTIES, Tile, tile_of
 from rada_fast.kernels.masked_logits.totals import store_head_sums
 
-
-@triton.jit
-def tile_counter(episode, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the place of the counter of a program's tile of rows, which D // BLOCK_N programs share."""
-    blocks: tl.constexpr = D // BLOCK_N
-    return episode * (tl.num_programs(0) // blocks) + tl.program_id(0) // blocks
+OFFSET_ROWS, OFFSET_COLUMNS = 16, 128
+"""The rows, and at most the columns, of a program that computes dA. No tile of dO has fewer rows."""
 
 
 @Kernel
 def masked_logits_backward_offset_kernel(
     image,
     text,
-    attended_text,
-    attended_rational,
-    attended_image,
-    factors,
-    weight,
-    bias,
     logit_scale,
     dlogits,
     dpenalty,
     dmask,
     peaks,
+    distances,
     doffset,
     weighted,
-    attended,
     counters,
     images,
     classes,
-    total_rows,
-    weight_stride,
-    bias_stride,
-    share,
     elements,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
     TWO_IMAGES: tl.constexpr,
     RELU: tl.constexpr,
     PENALTY: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Compute dA, for which A is computed again, and store O; the programs are those of the forward pass.
+    """Compute a tile of dA from the mask that the forward pass has stored.
 
-    counters: set to zero for the next launch, which has one for each tile of rows.
+    Axis 0 of the grid: row tile and column block. Axis 1: episodes.
+    distances: see MaskedLogits; None if every mask is 1.
+    counters: set to zero for the next launch, which has one for each tile of COUNTED rows.
     """
     episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
-    _start, row, valid, _rows, _classes, first_image = tile
+    start, row, valid, rows, _classes, first_image = tile
     if counters is not None:
-        if block == 0:
-            tl.store(counters + tile_counter(episode, D, BLOCK_N), 0)
-    first_row = first_image * classes
-    offsets = (first_row + row)[:, None] * D + n[None, :]
-    parts = (attended_text, attended_rational, attended_image, factors, total_rows)
-    if attended is not None:
-        # These columns are read once more in the loop over all columns, from the cache.
-        o = attended_rows(parts, tile, n, block * BLOCK_N, share, D, HEAD, BLOCK_M, BLOCK_N, TWO_IMAGES)
-        tl.store(attended + offsets, o.to(attended.dtype.element_ty), mask=valid[:, None])
-    if bias is not None:
-        bias += episode * bias_stride
-    m = one_plus_offset(
-        parts, weight + episode * weight_stride, bias,
-        tile, n, share, TWO_IMAGES, D, HEAD, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
-    )  # fmt: skip
-    clamped = m <= 0.0
+        if (block == 0) & (start % COUNTED == 0):
+            tl.store(counters + episode * ((rows + COUNTED - 1) // COUNTED) + start // COUNTED, 0)
+    batch_row = first_image * classes + row
+    offsets = batch_row[:, None] * D + n[None, :]
+    distance = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if distances is not None:
+        distance += tl.load(distances + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
+    stopped = distance < -1.0
     if RELU:
-        m = tl.where(clamped, 0.0, m)
+        distance = tl.where(stopped, -1.0, distance)
     dm = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if dlogits is not None:
-        g = tl.load(dlogits + first_row + row, mask=valid, other=0.0).to(tl.float32) * tl.load(logit_scale)
+        g = tl.load(dlogits + batch_row, mask=valid, other=0.0).to(tl.float32) * tl.load(logit_scale)
         dm += g[:, None] * rational_rows((image, text), tile, n, D, BLOCK_M, TWO_IMAGES)
         if weighted is not None:
-            tl.store(weighted + offsets, (g[:, None] * m).to(weighted.dtype.element_ty), mask=valid[:, None])
+            m = g[:, None] * (1.0 + distance)
+            tl.store(weighted + offsets, m.to(weighted.dtype.element_ty), mask=valid[:, None])
     elif weighted is not None:
         tl.store(weighted + offsets, dm.to(weighted.dtype.element_ty), mask=valid[:, None])
     if PENALTY > 0:
         d = tl.load(dpenalty + episode).to(tl.float32)
-        distance = m - 1.0
         sign = tl.where(distance > 0.0, 1.0, tl.where(distance < 0.0, -1.0, 0.0))
         if PENALTY == 1:
             dm += (2.0 * d / elements) * distance
@@ -128,7 +99,7 @@ def masked_logits_backward_offset_kernel(
     if dmask is not None:
         dm += tl.load(dmask + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
     if RELU:
-        dm = tl.where(clamped, 0.0, dm)
+        dm = tl.where(stopped, 0.0, dm)
     tl.store(doffset + offsets, dm.to(doffset.dtype.element_ty), mask=valid[:, None])
 
 
@@ -163,7 +134,7 @@ def masked_logits_backward_attended_kernel(
     """
     one_head: tl.constexpr = HEAD % BLOCK_N == 0
     episode, n, block, tile = program_tile(images, classes, D, BLOCK_M, BLOCK_N)
-    _start, row, valid, _rows, _classes, first_image = tile
+    start, row, valid, _rows, _classes, first_image = tile
     first_column = block * BLOCK_N
     batch_row = first_image * classes + row
     weight += episode * weight_stride
@@ -187,7 +158,8 @@ def masked_logits_backward_attended_kernel(
         )
         store_chunk_sums(delta_parts, do * o, D // CHUNK + chunk, batch_row, total_rows, valid, CHUNK)
     if deltas is not None:
-        if is_last_to_finish(counters + tile_counter(episode, D, BLOCK_N), D // BLOCK_N):
+        tiles = tl.num_programs(0) // (D // BLOCK_N)
+        if is_last_to_finish(counters + episode * tiles + start // BLOCK_M, D // BLOCK_N):
             if attended_text is not None:
                 store_head_sums(delta_parts, deltas, batch_row, valid, total_rows, 0, D, HEAD, CHUNK, BLOCK_M)
             if attended_rational is not None:
@@ -203,18 +175,16 @@ class MaskedLogitsGradients:
     deltas: (2, H, B, K) float32, the sums of dO . w O^c over a head's columns, text query first; for the matrix softmax
         (2, D/g, B, K), over chunks of g columns, where g divides a head's width.
     weighted: s dlogits M, (B, K, D).
-    attended: O, the input of the output projection, (B, K, D).
     """
 
     doffset: Tensor
     dattended: Tensor | None
     deltas: Tensor | None
     weighted: Tensor | None
-    attended: Tensor | None
 
 
 class _Launches(NamedTuple):
-    """Hold the launches of dA and of dO, and the number of tiles of rows."""
+    """Hold the launches of dA and of dO, and the number of the latter's tiles of rows."""
 
     offset: Launch
     attended: Launch
@@ -227,7 +197,6 @@ def _backward_launches(
     classes: int,
     width: int,
     num_heads: int,
-    kinds: int,
     relu: bool,
     penalty: int,
     episodes: int,
@@ -238,23 +207,27 @@ def _backward_launches(
     target: Target,
     tile: Tile | None,
 ) -> _Launches:
-    """Return the launches. kinds: the number of query kinds in use. penalty: a value of PENALTIES.
+    """Return the launches. penalty: a value of PENALTIES.
 
     weights: the type in which the weights lie in memory.
     """
-    head = width // num_heads
-    rows = batch // episodes * classes
-    tile = tile or tile_of(dtype, rows, classes, width, head, backward=True, weights=weights, target=target)
-    arguments = common_arguments(batch, classes, width, num_heads, kinds, episodes, weight_stride, dtype, tile)
-    arguments["PRECISION"] = default_precision(dtype, precision)
-    grid = episode_grid(cdiv(rows, tile.rows) * (width // tile.columns), episodes=episodes)
+    images, rows = batch // episodes, batch // episodes * classes
+    tile = tile or tile_of(dtype, rows, width, backward=True, weights=weights, target=target)
+    columns = block_of(width, OFFSET_COLUMNS)
     offset = masked_logits_backward_offset_kernel.launch(
-        grid, **arguments, elements=float(rows * width), RELU=relu, PENALTY=penalty
-    )
-    for unused in ("bias_stride", "share", "TWO_IMAGES"):
-        del arguments[unused]
-    arguments["BLOCK_C"] = attended_depth(dtype, width)
-    attended = masked_logits_backward_attended_kernel.launch(grid, **arguments, CHUNK=block_of(head, CHUNK))
+        episode_grid(cdiv(rows, OFFSET_ROWS) * (width // columns), episodes=episodes),
+        images=images, classes=classes, elements=float(rows * width),
+        D=width, TWO_IMAGES=classes >= OFFSET_ROWS, RELU=relu, PENALTY=penalty, COUNTED=tile.rows,
+        BLOCK_M=OFFSET_ROWS, BLOCK_N=columns, num_warps=4,
+    )  # fmt: skip
+    attended = masked_logits_backward_attended_kernel.launch(
+        episode_grid(cdiv(rows, tile.rows) * (width // tile.columns), episodes=episodes),
+        images=images, classes=classes, total_rows=batch * classes, weight_stride=weight_stride,
+        D=width, HEAD=width // num_heads, CHUNK=block_of(width // num_heads, CHUNK),
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
+        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return _Launches(offset, attended, episodes * cdiv(rows, tile.rows))
 
 
@@ -264,7 +237,7 @@ def masked_logits_backward(
     logit_scale: Tensor,
     attended: Attended,
     weight: Tensor,
-    bias: Tensor | None,
+    distances: Tensor | None,
     dlogits: Tensor | None,
     dpenalty: Tensor | None,
     dmask: Tensor | None,
@@ -274,7 +247,6 @@ def masked_logits_backward(
     relu: bool,
     penalty: str = "none",
     weighted: bool = False,
-    keep_attended: bool = True,
     inner: bool = True,
     episodes: int = 1,
     dtype: torch.dtype | None = None,
@@ -283,7 +255,7 @@ def masked_logits_backward(
 ) -> MaskedLogitsGradients:
     """Compute dA and dO in two launches; with weighted=True also s dlogits M, which the features' gradients need.
 
-    With keep_attended=True this also stores O, which the gradient of the output projection's weight needs.
+    distances: see MaskedLogits; None if every mask is 1.
     With inner=False this computes dA alone, in one launch: the output projection's own gradient needs no more.
     """
     (batch, width), classes = image.shape, text.shape[0]
@@ -295,22 +267,20 @@ def masked_logits_backward(
         dattended=image.new_empty(shape, dtype=dtype) if inner else None,
         deltas=torch.empty((2, width // chunk, batch, classes), **float32) if inner else None,
         weighted=image.new_empty(shape, dtype=dtype) if weighted else None,
-        attended=image.new_empty(shape, dtype=dtype) if keep_attended else None,
     )
     if batch == 0:
         return gradients
     launches = _backward_launches(
-        batch, classes, width, num_heads, attended.kinds, relu, PENALTIES[penalty] if dpenalty is not None else 0,
-        episodes, episode_stride(weight), dtype, weight.dtype, precision, target_of(image.device), tile,
+        batch, classes, width, num_heads, relu, PENALTIES[penalty] if dpenalty is not None else 0, episodes,
+        episode_stride(weight), dtype, weight.dtype, precision, target_of(image.device), tile,
     )  # fmt: skip
     deltas = counters = None
     if inner and attended.factors is None and width // num_heads > chunk:
         deltas = torch.empty((2, num_heads, batch, classes), **float32)
         counters = torch.empty((launches.tiles,), dtype=torch.int32, device=image.device)
     launches.offset(
-        **common_tensors(image, text, attended, weight, bias),
-        logit_scale=logit_scale, dlogits=dlogits, dpenalty=dpenalty, dmask=dmask, peaks=peaks,
-        doffset=gradients.doffset, weighted=gradients.weighted, attended=gradients.attended, counters=counters,
+        image=image, text=text, logit_scale=logit_scale, dlogits=dlogits, dpenalty=dpenalty, dmask=dmask, peaks=peaks,
+        distances=distances, doffset=gradients.doffset, weighted=gradients.weighted, counters=counters,
     )  # fmt: skip
     if inner:
         launches.attended(

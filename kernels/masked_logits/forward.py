@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rada_fast.kernels._common import (
+    COMPUTE_TYPES,
     cdiv,
     default_precision,
     episode_grid,
@@ -21,13 +22,7 @@ from rada_fast.kernels._common import (
 )
 from rada_fast.kernels._launch import Kernel, Launch, remembered
 from rada_fast.kernels._shared_memory import Target, target_of
-from rada_fast.kernels.class_attention import Attended
-from rada_fast.kernels.masked_logits.offset import (
-    common_arguments,
-    common_tensors,
-    one_plus_offset,
-    program_tile,
-)
+from rada_fast.kernels.masked_logits.offset import STOPPED, one_plus_offset, program_tile
 from rada_fast.kernels.masked_logits.tiles import CHUNK, MIN_ROWS, PEAK_CHUNK, PENALTIES, Tile, tile_of
 from rada_fast.kernels.masked_logits.totals import (
     store_image_peak,
@@ -41,10 +36,7 @@ from rada_fast.kernels.masked_logits.totals import (
 def masked_logits_forward_kernel(
     image,
     text,
-    attended_text,
-    attended_rational,
-    attended_image,
-    factors,
+    attended,
     weight,
     bias,
     logit_scale,
@@ -60,16 +52,15 @@ def masked_logits_forward_kernel(
     penalty,
     peaks,
     mask,
+    distances,
     counters,
     images,
     classes,
     total_rows,
     weight_stride,
     bias_stride,
-    share,
     elements,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
     TWO_IMAGES: tl.constexpr,
     RELU: tl.constexpr,
     PENALTY: tl.constexpr,
@@ -100,12 +91,12 @@ def masked_logits_forward_kernel(
         if bias is not None:
             bias += episode * bias_stride
         m = one_plus_offset(
-            (attended_text, attended_rational, attended_image, factors, total_rows), weight + episode * weight_stride,
-            bias, tile, n, share, TWO_IMAGES, D, HEAD, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION,
-        )  # fmt: skip
+            attended, weight + episode * weight_stride, bias, tile, n, D, BLOCK_M, BLOCK_N, BLOCK_C, COMPUTE, PRECISION
+        )
+    stopped = m <= 0.0
     if RELU:
         # tl.maximum would turn NaN into 0.
-        m = tl.where(m <= 0.0, 0.0, m)
+        m = tl.where(stopped, 0.0, m)
     r = rational_rows((image, text), tile, n, D, BLOCK_M, TWO_IMAGES)
     store_chunk_sums(logit_parts, m * r, block * (BLOCK_N // CHUNK), batch_row, total_rows, valid, CHUNK)
     distance = tl.where(valid[:, None], m - 1.0, 0.0)
@@ -121,8 +112,13 @@ def masked_logits_forward_kernel(
         column += block * BLOCK_N + (tl.arange(0, chunks) * PEAK_CHUNK)[None, :]
         store_chunks(peak_values, value, block * chunks, batch_row, total_rows, valid, PEAK_CHUNK)
         store_chunks(peak_columns, column, block * chunks, batch_row, total_rows, valid, PEAK_CHUNK)
+    offsets = batch_row[:, None] * D + n[None, :]
     if mask is not None:
-        tl.store(mask + batch_row[:, None] * D + n[None, :], m.to(mask.dtype.element_ty), mask=valid[:, None])
+        tl.store(mask + offsets, m.to(mask.dtype.element_ty), mask=valid[:, None])
+    if distances is not None:
+        if RELU:
+            distance = tl.where(stopped, STOPPED, distance)
+        tl.store(distances + offsets, distance.to(distances.dtype.element_ty), mask=valid[:, None])
     blocks: tl.constexpr = D // BLOCK_N
     tiles = tl.num_programs(0) // blocks
     counters += episode * (1 + tiles + images)
@@ -155,6 +151,7 @@ class MaskedLogits:
     logits: (B, K), penalty: (E,) and mask: (B, K, D), in the features' dtype.
     sums: (B, K) float32, logits / s.
     peaks: (B,) int64, k D + c of the first element [k, c] where |M - 1| of an image is largest.
+    distances: (B, K, D), M - 1 in the type of the products, and -2 where relu has set M to zero.
     """
 
     logits: Tensor
@@ -162,6 +159,7 @@ class MaskedLogits:
     mask: Tensor | None
     sums: Tensor
     peaks: Tensor | None
+    distances: Tensor | None
 
 
 def counters_needed(batch: int, classes: int, episodes: int) -> int:
@@ -182,8 +180,6 @@ def _forward_launch(
     batch: int,
     classes: int,
     width: int,
-    num_heads: int,
-    kinds: int,
     relu: bool,
     penalty: int,
     episodes: int,
@@ -194,18 +190,21 @@ def _forward_launch(
     target: Target,
     tile: Tile | None,
 ) -> _ForwardLaunch:
-    """Return the launch. kinds: the number of query kinds in use. penalty: a value of PENALTIES.
+    """Return the launch. penalty: a value of PENALTIES.
 
     weights: the type in which the weights lie in memory.
     """
-    rows = batch // episodes * classes
-    tile = tile or tile_of(dtype, rows, classes, width, width // num_heads, weights=weights, target=target)
+    images, rows = batch // episodes, batch // episodes * classes
+    tile = tile or tile_of(dtype, rows, width, weights=weights, target=target)
     parts = (width // tile.columns) * cdiv(rows, tile.rows)
     launch = masked_logits_forward_kernel.launch(
         episode_grid(parts, episodes=episodes),
-        **common_arguments(batch, classes, width, num_heads, kinds, episodes, weight_stride, dtype, tile),
-        elements=float(rows * width), RELU=relu, PENALTY=penalty, CHUNK=CHUNK, PEAK_CHUNK=PEAK_CHUNK,
-        PRECISION=default_precision(dtype, precision),
+        images=images, classes=classes, total_rows=batch * classes, weight_stride=weight_stride,
+        bias_stride=width if weight_stride else 0, elements=float(rows * width),
+        D=width, TWO_IMAGES=classes >= tile.rows, RELU=relu, PENALTY=penalty, CHUNK=CHUNK, PEAK_CHUNK=PEAK_CHUNK,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
+        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return _ForwardLaunch(launch, parts)
 
@@ -214,14 +213,14 @@ def masked_logits_forward(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
-    attended: Attended,
+    attended: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
-    num_heads: int,
     relu: bool,
     penalty: str = "none",
     return_mask: bool = False,
+    keep: bool = False,
     episodes: int = 1,
     dtype: torch.dtype | None = None,
     counters: Tensor | None = None,
@@ -232,14 +231,16 @@ def masked_logits_forward(
 
     image: (B, D).
     text: (K, D).
-    attended: the results of class_attention_forward.
+    attended: O, (B, K, D), the result of class_attention_forward.
     weight: Wo, (D, D) or (E, D, D); None if Wo and bo are zero, and so every mask is 1.
     bias: bo, (D,), (E, D) or None.
+    keep: whether to store the distances, which the backward pass needs unless every mask is 1.
     counters: (counters_needed(B, K, E),) int32, zero; None lets PyTorch set some to zero, which is a launch of its own.
 
     The other arguments are those of rational_projections_forward.
     """
     (batch, width), classes = image.shape, text.shape[0]
+    dtype = dtype or text.dtype
     kind = PENALTIES[penalty]
     float32 = {"dtype": torch.float32, "device": image.device}
     outputs = MaskedLogits(
@@ -249,12 +250,12 @@ def masked_logits_forward(
         mask=image.new_empty((batch, classes, width)) if return_mask else None,
         sums=torch.empty((batch, classes), **float32),
         peaks=torch.empty((batch,), dtype=torch.int64, device=image.device) if kind == 3 else None,
+        distances=image.new_empty((batch, classes, width), dtype=dtype) if keep and weight is not None else None,
     )
     if batch == 0:
         return outputs
-    dtype = dtype or text.dtype
     prepared = _forward_launch(
-        batch, classes, width, num_heads, attended.kinds, relu, kind, episodes, episode_stride(weight), dtype,
+        batch, classes, width, relu, kind, episodes, episode_stride(weight), dtype,
         dtype if weight is None else weight.dtype, precision, target_of(image.device), tile,
     )  # fmt: skip
     logit_parts = torch.empty((width // CHUNK, batch, classes), **float32)
@@ -268,11 +269,10 @@ def masked_logits_forward(
         needed = counters_needed(batch, classes, episodes)
         counters = torch.zeros((needed,), dtype=torch.int32, device=image.device)
     prepared.launch(
-        **common_tensors(image, text, attended, weight, bias),
-        logit_scale=logit_scale,
+        image=image, text=text, attended=attended, weight=weight, bias=bias, logit_scale=logit_scale,
         logit_parts=logit_parts, penalty_parts=penalty_parts, peak_values=peak_values, peak_columns=peak_columns,
         row_values=row_values, row_columns=row_columns, image_values=image_values,
         logits=outputs.logits, sums=outputs.sums, penalty=outputs.penalty, peaks=outputs.peaks, mask=outputs.mask,
-        counters=counters,
+        distances=outputs.distances, counters=counters,
     )  # fmt: skip
     return outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -34,9 +34,7 @@ class Tile:
 def tile_of(
     dtype: torch.dtype,
     rows: int,
-    classes: int,
     width: int,
-    head: int,
     *,
     backward: bool = False,
     weights: torch.dtype | None = None,
@@ -48,76 +46,45 @@ def tile_of(
     weights: the type in which the weights lie in memory; None takes dtype.
     """
     table = _hopper_table if target.is_hopper else _table
-    tile = table(dtype, rows, width, head, backward)
-    if target.is_b200 and classes < tile.rows and dtype != torch.float32 and not backward:
-        # The rows of many images take registers. With steps of 64 columns the forward pass spills 8 to 24 bytes.
-        tile = replace(tile, depth=min(tile.depth, 32))
     return first_fitting(
-        tile,
+        table(dtype, rows, width, backward),
         ("depth", "rows"),
-        lambda tile: shared_bytes(tile, dtype, classes, width, head, backward, weights or dtype, target),
+        lambda tile: shared_bytes(tile, dtype, weights or dtype, target),
         target,
     )
 
 
-def attended_depth(dtype: torch.dtype, width: int) -> int:
-    """Return the depth of the products of dO, whose steps need not stay inside a head."""
-    return block_of(width, 32 if dtype == torch.float32 else 64)
-
-
-def shared_bytes(
-    tile: Tile,
-    dtype: torch.dtype,
-    classes: int,
-    width: int,
-    head: int,
-    backward: bool,
-    weights: torch.dtype,
-    target: Target,
-) -> int:
-    """Return an upper bound of the shared memory that a launch needs, for all query kinds; see _shared_memory.py."""
+def shared_bytes(tile: Tile, dtype: torch.dtype, weights: torch.dtype, target: Target) -> int:
+    """Return an upper bound of the shared memory that a launch needs; see _shared_memory.py."""
     left, right = tile.rows * tile.depth, tile.columns * tile.depth
-    # The image query's results are in float32: one row for each row of the tile, or those of two images (image_rows).
-    image = 4 * (2 * tile.depth if classes >= tile.rows else left)
-    factors = 2 * 4 * (tile.rows if head % tile.depth == 0 else left)
-    loaded = right * weights.itemsize + 2 * left * dtype.itemsize + image + factors
-    converted = weights != dtype
-    needed = (tile.stages - 1) * loaded
-    needed += operand_bytes(target, dtype, left, right, left_computed=True, right_converted=converted)
-    if backward:
-        depth = attended_depth(dtype, width)
-        left, right = tile.rows * depth, tile.columns * depth
-        loaded = left * dtype.itemsize + right * weights.itemsize
-        attended = (tile.stages - 1) * loaded + operand_bytes(target, dtype, left, right, right_converted=converted)
-        needed = max(needed, attended)
+    loaded = left * dtype.itemsize + right * weights.itemsize
+    needed = (tile.stages - 1) * loaded + operand_bytes(target, dtype, left, right, right_converted=weights != dtype)
     return max(needed, 4 * tile.rows * tile.columns)
 
 
-def _hopper_table(dtype: torch.dtype, rows: int, width: int, head: int, backward: bool) -> Tile:
+def _hopper_table(dtype: torch.dtype, rows: int, width: int, backward: bool) -> Tile:
     """Return the tile that was the fastest on an H100, at D = 512 and heads of 64 (docs/measurements.md)."""
     if dtype == torch.float32:
-        depth = max(16, block_of(head, 32))
+        depth = block_of(width, 32)
         if backward:
             return Tile(32, block_of(width, 32 if rows <= 128 else 64), depth, 4, 2)
         # With one stage 32 rows are 2 to 8 % faster and spill at widths of 256 and 1024.
         return Tile(32 if rows <= 2048 else 64, block_of(width, 64), depth, 4, 2)
-    depth = max(16, block_of(head, 64))
+    depth = block_of(width, 64)
     if rows <= 512:
         return Tile(32, block_of(width, 32 if rows <= 128 else 64), depth, 4, 3)
     return Tile(64, block_of(width, 128), depth, 8, 3)
 
 
-def _table(dtype: torch.dtype, rows: int, width: int, head: int, backward: bool) -> Tile:
-    """Return the tile for the A100's registers. A step of the reduction stays inside a head, which has one factor."""
+def _table(dtype: torch.dtype, rows: int, width: int, backward: bool) -> Tile:
+    """Return the tile for the A100's registers."""
     if dtype == torch.float32:
         # Reductions are short and there is one stage, as in class_attention.
-        return Tile(64, block_of(width, 64), 16, 4, 1)
-    depth = max(16, block_of(head, 64))
+        return Tile(64, block_of(width, 64), 16 if not backward else block_of(width, 32), 4, 1)
+    depth = block_of(width, 64)
     if rows <= 512:
         return Tile(64, block_of(width, 32), depth, 4, 3)
     if backward:
-        # With eight warps Blackwell leaves 128 registers for a thread, and the mask's gradient spills; hence four. For
-        # heads of 128, it would still spill there with 64 columns.
-        return Tile(64, block_of(width, 32 if head > 96 else 64), depth, 4, 3)
+        return Tile(64, block_of(width, 64), depth, 4, 3)
     # With four warps the end of the kernel spills, where A and R are in registers at once; hence eight.
     return Tile(128, block_of(width, 64), depth, 8, 3)

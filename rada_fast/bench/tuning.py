@@ -58,7 +58,7 @@ def launches_of(
         "temperature": adapter.temperature,
         "matrix": adapter.softmax == "matrix",
     }
-    last = {"precision": precision, "num_heads": heads, "relu": adapter.mask_activation == "relu", "penalty": "l2"}
+    last = {"precision": precision, "relu": adapter.mask_activation == "relu", "penalty": "l2"}
     ones, one = draw(batch, classes), draw(1)
 
     def project(tile: Any) -> Any:
@@ -74,11 +74,13 @@ def launches_of(
     attended = attend(None)
 
     def forward(tile: Any) -> Any:
-        return masked_logits_forward(image, text, scale, attended, output, bias, **last, tile=tile)
+        return masked_logits_forward(image, text, scale, attended.combined, output, bias, keep=True, **last, tile=tile)
+
+    distances = forward(None).distances
 
     def mask_backward(tile: Any) -> Any:
         return masked_logits_backward(
-            image, text, scale, attended, output, bias, ones, one, None, None, **last, tile=tile
+            image, text, scale, attended, output, distances, ones, one, None, None, num_heads=heads, **last, tile=tile
         )
 
     mask_gradients = mask_backward(None)
@@ -94,7 +96,7 @@ def launches_of(
             image,
             text,
             scale,
-            mask_gradients.attended,
+            attended.combined,
             projection_gradients,
             mask_gradients.doffset,
             weights,

@@ -62,14 +62,14 @@ def episode_bytes(rule: EpisodeRule, views: int, classes: int) -> int:
     """Return about how many bytes one episode takes while its group is computed.
 
     With n kept views out of V, K classes, width D, P elements of parameters and b bytes for a number of the adapter's
-    type, this is ``12 n K D b + P (12 + 2 b) + V D b``: five tensors (n, K, D) that are kept for the backward pass and
-    seven of it; the parameters and their two moments in float32, a copy of the parameters for the step, and their
+    type, this is ``13 n K D b + P (12 + 2 b) + V D b``: seven tensors (n, K, D) that are kept for the backward pass and
+    six of it; the parameters and their two moments in float32, a copy of the parameters for the step, and their
     gradients; and the features of the views.
     """
     width, size = rule.adapter.embed_dim, rule.dtype.itemsize
     rows = rule.episode.num_selected(views) * classes
     parameters = sum(prod(shape) for shape in parameter_shapes(rule.adapter).values())
-    return 12 * rows * width * size + parameters * (12 + 2 * size) + views * width * size
+    return 13 * rows * width * size + parameters * (12 + 2 * size) + views * width * size
 
 
 def group_sizes(count: int, most: int) -> Iterator[int]:

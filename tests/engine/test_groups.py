@@ -229,7 +229,7 @@ def test_a_group_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = sum(value.numel() for value in RationalAdapter(config).parameters())
     rule = EpisodeRule(config, EpisodeConfig(), torch.float32, True, ())
     taken = episode_bytes(rule, 64, 200)
-    assert taken == 12 * 6 * 200 * 512 * 4 + parameters * (12 + 2 * 4) + 64 * 512 * 4
+    assert taken == 13 * 6 * 200 * 512 * 4 + parameters * (12 + 2 * 4) + 64 * 512 * 4
     device = torch.device("cuda")
     assert most_episodes(rule, 64, 200, device) == 2**30 // taken
     # One episode is computed whatever it takes, and not more than MOST_EPISODES whatever they leave.

@@ -20,7 +20,7 @@ from torch import Tensor
 from rada_fast.bench.compiled import compiled_code, step_launches
 from rada_fast.bench.tuning import launches_of
 from rada_fast.config.method import ROLES, AdapterConfig
-from rada_fast.kernels.class_attention import factors
+from rada_fast.kernels.class_attention import combined
 from rada_fast.kernels.masked_logits import totals
 from rada_fast.ops._backends import triton
 from rada_fast.reference import class_attention, masked_logits, rational_projections
@@ -103,7 +103,7 @@ def start_launches(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[
     common: dict[str, Any] = {"precision": triton.float32_precision()}
     heads: dict[str, Any] = common | {"num_heads": config.num_heads}
     attention = heads | {"temperature": config.temperature, "matrix": config.softmax == "matrix"}
-    last = heads | {"relu": config.mask_activation == "relu", "penalty": "l2"}
+    last = common | {"relu": config.mask_activation == "relu", "penalty": "l2"}
 
     projections = triton.rational_projections_forward(
         image, text, scale, input_weights, input_biases, scale_factor=scale_factor, **common
@@ -113,18 +113,27 @@ def start_launches(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[
         "q_image": projections.q_image.unsqueeze(1),
     }
     attended = triton.class_attention_forward(projections, **attention)
-    # The next launch adds up the parts of the query kinds in the same way.
-    parts = [attended.text.double(), attended.rational.double()]
-    if attended.factors is not None:
-        factors = attended.factors.double().permute(0, 2, 3, 1).repeat_interleave(config.head_dim, dim=-1)
-        parts = [part * factor for part, factor in zip(parts, factors, strict=True)]
-    yield {"attended": (sum(parts) + attended.image.double().unsqueeze(1)) / 3}
+    yield {"attended": attended.combined}
     output, bias = weights["output"], biases["output"]
-    result = triton.masked_logits_forward(image, text, scale, attended, output, bias, return_mask=True, **last)
+    result = triton.masked_logits_forward(
+        image, text, scale, attended.combined, output, bias, return_mask=True, keep=True, **last
+    )
     yield {"logits": result.logits, "penalty": result.penalty.reshape(()), "mask": result.mask}
     ones = torch.ones_like(result.logits)
     mask_gradients = triton.masked_logits_backward(
-        image, text, scale, attended, output, bias, ones, ones.new_ones(1), None, None, weighted=True, **last
+        image,
+        text,
+        scale,
+        attended,
+        output,
+        result.distances,
+        ones,
+        ones.new_ones(1),
+        None,
+        None,
+        weighted=True,
+        num_heads=config.num_heads,
+        **last,
     )
     yield {"doffset": mask_gradients.doffset, "dattended": mask_gradients.dattended}
     gradients = triton.class_attention_backward(
@@ -139,7 +148,7 @@ def start_launches(name: str, dtype: torch.dtype, device: str) -> Iterator[dict[
         image,
         text,
         scale,
-        mask_gradients.attended,
+        attended.combined,
         gradients,
         mask_gradients.doffset,
         weights,
@@ -246,7 +255,7 @@ def test_the_last_program_sees_what_the_others_have_stored() -> None:
     assert set(counting) == {"class_attention_forward_kernel", "masked_logits_forward_kernel"}
 
 
-@pytest.mark.parametrize("module", [factors, totals], ids=["factors", "totals"])
+@pytest.mark.parametrize("module", [combined, totals], ids=["combined", "totals"])
 def test_the_last_program_reads_past_its_own_cache(module: ModuleType) -> None:
     # A multiprocessor's own cache may hold what was there before other programs stored their results.
     tree = ast.parse(inspect.getsource(module))

@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rada_fast.kernels._launch import Kernel
-from rada_fast.kernels.class_attention import Attended
-from rada_fast.kernels.class_attention.factors import store_factors
+from rada_fast.kernels.class_attention.combined import store_combined
 from rada_fast.kernels.masked_logits import MaskedLogits, Tile, masked_logits_forward
 from rada_fast.kernels.masked_logits.totals import store_head_sums
 from rada_fast.kernels.rational_projections_backward import feature_gradients_reduce_kernel
@@ -29,13 +28,11 @@ def masked_logits_of(
     batch, classes, width = offsets.shape
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.randn(rows, width, generator=generator) for rows in (batch, classes))
-    # The output projection passes the attention's result on, which has been computed for the text query alone.
-    unused = torch.empty(0, device=device)
-    attended = Attended(offsets.to(device), None, None, unused, unused, None, None)
+    # The output projection passes the attention's result on.
     results = masked_logits_forward(
-        image.to(device), text.to(device), torch.tensor(20.0, device=device), attended,
+        image.to(device), text.to(device), torch.tensor(20.0, device=device), offsets.to(device),
         torch.eye(width, device=device), None,
-        num_heads=1, relu=False, penalty=penalty, episodes=episodes, tile=TILE,
+        relu=False, penalty=penalty, episodes=episodes, tile=TILE,
     )  # fmt: skip
     return results, image, text
 
@@ -82,29 +79,43 @@ def test_the_first_of_equal_distances_counts_in_rows_of_more_parts_than_are_read
 
 
 @Kernel
-def factors_kernel(
-    logsums, factors, totals, batch, classes,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+def combined_kernel(
+    text, rational, image, combined, logsums, factors, totals, batch, classes, share,
+    D: tl.constexpr, HEAD: tl.constexpr, HEAD_VECTOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    store_factors(logsums, factors, totals, tl.program_id(0), tl.program_id(1), batch, classes, HEADS, BLOCK)
+    store_combined(
+        (text, rational, image), combined, logsums, factors, totals, tl.program_id(1).to(tl.int64), tl.program_id(0),
+        batch, classes, share, D, HEAD, HEAD_VECTOR, BLOCK_S, BLOCK_R,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("classes", [1, 130, 2100])
-def test_factors_of_more_classes_than_one_block(device: str, classes: int) -> None:
-    # In the first head all classes count. The log-sums of the second reach thousands, and the last is the largest.
-    logsums = torch.stack([3 * torch.randn(2, classes), torch.linspace(-3000.0, 3000.0, 2 * classes).view(2, classes)])
+def test_the_matrix_softmax_of_more_classes_than_one_block(device: str, classes: int) -> None:
+    # For the text query all classes count. The log-sums of the rational query reach thousands, and the last is the
+    # largest.
+    heads, head, batch = 2, 12, 2
+    small, large = torch.randn(2, heads, batch, classes), torch.linspace(-3000.0, 3000.0, 4 * classes)
+    logsums = torch.stack([3 * small[0], large.view(heads, batch, classes)])
     maxima = logsums.floor()
-    factors = torch.full((2, 2, classes), torch.nan, device=device)
-    totals = torch.full((2, 2, 2), torch.nan, device=device)
-    factors_kernel[(2, 2)](
-        logsums=torch.stack([maxima, logsums - maxima]).to(device), factors=factors, totals=totals,
-        batch=2, classes=classes, HEADS=2, BLOCK=1024 if classes > 512 else 128, num_warps=4,
+    rows = torch.randn(2, batch, classes, heads * head)
+    image = torch.randn(batch, heads * head)
+    factors, combined = torch.full_like(logsums, torch.nan, device=device), torch.full_like(rows[0], torch.nan)
+    combined = combined.to(device)
+    totals = torch.full((2, 2, heads, batch), torch.nan, device=device)
+    combined_kernel[(heads, batch)](
+        text=rows[0].to(device), rational=rows[1].to(device), image=image.to(device), combined=combined,
+        logsums=torch.stack([maxima, logsums - maxima]).to(device), factors=factors, totals=totals, batch=batch,
+        classes=classes, share=0.25, D=heads * head, HEAD=head, HEAD_VECTOR=16,
+        BLOCK_S=1024 if classes > 512 else 128, BLOCK_R=64, num_warps=4,
     )  # fmt: skip
     exact = logsums.double() * torch.log(torch.tensor(2.0, dtype=torch.float64))
     # A log-sum of thousands is as exact as a small one, because its largest score is stored by itself.
-    torch.testing.assert_close(factors.cpu().double(), classes * exact.softmax(2), rtol=1e-5, atol=1e-30)
-    wanted = (exact.logsumexp(2) - torch.log(torch.tensor(float(classes)))) / torch.log(torch.tensor(2.0))
+    weights = classes * exact.softmax(3)
+    torch.testing.assert_close(factors.cpu().double(), weights, rtol=1e-5, atol=1e-30)
+    wanted = (exact.logsumexp(3) - torch.log(torch.tensor(float(classes)))) / torch.log(torch.tensor(2.0))
     torch.testing.assert_close(totals.cpu().double().sum(0), wanted, rtol=0, atol=1e-5)
+    weighted = weights.permute(0, 2, 3, 1).repeat_interleave(head, -1) * rows
+    torch.testing.assert_close(combined.cpu().double(), (weighted.sum(0) + image[:, None]) / 4, rtol=1e-5, atol=1e-5)
 
 
 @Kernel

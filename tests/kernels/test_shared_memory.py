@@ -77,7 +77,7 @@ LAUNCH_OF = {
     "rational_projections_forward_kernel": "rational_projections_forward",
     "class_attention_forward_kernel": "class_attention_forward",
     "masked_logits_forward_kernel": "masked_logits_forward",
-    "masked_logits_backward_offset_kernel": "masked_logits_backward",
+    "masked_logits_backward_attended_kernel": "masked_logits_backward",
     "parameter_gradients_kernel": "parameter_gradients",
 }
 """The kernels whose shared memory decides about the tile of their launch."""
@@ -91,7 +91,7 @@ LAUNCH_OF = {
         (64, 100, ("rational_projections_forward_kernel", "masked_logits_forward_kernel")),
         (6, 100, ("rational_projections_forward_kernel", "masked_logits_forward_kernel")),
         (6, 200, ("rational_projections_forward_kernel",)),
-        (6, 20, ("masked_logits_backward_offset_kernel",)),
+        (6, 20, ("masked_logits_backward_attended_kernel",)),
     ],
 )
 def test_launches_under_autocast_need_what_the_formula_says(

@@ -79,7 +79,7 @@ def table_tile(launch: str, sizes: Sizes, target: Target = A100) -> Any:
             )  # fmt: skip
         case "masked_logits_forward" | "masked_logits_backward":
             return masked_logits.tile_of(
-                sizes.dtype, sizes.rows, sizes.classes, sizes.width, sizes.head,
+                sizes.dtype, sizes.rows, sizes.width,
                 backward=launch.endswith("backward"), weights=sizes.weights, target=target,
             )  # fmt: skip
         case "parameter_gradients":
@@ -99,10 +99,7 @@ def shared_bytes(launch: str, tile: Any, sizes: Sizes, target: Target) -> int:
             backward = launch.endswith("backward")
             return class_attention.shared_bytes(tile, sizes.dtype, sizes.head, backward=backward, target=target)
         case "masked_logits_forward" | "masked_logits_backward":
-            backward = launch.endswith("backward")
-            return masked_logits.shared_bytes(
-                tile, sizes.dtype, sizes.classes, sizes.width, sizes.head, backward, weights, target
-            )
+            return masked_logits.shared_bytes(tile, sizes.dtype, weights, target)
         case "parameter_gradients":
             return parameter_gradients.shared_bytes(tile, sizes.dtype, features, target)
     raise ValueError(f"launch must be one of {', '.join(TILES)}, got {launch!r}")

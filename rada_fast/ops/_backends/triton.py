@@ -64,16 +64,20 @@ class Launch(NamedTuple):
     output_is_zero: bool
 
 
-class Peaks(NamedTuple):
-    """Hold the position of the "linf" penalty's maximum in each image's mask, (B,)."""
+class Mask(NamedTuple):
+    """Hold the mask less 1, (B, K, D), see MaskedLogits, and where the "linf" penalty's maximum of each image is, (B,).
 
+    distances is None where every mask is 1.
+    """
+
+    distances: Tensor | None
     peaks: Tensor | None
 
 
 _NOTHING_KEPT: tuple[Any, ...] = (
     ProjectionBuffers(None, None, None, None, None),
-    Attended(*[None] * 7),
-    Peaks(None),
+    Attended(*[None] * 8),
+    Mask(None, None),
     Sums(None),
 )
 
@@ -203,14 +207,14 @@ def _forward(
             images=len(features.image_features) // launch.episodes, **_attention(options, launch),
         )  # fmt: skip
         masked = masked_logits_forward(
-            **problem, attended=attended, weight=output_weight, bias=output_bias, num_heads=options.num_heads,
-            relu=options.relu, penalty=options.penalty, return_mask=requests.return_mask, counters=counters[heads:],
+            **problem, attended=attended.combined, weight=output_weight, bias=output_bias, relu=options.relu,
+            penalty=options.penalty, return_mask=requests.return_mask, keep=requests.keep, counters=counters[heads:],
             tile=tiles.get("masked_logits_forward"), **common,
         )  # fmt: skip
     results = Results(masked.logits, masked.penalty, masked.mask)
     if not requests.keep:
         return results, *_NOTHING_KEPT
-    return results, projections, attended, Peaks(masked.peaks), Sums(masked.sums)
+    return results, projections, attended, Mask(masked.distances, masked.peaks), Sums(masked.sums)
 
 
 def _forward_fake(
@@ -242,13 +246,17 @@ def _forward_fake(
         text=empty(batch, classes, width, dtype=compute, given="text" in weights),
         rational=empty(batch, classes, width, dtype=compute, given="rational" in weights),
         image=empty(batch, width, dtype=exact, given="image" in weights),
+        combined=empty(batch, classes, width, dtype=compute),
         logsums=empty(2, 2, heads, batch, classes, dtype=exact),
         image_logsums=empty(2, batch, heads, dtype=exact),
         factors=empty(2, heads, batch, classes, dtype=exact, given=matrix),
         totals=empty(2, 2, heads, batch, dtype=exact, given=matrix),
     )
-    peaks = Peaks(empty(batch, dtype=torch.int64, given=options.penalty == "linf"))
-    return results, projections, attended, peaks, Sums(empty(batch, classes, dtype=exact))
+    mask = Mask(
+        distances=empty(batch, classes, width, dtype=compute, given=not launch.output_is_zero),
+        peaks=empty(batch, dtype=torch.int64, given=options.penalty == "linf"),
+    )
+    return results, projections, attended, mask, Sums(empty(batch, classes, dtype=exact))
 
 
 def _by_argument(dweights: dict[str, Tensor], dbiases: dict[str, Tensor], wanted: Parameters) -> Parameters:
@@ -263,9 +271,8 @@ def _backward_of_zero_output(
     features: Features,
     scale: Scale,
     parameters: Parameters,
-    options: Options,
     launch: Launch,
-    attended: Attended,
+    attended: Tensor,
     wanted: Parameters,
 ) -> tuple[Features, Parameters]:
     """Compute the backward pass of test-time training's first step: only the output projection has a gradient."""
@@ -279,8 +286,7 @@ def _backward_of_zero_output(
     with torch.cuda.device_of(features.image_features):
         dweights, dbiases = output_projection_gradients(
             **_problem(features, scale), attended=attended, dlogits=dlogits, dmask=dmask, wanted=roles,
-            num_heads=options.num_heads, bias=parameters.output_bias is not None, dtype=launch.compute,
-            precision=launch.precision,
+            bias=parameters.output_bias is not None, dtype=launch.compute, precision=launch.precision,
         )  # fmt: skip
     return Features(None, None), _by_argument(dweights, dbiases, wanted)  # type: ignore[arg-type]
 
@@ -294,15 +300,14 @@ def _backward(
     launch: Launch,
     projections: ProjectionBuffers,
     attended: Attended,
-    peaks: Peaks,
+    mask: Mask,
     needed: Needed,
 ) -> tuple[Features, Parameters]:
     if launch.output_is_zero and not any(GRADIENTS.split(needed.needed)[0]):
         return _backward_of_zero_output(
-            gradients, features, scale, parameters, options, launch, attended, GRADIENTS.split(needed.needed)[1]
+            gradients, features, scale, parameters, launch, attended.combined, GRADIENTS.split(needed.needed)[1]
         )
     weights, has_bias = _contiguous(parameters.by_role("weight")), parameters.output_bias is not None
-    output_bias = None if parameters.output_bias is None else parameters.output_bias.contiguous()
     features_wanted, parameters_wanted = GRADIENTS.split(needed.needed)
     weights_wanted, biases_wanted = parameters_wanted.by_role("weight"), parameters_wanted.by_role("bias")
     roles = {role: value for role, value in weights.items() if weights_wanted[role] or biases_wanted[role]}
@@ -314,11 +319,10 @@ def _backward(
     tiles = _tiles(features, parameters, options, launch)
     with torch.cuda.device_of(features.image_features):
         outer = masked_logits_backward(
-            **problem, attended=attended, weight=weights["output"], bias=output_bias, dlogits=dlogits,
-            dpenalty=dpenalty, dmask=dmask, peaks=peaks.peaks, num_heads=options.num_heads, relu=options.relu,
-            penalty=options.penalty, weighted=to_features, keep_attended="output" in roles, inner=inner,
-            episodes=launch.episodes, dtype=launch.compute, precision=launch.precision,
-            tile=tiles.get("masked_logits_backward"),
+            **problem, attended=attended, weight=weights["output"], distances=mask.distances, dlogits=dlogits,
+            dpenalty=dpenalty, dmask=dmask, peaks=mask.peaks, num_heads=options.num_heads, relu=options.relu,
+            penalty=options.penalty, weighted=to_features, inner=inner, episodes=launch.episodes, dtype=launch.compute,
+            precision=launch.precision, tile=tiles.get("masked_logits_backward"),
         )  # fmt: skip
         if inner:
             assert outer.dattended is not None
@@ -328,8 +332,8 @@ def _backward(
                 tile=tiles.get("class_attention_backward"), **_attention(options, launch),
             )  # fmt: skip
         dweights, dbiases = parameter_gradients(
-            **problem, attended=outer.attended, gradients=dprojections, doffset=outer.doffset, wanted=roles,
-            bias=has_bias, scale_factor=options.input_scale_factor,
+            **problem, attended=attended.combined if "output" in roles else None, gradients=dprojections,
+            doffset=outer.doffset, wanted=roles, bias=has_bias, scale_factor=options.input_scale_factor,
             precision=launch.precision, tile=tiles.get("parameter_gradients"),
         )  # fmt: skip
         if to_features:
@@ -375,7 +379,7 @@ def with_smaller_tiles(run: Callable[..., Any]) -> Callable[..., Any]:
 adapter_operator.register(
     "rational_adapter_triton",
     Launch,
-    [ProjectionBuffers, Attended, Peaks],
+    [ProjectionBuffers, Attended, Mask],
     forward=with_smaller_tiles(_forward),
     fake=_forward_fake,
     backward=with_smaller_tiles(_backward),

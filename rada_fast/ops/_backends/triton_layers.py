@@ -8,6 +8,7 @@ of the layers below it, which has to be in memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -88,14 +89,8 @@ def _forward(projected: Projected, options: AttentionOptions) -> tuple[Rows, Att
     keys = projected.keys
     with torch.cuda.device_of(keys):
         attended = class_attention_forward(projections=_buffers(projected), **_attention(options))
-    total = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
-    for kind, part in enumerate((attended.text, attended.rational)):
-        if part is not None:
-            total += _weighted(part, attended.factors, kind)
-    if attended.image is not None:
-        total += attended.image[:, None]
-    kinds = sum(value is not None for value in (projected.q_image, projected.q_text, projected.q_rational))
-    return Rows((total / kinds).to(keys.dtype)), attended
+    # Two results of an operator cannot be one tensor. An empty one stands for the result that is absent.
+    return Rows(attended.combined), replace(attended, combined=keys.new_empty((0,)))
 
 
 def _forward_fake(projected: Projected, options: AttentionOptions) -> tuple[Rows, Attended]:
@@ -109,6 +104,7 @@ def _forward_fake(projected: Projected, options: AttentionOptions) -> tuple[Rows
         text=empty(batch, classes, width, dtype=keys.dtype, given=projected.q_text is not None),
         rational=empty(batch, classes, width, dtype=keys.dtype, given=projected.q_rational is not None),
         image=empty(batch, width, given=projected.q_image is not None),
+        combined=keys.new_empty((0,)),
         logsums=empty(2, 2, heads, batch, classes),
         image_logsums=empty(2, batch, heads),
         factors=empty(2, heads, batch, classes, given=matrix),
