@@ -72,15 +72,15 @@ def stages_of(
     Raises UserError if a picture cannot be read.
     """
     try:
-        pictures = [(image_seed(seed, sample.id), pixels_of_picture(sample.path)) for sample in samples]
+        decoded = [(image_seed(seed, sample.id), pixels_of_picture(sample.path)) for sample in samples]
     except UnreadableImageError as error:
         raise UserError(f"data must be pictures that can be read: {error}") from None
-    read = sum(pixels.numel() for _, pixels in pictures)
+    read = sum(pixels.numel() for _, pixels in decoded)
     written = len(samples) * views * 3 * preprocess.image_size**2 * torch.float32.itemsize
 
     def make() -> list[Tensor]:
         made = []
-        for own, pixels in pictures:
+        for own, pixels in decoded:
             height, width, _ = pixels.shape
             plan = plan_views(height, width, preprocess, views, kind, own)
             made.append(cut_views(pixels.to(device), plan, preprocess))
