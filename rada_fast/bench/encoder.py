@@ -36,12 +36,6 @@ def setting_of(vlm: VisionLanguageModel, batch: int) -> Setting:
     operations = counted_encoder_operations(vlm, batch)
     sizes = model_sizes(vlm) | {"batch": batch}
 
-    @torch.no_grad()
-    def plain() -> Tensor:
-        with torch.autocast(vlm.device.type, dtype=getattr(torch, vlm.precision), enabled=vlm.precision != "float32"):
-            features = vlm.model.encode_image(views)
-        return normalize(features.float(), dim=-1)  # fmt: skip
-
     return Setting(
         name=sizes_name(sizes),
         sizes=sizes,
@@ -57,7 +51,7 @@ def setting_of(vlm: VisionLanguageModel, batch: int) -> Setting:
             Stage(
                 name=PLAIN,
                 inside="the same by open_clip's module in plain PyTorch, with the same allocator and threads",
-                call=plain,
+                call=lambda: plain_features(vlm, views),
                 pictures=batch,
                 work=(module_work(vlm, batch),),
                 operations=operations,
@@ -65,6 +59,14 @@ def setting_of(vlm: VisionLanguageModel, batch: int) -> Setting:
         ),
         ratios=(Ratio("speed-up", PLAIN, ("encode",), "time of open_clip's module / time of this encoder"),),
     )
+
+
+@torch.no_grad()
+def plain_features(vlm: VisionLanguageModel, views: Tensor) -> Tensor:
+    """Encode views (N, 3, S, S) to features (N, D) of unit length with open_clip's own module in plain PyTorch."""
+    with torch.autocast(vlm.device.type, dtype=getattr(torch, vlm.precision), enabled=vlm.precision != "float32"):
+        features = vlm.model.encode_image(views)
+    return normalize(features.float(), dim=-1)
 
 
 def drawn_views(vlm: VisionLanguageModel, count: int) -> Tensor:

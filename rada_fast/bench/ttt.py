@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from rada_fast.bench.costs import episode_work
-from rada_fast.bench.encoder import counted_encoder_operations, encoder_work, model_sizes
+from rada_fast.bench.encoder import counted_encoder_operations, encoder_work, model_sizes, plain_features
 from rada_fast.bench.inputs import pictures, unit_rows
 from rada_fast.bench.report import sizes_name
 from rada_fast.bench.stages import Figure, Ratio, Setting, Stage, counted_operations, measure
 from rada_fast.bench.views import stages_of
 from rada_fast.config.bench import BenchTTTOptions
 from rada_fast.config.method import AdapterConfig, EpisodeConfig
+from rada_fast.data.decode import read_image
 from rada_fast.data.sources import Sample
+from rada_fast.data.views import image_seed, make_views
 from rada_fast.engine.encoder import ViewEncoder
 from rada_fast.engine.episodes import adapt_episodes
 from rada_fast.engine.predictor import TestTimePredictor
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter
+from rada_fast.modules.rational_adapter import new_adapter
 from rada_fast.ops import use_backend
 
-OVERHEAD = "overhead ratio"
+OVERHEAD = Ratio("overhead ratio", "end to end", ("encode",), "time end to end / time to encode the same views alone")
 
 
 def figures(options: BenchTTTOptions, device: torch.device) -> list[Figure]:
@@ -87,36 +90,48 @@ def setting_of(samples: Sequence[Sample], vlm: VisionLanguageModel, classes: int
         work=adapting,
         operations=count * counted_episode_operations(vlm.embed_dim, views, classes, config),
     )
+    whole = Stage(
+        name="end to end",
+        inside="image files on disk to predictions, by TestTimePredictor.stream, as the command ttt does it",
+        call=lambda: deque(predictor.stream(files), maxlen=0),
+        pictures=count,
+        work=(*decode.work, *make.work, *encode.work, *adapt.work),
+    )
+    apart = Stage(
+        name="without decoding and views",
+        inside="views in memory to predictions: the stages encode and adapt, timed alone and added up",
+        call=None,
+        parts=("encode", "adapt"),
+        pictures=count,
+        within=False,
+        work=(*encode.work, *adapt.work),
+    )
+    stages, ratios = [decode, make, encode, adapt, apart, whole], [OVERHEAD]
+    if options.baseline:
+        plain = Stage(
+            name="plain PyTorch",
+            inside="the same, picture by picture: Pillow's views, open_clip's module, the published arithmetic",
+            call=lambda: [predicted_plainly(sample, vlm, text, config, options) for sample in samples],
+            pictures=count,
+            within=False,
+        )
+        stages.append(plain)
+        ratios.append(Ratio("speed-up", plain.name, (whole.name,), "time in plain PyTorch / time end to end"))
     return Setting(
-        name=sizes_name(sizes),
-        sizes=sizes,
-        stages=(
-            decode,
-            make,
-            encode,
-            adapt,
-            Stage(
-                name="without decoding and views",
-                inside="views in memory to predictions: the stages encode and adapt, timed alone and added up",
-                call=None,
-                parts=("encode", "adapt"),
-                pictures=count,
-                within=False,
-                work=(*encode.work, *adapt.work),
-            ),
-            Stage(
-                name="end to end",
-                inside="image files on disk to predictions, by TestTimePredictor.stream, as the command ttt does it",
-                call=lambda: deque(predictor.stream(files), maxlen=0),
-                pictures=count,
-                work=(*decode.work, *make.work, *encode.work, *adapt.work),
-            ),
-        ),
-        whole="end to end",
-        ratios=(
-            Ratio(OVERHEAD, "end to end", ("encode",), "time end to end / time to encode the same views alone"),
-        ),
+        name=sizes_name(sizes), sizes=sizes, stages=tuple(stages), whole=whole.name, ratios=tuple(ratios)
     )  # fmt: skip
+
+
+def predicted_plainly(
+    sample: Sample, vlm: VisionLanguageModel, text: Tensor, config: EpisodeConfig, options: BenchTTTOptions
+) -> Tensor:
+    """Predict a picture by test-time training in plain PyTorch. Returns the logits (K,) on the CPU."""
+    with use_backend("literal"):
+        seed = image_seed(options.measuring.seed, sample.id)
+        views = make_views(read_image(sample.path), vlm.preprocess, options.views, options.view_kind, seed)
+        features = plain_features(vlm, views.to(vlm.device))
+        adapter = new_adapter(AdapterConfig.official(vlm.embed_dim), options.measuring.seed).to(vlm.device)
+        return adapt_episodes(adapter, features[None], text, vlm.logit_scale, config)[0].cpu()
 
 
 def encoded(encoder: ViewEncoder, tensors: Sequence[Tensor]) -> Tensor:

@@ -78,6 +78,8 @@ class BenchTTTOptions:
     memory: str | None = None
     """About how much memory the pipeline may take, such as 2GiB, which picks the number of pictures adapted together.
     Default: what groups of a useful size need."""
+    baseline: bool = False
+    """Also time the same in plain PyTorch: Pillow's views, open_clip's module and the published arithmetic."""
     measuring: MeasuringOptions = MeasuringOptions()
     model: ModelOptions = ModelOptions()
 

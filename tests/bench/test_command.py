@@ -36,8 +36,7 @@ def check(lines: Lines, part: str) -> None:
             assert line["rounds"] == 2
         if line["kind"] == "stage":
             assert line["pictures_per_second"] > 0
-            assert line["floor_ms"] > 0
-            assert line["gap"] == pytest.approx(line["best"] / line["floor_ms"])
+            assert line["name"] == "plain PyTorch" or line["gap"] == pytest.approx(line["best"] / line["floor_ms"])
 
 
 def test_views(bench: Callable[..., Lines]) -> None:
@@ -80,12 +79,12 @@ def test_the_adapter(bench: Callable[..., Lines]) -> None:
 
 
 def test_ttt(bench: Callable[..., Lines]) -> None:
-    lines = bench("ttt", "--pictures", "2", "--views", "4", "--classes", "5", "7", "--steps", "2")
+    lines = bench("ttt", "--pictures", "2", "--views", "4", "--classes", "5", "7", "--steps", "2", "--baseline")
     check(lines, "ttt")
     assert names(lines, "stage") == [
-        "decode", "views", "encode", "adapt", "without decoding and views", "end to end"
+        "decode", "views", "encode", "adapt", "without decoding and views", "end to end", "plain PyTorch"
     ]  # fmt: skip
-    assert names(lines, "ratio") == ["overhead ratio"]
+    assert names(lines, "ratio") == ["overhead ratio", "speed-up"]
     assert {line["classes"] for line in lines} == {5, 7}
     stages = {line["name"]: line for line in lines if line["classes"] == 5 and line["kind"] == "stage"}
     assert stages["end to end"]["share"] == 1
