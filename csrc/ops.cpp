@@ -47,12 +47,14 @@ TORCH_LIBRARY(rada_fast, library) {
   //                                   None reads the parameter itself
   //   fresh                           whether the moments are zero; they are then not read
   //   rule                            "adamw", "adam" or "sgd"
+  //   copies                          the new values in bfloat16; an empty tensor asks for no copy
+  //   last                            whether the moments are not read again; they may be left as they are
   //   torch_roots                     whether square roots come from PyTorch, whose library may round them differently
   //                                   than the processor does
   library.def("episodic_optimizer_step(Tensor(a!)[] parameters, Tensor(b!)[] first_moments, "
               "Tensor(c!)[] second_moments, Tensor?[] gradients, Tensor?[] sources, bool[] fresh, str rule, int step, "
               "float lr, float weight_decay, float beta1, float beta2, float eps, float momentum, "
-              "bool torch_roots) -> ()");
+              "bool torch_roots, Tensor(d!)[] copies, bool last) -> ()");
   // Returns views of pictures, (N, 3, size, size): boxes in the pictures, resized, mirrored and normalised.
   //   pictures    (height, width, 3) uint8 each
   //   views       (N, 11) int64; shared/view_table.h names the columns

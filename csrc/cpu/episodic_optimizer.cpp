@@ -66,6 +66,7 @@ void step_chunk(const OptimizerScalars& s, bool torch_roots, const OptimizerTens
     at::cpu::sqrt_out(roots, at::from_blob(second, {count}, at::kFloat));
     loops.update(s, source, first, root, count, parameter);
   }
+  if (t.copy) loops.narrow(parameter, count, t.copy + at);
 }
 
 void step_all(const OptimizerScalars& s, bool torch_roots, const std::vector<OptimizerTensor>& tensors) {
@@ -92,14 +93,15 @@ void episodic_optimizer_step(at::TensorList parameters, at::TensorList first, at
                              const c10::List<std::optional<at::Tensor>>& gradients,
                              const c10::List<std::optional<at::Tensor>>& sources, const c10::List<bool>& fresh,
                              std::string_view name, int64_t step, double lr, double weight_decay, double beta1,
-                             double beta2, double eps, double momentum, bool torch_roots) {
+                             double beta2, double eps, double momentum, bool torch_roots, at::TensorList copies,
+                             bool last) {
   OptimizerRule rule;
   TORCH_CHECK(optimizer_rule(std::string(name), rule), "rule must be 'adamw', 'adam' or 'sgd', got '", name, "'");
-  const OptimizerScalars scalars = optimizer_scalars(rule, step, lr, weight_decay, beta1, beta2, eps, momentum);
+  const OptimizerScalars scalars = optimizer_scalars(rule, step, lr, weight_decay, beta1, beta2, eps, momentum, last);
   std::vector<OptimizerTensor> tensors;
   const std::string refused =
       optimizer_tensors<at::Tensor>(scalars, step, parameters.vec(), first.vec(), second.vec(), gradients.vec(),
-                                    sources.vec(), {fresh.begin(), fresh.end()}, tensors);
+                                    sources.vec(), {fresh.begin(), fresh.end()}, copies.vec(), tensors);
   TORCH_CHECK(refused.empty(), refused);
   step_all(scalars, torch_roots, tensors);
 }

@@ -46,6 +46,18 @@ void widen(const void* gradient, GradientType type, int64_t count, float* __rest
   }
 }
 
+// To the nearest, ties to even. A NaN stays one whatever its bits are.
+inline uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = as_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+void narrow(const float* __restrict values, int64_t count, uint16_t* __restrict out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = float_to_bfloat16(values[i]);
+}
+
 // This is torch.lerp, which starts from the nearer end.
 template <bool kSmall>
 inline float lerp(float start, float end, float weight) {
@@ -79,8 +91,8 @@ struct Moments {
   }
 };
 
-template <bool kCoupled, bool kFresh, bool kSmall>
-struct Adam {
+template <bool kCoupled, bool kFresh, bool kSmall, bool kLast>
+struct AdamStep {
   static void run(const OptimizerScalars& scalars, const float* source, const float* gradient, int64_t count,
                   float* __restrict first, float* __restrict second, float* parameter) {
     const OptimizerScalars s = scalars;
@@ -89,12 +101,19 @@ struct Adam {
       const float p = source[i];
       float m = kFresh ? 0.0f : first[i], v = kFresh ? 0.0f : second[i];
       next_moments<kCoupled, kFresh, kSmall>(s, p, gradient[i], m, v);
-      first[i] = m;
-      second[i] = v;
+      if (!kLast) {
+        first[i] = m;
+        second[i] = v;
+      }
       parameter[i] = next_parameter(s, p, m, __builtin_sqrtf(v));
     }
   }
 };
+
+template <bool kCoupled, bool kFresh, bool kSmall>
+using Adam = AdamStep<kCoupled, kFresh, kSmall, false>;
+template <bool kCoupled, bool kFresh, bool kSmall>
+using LastAdam = AdamStep<kCoupled, kFresh, kSmall, true>;
 
 template <template <bool, bool, bool> typename Loop, typename... Arguments>
 void choose(const OptimizerScalars& s, bool fresh, Arguments... arguments) {
@@ -107,7 +126,8 @@ void choose(const OptimizerScalars& s, bool fresh, Arguments... arguments) {
 
 void adam(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
           float* first, float* second, float* parameter) {
-  choose<Adam>(s, fresh, source, gradient, count, first, second, parameter);
+  if (s.last) choose<LastAdam>(s, fresh, source, gradient, count, first, second, parameter);
+  else choose<Adam>(s, fresh, source, gradient, count, first, second, parameter);
 }
 
 void moments(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
@@ -161,7 +181,7 @@ void scale(float factor, const float* source, int64_t count, float* parameter) {
 
 template <>
 const OptimizerLoops& loops() {
-  static const OptimizerLoops functions{widen, adam, moments, update, descend, scale};
+  static const OptimizerLoops functions{widen, narrow, adam, moments, update, descend, scale};
   return functions;
 }
 

@@ -12,6 +12,8 @@ namespace rada_fast {
 struct OptimizerLoops {
   // Converts bfloat16 or float16 to float.
   void (*widen)(const void* gradient, GradientType type, int64_t count, float* out);
+  // Rounds float to bfloat16.
+  void (*narrow)(const float* values, int64_t count, uint16_t* out);
   // Computes Adam or AdamW in one pass, with the processor's square roots. fresh: the moments are zero and not read.
   void (*adam)(const OptimizerScalars& s, const float* source, const float* gradient, bool fresh, int64_t count,
                float* first, float* second, float* parameter);

@@ -6,6 +6,7 @@
 // belong to neighbouring blocks, so that the chunk stays in the cache.
 #include "episodic_optimizer.h"
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 namespace rada_fast {
@@ -15,8 +16,8 @@ constexpr int kThreads = 256;
 constexpr int kWidth = 4;  // floats in 16 bytes
 // With four accesses per thread a block handles 16 KiB of each array, little enough that the last blocks end together.
 constexpr int64_t kChunk = 4 * kWidth * kThreads;
-// This many descriptors of 72 bytes fit into the 4 KiB of kernel parameters that every device accepts.
-constexpr int kMostTensors = 56;
+// This many descriptors of 80 bytes fit into the 4 KiB of kernel parameters that every device accepts.
+constexpr int kMostTensors = 50;
 
 struct Descriptor {
   OptimizerTensor tensor;
@@ -74,6 +75,23 @@ __device__ __forceinline__ Values<kElements> load_gradient(const OptimizerTensor
   }
 }
 
+__device__ __forceinline__ uint32_t narrow(float value) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+
+// Stores the new values, and their copy for products.
+template <int kElements>
+__device__ __forceinline__ void store_parameter(const OptimizerTensor& t, int64_t at, const Values<kElements>& p) {
+  store<kElements>(t.parameter + at, p);
+  if (t.copy == nullptr) return;
+  if constexpr (kElements == 1) {
+    t.copy[at] = static_cast<uint16_t>(narrow(p.at[0]));
+  } else {
+    *reinterpret_cast<uint2*>(t.copy + at) =
+        make_uint2(narrow(p.at[0]) | narrow(p.at[1]) << 16, narrow(p.at[2]) | narrow(p.at[3]) << 16);
+  }
+}
+
 // Every rounding of ../shared/episodic_optimizer.h is written out here, so that the compiler cannot change any of them.
 __device__ __forceinline__ void adam(const OptimizerScalars& s, float g, float& p, float& m, float& v) {
   if (s.weight_decay != 0.0f) g = __fmaf_rn(s.weight_decay, p, g);
@@ -101,7 +119,7 @@ __device__ __forceinline__ void step_elements(const OptimizerScalars& s, const O
   if (!kSgd && !kept) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) p.at[e] = __fmul_rn(p.at[e], s.decay);
-    store<kElements>(t.parameter + at, p);
+    store_parameter<kElements>(t, at, p);
     return;
   }
   Values<kElements> m{}, v{};
@@ -113,7 +131,8 @@ __device__ __forceinline__ void step_elements(const OptimizerScalars& s, const O
     if constexpr (kSgd) sgd(s, kept, t.fresh, g.at[e], p.at[e], m.at[e]);
     else adam(s, g.at[e], p.at[e], m.at[e], v.at[e]);
   }
-  store<kElements>(t.parameter + at, p);
+  store_parameter<kElements>(t, at, p);
+  if (s.last) return;
   if (kept) store<kElements>(t.first + at, m);
   if (!kSgd) store<kElements>(t.second + at, v);
 }
@@ -147,7 +166,7 @@ bool aligned(const OptimizerTensor& t) {
   const auto off = [](const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes != 0; };
   const uintptr_t narrow = t.type == GradientType::float32 ? 16 : 8;
   return !(off(t.parameter, 16) || off(t.source, 16) || off(t.first, 16) || off(t.second, 16) ||
-           off(t.gradient, narrow) || (t.rows > 1 && t.row % kWidth));
+           off(t.gradient, narrow) || off(t.copy, 8) || (t.rows > 1 && t.row % kWidth));
 }
 
 }  // namespace

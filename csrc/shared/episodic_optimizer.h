@@ -27,6 +27,7 @@ struct OptimizerScalars {
   float eps;
   float step_size;      // -lr / (1 - beta1^t); sgd: -lr
   float momentum;       // for sgd; 0 keeps no moment
+  int32_t last;         // whether the moments are not read again, so that they need not be written
 };
 
 // One tensor: `rows` copies of `row` elements, one after the other. Every array holds all copies, but the source may be
@@ -37,6 +38,7 @@ struct OptimizerTensor {
   float* first;          // the first moment; null where it is zero and stays zero
   float* second;
   const void* gradient;  // null where type is none
+  uint16_t* copy;        // the new values in bfloat16, for products; null where no copy is wanted
   int64_t row, rows;
   GradientType type;
   int32_t fresh;         // whether the moments are zero; they are then not read

@@ -12,7 +12,7 @@
 namespace rada_fast {
 
 inline OptimizerScalars optimizer_scalars(OptimizerRule rule, int64_t step, double lr, double weight_decay, double beta1,
-                                          double beta2, double eps, double momentum) {
+                                          double beta2, double eps, double momentum, bool last = false) {
   const bool sgd = rule == OptimizerRule::sgd, decoupled = rule == OptimizerRule::adamw;
   const double t = static_cast<double>(step);
   OptimizerScalars s{};
@@ -26,6 +26,7 @@ inline OptimizerScalars optimizer_scalars(OptimizerRule rule, int64_t step, doub
   s.eps = static_cast<float>(eps);
   s.step_size = static_cast<float>(sgd ? -lr : -(lr / (1 - std::pow(beta1, t))));
   s.momentum = static_cast<float>(momentum);
+  s.last = last;
   return s;
 }
 
@@ -49,13 +50,13 @@ std::string optimizer_tensors(const OptimizerScalars& s, int64_t step, const std
                               const std::vector<Tensor>& first, const std::vector<Tensor>& second,
                               const std::vector<std::optional<Tensor>>& gradients,
                               const std::vector<std::optional<Tensor>>& sources, const std::vector<bool>& fresh,
-                              std::vector<OptimizerTensor>& tensors) {
+                              const std::vector<Tensor>& copies, std::vector<OptimizerTensor>& tensors) {
   using Scalar = decltype(parameters[0].scalar_type());
   const size_t count = parameters.size();
   if (step < 1) return "step must be at least 1, got " + std::to_string(step);
   if (first.size() != count || second.size() != count || gradients.size() != count || sources.size() != count ||
-      fresh.size() != count)
-    return "moments, gradients, sources and fresh must have an entry for each parameter";
+      fresh.size() != count || copies.size() != count)
+    return "moments, gradients, sources, fresh and copies must have an entry for each parameter";
   const int moments = moments_of(s);
   for (size_t i = 0; i < count; ++i) {
     const std::string at = "[" + std::to_string(i) + "]";
@@ -82,6 +83,11 @@ std::string optimizer_tensors(const OptimizerScalars& s, int64_t step, const std
         default: return "gradients" + at + " must be float32, bfloat16 or float16";
       }
       t.gradient = g.const_data_ptr();
+    }
+    if (copies[i].numel()) {
+      if (copies[i].scalar_type() != Scalar::BFloat16 || !fits(copies[i], elements))
+        return "copies" + at + " must be like the parameter: contiguous bfloat16, on its device";
+      t.copy = static_cast<uint16_t*>(copies[i].mutable_data_ptr());
     }
     const bool kept = first[i].numel() != 0;
     for (int moment = 0; moment < 2; ++moment) {

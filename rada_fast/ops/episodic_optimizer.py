@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, get_args
 
@@ -33,6 +33,8 @@ def episodic_optimizer_step(
     eps: float = 1e-8,
     momentum: float = 0.0,
     torch_roots: bool = False,
+    copies: Sequence[Tensor | None] | None = None,
+    last: bool = False,
     backend: str | None = None,
 ) -> None:
     """Take one optimiser step on a list of tensors, in place and in one pass; EpisodicOptimizer keeps the lists.
@@ -57,6 +59,10 @@ def episodic_optimizer_step(
     torch_roots: take Adam's square roots from PyTorch, which on a CPU may call a library that rounds the last bit
         differently. Every bit then equals torch.optim's, at about twice the time.
 
+    copies: None, or for each parameter None or a tensor of its shape, bfloat16 and contiguous, into which the new
+        values are written too.
+    last: whether the moments are not read again. They may then be left as they are, which saves writing them.
+
     Returns nothing. Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend
     cannot serve. Every operation rounds as in torch.optim's single-tensor form (foreach=False) on a CPU, also for CUDA
     tensors; square roots are correctly rounded.
@@ -65,6 +71,13 @@ def episodic_optimizer_step(
         raise ValueError(f"name must be one of {', '.join(map(repr, get_args(OptimizerName)))}, got {name!r}")
     if not len(parameters) == len(first_moments) == len(second_moments) == len(gradients) == len(sources) == len(fresh):
         raise ValueError("moments, gradients, sources and fresh must have an entry for each parameter")
+    if copies is None:
+        copies = [None] * len(parameters)
+    if len(copies) != len(parameters):
+        raise ValueError("copies must have an entry for each parameter")
+    for index, copy in enumerate(copies):
+        if copy is not None and copy.dtype != torch.bfloat16:
+            raise TypeError(f"copies[{index}] must be contiguous bfloat16, got {copy.dtype}")
     if step < 1:
         raise ValueError(f"step must be at least 1, got {step}")
     if not parameters:
@@ -81,16 +94,18 @@ def episodic_optimizer_step(
                 reference, rule=name, step=step, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps,
                 momentum=momentum,
             )  # fmt: skip
-            lists = (parameters, first_moments, second_moments, gradients, sources, fresh)
+            lists = (parameters, first_moments, second_moments, gradients, sources, fresh, copies)
             for values in zip(*lists, strict=True):
                 _reference_step(_Entry(*values), rule)
         case _:
             for index, gradient in enumerate(gradients):
                 if gradient is not None and gradient.dtype not in _GRADIENTS:
                     raise TypeError(f"gradients[{index}] must be float32, bfloat16 or float16, got {gradient.dtype}")
+            nothing = parameters[0].new_empty(0, dtype=torch.bfloat16)
             torch.ops.rada_fast.episodic_optimizer_step(
                 parameters, first_moments, second_moments, gradients, sources, fresh,
                 name, step, lr, weight_decay, *betas, eps, momentum, torch_roots,
+                [nothing if copy is None else copy for copy in copies], last,
             )  # fmt: skip
 
 
@@ -113,6 +128,7 @@ class _Entry(NamedTuple):
     gradient: Tensor | None
     source: Tensor | None
     fresh: bool
+    copy: Tensor | None
 
 
 def _reference_step(entry: _Entry, rule: Callable[..., tuple[Tensor | None, ...]]) -> None:
@@ -131,6 +147,8 @@ def _reference_step(entry: _Entry, rule: Callable[..., tuple[Tensor | None, ...]
     for target, value in zip((parameter, *moments), results, strict=True):
         if value is not None and target.numel():
             target.copy_(value)
+    if entry.copy is not None:
+        entry.copy.copy_(parameter)
 
 
 @dataclass
@@ -143,6 +161,7 @@ class _Slot:
     current: "initial", "shared" or "own", whichever of the three holds the values now.
     first, second: the moments, (E, ...); fresh: whether they are zero, whatever their memory holds.
     frozen: whether the parameter never changes.
+    copies: for each of "initial", "shared" and "own" a copy in bfloat16, if there is one.
     """
 
     initial: Tensor
@@ -153,6 +172,7 @@ class _Slot:
     first: Tensor | None = None
     second: Tensor | None = None
     frozen: bool = False
+    copies: dict[str, Tensor] = field(default_factory=dict)
 
 
 class EpisodicOptimizer:
@@ -181,6 +201,8 @@ class EpisodicOptimizer:
     name: "adamw", "adam" or "sgd"; weight decay is decoupled in adamw, added to the gradient in the others.
     lr, weight_decay, betas, eps, momentum: as in torch.optim. lr may be changed between steps.
     torch_roots: see episodic_optimizer_step.
+    dtype: the type of the copies that ``values`` gives, float32 or bfloat16. The parameters, moments and steps are
+        float32 all the same, and a step writes the copies beside the parameters.
     backend: None for the one in force (see use_backend), or a backend's name.
 
     Raises ValueError or TypeError naming the argument.
@@ -201,8 +223,11 @@ class EpisodicOptimizer:
         eps: float = 1e-8,
         momentum: float = 0.0,
         torch_roots: bool = False,
+        dtype: torch.dtype = torch.float32,
         backend: str | None = None,
     ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"dtype must be float32 or bfloat16, got {dtype}")
         if name not in get_args(OptimizerName):
             raise ValueError(f"name must be one of {', '.join(map(repr, get_args(OptimizerName)))}, got {name!r}")
         if episodes < 1:
@@ -230,9 +255,13 @@ class EpisodicOptimizer:
             raise ValueError("initial must be on one device")
         self.episodes, self.name = episodes, name
         self.lr, self.weight_decay, self.betas, self.eps, self.momentum = lr, weight_decay, betas, eps, momentum
-        self.torch_roots, self.backend = torch_roots, backend
+        self.torch_roots, self.dtype, self.backend = torch_roots, dtype, backend
         self.steps = 0
         """Steps taken since the reset."""
+        self._ended = False
+        if dtype != torch.float32:
+            for slot in self._slots.values():
+                slot.copies["initial"] = slot.initial.to(dtype)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -241,28 +270,39 @@ class EpisodicOptimizer:
         A tensor is the episodes' own storage, or before they have one a single copy expanded with stride 0 along E.
         The next step may write into these tensors: read this property again after it.
         """
-        return {key: self._value(slot) for key, slot in self._slots.items()}
+        return {key: self._all_episodes(slot, getattr(slot, slot.current)) for key, slot in self._slots.items()}
 
-    def _value(self, slot: _Slot) -> Tensor:
-        if slot.current == "own":
-            assert slot.own is not None
-            return slot.own
-        one = slot.initial if slot.current == "initial" else slot.shared
-        assert one is not None
-        return one.expand(self.episodes, *one.shape)
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Return each parameter by name, (E, ...), in the optimiser's dtype, with the cautions of ``parameters``."""
+        if self.dtype == torch.float32:
+            return self.parameters
+        return {key: self._all_episodes(slot, slot.copies[slot.current]) for key, slot in self._slots.items()}
 
-    def reset(self) -> None:
-        """Return every episode to the initial parameters and zero moments. It launches nothing and keeps the memory."""
-        self.steps = 0
-        for slot in self._slots.values():
-            slot.current, slot.fresh = "initial", True
+    def _all_episodes(self, slot: _Slot, value: Tensor) -> Tensor:
+        return value if slot.current == "own" else value.expand(self.episodes, *value.shape)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def step(self, gradients: Mapping[str, Tensor | None]) -> None:
+    def reset(self) -> None:
+        """Return every episode to the initial parameters and zero moments. It keeps the memory.
+
+        It launches nothing for float32. For bfloat16 it converts the initial parameters, which takes one launch.
+        """
+        self.steps, self._ended = 0, False
+        for slot in self._slots.values():
+            slot.current, slot.fresh = "initial", True
+        if self.dtype != torch.float32 and self._slots:
+            slots = self._slots.values()
+            torch._foreach_copy_([slot.copies["initial"] for slot in slots], [slot.initial for slot in slots])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor | None], *, last: bool = False) -> None:
         """Take one step. A gradient that is None or missing is exactly zero for every episode.
 
         gradients: name to (E, ...), float32|bfloat16|float16, any stride.
+        last: promises that no other step follows before the next reset, so that no moments need to be written.
         Raises ValueError or TypeError naming a gradient that belongs to no parameter or does not fit it; no parameter
         has changed then.
         """
@@ -271,6 +311,8 @@ class EpisodicOptimizer:
                 "EpisodicOptimizer.step writes into its parameters, which transforms of torch.func (vmap, grad, ...) "
                 "and forward mode do not go through: call it outside"
             )
+        if self._ended:
+            raise RuntimeError("the last step has been taken: call reset before another one")
         if unknown := set(gradients) - set(self._slots):
             raise ValueError(f"gradients hold {sorted(unknown)[0]!r}, which is no parameter")
         for key, gradient in gradients.items():
@@ -288,7 +330,7 @@ class EpisodicOptimizer:
                 raise TypeError(f"gradients[{key!r}] must be dense, got {gradient.layout}")
             if gradient.device != initial.device:
                 raise ValueError(f"gradients[{key!r}] must be on {initial.device}, got {gradient.device}")
-        self.steps += 1
+        self.steps, self._ended = self.steps + 1, last
         entries: list[_Entry] = []
         for key, slot in self._slots.items():
             if slot.frozen:
@@ -306,6 +348,7 @@ class EpisodicOptimizer:
             gradients=[entry.gradient for entry in entries],
             sources=[entry.source for entry in entries],
             fresh=[entry.fresh for entry in entries],
+            copies=[entry.copy for entry in entries], last=last,
             name=self.name, step=self.steps, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas,
             eps=self.eps, momentum=self.momentum, torch_roots=self.torch_roots, backend=self.backend,
         )  # fmt: skip
@@ -327,7 +370,9 @@ class EpisodicOptimizer:
             if slot.shared is None:
                 slot.shared = torch.empty_like(slot.initial)
             slot.current = "shared"
-            return _Entry(slot.shared, nothing, nothing, None, None if source is slot.shared else source, fresh=True)
+            if source is slot.shared:
+                source = None
+            return _Entry(slot.shared, nothing, nothing, None, source, True, self._copy(slot, slot.shared))
         if slot.own is None:
             slot.own = slot.initial.new_empty((self.episodes, *slot.initial.shape))
             slot.first = torch.empty_like(slot.own) if moments else nothing
@@ -335,4 +380,12 @@ class EpisodicOptimizer:
         assert slot.first is not None
         assert slot.second is not None
         fresh, slot.fresh, slot.current = slot.fresh, False, "own"
-        return _Entry(slot.own, slot.first, slot.second, gradient, source, fresh)
+        return _Entry(slot.own, slot.first, slot.second, gradient, source, fresh, self._copy(slot, slot.own))
+
+    def _copy(self, slot: _Slot, value: Tensor) -> Tensor | None:
+        """Return the memory of the copy of what a step writes, or None where no copy is wanted."""
+        if self.dtype == torch.float32:
+            return None
+        if slot.current not in slot.copies:
+            slot.copies[slot.current] = torch.empty_like(value, dtype=self.dtype)
+        return slot.copies[slot.current]

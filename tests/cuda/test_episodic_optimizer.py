@@ -33,14 +33,14 @@ class Scalars(ctypes.Structure):
             "decay", "weight_decay", "first_weight", "beta2", "second_weight", "root_divisor", "eps", "step_size",
             "momentum",
         )
-    ]  # fmt: skip
+    ] + [("last", ctypes.c_int32)]  # fmt: skip
 
 
 class Descriptor(ctypes.Structure):
     """OptimizerTensor in csrc/shared/episodic_optimizer.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("parameter", "source", "first", "second", "gradient")),
+        *((name, ctypes.c_void_p) for name in ("parameter", "source", "first", "second", "gradient", "copy")),
         ("row", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("type", ctypes.c_int32),
@@ -48,7 +48,9 @@ class Descriptor(ctypes.Structure):
     ]
 
 
-def scalars(rule: str, step: int, *, lr: float, weight_decay: float, beta1: float, momentum: float) -> Scalars:
+def scalars(
+    rule: str, step: int, *, lr: float, weight_decay: float, beta1: float, momentum: float, last: bool = False
+) -> Scalars:
     beta2 = 0.999
     return Scalars(
         RULES[rule],
@@ -61,6 +63,7 @@ def scalars(rule: str, step: int, *, lr: float, weight_decay: float, beta1: floa
         1e-8,
         -lr if rule == "sgd" else -lr / (1 - beta1**step),
         momentum,
+        last,
     )
 
 
@@ -70,9 +73,10 @@ def product_scalars() -> Any:
     source = """
         #include "shared/episodic_optimizer_arguments.h"
         extern "C" void scalars_of(int rule, long step, double lr, double weight_decay, double beta1, double beta2,
-                                   double eps, double momentum, rada_fast::OptimizerScalars* out) {
+                                   double eps, double momentum, bool last,
+                                   rada_fast::OptimizerScalars* out) {
           const auto named = static_cast<rada_fast::OptimizerRule>(rule);
-          *out = rada_fast::optimizer_scalars(named, step, lr, weight_decay, beta1, beta2, eps, momentum);
+          *out = rada_fast::optimizer_scalars(named, step, lr, weight_decay, beta1, beta2, eps, momentum, last);
         }
     """
     folder = libraries.source_dir()
@@ -82,7 +86,7 @@ def product_scalars() -> Any:
         command = [libraries.build_parameters().compiler, "-std=c++17", "-shared", "-fPIC", f"-I{folder}", "-xc++", "-"]
         subprocess.run([*command, "-o", str(library)], input=source, text=True, check=True)
         function = ctypes.CDLL(str(library)).scalars_of
-    function.argtypes = [ctypes.c_int, ctypes.c_long, *[ctypes.c_double] * 6, ctypes.c_void_p]
+    function.argtypes = [ctypes.c_int, ctypes.c_long, *[ctypes.c_double] * 6, ctypes.c_bool, ctypes.c_void_p]
     function.restype = None
     return function
 
@@ -97,18 +101,25 @@ class Step:
     weight_decay: float = 0.0
     beta1: float = 0.9
     momentum: float = 0.0
+    last: bool = False
 
     def expected_scalars(self) -> Scalars:
         """As the header says what they are."""
         return scalars(
-            self.rule, self.step, lr=self.lr, weight_decay=self.weight_decay, beta1=self.beta1, momentum=self.momentum
+            self.rule,
+            self.step,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            beta1=self.beta1,
+            momentum=self.momentum,
+            last=self.last,
         )
 
     def product_scalars(self) -> Scalars:
         """As the operator makes them."""
         made = Scalars()
         product_scalars()(
-            RULES[self.rule], self.step, self.lr, self.weight_decay, self.beta1, 0.999, 1e-8, self.momentum,
+            RULES[self.rule], self.step, self.lr, self.weight_decay, self.beta1, 0.999, 1e-8, self.momentum, self.last,
             ctypes.addressof(made),
         )  # fmt: skip
         return made
@@ -153,6 +164,7 @@ class Case:
         moments: int,
         offset: int = 0,
         source_offset: int = 0,
+        copied: bool = False,
     ) -> None:
         def array(count: int) -> np.ndarray:
             return torch.randn(count + offset).numpy()[offset:]
@@ -161,6 +173,7 @@ class Case:
         self.parameter, self.first = array(rows * row), array(rows * row)
         self.second = np.square(array(rows * row + offset)[offset:])
         self.source = torch.randn(row + source_offset + offset).numpy()[source_offset + offset :] if shared else None
+        self.copy = torch.zeros(rows * row + offset, dtype=torch.bfloat16)[offset:] if copied else None
         self.gradient: Tensor | None = None
         if gradient is not None:
             self.gradient = torch.randn(rows * row + offset)[offset:].to(gradient)
@@ -185,6 +198,7 @@ class Case:
             place(self.first, self.fresh) if self.moments else None,
             place(self.second, self.fresh) if self.moments > 1 else None,
             None if self.gradient is None else place(self.gradient),
+            None if self.copy is None else place(self.copy),
             self.row,
             self.rows,
             0 if self.gradient is None else TYPES[self.gradient.dtype],
@@ -221,9 +235,16 @@ def launch(library: Any, cases: list[Case], s: Scalars) -> list[Any]:
 
 def check(library: Any, cases: list[Case], step: Step) -> list[Any]:
     wanted = [case.expected(step.expected_scalars()) for case in cases]
+    before = [(case.first.copy(), case.second.copy()) for case in cases]
     launches = launch(library, cases, step.product_scalars())
+    if step.last:
+        # The moments stay as they are.
+        wanted = [(p, *moments) for (p, _, _), moments in zip(wanted, before, strict=True)]
     for index, (case, (p, m, v)) in enumerate(zip(cases, wanted, strict=True)):
         np.testing.assert_array_equal(case.parameter, p, err_msg=f"parameter {index}")
+        if case.copy is not None:
+            rounded = torch.from_numpy(case.parameter).bfloat16()
+            assert torch.equal(case.copy, rounded), f"copy {index}"
         if case.moments:
             np.testing.assert_array_equal(case.first, m, err_msg=f"first moment {index}")
         if case.moments > 1:
@@ -279,8 +300,22 @@ def test_each_tensor_may_lie_off_its_boundary(library: Any, name: str, gradient:
     check(library, cases, Step("adamw", 3, weight_decay=0.01))
 
 
+@pytest.mark.parametrize("fresh", [True, False], ids=["first", "later"])
+def test_the_last_step_leaves_the_moments_and_writes_copies(library: Any, fresh: bool) -> None:
+    # A vector and a tail, several copies of one row, and a copy in bfloat16 that is off the boundary of a vector.
+    cases = [
+        Case(1, 1023, torch.float32, fresh=fresh, shared=False, moments=2, copied=True),
+        Case(3, 64, torch.bfloat16, fresh=fresh, shared=fresh, moments=2, copied=True),
+        Case(2, 260, torch.bfloat16, fresh=fresh, shared=True, moments=2, offset=1, copied=True),
+        Case(2, 64, None, fresh=fresh, shared=fresh, moments=2),
+    ]
+    if fresh:
+        cases.append(Case(1, 100, None, fresh=True, shared=True, moments=0, copied=True))
+    assert len(check(library, cases, Step("adamw", 1 if fresh else 3, weight_decay=0.01, last=True))) == 1
+
+
 def test_more_tensors_than_one_launch_takes(library: Any) -> None:
-    cases = [Case(1, 3, torch.float32, fresh=False, shared=False, moments=2) for _ in range(2 * 56 + 1)]
+    cases = [Case(1, 3, torch.float32, fresh=False, shared=False, moments=2) for _ in range(2 * 50 + 1)]
     assert len(check(library, cases, Step("adamw", 2, weight_decay=0.01))) == 3
 
 

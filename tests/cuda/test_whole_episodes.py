@@ -57,6 +57,7 @@ class Entry:
     gradient: Tensor | None
     source: Tensor | None
     fresh: bool
+    copy: Tensor | None
 
     def descriptor(self, place: Callable[..., int]) -> Descriptor:
         p, row = place(self.parameter), self.parameter.numel() if self.source is None else self.source.numel()
@@ -66,6 +67,7 @@ class Entry:
             place(self.first, self.fresh) if self.first.numel() else None,
             place(self.second, self.fresh) if self.second.numel() else None,
             None if self.gradient is None else place(self.gradient),
+            None if self.copy is None else place(self.copy),
             row,
             self.parameter.numel() // row,
             0 if self.gradient is None else GRADIENT_TYPES[self.gradient.dtype],
@@ -78,14 +80,21 @@ def step_by_the_launcher(library: Any, launches: list[Any]) -> Callable[..., Non
 
     library: the launcher's library; launches: a list for what each launch executed.
     """
-    names = ("parameters", "first_moments", "second_moments", "gradients", "sources", "fresh")
+    names = ("parameters", "first_moments", "second_moments", "gradients", "sources", "fresh", "copies")
 
     def step(**given: Any) -> None:
         if given["backend"] == "reference":
             return episodic_optimizer_step(**given)
         entries: list[Any] = [Entry(*values) for values in zip(*(given[name] for name in names), strict=True)]
         assert (given["betas"], given["eps"]) == ((0.9, 0.999), 1e-8)
-        options = Step(given["name"], given["step"], given["lr"], given["weight_decay"], momentum=given["momentum"])
+        options = Step(
+            given["name"],
+            given["step"],
+            given["lr"],
+            given["weight_decay"],
+            momentum=given["momentum"],
+            last=given["last"],
+        )
         launches.extend(launch(library, entries, options.product_scalars()))
 
     return step

@@ -246,9 +246,10 @@ def test_the_operator_keeps_pytorchs_rules() -> None:
         [torch.randn(5), None],
         [False, True],
     )
+    copies = [torch.zeros(2, 5, dtype=torch.bfloat16), torch.zeros(0, dtype=torch.bfloat16)]
     torch.library.opcheck(
         torch.ops.rada_fast.episodic_optimizer_step.default,
-        (*arguments, "adamw", 2, LR, 0.1, 0.9, 0.999, 1e-8, 0.0, False),
+        (*arguments, "adamw", 2, LR, 0.1, 0.9, 0.999, 1e-8, 0.0, False, copies, False),
     )
 
 
@@ -267,12 +268,14 @@ def test_the_operator_keeps_pytorchs_rules() -> None:
         ({5: []}, "must have an entry for each parameter"),
         ({6: "lamb"}, "rule must be 'adamw', 'adam' or 'sgd', got 'lamb'"),
         ({6: "sgd"}, r"first_moments\[0\] must be empty: the rule keeps none"),
+        ({15: [torch.zeros(4)]}, r"copies\[0\] must be like the parameter: contiguous bfloat16"),
+        ({15: [torch.zeros(3, dtype=torch.bfloat16)]}, r"copies\[0\] must be like the parameter"),
         ({7: 0}, "step must be at least 1, got 0"),
     ],
 )
 def test_the_operator_refuses_what_does_not_fit(change: dict[int, Any], message: str) -> None:
     arguments: list[Any] = [[torch.zeros(4)] for _ in range(4)]
-    arguments += [[None], [False], "adamw", 1, LR, 0.0, 0.9, 0.999, 1e-8, 0.0, False]
+    arguments += [[None], [False], "adamw", 1, LR, 0.0, 0.9, 0.999, 1e-8, 0.0, False, [torch.zeros(0)], False]
     for index, value in change.items():
         arguments[index] = value
     with pytest.raises(RuntimeError, match=message):
@@ -343,6 +346,47 @@ def test_a_step_on_low_precision_tensors_is_refused(backend: str) -> None:
         TypeError, match=r"parameters\[0\] must be contiguous float32, got torch.float16: keep a float32"
     ):
         episodic_optimizer_step(*lists, [None], [None], [True], name="adamw", step=1, lr=LR, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies_in_bfloat16_are_the_rounded_parameters(backend: str) -> None:
+    initial = {"w": torch.randn(33, 7), "late": torch.randn(5), "frozen": torch.nn.Parameter(torch.randn(3), False)}
+    initial["w"][0, 0], initial["w"][0, 1] = torch.nan, torch.inf
+    optimizer = EpisodicOptimizer(
+        initial, EPISODES, lr=LR, weight_decay=0.1, dtype=torch.bfloat16, backend=backend
+    )  # fmt: skip
+    for _ in range(2):
+        optimizer.reset()
+        for step in range(3):
+            for name, value in optimizer.values.items():
+                expected = optimizer.parameters[name].bfloat16()
+                torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+            gradients = {name: torch.randn(EPISODES, *initial[name].shape) for name in ("w", "late")}
+            if step == 0:
+                del gradients["late"]
+            optimizer.step(gradients)
+        initial["w"].mul_(1.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("torch_roots", [False, True])
+def test_the_last_step_leaves_the_same_parameters(backend: str, torch_roots: bool) -> None:
+    initial = {"w": torch.randn(33, 7), "b": torch.randn(5)}
+    steps = [{name: torch.randn(EPISODES, *value.shape) for name, value in initial.items()} for _ in range(2)]
+    whole, ended = (
+        EpisodicOptimizer(initial, EPISODES, lr=LR, weight_decay=0.1, torch_roots=torch_roots, backend=backend)
+        for _ in range(2)
+    )
+    for _ in range(2):
+        whole.reset()
+        ended.reset()
+        for at, gradients in enumerate(steps):
+            whole.step(gradients)
+            ended.step(gradients, last=at == 1)
+        for name, value in whole.parameters.items():
+            assert torch.equal(ended.parameters[name], value)
+        with pytest.raises(RuntimeError, match="the last step has been taken: call reset before another one"):
+            ended.step(steps[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
