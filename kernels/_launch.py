@@ -33,6 +33,7 @@ NUMBERS = (
     "num_zeros",
     "total_rows",
     "images_per_text",
+    "num_views",
     "elements",
     "scale",
     "share",

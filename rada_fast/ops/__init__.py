@@ -18,7 +18,7 @@ from rada_fast.ops.rational_adapter import (
     serving_backend,
     zero_shot_logits,
 )
-from rada_fast.ops.view_selection import select_views
+from rada_fast.ops.view_selection import KeptViews, gather_views, keep_views, select_views
 
 __all__ = [
     "BACKENDS",
@@ -27,10 +27,13 @@ __all__ = [
     "AdapterOutput",
     "AugmixPlan",
     "EpisodicOptimizer",
+    "KeptViews",
     "PreparedAdapter",
     "augmix",
     "backends",
     "episodic_optimizer_step",
+    "gather_views",
+    "keep_views",
     "multi_view_crops",
     "prediction_loss",
     "prediction_loss_and_gradient",

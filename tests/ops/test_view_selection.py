@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rada_fast.errors import BackendUnavailableError
-from rada_fast.ops import select_views, use_backend
+from rada_fast.ops import keep_views, select_views, use_backend
 from rada_fast.ops._backends import library
 from rada_fast.reference.view_selection import prediction_entropy
 
@@ -154,3 +154,31 @@ def test_torch_compile_makes_one_graph() -> None:
     logits = draw(2, 6, 5, 1.0, torch.float32)
     compiled = torch.compile(lambda x: select_views(x, 3), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits), select_views(logits, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_kept_views_are_the_selected_ones_whatever_episodes_there_are(dtype: torch.dtype) -> None:
+    views, text = (torch.randn(*shape).to(dtype) for shape in ((3, 10, 16), (7, 16)))
+    kept = keep_views(views, text, 3.0, 4)
+    logits = torch.stack([3.0 * (own @ text.T) for own in views])
+    for own, index, features in zip(views, select_views(logits, 4), kept.kept, strict=True):
+        assert torch.equal(features, own[index])
+    assert torch.equal(kept.originals, views[:, 0])
+    assert torch.equal(kept.logits, logits[:, 0])
+    for index in range(3):
+        alone = keep_views(views[index : index + 1], text, torch.tensor(3.0), 4)
+        assert all(torch.equal(one[0], all_[index]) for one, all_ in zip(alone, kept, strict=True))
+    assert [tuple(value.shape) for value in keep_views(views[:0], text, 3.0, 4)] == [(0, 4, 16), (0, 16), (0, 7)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "message"),
+    [
+        ((2, 0, 8), 0, r"view_features must be \(E, V, D\) with V >= 1, got \(2, 0, 8\)"),
+        ((3, 8), 1, r"view_features must be \(E, V, D\) with V >= 1, got \(3, 8\)"),
+        ((2, 3, 8), 4, "count must be from 0 to V = 3, got 4"),
+    ],
+)
+def test_views_that_cannot_be_kept_are_refused(shape: tuple[int, ...], count: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        keep_views(torch.zeros(shape), torch.zeros(5, 8), 1.0, count)

@@ -152,8 +152,32 @@ def reason_not_served(
     return None
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {role: value.contiguous() for role, value in tensors.items()}
+def _is_shared(value: Tensor, axes: int) -> bool:
+    """Return whether all episodes have one value: it has no axis of episodes, or one along which nothing changes."""
+    return value.ndim == axes or value.stride(0) == 0
+
+
+def _shares_projections(parameters: Parameters) -> bool:
+    """Return whether all episodes have the same projections but for the output's, as before their first gradients."""
+    weights, biases = parameters.by_role("weight"), parameters.by_role("bias")
+    return all(_is_shared(value, 2) for role, value in weights.items() if role != "output") and all(
+        _is_shared(value, 1) for role, value in biases.items() if role != "output"
+    )
+
+
+def _readable(parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return contiguous weights and biases by role. What all episodes share is read in one place, and not copied."""
+
+    def values(tensors: dict[str, Tensor], axes: int) -> dict[str, Tensor]:
+        return {
+            role: (value if value.ndim == axes or not shared[role == "output"] else value[0]).contiguous()
+            for role, value in tensors.items()
+        }
+
+    weights, biases = parameters.by_role("weight"), parameters.by_role("bias")
+    output_is_shared = _is_shared(weights["output"], 2) and ("output" not in biases or _is_shared(biases["output"], 1))
+    shared = (_shares_projections(parameters), output_is_shared)
+    return values(weights, 2), values(biases, 1)
 
 
 def _tiles(features: Features, parameters: Parameters, options: Options, launch: Launch) -> dict[str, Any]:
@@ -185,7 +209,7 @@ def _attention(options: Options, launch: Launch) -> dict[str, Any]:
 def _forward(
     features: Features, scale: Scale, parameters: Parameters, options: Options, launch: Launch, requests: Requests
 ) -> tuple[Any, ...]:
-    weights, biases = _contiguous(parameters.by_role("weight")), _contiguous(parameters.by_role("bias"))
+    weights, biases = _readable(parameters)
     output = weights.pop("output"), biases.pop("output", None)
     output_weight, output_bias = (None, None) if launch.output_is_zero else output
     problem = _problem(features, scale)
@@ -223,7 +247,7 @@ def _forward_fake(
     (batch, width), classes, episodes = features.image_features.shape, len(features.text_features), launch.episodes
     stored, compute, exact = features.image_features.dtype, launch.compute, torch.float32
     weights, matrix, heads = parameters.by_role("weight"), options.matrix_softmax, options.num_heads
-    shared = 1 if parameters.key_weight.ndim == 2 else episodes
+    shared = 1 if _shares_projections(parameters) else episodes
 
     def empty(*shape: int, dtype: torch.dtype, given: bool = True) -> Any:
         return features.image_features.new_empty(shape, dtype=dtype) if given else None
@@ -307,10 +331,16 @@ def _backward(
         return _backward_of_zero_output(
             gradients, features, scale, parameters, launch, attended.combined, GRADIENTS.split(needed.needed)[1]
         )
-    weights, has_bias = _contiguous(parameters.by_role("weight")), parameters.output_bias is not None
+    weights, biases = _readable(parameters)
+    has_bias = "output" in biases
     features_wanted, parameters_wanted = GRADIENTS.split(needed.needed)
     weights_wanted, biases_wanted = parameters_wanted.by_role("weight"), parameters_wanted.by_role("bias")
-    roles = {role: value for role, value in weights.items() if weights_wanted[role] or biases_wanted[role]}
+    # Gradients have the shapes of the parameters as they were given.
+    roles = {
+        role: value
+        for role, value in parameters.by_role("weight").items()
+        if weights_wanted[role] or biases_wanted[role]
+    }
     to_features = any(features_wanted)
     inner = to_features or any(role != "output" for role in roles)
     dlogits, dpenalty, dmask = (None if value is None else value.contiguous() for value in gradients)
