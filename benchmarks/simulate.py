@@ -180,6 +180,20 @@ def chosen_adapter(parser: argparse.ArgumentParser, options: argparse.Namespace)
         parser.error(f"argument --embed-dim: {error}")
 
 
+def find_simulator(program: str) -> bool:
+    """Return whether the simulator can be imported. The program's error says where it was looked for."""
+    if not _env.has_module("ptxsim"):
+        sys.path.append(str(BESIDE))
+    if _env.has_module("ptxsim"):
+        return True
+    print(
+        f"{program}: the Python package ptxsim, the PTX simulator that executes the kernels, was not "
+        f"found; it is not published, and is looked for on PYTHONPATH and in {BESIDE}",
+        file=sys.stderr,
+    )
+    return False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the counts of every size as soon as it is done. Returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -189,14 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON line for each kernel and pass")
     options = parser.parse_args(arguments)
     adapter = chosen_adapter(parser, options)
-    if not _env.has_module("ptxsim"):
-        sys.path.append(str(BESIDE))
-    if not _env.has_module("ptxsim"):
-        print(
-            "benchmarks.simulate: the Python package ptxsim, the PTX simulator that executes the kernels, was not "
-            f"found; it is not published, and is looked for on PYTHONPATH and in {BESIDE}",
-            file=sys.stderr,
-        )
+    if not find_simulator("benchmarks.simulate"):
         return 2
     for episodes, batch, classes in options.sizes:
         size = f"{episodes} x {batch} x {classes}" if episodes > 1 else f"{batch} x {classes}"

@@ -1,8 +1,8 @@
 """Adapt the episodes of several images together, each with its own parameters, in calls that take all of them.
 
-Nothing that is computed for an episode depends on how many others are computed with it: products have the shapes of one
-episode, and the operators that take all episodes treat each by itself. Results are therefore the same to the bit,
-however episodes are grouped.
+Nothing that is computed for an episode depends on how many others are computed with it: the operators that take all
+episodes treat each by itself. Results are therefore the same to the bit, however episodes are grouped. Nothing waits
+for the device, and on a GPU a group takes the same number of launches however many episodes it has.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from rada_fast.config.method import AdapterConfig, EpisodeConfig, MaskPenalty
 from rada_fast.ops import (
     EpisodicOptimizer,
+    KeptViews,
+    gather_views,
+    keep_views,
     prediction_loss_and_gradient,
     rational_adapter,
     select_views,
-    zero_shot_logits,
 )
 from rada_fast.ops.rational_adapter import AdapterOutput, parameter_shapes
 
@@ -99,12 +101,13 @@ class EpisodeGroup:
     """
 
     def __init__(self, initial: Mapping[str, Tensor], rule: EpisodeRule, episodes: int) -> None:
-        self.initial, self.rule, self.episodes = initial, rule, episodes
+        self.rule, self.episodes = rule, episodes
         config = rule.episode
         self._optimizer = EpisodicOptimizer(
             {name: nn.Parameter(value, requires_grad=name in rule.trained) for name, value in initial.items()},
-            episodes, config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
+            episodes, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, dtype=rule.dtype,
         )  # fmt: skip
+        self._dpenalty: Tensor | None = None
 
     def __call__(self, views: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> GroupLogits:
         """Return the logits (E, K) of the original views, without a wait for the device.
@@ -115,43 +118,46 @@ class EpisodeGroup:
         """
         # Nothing of the last call's episodes is read after this.
         self._optimizer.reset()
+        if isinstance(logit_scale, Tensor):
+            logit_scale = logit_scale.to(torch.float32)
+        steps = self.rule.episode.steps
         with torch.no_grad():
-            kept, zero_shot = self._kept_views(views, text_features, logit_scale)  # (E, n, D), (E, K)
+            kept, originals, zero_shot = self._kept_views(views, text_features, logit_scale)
             images = kept.flatten(0, 1)  # (E n, D)
-        for step in range(self.rule.episode.steps):
+        for step in range(steps):
             wanted: Sequence[str] = self.rule.trained
             zero = self.rule.zero_shot and step == 0
             if zero:
                 # No gradient passes through an output projection of zeros, so all others are exactly zero.
                 wanted = [name for name in wanted if name.startswith("out_proj.")]
-            self._optimizer.step(self._gradients(images, text_features, logit_scale, wanted, output_is_zero=zero))
+            gradients = self._gradients(images, text_features, logit_scale, wanted, output_is_zero=zero)
+            self._optimizer.step(gradients, last=step == steps - 1)
         with torch.no_grad():
-            adapted = self._adapter(views[:, 0], text_features, logit_scale, self._parameters()).logits
+            adapted = self._adapter(originals, text_features, logit_scale, self._optimizer.values).logits
         return GroupLogits(adapted, zero_shot)
 
-    def _kept_views(self, views: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Return the features (E, n, D) of the views whose predictions by the initial adapter have the least entropy.
-
-        It also returns CLIP's logits (E, K) of the original views.
-
-        Libraries choose how to compute a product by its shape, and this choice decides about the last bits. So every
-        episode has products of its own.
-        """
+    def _kept_views(self, views: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> KeptViews:
+        """Keep the views whose predictions by the initial adapter have the least entropy."""
+        count = self.rule.episode.num_selected(views.shape[1])
         if self.rule.zero_shot:
             # Every mask is 1, so the predictions are those of CLIP.
-            logits = logit_scale * torch.stack([own @ text_features.mT for own in views])  # (E, V, K)
-            zero_shot = logits[:, 0]
-        else:
-            initial = {name: value.to(self.rule.dtype) for name, value in self.initial.items()}
-            calls = (rational_adapter(own, text_features, logit_scale, initial, self.rule.adapter) for own in views)
-            logits = torch.stack([output.logits for output in calls])  # (E, V, K)
-            zero_shot = torch.cat([zero_shot_logits(own[:1], text_features, logit_scale) for own in views])
-        kept = select_views(logits, self.rule.episode.num_selected(views.shape[1]))  # (E, n)
-        return views.gather(1, kept[..., None].expand(-1, -1, views.shape[2])), zero_shot
+            return keep_views(views, text_features, logit_scale, count)
+        initial = {name: value[0] for name, value in self._optimizer.values.items()}
+        # All views enter the adapter, and several episodes at once only where there is memory for so many.
+        taken = 5 * views[0].numel() * len(text_features) * views.element_size()
+        logits = [
+            rational_adapter(
+                part.flatten(0, 1), text_features, logit_scale, initial, self.rule.adapter, episodes=len(part)
+            ).logits.unflatten(0, (len(part), -1))
+            for part in views.split(max(1, BUDGETS[views.device.type] // taken))
+        ]
+        indices = select_views(torch.cat(logits) if len(logits) > 1 else logits[0], count)  # (E, n)
+        originals = keep_views(views, text_features, logit_scale, 0)
+        return originals._replace(kept=gather_views(views, indices))
 
     def _gradients(
         self,
-        kept: Tensor,
+        images: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
         wanted: Sequence[str],
@@ -162,24 +168,20 @@ class EpisodeGroup:
         if not wanted:
             return {}
         config = self.rule.episode
-        parameters = self._parameters()
+        parameters = {name: value.detach() for name, value in self._optimizer.values.items()}
         leaves = [parameters[name].requires_grad_() for name in wanted]
         penalty = config.penalty if config.penalty_weight else None
-        output = self._adapter(kept, text_features, logit_scale, parameters, penalty, output_is_zero=output_is_zero)
+        output = self._adapter(images, text_features, logit_scale, parameters, penalty, output_is_zero=output_is_zero)
         logits = output.logits.unflatten(0, (self.episodes, -1))  # (E, n, K)
         _, dlogits = prediction_loss_and_gradient(logits, config.loss)
         results, dresults = [logits], [dlogits]
         if output.penalty is not None:
+            if self._dpenalty is None:
+                self._dpenalty = torch.full_like(output.penalty, config.penalty_weight, requires_grad=False)
             results.append(output.penalty)
-            dresults.append(torch.full_like(output.penalty, config.penalty_weight, requires_grad=False))
+            dresults.append(self._dpenalty)
         gradients = torch.autograd.grad(results, leaves, dresults)
         return dict(zip(wanted, gradients, strict=True))
-
-    def _parameters(self) -> dict[str, Tensor]:
-        """Return each episode's present parameters (E, ...) in the rule's dtype, as new leaves."""
-        values = {name: value.detach().to(self.rule.dtype) for name, value in self._optimizer.parameters.items()}
-        # The GPU's kernels read a copy for each episode, and would make it anew in the forward and the backward pass.
-        return {name: value.contiguous() if value.is_cuda else value for name, value in values.items()}
 
     def _adapter(
         self,

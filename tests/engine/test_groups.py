@@ -20,8 +20,6 @@ from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, episode_bytes, gr
 from rada_fast.extension import libraries
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import EpisodicOptimizer
-from tests.kernels.conftest import Simulated
-from tests.kernels.conftest import simulated as simulated  # a fixture
 
 if reason := libraries.load():
     pytest.skip(f"no compiled operators: {reason}", allow_module_level=True)
@@ -160,19 +158,6 @@ def test_a_group_returns_the_logits_of_clip_too(start: str) -> None:
         assert torch.equal(single.adapted[0], together.adapted[index])
         assert torch.equal(single.zero_shot[0], together.zero_shot[index])
     torch.testing.assert_close(together.zero_shot, 30.0 * views[:, 0] @ text.T, rtol=1e-5, atol=1e-5)
-
-
-def test_the_gpu_kernels_compute_each_episode_of_a_group_by_itself(
-    simulated: Simulated, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, views, text = problem(episodes=3, classes=7)
-    adapter = RationalAdapter(AdapterConfig.official(WIDTH, num_heads=2))
-    config = EpisodeConfig(steps=2, selection=0.2)
-    with use_backend("triton"), simulated():
-        together = adapt_episodes(adapter, views[:, :5], text, 30.0, config)
-        monkeypatch.setattr(groups, "MOST_EPISODES", 1)
-        assert torch.equal(adapt_episodes(adapter, views[:, :5], text, 30.0, config), together)
-    torch.testing.assert_close(adapt_episodes(adapter, views[:, :5], text, 30.0, config), together, rtol=0, atol=1e-4)
 
 
 def test_an_image_with_nan_changes_no_other_of_its_group() -> None:
