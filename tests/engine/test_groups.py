@@ -143,7 +143,14 @@ def test_the_adapter_computes_the_kept_views_and_at_the_end_the_original(
     monkeypatch.setattr(groups, "rational_adapter", noted)
     adapter, views, text = problem(start=start, episodes=2)
     adapt_episodes(adapter, views, text, 30.0, EpisodeConfig(selection=0.3))
-    assert rows == [VIEWS] * (2 if start == "pretrained" else 0) + [2 * 3] * 3 + [2]
+    selection = [2 * VIEWS] if start == "pretrained" else []
+    assert rows == [*selection, 2 * 3, 2 * 3, 2 * 3, 2]
+    # Where the budget allows only one episode at a time, their views enter one after the other.
+    rows.clear()
+    monkeypatch.setitem(groups.BUDGETS, "cpu", 1)
+    monkeypatch.setattr(engine, "most_episodes", lambda *_: 2)
+    adapt_episodes(adapter, views, text, 30.0, EpisodeConfig(selection=0.3))
+    assert rows == [VIEWS for _ in selection for _ in views] + [2 * 3, 2 * 3, 2 * 3, 2]
 
 
 @pytest.mark.parametrize("start", ["zero", "pretrained"])
