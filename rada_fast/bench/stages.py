@@ -161,7 +161,8 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
     multiply_adds_per_picture, operations_per_picture: by the formula, multiply-adds counted as one and as two.
     counted_multiply_adds_per_picture, counted_operations_per_picture: the same by PyTorch's counter.
     bytes_per_picture: what must at least be read and written.
-    floor_ms, gap: the least time that the machine's limits allow, and the best time over it.
+    floor_ms, gap: the least time that the machine's limits allow, with the fastest library's products, and the best
+        time over it.
     share_of_peak, share_of_bandwidth: the operations and the bytes per second of the best time over the machine's.
     peak_mib, extra_mib: the peak of memory during a call, and what of it was not in use before.
 
@@ -186,11 +187,10 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
                 median=times.median, spread=times.spread, rounds=len(times.rounds),
             )
         )  # fmt: skip
-    for dtype, rate in measured.product_rate.items():
-        inside = "PyTorch's product of two large matrices, the best of all rounds; a multiply-add counts as two"
-        lines.append(
-            line_of(setting, kind="limit", name=f"{dtype} products", inside=inside, unit="GFLOP/s", best=rate / 1e9)
-        )
+    for (dtype, library), rate in measured.product_rates.items():
+        inside = f"{library}'s product of two large matrices, the best of all rounds; a multiply-add counts as two"
+        name = f"{dtype} products by {library}"
+        lines.append(line_of(setting, kind="limit", name=name, inside=inside, unit="GFLOP/s", best=rate / 1e9))
     inside = "PyTorch's copy of a large buffer, the best of all rounds; bytes read and bytes written"
     best = measured.bandwidth / 1e9
     lines.append(line_of(setting, kind="limit", name="bandwidth", inside=inside, unit="GB/s", best=best))
@@ -204,12 +204,12 @@ def stage_figure(setting: Setting, stage: Stage, measured: Interleaved, *, share
     operations, moved = sum(work.operations for work in stage.work), sum(work.bytes for work in stage.work)
     floor = 1e3 * sum(
         max(
-            work.operations / measured.product_rate[work.dtype] if work.operations else 0.0,
+            work.operations / measured.product_rate(work.dtype) if work.operations else 0.0,
             work.bytes / measured.bandwidth,
         )
         for work in stage.work
     )
-    products = 1e3 * sum(work.operations / measured.product_rate[work.dtype] for work in stage.work if work.operations)
+    products = 1e3 * sum(work.operations / measured.product_rate(work.dtype) for work in stage.work if work.operations)
     counted = stage.operations
     return line_of(
         setting,

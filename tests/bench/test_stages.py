@@ -31,14 +31,16 @@ def test_figures_follow_from_times_and_limits() -> None:
         ),
     )
     times = {"encode": Times((100, 120, 200)), "adapt": Times((40, 30, 50)), "all": Times((160, 150, 400))}
+    rates = {("float32", "PyTorch"): 60e9, ("float32", "oneDNN"): 100e9, ("bfloat16", "PyTorch"): 900e9}
     memory = {"encode": Memory(100, 10), "adapt": None, "all": Memory(120, 20)}
-    lines = figures_of(setting, Interleaved(times, memory, {"float32": 100e9}, 100e9))
+    lines = figures_of(setting, Interleaved(times, memory, rates, 100e9))
     assert [(line["kind"], line["name"]) for line in lines] == [
         ("stage", "encode"), ("stage", "adapt"), ("stage", "all"), ("ratio", "overhead"), ("ratio", "loop"),
-        ("limit", "float32 products"), ("limit", "bandwidth"),
+        ("limit", "float32 products by PyTorch"), ("limit", "float32 products by oneDNN"),
+        ("limit", "bfloat16 products by PyTorch"), ("limit", "bandwidth"),
     ]  # fmt: skip
     assert all(set(line) == {"setting", *SIZES, *MEASURED} for line in lines)
-    encode, adapt, whole, ratio, loop, rate, bandwidth = lines
+    encode, adapt, whole, ratio, loop, _, rate, _, bandwidth = lines
     assert (encode["best"], encode["median"], encode["spread"], encode["rounds"]) == (100, 120, 50, 3)
     assert encode["share"] == 120 / 160
     assert encode["pictures_per_second"] == pytest.approx(4 / 0.120)

@@ -82,7 +82,7 @@ def test_bursts_on_a_device_are_timed_by_events(sleep_cycles: list[int]) -> None
     )
     assert measured.times["slow"].best >= 2.0 > measured.times["fast"].best
     assert measured.memory["slow"] == (3.0, 2.0)
-    assert measured.product_rate["float32"] > 0
+    assert measured.product_rate("float32") > 0
     assert measured.bandwidth > 0
 
 
