@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rada_fast import compat, ops
     from rada_fast.config.method import AdapterConfig, EpisodeConfig
     from rada_fast.engine.episodes import adapt_episodes
+    from rada_fast.engine.fine_tuning import FineTuned, fine_tune
     from rada_fast.engine.predictor import Prediction, TestTimePredictor
     from rada_fast.errors import BackendUnavailableError, UserError
     from rada_fast.modules import RationalAdapter, load_adapter, save_adapter
@@ -33,6 +34,8 @@ _MODULES = {
     "adapt_episodes": "engine.episodes",
     "TestTimePredictor": "engine.predictor",
     "Prediction": "engine.predictor",
+    "FineTuned": "engine.fine_tuning",
+    "fine_tune": "engine.fine_tuning",
     "backends": "ops",
     "use_backend": "ops",
     "UserError": "errors",
@@ -45,6 +48,7 @@ __all__ = [
     "AdapterConfig",
     "BackendUnavailableError",
     "EpisodeConfig",
+    "FineTuned",
     "Prediction",
     "RationalAdapter",
     "TestTimePredictor",
@@ -53,6 +57,7 @@ __all__ = [
     "adapt_episodes",
     "backends",
     "compat",
+    "fine_tune",
     "load_adapter",
     "ops",
     "save_adapter",

@@ -181,9 +181,7 @@ def fft_setting(
     sizes: dict[str, object] = {"batch": batch, "classes": classes, "embed_dim": width}
     sizes = sizes if vlm is None else model_sizes(vlm) | sizes
     stage = FULL if trains_encoder else RADA
-    with stage_step(
-        stage, classifier, vlm, batch_size=batch, weight_decay=FFTOptions.weight_decay, penalty=FFTOptions.penalty
-    ) as taking:
+    with stage_step(stage, classifier, vlm, FFTOptions("unused", ("unused",), batch_size=batch)) as taking:
         if trains_encoder:
             assert vlm is not None
             stages = [full_stage(vlm, batch, taking, classifier)]

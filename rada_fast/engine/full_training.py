@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,12 +11,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
-from rada_fast.config.method import MaskPenalty
+from rada_fast.config.commands import FFTOptions
+from rada_fast.data.sources import Source
 from rada_fast.engine.optimizers import training_optimizer
 from rada_fast.engine.steps import Gradients, Objective, TrainingStep, images_at_once
-from rada_fast.engine.training import warm_up_then_cosine
+from rada_fast.engine.training import (
+    Batch,
+    ImageBatches,
+    Plan,
+    epoch_name,
+    feature_batches,
+    shuffled,
+    warm_up_then_cosine,
+)
 from rada_fast.errors import UserError
-from rada_fast.models.vision_language import VisionLanguageModel
+from rada_fast.models.image_features import Features, Unreadable
+from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.modules.rational_classifier import RationalClassifier
 
 CHECKPOINTED_SHARE = 0.25
@@ -66,49 +76,95 @@ def learning_rate(stage: Stage, warmup_steps: int, step: int, total: int) -> flo
     return warm_up_then_cosine(stage.lr, step, total, min(warmup_steps, total // 5))
 
 
+def stages_of(options: FFTOptions) -> tuple[Stage, ...]:
+    """Return the stages that the options ask for, in their order."""
+    first = Stage("rada", options.epochs, options.lr, options.penalty_weight, trains_encoder=False)
+    if options.stages == "rada":
+        return (first,)
+    return first, Stage("rada-ft", options.finetune_epochs, options.finetune_lr, 0.0, trains_encoder=True)
+
+
+def stage_plan(
+    stage: Stage,
+    options: FFTOptions,
+    images: Source,
+    features: Features | None,
+    model: Model,
+    device: torch.device,
+    note_unreadable: Callable[[Iterable[Unreadable]], object],
+) -> Plan:
+    """Return the epochs of a stage. Their orders and crops depend on the seed, the stage and the epoch alone.
+
+    stage: the stage.
+    options: the options of the training.
+    images: the training images.
+    features: the features of their centre views, if the stage trains on these.
+    model: the model that encodes images.
+    device: the device of the adapter.
+    note_unreadable: a function that takes images that could not be read.
+    """
+    seed, crops, size = options.run.seed, options.train_views == "crop", options.batch_size
+    reads_images = stage.trains_encoder or (crops and images.holds_images)
+    fixed = None if reads_images else features
+    count = len(images.samples) if fixed is None else len(fixed.labels)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        name = epoch_name(stage.name, epoch)
+        if fixed is not None:
+            note_unreadable(fixed.unreadable)
+            yield from feature_batches(fixed.features, fixed.labels, shuffled(count, seed, name), size, device)
+            return
+        reader = ImageBatches(
+            images.samples, model.loaded(), size, seed, crops=crops, encoded=not stage.trains_encoder,
+            workers=options.run.workers,
+        )  # fmt: skip
+        yield from reader.epoch(name, f"{stage.name} views {epoch}")
+        note_unreadable(reader.unreadable.values())
+
+    # This is the largest number of steps: a step is left out if none of its images can be read.
+    steps = -(-count // size)
+
+    def rate(epoch: int, step: int) -> float:
+        return learning_rate(stage, options.warmup_steps, epoch * steps + step, stage.epochs * steps)
+
+    option = "finetune_lr" if stage.trains_encoder else "lr"
+    return Plan(stage.epochs, steps, rate, batches, stage.lr, option, seed, stage.name)
+
+
 @contextmanager
 def stage_step(
     stage: Stage,
     model: RationalClassifier,
     vlm: VisionLanguageModel | None,
-    *,
-    batch_size: int,
-    weight_decay: float,
-    penalty: MaskPenalty,
-    micro_batch: int | None = None,
-    grad_checkpointing: bool = False,
+    options: FFTOptions,
 ) -> Iterator[StageStep]:
     """Make what takes the steps of a stage. While the context lasts, the encoder can be trained if the stage trains it.
 
     stage: the stage.
     model: the adapter and the classifier.
     vlm: the model, whose image encoder the second stage trains; None suffices for the first stage.
-    batch_size: the number of images in a step.
-    weight_decay: AdamW's weight decay.
-    penalty: the kind of the mask penalty.
-    micro_batch: the number of images that are computed at once, or None for what images_at_once gives.
-    grad_checkpointing: whether the encoder computes its activations again in the backward pass instead of keeping them.
+    options: the options of the training. Without a micro_batch, images_at_once gives the size of the parts of a step.
 
-    Raises UserError if the encoder has no such checkpoints.
+    Raises UserError if the encoder has no activation checkpoints, and the options ask for them.
     """
     trained = nn.ModuleList([model])
-    objective = Objective(penalty, stage.penalty_weight)
+    objective = Objective(options.penalty, stage.penalty_weight)
     gradients = Gradients(model.adapter, model.weight, model.logit_scale, objective, of_images=stage.trains_encoder)
     encode, extra, encoder = None, 0, None
-    device = model.weight.device
+    device, micro_batch = model.weight.device, options.micro_batch
     if stage.trains_encoder:
         assert vlm is not None
         encoder = vlm.model.visual
-        if grad_checkpointing and not hasattr(encoder, "set_grad_checkpointing"):
+        if options.grad_checkpointing and not hasattr(encoder, "set_grad_checkpointing"):
             raise UserError(f"grad_checkpointing needs an image encoder with checkpoints, which {vlm.name} has not")
         trained.append(encoder)
         encoder.requires_grad_(True).train()
         if micro_batch is None:
-            share = CHECKPOINTED_SHARE if grad_checkpointing else 1.0
+            share = CHECKPOINTED_SHARE if options.grad_checkpointing else 1.0
             extra = int(share * _activation_bytes(vlm))
-        if grad_checkpointing:
+        if options.grad_checkpointing:
             encoder.set_grad_checkpointing(True)
-    optimizer = training_optimizer(trained.parameters(), "adamw", lr=stage.lr, weight_decay=weight_decay)
+    optimizer = training_optimizer(trained.parameters(), "adamw", lr=stage.lr, weight_decay=options.weight_decay)
     if vlm is not None and stage.trains_encoder:
         encode = _encoding(vlm, optimizer)
     if micro_batch is None:
@@ -117,13 +173,15 @@ def stage_step(
         )
     in_float16 = stage.trains_encoder and vlm is not None and vlm.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
-    step = TrainingStep(gradients, optimizer, micro_batch=min(micro_batch, batch_size), encode=encode, scaler=scaler)
+    step = TrainingStep(
+        gradients, optimizer, micro_batch=min(micro_batch, options.batch_size), encode=encode, scaler=scaler
+    )
     try:
         yield StageStep(trained, optimizer, scaler, step)
     finally:
         if encoder is not None:
             encoder.requires_grad_(False).eval()
-            if grad_checkpointing:
+            if options.grad_checkpointing:
                 encoder.set_grad_checkpointing(False)
 
 

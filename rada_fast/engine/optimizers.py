@@ -60,6 +60,8 @@ class OnePassOptimizer(Optimizer):
                     by_step.setdefault(int(self.state[parameter].get("step", 0)) + 1, []).append(parameter)
             for step, parameters in by_step.items():
                 self._take(group, step, parameters)
+                # PyTorch does not see what the operator writes. Its version tells others that a copy is out of date.
+                torch.autograd.graph.increment_version(parameters)
         return loss
 
     def _take(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
@@ -105,13 +107,18 @@ def training_optimizer(
     if device.type == "cpu" and plain and backends()["cpu"] == "usable":
         return OnePassOptimizer(parameters, name, lr=lr, weight_decay=weight_decay, momentum=momentum)
     on_device = device.type == "cuda"
-    rate = torch.tensor(lr, device=device) if on_device else lr
+    optimizer: Optimizer
     if name == "sgd":
-        return SGD(parameters, lr=rate, weight_decay=weight_decay, momentum=momentum, fused=on_device)
-    kind = AdamW if name == "adamw" else Adam
-    optimizer = kind(parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=on_device)
-    # PyTorch would warn that the first step, which comes before the capture, is not captured.
-    optimizer._warned_capturable_if_run_uncaptured = True
+        optimizer = SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, fused=on_device)
+    else:
+        kind = AdamW if name == "adamw" else Adam
+        optimizer = kind(parameters, lr=lr, weight_decay=weight_decay, fused=True, capturable=on_device)
+        # PyTorch would warn that the first step, which comes before the capture, is not captured.
+        optimizer._warned_capturable_if_run_uncaptured = True
+    if on_device:
+        for group in optimizer.param_groups:
+            # PyTorch would check a tensor's value, for which it would have to wait for the device.
+            group["lr"] = torch.full((), lr, device=device)
     return optimizer
 
 

@@ -164,6 +164,7 @@ class TrainingStep:
         self.micro_batch, self.encode = micro_batch, encode
         self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
         self.device = gradients.trained[0].device
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._entropy, self._penalty, self._correct = self._totals.unbind()
         self._images = 0
@@ -181,6 +182,8 @@ class TrainingStep:
         """
         set_rate(self.optimizer, rate)
         self._images += len(labels)
+        # Neither PyTorch's fused optimisers nor a replayed graph note the change, by which copies are out of date.
+        torch.autograd.graph.increment_version(self._parameters)
         labels = labels.to(self.device, non_blocking=True)
         if self.encode is not None:
             # The images stay where they are; the encoder copies those of a part to its device.

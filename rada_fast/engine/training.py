@@ -174,6 +174,7 @@ class Plan:
     """The length and the learning rates of a training.
 
     epochs: the number of epochs.
+    steps: the largest number of steps in an epoch.
     rate: the learning rate as a function of the epoch and of the step in it, both counted from 0.
     batches: a function from the number of an epoch, counted from 0, to its batches.
     lr: the value of the option that sets the learning rate, for the message of an error.
@@ -183,6 +184,7 @@ class Plan:
     """
 
     epochs: int
+    steps: int
     rate: Callable[[int, int], float]
     batches: Callable[[int], Iterable[Batch]]
     lr: float

@@ -6,7 +6,6 @@ Features are computed once if the training views are fixed, and once in each epo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from rada_fast.config.commands import EFTOptions
 from rada_fast.data.sources import Source, base_and_new
-from rada_fast.engine.optimizers import training_optimizer
-from rada_fast.engine.steps import Gradients, Objective, TrainingStep
-from rada_fast.engine.training import Batch, Plan, efficient_rate, epoch_name, feature_batches, shuffled, training_time
+from rada_fast.engine.efficient_training import efficient_plan, efficient_step
+from rada_fast.engine.training import training_time
 from rada_fast.errors import UserError
 from rada_fast.loops.evaluate import EvaluationData, EvaluationSet, encode_evaluation, evaluate_sets
 from rada_fast.loops.identity import open_folder
@@ -25,13 +23,11 @@ from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.loops.training import Training, train
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
-from rada_fast.models.image_features import Features, encode_crops, features_of
+from rada_fast.models.image_features import Features, features_of
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, harmonic_mean, unreadable_records
 from rada_fast.runs.folder import RunFolder, reset_peak_memory
 
 IMAGES, STATE = "images.jsonl", "state.pt"
-MOMENTUM = 0.9
-"""The momentum of SGD in the published configurations."""
 
 
 @dataclass(frozen=True)
@@ -161,40 +157,17 @@ def train_adapter(
 
     Returns the training, and the number of epochs that an earlier run had finished.
     """
-    setup, seed = task.setup, options.run.seed
-    adapter = setup.adapter
-    optimizer = training_optimizer(
-        adapter.parameters(), options.optimizer, lr=options.lr, weight_decay=options.weight_decay, momentum=MOMENTUM
-    )
-    training = Training(folder, STATE, adapter, optimizer)
-    objective = Objective(options.penalty, options.penalty_weight)
-    step = TrainingStep(Gradients(adapter, setup.text, setup.logit_scale, objective), optimizer)
-
-    def batches(epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch, in an order that depends on the seed and the epoch alone.
-
-        The features are those of the fixed centre views, or of random crops that depend on the seed, the epoch and the
-        image alone.
-        """
-        features, name = task.features, epoch_name(None, epoch)
-        if options.train_views == "crop":
-            model, images = setup.model.loaded(), task.images.samples
-            title = f"encode epoch {epoch + 1}"
-            features = encode_crops(images, model, title=title, seed=seed, draw=name, workers=options.run.workers)
-        training.note_unreadable(features.unreadable)
-        order = shuffled(len(features.labels), seed, name)
-        return feature_batches(features.features, features.labels, order, options.batch_size, setup.device)
+    setup = task.setup
+    step = efficient_step(setup.adapter, setup.text, setup.logit_scale, options)
+    training = Training(folder, STATE, setup.adapter, step.optimizer)
 
     def after_epoch(epoch: int, record: dict[str, Any]) -> None:
         if options.evaluate_every and (epoch + 1) % options.evaluate_every == 0:
             for name, records in evaluate_sets(sets, setup).items():
                 record[f"{name}_top1"] = accuracy_of(records, before="zero_shot", after="adapted")["adapted_top1"]
 
-    rate = efficient_rate(options.lr, options.schedule, options.epochs)
-    plan = Plan(options.epochs, rate, batches, options.lr, seed=seed)
-    steps = -(-len(task.features.ids) // options.batch_size)
-    training.note_unreadable(task.features.unreadable)
-    resumed = train(training, step, plan, steps, title="efficient fine-tuning", after_epoch=after_epoch)
+    plan = efficient_plan(options, task.images, task.features, setup.model, setup.device, training.note_unreadable)
+    resumed = train(training, step, plan, title="efficient fine-tuning", after_epoch=after_epoch)
     return training, resumed
 
 

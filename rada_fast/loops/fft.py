@@ -8,7 +8,6 @@ image encoder without the penalty (Eq. 15).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from rada_fast.config.commands import FFTOptions
 from rada_fast.data.sources import Source
-from rada_fast.engine.full_training import Stage, learning_rate, stage_step
-from rada_fast.engine.training import Batch, ImageBatches, Plan, epoch_name, feature_batches, shuffled, training_time
+from rada_fast.engine.full_training import Stage, stage_plan, stage_step, stages_of
+from rada_fast.engine.training import training_time
 from rada_fast.errors import UserError
 from rada_fast.loops.evaluate import evaluate
 from rada_fast.loops.identity import open_folder
@@ -80,11 +79,9 @@ def open_task(options: FFTOptions) -> Task:
 
     Raises UserError naming an option that cannot be used.
     """
-    stages = [Stage("rada", options.epochs, options.lr, options.penalty_weight, trains_encoder=False)]
     only_images = None
     if options.stages == "both":
         only_images = "stages both trains the image encoder and needs images; with feature files give rada"
-        stages.append(Stage("rada-ft", options.finetune_epochs, options.finetune_lr, 0.0, trains_encoder=True))
     parts = {spec: f"test {spec}" for spec in options.test}
     specs = {"train": options.train, **{part: spec for spec, part in parts.items()}}
     opened = open_data_and_model(options, specs, only_images=only_images)
@@ -101,7 +98,7 @@ def open_task(options: FFTOptions) -> Task:
     (text,) = text_features(options.text, [ClassGroup(names, features)], opened.model, opened.text_file)
     setup = open_setup("fft", options, opened, names, text)
     limit = options.run.limit if len(images.ids) < len(source.ids) else None
-    return Task(setup, tuple(stages), images, features, evaluation, limit)
+    return Task(setup, stages_of(options), images, features, evaluation, limit)
 
 
 def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tuple[dict[str, Any], int]:
@@ -148,20 +145,12 @@ def train_stage(
 
     Returns the training, and the number of epochs that an earlier run had finished.
     """
-    setup, seed = task.setup, options.run.seed
+    setup = task.setup
     if stage.trains_encoder:
         assert done[0].kept_weights is not None
         model.load_state_dict(done[0].kept_weights)
-    with stage_step(
-        stage,
-        model,
-        setup.model.loaded() if stage.trains_encoder else None,
-        batch_size=options.batch_size,
-        weight_decay=options.weight_decay,
-        penalty=options.penalty,
-        micro_batch=options.micro_batch,
-        grad_checkpointing=options.grad_checkpointing,
-    ) as made:
+    vlm = setup.model.loaded() if stage.trains_encoder else None
+    with stage_step(stage, model, vlm, options) as made:
         training = Training(
             folder,
             f"{stage.name}.pt",
@@ -170,45 +159,15 @@ def train_stage(
             made.scaler,
             earlier_records=[record for previous in done for record in previous.records],
         )
-        crops = options.train_views == "crop"
-        reads_images = stage.trains_encoder or (crops and task.images.holds_images)
-        fixed = None if reads_images else task.features
-        count = len(task.images.samples) if fixed is None else len(fixed.labels)
-
-        def batches(epoch: int) -> Iterator[Batch]:
-            """Yield the batches of an epoch, in an order that depends on the seed, the stage and the epoch alone."""
-            name = epoch_name(stage.name, epoch)
-            if fixed is not None:
-                training.note_unreadable(fixed.unreadable)
-                order = shuffled(count, seed, name)
-                yield from feature_batches(fixed.features, fixed.labels, order, options.batch_size, setup.device)
-                return
-            images = ImageBatches(
-                task.images.samples,
-                setup.model.loaded(),
-                options.batch_size,
-                seed,
-                crops=crops,
-                encoded=not stage.trains_encoder,
-                workers=options.run.workers,
-            )
-            yield from images.epoch(name, f"{stage.name} views {epoch}")
-            training.note_unreadable(images.unreadable.values())
 
         def after_epoch(epoch: int, record: dict[str, Any]) -> None:
             if not stage.trains_encoder and epoch + 1 == options.finetune_from:
                 training.kept_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
-        # This is the largest number of steps: a step is left out if none of its images can be read.
-        steps = -(-count // options.batch_size)
-
-        def rate(epoch: int, step: int) -> float:
-            return learning_rate(stage, options.warmup_steps, epoch * steps + step, stage.epochs * steps)
-
-        option = "finetune_lr" if stage.trains_encoder else "lr"
-        plan = Plan(stage.epochs, rate, batches, stage.lr, option, seed, stage.name)
-        title = f"full fine-tuning, {stage.name}"
-        resumed = train(training, made.step, plan, steps, title=title, after_epoch=after_epoch)
+        plan = stage_plan(
+            stage, options, task.images, task.features, setup.model, setup.device, training.note_unreadable
+        )
+        resumed = train(training, made.step, plan, title=f"full fine-tuning, {stage.name}", after_epoch=after_epoch)
     return training, resumed
 
 

@@ -100,7 +100,6 @@ def train(
     training: Training,
     step: TrainingStep,
     plan: Plan,
-    steps: int,
     *,
     title: str,
     after_epoch: Callable[[int, dict[str, Any]], None] | None = None,
@@ -110,7 +109,6 @@ def train(
     training: the state of the training.
     step: takes the steps.
     plan: the length, the batches and the learning rates of the training.
-    steps: the largest number of steps in an epoch, for the progress bar.
     title: the title of the progress bar.
     after_epoch: a function that is called with the number of the epoch, counted from 0, and its record, before the
         state is saved. It may add entries to the record.
@@ -118,7 +116,7 @@ def train(
     Raises UserError if the loss or a weight becomes NaN or infinite.
     """
     first = training.resume()
-    with progress(title, (plan.epochs - first) * steps) as advance:
+    with progress(title, (plan.epochs - first) * plan.steps) as advance:
         records = train_epochs(step, training.trained, plan, first=first, on_step=advance)
         for epoch, record in enumerate(records, start=first):
             if after_epoch is not None:

@@ -97,6 +97,10 @@ class VisionLanguageModel:
         """Return the model itself. In a run without a model, AbsentModel raises UserError here."""
         return self
 
+    def encoder_was_trained(self) -> None:
+        """Compute the fingerprint anew, so that caches keep no features of the weights before a training."""
+        self.fingerprint = _fingerprint(self.name, self.model)
+
     def stated_scale(self) -> tuple[float, str] | None:
         """Return the multiplier s of the model, with the name of the model for messages."""
         return self.logit_scale, f"model {self.name}"

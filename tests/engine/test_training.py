@@ -39,7 +39,7 @@ def epochs(plan: Plan, **options: Any) -> list[dict[str, Any]]:
 
 def test_a_record_holds_the_means_over_the_images() -> None:
     calls: list[int] = []
-    plan = Plan(1, lambda epoch, step: 0.25 / (step + 1), lambda epoch: [BATCH, BATCH], 0.25)
+    plan = Plan(1, 1, lambda epoch, step: 0.25 / (step + 1), lambda epoch: [BATCH, BATCH], 0.25)
     (record,) = epochs(plan, on_step=lambda: calls.append(1))
     assert (record["epoch"], record["images"], record["lr"], len(calls)) == (1, 4, 0.125, 2)
     assert record["loss"] == pytest.approx(record["cross_entropy"] + 1.5 * record["penalty"], abs=1e-5)
@@ -47,7 +47,7 @@ def test_a_record_holds_the_means_over_the_images() -> None:
 
 
 def test_an_epoch_without_a_step_has_a_record() -> None:
-    (record,) = epochs(Plan(1, lambda epoch, step: 0.1, lambda epoch: [], 0.1, stage="rada"))
+    (record,) = epochs(Plan(1, 1, lambda epoch, step: 0.1, lambda epoch: [], 0.1, stage="rada"))
     assert (record["stage"], record["images"], record["lr"]) == ("rada", 0, 0.1)
     assert training_time([]) == {"training_seconds": 0, "images_per_second": None}
 
@@ -55,7 +55,7 @@ def test_an_epoch_without_a_step_has_a_record() -> None:
 def test_a_loss_that_is_nan_names_the_learning_rate() -> None:
     spoilt = Batch(BATCH.inputs * torch.nan, BATCH.labels)
     with pytest.raises(UserError, match="lr 7 made the loss nan in epoch 1 of rada"):
-        epochs(Plan(1, lambda epoch, step: 0.1, lambda epoch: [spoilt], 7, stage="rada"))
+        epochs(Plan(1, 1, lambda epoch, step: 0.1, lambda epoch: [spoilt], 7, stage="rada"))
 
 
 def test_weights_that_are_nan_after_the_last_step_are_reported() -> None:
@@ -64,7 +64,7 @@ def test_weights_that_are_nan_after_the_last_step_are_reported() -> None:
     def spoil() -> None:
         adapter.get_parameter("k_proj.bias").data.fill_(torch.nan)
 
-    plan = Plan(1, lambda epoch, step: 0.1, lambda epoch: [BATCH], 7, option="finetune_lr", stage="rada")
+    plan = Plan(1, 1, lambda epoch, step: 0.1, lambda epoch: [BATCH], 7, option="finetune_lr", stage="rada")
     with pytest.raises(UserError, match="finetune_lr 7 made the weights no numbers in epoch 1 of rada"):
         list(train_epochs(step_of(adapter), adapter, plan, on_step=spoil))
 

@@ -20,11 +20,11 @@ from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.method import MASK_PENALTIES, EpisodeConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.embedded import world
+from rada_fast.engine import full_training
 from rada_fast.engine import training as training_engine
 from rada_fast.engine.episodes import Adaptation
 from rada_fast.engine.full_training import Stage, learning_rate
 from rada_fast.errors import UserError
-from rada_fast.loops import fft as fft_loop
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.fft import run_fft
 from rada_fast.loops.ttt import run_ttt
@@ -311,7 +311,7 @@ def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monk
         return original(stage, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fft_loop, "learning_rate", interrupt)
+        patch.setattr(full_training, "learning_rate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_fft(config("interrupted"))
     assert run_fft(config("interrupted"))["resumed"] == 3

@@ -40,7 +40,7 @@ def epoch(trainer: Training) -> None:
     gradients = Gradients(trainer.trained, torch.eye(2, 8), 5.0, Objective("l2", 1.0))
     step = TrainingStep(gradients, trainer.optimizer, micro_batch=3, scaler=trainer.scaler)
     finished = len(trainer.records)
-    plan = Plan(finished + 1, lambda epoch, step: 0.01, batches, 0.01, stage="rada")
+    plan = Plan(finished + 1, 1, lambda epoch, step: 0.01, batches, 0.01, stage="rada")
     (record,) = train_epochs(step, trainer.trained, plan, first=finished)
     trainer.save(record)
 
