@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rada_fast.kernels._shared_memory import Target
+
 LOG2E = 1.4426950408889634
 
 MAX_EPISODES = 65535
@@ -48,13 +50,17 @@ def episode_stride(weight: Tensor | None) -> int:
     return weight.stride(0) if weight is not None and weight.ndim == 3 else 0
 
 
-def default_precision(dtype: torch.dtype, precision: str) -> str:
+def default_precision(dtype: torch.dtype, precision: str, target: Target) -> str:
     """Return the input_precision of tl.dot: the chosen one for float32, "ieee" for other types.
 
     "tf32" multiplies eleven bits of each operand, "tf32x3" adds three such products and is about as exact as float32,
-    and "ieee" does not use tensor cores for float32.
+    and "ieee" does not use tensor cores for float32. On Hopper six bfloat16 products, "bf16x6", take the place of three
+    TF32 products. They take as long and are more exact. Hopper multiplies matrices of 32 bits only where they lie in
+    shared memory in one of two orders, so that each use needs a copy, and matrices of 16 bits in both.
     """
-    return precision if dtype == torch.float32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    return "bf16x6" if precision == "tf32x3" and target.is_hopper else precision
 
 
 # Triton's interpreter stores bfloat16 as integers, and a product of such operands would multiply these integers.
@@ -71,6 +77,60 @@ def product(left, right, accumulator, PRECISION: tl.constexpr):
         return result if accumulator is None else accumulator + result
     else:
         return tl.dot(left, right, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def operand(matrix, PRECISION: tl.constexpr):
+    """Return what product_of multiplies: a matrix, or three matrices of bfloat16 for the precision "bf16x6".
+
+    The three add up to the matrix exactly, because each rounds what the ones before it have left.
+    """
+    if PRECISION == "bf16x6" and not INTERPRETED:
+        first = matrix.to(tl.bfloat16)
+        rest = matrix - first.to(tl.float32)
+        second = rest.to(tl.bfloat16)
+        third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+        return first, second, third
+    else:
+        return matrix
+
+
+@triton.jit
+def transposed(parts, PRECISION: tl.constexpr):
+    """Return the transposed operand. parts: as operand returns them."""
+    if PRECISION == "bf16x6" and not INTERPRETED:
+        return tl.trans(parts[0]), tl.trans(parts[1]), tl.trans(parts[2])
+    else:
+        return tl.trans(parts)
+
+
+@triton.jit
+def product_of(left, right, accumulator, PRECISION: tl.constexpr, MIRRORED: tl.constexpr = False):
+    """Return the product of two matrices as `product` does, where both are given as operand returns them.
+
+    So a matrix of which several products are made is divided into its parts once.
+
+    MIRRORED: whether to add up in the order in which the transposed product right^T left^T is added up, so that both
+    have the same bits.
+    """
+    if PRECISION == "bf16x6" and not INTERPRETED:
+        # The sum starts at 0 and ends with the largest product, so that what is small is not rounded away.
+        if MIRRORED:
+            result = tl.dot(left[0], right[2])
+            result = tl.dot(left[1], right[1], result)
+            result = tl.dot(left[0], right[1], result)
+            result = tl.dot(left[2], right[0], result)
+            result = tl.dot(left[1], right[0], result)
+        else:
+            result = tl.dot(left[2], right[0])
+            result = tl.dot(left[1], right[1], result)
+            result = tl.dot(left[1], right[0], result)
+            result = tl.dot(left[0], right[2], result)
+            result = tl.dot(left[0], right[1], result)
+        result = tl.dot(left[0], right[0], result)
+        return result if accumulator is None else accumulator + result
+    else:
+        return product(left, right, accumulator, PRECISION)
 
 
 @triton.jit

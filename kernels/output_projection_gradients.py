@@ -30,7 +30,7 @@ from rada_fast.kernels._common import (
     store_column_sums,
 )
 from rada_fast.kernels._launch import Kernel, Launch, remembered
-from rada_fast.kernels._shared_memory import Target, target_of
+from rada_fast.kernels._shared_memory import A100, Target, target_of
 
 BIAS_COLUMNS = 32
 """The most columns of a program that adds up the bias's gradient."""
@@ -197,7 +197,8 @@ def _launch(
         images=batch // episodes, classes=classes, num_zeros=num_zeros,
         D=width, TWO_IMAGES=classes >= bias_rows,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=block_r, BLOCK_Z=1024, BIAS_ROWS=bias_rows, BIAS_COLUMNS=columns,
-        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
+        # Six bfloat16 products spill on Hopper.
+        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision, A100),
         num_warps=warps, num_stages=3,
     )  # fmt: skip
 

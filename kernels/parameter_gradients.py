@@ -31,8 +31,10 @@ from rada_fast.kernels._common import (
     default_precision,
     episode_grid,
     input_scale,
-    product,
+    operand,
+    product_of,
     store_column_sums,
+    transposed,
 )
 from rada_fast.kernels._launch import Kernel, Launch, remembered
 from rada_fast.kernels._shared_memory import A100, Target, first_fitting, operand_bytes, target_of
@@ -106,9 +108,11 @@ def _table(dtype: torch.dtype, width: int, precision: str, features: torch.dtype
             return Tile(outputs, outputs, 16, 4, 2)
         # TF32 operands are split in registers, so blocks are smaller. A warp has 16 of a block's outputs: more warps
         # would compute and store the same elements.
+        if default_precision(dtype, precision, target) == "bf16x6":
+            return Tile(outputs, block_of(width, 128), 32, 4, 3)
         if target.is_hopper:
-            # Four warps would multiply by wgmma, for which the parts of an operand go through shared memory. Two use
-            # the A100's instruction, and are 1.1 to 1.3 times as fast.
+            # Four warps would multiply by wgmma, for which the operands go through shared memory once more. Two use the
+            # A100's instruction, and were 1.1 to 1.3 times as fast with three TF32 products.
             return Tile(block_of(width, 32), block_of(width, 64), 32, 2, 3)
         return Tile(outputs, block_of(width, 32), 32, max(1, outputs // 16), 3)
     if target.keeps_operands and features == dtype:
@@ -137,6 +141,12 @@ def _load_rows(matrix, first, row, end, columns, D: tl.constexpr):
     """Return rows first + row of a matrix with D columns, 0 from row `end` on. A row number may exceed 32 bits."""
     tile = row[:, None] * D + columns[None, :]
     return tl.load(matrix + tl.cast(first, tl.int64) * D + tile, mask=(row < end - first)[:, None], other=0.0)
+
+
+@triton.jit
+def _transposed_product(y, x, accumulator, PRECISION: tl.constexpr):
+    """Return y^T x, added to the accumulator."""
+    return product_of(transposed(operand(y, PRECISION), PRECISION), operand(x, PRECISION), accumulator, PRECISION)
 
 
 @triton.jit
@@ -169,10 +179,15 @@ def _add_rational(
         start = first_class + (step % steps) * ROWS
         y = _load_rows(dy + tl.cast(b, tl.int64) * classes * D, start, row, classes, o, D)
         t = _load_rows(text, start, row, classes, i, D)
-        accumulator = product(tl.trans(y.to(COMPUTE)), t.to(COMPUTE), accumulator, PRECISION)
+        if PRECISION == "bf16x6":
+            # This product is a sum of its own in any case. A sum of several steps would take more registers.
+            total += _transposed_product(y.to(COMPUTE), t.to(COMPUTE), None, PRECISION) * f[None, :]
+        else:
+            accumulator = _transposed_product(y.to(COMPUTE), t.to(COMPUTE), accumulator, PRECISION)
         if step % steps == steps - 1:
-            total += accumulator * f[None, :]
-            accumulator = tl.zeros(total.shape, tl.float32)
+            if PRECISION != "bf16x6":
+                total += accumulator * f[None, :]
+                accumulator = tl.zeros(total.shape, tl.float32)
             f = tl.load(image + tl.minimum(b + 1, images - 1) * D + i).to(tl.float32)
     return total
 
@@ -196,7 +211,7 @@ def _add_product(
     for start in tl.range(0, rows, ROWS, num_stages=STAGES):
         y = _load_rows(dy, start, row, rows, o, D)
         loaded = _load_rows(x, start, row, rows, i, D)
-        total = product(tl.trans(y.to(COMPUTE)), loaded.to(COMPUTE), total, PRECISION)
+        total = _transposed_product(y.to(COMPUTE), loaded.to(COMPUTE), total, PRECISION)
     return total
 
 
@@ -225,7 +240,7 @@ def _add_text(
                 end = tl.where(b < images, classes, 0)
                 y += _load_rows(dy + tl.cast(b, tl.int64) * classes * D, start, row, end, o, D).to(tl.float32)
         t = _load_rows(text, start, row, classes, i, D)
-        total = product(tl.trans(y.to(COMPUTE)), t.to(COMPUTE), total, PRECISION)
+        total = _transposed_product(y.to(COMPUTE), t.to(COMPUTE), total, PRECISION)
     return total
 
 
@@ -394,7 +409,7 @@ def _launch(
         D=width, FACTOR=scale_factor, HAS_OUTPUT=int("output" in roles), HAS_BIAS=bias,
         BLOCK_O=tile.outputs, BLOCK_I=tile.inputs, BLOCK_R=tile.rows, REMAINDER=remainder(classes, tile.rows),
         STAGES=tile.stages, BIAS_ROWS=(128 // dtype.itemsize) * tile.warps, BIAS_COLUMNS=bias_columns,
-        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
+        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision, target),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

@@ -228,7 +228,7 @@ def _forward_launch(
         weight_stride=0 if shared else width * width, bias_stride=0 if shared else width,
         D=width, FACTOR=scale_factor, SHARED=shared, TWO_IMAGES=classes >= tile.rows, BLOCK_M=tile.rows,
         BLOCK_N=tile.columns, BLOCK_C=tile.depth, BLOCK_I=tile.image_rows,
-        PRECISION=default_precision(dtype, precision), num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=default_precision(dtype, precision, target), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

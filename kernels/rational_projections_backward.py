@@ -228,7 +228,7 @@ def _backward_launches(
         (tiles, blocks, max(1, groups)),
         batch=batch, images=images, classes=classes, group_images=group_images, weight_stride=weight_stride,
         D=width, FACTOR=scale_factor, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
-        PRECISION=default_precision(dtype, precision), num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=default_precision(dtype, precision, target), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     # The episodes share the tiles of dT, which has no axis of episodes.
     text_tiles = cdiv(cdiv(classes, tile.image_rows), episodes) if groups else 0

@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_fast.kernels._common import LOG2E, cdiv, default_precision
+from rada_fast.kernels._common import LOG2E, cdiv
 from rada_fast.kernels._launch import Kernel, Launch, remembered
 from rada_fast.kernels._shared_memory import Target, target_of
 from rada_fast.kernels.class_attention.backward_keys import key_gradients
 from rada_fast.kernels.class_attention.backward_queries import query_gradients
 from rada_fast.kernels.class_attention.forward import Attended
-from rada_fast.kernels.class_attention.tiles import Tile, piece_columns, splits_head, tile_of
+from rada_fast.kernels.class_attention.tiles import Tile, piece_columns, products_of, splits_head, tile_of
 from rada_fast.kernels.rational_projections import ProjectionBuffers
 
 
@@ -126,12 +126,14 @@ def _backward_launch(
     """
     head = width // num_heads
     tile = tile or tile_of(dtype, classes, head, backward=True, precision=precision, target=target)
+    products = products_of(dtype, head, precision, target)
     *in_tiles, has_image = kinds
     vector = triton.next_power_of_2(head)
-    # Products of float32 on tensor cores have the bits of the forward pass only where the keys are on the left as they
-    # are there: with other bits, probabilities of scores of 1e4 would not add up to 1. Programs that own queries then
-    # turn their tile. Tiles take half the queries and warps, because the accumulators of queries have as many rows. The
-    # tiles measured on Hopper have other forms, and their products are not made to agree.
+    # TF32 products of float32 have the bits of the forward pass only where the keys are on the left as they are there:
+    # with other bits, probabilities of scores of 1e4 would not add up to 1. Programs that own queries then turn their
+    # tile. Tiles take half the queries and warps, because the accumulators of queries have as many rows. On Hopper the
+    # products of heads that are wider than 64 are not made to agree, and those of others are bfloat16 products, which
+    # need not be turned.
     transposed = dtype == torch.float32 and precision != "ieee" and not target.is_hopper
     strip, warps = tile.keys, tile.warps
     if transposed:
@@ -143,16 +145,16 @@ def _backward_launch(
         (batch * num_heads * groups * (tiles + query_tiles + has_image),),
         batch=batch, classes=classes, tiles=tiles, query_tiles=query_tiles, images_per_text=images_per_text,
         scale=LOG2E / (math.sqrt(head) * temperature), share=1 / sum(kinds),
-        D=width, HEAD=head, HEAD_VECTOR=vector, CHUNKS=chunks, SPLIT_HEAD=splits_head(dtype, head, tile),
+        D=width, HEAD=head, HEAD_VECTOR=vector, CHUNKS=chunks, SPLIT_HEAD=splits_head(dtype, head, tile, products),
         TRANSPOSED=transposed, BLOCK_M=tile.queries, BLOCK_N=strip, BLOCK_D=tile.columns,
         BLOCK_C=piece_columns(dtype, head),
         # The image query's two accumulators of 64 x 64 spill on Blackwell. A thread has four columns of a row as in the
         # forward pass, so that scores are added up in the same order.
         BLOCK_I=max(1, 128 * warps // vector, min(32, 4096 // vector)),
         BLOCK_S=max(256, min(512, triton.next_power_of_2(classes))),
-        PRECISION=default_precision(dtype, precision),
-        # Left alone, the assembler spills on sm_100 to fit a third block of four warps into a multiprocessor.
-        num_warps=warps, num_stages=tile.stages, maxnreg=255 if transposed else None,
+        PRECISION=products,
+        # Left alone, the assembler spills to fit another block of four warps into a multiprocessor.
+        num_warps=warps, num_stages=tile.stages, maxnreg=255 if transposed or products == "bf16x6" else None,
     )  # fmt: skip
     return _BackwardLaunch(launch, tiles, groups)
 

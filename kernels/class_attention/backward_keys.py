@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from rada_fast.kernels._common import arange_by_fours, product, store_column_sums
+from rada_fast.kernels._common import arange_by_fours, operand, product_of, store_column_sums, transposed
 from rada_fast.kernels.class_attention.deltas import head_statistics, strided_sums
 from rada_fast.kernels.class_attention.scores import LN2, program_place, split_head_scores, tile_place
 
@@ -51,13 +51,14 @@ def _key_gradients(
     maxima, logsums, deltas: pointers to the two numbers of the log-sums, and to the deltas delta^c, of this kind, head
         and image.
     """
-    q = _load_rows(queries, i, out_columns, i_valid, c_valid, D)
+    q = operand(_load_rows(queries, i, out_columns, i_valid, c_valid, D), PRECISION)
     if SPLIT_HEAD:
         scores = split_head_scores(
             keys, queries + column + i * D, None, i_valid, HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION
         )
     else:
-        scores = product(keys, tl.trans(q), None, PRECISION)
+        # They have the bits of the forward pass, where the queries are on the left.
+        scores = product_of(keys, transposed(q, PRECISION), None, PRECISION, True)
     if MATRIX:
         head_maximum, head_log_sum, mean_delta = head_statistics
         maximum = tl.where(i_valid, head_maximum, float("inf"))
@@ -70,7 +71,8 @@ def _key_gradients(
         delta = tl.load(deltas + i, mask=i_valid, other=0.0)
     p = tl.exp2((scores * scale - maximum[None, :]) - log_sum[None, :])
     ds = p * (dp - delta[None, :])
-    return p_sum + p, product(ds.to(q.dtype), q, dk, PRECISION)
+    ds = operand(ds.to(queries.dtype.element_ty), PRECISION)
+    return p_sum + p, product_of(ds, q, dk, PRECISION)
 
 
 @triton.jit
@@ -204,8 +206,8 @@ def key_gradients(
     k = keys + (first * D + column) + source_row * D
     v = values + (first * D + column) + source_row * D
     if not SPLIT_HEAD:
-        k = tl.load(k[:, None] + c[None, :], mask=c_valid[None, :], other=0.0)
-        v = tl.load(v[:, None] + c[None, :], mask=c_valid[None, :], other=0.0)
+        k = operand(tl.load(k[:, None] + c[None, :], mask=c_valid[None, :], other=0.0), PRECISION)
+        v = operand(tl.load(v[:, None] + c[None, :], mask=c_valid[None, :], other=0.0), PRECISION)
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     if HAS_TEXT or HAS_RATIONAL:
@@ -225,8 +227,8 @@ def key_gradients(
             if SPLIT_HEAD:
                 dp = split_head_scores(v, do_rows, None, i_valid, HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION)
             else:
-                do = _load_rows(dattended + first * D, i, out_columns, i_valid, c_valid, D)
-                dp = product(v, tl.trans(do), None, PRECISION)
+                do = operand(_load_rows(dattended + first * D, i, out_columns, i_valid, c_valid, D), PRECISION)
+                dp = product_of(v, transposed(do, PRECISION), None, PRECISION)
             p_sum = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
             if HAS_TEXT:
                 p_sum, dk = _key_gradients(
@@ -246,8 +248,8 @@ def key_gradients(
                 )  # fmt: skip
             if SPLIT_HEAD:
                 # Loaded any earlier, it would take registers that the scores need.
-                do = _load_rows(dattended + first * D, i, out_columns, i_valid, c_valid, D)
-            dv = product(p_sum.to(do.dtype), do, dv, PRECISION)
+                do = operand(_load_rows(dattended + first * D, i, out_columns, i_valid, c_valid, D), PRECISION)
+            dv = product_of(operand(p_sum.to(dattended.dtype.element_ty), PRECISION), do, dv, PRECISION)
     # One after the other they take fewer registers.
     offsets = j[:, None] * D + out_columns[None, :]
     dk *= dscale

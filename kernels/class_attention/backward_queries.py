@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from rada_fast.kernels._common import arange_by_fours, product, store_column_sums
+from rada_fast.kernels._common import arange_by_fours, operand, product_of, store_column_sums, transposed
 from rada_fast.kernels.class_attention.deltas import head_statistics, strided_sums
 from rada_fast.kernels.class_attention.scores import LN2, program_place, split_head_scores, tile_place
 
@@ -88,13 +88,13 @@ def _query_gradient(
         if SPLIT_HEAD:
             scores = split_head_scores(queries, keys, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
         else:
-            scores = product(queries, tl.trans(k), None, PRECISION)
+            scores = product_of(queries, transposed(k, PRECISION), None, PRECISION)
         scores = tl.where(j_valid[None, :], scores, float("-inf"))
     p = tl.exp2((scores * scale - maximum) - log_sum)
     ds = p * (dp - delta)
     if TRANSPOSED:
         ds = tl.trans(ds)
-    return product(ds.to(k.dtype), k, dq, PRECISION)
+    return product_of(operand(ds.to(keys.dtype.scalar.element_ty), PRECISION), k, dq, PRECISION)
 
 
 @triton.jit
@@ -205,11 +205,11 @@ def query_gradients(
         valid = i_valid[:, None] & c_valid[None, :]
         do_rows = dattended + (first + i) * D + column
         if not SPLIT_HEAD:
-            do = tl.load(do_rows[:, None] + c[None, :], mask=valid, other=0.0)
+            do = operand(tl.load(do_rows[:, None] + c[None, :], mask=valid, other=0.0), PRECISION)
         if HAS_TEXT:
             text = q_text + ((b // images_per_text) * classes + i) * D + column
             if not SPLIT_HEAD:
-                text = tl.load(text[:, None] + c[None, :], mask=valid, other=0.0)
+                text = operand(tl.load(text[:, None] + c[None, :], mask=valid, other=0.0), PRECISION)
             text_statistics = _query_statistics(
                 logsums, totals, deltas, b, head, i, i_valid, batch, classes, 0, heads, CHUNKS, BLOCK_Q, BLOCK_S,
                 TRANSPOSED,
@@ -217,7 +217,7 @@ def query_gradients(
         if HAS_RATIONAL:
             rational = q_rational + (first + i) * D + column
             if not SPLIT_HEAD:
-                rational = tl.load(rational[:, None] + c[None, :], mask=valid, other=0.0)
+                rational = operand(tl.load(rational[:, None] + c[None, :], mask=valid, other=0.0), PRECISION)
             rational_statistics = _query_statistics(
                 logsums, totals, deltas, b, head, i, i_valid, batch, classes, 1, heads, CHUNKS, BLOCK_Q, BLOCK_S,
                 TRANSPOSED,
@@ -237,6 +237,7 @@ def query_gradients(
                 mask=j_valid[:, None] & c_valid[None, :],
                 other=0.0,
             )
+            k = operand(k, PRECISION)
             if TRANSPOSED:
                 dp = split_head_scores(
                     value_rows, do_rows, None if REPEAT_LAST else j_valid, i_valid,
@@ -248,7 +249,7 @@ def query_gradients(
                 )
             else:
                 v = tl.load(value_rows[None, :] + c[:, None], mask=j_valid[None, :] & c_valid[:, None], other=0.0)
-                dp = product(do, v, None, PRECISION)
+                dp = product_of(do, operand(v, PRECISION), None, PRECISION)
             # Keys beyond the last are rows of zeros, so their dS adds nothing.
             if HAS_TEXT:
                 dq_text_tile = _query_gradient(

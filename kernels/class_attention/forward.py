@@ -14,9 +14,9 @@ from rada_fast.kernels._common import (
     LOG2E,
     arange_by_fours,
     cdiv,
-    default_precision,
     is_last_to_finish,
-    product,
+    operand,
+    product_of,
     store_column_sums,
 )
 from rada_fast.kernels._launch import Kernel, Launch, remembered
@@ -28,22 +28,24 @@ from rada_fast.kernels.class_attention.scores import (
     text_and_rational_scores,
     tile_place,
 )
-from rada_fast.kernels.class_attention.tiles import Tile, piece_columns, splits_head, tile_of
+from rada_fast.kernels.class_attention.tiles import Tile, piece_columns, products_of, splits_head, tile_of
 from rada_fast.kernels.rational_projections import ProjectionBuffers
 
 
 @triton.jit
-def _online_softmax_update(scores, scale, v, state, PRECISION: tl.constexpr):
+def _online_softmax_update(scores, scale, v, dtype: tl.constexpr, state, PRECISION: tl.constexpr):
     """Take one step of the online softmax by rows. state: (running_max, running_sum, accumulator).
 
     scores: before they are multiplied by scale. The product is fused with the difference, and so is not rounded.
+    v: the values as operand returns them; dtype: their type in memory.
     """
     running_max, running_sum, accumulator = state
     new_max = tl.maximum(running_max, tl.max(scores, 1) * scale)
     p = tl.exp2(scores * scale - new_max[:, None])
     rescale = tl.exp2(running_max - new_max)
     running_sum = running_sum * rescale + tl.sum(p, 1)
-    accumulator = product(p.to(v.dtype), v, accumulator * rescale[:, None], PRECISION)
+    p = operand(p.to(dtype), PRECISION)
+    accumulator = product_of(p, v, accumulator * rescale[:, None], PRECISION)
     return new_max, running_sum, accumulator
 
 
@@ -170,12 +172,14 @@ def class_attention_forward_kernel(
             text_rows = q_text + ((b // images_per_text) * classes * D + column) + i * D
             if not SPLIT_HEAD:
                 text = tl.load(text_rows[:, None] + c[None, :], mask=i_valid[:, None] & c_valid[None, :], other=0.0)
+                text = operand(text, PRECISION)
         if HAS_RATIONAL:
             rational_rows = q_rational + (first * D + column) + i * D
             if not SPLIT_HEAD:
                 rational = tl.load(
                     rational_rows[:, None] + c[None, :], mask=i_valid[:, None] & c_valid[None, :], other=0.0
                 )
+                rational = operand(rational, PRECISION)
         no_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
         no_sum = tl.zeros((BLOCK_Q,), tl.float32)
         no_output = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
@@ -189,9 +193,11 @@ def class_attention_forward_kernel(
                 mask=j_valid[:, None] & c_valid[None, :],
                 other=0.0,
             )
+            v = operand(v, PRECISION)
             key_rows = keys + (first * D + column) + j * D
             if not SPLIT_HEAD:
                 k = tl.load(key_rows[None, :] + c[:, None], mask=j_valid[None, :] & c_valid[:, None], other=0.0)
+                k = operand(k, PRECISION)
             elif HAS_TEXT and HAS_RATIONAL:
                 text_scores, rational_scores = text_and_rational_scores(
                     text_rows, rational_rows, key_rows, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION
@@ -206,14 +212,16 @@ def class_attention_forward_kernel(
                 )
             if HAS_TEXT:
                 if not SPLIT_HEAD:
-                    text_scores = product(text, k, None, PRECISION)
+                    text_scores = product_of(text, k, None, PRECISION)
                 scores = tl.where(j_valid[None, :], text_scores, float("-inf"))
-                text_state = _online_softmax_update(scores, scale, v, text_state, PRECISION)
+                text_state = _online_softmax_update(scores, scale, v, values.dtype.element_ty, text_state, PRECISION)
             if HAS_RATIONAL:
                 if not SPLIT_HEAD:
-                    rational_scores = product(rational, k, None, PRECISION)
+                    rational_scores = product_of(rational, k, None, PRECISION)
                 scores = tl.where(j_valid[None, :], rational_scores, float("-inf"))
-                rational_state = _online_softmax_update(scores, scale, v, rational_state, PRECISION)
+                rational_state = _online_softmax_update(
+                    scores, scale, v, values.dtype.element_ty, rational_state, PRECISION
+                )
         offsets = i[:, None] * D + out_columns[None, :]
         valid = i_valid[:, None] & c_valid[None, :]
         # The sums follow the maxima of both query kinds.
@@ -296,7 +304,8 @@ def _forward_launch(
     tiles = cdiv(classes, tile.queries) if any(in_tiles) else 0
     programs = batch * num_heads * cdiv(head, tile.columns) * (tiles + has_image)
     vector = triton.next_power_of_2(head)
-    split = splits_head(dtype, head, tile)
+    products = products_of(dtype, head, precision, target)
+    split = splits_head(dtype, head, tile, products)
     return class_attention_forward_kernel.launch(
         (programs,),
         batch=batch, classes=classes, tiles=tiles, images_per_text=images_per_text,
@@ -304,7 +313,7 @@ def _forward_launch(
         D=width, HEAD=head, HEAD_VECTOR=vector, SPLIT_HEAD=split, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
         BLOCK_D=tile.columns, BLOCK_C=piece_columns(dtype, head), BLOCK_I=max(1, min(64, 4096 // vector)),
         BLOCK_S=max(256, min(1024, triton.next_power_of_2(classes))), BLOCK_R=max(1, min(64, 4096 // vector)),
-        PRECISION=default_precision(dtype, precision),
+        PRECISION=products,
         # With one kind only four warps lie side by side (see text_and_rational_scores).
         num_warps=min(tile.warps, 4) if split and sum(in_tiles) < 2 else tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from rada_fast.kernels._common import block_of
+from rada_fast.kernels._common import block_of, default_precision
 from rada_fast.kernels._shared_memory import A100, Target, first_fitting
 
 
@@ -50,8 +50,11 @@ def tile_of(
 
 
 def shared_bytes(tile: Tile, dtype: torch.dtype, head: int, *, backward: bool, target: Target) -> int:
-    """Return an upper bound of the shared memory that a launch needs, for all query kinds; see _shared_memory.py."""
-    split, piece = splits_head(dtype, head, tile), piece_columns(dtype, head)
+    """Return an upper bound of the shared memory that a launch needs, for all query kinds; see _shared_memory.py.
+
+    In float32 it holds for every precision.
+    """
+    split, piece = splits_head(dtype, head, tile, "ieee"), piece_columns(dtype, head)
     queries, keys, scores = tile.queries * tile.columns, tile.keys * tile.columns, tile.queries * tile.keys
     pieces = (tile.queries + tile.keys) * piece
     # For each pass over the classes, the elements that a step loads, and those that stay beside them. In the pass that
@@ -59,6 +62,10 @@ def shared_bytes(tile: Tile, dtype: torch.dtype, head: int, *, backward: bool, t
     if dtype == torch.float32:
         # Only the operands of two products are there at once, and three TF32 products split each into two.
         passes = [(2 * pieces, 2 * (pieces + scores + keys))]
+        if products_of(dtype, head, "tf32x3", target) == "bf16x6":
+            # Three parts in bfloat16 take one and a half times the bytes of their matrix.
+            passes += [(2 * keys, 3 * ((3 if backward else 2) * queries + 2 * keys) // 2)]
+            passes += [(3 * keys, 3 * (2 * queries + 3 * keys) // 2)] if backward else []
     elif not backward:
         passes = [((tile.queries * piece + pieces), scores + keys) if split else (2 * keys, 2 * queries + scores)]
     elif split:
@@ -72,10 +79,18 @@ def shared_bytes(tile: Tile, dtype: torch.dtype, head: int, *, backward: bool, t
 
 
 def _hopper_table(dtype: torch.dtype, classes: int, head: int, few_rows: bool, backward: bool, precision: str) -> Tile:
-    """Return the tile that was the fastest on an H100, with heads of 64 (docs/measurements.md)."""
-    if head > 64 or (dtype == torch.float32 and (precision == "ieee" or head < 32)):
+    """Return the tile that was the fastest on an H100, with heads of 64 (docs/measurements.md).
+
+    The tiles for bfloat16 products of float32 are those that benchmarks/device_model.py prefers.
+    """
+    if head > 64 or (dtype == torch.float32 and (precision == "ieee" or (precision == "tf32" and head < 32))):
         return _table(dtype, classes, head, backward, precision)
     columns = max(16, triton.next_power_of_2(head))
+    if products_of(dtype, head, precision, Target.of_capability(90)) == "bf16x6":
+        if classes <= 64 or (few_rows and not backward):
+            return Tile(16, 32, columns, 4, 2)
+        # With steps of 32 queries the programs that own keys spill.
+        return Tile(64, 16 if backward else 32, columns, 4, 2)
     if dtype == torch.float32:
         # Fewer queries make more programs. With more than 64 classes the backward pass has enough of them, because its
         # one launch has programs for the queries and programs for the keys.
@@ -128,9 +143,20 @@ def _table(dtype: torch.dtype, classes: int, head: int, backward: bool, precisio
     return Tile(128, 64, columns, 8, 2)
 
 
-def splits_head(dtype: torch.dtype, head: int, tile: Tile) -> bool:
-    """Return whether scores are computed over a head in pieces; in float32 they always are, see tile_of."""
-    return head > tile.columns or dtype == torch.float32
+def products_of(dtype: torch.dtype, head: int, precision: str, target: Target) -> str:
+    """Return the precision of the attention's products; see _common.default_precision.
+
+    A wide head is read in pieces, which would be divided into parts at each use. It keeps its TF32 products.
+    """
+    return default_precision(dtype, precision, target if head <= 64 else A100)
+
+
+def splits_head(dtype: torch.dtype, head: int, tile: Tile, products: str) -> bool:
+    """Return whether scores are computed over a head in pieces. products: their precision, see products_of.
+
+    In float32 they always are but with bfloat16 products; see tile_of.
+    """
+    return head > tile.columns or (dtype == torch.float32 and products != "bf16x6")
 
 
 def piece_columns(dtype: torch.dtype, head: int) -> int:

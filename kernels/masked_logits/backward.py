@@ -225,7 +225,7 @@ def _backward_launches(
         images=images, classes=classes, total_rows=batch * classes, weight_stride=weight_stride,
         D=width, HEAD=width // num_heads, CHUNK=block_of(width // num_heads, CHUNK),
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
-        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
+        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision, target),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return _Launches(offset, attended, episodes * cdiv(rows, tile.rows))

@@ -203,7 +203,7 @@ def _forward_launch(
         bias_stride=width if weight_stride else 0, elements=float(rows * width),
         D=width, TWO_IMAGES=classes >= tile.rows, RELU=relu, PENALTY=penalty, CHUNK=CHUNK, PEAK_CHUNK=PEAK_CHUNK,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_C=tile.depth,
-        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision),
+        COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision, target),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return _ForwardLaunch(launch, parts)

@@ -58,6 +58,10 @@ def test_the_model_has_every_launch_of_a_step_with_its_programs_and_a_time_near_
         assert row["waves"] == math.ceil(row["programs"] / (H100.processors * row["resident"]))
         assert 0 <= row["idle"] < 1
         assert row["us"] >= row["floor_us"] >= H100.launch
+    if dtype == "float32":
+        # It has not been measured with the products of today.
+        assert not any(row["measured_us"] for row in rows)
+        return
     # Launches that have changed since the measurement are left out.
     pairs = [(row["us"], row["measured_us"]) for row in rows if row["measured_us"]]
     assert len(pairs) >= 2
@@ -79,7 +83,7 @@ def test_the_launches_are_those_of_the_operators_on_any_target() -> None:
     ]
 
 
-@pytest.mark.parametrize(("dtype", "products"), [("bfloat16", 1), ("float32", 3)])
+@pytest.mark.parametrize(("dtype", "products"), [("bfloat16", 1), ("float32", 6)])
 def test_operations_of_the_forward_pass_are_those_of_its_tiles(dtype: str, products: int) -> None:
     name = "half_operations" if dtype == "bfloat16" else "tf32_operations"
     found = programs_by_launch(dtype)
@@ -125,14 +129,15 @@ def test_an_a100_is_slower_in_everything() -> None:
 
 
 def test_sizes_that_were_not_measured_have_no_measured_times() -> None:
-    assert measured_us(6, 200, "float32")["parameter_gradients"] > 0
-    assert measured_us(6, 201, "float32") == {}
+    assert measured_us(6, 200, "bfloat16")["parameter_gradients"] > 0
+    assert measured_us(6, 201, "bfloat16") == measured_us(6, 200, "float32") == {}
 
 
 def test_measured_tiles_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "measured.jsonl"
     tile = {"rows": 64, "columns": 128, "depth": 64, "image_rows": 16, "warps": 4, "stages": 3}
     row = {"dtype": "bfloat16", "shape": [6, 200], "launch": "rational_projections_forward", "tile": tile, "us": 10.2}
-    path.write_text(f"{json.dumps(row)}\n{json.dumps(row | {'us': None})}\n")
+    lines = (row, row | {"us": None}, row | {"dtype": "tf32x3"})
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert device_model.main(["--compare", str(path)]) == 0
     assert capsys.readouterr().out.startswith("1 launches: the estimate is off by a factor of 1.")
