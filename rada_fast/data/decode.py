@@ -22,6 +22,8 @@ from torch import Tensor
 
 Picture = str | os.PathLike[str] | Image.Image | Tensor
 """The forms in which a picture may be given; see pixels_of_picture."""
+MOST_CACHED_BYTES = 2**26
+"""A file is read ahead of its decoding up to here. Few pictures are larger."""
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows but does not decode itself: it starts Ghostscript for EPS and has stubs for the others."""
 PICTURES_WITHOUT_A_DECODER = frozenset({".heic", ".heif", ".jxl"})
@@ -104,6 +106,14 @@ def _open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def load_into_cache(path: Path) -> None:
+    """Let the system read a file into its memory, so that decoding it waits for no disk. Errors are left to that."""
+    with suppress(OSError), _open_regular(path) as file:
+        left = MOST_CACHED_BYTES
+        while left > 0 and (part := file.read(2**20)):
+            left -= len(part)
 
 
 def pixels_of(image: Image.Image) -> Tensor:

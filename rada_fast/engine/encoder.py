@@ -11,9 +11,9 @@ from torch import Tensor
 from rada_fast.engine.graphs import Recording, usable
 from rada_fast.models.vision_language import VisionLanguageModel
 
-PACKED_VIEWS = {"cpu": 8, "cuda": 64}
+PACKED_VIEWS = {"cpu": 16, "cuda": 64}
 """Views of several pictures are encoded together up to this number, by the type of the device. More would not be faster
-on a CPU, whose encoder takes eight at a time; 64 views of a ViT-B/16 fill a large GPU."""
+on a CPU; 64 views of a ViT-B/16 fill a large GPU."""
 
 
 class ViewEncoder:

@@ -1,8 +1,9 @@
 """The way of pictures through test-time training: decode, views, encode, select, adapt, predict, result.
 
 Threads decode pictures and cut their views, ahead of the thread that asks for results. That thread alone encodes and
-adapts, in turn, so that the two never compete for cores. On a GPU it only launches both, and reads the results of a
-group of episodes when the next group is launched.
+adapts, in turn, so that the two never compete for cores. Without such threads it decodes and cuts as well, in turn with
+the rest, and one thread only waits for the source and for disks. On a GPU the thread only launches the encoder and the
+adapter, and reads the results of a group of episodes when the next group is launched.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rada_fast.engine.stages import StageTimes
 from rada_fast.system.ahead import Ahead
 
 PATIENCE = 0.02
-"""The longest wait in seconds for another picture of a batch while nothing else can be done."""
+"""The longest wait in seconds for another picture of a batch or group, while one is being read."""
 
 CUT_BY_THREADS = ("cpu",)
 """The types of the devices whose views are cut by the threads that decode. Other devices cut them themselves."""
@@ -143,7 +144,7 @@ class _Group(NamedTuple):
 class Pipeline:
     """Adapt to pictures as they come, and yield the outcome of each.
 
-    reader: the pictures, with views or features.
+    reader: the pictures, for each of which prepare makes an item.
     encoder: what encodes views, or None if the items have features.
     uploads: what brings the views to the device.
     adaptation: what adapts groups of episodes.
@@ -151,11 +152,12 @@ class Pipeline:
     episodes: the number E of pictures that are adapted together if so many are there.
     device: the device.
     times: this counts the time of the stages.
+    prepare: what makes an item of a result of the reader, in turn with the other stages.
     """
 
     def __init__(
         self,
-        reader: Ahead[Any, Item],
+        reader: Ahead[Any, Any],
         encoder: ViewEncoder | None,
         uploads: Uploads | None,
         adaptation: Adaptation,
@@ -164,7 +166,9 @@ class Pipeline:
         episodes: int,
         device: torch.device,
         times: StageTimes,
+        prepare: Callable[[Any], Item],
     ) -> None:
+        self._prepare = prepare
         self._reader, self._encoder, self._uploads, self._adaptation = reader, encoder, uploads, adaptation
         self._check, self._episodes, self._device, self._times = check, episodes, device, times
         self._batch: list[Item] = []
@@ -177,8 +181,9 @@ class Pipeline:
         pictures = self._encoder.pictures if self._encoder is not None else 1
         try:
             while True:
-                item = self._reader.take(self._patience())
-                if item is not None:
+                taken = self._reader.take(self._patience())
+                if taken is not None:
+                    item = self._prepare(taken)
                     if item.views is None:
                         self._reader.make_room()
                         yield Outcome(item.number, item.id, None, None, item.error)
@@ -204,7 +209,7 @@ class Pipeline:
 
     def _patience(self) -> float | None:
         """Return how long to wait for another picture: for ever if there is nothing else to do."""
-        if self._batch:
+        if self._batch or self._encoded:
             return PATIENCE if self._reader.at_work else 0
         return 0 if self._encoded or self._launched else None
 

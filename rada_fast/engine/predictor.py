@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from rada_fast.config.checks import MAX_SEED, MAX_WORKERS, bytes_of, check_integ
 from rada_fast.config.commands import ViewKind
 from rada_fast.config.method import AdapterConfig, EpisodeConfig
 from rada_fast.config.options import ModelOptions, Precision
-from rada_fast.data.decode import Picture
+from rada_fast.data.decode import Picture, load_into_cache
 from rada_fast.data.views import image_seed
 from rada_fast.engine.encoder import ViewEncoder
 from rada_fast.engine.episodes import Adaptation, arithmetic_dtype, check_trainable, prediction_entropy
@@ -114,7 +114,8 @@ class TestTimePredictor:
     views: the number V of views.
     view_kind: "crop", or "augmix" for fine-grained classes.
     seed: decides the views of each picture, with its id, and the weights of a fresh adapter.
-    workers: the threads that decode pictures and cut views; with 0 nothing is read ahead.
+    workers: the threads that decode pictures and cut views beside the rest; with 0 this is done in turn with encoding
+        and adapting, and a thread waits only for the input and for disks.
     memory: about how many bytes the pipeline may take, as a number or as in "2GiB"; see memory_plan for the formula,
         which picks the number of pictures that are adapted together. None takes what groups of a useful size need.
     episodes: the most pictures that are adapted together, or None.
@@ -140,7 +141,7 @@ class TestTimePredictor:
         views: int = 64,
         view_kind: ViewKind = "crop",
         seed: int = 0,
-        workers: int = 1,
+        workers: int = 0,
         memory: int | str | None = None,
         episodes: int | None = None,
         device: str = "auto",
@@ -268,9 +269,7 @@ class TestTimePredictor:
             and each row has unit norm. All pictures have the same number of views.
         progress: whether to show the progress on standard error.
         """
-        # Nothing has to be read ahead where all features are there.
-        workers = 0 if isinstance(features, Tensor | Sequence) else 1
-        return self._run(features, self._total(features, progress), workers=workers, encode=False)
+        return self._run(features, self._total(features, progress), encode=False)
 
     def memory_plan(self, *, encode: bool = True, views: int | None = None) -> MemoryPlan:
         """Return how many pictures are adapted together, and about how many bytes the pipeline takes.
@@ -292,7 +291,7 @@ class TestTimePredictor:
 
     def _ahead(self, encoder: ViewEncoder) -> int:
         """Return how many pictures are read ahead: a batch, and one for each thread."""
-        return encoder.pictures + self._workers
+        return encoder.pictures + max(1, self._workers)
 
     def _plan(self, adaptation: Adaptation, views: int, encoder: ViewEncoder | None) -> MemoryPlan:
         load = None
@@ -316,30 +315,32 @@ class TestTimePredictor:
         given: Iterable[Any],
         shown: tuple[bool, int | None],
         *,
-        workers: int | None = None,
         encode: bool = True,
     ) -> Generator[Prediction]:
         """Yield the predictions as soon as they are there.
 
         given: the pictures or features, with or without ids.
         shown: whether to show the progress, and the number of pictures if it is known.
-        workers: the threads that read; None takes the predictor's own.
         encode: whether there are pictures to be encoded.
         """
         device = self._model.device
         encoder = self._encoder_for() if encode else None
-        uploads, ahead = None, 64
+        # Nothing has to be waited for where all features are there.
+        uploads, ahead, threads = None, 64, 0 if isinstance(given, Tensor | Sequence) else 1
         read: Any = self._features_item
+        prepare: Any = _unchanged
         if encoder is not None:
             preprocess = self._model.loaded().preprocess
             maker = ViewMaker(preprocess, self._views, self._kind, partial(image_seed, self._seed), device, self.times)
-            uploads, ahead = Uploads(device, preprocess), self._ahead(encoder)
-            read = partial(self._picture_item, maker)
+            uploads, ahead, threads = Uploads(device, preprocess), self._ahead(encoder), max(1, self._workers)
+            read, prepare = partial(_named, maker), _unchanged
+            if not self._workers:
+                read, prepare = partial(_named, _loaded), lambda loaded: maker(*loaded)
         plan = self._plan(self._adaptation(None), self._views, encoder)
         pipeline = Pipeline(
-            Ahead(read, given, threads=self._workers if workers is None else workers, ahead=ahead),
+            Ahead(read, given, threads=threads, ahead=ahead),
             encoder, uploads, self._adaptation(plan.episodes), self._check,
-            episodes=plan.episodes, device=device, times=self.times,
+            episodes=plan.episodes, device=device, times=self.times, prepare=prepare,
         )  # fmt: skip
         wanted, total = shown
         progress = show_progress("test-time training", total) if wanted else nullcontext()
@@ -353,14 +354,6 @@ class TestTimePredictor:
         """Raise UserError if the model has encoded a picture to features that cannot be used."""
         if isinstance(self._model, VisionLanguageModel):
             self._model.check_features(features, "image", [id])
-
-    def _picture_item(self, maker: ViewMaker, number: int, given: Any) -> Item:
-        if isinstance(given, tuple):
-            id, picture = given
-        else:
-            id = str(number) if isinstance(given, Image.Image | Tensor) else os.fspath(given)
-            picture = given
-        return maker(number, id, picture)
 
     def _features_item(self, number: int, given: Any) -> Item:
         id, features = given if isinstance(given, tuple) else (str(number), given)
@@ -379,3 +372,24 @@ class TestTimePredictor:
             status, adapted = "diverged", zero_shot
         label = int(adapted.argmax())
         return Prediction(outcome.number, outcome.id, status, label, self.class_names[label], adapted, zero_shot)
+
+
+def _named(use: Callable[[int, str, Picture], Any], number: int, given: Any) -> Any:
+    """Call a function with the number of a picture, its id, and the picture, which may be given without an id."""
+    if isinstance(given, tuple):
+        id, picture = given
+    else:
+        id = str(number) if isinstance(given, Image.Image | Tensor) else os.fspath(given)
+        picture = given
+    return use(number, id, picture)
+
+
+def _loaded(number: int, id: str, picture: Picture) -> tuple[int, str, Picture]:
+    """Wait until a picture's file is in the system's memory, so that nothing else waits for a disk."""
+    if isinstance(picture, str | os.PathLike):
+        load_into_cache(Path(picture))
+    return number, id, picture
+
+
+def _unchanged(item: Item) -> Item:
+    return item

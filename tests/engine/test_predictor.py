@@ -109,7 +109,7 @@ def test_results_depend_on_the_picture_alone(model: VisionLanguageModel, files: 
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_features_do_not_depend_on_what_is_encoded_beside_a_picture(model: VisionLanguageModel, views: int) -> None:
     encoder = ViewEncoder(model, views)
-    assert encoder.pictures == 8 // views
+    assert encoder.pictures == 16 // views
     generator = torch.Generator().manual_seed(views)
     size = model.preprocess.image_size
     pictures = [torch.randn((views, 3, size, size), generator=generator) for _ in range(encoder.pictures)]
@@ -152,8 +152,8 @@ def test_batches_of_one_shape_are_filled_up(model: VisionLanguageModel, monkeypa
     monkeypatch.setattr(VisionLanguageModel, "encodes_each_by_itself", lambda self: False)
     monkeypatch.setattr(ViewEncoder, "_is_equal_everywhere", lambda self: True)
     encoder = ViewEncoder(model, 2)
-    assert torch.equal(torch.cat([encoder(pictures[:4]), encoder(pictures[4:])]), expected)
-    assert shapes == [8, 8]
+    assert torch.equal(torch.cat([encoder(pictures[:5]), encoder(pictures[5:])]), expected)
+    assert shapes == [16, 16]
 
 
 def test_the_way_of_a_gpus_pictures_has_the_same_results(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +196,52 @@ def test_a_file_that_cannot_be_read_has_a_result_in_its_place(files: list[Path],
     assert [one.index for one in results] == [0, 1, 2, 3]
     assert results[1].error == "bad.png cannot be read: not an image of a known kind"
     assert results[1].logits is results[1].probabilities is results[1].entropy is results[1].name is None
+
+
+def test_without_workers_nothing_is_computed_while_a_picture_is_decoded(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work: list[str] = []
+
+    def alone(name: str, call: Any) -> Any:
+        def watched(*given: Any, **named: Any) -> Any:
+            at_work.append(name)
+            assert len(at_work) == 1
+            time.sleep(0.002)
+            result = call(*given, **named)
+            assert at_work == [name]
+            at_work.clear()
+            return result
+
+        return watched
+
+    monkeypatch.setattr(pipeline, "pixels_of_picture", alone("decode", pipeline.pixels_of_picture))
+    monkeypatch.setattr(VisionLanguageModel, "image_features", alone("encode", VisionLanguageModel.image_features))
+    groups: list[int] = []
+    original = Adaptation.__call__
+
+    def adapt(adaptation: Adaptation, views: Tensor, **named: Any) -> Any:
+        groups.append(len(views))
+        return original(adaptation, views, **named)
+
+    monkeypatch.setattr(Adaptation, "__call__", alone("adapt", adapt))
+    assert len(list(tiny(workers=0, episodes=4).predict(islice(cycle(files), 24)))) == 24
+    # Groups are filled, because the next picture is waited for while a thread reads it.
+    assert groups == [4] * 6
+
+
+def test_without_workers_no_result_waits_for_the_sources_next_picture(files: list[Path]) -> None:
+    more = threading.Event()
+
+    def source() -> Iterator[Path]:
+        yield from files[:3]
+        assert more.wait(20)
+        yield files[3]
+
+    stream = tiny(workers=0).stream(source())
+    assert [next(stream).index for _ in range(3)] == [0, 1, 2]
+    more.set()
+    assert [one.index for one in stream] == [3]
 
 
 def test_nothing_waits_for_a_slow_file_or_a_slow_source(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
