@@ -157,7 +157,7 @@ class RunOptions:
     seed: int = 0
     """Every random draw comes from (seed, image id), so order, workers and interruptions change nothing."""
     workers: int = 0
-    """Processes, in ttt threads, that read images and make views; with 0 nothing is read ahead."""
+    """Processes, in ttt threads, that read images and make views; with 0 this is done in turn with the rest."""
     limit: int | None = None
     """Use only this many images, spread over the classes."""
     overwrite: bool = False
