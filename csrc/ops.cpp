@@ -29,6 +29,10 @@ TORCH_LIBRARY(rada_fast, library) {
               "Tensor dimage_weight, Tensor dimage_bias, Tensor dtext_weight, Tensor dtext_bias, "
               "Tensor drational_weight, Tensor drational_bias, Tensor dkey_weight, Tensor dkey_bias, "
               "Tensor dvalue_weight, Tensor dvalue_bias, Tensor doutput_weight, Tensor doutput_bias)");
+  // Returns softmax(Q K^T / sqrt(d)) V for each of the heads, (N, L', W), without gradients.
+  //   queries        (N, L', W)
+  //   keys, values   (N, L, W)
+  library.def("encoder_attention(Tensor queries, Tensor keys, Tensor values, int heads) -> Tensor");
   // Returns the indices of the `count` views of every episode whose predictions have the lowest entropies, and all
   // entropies, (E, V). logits: (E, V, K). Indices are in ascending order of entropy; equal entropies in that of the index.
   library.def("select_views(Tensor logits, int count) -> (Tensor indices, Tensor entropies)");

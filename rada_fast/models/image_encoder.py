@@ -26,13 +26,10 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rada_fast import _env
+from rada_fast.ops import encoder_attention
 
 CPU_ROWS = 3200
 """About the most tokens that a CPU encodes at a time: 16 images of a ViT-B/16. See docs/measurements.md."""
-
-CPU_QUERIES = 16
-"""How often a CPU computes the attention of the pooled token. The float32 products of fewer rows have results that
-depend on where the numbers lie in memory, and with it on the number of images."""
 
 _QUICK_GELU_FACTOR = 1.702
 
@@ -99,6 +96,15 @@ class VisionTransformer:
         self._last_block = self._block(blocks[-1], last=True)
         self._norm_post = self._norm(visual.ln_post, torch.float32)
         self._projection = None if visual.proj is None else self._product(visual.proj.T, None, dtype=torch.float32)
+
+    @property
+    def encodes_each_by_itself(self) -> bool:
+        """Whether the features of an image are the same, to the bit, whatever is encoded in the same call.
+
+        A row of oneDNN's products with reordered weights does not depend on the number of rows. Other libraries choose
+        how to compute a product by its shape.
+        """
+        return all(_reorders(self._device.type, dtype) for dtype in (self._dtype, torch.float32))
 
     def _converted(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return parameter.detach().to(dtype or self._dtype)
@@ -173,7 +179,7 @@ class VisionTransformer:
 
     def _through(self, block: Block, rows: Tensor) -> Tensor:
         queries, keys, values = block.keys_values(block.norm_1(rows)).chunk(3, dim=-1)
-        rows = block.output(self._attend(queries, keys, values), rows)
+        rows = block.output(encoder_attention(queries, keys, values, self._heads), rows)
         return block.mlp_output(block.hidden(block.norm_2(rows)), rows)
 
     def _pooled_through(self, block: Block, rows: Tensor) -> Tensor:
@@ -182,15 +188,8 @@ class VisionTransformer:
         keys, values = block.keys_values(normalised).chunk(2, dim=-1)
         assert block.queries is not None
         queries = block.queries(normalised[:, :1].contiguous())
-        if rows.device.type == "cpu":
-            queries = queries.expand(-1, CPU_QUERIES, -1)
-        pooled = block.output(self._attend(queries, keys, values)[:, 0], rows[:, 0].contiguous())
+        pooled = block.output(encoder_attention(queries, keys, values, self._heads)[:, 0], rows[:, 0].contiguous())
         return block.mlp_output(block.hidden(block.norm_2(pooled)), pooled)
-
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend with every head. queries (N, L', W), keys and values (N, L, W). Returns (N, L', W)."""
-        heads = (part.unflatten(-1, (self._heads, -1)).transpose(1, 2) for part in (queries, keys, values))
-        return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
 def _scaled(layer: nn.Linear, scale: Tensor | float, factor: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -147,7 +147,8 @@ class VisionLanguageModel:
         """Return whether the features of an image are the same, to the bit, whatever is encoded in the same call."""
         size = self.preprocess.image_size
         sample = torch.zeros((1, 3, size, size), device=self.device)
-        return self.device.type == "cpu" and self._image_encoder.prepared_for(sample) is not None
+        prepared = self._image_encoder.prepared_for(sample)
+        return prepared is not None and prepared.encodes_each_by_itself
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, ids: Sequence[str] = ()) -> Tensor:

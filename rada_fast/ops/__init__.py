@@ -4,6 +4,7 @@ from rada_fast.ops._backends.choice import BACKENDS, backends, resolve_backend, 
 from rada_fast.ops._backends.transforms import under_transform
 from rada_fast.ops._views import CROP_SCALE, VIEW_COLUMNS
 from rada_fast.ops.augmix import AugmixPlan, augmix, random_augmix
+from rada_fast.ops.encoder_attention import encoder_attention
 from rada_fast.ops.episodic_optimizer import EpisodicOptimizer, episodic_optimizer_step
 from rada_fast.ops.multi_view_crops import (
     multi_view_crops,
@@ -31,6 +32,7 @@ __all__ = [
     "PreparedAdapter",
     "augmix",
     "backends",
+    "encoder_attention",
     "episodic_optimizer_step",
     "gather_views",
     "keep_views",

@@ -131,6 +131,10 @@ def _fake_device_architecture(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.int32)
 
 
+def _fake_encoder_attention(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    return queries.new_empty(queries.shape)
+
+
 def _fake_select_views(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     episodes, views, _ = logits.shape
     indices = logits.new_empty((episodes, count), dtype=torch.int64)
@@ -207,6 +211,7 @@ def _fake_random_augmix(
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "device_architecture": _fake_device_architecture,
+    "encoder_attention": _fake_encoder_attention,
     "select_views": _fake_select_views,
     "prediction_loss": _fake_prediction_loss,
     "episodic_optimizer_step": _fake_episodic_optimizer_step,

@@ -1,0 +1,70 @@
+"""The compiled attention of image encoders agrees with float64, and depends on nothing but one image's own head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rada_fast.ops import encoder_attention, use_backend
+from rada_fast.ops.encoder_attention import _is_served, _serves
+from rada_fast.reference.encoder_attention import encoder_attention as reference
+
+SIZES = [(2, 197, 197, 128, 2), (3, 1, 197, 128, 2), (1, 65, 65, 160, 4), (1, 3, 1, 8, 1), (2, 420, 31, 24, 3)]
+"""N, L', L, W and heads: a ViT-B/16's heads, its pooled token, the shipped model's, and sizes that fill no vector. 420
+queries are more than one block."""
+
+
+def draw(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values as an encoder makes them, side by side in the rows of one product."""
+    images, queries, keys, width, _ = sizes
+    joint = torch.randn(images, max(queries, keys), 3 * width).mul(2).to(dtype)
+    first, second, third = joint.chunk(3, dim=-1)
+    return first[:, :queries], second[:, :keys], third[:, :keys]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_it_agrees_with_float64(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not _serves(dtype):
+        pytest.skip("the compiled operator does not serve this type here")
+    rows, heads = draw(sizes, dtype), sizes[-1]
+    assert _is_served(*rows, heads)
+    exact = reference(*(part.double() for part in rows), heads)
+    error = float((reference(*rows, heads) - exact).abs().max())
+    result = encoder_attention(*rows, heads)
+    assert (result.dtype, result.shape) == (dtype, rows[0].shape)
+    band = 4 * float(torch.finfo(dtype).eps) * float(exact.abs().max())
+    assert float((result - exact).abs().max()) <= 2 * error + band
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_image_does_not_depend_on_the_others(dtype: torch.dtype, backend: str) -> None:
+    for length in (1, 65):
+        rows = draw((19, length, 65, 160, 4), dtype)
+        with use_backend(backend):
+            together = encoder_attention(*rows, 4)
+            for number in (1, 2, 8):
+                alone = encoder_attention(*(part[5 : 5 + number] for part in rows), 4)
+                assert torch.equal(alone, together[5 : 5 + number]), (length, number)
+
+
+def test_a_number_that_is_not_finite_stays_in_its_image() -> None:
+    queries, keys, values = draw((3, 65, 65, 160, 4), torch.float32)
+    values[1, 3, 7] = torch.nan
+    keys[2, 5, 9] = torch.nan
+    result = encoder_attention(queries, keys, values, 4)
+    assert bool(result[0].isfinite().all())
+    assert bool(result[1, :, 7].isnan().all())
+    assert bool(result[2, :, :40].isnan().all())
+
+
+def test_gradients_come_from_pytorch() -> None:
+    rows = [part.clone().requires_grad_() for part in draw((2, 3, 5, 8, 2), torch.float32)]
+    encoder_attention(*rows, 2).sum().backward()
+    expected = [part.detach().clone().requires_grad_() for part in rows]
+    reference(*expected, 2).sum().backward()
+    for part, other in zip(rows, expected, strict=True):
+        torch.testing.assert_close(part.grad, other.grad)
+    assert encoder_attention(*(part[:0] for part in rows), 2).shape == (0, 3, 8)
