@@ -5,6 +5,10 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+
+#include "instruction_set.h"
+
 namespace rada_fast {
 namespace {
 
@@ -38,6 +42,18 @@ void blas_product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, cons
     at::mm_out(out, matrix(a, m, k, lda), matrix(b, k, n, ldb));
 }
 
+// The columns and the depth of the block of B that one call of brgemm reads.
+struct Block {
+  int64_t columns, depth;
+};
+
+// brgemm reads its whole block of B again for every few rows of A. With 16 registers of 256 bits it needs a block that
+// stays in a first-level cache of 32 KiB. With 32 registers of 512 bits it also reaches its full rate from the second
+// level, and needs few columns only to be fast where the number of columns is no multiple of 64.
+Block brgemm_block() {
+  return level() == Level::avx512 ? Block{64, INT64_MAX} : Block{32, 128};
+}
+
 }  // namespace
 
 bool has_brgemm_float() {
@@ -52,10 +68,17 @@ bool has_brgemm_bfloat16() {
 template <>
 void matrix_product<float>(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
                            float* c, int64_t ldc, bool accumulate) {
-  if (has_brgemm_float())
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, false);
-  else
+  if (!has_brgemm_float()) {
     blas_product(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+    return;
+  }
+  static const Block block = brgemm_block();
+  for (int64_t n0 = 0; n0 < n; n0 += block.columns)
+    for (int64_t k0 = 0, depth = 0; k0 < k; k0 += depth) {
+      depth = std::min(block.depth, k - k0);
+      at::native::cpublas::brgemm(m, std::min(block.columns, n - n0), depth, lda, ldb, ldc, accumulate || k0 > 0, a + k0,
+                                  b + k0 * ldb + n0, c + n0, false);
+    }
 }
 
 template <>
