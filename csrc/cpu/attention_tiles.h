@@ -4,15 +4,9 @@
 #include <type_traits>
 
 #include "class_attention.h"
+#include "class_tiles.h"
 
 namespace rada_fast {
-
-// Rounds up to an even number for bfloat16, whose products need an even inner dimension. The added row is zero in one
-// factor and finite in the other.
-template <typename T>
-constexpr int64_t even(int64_t n) {
-  return sizeof(T) == 2 ? round_up(n, 2) : n;
-}
 
 // The keys or values of a head, (rows, ld), as a left factor: the stored array itself, or a widened copy in `memory`.
 template <typename T>
@@ -31,9 +25,9 @@ constexpr int64_t left_factor_size(int64_t elements) {
   return std::is_same_v<T, Factor<T>> ? 0 : elements;
 }
 
-// The number of threads that share one head of one image.
-inline int64_t splits(const Problem& p, int64_t images) {
-  return std::clamp<int64_t>(divide_up(2 * p.threads, images * p.heads), 1, p.query_blocks);
+// The number of tasks that share one head of one image, so that each thread has `tasks` of them or more.
+inline int64_t splits(const Problem& p, int64_t images, int64_t tasks) {
+  return std::clamp<int64_t>(divide_up(tasks * p.threads, std::max<int64_t>(images * p.heads, 1)), 1, p.query_blocks);
 }
 
 // The queries of one block, kind after kind, as an operand: (d, kinds * columns).

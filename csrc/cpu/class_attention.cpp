@@ -1,13 +1,12 @@
 #include "class_attention.h"
 
-#include <ATen/Parallel.h>
-
 #include <cmath>
 #include <limits>
 #include <numeric>
 
 #include "attention_tiles.h"
 #include "matrix_product.h"
+#include "tasks.h"
 
 namespace rada_fast {
 namespace {
@@ -24,7 +23,7 @@ template <typename A>
 struct RunningSoftmax {
   A *running_max, *next_max, *running_sum;
   A* stored_sum;  // sum of the probabilities after they were rounded to 16 bits; for float and double it is running_sum
-  A* output;      // O^T, summed over the keys so far, (d, columns)
+  A* output;      // O^T, summed over the keys so far, (d, columns) with the leading dimension spread(columns)
 
   void start(int64_t columns) const {
     std::fill(running_max, running_max + columns, -std::numeric_limits<A>::infinity());
@@ -40,12 +39,13 @@ class Forward {
   using F = Factor<T>;
 
   Forward(const Problem& problem, int64_t images, const AttentionState<T>& attention)
-      : p(problem), state(attention), heads(images * p.heads), parts(splits(p, images)) {
+      : p(problem), state(attention), heads(images * p.heads), parts(splits(p, images, 4)) {
     statistics.reset(new BlockStatistics<A>[static_cast<size_t>(2 * heads * p.query_blocks)]);
   }
 
   void run() const {
-    at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) { tasks(begin, end); });
+    const int64_t work = heads * p.classes * (4 * kinds * p.classes + 4) * d;
+    share_tasks(p.threads, heads * parts, work, [&](TaskQueue& queue) { tasks(queue); });
     for (int64_t kind = 0; kind < kinds; ++kind)
       for (int64_t head = 0; head < heads; ++head) combine_blocks(kind, head);
   }
@@ -65,10 +65,10 @@ class Forward {
   }
   int64_t offset(int64_t head) const { return head / p.heads * p.image_size() + head % p.heads * d * p.padded; }
 
-  // Works on the tasks from begin to end. A task is some blocks of queries of one head.
-  void tasks(int64_t begin, int64_t end) const {
+  // Works on tasks until none is left. A task is some blocks of queries of one head.
+  void tasks(TaskQueue& queue) const {
     Scratch& scratch = Scratch::rewound();
-    const int64_t most = kinds * kQueryBlock;
+    const int64_t most = spread(kinds * kQueryBlock);
     F *key_rows = scratch.take<F>(p.padded * d), *widened = scratch.take<F>(left_factor_size<T>(p.padded * d));
     F* queries = scratch.take<F>(even<F>(d) * most);
     A* scores = scratch.take<A>(std::max(kKeyBlock * most, p.padded));
@@ -82,7 +82,7 @@ class Forward {
     double* exact = scratch.take<double>(p.image ? p.padded : 0);
     const F* values = nullptr;
     int64_t transposed = -1;  // the head whose keys are in key_rows
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task; queue.take(task);) {
       const int64_t head = task / parts, part = task % parts, blocks = p.query_blocks;
       if (p.image && part == 0) image_query(head, scores, exact);
       if (kinds == 0) continue;
@@ -93,7 +93,7 @@ class Forward {
       }
       for (int64_t block = part * blocks / parts; block < (part + 1) * blocks / parts; ++block) {
         const int64_t q0 = block * kQueryBlock, width = std::min(kQueryBlock, p.classes - q0);
-        pack_queries(p, state, head / p.heads, head % p.heads, q0, width, queries, kinds * width);
+        pack_queries(p, state, head / p.heads, head % p.heads, q0, width, queries, spread(kinds * width));
         attend(key_rows, values, queries, width, scores, probabilities, softmax);
         finish_block(head, block, width, softmax);
       }
@@ -115,23 +115,23 @@ class Forward {
   // Runs the online softmax of one block's queries (`width` per kind) over all keys.
   void attend(const F* key_rows, const F* values, const F* queries, int64_t width, A* scores, F* probabilities,
               RunningSoftmax<A>& softmax) const {
-    const int64_t columns = kinds * width;
+    const int64_t columns = kinds * width, ld = spread(columns);
     softmax.start(columns);
     for (int64_t n0 = 0; n0 < p.classes; n0 += kKeyBlock) {
       const int64_t rows = std::min(kKeyBlock, p.classes - n0);
-      matrix_product<F>(rows, columns, d, key_rows + n0 * d, d, queries, columns, scores, columns, false);
+      matrix_product<F>(rows, columns, d, key_rows + n0 * d, d, queries, ld, scores, ld, false);
       A* next = softmax.next_max;
       std::copy(softmax.running_max, softmax.running_max + columns, next);
-      loops.column_maximum(scores, columns, rows, columns, next);
+      loops.column_maximum(scores, ld, rows, columns, next);
       if (p.matrix_softmax)  // all queries of a kind share one maximum
         for (int64_t c = 0; c < columns; c += width)
           std::fill(next + c, next + c + width, *std::max_element(next + c, next + c + width));
       if (n0 > 0 && !std::equal(next, next + columns, softmax.running_max)) rescale(columns, softmax);
       std::swap(softmax.running_max, softmax.next_max);
-      loops.exponentials(scores, columns, rows, columns, scale, softmax.running_max, softmax.running_sum,
+      loops.exponentials(scores, ld, rows, columns, scale, softmax.running_max, softmax.running_sum,
                          softmax.stored_sum, probabilities);
-      matrix_product<F>(d, columns, even<F>(rows), values + n0, p.padded, probabilities, columns, softmax.output,
-                        columns, n0 > 0);
+      matrix_product<F>(d, columns, even<F>(rows), values + n0, p.padded, probabilities, ld, softmax.output, ld,
+                        n0 > 0);
     }
   }
 
@@ -139,14 +139,14 @@ class Forward {
   void rescale(int64_t columns, const RunningSoftmax<A>& softmax) const {
     A* factors = softmax.running_max;
     loops.rescales(softmax.running_max, softmax.next_max, scale, columns, factors);
-    loops.scale_columns(softmax.output, columns, d, columns, factors);
+    loops.scale_columns(softmax.output, spread(columns), d, columns, factors);
     loops.scale_columns(softmax.running_sum, columns, 1, columns, factors);
     if (sizeof(F) == 2) loops.scale_columns(softmax.stored_sum, columns, 1, columns, factors);
   }
 
   // Divides a block's output by its sums, and stores the output, the maxima and the sums.
   void finish_block(int64_t head, int64_t block, int64_t width, const RunningSoftmax<A>& softmax) const {
-    const int64_t q0 = block * kQueryBlock, columns = kinds * width;
+    const int64_t q0 = block * kQueryBlock, ld = spread(kinds * width);
     const int64_t padding = q0 + width == p.classes ? p.padded - q0 : width;
     for (int64_t kind = 0; kind < kinds; ++kind) {
       A *maximum = softmax.running_max + kind * width, *sum = softmax.running_sum + kind * width;
@@ -159,8 +159,8 @@ class Forward {
         for (int64_t c = 0; c < width; ++c) state.weights[kind][head * p.padded + q0 + c] = share / sum[c];
       }
       for (int64_t c = 0; c < width; ++c) stored[c] = A(1) / stored[c];
-      loops.scale_columns(output, columns, d, width, stored);
-      loops.store_exact(output, columns, nullptr, d, width, padding, state.attended[kind] + offset(head) + q0, p.padded);
+      loops.scale_columns(output, ld, d, width, stored);
+      loops.store_exact(output, ld, nullptr, d, width, padding, state.attended[kind] + offset(head) + q0, p.padded);
     }
   }
 

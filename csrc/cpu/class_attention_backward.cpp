@@ -5,14 +5,13 @@
 // delta^c_i is dO_i . O^c_i for query i, or the mean of these over the queries (matrix softmax). class_attention.h
 // explains the other symbols. A thread owns a head, or a fixed part of its query blocks. The sums of the parts are
 // added in order, without atomics.
-#include <ATen/Parallel.h>
-
 #include <cmath>
 #include <limits>
 #include <numeric>
 
 #include "attention_tiles.h"
 #include "matrix_product.h"
+#include "tasks.h"
 
 namespace rada_fast {
 namespace {
@@ -38,17 +37,17 @@ struct HeadBuffers {
   F *dscores_rows, *dscores, *total_rows;  // for float and double these are the arrays of the scores and the total
 
   HeadBuffers(const Problem& p, Scratch& scratch) {
-    const int64_t d = p.head_width, most = p.per_class_kinds() * kQueryBlock;
+    const int64_t d = p.head_width, most = spread(p.per_class_kinds() * kQueryBlock), width = spread(kQueryBlock);
     key_rows = scratch.take<F>(p.padded * d);
     value_rows = scratch.take<F>(p.padded * d);
     keys = nullptr;
     queries = scratch.take<F>(d * most);
-    query_rows = scratch.take<F>(d * most);
-    doutput = scratch.take<F>(d * kQueryBlock);
-    doutput_rows = scratch.take<F>(d * kQueryBlock);
+    query_rows = scratch.take<F>(spread(d) * most);
+    doutput = scratch.take<F>(d * width);
+    doutput_rows = scratch.take<F>(spread(d) * width);
     scores = scratch.take<A>(kKeyBlock * most);
-    dprobabilities = scratch.take<A>(kKeyBlock * kQueryBlock);
-    total = scratch.take<A>(kKeyBlock * kQueryBlock);
+    dprobabilities = scratch.take<A>(kKeyBlock * width);
+    total = scratch.take<A>(kKeyBlock * width);
     dqueries = scratch.take<A>(d * most);
     delta = scratch.take<A>(2 * p.padded);
     maximum = scratch.take<A>(most);
@@ -56,7 +55,7 @@ struct HeadBuffers {
     if (sizeof(F) == 2) {
       dscores_rows = scratch.take<F>(kKeyBlock * most);
       dscores = scratch.take<F>(kKeyBlock * most);
-      total_rows = scratch.take<F>(kKeyBlock * kQueryBlock);
+      total_rows = scratch.take<F>(kKeyBlock * width);
     } else {
       dscores_rows = dscores = reinterpret_cast<F*>(scores);
       total_rows = reinterpret_cast<F*>(total);
@@ -68,6 +67,7 @@ struct HeadBuffers {
 struct QueryBlock {
   int64_t q0, exact, width, columns;
   bool first;  // whether it is the first block of its task
+  int64_t ld = spread(columns), ld_width = spread(width);
 };
 
 template <typename T>
@@ -95,17 +95,30 @@ class Backward {
     }
   }
 
-  // Adds the contribution of the image query, a single row, and stores the sums of a head.
-  void finish(int64_t b, int64_t h, A* dkeys, A* dvalues, Scratch& scratch) const {
-    if (p.image) image_query(b, h, dkeys, dvalues, scratch);
-    A* transposed = scratch.take<A>(d * p.padded);
-    const auto store = [&](const A* sums, F* to) {
-      if (!to) return;
-      loops.transpose_exact(sums, d, p.classes, d, transposed, p.padded);
-      factors.store(transposed, p.padded, nullptr, d, p.classes, p.padded, to + offset(b, h), p.padded);
+  // Adds the contribution of the image query, a single row, to a head's dkeys and dvalues.
+  void image_query(int64_t b, int64_t h, A* dkeys, A* dvalues, Scratch& scratch) const {
+    if (p.image) single_row(b, h, dkeys, dvalues, scratch);
+  }
+
+  // Stores features c0 to c0 + columns of a head's dkeys and dvalues. The sums of `parts` tasks are added up in order:
+  // each is (dkeys, dvalues), both (classes, d), one task after the other.
+  void finish(int64_t b, int64_t h, int64_t c0, int64_t columns, const A* sums, int64_t parts, Scratch& scratch) const {
+    const int64_t size = p.classes * d, to = offset(b, h) + c0 * p.padded;
+    A* transposed = scratch.take<A>(columns * p.padded);
+    A* added = parts > 1 ? scratch.take<A>(p.classes * columns) : nullptr;
+    const auto store = [&](const A* from, F* out_of_head) {
+      if (!out_of_head) return;
+      for (int64_t k = 0; added && k < p.classes; ++k) {
+        A* row = added + k * columns;
+        std::copy_n(from + k * d + c0, columns, row);
+        for (int64_t part = 1; part < parts; ++part)
+          for (int64_t c = 0; c < columns; ++c) row[c] += from[2 * part * size + k * d + c0 + c];
+      }
+      loops.transpose_exact(added ? added : from + c0, added ? columns : d, p.classes, columns, transposed, p.padded);
+      factors.store(transposed, p.padded, nullptr, columns, p.classes, p.padded, out_of_head + to, p.padded);
     };
-    store(dkeys, out.dkeys);
-    store(dvalues, out.dvalues);
+    store(sums, out.dkeys);
+    store(sums + size, out.dvalues);
   }
 
  private:
@@ -145,12 +158,12 @@ class Backward {
 
   void load_block(int64_t b, int64_t h, const QueryBlock& block, const HeadBuffers<T>& buffers) const {
     const int64_t head = b * p.heads + h, at = offset(b, h), q0 = block.q0, width = block.width;
-    pack_queries(p, state, b, h, q0, width, buffers.queries, block.columns);
-    factors.pack_stored(out.doutput + at + q0, p.padded, d, width, buffers.doutput, width);
-    factors.pack_transposed(out.doutput + at + q0, p.padded, d, width, buffers.doutput_rows, d);
+    pack_queries(p, state, b, h, q0, width, buffers.queries, block.ld);
+    factors.pack_stored(out.doutput + at + q0, p.padded, d, width, buffers.doutput, block.ld_width);
+    factors.pack_transposed(out.doutput + at + q0, p.padded, d, width, buffers.doutput_rows, spread(d));
     for (int64_t kind = 0; kind < kinds; ++kind) {
       const T* query = kind == 0 && p.text ? state.text_query + h * d * p.padded : state.rational_query + at;
-      loops.pack_transposed(query + q0, p.padded, d, width, buffers.query_rows + kind * width * d, d);
+      loops.pack_transposed(query + q0, p.padded, d, width, buffers.query_rows + kind * width * spread(d), spread(d));
       A *maximum = buffers.maximum + kind * width, *weight = buffers.weight + kind * width;
       for (int64_t c = 0; c < block.exact; ++c) {
         const int64_t from = p.matrix_softmax ? head : head * p.padded + q0 + c;
@@ -167,49 +180,49 @@ class Backward {
   // Handles one tile: a block of queries with `rows` keys from n0 on.
   void tile(const QueryBlock& block, int64_t n0, int64_t rows, const HeadBuffers<T>& buffers, A* dkeys,
             A* dvalues) const {
-    const int64_t width = block.width, columns = block.columns;
+    const int64_t width = block.width, columns = block.columns, ld = block.ld, ld_width = block.ld_width;
     A *scores = buffers.scores, *dprobabilities = buffers.dprobabilities, *total = buffers.total;
-    matrix_product<F>(rows, columns, d, buffers.key_rows + n0 * d, d, buffers.queries, columns, scores, columns, false);
-    matrix_product<F>(rows, width, d, buffers.value_rows + n0 * d, d, buffers.doutput, width, dprobabilities, width,
+    matrix_product<F>(rows, columns, d, buffers.key_rows + n0 * d, d, buffers.queries, ld, scores, ld, false);
+    matrix_product<F>(rows, width, d, buffers.value_rows + n0 * d, d, buffers.doutput, ld_width, dprobabilities, ld_width,
                       false);
     for (int64_t kind = 0; kind < kinds; ++kind)
-      loops.score_gradients(scores + kind * width, columns, dprobabilities, total, width, rows, width, scale,
+      loops.score_gradients(scores + kind * width, ld, dprobabilities, total, ld_width, rows, width, scale,
                             buffers.maximum + kind * width, buffers.weight + kind * width,
                             buffers.delta + kind * p.padded + block.q0, kind == 0);
     if (dvalues) {
-      if (sizeof(F) == 2) factors.store(total, width, nullptr, rows, width, width, buffers.total_rows, width);
-      matrix_product<F>(rows, d, width, buffers.total_rows, width, buffers.doutput_rows, d, dvalues + n0 * d, d,
-                        !block.first);
+      if (sizeof(F) == 2) factors.store(total, ld_width, nullptr, rows, width, width, buffers.total_rows, ld_width);
+      matrix_product<F>(rows, d, width, buffers.total_rows, ld_width, buffers.doutput_rows, spread(d), dvalues + n0 * d,
+                        d, !block.first);
     }
     if (!need_scores) return;
     if (sizeof(F) == 2) {
-      factors.store(scores, columns, nullptr, rows, columns, columns, buffers.dscores_rows, columns);
-      factors.pack_stored(buffers.dscores_rows, columns, rows, columns, buffers.dscores, columns);
+      factors.store(scores, ld, nullptr, rows, columns, columns, buffers.dscores_rows, ld);
+      factors.pack_stored(buffers.dscores_rows, ld, rows, columns, buffers.dscores, ld);
     }
     if (dkeys)
-      matrix_product<F>(rows, d, columns, buffers.dscores_rows, columns, buffers.query_rows, d, dkeys + n0 * d, d,
+      matrix_product<F>(rows, d, columns, buffers.dscores_rows, ld, buffers.query_rows, spread(d), dkeys + n0 * d, d,
                         !block.first);
     if (need_queries)
-      matrix_product<F>(d, columns, even<F>(rows), buffers.keys + n0, p.padded, buffers.dscores, columns,
-                        buffers.dqueries, columns, n0 > 0);
+      matrix_product<F>(d, columns, even<F>(rows), buffers.keys + n0, p.padded, buffers.dscores, ld, buffers.dqueries, ld,
+                        n0 > 0);
   }
 
   void store_queries(int64_t b, int64_t h, const QueryBlock& block, const HeadBuffers<T>& buffers) const {
-    const int64_t at = offset(b, h) + block.q0, columns = block.columns;
+    const int64_t at = offset(b, h) + block.q0, ld = block.ld;
     const int64_t padding = block.q0 + block.exact == p.classes ? p.padded - block.q0 : block.exact;
     if (out.dtext_query)
       for (int64_t r = 0; r < d; ++r) {
-        const A* from = buffers.dqueries + r * columns;
+        const A* from = buffers.dqueries + r * ld;
         A* to = out.dtext_query + at + r * p.padded;
         std::copy(from, from + block.exact, to);
         std::fill(to + block.exact, to + padding, A(0));
       }
     if (out.drational_query)
-      factors.store(buffers.dqueries + (kinds - 1) * block.width, columns, nullptr, d, block.exact, padding,
+      factors.store(buffers.dqueries + (kinds - 1) * block.width, ld, nullptr, d, block.exact, padding,
                     out.drational_query + at, p.padded);
   }
 
-  void image_query(int64_t b, int64_t h, A* dkeys, A* dvalues, Scratch& scratch) const {
+  void single_row(int64_t b, int64_t h, A* dkeys, A* dvalues, Scratch& scratch) const {
     const int64_t at = offset(b, h), row = b * p.width + h * d;
     const A share = A(1) / static_cast<A>(p.kinds());
     A *probability = scratch.take<A>(p.padded), *dscore = scratch.take<A>(p.padded), *doutput = scratch.take<A>(d);
@@ -245,12 +258,13 @@ void class_attention_backward(const Problem& p, int64_t images, const AttentionS
                               const AttentionGradients<T>& out) {
   using A = Acc<T>;
   const Backward<T> backward(p, state, out);
-  const int64_t heads = images * p.heads, size = p.classes * p.head_width, blocks = p.query_blocks;
-  const int64_t parts = p.per_class_kinds() ? splits(p, images) : 1;
+  const int64_t d = p.head_width, heads = images * p.heads, size = p.classes * d, blocks = p.query_blocks;
+  const int64_t parts = p.per_class_kinds() ? splits(p, images, 2) : 1;
+  const int64_t work = heads * p.classes * (8 * p.per_class_kinds() * p.classes + 16) * d;
   std::unique_ptr<A[]> shared(parts > 1 ? new A[static_cast<size_t>(2 * heads * parts * size)] : nullptr);
 
-  at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
+  share_tasks(p.threads, heads * parts, work, [&](TaskQueue& queue) {
+    for (int64_t task; queue.take(task);) {
       Scratch& scratch = Scratch::rewound();
       const int64_t head = task / parts, part = task % parts, b = head / p.heads, h = head % p.heads;
       A* sums = shared ? shared.get() + 2 * task * size : scratch.take<A>(2 * size);
@@ -259,18 +273,18 @@ void class_attention_backward(const Problem& p, int64_t images, const AttentionS
         backward.per_class_queries(b, h, part * blocks / parts, (part + 1) * blocks / parts, dkeys, dvalues, scratch);
       else
         std::fill(sums, sums + 2 * size, A(0));
-      if (!shared) backward.finish(b, h, dkeys, dvalues, scratch);
+      if (part == 0) backward.image_query(b, h, dkeys, dvalues, scratch);
+      if (!shared) backward.finish(b, h, 0, d, sums, 1, scratch);
     }
   });
   if (!shared) return;
 
-  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; ++head) {
-      A* sums = shared.get() + 2 * head * parts * size;
-      for (int64_t part = 1; part < parts; ++part)
-        for (int64_t i = 0; i < 2 * size; ++i) sums[i] += sums[2 * part * size + i];
-      backward.finish(head / p.heads, head % p.heads, out.dkeys ? sums : nullptr, out.dvalues ? sums + size : nullptr,
-                      Scratch::rewound());
+  const int64_t slices = divide_up(d, kFeatureBlock);
+  share_tasks(p.threads, heads * slices, heads * parts * size, [&](TaskQueue& queue) {
+    for (int64_t task; queue.take(task);) {
+      const int64_t head = task / slices, c0 = task % slices * kFeatureBlock;
+      backward.finish(head / p.heads, head % p.heads, c0, std::min(kFeatureBlock, d - c0),
+                      shared.get() + 2 * head * parts * size, parts, Scratch::rewound());
     }
   });
 }

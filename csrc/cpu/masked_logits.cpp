@@ -1,32 +1,52 @@
 #include "masked_logits.h"
 
-#include <ATen/Parallel.h>
-
+#include "class_tiles.h"
 #include "matrix_product.h"
+#include "tasks.h"
 
 namespace rada_fast {
 namespace {
 
-// The number of classes per tile: at most `most`, and fewer where the tiles of a few images must occupy all threads.
-int64_t tile_width(const Problem& p, int64_t images, int64_t most) {
-  const int64_t tiles = divide_up(2 * p.threads, images);
-  return std::clamp<int64_t>(round_up(divide_up(p.classes, tiles), 16), 32, most);
+// The tiles of classes, with at most `most` in a tile, and fewer where the tiles of a few images must occupy all threads.
+template <typename T>
+ClassTiles tiles_of(const Problem& p, int64_t images, int64_t most) {
+  const int64_t pitch = even<T>(p.classes), tiles = 2 * p.threads;
+  return {p, images, std::clamp<int64_t>(round_up(divide_up(images * pitch, tiles), 16), 32, most), pitch};
 }
 
-// Computes O^T of a tile as an operand. The tile itself stays in `exact`, which float and double use as the operand.
+// The arrays of a tile. O^T and the gradients are (D, columns) with the leading dimension ld.
 template <typename T>
-void attended_operand(const Problem& p, int64_t b, int64_t k0, int64_t columns, const Attended<Acc<T>>& state,
-                      Acc<T>* exact, T* operand) {
-  combine_attended<Acc<T>>(p, b, k0, columns, state, exact, columns);
-  if (sizeof(T) == 2) chosen_loops<AdapterLoops<T>>().pack(exact, columns, nullptr, nullptr, p.width, columns, operand, columns);
-}
+struct TileBuffers {
+  using A = Acc<T>;
+  A* exact;
+  T* operand;  // O^T as an operand; for float and double it is `exact`
+  A* product;  // (kFeatureBlock, columns)
+  int64_t columns, ld;
 
-template <typename T>
-MaskRows<Acc<T>> mask_rows(const Problem& p, const OutputInputs<T>& in, int64_t b, int64_t r0, int64_t rows, int64_t k0,
-                           int64_t columns, const Acc<T>* product) {
-  return {product,   columns, rows, columns, in.bias ? in.bias + r0 : nullptr, in.image + b * p.width + r0,
-          in.text + r0 * p.padded + k0, p.padded, p.relu, p.penalty};
-}
+  TileBuffers(const Problem& p, int64_t most, Scratch& scratch) {
+    exact = scratch.take<A>(p.width * spread(most));
+    operand = sizeof(T) == 2 ? scratch.take<T>(round_up(p.width, 2) * spread(most)) : reinterpret_cast<T*>(exact);
+    product = scratch.take<A>(kFeatureBlock * spread(most));
+  }
+
+  // Computes O^T of a tile, and the same as an operand.
+  void load(const Problem& p, const ClassTiles& tiles, int64_t tile, const Attended<A>& state) {
+    columns = whole_vectors(tiles.columns(tile));
+    ld = spread(columns);
+    tiles.parts(tile, [&](const TilePart& part) {
+      combine_attended<A>(p, part.image, part.first_class, part.columns, state, exact + part.at, ld);
+    });
+    clear_columns(exact, ld, p.width, tiles.columns(tile), columns);
+    if (sizeof(T) == 2)
+      chosen_loops<AdapterLoops<T>>().pack(exact, ld, nullptr, nullptr, p.width, columns, operand, ld);
+  }
+
+  MaskRows<A> mask_rows(const Problem& p, const OutputInputs<T>& in, const TilePart& part, int64_t r0,
+                        int64_t rows) const {
+    return {product + part.at, ld, rows, part.columns, in.bias ? in.bias + r0 : nullptr,
+            in.image + part.image * p.width + r0, in.text + r0 * p.padded + part.first_class, p.padded, p.relu, p.penalty};
+  }
+};
 
 template <typename A>
 struct Peak {
@@ -53,49 +73,58 @@ void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<
                            Acc<T>* logits, double* penalty, int64_t* peak, Acc<T>* mask) {
   using A = Acc<T>;
   const auto& loops = chosen_loops<AdapterLoops<T>>();
-  const int64_t D = p.width, width = tile_width(p, images, kClassTile), tiles = divide_up(p.classes, width);
-  std::unique_ptr<double[]> sums(new double[static_cast<size_t>(images * tiles)]());
-  std::unique_ptr<Peak<A>[]> peaks(new Peak<A>[static_cast<size_t>(images * tiles)]);
-  at::parallel_for(0, images * tiles, 1, [&](int64_t begin, int64_t end) {
+  const int64_t D = p.width, pitch = even<T>(p.classes);
+  const ClassTiles tiles = tiles_of<T>(p, images, kClassTile);
+  // A tile and an image that it has a part of: the number tile + image belongs to no other two.
+  const auto numbers = static_cast<size_t>(tiles.count() + images);
+  std::unique_ptr<double[]> sums(new double[numbers]());
+  std::unique_ptr<Peak<A>[]> peaks(new Peak<A>[numbers]);
+  share_tasks(p.threads, tiles.count(), images * p.classes * D * D, [&](TaskQueue& queue) {
     Scratch& scratch = Scratch::rewound();
-    A* exact = scratch.take<A>(D * width);
-    T* operand = sizeof(T) == 2 ? scratch.take<T>(round_up(D, 2) * width) : reinterpret_cast<T*>(exact);
-    A* product = scratch.take<A>(kFeatureBlock * width);
+    TileBuffers<T> buffers(p, tiles.width(), scratch);
     // The sums over blocks of features are added in double: one chain of D float additions would lose a digit.
-    A* row = scratch.take<A>(width);
-    double* totals = scratch.take<double>(width);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / tiles, k0 = task % tiles * width, columns = std::min(width, p.classes - k0);
-      attended_operand(p, b, k0, columns, state, exact, operand);
-      std::fill(totals, totals + columns, 0.0);
+    A* row = scratch.take<A>(tiles.width());
+    double* totals = scratch.take<double>(tiles.width());
+    for (int64_t tile; queue.take(tile);) {
+      buffers.load(p, tiles, tile, state);
+      std::fill(totals, totals + tiles.width(), 0.0);
       for (int64_t r0 = 0; r0 < D; r0 += kFeatureBlock) {
         const int64_t rows = std::min(kFeatureBlock, D - r0);
-        matrix_product<T>(rows, columns, D, in.weight + r0 * D, D, operand, columns, product, columns, false);
-        const auto block = mask_rows(p, in, b, r0, rows, k0, columns, product);
-        std::fill(row, row + columns, A(0));
-        const A found = loops.mask_forward(block, row, mask ? mask + (b * D + r0) * p.classes + k0 : nullptr, p.classes);
-        if (p.penalty == Penalty::linf) {
-          Peak<A>& best = peaks[static_cast<size_t>(task)];
-          if (best.precedes(found, k0 * D + r0)) {
-            const int64_t at = loops.mask_find(block, found, D);
-            best.offer(found, k0 * D + r0 + at);
+        matrix_product<T>(rows, buffers.columns, D, in.weight + r0 * D, D, buffers.operand, buffers.ld, buffers.product,
+                          buffers.ld, false);
+        std::fill(row, row + tiles.width(), A(0));
+        tiles.parts(tile, [&](const TilePart& part) {
+          const int64_t b = part.image, k0 = part.first_class;
+          const auto block = buffers.mask_rows(p, in, part, r0, rows);
+          const A found =
+              loops.mask_forward(block, row + part.at, mask ? mask + (b * D + r0) * p.classes + k0 : nullptr, p.classes);
+          const auto number = static_cast<size_t>(tile + b);
+          if (p.penalty == Penalty::linf) {
+            Peak<A>& best = peaks[number];
+            if (best.precedes(found, k0 * D + r0)) {
+              const int64_t at = loops.mask_find(block, found, D);
+              best.offer(found, k0 * D + r0 + at);
+            }
+          } else {
+            sums[number] += static_cast<double>(found);
           }
-        } else {
-          sums[static_cast<size_t>(task)] += static_cast<double>(found);
-        }
-        for (int64_t c = 0; c < columns; ++c) totals[c] += static_cast<double>(row[c]);
+        });
+        for (int64_t c = 0; c < tiles.columns(tile); ++c) totals[c] += static_cast<double>(row[c]);
       }
-      for (int64_t c = 0; c < columns; ++c) logits[b * p.classes + k0 + c] = static_cast<A>(totals[c]);
+      tiles.parts(tile, [&](const TilePart& part) {
+        A* to = logits + part.image * p.classes + part.first_class;
+        for (int64_t c = 0; c < part.columns; ++c) to[c] = static_cast<A>(totals[part.at + c]);
+      });
     }
   });
   if (p.penalty == Penalty::none) return;
   for (int64_t b = 0; b < images; ++b) {
     Peak<A> best;
     penalty[b] = 0;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const auto task = static_cast<size_t>(b * tiles + tile);
-      penalty[b] += sums[task];
-      best.offer(peaks[task].value, peaks[task].at);
+    for (int64_t tile = b * pitch / tiles.width(); tile * tiles.width() < (b + 1) * pitch; ++tile) {
+      const auto number = static_cast<size_t>(tile + b);
+      penalty[b] += sums[number];
+      best.offer(peaks[number].value, peaks[number].at);
     }
     if (p.penalty == Penalty::linf) {
       penalty[b] = static_cast<double>(best.value);
@@ -109,54 +138,61 @@ void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs
                             const OutputGradients<T>& out) {
   using A = Acc<T>;
   const auto& loops = chosen_loops<AdapterLoops<T>>();
-  const int64_t D = p.width, width = tile_width(p, images, kQueryBlock), tiles = divide_up(p.classes, width);
+  const int64_t D = p.width, pitch = even<T>(p.classes);
+  const ClassTiles tiles = tiles_of<T>(p, images, kQueryBlock);
   const A per_element = p.penalty == Penalty::linf ? A(0) : out.dpenalty;
-  at::parallel_for(0, images * tiles, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(p.threads, tiles.count(), 2 * images * p.classes * D * D, [&](TaskQueue& queue) {
     Scratch& scratch = Scratch::rewound();
-    A *exact = scratch.take<A>(D * width), *gradient = scratch.take<A>(D * width);
-    T *operand = reinterpret_cast<T*>(exact), *gradient_operand = reinterpret_cast<T*>(gradient);
-    if (sizeof(T) == 2) {
-      operand = scratch.take<T>(D * width);
-      gradient_operand = scratch.take<T>(D * width);
-    }
-    A* product = scratch.take<A>(kFeatureBlock * width);
-    A* transposed = scratch.take<A>(D * width);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / tiles, k0 = task % tiles * width, columns = std::min(width, p.classes - k0);
-      const int64_t padding = k0 + columns == p.classes ? p.padded - k0 : columns, at = b * p.image_size() + k0;
-      attended_operand(p, b, k0, columns, state, exact, operand);
+    TileBuffers<T> buffers(p, tiles.width(), scratch);
+    A *gradient = scratch.take<A>(D * spread(tiles.width())), *transposed = scratch.take<A>(D * tiles.width());
+    T* gradient_operand = reinterpret_cast<T*>(gradient);
+    if (sizeof(T) == 2) gradient_operand = scratch.take<T>(round_up(D, 2) * spread(tiles.width()));
+    for (int64_t tile; queue.take(tile);) {
+      buffers.load(p, tiles, tile, state);
+      const int64_t columns = buffers.columns, ld = buffers.ld;
+      const A* product = buffers.product;
+      clear_columns(gradient, ld, D, tiles.columns(tile), columns);
       for (int64_t r0 = 0; r0 < D; r0 += kFeatureBlock) {
         const int64_t rows = std::min(kFeatureBlock, D - r0);
-        matrix_product<T>(rows, columns, D, in.weight + r0 * D, D, operand, columns, product, columns, false);
-        const auto block = mask_rows(p, in, b, r0, rows, k0, columns, product);
-        A* weighted = out.weighted ? out.weighted + at + r0 * p.padded : nullptr;
-        loops.mask_backward(block, out.dlogits + b * p.classes + k0, per_element,
-                           out.dmask ? out.dmask + (b * D + r0) * p.classes + k0 : nullptr, p.classes,
-                           gradient + r0 * columns, columns, weighted, p.padded);
-        if (p.penalty == Penalty::linf) {
-          const int64_t k = out.peak[b] / D - k0, r = out.peak[b] % D - r0;
-          if (k >= 0 && k < columns && r >= 0 && r < rows) {
-            const A offset = product[r * columns + k] + (in.bias ? in.bias[r0 + r] : A(0));
-            const bool open = !p.relu || 1 + offset > 0;
-            const A sign = offset > 0 ? A(1) : (offset < 0 ? A(-1) : A(0));
-            if (open) gradient[(r0 + r) * columns + k] += sign * out.dpenalty;
+        matrix_product<T>(rows, columns, D, in.weight + r0 * D, D, buffers.operand, ld, buffers.product, ld, false);
+        tiles.parts(tile, [&](const TilePart& part) {
+          const int64_t b = part.image, k0 = part.first_class, at = b * p.image_size() + k0;
+          loops.mask_backward(buffers.mask_rows(p, in, part, r0, rows), out.dlogits + b * p.classes + k0, per_element,
+                              out.dmask ? out.dmask + (b * D + r0) * p.classes + k0 : nullptr, p.classes,
+                              gradient + r0 * ld + part.at, ld,
+                              out.weighted ? out.weighted + at + r0 * p.padded : nullptr, p.padded);
+          if (p.penalty == Penalty::linf) {
+            const int64_t k = out.peak[b] / D - k0, r = out.peak[b] % D - r0;
+            if (k >= 0 && k < part.columns && r >= 0 && r < rows) {
+              const A offset = product[r * ld + part.at + k] + (in.bias ? in.bias[r0 + r] : A(0));
+              const bool open = !p.relu || 1 + offset > 0;
+              const A sign = offset > 0 ? A(1) : (offset < 0 ? A(-1) : A(0));
+              if (open) gradient[(r0 + r) * ld + part.at + k] += sign * out.dpenalty;
+            }
           }
+        });
+      }
+      tiles.parts(tile, [&](const TilePart& part) {
+        if (out.doffset)
+          loops.store(gradient + part.at, ld, nullptr, D, part.columns, part.stored(p),
+                      out.doffset + part.image * p.image_size() + part.first_class, p.padded);
+        if (out.attended) {
+          T* to = out.attended + (part.image * pitch + part.first_class) * spread(D);
+          // A part starts at an even row for bfloat16, so both rows of a pair lie in one part. A row of zeros completes an
+          // odd number of rows.
+          loops.transpose_exact(buffers.exact + part.at, ld, D, part.columns, transposed, D);
+          loops.pack(transposed, D, nullptr, nullptr, part.columns, D, to, spread(D));
         }
-      }
-      if (out.doffset) loops.store(gradient, columns, nullptr, D, columns, padding, out.doffset + at, p.padded);
-      if (out.attended) {
-        // A tile starts at an even row, so both rows of a pair lie in the same tile. Rows past the last class are only
-        // multiplied by zeros, and the row that completes an odd number is zero itself.
-        loops.transpose_exact(exact, columns, D, columns, transposed, D);
-        loops.pack(transposed, D, nullptr, nullptr, columns, D, out.attended + b * p.image_size() + k0 * D, D);
-      }
+      });
       if (!out.dattended) continue;
-      if (sizeof(T) == 2) loops.pack(gradient, columns, nullptr, nullptr, D, columns, gradient_operand, columns);
+      if (sizeof(T) == 2) loops.pack(gradient, ld, nullptr, nullptr, D, columns, gradient_operand, ld);
       for (int64_t r0 = 0; r0 < D; r0 += kFeatureBlock) {
         const int64_t rows = std::min(kFeatureBlock, D - r0);
-        matrix_product<T>(rows, columns, D, out.transposed + r0 * D, D, gradient_operand, columns, product, columns,
-                          false);
-        loops.store(product, columns, nullptr, rows, columns, padding, out.dattended + at + r0 * p.padded, p.padded);
+        matrix_product<T>(rows, columns, D, out.transposed + r0 * D, D, gradient_operand, ld, buffers.product, ld, false);
+        tiles.parts(tile, [&](const TilePart& part) {
+          loops.store(product + part.at, ld, nullptr, rows, part.columns, part.stored(p),
+                      out.dattended + part.image * p.image_size() + part.first_class + r0 * p.padded, p.padded);
+        });
       }
     }
   });
@@ -166,19 +202,22 @@ template <typename T>
 void output_weight_gradients(const Problem& p, int64_t images, const T* doffset, const T* attended, Acc<T>* dweight,
                              Acc<T>* dbias, bool add) {
   const auto& loops = chosen_loops<AdapterLoops<T>>();
-  const int64_t D = p.width, height = std::clamp<int64_t>(round_up(divide_up(D, 2 * p.threads), 16), 32, 128);
-  const int64_t inner = sizeof(T) == 2 ? round_up(p.classes, 2) : p.classes;
-  at::parallel_for(0, divide_up(D, height), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
+  const int64_t D = p.width, ld = spread(D), pitch = even<T>(p.classes);
+  const ClassTiles tiles(p, images, kClassTile, pitch);
+  const int64_t height = std::clamp<int64_t>(round_up(divide_up(D, 2 * p.threads), 16), 32, 128);
+  share_tasks(p.threads, divide_up(D, height), images * p.classes * D * D, [&](TaskQueue& queue) {
+    T* copy = Scratch::rewound().take<T>(height * kClassTile);
+    for (int64_t task; queue.take(task);) {
       const int64_t r0 = task * height, rows = std::min(height, D - r0);
-      for (int64_t b = 0; b < images; ++b) {
-        const T* gradient = doffset + b * p.image_size() + r0 * p.padded;
-        // The classes are taken in blocks, so that the block of the operand stays in the cache for all rows.
-        for (int64_t k0 = 0; dweight && k0 < inner; k0 += kClassTile)
-          matrix_product<T>(rows, D, std::min(kClassTile, inner - k0), gradient + k0, p.padded,
-                            attended + b * p.image_size() + k0 * D, D, dweight + r0 * D, D, add || b > 0 || k0 > 0);
-        if (dbias) loops.row_sums(gradient, p.padded, rows, p.classes, dbias + r0);
+      // The operand of a tile of classes stays in the cache for all rows.
+      for (int64_t tile = 0; dweight && tile < tiles.count(); ++tile) {
+        int64_t ldg;
+        const T* gradient = tiles.left_rows(p, tile, doffset, r0, rows, copy, ldg);
+        matrix_product<T>(rows, D, tiles.columns(tile), gradient, ldg, attended + tile * kClassTile * ld, ld,
+                          dweight + r0 * D, D, add || tile > 0);
       }
+      for (int64_t b = 0; dbias && b < images; ++b)
+        loops.row_sums(doffset + b * p.image_size() + r0 * p.padded, p.padded, rows, p.classes, dbias + r0);
     }
   });
 }

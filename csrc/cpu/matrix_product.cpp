@@ -56,6 +56,11 @@ Block brgemm_block() {
 
 }  // namespace
 
+int64_t whole_vectors(int64_t columns) {
+  static const int64_t lanes = level() == Level::avx512 ? 16 : 8;
+  return (columns + lanes - 1) / lanes * lanes;
+}
+
 bool has_brgemm_float() {
   static const bool works = brgemm_works<float>();
   return works;

@@ -18,6 +18,9 @@ template <typename T>
 void matrix_product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
                     int64_t ldc, bool accumulate);
 
+// Rounds a number of columns up to whole vectors: products of columns that fill vectors are faster.
+int64_t whole_vectors(int64_t columns);
+
 // Whether oneDNN's brgemm serves this type here.
 bool has_brgemm_float();
 bool has_brgemm_bfloat16();

@@ -21,8 +21,15 @@ constexpr int64_t kKeyBlock = 256;
 constexpr int64_t kClassTile = 256;
 constexpr int64_t kFeatureBlock = 64;
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Rounds up to an even number for bfloat16, whose products need an even inner dimension. The added row is zero in one
+// factor and finite in the other. even<T>(1) is the number of elements that a column has in each row of an operand.
+template <typename T>
+constexpr int64_t even(int64_t n) {
+  return sizeof(T) == 2 ? round_up(n, 2) : n;
+}
 
 struct Problem {
   int64_t batch, classes, width, heads, head_width;

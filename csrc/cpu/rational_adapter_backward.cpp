@@ -2,6 +2,7 @@
 // another, and ends with the gradients that all images share.
 #include <torch/library.h>
 
+#include "class_tiles.h"
 #include "rational_adapter.h"
 
 namespace rada_fast {
@@ -100,7 +101,8 @@ class AdapterBackward {
   Tensor dimage_query;   // (B, D)
   // The transposed weights, (D, D), where a gradient goes through them.
   std::array<Tensor, kRoles> transposed_weights;
-  // The buffers of a chunk, (images, D, padded), undefined where they are not needed.
+  // The buffers of a chunk, (images, D, padded), undefined where they are not needed. `attended` is an operand with a row
+  // for each image and class.
   Tensor doffset, attended, dattended, weighted, dkeys, dvalues, drational_query, dtext_queries;
 
   void allocate_results() {
@@ -126,7 +128,7 @@ class AdapterBackward {
       return !wanted ? Tensor() : single_class ? at::zeros(shape, type) : at::empty(shape, type);
     };
     doffset = buffer(needed.role(kOutput), factor);
-    attended = buffer(needed.weights[kOutput], factor);
+    if (needed.weights[kOutput]) attended = at::empty({step, p.padded, spread(p.width)}, factor);
     dattended = buffer(need_attention, factor);
     weighted = buffer(features, exact);
     dkeys = buffer(need_keys, factor);

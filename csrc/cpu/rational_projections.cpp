@@ -1,8 +1,8 @@
 #include "rational_projections.h"
 
-#include <ATen/Parallel.h>
-
+#include "class_tiles.h"
 #include "matrix_product.h"
+#include "tasks.h"
 
 namespace rada_fast {
 
@@ -12,32 +12,36 @@ void rational_projections(const Problem& p, int64_t images, const Acc<T>* image,
   using A = Acc<T>;
   using F = Factor<T>;
   const auto& loops = chosen_loops<AdapterLoops<T>>();
-  const int64_t D = p.width, tiles = divide_up(p.classes, kClassTile), blocks = divide_up(D, kFeatureBlock);
+  const int64_t D = p.width, blocks = divide_up(D, kFeatureBlock), units = count * blocks;
+  const ClassTiles tiles(p, images, kClassTile, p.classes);
   // With few tiles, as for one image with few classes, the features are split as well; each part computes R again.
-  const int64_t units = count * blocks;
-  const int64_t parts = std::clamp<int64_t>(divide_up(4 * p.threads, images * tiles), 1, units);
+  const int64_t parts = std::clamp<int64_t>(divide_up(4 * p.threads, std::max<int64_t>(tiles.count(), 1)), 1, units);
 
-  at::parallel_for(0, images * tiles * parts, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(p.threads, tiles.count() * parts, count * images * p.classes * D * D, [&](TaskQueue& queue) {
     Scratch& scratch = Scratch::rewound();
-    F* rational = scratch.take<F>(round_up(D, 2) * kClassTile);
-    A* product = scratch.take<A>(kFeatureBlock * kClassTile);
+    F* rational = scratch.take<F>(round_up(D, 2) * spread(kClassTile));
+    A* product = scratch.take<A>(kFeatureBlock * spread(kClassTile));
     A* scale = scratch.take<A>(D);
     int64_t formed = -1;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t tile = task / parts % tiles, b = task / parts / tiles, part = task % parts;
-      const int64_t k0 = tile * kClassTile, columns = std::min(kClassTile, p.classes - k0);
-      const int64_t padded = k0 + columns == p.classes ? p.padded - k0 : columns;
-      if (formed != task / parts) {
-        for (int64_t c = 0; c < D; ++c) scale[c] = static_cast<A>(p.rational_scale) * image[b * D + c];
-        loops.pack(text + k0, p.padded, scale, nullptr, D, columns, rational, columns);
-        formed = task / parts;
+    for (int64_t task; queue.take(task);) {
+      const int64_t tile = task / parts, part = task % parts;
+      const int64_t columns = whole_vectors(tiles.columns(tile)), ld = spread(columns);
+      if (formed != tile) {
+        tiles.parts(tile, [&](const TilePart& of) {
+          for (int64_t c = 0; c < D; ++c) scale[c] = static_cast<A>(p.rational_scale) * image[of.image * D + c];
+          loops.pack(text + of.first_class, p.padded, scale, nullptr, D, of.columns, rational + of.at * even<F>(1), ld);
+        });
+        clear_columns(rational, ld, D, tiles.columns(tile), columns);
+        formed = tile;
       }
       for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
         const Projection<T>& projection = projections[unit / blocks];
         const int64_t r0 = unit % blocks * kFeatureBlock, rows = std::min(kFeatureBlock, D - r0);
-        matrix_product<F>(rows, columns, D, projection.weight + r0 * D, D, rational, columns, product, columns, false);
-        loops.store(product, columns, projection.bias ? projection.bias + r0 : nullptr, rows, columns, padded,
-                   projection.out + b * p.image_size() + r0 * p.padded + k0, p.padded);
+        matrix_product<F>(rows, columns, D, projection.weight + r0 * D, D, rational, ld, product, ld, false);
+        tiles.parts(tile, [&](const TilePart& of) {
+          loops.store(product + of.at, ld, projection.bias ? projection.bias + r0 : nullptr, rows, of.columns,
+                      of.stored(p), projection.out + of.image * p.image_size() + r0 * p.padded + of.first_class, p.padded);
+        });
       }
     }
   });
@@ -49,32 +53,39 @@ void rational_projection_gradients(const Problem& p, int64_t images, const Acc<T
   using A = Acc<T>;
   if (count == 0) return;
   const auto& loops = chosen_loops<AdapterLoops<T>>();
-  constexpr int64_t depth = kQueryBlock;  // classes per operand
-  const int64_t D = p.width;
+  const int64_t D = p.width, ld = spread(D), pitch = even<T>(p.classes);
+  const ClassTiles tiles(p, images, kQueryBlock, pitch);
   const int64_t height = std::clamp<int64_t>(round_up(divide_up(D, 2 * p.threads), 16), 32, 256);
   // A task owns some rows of every gradient: it computes R once for all of them, and no two tasks write to the same place.
-  at::parallel_for(0, divide_up(D, height), 1, [&](int64_t begin, int64_t end) {
+  const auto worker = [&](int64_t begin, int64_t end) {
     Scratch& scratch = Scratch::rewound();
-    T* rational = scratch.take<T>(depth * D);
+    T *rational = scratch.take<T>(kQueryBlock * ld), *copy = scratch.take<T>(height * kQueryBlock);
     A* scale = scratch.take<A>(D);
-    for (int64_t b = 0; b < images; ++b) {
-      for (int64_t c = 0; c < D; ++c) scale[c] = static_cast<A>(p.rational_scale) * image[b * D + c];
-      for (int64_t k0 = 0; k0 < p.classes; k0 += depth) {
-        const int64_t inner = std::min(depth, p.classes - k0);
-        loops.pack(text_rows + k0 * D, D, nullptr, scale, inner, D, rational, D);
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t r0 = task * height, rows = std::min(height, D - r0);
-          for (int64_t w = 0; w < count; ++w) {
-            const T* gradient = projections[w].gradient + b * p.image_size() + r0 * p.padded + k0;
-            if (projections[w].dweight)
-              matrix_product<T>(rows, D, sizeof(T) == 2 ? round_up(inner, 2) : inner, gradient, p.padded, rational, D,
-                                projections[w].dweight + r0 * D, D, projections[w].add || b > 0 || k0 > 0);
-            if (projections[w].dbias) loops.row_sums(gradient, p.padded, rows, inner, projections[w].dbias + r0);
+    for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+      tiles.parts(tile, [&](const TilePart& part) {
+        for (int64_t c = 0; c < D; ++c) scale[c] = static_cast<A>(p.rational_scale) * image[part.image * D + c];
+        loops.pack(text_rows + part.first_class * D, D, nullptr, scale, part.columns, D, rational + part.at * ld, ld);
+      });
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t r0 = task * height, rows = std::min(height, D - r0);
+        for (int64_t w = 0; w < count; ++w) {
+          const ProjectionGradient<T>& projection = projections[w];
+          if (projection.dweight) {
+            int64_t ldg;
+            const T* gradient = tiles.left_rows(p, tile, projection.gradient, r0, rows, copy, ldg);
+            matrix_product<T>(rows, D, tiles.columns(tile), gradient, ldg, rational, ld, projection.dweight + r0 * D, D,
+                              projection.add || tile > 0);
           }
+          if (projection.dbias)
+            tiles.parts(tile, [&](const TilePart& part) {
+              loops.row_sums(projection.gradient + part.image * p.image_size() + r0 * p.padded + part.first_class,
+                             p.padded, rows, part.columns, projection.dbias + r0);
+            });
         }
       }
     }
-  });
+  };
+  at::parallel_for(0, divide_up(D, height), 1, worker);
 }
 
 template <typename T>
@@ -85,11 +96,11 @@ void rational_matrix_gradients(const Problem& p, int64_t images, const Acc<T>* i
   const auto& loops = chosen_loops<AdapterLoops<T>>();
   const int64_t D = p.width, width = 64, tiles = divide_up(p.classes, width);
   std::unique_ptr<A[]> partial(new A[static_cast<size_t>(tiles * images * D)]());
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(p.threads, tiles, (count + 1) * images * p.classes * D * D, [&](TaskQueue& queue) {
     Scratch& scratch = Scratch::rewound();
     T* operand = scratch.take<T>(count * round_up(D, 2) * width);
     A* product = scratch.take<A>(kFeatureBlock * width);
-    for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t tile; queue.take(tile);) {
       const int64_t k0 = tile * width, columns = std::min(width, p.classes - k0);
       for (int64_t b = 0; b < images; ++b) {
         const int64_t at = b * p.image_size() + k0;

@@ -1,0 +1,38 @@
+// Threads share tasks: each takes the next one when it is free, so that a thread that shares its core with another
+// program does fewer of them. Which thread does a task never changes a result.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace rada_fast {
+
+// Below this number of multiply-adds one thread is as fast as several: to wake and to await the others takes microseconds.
+constexpr int64_t kWorkOfOneThread = 1 << 19;
+
+class TaskQueue {
+ public:
+  explicit TaskQueue(int64_t count) : count_(count) {}
+  // Writes the number of the next task, and returns false if there is none.
+  bool take(int64_t& task) {
+    task = next_.fetch_add(1, std::memory_order_relaxed);
+    return task < count_;
+  }
+
+ private:
+  std::atomic<int64_t> next_{0};
+  const int64_t count_;
+};
+
+// Calls worker(queue) on as many threads as `count` tasks of `work` multiply-adds in all are worth.
+template <typename Worker>
+void share_tasks(int threads, int64_t count, int64_t work, const Worker& worker) {
+  TaskQueue queue(count);
+  const int64_t workers = work < kWorkOfOneThread ? 1 : std::min<int64_t>(threads, count);
+  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) { worker(queue); });
+}
+
+}  // namespace rada_fast
