@@ -21,11 +21,11 @@
 TORCH_LIBRARY(rada_fast, library) {
   library.def("rational_adapter(" RADA_PARAMETERS RADA_OPTIONS
               ", bool return_mask, bool keep) -> (Tensor logits, Tensor penalty, Tensor mask, Tensor projections, "
-              "Tensor attended, Tensor factors, Tensor statistics, Tensor image_state, Tensor text_query, Tensor peak, "
-              "Tensor sums)");
+              "Tensor attended, Tensor factors, Tensor statistics, Tensor image_state, Tensor text_query, Tensor offset, "
+              "Tensor peak, Tensor sums)");
   library.def("rational_adapter_backward(Tensor? dlogits, Tensor? dpenalty, Tensor? dmask, " RADA_PARAMETERS RADA_OPTIONS
               ", Tensor projections, Tensor attended, Tensor factors, Tensor statistics, Tensor image_state, "
-              "Tensor text_query, Tensor peak, bool[] needed) -> (Tensor dimage_features, Tensor dtext_features, "
+              "Tensor text_query, Tensor offset, Tensor peak, bool[] needed) -> (Tensor dimage_features, Tensor dtext_features, "
               "Tensor dimage_weight, Tensor dimage_bias, Tensor dtext_weight, Tensor dtext_bias, "
               "Tensor drational_weight, Tensor drational_bias, Tensor dkey_weight, Tensor dkey_bias, "
               "Tensor dvalue_weight, Tensor dvalue_bias, Tensor doutput_weight, Tensor doutput_bias)");

@@ -108,12 +108,9 @@ class Backward {
     A* added = parts > 1 ? scratch.take<A>(p.classes * columns) : nullptr;
     const auto store = [&](const A* from, F* out_of_head) {
       if (!out_of_head) return;
-      for (int64_t k = 0; added && k < p.classes; ++k) {
-        A* row = added + k * columns;
-        std::copy_n(from + k * d + c0, columns, row);
-        for (int64_t part = 1; part < parts; ++part)
-          for (int64_t c = 0; c < columns; ++c) row[c] += from[2 * part * size + k * d + c0 + c];
-      }
+      if (added) loops.combine(from + c0, d, 1, nullptr, p.classes, columns, added, columns, true);
+      for (int64_t part = 1; part < parts; ++part)
+        loops.combine(from + 2 * part * size + c0, d, 1, nullptr, p.classes, columns, added, columns, false);
       loops.transpose_exact(added ? added : from + c0, added ? columns : d, p.classes, columns, transposed, p.padded);
       factors.store(transposed, p.padded, nullptr, columns, p.classes, p.padded, out_of_head + to, p.padded);
     };

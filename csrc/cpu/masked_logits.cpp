@@ -29,12 +29,13 @@ struct TileBuffers {
     product = scratch.take<A>(kFeatureBlock * spread(most));
   }
 
-  // Computes O^T of a tile, and the same as an operand.
-  void load(const Problem& p, const ClassTiles& tiles, int64_t tile, const Attended<A>& state) {
+  // Turns to a tile. Computes its O^T, and the same as an operand, if a state is given.
+  void load(const Problem& p, const ClassTiles& tiles, int64_t tile, const Attended<A>* state) {
     columns = whole_vectors(tiles.columns(tile));
     ld = spread(columns);
+    if (!state) return;
     tiles.parts(tile, [&](const TilePart& part) {
-      combine_attended<A>(p, part.image, part.first_class, part.columns, state, exact + part.at, ld);
+      combine_attended<A>(p, part.image, part.first_class, part.columns, *state, exact + part.at, ld);
     });
     clear_columns(exact, ld, p.width, tiles.columns(tile), columns);
     if (sizeof(T) == 2)
@@ -70,7 +71,7 @@ struct Peak {
 
 template <typename T>
 void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<T>& in, const Attended<Acc<T>>& state,
-                           Acc<T>* logits, double* penalty, int64_t* peak, Acc<T>* mask) {
+                           Acc<T>* logits, double* penalty, int64_t* peak, Acc<T>* mask, Acc<T>* offset) {
   using A = Acc<T>;
   const auto& loops = chosen_loops<AdapterLoops<T>>();
   const int64_t D = p.width, pitch = even<T>(p.classes);
@@ -86,7 +87,7 @@ void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<
     A* row = scratch.take<A>(tiles.width());
     double* totals = scratch.take<double>(tiles.width());
     for (int64_t tile; queue.take(tile);) {
-      buffers.load(p, tiles, tile, state);
+      buffers.load(p, tiles, tile, &state);
       std::fill(totals, totals + tiles.width(), 0.0);
       for (int64_t r0 = 0; r0 < D; r0 += kFeatureBlock) {
         const int64_t rows = std::min(kFeatureBlock, D - r0);
@@ -99,6 +100,9 @@ void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<
           const A found =
               loops.mask_forward(block, row + part.at, mask ? mask + (b * D + r0) * p.classes + k0 : nullptr, p.classes);
           const auto number = static_cast<size_t>(tile + b);
+          if (offset)
+            loops.store_exact(block.offset, block.ld, nullptr, rows, part.columns, part.columns,
+                              offset + b * p.image_size() + r0 * p.padded + k0, p.padded);
           if (p.penalty == Penalty::linf) {
             Peak<A>& best = peaks[number];
             if (best.precedes(found, k0 * D + r0)) {
@@ -148,23 +152,28 @@ void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs
     T* gradient_operand = reinterpret_cast<T*>(gradient);
     if (sizeof(T) == 2) gradient_operand = scratch.take<T>(round_up(D, 2) * spread(tiles.width()));
     for (int64_t tile; queue.take(tile);) {
-      buffers.load(p, tiles, tile, state);
+      buffers.load(p, tiles, tile, !out.offset || out.attended ? &state : nullptr);
       const int64_t columns = buffers.columns, ld = buffers.ld;
-      const A* product = buffers.product;
       clear_columns(gradient, ld, D, tiles.columns(tile), columns);
       for (int64_t r0 = 0; r0 < D; r0 += kFeatureBlock) {
         const int64_t rows = std::min(kFeatureBlock, D - r0);
-        matrix_product<T>(rows, columns, D, in.weight + r0 * D, D, buffers.operand, ld, buffers.product, ld, false);
+        if (!out.offset)
+          matrix_product<T>(rows, columns, D, in.weight + r0 * D, D, buffers.operand, ld, buffers.product, ld, false);
         tiles.parts(tile, [&](const TilePart& part) {
           const int64_t b = part.image, k0 = part.first_class, at = b * p.image_size() + k0;
-          loops.mask_backward(buffers.mask_rows(p, in, part, r0, rows), out.dlogits + b * p.classes + k0, per_element,
+          auto block = buffers.mask_rows(p, in, part, r0, rows);
+          if (out.offset) {
+            block.offset = out.offset + at + r0 * p.padded;
+            block.ld = p.padded;
+          }
+          loops.mask_backward(block, out.dlogits + b * p.classes + k0, per_element,
                               out.dmask ? out.dmask + (b * D + r0) * p.classes + k0 : nullptr, p.classes,
                               gradient + r0 * ld + part.at, ld,
                               out.weighted ? out.weighted + at + r0 * p.padded : nullptr, p.padded);
           if (p.penalty == Penalty::linf) {
             const int64_t k = out.peak[b] / D - k0, r = out.peak[b] % D - r0;
             if (k >= 0 && k < part.columns && r >= 0 && r < rows) {
-              const A offset = product[r * ld + part.at + k] + (in.bias ? in.bias[r0 + r] : A(0));
+              const A offset = block.offset[r * block.ld + k] + (in.bias ? in.bias[r0 + r] : A(0));
               const bool open = !p.relu || 1 + offset > 0;
               const A sign = offset > 0 ? A(1) : (offset < 0 ? A(-1) : A(0));
               if (open) gradient[(r0 + r) * ld + part.at + k] += sign * out.dpenalty;
@@ -190,7 +199,7 @@ void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs
         const int64_t rows = std::min(kFeatureBlock, D - r0);
         matrix_product<T>(rows, columns, D, out.transposed + r0 * D, D, gradient_operand, ld, buffers.product, ld, false);
         tiles.parts(tile, [&](const TilePart& part) {
-          loops.store(product + part.at, ld, nullptr, rows, part.columns, part.stored(p),
+          loops.store(buffers.product + part.at, ld, nullptr, rows, part.columns, part.stored(p),
                       out.dattended + part.image * p.image_size() + part.first_class + r0 * p.padded, p.padded);
         });
       }
@@ -224,7 +233,7 @@ void output_weight_gradients(const Problem& p, int64_t images, const T* doffset,
 
 #define RADA_INSTANTIATE(T)                                                                                         \
   template void masked_logits_forward<T>(const Problem&, int64_t, const OutputInputs<T>&, const Attended<Acc<T>>&,  \
-                                         Acc<T>*, double*, int64_t*, Acc<T>*);                                      \
+                                         Acc<T>*, double*, int64_t*, Acc<T>*, Acc<T>*);                             \
   template void masked_logits_backward<T>(const Problem&, int64_t, const OutputInputs<T>&, const Attended<Acc<T>>&,  \
                                           const OutputGradients<T>&);                                               \
   template void output_weight_gradients<T>(const Problem&, int64_t, const T*, const T*, Acc<T>*, Acc<T>*, bool);

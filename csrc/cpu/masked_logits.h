@@ -17,17 +17,19 @@ struct OutputInputs {
 
 // logits: (images, K), without the factor s. mask: (images, D, K) or null.
 // penalty: (images), an image's sum of (M - 1)^2 or |M - 1|, or for linf the maximum of |M - 1|, NaN if M has a NaN.
+// offset: A without its bias for the backward pass, (images, D, padded), or null.
 // peak: (images), the position k D + c of that maximum, the first one if several are equal.
 template <typename T>
 void masked_logits_forward(const Problem& problem, int64_t images, const OutputInputs<T>& in,
                            const Attended<Acc<T>>& state, Acc<T>* logits, double* penalty, int64_t* peak,
-                           Acc<T>* mask);
+                           Acc<T>* mask, Acc<T>* offset);
 
 template <typename T>
 struct OutputGradients {
   const Acc<T>* dlogits;  // (images, K), multiplied by s
   const Acc<T>* dmask;    // (images, D, K) or null
   const int64_t* peak;    // (images), for linf
+  const Acc<T>* offset;   // A as the forward pass kept it, or null where it is computed again
   Acc<T> dpenalty;        // the gradient per element (l2, l1) or per image (linf)
   // The results follow, each null where it is not needed.
   T* doffset;             // dA: (images, D, padded)

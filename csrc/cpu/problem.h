@@ -47,6 +47,9 @@ struct Problem {
   int64_t kinds() const { return int64_t(image) + int64_t(text) + int64_t(rational); }
   int64_t per_class_kinds() const { return int64_t(text) + int64_t(rational); }  // kinds with one query per class
   int64_t image_size() const { return width * padded; }
+  // Whether the forward pass keeps A for the backward pass. To compute it again saves memory, and with many classes it takes
+  // little of the time.
+  bool keeps_offset() const { return classes <= width; }
 };
 
 }  // namespace rada_fast

@@ -51,18 +51,19 @@ int64_t chunk_of(const Problem& p) {
 namespace {
 
 template <typename T>
-Saved allocate(const Problem& p, int64_t images, const at::TensorOptions& options) {
+Saved allocate(const Problem& p, int64_t images, bool keep_offset, const at::TensorOptions& options) {
   const auto stored = options.dtype(Types<T>::stored), exact = options.dtype(Types<T>::exact);
   return {at::empty({2 + int64_t(p.rational), images, p.width, p.padded}, stored),
           at::empty({p.per_class_kinds(), images, p.width, p.padded}, exact),
           at::empty({2, images, p.heads, p.query_blocks}, exact),
           at::empty({2, 2, images, p.heads, p.matrix_softmax ? 1 : p.padded}, exact),
           at::empty({2, images, p.image ? p.width : 0}, exact),
-          at::empty({p.text ? p.width : 0, p.padded}, stored)};
+          at::empty({p.text ? p.width : 0, p.padded}, stored),
+          at::empty({keep_offset ? images : 0, p.width, p.padded}, exact)};
 }
 
 using ForwardResult =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
 ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
@@ -72,7 +73,7 @@ ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
   const Operands<T> operands(p, in);
   const auto options = in.image_features.options();
   const int64_t chunk = keep ? p.batch : chunk_of(p), step = chunk_of(p);
-  Saved saved = allocate<T>(p, chunk, options);
+  Saved saved = allocate<T>(p, chunk, keep && p.keeps_offset(), options);
   // The sums are the logits without the factor s, which makes them the derivatives with respect to s.
   Tensor sums = at::empty({p.batch, p.classes}, options.dtype(Types<T>::exact));
   Tensor mask = return_mask ? at::empty({p.batch, p.width, p.classes}, sums.options()) : at::empty({0}, options);
@@ -105,15 +106,17 @@ ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
     class_attention_forward<T>(p, images, state);
     masked_logits_forward<F>(p, images, operands.output(first, p.width), state, data<A>(sums) + first * p.classes,
                              data<double>(penalties) + first, data<int64_t>(peak) + first,
-                             return_mask ? data<A>(mask) + first * p.width * p.classes : nullptr);
+                             return_mask ? data<A>(mask) + first * p.width * p.classes : nullptr,
+                             keep && p.keeps_offset() ? data<A>(saved.offset) + first * p.image_size() : nullptr);
   }
 
   const auto features = in.image_features.scalar_type();
   const double elements = static_cast<double>(std::max<int64_t>(p.batch, 1)) *
                           (p.penalty == Penalty::linf ? 1.0 : static_cast<double>(p.classes * p.width));
-  if (!keep) saved = allocate<T>(Problem{}, 0, options);
+  if (!keep) saved = allocate<T>(Problem{}, 0, false, options);
   return {sums.mul(p.logit_scale).to(features), (penalties.sum() / elements).to(features), mask.to(features),
-          saved.projections, saved.attended, saved.factors, saved.statistics, saved.image_state, saved.text_query, peak, sums};
+          saved.projections, saved.attended, saved.factors, saved.statistics, saved.image_state, saved.text_query,
+          saved.offset, peak, sums};
 }
 
 ForwardResult rational_adapter(const Tensor& image_features, const Tensor& text_features, const Tensor& logit_scale,

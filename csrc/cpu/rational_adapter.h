@@ -99,6 +99,7 @@ struct Saved {
   Tensor statistics;   // (2 kinds, 2, images, H, padded or 1): maxima, weights
   Tensor image_state;  // (2, images, D): queries, attended rows
   Tensor text_query;   // (D, padded)
+  Tensor offset;       // A without its bias, (images, D, padded), or without images where it is computed again
 };
 
 // Returns the part of `saved` that belongs to the images from `first` on.

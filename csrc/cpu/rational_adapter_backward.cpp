@@ -143,6 +143,7 @@ class AdapterBackward {
     const OutputGradients<F> gradients{data<A>(upstream.dlogits) + first * p.classes,
                                        upstream.dmask.defined() ? data<A>(upstream.dmask) + masks : nullptr,
                                        data<int64_t>(peak) + first,
+                                       p.keeps_offset() ? data<A>(saved.offset) + first * p.image_size() : nullptr,
                                        static_cast<A>(upstream.dpenalty),
                                        data<F>(doffset),
                                        data<F>(attended),
@@ -263,10 +264,10 @@ BackwardResult rational_adapter_backward(
     const Tensor& wo, const OptionalTensor& bo, int64_t num_heads, double temperature, bool matrix_softmax,
     double input_scale_factor, bool relu, c10::string_view penalty, bool widened, const Tensor& projections,
     const Tensor& attended, const Tensor& factors, const Tensor& statistics, const Tensor& image_state, const Tensor& text_query,
-    const Tensor& peak, c10::List<bool> needed) {
+    const Tensor& offset, const Tensor& peak, c10::List<bool> needed) {
   const Arguments in{image_features, text_features, logit_scale, {wi, wt, wr, wk, wv, wo}, {bi, bt, br, bk, bv, bo},
                      num_heads, temperature, matrix_softmax, input_scale_factor, relu, penalty_named(penalty), widened};
-  const Saved saved{projections, attended, factors, statistics, image_state, text_query};
+  const Saved saved{projections, attended, factors, statistics, image_state, text_query, offset};
   c10::SmallVector<bool, 16> flags(needed.begin(), needed.end());
   const Needed asked{at::ArrayRef<bool>(flags.data(), flags.size())};
   return with_stored_type(in, [&]<typename T>() {

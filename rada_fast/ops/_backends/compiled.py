@@ -62,6 +62,7 @@ class CpuKept(NamedTuple):
     statistics: Tensor
     image_state: Tensor
     text_query: Tensor
+    offset: Tensor
     peak: Tensor
 
 
@@ -84,6 +85,7 @@ def _kept(features: Features, parameters: Parameters, options: Options) -> CpuKe
         statistics=empty((2, 2, batch, heads, 1 if options.matrix_softmax else padded), dtype=exact),
         image_state=empty((2, batch, width if "image" in weights else 0), dtype=exact),
         text_query=empty((width if text else 0, padded), dtype=stored),
+        offset=empty((batch if classes <= width else 0, width, padded), dtype=exact),
         peak=empty((batch,), dtype=torch.int64),
     )
 
@@ -98,6 +100,7 @@ def _nothing_kept(features: Features, parameters: Parameters) -> CpuKept:
         statistics=empty((2, 2, 0, 0, 0), dtype=exact),
         image_state=empty((2, 0, 0), dtype=exact),
         text_query=empty((0, 0), dtype=stored),
+        offset=empty((0, 0, 0), dtype=exact),
         peak=empty((len(features.image_features),), dtype=torch.int64),
     )
 
