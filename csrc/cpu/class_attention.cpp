@@ -71,7 +71,7 @@ class Forward {
     const int64_t most = spread(kinds * kQueryBlock);
     F *key_rows = scratch.take<F>(p.padded * d), *widened = scratch.take<F>(left_factor_size<T>(p.padded * d));
     F* queries = scratch.take<F>(even<F>(d) * most);
-    A* scores = scratch.take<A>(std::max(kKeyBlock * most, p.padded));
+    A* scores = scratch.take<A>(std::max((p.merged ? p.padded : kKeyBlock) * most, p.padded));
     F* probabilities = sizeof(F) == 2 ? scratch.take<F>(kKeyBlock * most) : reinterpret_cast<F*>(scores);
     RunningSoftmax<A> softmax{};
     softmax.output = scratch.take<A>(d * most);
@@ -94,8 +94,13 @@ class Forward {
       for (int64_t block = part * blocks / parts; block < (part + 1) * blocks / parts; ++block) {
         const int64_t q0 = block * kQueryBlock, width = std::min(kQueryBlock, p.classes - q0);
         pack_queries(p, state, head / p.heads, head % p.heads, q0, width, queries, spread(kinds * width));
-        attend(key_rows, values, queries, width, scores, probabilities, softmax);
-        finish_block(head, block, width, softmax);
+        if (p.merged) {
+          attend_merged(key_rows, values, queries, width, scores, softmax);
+          finish_merged(head, block, width, softmax);
+        } else {
+          attend(key_rows, values, queries, width, scores, probabilities, softmax);
+          finish_block(head, block, width, softmax);
+        }
       }
     }
   }
@@ -135,6 +140,38 @@ class Forward {
     }
   }
 
+  // Computes the scores of one block's queries with all keys, and the result of both kinds together.
+  void attend_merged(const F* key_rows, const F* values, const F* queries, int64_t width, A* scores,
+                     const RunningSoftmax<A>& softmax) const {
+    const int64_t columns = kinds * width, ld = spread(columns);
+    A* factors = softmax.next_max;
+    softmax.start(columns);
+    for_key_blocks([&](int64_t n0, int64_t rows) {
+      A* tile = scores + n0 * ld;
+      matrix_product<F>(rows, columns, d, key_rows + n0 * d, d, queries, ld, tile, ld, false);
+      loops.column_maximum(tile, ld, rows, columns, softmax.running_max);
+    });
+    for_key_blocks([&](int64_t n0, int64_t rows) {
+      A* tile = scores + n0 * ld;
+      loops.exponentials(tile, ld, rows, columns, scale, softmax.running_max, softmax.running_sum, softmax.stored_sum,
+                         reinterpret_cast<F*>(tile));
+    });
+    for (int64_t c = 0; c < columns; ++c) factors[c] = share / softmax.running_sum[c];
+    for_key_blocks([&](int64_t n0, int64_t rows) {
+      A* tile = scores + n0 * ld;
+      loops.scale_columns(tile, ld, rows, columns, factors);
+      loops.combine(tile + width, ld, A(1), nullptr, rows, width, tile, ld, false);
+      matrix_product<F>(d, width, rows, values + n0, p.padded, reinterpret_cast<F*>(tile), ld, softmax.output,
+                        spread(columns), n0 > 0);
+    });
+  }
+
+  // Calls body(first key, number of keys) for every block of keys.
+  template <typename Body>
+  void for_key_blocks(const Body& body) const {
+    for (int64_t n0 = 0; n0 < p.classes; n0 += kKeyBlock) body(n0, std::min(kKeyBlock, p.classes - n0));
+  }
+
   // Multiplies the sums so far by exp(scale (running_max - next_max)), and leaves these factors in running_max.
   void rescale(int64_t columns, const RunningSoftmax<A>& softmax) const {
     A* factors = softmax.running_max;
@@ -155,8 +192,7 @@ class Forward {
         statistic(kind, head, block) = {maximum[0], static_cast<A>(std::accumulate(sum, sum + width, 0.0))};
         std::fill(stored, stored + width, static_cast<A>(std::accumulate(stored, stored + width, 0.0)));
       } else {
-        std::copy(maximum, maximum + width, state.maxima[kind] + head * p.padded + q0);
-        for (int64_t c = 0; c < width; ++c) state.weights[kind][head * p.padded + q0 + c] = share / sum[c];
+        store_rows(kind, head, q0, width, softmax);
       }
       for (int64_t c = 0; c < width; ++c) stored[c] = A(1) / stored[c];
       loops.scale_columns(output, ld, d, width, stored);
@@ -164,11 +200,26 @@ class Forward {
     }
   }
 
+  // Stores the merged output of a block, and each kind's maxima and sums.
+  void finish_merged(int64_t head, int64_t block, int64_t width, const RunningSoftmax<A>& softmax) const {
+    const int64_t q0 = block * kQueryBlock, padding = q0 + width == p.classes ? p.padded - q0 : width;
+    for (int64_t kind = 0; kind < kinds; ++kind) store_rows(kind, head, q0, width, softmax);
+    loops.store_exact(softmax.output, spread(kinds * width), nullptr, d, width, padding,
+                      state.attended[0] + offset(head) + q0, p.padded);
+  }
+
+  // Stores the statistics of the row softmax of a block's queries of one kind.
+  void store_rows(int64_t kind, int64_t head, int64_t q0, int64_t width, const RunningSoftmax<A>& softmax) const {
+    const A *maximum = softmax.running_max + kind * width, *sum = softmax.running_sum + kind * width;
+    std::copy(maximum, maximum + width, state.maxima[kind] + head * p.padded + q0);
+    for (int64_t c = 0; c < width; ++c) state.weights[kind][head * p.padded + q0 + c] = share / sum[c];
+  }
+
   // Computes the factor of every block's output. With the matrix softmax all blocks of a head share one maximum and sum.
   void combine_blocks(int64_t kind, int64_t head) const {
     A* factors = state.factors[kind] + head * p.query_blocks;
     if (!p.matrix_softmax) {
-      std::fill(factors, factors + p.query_blocks, share);
+      std::fill(factors, factors + p.query_blocks, p.merged ? A(1) : share);
       return;
     }
     A maximum = -std::numeric_limits<A>::infinity(), total = 0;
@@ -205,7 +256,7 @@ void combine_attended(const Problem& p, int64_t b, int64_t first_class, int64_t 
       const A* constant = p.image ? state.image_attended + b * p.width + h * d : nullptr;
       A* to = out + h * d * ldo + c;
       if (p.per_class_kinds() == 0) loops.combine(nullptr, 0, 0, constant, d, width, to, ldo, true);
-      for (int64_t kind = 0; kind < p.per_class_kinds(); ++kind)
+      for (int64_t kind = 0; kind < p.attended_kinds(); ++kind)
         loops.combine(state.attended[kind] + b * p.image_size() + h * d * p.padded + k0, p.padded,
                      state.factors[kind][(b * p.heads + h) * p.query_blocks + k0 / kQueryBlock],
                      kind == 0 ? constant : nullptr, d, width, to, ldo, kind == 0);

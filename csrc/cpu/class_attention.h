@@ -7,6 +7,11 @@
 // kk are the keys, vv the values, q the queries, S the scores, m the running maxima and O the result. The "row" softmax
 // keeps one maximum and sum per query. The "matrix" softmax keeps one per block and combines the blocks afterwards, so the
 // normaliser of the whole K x K matrix needs no second pass. The image query is a single row, computed separately.
+//
+// Where heads are wide and classes not too many, the "row" softmax keeps the scores of a block of queries with all keys
+// instead. All sums are then known before the product with the values, and one product serves both kinds: these are merged.
+// The backward pass computes delta (class_attention_backward.cpp) from the probabilities, because the kinds have no result
+// each of their own.
 #pragma once
 
 #include "problem.h"
@@ -14,8 +19,8 @@
 namespace rada_fast {
 
 // The results of the attention for `images` images. Pointers of query kinds that are not in use are null. The arrays of
-// length two belong to the kinds with a query per class: the text query, if it is in use, and then the rational query. |Q|
-// is the number of query kinds in use.
+// length two belong to the kinds with a query per class: the text query, if it is in use, and then the rational query.
+// Merged kinds have one result, the first. |Q| is the number of query kinds in use.
 template <typename A>
 struct Attended {
   A* attended[2];              // (images, D, padded), each block normalised by itself; not rounded, because of delta

@@ -34,6 +34,8 @@ struct HeadBuffers {
   // These belong to a tile of keys and queries.
   A *scores, *dprobabilities;  // (keys, columns), (keys, width)
   A* total;                    // sum of P' over the kinds, (keys, width)
+  A* probabilities;            // (keys, columns), with merged kinds alone; scores and dprobabilities then hold all keys
+  A* sums;                     // (columns)
   F *dscores_rows, *dscores, *total_rows;  // for float and double these are the arrays of the scores and the total
 
   HeadBuffers(const Problem& p, Scratch& scratch) {
@@ -45,9 +47,11 @@ struct HeadBuffers {
     query_rows = scratch.take<F>(spread(d) * most);
     doutput = scratch.take<F>(d * width);
     doutput_rows = scratch.take<F>(spread(d) * width);
-    scores = scratch.take<A>(kKeyBlock * most);
-    dprobabilities = scratch.take<A>(kKeyBlock * width);
-    total = scratch.take<A>(kKeyBlock * width);
+    scores = scratch.take<A>((p.merged ? p.padded : kKeyBlock) * most);
+    dprobabilities = scratch.take<A>(p.merged ? p.padded * most : kKeyBlock * width);
+    probabilities = scratch.take<A>(p.merged ? kKeyBlock * most : 0);
+    sums = scratch.take<A>(2 * most);
+    total = scratch.take<A>(kKeyBlock * (p.merged ? most : width));
     dqueries = scratch.take<A>(d * most);
     delta = scratch.take<A>(2 * p.padded);
     maximum = scratch.take<A>(most);
@@ -67,7 +71,7 @@ struct HeadBuffers {
 struct QueryBlock {
   int64_t q0, exact, width, columns;
   bool first;  // whether it is the first block of its task
-  int64_t ld = spread(columns), ld_width = spread(width);
+  int64_t ld, ld_width;  // the leading dimensions of tiles with `columns` and with `width` columns
 };
 
 template <typename T>
@@ -87,8 +91,10 @@ class Backward {
     load_head(b, h, buffers, scratch);
     for (int64_t number = first; number < last; ++number) {
       const int64_t q0 = number * kQueryBlock, exact = std::min(kQueryBlock, p.classes - q0), width = even<F>(exact);
-      const QueryBlock block{q0, exact, width, kinds * width, number == first};
+      const int64_t columns = kinds * width, ld = spread(columns);
+      const QueryBlock block{q0, exact, width, columns, number == first, ld, p.merged ? ld : spread(width)};
       load_block(b, h, block, buffers);
+      if (p.merged) merged_deltas(block, buffers);
       for (int64_t n0 = 0; n0 < p.classes; n0 += kKeyBlock)
         tile(block, n0, std::min(kKeyBlock, p.classes - n0), buffers, dkeys, dvalues);
       store_queries(b, h, block, buffers);
@@ -150,13 +156,13 @@ class Backward {
     loops.transpose(state.values + at, p.padded, d, p.classes, buffers.value_rows, d);
     if (need_queries)
       buffers.keys = left_factor(state.keys + at, p.padded, d, scratch.take<F>(left_factor_size<T>(p.padded * d)));
-    for (int64_t kind = 0; kind < kinds; ++kind) deltas(b, h, kind, buffers.delta + kind * p.padded);
+    for (int64_t kind = 0; kind < kinds && !p.merged; ++kind) deltas(b, h, kind, buffers.delta + kind * p.padded);
   }
 
   void load_block(int64_t b, int64_t h, const QueryBlock& block, const HeadBuffers<T>& buffers) const {
     const int64_t head = b * p.heads + h, at = offset(b, h), q0 = block.q0, width = block.width;
     pack_queries(p, state, b, h, q0, width, buffers.queries, block.ld);
-    factors.pack_stored(out.doutput + at + q0, p.padded, d, width, buffers.doutput, block.ld_width);
+    factors.pack_stored(out.doutput + at + q0, p.padded, d, width, buffers.doutput, spread(width));
     factors.pack_transposed(out.doutput + at + q0, p.padded, d, width, buffers.doutput_rows, spread(d));
     for (int64_t kind = 0; kind < kinds; ++kind) {
       const T* query = kind == 0 && p.text ? state.text_query + h * d * p.padded : state.rational_query + at;
@@ -174,14 +180,49 @@ class Backward {
     }
   }
 
+  // Computes S and dP of a block of queries with `rows` keys from n0 on.
+  void products(const QueryBlock& block, int64_t n0, int64_t rows, const HeadBuffers<T>& buffers, A* scores,
+                A* dprobabilities) const {
+    matrix_product<F>(rows, block.columns, d, buffers.key_rows + n0 * d, d, buffers.queries, block.ld, scores, block.ld,
+                      false);
+    matrix_product<F>(rows, block.width, d, buffers.value_rows + n0 * d, d, buffers.doutput,
+                      spread(block.width), dprobabilities, block.ld_width, false);
+  }
+
+  // Computes S and dP with all keys, and delta of merged kinds: the sum of P dP over the keys.
+  void merged_deltas(const QueryBlock& block, const HeadBuffers<T>& buffers) const {
+    const int64_t width = block.width, columns = block.columns, ld = block.ld;
+    A *ignored = buffers.sums, *sums = ignored + columns;
+    for (int64_t kind = 0; kind < kinds; ++kind)
+      std::fill_n(buffers.delta + kind * p.padded + block.q0, block.exact, A(0));
+    for (int64_t n0 = 0; n0 < p.classes; n0 += kKeyBlock) {
+      const int64_t rows = std::min(kKeyBlock, p.classes - n0);
+      A *scores = buffers.scores + n0 * ld, *dprobabilities = buffers.dprobabilities + n0 * ld;
+      products(block, n0, rows, buffers, scores, dprobabilities);
+      if (!need_scores) continue;
+      std::copy(scores, scores + rows * ld, buffers.probabilities);
+      std::fill(ignored, ignored + 2 * columns, A(0));
+      const auto probabilities = reinterpret_cast<F*>(buffers.probabilities);
+      loops.exponentials(buffers.probabilities, ld, rows, columns, scale, buffers.maximum, ignored, ignored,
+                         probabilities);
+      for (int64_t kind = 0; kind < kinds; ++kind) {
+        loops.column_dots(probabilities + kind * width, dprobabilities, ld, rows, width, sums + kind * width);
+        A* delta = buffers.delta + kind * p.padded + block.q0;
+        // The weights include 1 / |Q|, which belongs to P' but not to P.
+        for (int64_t c = 0; c < block.exact; ++c)
+          delta[c] += sums[kind * width + c] * buffers.weight[kind * width + c] * static_cast<A>(p.kinds());
+      }
+    }
+  }
+
   // Handles one tile: a block of queries with `rows` keys from n0 on.
   void tile(const QueryBlock& block, int64_t n0, int64_t rows, const HeadBuffers<T>& buffers, A* dkeys,
             A* dvalues) const {
     const int64_t width = block.width, columns = block.columns, ld = block.ld, ld_width = block.ld_width;
-    A *scores = buffers.scores, *dprobabilities = buffers.dprobabilities, *total = buffers.total;
-    matrix_product<F>(rows, columns, d, buffers.key_rows + n0 * d, d, buffers.queries, ld, scores, ld, false);
-    matrix_product<F>(rows, width, d, buffers.value_rows + n0 * d, d, buffers.doutput, ld_width, dprobabilities, ld_width,
-                      false);
+    const int64_t kept = p.merged ? n0 * ld : 0;
+    A *scores = buffers.scores + kept, *dprobabilities = buffers.dprobabilities + kept, *total = buffers.total;
+    F *dscores = buffers.dscores + kept, *dscores_rows = buffers.dscores_rows + kept;
+    if (!p.merged) products(block, n0, rows, buffers, scores, dprobabilities);
     for (int64_t kind = 0; kind < kinds; ++kind)
       loops.score_gradients(scores + kind * width, ld, dprobabilities, total, ld_width, rows, width, scale,
                             buffers.maximum + kind * width, buffers.weight + kind * width,
@@ -193,14 +234,14 @@ class Backward {
     }
     if (!need_scores) return;
     if (sizeof(F) == 2) {
-      factors.store(scores, ld, nullptr, rows, columns, columns, buffers.dscores_rows, ld);
-      factors.pack_stored(buffers.dscores_rows, ld, rows, columns, buffers.dscores, ld);
+      factors.store(scores, ld, nullptr, rows, columns, columns, dscores_rows, ld);
+      factors.pack_stored(dscores_rows, ld, rows, columns, dscores, ld);
     }
     if (dkeys)
-      matrix_product<F>(rows, d, columns, buffers.dscores_rows, ld, buffers.query_rows, spread(d), dkeys + n0 * d, d,
+      matrix_product<F>(rows, d, columns, dscores_rows, ld, buffers.query_rows, spread(d), dkeys + n0 * d, d,
                         !block.first);
     if (need_queries)
-      matrix_product<F>(d, columns, even<F>(rows), buffers.keys + n0, p.padded, buffers.dscores, ld, buffers.dqueries, ld,
+      matrix_product<F>(d, columns, even<F>(rows), buffers.keys + n0, p.padded, dscores, ld, buffers.dqueries, ld,
                         n0 > 0);
   }
 

@@ -20,6 +20,10 @@ constexpr int64_t kKeyBlock = 256;
 // The number of classes per tile of the projections and of the output, and of features per product within a tile.
 constexpr int64_t kClassTile = 256;
 constexpr int64_t kFeatureBlock = 64;
+// Limits of the attention that keeps all scores of a block of queries. A thread's scores and their gradients then take 2.3 MB
+// at the most. Heads narrower than this would spend more time on passes over them than the saved product takes.
+constexpr int64_t kMergedClasses = 1024;
+constexpr int64_t kMergedHeadWidth = 128;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
@@ -37,6 +41,7 @@ struct Problem {
   int64_t query_blocks;  // per head
   bool image, text, rational;
   bool matrix_softmax, relu;
+  bool merged;  // whether the kinds with a query per class share one product with the values, see class_attention.h
   Penalty penalty;
   double score_scale;     // 1 / (sqrt(d) temperature)
   double logit_scale;     // s
@@ -46,6 +51,7 @@ struct Problem {
 
   int64_t kinds() const { return int64_t(image) + int64_t(text) + int64_t(rational); }
   int64_t per_class_kinds() const { return int64_t(text) + int64_t(rational); }  // kinds with one query per class
+  int64_t attended_kinds() const { return merged ? 1 : per_class_kinds(); }  // results that are stored on their own
   int64_t image_size() const { return width * padded; }
   // Whether the forward pass keeps A for the backward pass. To compute it again saves memory, and with many classes it takes
   // little of the time.

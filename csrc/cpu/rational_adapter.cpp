@@ -32,6 +32,8 @@ Problem problem_of(const Arguments& in) {
   p.rational = in.weights[kRational].has_value();
   p.matrix_softmax = in.matrix_softmax;
   p.relu = in.relu;
+  p.merged = !p.matrix_softmax && p.text && p.rational && p.classes <= kMergedClasses &&
+             p.head_width >= kMergedHeadWidth && in.weights[kOutput]->scalar_type() != at::kBFloat16;
   p.penalty = in.penalty;
   p.logit_scale = in.logit_scale.item<double>();
   p.score_scale = 1.0 / (std::sqrt(static_cast<double>(p.head_width)) * in.temperature);
@@ -54,7 +56,7 @@ template <typename T>
 Saved allocate(const Problem& p, int64_t images, bool keep_offset, const at::TensorOptions& options) {
   const auto stored = options.dtype(Types<T>::stored), exact = options.dtype(Types<T>::exact);
   return {at::empty({2 + int64_t(p.rational), images, p.width, p.padded}, stored),
-          at::empty({p.per_class_kinds(), images, p.width, p.padded}, exact),
+          at::empty({p.attended_kinds(), images, p.width, p.padded}, exact),
           at::empty({2, images, p.heads, p.query_blocks}, exact),
           at::empty({2, 2, images, p.heads, p.matrix_softmax ? 1 : p.padded}, exact),
           at::empty({2, images, p.image ? p.width : 0}, exact),

@@ -94,7 +94,7 @@ struct Operands {
 // differ between images, so a chunk of images is contiguous.
 struct Saved {
   Tensor projections;  // (keys, values[, rational query]; images, D, padded)
-  Tensor attended;     // (kinds with a query per class, images, D, padded)
+  Tensor attended;     // (kinds with a query per class, or 1 if they are merged; images, D, padded)
   Tensor factors;      // (2, images, H, blocks)
   Tensor statistics;   // (2 kinds, 2, images, H, padded or 1): maxima, weights
   Tensor image_state;  // (2, images, D): queries, attended rows
@@ -114,7 +114,7 @@ AttentionState<T> state_of(const Problem& p, const Saved& saved, int64_t first) 
   state.rational_query = p.rational ? projections + 2 * size + at : nullptr;
   state.text_query = p.text ? data<T>(saved.text_query) : nullptr;
   for (int64_t kind = 0; kind < p.per_class_kinds(); ++kind) {
-    state.attended[kind] = data<A>(saved.attended) + kind * size + at;
+    state.attended[kind] = kind < p.attended_kinds() ? data<A>(saved.attended) + kind * size + at : nullptr;
     state.factors[kind] = data<A>(saved.factors) + (kind * images + first) * p.heads * p.query_blocks;
     const int64_t row = p.heads * (p.matrix_softmax ? 1 : p.padded);
     state.maxima[kind] = data<A>(saved.statistics) + (2 * kind * images + first) * row;

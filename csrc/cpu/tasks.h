@@ -10,8 +10,9 @@
 
 namespace rada_fast {
 
-// Below this number of multiply-adds one thread is as fast as several: to wake and to await the others takes microseconds.
-constexpr int64_t kWorkOfOneThread = 1 << 19;
+// Below this number of multiply-adds, some tens of microseconds, a single thread works: it would gain little by others,
+// and where another program shares the cores it may wait for them much longer than that.
+constexpr int64_t kWorkOfOneThread = 1 << 21;
 
 class TaskQueue {
  public:

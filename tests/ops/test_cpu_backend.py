@@ -217,6 +217,33 @@ def test_more_images_than_are_worked_on_at_once(penalty: str) -> None:
     assert_as_exact_as_the_reference(config, 19, 130, torch.float64, penalty)
 
 
+# A tile of classes holds several images here, the last of them in part, and bfloat16 an image's odd column as well.
+@pytest.mark.parametrize("penalty", ["l2", "linf"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "classes"), [(300, 1), (40, 7), (6, 50)])
+def test_tiles_of_several_images(batch: int, classes: int, dtype: torch.dtype, penalty: str) -> None:
+    config = AdapterConfig.official(32, num_heads=2)
+    assert_as_exact_as_the_reference(config, batch, classes, dtype, penalty)
+
+
+# Wide heads with a row softmax share one product between the query kinds. 397: several blocks of queries and of keys,
+# on three threads that share the head; 1025: too many classes for it.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "classes"), [(3, 1), (2, 37), (1, 397), (1, 1025)])
+def test_query_kinds_that_are_merged(batch: int, classes: int, dtype: torch.dtype) -> None:
+    if classes == 1025 and dtype != torch.float64:
+        pytest.skip("one type shows where the limit lies")
+    with num_threads(3):
+        assert_as_exact_as_the_reference(AdapterConfig.paper(128), batch, classes, dtype)
+
+
+def test_large_scores_of_merged_query_kinds() -> None:
+    config = AdapterConfig.paper(128, bias=True)
+    image, text, parameters = problem(config, 1, 290, torch.float64)
+    parameters |= {key: 30 * value for key, value in parameters.items() if key[0] in "qk"}
+    assert_as_exact_as_the_reference(config, 1, 290, torch.float64, inputs=(image, text, parameters))
+
+
 def test_threads_that_share_a_head() -> None:
     with num_threads(3):
         # One head has four blocks of queries here.

@@ -29,6 +29,8 @@ from rada_fast.ops._backends.transforms import refuse_second_derivative
 CLASS_PADDING = 16
 QUERY_BLOCK = 128
 """The number of queries in a tile, which has factors of its own; kQueryBlock in csrc/cpu/problem.h."""
+MERGED_CLASSES, MERGED_HEAD_WIDTH = 1024, 128
+"""Where a row softmax of two query kinds has one result; kMergedClasses and kMergedHeadWidth in csrc/cpu/problem.h."""
 VIEW_COLUMNS = (
     "picture",
     "top",
@@ -77,10 +79,12 @@ def _kept(features: Features, parameters: Parameters, options: Options) -> CpuKe
     weights, heads = parameters.by_role("weight"), options.num_heads
     stored, exact = parameters.output_weight.dtype, _exact(parameters.output_weight.dtype)
     text, rational = "text" in weights, "rational" in weights
+    merged = not options.matrix_softmax and text and rational and stored != torch.bfloat16
+    merged = merged and classes <= MERGED_CLASSES and width // heads >= MERGED_HEAD_WIDTH
     empty = features.image_features.new_empty
     return CpuKept(
         projections=empty((2 + rational, batch, width, padded), dtype=stored),
-        attended=empty((text + rational, batch, width, padded), dtype=exact),
+        attended=empty((1 if merged else text + rational, batch, width, padded), dtype=exact),
         factors=empty((2, batch, heads, blocks), dtype=exact),
         statistics=empty((2, 2, batch, heads, 1 if options.matrix_softmax else padded), dtype=exact),
         image_state=empty((2, batch, width if "image" in weights else 0), dtype=exact),
