@@ -309,10 +309,11 @@ def processor_name() -> str:
 
 
 def has_native_products(dtype: str) -> bool:
-    """Return whether the processor has instructions that multiply this type, and PyTorch's libraries may use them.
+    """Return whether the processor has instructions that multiply this type, and PyTorch's libraries use them.
 
-    The answer is True for every dtype but "bfloat16" and "float16". A variable that restricts PyTorch
-    (ATEN_CPU_CAPABILITY) or oneDNN (ONEDNN_MAX_CPU_ISA) to an older instruction set counts as an older processor.
+    On x86 these are oneDNN's products, which a PyTorch may have been built without. The answer is True for every dtype
+    but "bfloat16" and "float16". A variable that restricts PyTorch (ATEN_CPU_CAPABILITY) or oneDNN (ONEDNN_MAX_CPU_ISA)
+    to an older instruction set counts as an older processor.
     """
     if dtype not in ("bfloat16", "float16"):
         return True
@@ -323,7 +324,7 @@ def has_native_products(dtype: str) -> bool:
     if allowed not in ("DEFAULT", "ALL") and not any(word in allowed for word in least[dtype]):
         return False
     names = {"bfloat16": {"avx512_bf16", "amx_bf16"}, "float16": {"avx512_fp16", "amx_fp16"}}
-    return cpu_capability().startswith("AVX512") and bool(names[dtype] & _processor_flags())
+    return has_onednn() and cpu_capability().startswith("AVX512") and bool(names[dtype] & _processor_flags())
 
 
 def has_onednn() -> bool:
