@@ -77,7 +77,13 @@ def calls_of_cuda_kernels(rows: list[dict[str, Any]]) -> Iterator[None]:
         return prediction_loss_and_gradient(logits, *given)
 
     def noted_step(**given: Any) -> None:
-        moved = read_and_written([given[key] for key in ("parameters", "gradients", "sources", "copies")])
+        moved = read_and_written([given[key] for key in ("gradients", "sources", "copies")])
+        written = (
+            p.nbytes
+            for p, copy in zip(given["parameters"], given["copies"], strict=True)
+            if not (given["last"] and copy is not None)
+        )
+        moved += sum(written)
         moments = read_and_written([given["first_moments"], given["second_moments"]])
         unread = sum(
             value.nbytes

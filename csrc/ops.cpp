@@ -52,7 +52,8 @@ TORCH_LIBRARY(rada_fast, library) {
   //   fresh                           whether the moments are zero; they are then not read
   //   rule                            "adamw", "adam" or "sgd"
   //   copies                          the new values in bfloat16; an empty tensor asks for no copy
-  //   last                            whether the moments are not read again; they may be left as they are
+  //   last                            whether neither the moments nor a parameter that has a copy are read again; they may
+  //                                   be left as they are
   //   torch_roots                     whether square roots come from PyTorch, whose library may round them differently
   //                                   than the processor does
   library.def("episodic_optimizer_step(Tensor(a!)[] parameters, Tensor(b!)[] first_moments, "

@@ -79,10 +79,11 @@ __device__ __forceinline__ uint32_t narrow(float value) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
-// Stores the new values, and their copy for products.
+// Stores the new values and their copy for products. After the last step only the copy is read.
 template <int kElements>
-__device__ __forceinline__ void store_parameter(const OptimizerTensor& t, int64_t at, const Values<kElements>& p) {
-  store<kElements>(t.parameter + at, p);
+__device__ __forceinline__ void store_parameter(const OptimizerScalars& s, const OptimizerTensor& t, int64_t at,
+                                                const Values<kElements>& p) {
+  if (t.copy == nullptr || !s.last) store<kElements>(t.parameter + at, p);
   if (t.copy == nullptr) return;
   if constexpr (kElements == 1) {
     t.copy[at] = static_cast<uint16_t>(narrow(p.at[0]));
@@ -119,7 +120,7 @@ __device__ __forceinline__ void step_elements(const OptimizerScalars& s, const O
   if (!kSgd && !kept) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) p.at[e] = __fmul_rn(p.at[e], s.decay);
-    store_parameter<kElements>(t, at, p);
+    store_parameter<kElements>(s, t, at, p);
     return;
   }
   Values<kElements> m{}, v{};
@@ -131,7 +132,7 @@ __device__ __forceinline__ void step_elements(const OptimizerScalars& s, const O
     if constexpr (kSgd) sgd(s, kept, t.fresh, g.at[e], p.at[e], m.at[e]);
     else adam(s, g.at[e], p.at[e], m.at[e], v.at[e]);
   }
-  store_parameter<kElements>(t, at, p);
+  store_parameter<kElements>(s, t, at, p);
   if (s.last) return;
   if (kept) store<kElements>(t.first + at, m);
   if (!kSgd) store<kElements>(t.second + at, v);

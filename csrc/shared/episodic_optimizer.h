@@ -27,7 +27,7 @@ struct OptimizerScalars {
   float eps;
   float step_size;      // -lr / (1 - beta1^t); sgd: -lr
   float momentum;       // for sgd; 0 keeps no moment
-  int32_t last;         // whether the moments are not read again, so that they need not be written
+  int32_t last;         // whether moments, and parameters with a copy, are not read again and need not be written
 };
 
 // One tensor: `rows` copies of `row` elements, one after the other. Every array holds all copies, but the source may be

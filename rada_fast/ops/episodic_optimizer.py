@@ -61,7 +61,8 @@ def episodic_optimizer_step(
 
     copies: None, or for each parameter None or a tensor of its shape, bfloat16 and contiguous, into which the new
         values are written too.
-    last: whether the moments are not read again. They may then be left as they are, which saves writing them.
+    last: whether neither the moments nor a parameter that has a copy are read again. They may then be left as they are,
+        which saves writing them.
 
     Returns nothing. Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend
     cannot serve. Every operation rounds as in torch.optim's single-tensor form (foreach=False) on a CPU, also for CUDA
@@ -270,6 +271,8 @@ class EpisodicOptimizer:
         A tensor is the episodes' own storage, or before they have one a single copy expanded with stride 0 along E.
         The next step may write into these tensors: read this property again after it.
         """
+        if self._ended and self.dtype != torch.float32:
+            raise RuntimeError("the last step has written values alone: read those, or call reset")
         return {key: self._all_episodes(slot, getattr(slot, slot.current)) for key, slot in self._slots.items()}
 
     @property
@@ -302,7 +305,8 @@ class EpisodicOptimizer:
         """Take one step. A gradient that is None or missing is exactly zero for every episode.
 
         gradients: name to (E, ...), float32|bfloat16|float16, any stride.
-        last: promises that no other step follows before the next reset, so that no moments need to be written.
+        last: promises that no other step follows before the next reset, so that no moments need to be written. With
+            copies in bfloat16, only ``values`` can be read then.
         Raises ValueError or TypeError naming a gradient that belongs to no parameter or does not fit it; no parameter
         has changed then.
         """

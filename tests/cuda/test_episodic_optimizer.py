@@ -235,15 +235,19 @@ def launch(library: Any, cases: list[Case], s: Scalars) -> list[Any]:
 
 def check(library: Any, cases: list[Case], step: Step) -> list[Any]:
     wanted = [case.expected(step.expected_scalars()) for case in cases]
-    before = [(case.first.copy(), case.second.copy()) for case in cases]
+    before = [(case.parameter.copy(), case.first.copy(), case.second.copy()) for case in cases]
     launches = launch(library, cases, step.product_scalars())
     if step.last:
-        # The moments stay as they are.
-        wanted = [(p, *moments) for (p, _, _), moments in zip(wanted, before, strict=True)]
+        # The moments stay as they are, and so does a parameter of which a copy is written.
+        copies = [p for p, _, _ in wanted]
+        wanted = [
+            (p if case.copy is None else kept, *moments)
+            for case, (p, _, _), (kept, *moments) in zip(cases, wanted, before, strict=True)
+        ]
     for index, (case, (p, m, v)) in enumerate(zip(cases, wanted, strict=True)):
         np.testing.assert_array_equal(case.parameter, p, err_msg=f"parameter {index}")
         if case.copy is not None:
-            rounded = torch.from_numpy(case.parameter).bfloat16()
+            rounded = torch.from_numpy(copies[index] if step.last else case.parameter).bfloat16()
             assert torch.equal(case.copy, rounded), f"copy {index}"
         if case.moments:
             np.testing.assert_array_equal(case.first, m, err_msg=f"first moment {index}")

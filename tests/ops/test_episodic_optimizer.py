@@ -352,11 +352,12 @@ def test_a_step_on_low_precision_tensors_is_refused(backend: str) -> None:
 def test_copies_in_bfloat16_are_the_rounded_parameters(backend: str) -> None:
     initial = {"w": torch.randn(33, 7), "late": torch.randn(5), "frozen": torch.nn.Parameter(torch.randn(3), False)}
     initial["w"][0, 0], initial["w"][0, 1] = torch.nan, torch.inf
-    optimizer = EpisodicOptimizer(
-        initial, EPISODES, lr=LR, weight_decay=0.1, dtype=torch.bfloat16, backend=backend
-    )  # fmt: skip
+    options: dict[str, Any] = {"lr": LR, "weight_decay": 0.1, "backend": backend}
+    optimizer = EpisodicOptimizer(initial, EPISODES, dtype=torch.bfloat16, **options)
+    twin = EpisodicOptimizer(initial, EPISODES, **options)
     for _ in range(2):
         optimizer.reset()
+        taken = []
         for step in range(3):
             for name, value in optimizer.values.items():
                 expected = optimizer.parameters[name].bfloat16()
@@ -364,7 +365,16 @@ def test_copies_in_bfloat16_are_the_rounded_parameters(backend: str) -> None:
             gradients = {name: torch.randn(EPISODES, *initial[name].shape) for name in ("w", "late")}
             if step == 0:
                 del gradients["late"]
-            optimizer.step(gradients)
+            taken.append(gradients)
+            optimizer.step(gradients, last=step == 2)
+        with pytest.raises(RuntimeError, match="the last step has written values alone"):
+            _ = optimizer.parameters
+        twin.reset()
+        for gradients in taken:
+            twin.step(gradients)
+        for name, value in optimizer.values.items():
+            expected = twin.parameters[name].bfloat16()
+            torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
         initial["w"].mul_(1.5)
 
 
