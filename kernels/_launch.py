@@ -34,6 +34,8 @@ NUMBERS = (
     "total_rows",
     "images_per_text",
     "num_views",
+    "text_elements",
+    "image_elements",
     "elements",
     "scale",
     "share",

@@ -25,7 +25,7 @@ from rada_fast.ops import (
     rational_adapter,
     select_views,
 )
-from rada_fast.ops.rational_adapter import AdapterOutput, parameter_shapes
+from rada_fast.ops.rational_adapter import AdapterOutput, Projected, parameter_shapes
 
 BUDGETS = {"cpu": 2**26, "cuda": 2**30}
 """The bytes that the episodes of one group may take by episode_bytes, by the type of the device. A single episode is
@@ -74,6 +74,21 @@ def episode_bytes(rule: EpisodeRule, views: int, classes: int) -> int:
     return 13 * rows * width * size + parameters * (12 + 2 * size) + views * width * size
 
 
+def decay_without_gradient(rule: EpisodeRule) -> float | None:
+    """Return the factor by which a step changes all projections but the output's while their gradients are zero.
+
+    It is None where they do not all change by one factor: under Adam, which adds weight decay to the gradient, and
+    where some of them are frozen.
+    """
+    config = rule.episode
+    if config.weight_decay == 0:
+        return 1.0
+    projections = {name for name in parameter_shapes(rule.adapter) if not name.startswith("out_proj.")}
+    if config.optimizer == "adam" or not projections <= set(rule.trained):
+        return None
+    return 1 - config.lr * config.weight_decay
+
+
 def group_sizes(count: int, most: int) -> Iterator[int]:
     """Yield the numbers of episodes of the groups that make up `count` episodes, all powers of two up to `most`.
 
@@ -108,6 +123,7 @@ class EpisodeGroup:
             episodes, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, dtype=rule.dtype,
         )  # fmt: skip
         self._dpenalty: Tensor | None = None
+        self._projected: Projected | None = None
 
     def __call__(self, views: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> GroupLogits:
         """Return the logits (E, K) of the original views, without a wait for the device.
@@ -121,6 +137,7 @@ class EpisodeGroup:
         if isinstance(logit_scale, Tensor):
             logit_scale = logit_scale.to(torch.float32)
         steps = self.rule.episode.steps
+        self._projected = None
         with torch.no_grad():
             kept, originals, zero_shot = self._kept_views(views, text_features, logit_scale)
             images = kept.flatten(0, 1)  # (E n, D)
@@ -171,7 +188,13 @@ class EpisodeGroup:
         parameters = {name: value.detach() for name, value in self._optimizer.values.items()}
         leaves = [parameters[name].requires_grad_() for name in wanted]
         penalty = config.penalty if config.penalty_weight else None
-        output = self._adapter(images, text_features, logit_scale, parameters, penalty, output_is_zero=output_is_zero)
+        decay = decay_without_gradient(self.rule) if output_is_zero and self.rule.episode.steps > 1 else None
+        output = self._adapter(
+            images, text_features, logit_scale, parameters, penalty, output_is_zero=output_is_zero,
+            projected=self._projected, keep_projected=decay is not None,
+        )  # fmt: skip
+        # The next step's projections are those of this step, scaled.
+        self._projected = None if output.projected is None or decay is None else output.projected.scaled(decay)
         logits = output.logits.unflatten(0, (self.episodes, -1))  # (E, n, K)
         _, dlogits = prediction_loss_and_gradient(logits, config.loss)
         results, dresults = [logits], [dlogits]
@@ -192,8 +215,10 @@ class EpisodeGroup:
         penalty: MaskPenalty | None = None,
         *,
         output_is_zero: bool = False,
+        projected: Projected | None = None,
+        keep_projected: bool = False,
     ) -> AdapterOutput:
         return rational_adapter(
             images, text_features, logit_scale, parameters, self.rule.adapter, penalty=penalty, episodes=self.episodes,
-            output_is_zero=output_is_zero,
+            output_is_zero=output_is_zero, projected=projected, keep_projected=keep_projected,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from rada_fast.config.method import MASK_PENALTIES, ROLES, AdapterConfig, MaskPe
 from rada_fast.ops._backends.choice import resolve_backend
 from rada_fast.ops._backends.transforms import TRANSFORM_REASON, under_transform
 from rada_fast.reference.rational_adapter import AdapterOutput as AdapterOutput
+from rada_fast.reference.rational_adapter import Projected as Projected
 
 
 def parameter_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
@@ -174,6 +175,8 @@ def rational_adapter(
     return_mask: bool = False,
     episodes: int | None = None,
     output_is_zero: bool = False,
+    projected: Projected | None = None,
+    keep_projected: bool = False,
     backend: str | None = None,
 ) -> AdapterOutput:
     """Compute class logits under the adapter's learned mask, with the mask penalty and the mask if asked for.
@@ -200,9 +203,15 @@ def rational_adapter(
     output_is_zero: promises that the weight and the bias of the output projection are zero, as they are when training
         starts. The results are the same; on CUDA they take less time, because only the output projection has a gradient
         other than zero.
+    keep_projected: also return the projected queries, keys and values where the backend can take them again, as
+        "triton" can when a gradient may be asked for; otherwise they are None.
+    projected: what an earlier call with the same features has returned, or that ``.scaled(c)``. It promises that all
+        weights and biases but the output's are c times those of that call, and saves their products. Gradients are
+        those of the present parameters. Results may differ by roundings from those without it.
     backend: the name of a backend, or None for the one in force (see use_backend).
 
-    Returns AdapterOutput(logits (B, K), penalty (), (E,) or None, mask (B, K, D) or None), in image_features' dtype.
+    Returns AdapterOutput(logits (B, K), penalty (), (E,) or None, mask (B, K, D) or None, projected or None), in
+    image_features' dtype.
     Raises ValueError or TypeError naming the argument, BackendUnavailableError where a named backend cannot serve.
     The compiled backends have first derivatives in reverse mode. Under torch.func's transforms and in forward mode
     "auto" takes the reference; a second derivative (create_graph=True) raises an error that says how to get it.
@@ -226,7 +235,13 @@ def rational_adapter(
             from rada_fast.ops._backends.triton import rational_adapter as fused
 
             return fused(
-                *arguments, penalty=penalty, return_mask=return_mask, episodes=episodes, output_is_zero=output_is_zero
+                *arguments,
+                penalty=penalty,
+                return_mask=return_mask,
+                episodes=episodes,
+                output_is_zero=output_is_zero,
+                projected=projected,
+                keep_projected=keep_projected,
             )
         case _:
             raise AssertionError(f"backend {name!r} resolved but not wired")
@@ -255,7 +270,7 @@ def _by_episode(
         run(image, text_features, logit_scale, {name: own[name][episode] for name in shapes}, config, **options)
         for episode, image in enumerate(image_features.unflatten(0, (episodes, -1)).unbind())
     ]
-    logits, penalties, masks = zip(*parts, strict=True)
+    logits, penalties, masks, _ = zip(*parts, strict=True)
     return AdapterOutput(
         torch.cat(logits),
         torch.stack(penalties) if penalties[0] is not None else None,

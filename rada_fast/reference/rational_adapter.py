@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,12 +22,31 @@ from rada_fast.reference.rational_projections import (
 )
 
 
+@dataclass(frozen=True)
+class Projected:
+    """Keep the keys, values and queries of a call for a later call with the same features.
+
+    tensors: what the backend has kept. scale: by which factor the later call's projections are larger.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    scale: float = 1.0
+
+    def scaled(self, scale: float) -> Projected:
+        """Return the projections by weights and biases that are `scale` times as large."""
+        return Projected(self.tensors, self.scale * scale)
+
+
 class AdapterOutput(NamedTuple):
-    """The results of the adapter: logits (B, K), and where they are asked for the penalty () and the mask (B, K, D)."""
+    """The results of the adapter: logits (B, K), and where they are asked for the penalty () and the mask (B, K, D).
+
+    projected: the projections, for a later call, where they are asked for and the backend gives them.
+    """
 
     logits: Tensor
     penalty: Tensor | None
     mask: Tensor | None
+    projected: Projected | None = None
 
 
 def mask_offset(

@@ -7,6 +7,7 @@ CUDA C++ kernels stand the CPU's operators, one call for each launch.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,3 +171,42 @@ def test_a_group_takes_as_many_launches_whatever_its_size(
             group(views, text, SCALE)
         # In bfloat16, one launch rounds the initial parameters.
         assert len(launches) + sum(watch.launches.values()) == expected + (dtype == torch.bfloat16) <= MOST
+
+
+@pytest.mark.parametrize(
+    ("start", "options", "frozen", "reuses"),
+    [
+        ("zero", {}, None, True),
+        ("zero", {"optimizer": "sgd"}, None, True),
+        ("zero", {"optimizer": "adam", "weight_decay": 0.0}, "k_proj.bias", True),
+        # Adam adds weight decay to a gradient, and what is frozen does not decay.
+        ("zero", {"optimizer": "adam"}, None, False),
+        ("zero", {}, "k_proj.bias", False),
+        ("pretrained", {}, None, False),
+    ],
+)
+def test_the_second_step_scales_the_projections_of_the_first(
+    start: str, options: dict[str, Any], frozen: str | None, reuses: bool
+) -> None:
+    initial, rule, views, text = problem(2, 12, 7, 32, torch.float32, start, **options)
+    rule = replace(rule, trained=tuple(name for name in rule.trained if name != frozen))
+    with use_backend("triton"), recorded() as launches:
+        EpisodeGroup(initial, rule, 2)(views, text, SCALE)
+    names = [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
+    projections = [
+        name.split("_")[0] for name in names if ("projections" in name and "forward" in name) or "scaled" in name
+    ]
+    steps = ["rational", "scaled" if reuses else "rational", "rational"]
+    assert projections == ["rational"] * (start == "pretrained") + steps + ["rational"]
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "lr": 0.02, "weight_decay": 0.5}])
+def test_scaled_projections_change_nothing_but_roundings(
+    options: dict[str, Any], simulated: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    initial, rule, views, text = problem(1, 5, 7, 32, torch.float32, steps=2, **options)
+    with use_backend("triton"), simulated():
+        scaled = EpisodeGroup(initial, rule, 1)(views, text, SCALE).adapted
+        monkeypatch.setattr(groups, "decay_without_gradient", lambda _: None)
+        projected = EpisodeGroup(initial, rule, 1)(views, text, SCALE).adapted
+    torch.testing.assert_close(scaled, projected, rtol=0, atol=1e-4)

@@ -163,7 +163,8 @@ def register_gradient(
         def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
             output = run(keyset, arguments)
             kept = output[differentiable:]
-            ctx.options = arguments[count:]
+            # Tensors among the options serve the forward pass alone, and are not kept alive.
+            ctx.options = [None if isinstance(value, Tensor) else value for value in arguments[count:]]
             ctx.save_for_backward(*arguments[:count], *kept)
             ctx.mark_non_differentiable(*kept)
             # The kept tensors are outputs too; creating gradients of zeros for them would cost what the operator saves.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from rada_fast.kernels.output_projection_gradients import output_projection_grad
 from rada_fast.kernels.parameter_gradients import parameter_gradients
 from rada_fast.kernels.rational_projections import ProjectionBuffers, rational_projections_forward
 from rada_fast.kernels.rational_projections_backward import rational_projections_backward
+from rada_fast.kernels.scaled_projections import scaled_projections
 from rada_fast.ops._backends import adapter_operator
 from rada_fast.ops._backends.adapter_operator import (
     GRADIENTS,
@@ -45,7 +47,7 @@ from rada_fast.ops._backends.adapter_operator import (
 )
 from rada_fast.ops._backends.cpu import compute_dtype
 from rada_fast.ops._backends.tiles import chosen_tiles
-from rada_fast.reference.rational_adapter import AdapterOutput
+from rada_fast.reference.rational_adapter import AdapterOutput, Projected
 from rada_fast.reference.rational_projections import as_scale
 
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,13 +57,23 @@ class Launch(NamedTuple):
     """Hold the options of the Triton operator alone.
 
     episodes: E; compute: the type of the products; precision: how float32 is multiplied (see float32_precision);
-    output_is_zero: whether the output projection is known to be zero.
+    output_is_zero: whether the output projection is known to be zero; given_keys and so on: the projections of an
+    earlier call, which take the place of the products, or None; given_scale: by which factor they are multiplied.
     """
 
     episodes: int
     compute: torch.dtype
     precision: str
     output_is_zero: bool
+    given_keys: Tensor | None = None
+    given_values: Tensor | None = None
+    given_q_rational: Tensor | None = None
+    given_q_text: Tensor | None = None
+    given_q_image: Tensor | None = None
+    given_scale: float = 1.0
+
+
+_PROJECTIONS = tuple(field.name for field in fields(ProjectionBuffers))
 
 
 class Mask(NamedTuple):
@@ -222,10 +234,14 @@ def _forward(
     masked_counters = counters_needed(batch, classes, launch.episodes)
     counters = torch.empty((heads + masked_counters,), dtype=torch.int32, device=features.image_features.device)
     with torch.cuda.device_of(features.image_features):
-        projections = rational_projections_forward(
-            **problem, weights=weights, biases=biases, scale_factor=options.input_scale_factor,
-            tile=tiles.get("rational_projections_forward"), counters=counters, **common,
-        )  # fmt: skip
+        if launch.given_keys is not None:
+            given = ProjectionBuffers(*(getattr(launch, f"given_{name}") for name in _PROJECTIONS))
+            projections = scaled_projections(given, launch.given_scale, counters)
+        else:
+            projections = rational_projections_forward(
+                **problem, weights=weights, biases=biases, scale_factor=options.input_scale_factor,
+                tile=tiles.get("rational_projections_forward"), counters=counters, **common,
+            )  # fmt: skip
         attended = class_attention_forward(
             projections=projections, counters=counters[:heads], tile=tiles.get("class_attention_forward"),
             images=len(features.image_features) // launch.episodes, **_attention(options, launch),
@@ -428,6 +444,8 @@ def rational_adapter(
     return_mask: bool = False,
     episodes: int | None = None,
     output_is_zero: bool = False,
+    projected: Projected | None = None,
+    keep_projected: bool = False,
 ) -> AdapterOutput:
     """Compute ops.rational_adapter, with its arguments and results, for a call that reason_not_served lets pass."""
     if config.num_layers > 1:
@@ -441,11 +459,24 @@ def rational_adapter(
     # The kernels convert the weights as they load them, so autocast makes no copy of the weights.
     tensors = (image_features, text_features, scale, *parameters_of(parameters, config))
     compute = compute_dtype(image_features, parameters["out_proj.weight"])
-    logits, mask_penalty, mask, *_ = torch.ops.rada_fast.rational_adapter_triton.default(
+    taken = projected.tensors if projected is not None else ()
+    keep = backward_follows(*tensors)
+    logits, mask_penalty, mask, *kept = torch.ops.rada_fast.rational_adapter_triton.default(
         *tensors,
         *options_of(config, penalty),
-        *Launch(episodes=episodes or 1, compute=compute, precision=float32_precision(), output_is_zero=output_is_zero),
-        *Requests(return_mask=return_mask, keep=backward_follows(*tensors)),
+        *Launch(
+            episodes=episodes or 1,
+            compute=compute,
+            precision=float32_precision(),
+            output_is_zero=output_is_zero,
+            **{f"given_{name}": value for name, value in zip(_PROJECTIONS, taken, strict=False)},
+            given_scale=1.0 if projected is None else projected.scale,
+        ),
+        *Requests(return_mask=return_mask, keep=keep),
     )
     one = mask_penalty.reshape(()) if penalty and episodes is None else mask_penalty
-    return AdapterOutput(logits, one if penalty else None, mask if return_mask else None)
+    found = None
+    if keep_projected and keep:
+        # An operator returns an empty tensor in the place of an absent one.
+        found = Projected(tuple(value.detach() if value.ndim > 1 else None for value in kept[: len(_PROJECTIONS)]))
+    return AdapterOutput(logits, one if penalty else None, mask if return_mask else None, found)
