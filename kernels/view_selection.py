@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_fast.kernels._common import block_of, cdiv, default_precision, episode_grid, product
+from rada_fast.kernels._common import block_of, cdiv, episode_grid, product
 from rada_fast.kernels._launch import Kernel, Launch, remembered
 
 BLOCK_V, BLOCK_K = 16, 32
@@ -179,7 +179,8 @@ def _statistics_launch(
     return view_statistics_kernel.launch(
         episode_grid(cdiv(num_views, BLOCK_V) * cdiv(classes, BLOCK_K), episodes=episodes),
         num_views=num_views, classes=classes, D=width, BLOCK_V=BLOCK_V, BLOCK_K=BLOCK_K,
-        BLOCK_C=block_of(width, 32 if dtype == torch.float32 else 64), PRECISION=default_precision(dtype, precision),
+        BLOCK_C=block_of(width, 32 if dtype == torch.float32 else 64),
+        PRECISION=precision if dtype == torch.float32 else "ieee",
         num_warps=4, num_stages=3,
     )  # fmt: skip
 
