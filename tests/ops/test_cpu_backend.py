@@ -432,7 +432,8 @@ def test_gradcheck(name: str) -> None:
 
 
 # A graph that PyTorch kept on disk names the operator's results by position, and may be of another version.
-@torch._inductor.config.patch(force_disable_caches=True)
+@torch._inductor.config.patch(fx_graph_cache=False)
+@torch._functorch.config.patch(enable_autograd_cache=False)
 def test_compile_autocast_checkpoint_and_no_grad() -> None:
     config = CONFIGS["official"]
     image, text, parameters = problem(config, 2, 37, torch.float32)
