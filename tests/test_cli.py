@@ -182,7 +182,12 @@ def test_another_runs_folder_is_refused_in_one_line(inputs: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("place", "error", "status", "message"),
     [
-        ("loops.ttt.adapt_episodes", KeyboardInterrupt(), 130, "interrupted; start the same command again to go on"),
+        (
+            "engine.episodes.Adaptation.__call__",
+            KeyboardInterrupt(),
+            130,
+            "interrupted; start the same command again to go on",
+        ),
         (
             "runs.folder.RunFolder.append",
             OSError(28, "No space left on device"),

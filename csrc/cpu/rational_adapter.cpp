@@ -76,6 +76,8 @@ ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
   const auto options = in.image_features.options();
   const int64_t chunk = keep ? p.batch : chunk_of(p), step = chunk_of(p);
   Saved saved = allocate<T>(p, chunk, keep && p.keeps_offset(), options);
+  // Results have the same values in every call, those that fill rows up included.
+  saved.offset.narrow(2, p.classes, p.padded - p.classes).zero_();
   // The sums are the logits without the factor s, which makes them the derivatives with respect to s.
   Tensor sums = at::empty({p.batch, p.classes}, options.dtype(Types<T>::exact));
   Tensor mask = return_mask ? at::empty({p.batch, p.width, p.classes}, sums.options()) : at::empty({0}, options);

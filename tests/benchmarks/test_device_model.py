@@ -85,10 +85,9 @@ def test_the_launches_are_those_of_the_operators_on_any_target() -> None:
 
 @pytest.mark.parametrize(("dtype", "products"), [("bfloat16", 1), ("float32", 6)])
 def test_operations_of_the_forward_pass_are_those_of_its_tiles(dtype: str, products: int) -> None:
-    name = "half_operations" if dtype == "bfloat16" else "tf32_operations"
     found = programs_by_launch(dtype)
     forward = [programs for launch, (_, programs) in found.items() if launch.endswith("forward")]
-    operations = sum(programs.counts[name].sum() for programs in forward)
+    operations = sum(programs.counts["half_operations"].sum() for programs in forward)
     # Tiles are larger than what they hold, and the text query is computed once for all images.
     assert 1.0 <= operations / products / least_operations(BATCH, CLASSES, 512) <= 1.4
 

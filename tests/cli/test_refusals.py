@@ -403,20 +403,25 @@ WRONG_VALUES: dict[type, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_option_of_every_command_refuses_values_of_another_kind(command: str) -> None:
-    options = options_of(cli.COMMANDS[command].options)
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [(name, part) for name, command in cli.COMMANDS.items() for part in (command.parts or ("",))],
+)
+def test_every_option_of_every_command_refuses_values_of_another_kind(command: str, part: str) -> None:
+    words = [part] if part else []
+    config_type, _ = cli._options_of_part(command, words)
+    options = options_of(config_type)
     needed = [f"{option.flag}=imagefolder:x" for option in options.values() if option.required]
-    cli.parse(command, needed)
+    cli.parse(command, [*words, *needed])
     for option in options.values():
-        others = [part for part in needed if not part.startswith(f"{option.flag}=")]
+        others = [other for other in needed if not other.startswith(f"{option.flag}=")]
         for value in ("x",) if option.choices else WRONG_VALUES[option.kind]:
             with pytest.raises(UserError) as caught:
-                cli.parse(command, [*others, f"{option.flag}={value}"])
+                cli.parse(command, [*words, *others, f"{option.flag}={value}"])
             assert option.flag in str(caught.value), (option.flag, value, str(caught.value))
         if option.kind is not bool:
             with pytest.raises(UserError, match=f"{option.flag} needs"):
-                cli.parse(command, [*others, option.flag])
+                cli.parse(command, [*words, *others, option.flag])
 
 
 def test_an_option_is_named_only_if_its_whole_path_is_mentioned(tmp_path: Path) -> None:

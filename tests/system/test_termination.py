@@ -16,7 +16,7 @@ import torch
 
 from rada_fast import cli
 from rada_fast.config.options import RunOptions
-from rada_fast.loops import ttt
+from rada_fast.engine.episodes import Adaptation
 from rada_fast.runs.folder import RunFolder
 from rada_fast.system import files
 from rada_fast.system.termination import Terminated, deferred, raise_if_asked, raising_terminated
@@ -48,7 +48,7 @@ def test_a_terminated_command_says_how_to_go_on(
     np.savez(tmp_path / "t.npz", features=features[:2], labels=np.arange(2))
     command = ["ttt", "--data", f"features:{tmp_path / 'f.npz'}", "--text-features", f"features:{tmp_path / 't.npz'}"]
     command += ["--output", str(tmp_path / "run"), "--episodes", "2"]
-    original, calls = ttt.adapt_episodes, 0
+    original, calls = Adaptation.__call__, 0
 
     def terminate(*args: Any, **more: Any) -> Any:
         nonlocal calls
@@ -57,7 +57,7 @@ def test_a_terminated_command_says_how_to_go_on(
             os.kill(os.getpid(), number)
         return original(*args, **more)
 
-    monkeypatch.setattr(ttt, "adapt_episodes", terminate)
+    monkeypatch.setattr(Adaptation, "__call__", terminate)
     assert cli.main(command) == status
     assert capsys.readouterr().err.splitlines()[-1] == f"rada-fast: {reason}; start the same command again to go on"
     assert len((tmp_path / "run" / "images.jsonl").read_text().splitlines()) == 2
