@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -254,3 +256,17 @@ def assert_replays_from_a_graph(call: Callable[[], Tensor]) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(output, expected)
+
+
+def threads_ahead() -> list[threading.Thread]:
+    """Return the threads that read items ahead and have not ended."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("rada_fast ahead")]
+
+
+def wait_until_no_thread_is_ahead() -> None:
+    """Wait until all threads that read ahead have ended, and fail after five seconds."""
+    for _ in range(500):
+        if not threads_ahead():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{threads_ahead()} still run")

@@ -27,6 +27,7 @@ from rada_fast.engine.episodes import Adaptation
 from rada_fast.errors import UserError
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from tests.loops.conftest import load_tiny
+from tests.support import wait_until_no_thread_is_ahead
 
 NAMES = ("cat", "dog", "emu", "fox")
 
@@ -51,18 +52,6 @@ def tiny(**options: Any) -> TestTimePredictor:
     """Return a predictor with a model of a few hundred weights and little to do, unless options say otherwise."""
     defaults: dict[str, Any] = {"views": 3, "config": EpisodeConfig(steps=1)}
     return TestTimePredictor(load_tiny(), NAMES, **(defaults | options))
-
-
-def running() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("rada_fast ahead")]
-
-
-def wait_until_none_runs() -> None:
-    for _ in range(500):
-        if not running():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{running()} still run")
 
 
 def logits(results: Any) -> dict[str, tuple[list[float], list[float]]]:
@@ -264,7 +253,7 @@ def test_nothing_waits_for_a_slow_file_or_a_slow_source(files: list[Path], monke
     assert next(stream).index == 0
     more.set()
     assert [one.index for one in stream] == [3]
-    wait_until_none_runs()
+    wait_until_no_thread_is_ahead()
 
 
 def test_an_endless_source_is_read_as_far_as_is_needed(files: list[Path]) -> None:
@@ -280,7 +269,7 @@ def test_an_endless_source_is_read_as_far_as_is_needed(files: list[Path]) -> Non
     assert [one.index for one in islice(results, 20)] == list(range(20))
     assert len(read) <= 20 + 16 + 3
     results.close()
-    wait_until_none_runs()
+    wait_until_no_thread_is_ahead()
     assert results.gi_frame is None
 
 
@@ -290,7 +279,7 @@ def test_a_generator_that_nobody_keeps_stops_its_threads(files: list[Path]) -> N
         next(results)
         del results
         gc.collect()
-        wait_until_none_runs()
+        wait_until_no_thread_is_ahead()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -315,7 +304,7 @@ def test_an_exception_surfaces_once_and_names_the_picture(
             assert caught.value.__notes__ == [f"while predicting {str(files[0])!r}"]
     with pytest.raises(TypeError, match="a picture must be a path, an image of PIL or a tensor, got int"):
         list(tiny(workers=workers).predict([("seven", 7)]))  # type: ignore[list-item]
-    wait_until_none_runs()
+    wait_until_no_thread_is_ahead()
 
 
 def test_features_that_the_model_makes_nonsense_of_name_the_picture(files: list[Path]) -> None:

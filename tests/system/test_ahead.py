@@ -14,18 +14,7 @@ import torch
 from rada_fast import use_backend
 from rada_fast.ops import resolve_backend
 from rada_fast.system.ahead import Ahead
-
-
-def running() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("rada_fast ahead")]
-
-
-def wait_until_none_runs() -> None:
-    for _ in range(500):
-        if not running():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{running()} still run")
+from tests.support import wait_until_no_thread_is_ahead
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -38,7 +27,7 @@ def test_every_item_has_a_result(threads: int) -> None:
     assert sorted(found) == list(enumerate("ABCDEFGH"))
     assert ahead.ended
     assert ahead.take() is None
-    wait_until_none_runs()
+    wait_until_no_thread_is_ahead()
 
 
 def test_no_more_items_are_read_than_there_is_room_for() -> None:
@@ -56,7 +45,7 @@ def test_no_more_items_are_read_than_there_is_room_for() -> None:
         assert len(read) <= 3 + ahead.taken
         ahead.make_room()
     ahead.close()
-    wait_until_none_runs()
+    wait_until_no_thread_is_ahead()
 
 
 def test_a_slow_item_holds_back_no_other() -> None:
@@ -87,7 +76,7 @@ def test_an_exception_is_raised_once_and_ends_the_threads(threads: int) -> None:
     if threads:
         assert ahead.take() is None
     ahead.close()
-    wait_until_none_runs()
+    wait_until_no_thread_is_ahead()
 
 
 def test_an_exception_of_the_iterable_is_raised() -> None:
@@ -113,7 +102,7 @@ def test_threads_end_with_the_object_even_where_the_source_waits() -> None:
     del ahead
     gc.collect()
     waiting.set()
-    wait_until_none_runs()
+    wait_until_no_thread_is_ahead()
 
 
 def test_threads_compute_alone_with_the_callers_backend_and_leave_other_threads_as_they_are() -> None:
