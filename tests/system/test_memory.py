@@ -74,7 +74,9 @@ def test_freed_memory_is_not_paged_in_again_and_does_not_grow() -> None:
     assert kept["again"] is True
     # Without the setting these are more than 700,000. A tensor whose place is taken by another may need 20,000.
     assert kept["taken"] < 60_000
-    assert kept["grown"] <= 8
+    # Another order of sizes may need room for one more tensor, of 40 MiB at the most. A kept MiB in each of the
+    # 100 uses would be 100 MiB.
+    assert kept["grown"] <= 40
     assert kept["by encoding"] <= 8
 
 
