@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.engine.graphs import Recording, usable
 from rada_fast.engine.optimizers import set_rate
+from rada_fast.modules.heads import Head
 from rada_fast.modules.rational_adapter import RationalAdapter
 from rada_fast.ops import AdapterOutput, PreparedAdapter, prediction_loss_and_gradient
 from rada_fast.ops.prepared_adapter import Pullback, pullback_of
@@ -68,9 +69,10 @@ class Parts(NamedTuple):
 
 
 class Gradients:
-    """Compute the loss of images and the gradients of an adapter, and of text features that are trained too.
+    """Compute the loss of images and the gradients of a head, and of text features that are trained too.
 
-    adapter: the adapter. Where it is more than its named parameters (hooks, replaced layers), it is called as a module.
+    head: the rational adapter or the head of another method. An adapter that is more than its named parameters (hooks,
+        replaced layers) is called as a module, and so are the other heads.
     text_features: T (K, D); their gradient is computed if they require one.
     logit_scale: the multiplier s.
     objective: the loss.
@@ -79,28 +81,29 @@ class Gradients:
 
     def __init__(
         self,
-        adapter: RationalAdapter,
+        head: Head,
         text_features: Tensor,
         logit_scale: Tensor | float,
         objective: Objective,
         *,
         of_images: bool = False,
     ) -> None:
-        named: dict[str, Tensor] = dict(adapter.named_parameters())
+        named: dict[str, Tensor] = dict(head.named_parameters())
         trained = {name: value for name, value in named.items() if value.requires_grad}
         if text_features.requires_grad:
             trained["text_features"] = text_features
         self.trained = list(trained.values())
         self.of_images = of_images
-        self.plain = adapter.is_plain()
+        self.plain = False
         self.fused = False
-        self._adapter, self._text_features, self._logit_scale = adapter, text_features, logit_scale
+        self._head, self._text_features, self._logit_scale = head, text_features, logit_scale
         self.penalty_weight, self._penalty = objective.penalty_weight, objective.penalty
         self._dpenalty = text_features.new_full((), objective.penalty_weight, requires_grad=False)
         self._call: Callable[[Tensor], tuple[AdapterOutput, Pullback]] = self._as_module
-        if self.plain:
+        if isinstance(head, RationalAdapter) and head.is_plain():
+            self.plain = True
             self._call = prepared = PreparedAdapter(
-                text_features, logit_scale, named, adapter.config, penalty=objective.penalty,
+                text_features, logit_scale, named, head.config, penalty=objective.penalty,
                 wanted=[*trained, "image_features"] if of_images else list(trained),
             )  # fmt: skip
             self.fused = prepared.backend in ("cpu", "triton")
@@ -108,9 +111,11 @@ class Gradients:
     def _as_module(self, features: Tensor) -> tuple[AdapterOutput, Pullback]:
         leaf = features.detach().requires_grad_(self.of_images)
         with torch.enable_grad():
-            logits, penalty = self._adapter(leaf, self._text_features, self._logit_scale, self._penalty)
+            logits, penalty = self._head(leaf, self._text_features, self._logit_scale, self._penalty)
         leaves = [*self.trained, leaf] if self.of_images else self.trained
-        return AdapterOutput(logits.detach(), penalty.detach(), None), pullback_of(logits, penalty, leaves)
+        # A head without a mask has a constant penalty.
+        pullback = pullback_of(logits, penalty if penalty.requires_grad else None, leaves)
+        return AdapterOutput(logits.detach(), penalty.detach(), None), pullback
 
     def add(self, features: Tensor, labels: Tensor, share: float | Tensor = 1.0, *, first: bool = True) -> Parts:
         """Compute the loss of images and put its gradients into ``.grad`` of what is trained.
@@ -138,10 +143,33 @@ class Gradients:
         return Parts(entropy, output.penalty, (output.logits.argmax(dim=-1) == labels).sum(), dfeatures)
 
 
+class TrainedText:
+    """Text features that a text encoder computes anew in every step, because something inside it is trained.
+
+    features: the present text features (K, D), a tensor with ``requires_grad`` whose values each step replaces.
+    encode: a function from the labels of a batch to the text features, with gradients.
+    """
+
+    def __init__(self, features: Tensor, encode: Callable[[Tensor], Tensor]) -> None:
+        self.features, self._encode = features, encode
+
+    def refresh(self, labels: Tensor) -> Tensor:
+        """Encode, put the values into `features`, and return the text features with their gradients."""
+        with torch.enable_grad():
+            text = self._encode(labels)
+        if text.shape == self.features.shape:
+            with torch.no_grad():
+                self.features.copy_(text)
+        else:
+            self.features.data = text.detach()
+        self.features.grad = None
+        return text
+
+
 class TrainingStep:
     """Take steps of an optimiser, each on a batch, and sum up what they report.
 
-    gradients: computes the loss and the gradients of the adapter.
+    gradients: computes the loss and the gradients of the head.
     optimizer: the optimiser of everything that is trained; see training_optimizer.
     micro_batch: the number of images that are computed at once, or None for all. The gradients of the parts are added
         up. Losses and penalties are means over images, so each part counts by its share of the images, and the sum is
@@ -149,6 +177,8 @@ class TrainingStep:
     encode: a function from images (B, 3, S, S) and their names to features (B, D) with gradients, if the image encoder
         is trained. Otherwise the inputs are features.
     scaler: the scaler of the loss for float16.
+    text: the text features of the gradients, if they are encoded anew in every step.
+    adjust: a function that changes the gradients before the update. It takes the factor by which they are scaled.
     """
 
     def __init__(
@@ -159,9 +189,12 @@ class TrainingStep:
         micro_batch: int | None = None,
         encode: Callable[[Tensor, Sequence[str]], Tensor] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        text: TrainedText | None = None,
+        adjust: Callable[[Tensor | float], object] | None = None,
     ) -> None:
         self.gradients, self.optimizer = gradients, optimizer
         self.micro_batch, self.encode = micro_batch, encode
+        self.text, self.adjust = text, adjust
         self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
         self.device = gradients.trained[0].device
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -170,7 +203,7 @@ class TrainingStep:
         self._images = 0
         self._recorded: _RecordedStep | None = None
         self._shape: torch.Size | None = None
-        self._records = encode is None and gradients.plain and usable(self.device)
+        self._records = encode is text is adjust is None and gradients.plain and usable(self.device)
 
     def __call__(self, inputs: Tensor, labels: Tensor, rate: float, ids: Sequence[str] = ()) -> None:
         """Take one step.
@@ -221,8 +254,9 @@ class TrainingStep:
         count = len(labels)
         part = min(self.micro_batch or count, count)
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else 1.0
-        if self.encode is not None:
+        if self.encode is not None or self.text is not None:
             self.optimizer.zero_grad()
+        text = None if self.text is None else self.text.refresh(labels)
         for start in range(0, count, part):
             some, target = inputs[start : start + part], labels[start : start + part]
             features = some if self.encode is None else self.encode(some, ids[start : start + part])
@@ -233,6 +267,11 @@ class TrainingStep:
             self._entropy.add_(parts.entropy, alpha=len(target))
             self._penalty.add_(parts.penalty, alpha=len(target))
             self._correct.add_(parts.correct)
+        if text is not None:
+            assert self.text is not None
+            text.backward(self.text.features.grad)
+        if self.adjust is not None:
+            self.adjust(scale)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
