@@ -82,7 +82,7 @@ def run_eft(options: EFTOptions) -> dict[str, Any]:
         folder.save_adapter("adapter.safetensors", setup.adapter)
         records = evaluate_sets(sets, setup)
         results: dict[str, Any] = {"training_images": len(task.images.ids), "classes": len(setup.names)}
-        results |= results_of(records, sets, training, folder)
+        results |= results_of(records, sets, training, task, folder)
         results["time"] = {"seconds": round(time.perf_counter() - start, 3), **training_time(training.records)}
         return finish(folder, setup.facts(), results, scope=scope, resumed=resumed)
 
@@ -132,13 +132,13 @@ def open_task(options: EFTOptions) -> Task:
 
     if options.protocol == "base-to-new":
         evaluation = [
-            EvaluationData("base", testing.subset(base), texts["base"], len(base)),
-            EvaluationData("new", testing.subset(new), texts["new"], len(new)),
+            EvaluationData("base", testing.subset(base), texts["base"], groups["base"].names),
+            EvaluationData("new", testing.subset(new), texts["new"], groups["new"].names),
         ]
     else:
-        evaluation = [EvaluationData("test" if new_testing is None else "base", testing, texts["base"], count)]
+        evaluation = [EvaluationData("test" if new_testing is None else "base", testing, texts["base"], names["train"])]
         if new_testing is not None:
-            evaluation.append(EvaluationData("new", new_testing, texts.get("new"), len(names["new"])))
+            evaluation.append(EvaluationData("new", new_testing, texts.get("new"), names["new"]))
     return Task(
         setup,
         images,
@@ -172,17 +172,23 @@ def train_adapter(
 
 
 def results_of(
-    records: dict[str, list[dict[str, Any]]], sets: list[EvaluationSet], training: Training, folder: RunFolder
+    records: dict[str, list[dict[str, Any]]],
+    sets: list[EvaluationSet],
+    training: Training,
+    task: Task,
+    folder: RunFolder,
 ) -> dict[str, Any]:
     """Compute the results on every evaluation set, and write images.jsonl.
 
     records: the records of each evaluation set, by its name.
     sets: the evaluation sets.
     training: the finished training, which knows the training images that could not be read.
+    task: the data and the set-up of the run.
     folder: the folder of the run.
     """
     results: dict[str, Any] = {}
-    lines = [{"split": "train"} | record for record in unreadable_records(training.unreadable.values())]
+    unreadable = unreadable_records(training.unreadable.values(), task.setup.names)
+    lines = [{"split": "train"} | record for record in unreadable]
     for one in sets:
         lines += [{"split": one.name} | record for record in records[one.name]]
         accuracy = accuracy_of(records[one.name], before="zero_shot", after="adapted")

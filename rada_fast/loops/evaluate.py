@@ -29,13 +29,13 @@ class EvaluationData:
     name: the name of the evaluation in the results.
     source: the images or their features.
     text: the text features T (K, D) of the classes, or None if the mean features of the images take their place.
-    num_classes: K.
+    names: the names of the K classes.
     """
 
     name: str
     source: Source
     text: Tensor | None
-    num_classes: int
+    names: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class EvaluationSet:
     name: str
     images: Features
     text: Tensor
+    names: Sequence[str]
 
 
 def encode_evaluation(data: Sequence[EvaluationData], setup: Setup) -> list[EvaluationSet]:
@@ -53,12 +54,12 @@ def encode_evaluation(data: Sequence[EvaluationData], setup: Setup) -> list[Eval
     for one in data:
         title = f"encode {one.name} test images"
         images = features_of(one.source, setup.model, title=title, workers=run.workers, limit=run.limit)
-        text = class_means(images, one.num_classes) if one.text is None else one.text
+        text = class_means(images, len(one.names)) if one.text is None else one.text
         if len(images.labels) and int(images.labels.max()) >= len(text):
             raise UserError(
                 f"test images of {one.name} have label {int(images.labels.max())}, but there are {len(text)} classes"
             )
-        sets.append(EvaluationSet(one.name, images, text.to(setup.device)))
+        sets.append(EvaluationSet(one.name, images, text.to(setup.device), one.names))
     return sets
 
 
@@ -72,7 +73,9 @@ def evaluate_sets(sets: Sequence[EvaluationSet], setup: Setup) -> dict[str, list
             return logits
 
         title = f"test {one.name}"
-        records[one.name] = evaluate(predict, one.images, one.text, setup.logit_scale, title=title, device=setup.device)
+        records[one.name] = evaluate(
+            predict, one.images, one.text, setup.logit_scale, names=one.names, title=title, device=setup.device
+        )
     return records
 
 
@@ -83,6 +86,7 @@ def evaluate(
     text_features: Tensor,
     logit_scale: float,
     *,
+    names: Sequence[str],
     title: str,
     device: torch.device,
     labels: Sequence[int] | None = None,
@@ -93,6 +97,7 @@ def evaluate(
     images: the encoded images.
     text_features: T (K, D), for the zero-shot answer.
     logit_scale: the multiplier s.
+    names: the names of the K classes.
     title: the title of the progress bar.
     device: the device that computes.
     labels: the classes that the labels 0, 1, ... of the images stand for, if these are only some of the K classes. Then
@@ -117,6 +122,7 @@ def evaluate(
                 if bool(diverged[offset]):
                     # The zero-shot answer replaces adapted logits that are not finite, and the status says so.
                     status, after = "diverged", before
-                records.append(image_record(images.ids[first + offset], label, status, before, after))
+                records.append(image_record(images.ids[first + offset], label, status, before, after, names))
             advance(len(part))
-    return records + [record | {"label": classes[record["label"]]} for record in unreadable_records(images.unreadable)]
+    unreadable = [(id, classes[label], reason) for id, label, reason in images.unreadable]
+    return records + unreadable_records(unreadable, names)

@@ -122,7 +122,8 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
         lines += records
     folder.accept_inputs()
     unreadable = {image.id: image for training in done for image in training.unreadable.values()}
-    folder.write_lines(IMAGES, [{"train": True} | record for record in unreadable_records(unreadable.values())] + lines)
+    trained = [{"train": True} | record for record in unreadable_records(unreadable.values(), setup.names)]
+    folder.write_lines(IMAGES, trained + lines)
     # An image is evaluated after every stage, but counts once.
     unreadable_evaluated = {(line["test"], line["id"]) for line in lines if line["status"] == "unreadable"}
     results["unreadable"] = len(unreadable) + len(unreadable_evaluated)
@@ -204,6 +205,7 @@ def evaluate_stage(stage: Stage, model: RationalClassifier, task: Task) -> tuple
             images,
             setup.text,
             model.logit_scale,
+            names=setup.names,
             title=title,
             device=setup.device,
             labels=source.labels_among(setup.sources["train"]),

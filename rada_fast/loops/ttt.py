@@ -19,7 +19,14 @@ from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
-from rada_fast.reports.summary import accuracy_of, already_finished, finish, image_record, is_image_record
+from rada_fast.reports.summary import (
+    accuracy_of,
+    already_finished,
+    finish,
+    image_record,
+    is_image_record,
+    label_entries,
+)
 from rada_fast.runs.folder import SUPERSEDED, RunFolder, describe_change, reset_peak_memory
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
@@ -132,7 +139,7 @@ def adapt_to_all(setup: Setup, source: Source, options: TTTOptions, folder: RunF
     ):
         for prediction in found:
             with clock.stages.busy("record"):
-                folder.append(IMAGES, record_of(prediction, labels[prediction.id]))
+                folder.append(IMAGES, record_of(prediction, labels[prediction.id], setup.names))
             advance()
     return clock
 
@@ -186,10 +193,11 @@ def visiting_order(count: int, seed: int | None) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def record_of(prediction: Prediction, label: int | None) -> dict[str, Any]:
-    """Return the line of an image. label: the number of its class, or None if it is not known."""
+def record_of(prediction: Prediction, label: int | None, names: Sequence[str]) -> dict[str, Any]:
+    """Return the line of an image. label: the number of its class, or None if it is not known; names: all classes."""
     before, after = prediction.zero_shot_logits, prediction.logits
     if before is None or after is None:
-        return {"id": prediction.id, "label": label, "status": prediction.status, "error": prediction.error}
+        fate = {"status": prediction.status, "error": prediction.error}
+        return {"id": prediction.id, **label_entries(label, names), **fate}
     entropies = [round(float(prediction_entropy(logits)), 6) for logits in (before, after)]
-    return image_record(prediction.id, label, prediction.status, before, after) | {"entropy": entropies}
+    return image_record(prediction.id, label, prediction.status, before, after, names) | {"entropy": entropies}

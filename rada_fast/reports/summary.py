@@ -17,29 +17,46 @@ from rada_fast.system import notices
 from rada_fast.system.terminal import PlainConsole, print_json, table
 
 
-def image_record(id: str, label: int | None, status: str, before: Tensor, after: Tensor) -> dict[str, Any]:
-    """Return the record of one image: its label, and the five best classes before and after adaptation.
+def image_record(
+    id: str, label: int | None, status: str, before: Tensor, after: Tensor, names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the record of one image: its class, and the five best classes before and after adaptation.
 
     id, label: the name of the image, and the number of its class if it is known.
     status: "ok", or "diverged" if adaptation failed and the answer after it is the one before it.
     before, after: the zero-shot and the adapted logits (K,). Classes with equal logits are ranked by their numbers.
+    names: the names of the K classes.
 
-    The entry "confidence" is the largest softmax probability before and after.
+    The record has the numbers of the classes and their names. Its entry "confidence" is the largest softmax probability
+    before and after.
     """
     best_before, best_after = (ranking(logits) for logits in (before, after))
     return {
         "id": id,
-        "label": label,
+        **label_entries(label, names),
         "status": status,
         "zero_shot": best_before,
+        "zero_shot_names": [names[index] for index in best_before],
         "adapted": best_after,
+        "adapted_names": [names[index] for index in best_after],
         "confidence": [round(float(logits.softmax(-1).max()), 6) for logits in (before, after)],
     }
 
 
-def unreadable_records(images: Iterable[tuple[str, int, str]]) -> list[dict[str, Any]]:
-    """Return a record of each image that could not be read. images: their ids, their labels and the reasons."""
-    return [{"id": id, "label": label, "status": "unreadable", "error": reason} for id, label, reason in images]
+def label_entries(label: int | None, names: Sequence[str]) -> dict[str, Any]:
+    """Return the entries of a record that say what class its image has: a number and a name, or None for both."""
+    return {"label": label, "label_name": None if label is None else names[label]}
+
+
+def unreadable_records(images: Iterable[tuple[str, int, str]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a record of each image that could not be read.
+
+    images: their ids, their labels and the reasons; names: the names of the classes that the labels count.
+    """
+    return [
+        {"id": id, **label_entries(label, names), "status": "unreadable", "error": reason}
+        for id, label, reason in images
+    ]
 
 
 def is_image_record(record: Mapping[str, Any], label: int | None) -> bool:

@@ -62,6 +62,11 @@ def test_ttt_writes_a_line_per_image_and_a_summary(pictures: Path, tmp_path: Pat
     assert summary["status"] == {"ok": 18, "diverged": 0, "unreadable": 0}
     right = sum(record["adapted"][0] == record["label"] for record in records)
     assert summary["adapted_top1"] == round(100 * right / 18, 3)
+    for record in records:
+        assert record["label_name"] == record["id"].partition("/")[0].replace("_", " ")
+        assert record["zero_shot_names"][0] in {other["label_name"] for other in records}
+        pairs = zip(record["adapted"], record["adapted_names"], strict=True)
+        assert all(name == record["label_name"] for label, name in pairs if label == record["label"])
     assert summary["adapted_top5"] >= summary["adapted_top1"]
     assert summary["preset"] == "official"
     assert summary["versions"]["torch"] == torch.__version__
