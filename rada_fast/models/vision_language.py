@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from rada_fast.config.options import ModelOptions
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
 from rada_fast.models.image_encoder import ImageEncoder
+from rada_fast.models.protocol import Tokenizer, Tower, image_tower, text_tower
 from rada_fast.models.trained import MAX_CHAINED_RUNS, TrainedRun, open_run
 from rada_fast.models.weights import EMBEDDED, RANDOM, is_tag, parts_of, parts_of_embedded
 from rada_fast.system import memory, notices
@@ -45,14 +46,15 @@ class VisionLanguageModel:
     """A frozen pair of an image encoder and a text encoder.
 
     name, pretrained: the name of the model, and the name or the file of its weights.
-    model: the module of open_clip.
+    model: the module, which is a DualEncoder of protocol.py.
     tokenizer: a function from texts to token ids.
     preprocess: the form in which the image encoder expects images.
     embed_dim: the width D of the features.
     device: the device of the encoders.
     precision: the precision in which the encoders compute.
     precision_asked: the precision that the options ask for; see precision_on for the difference.
-    fingerprint: a hash of the name and of the weights as they were loaded.
+    identity: a text of what decides the features beside the weights; by default it is the name.
+    fingerprint: a hash of the identity and of the weights as they were loaded.
     trained: the run of fft that trained the image encoder, or None.
     """
 
@@ -61,17 +63,19 @@ class VisionLanguageModel:
         name: str,
         pretrained: str | None,
         model: nn.Module,
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Tokenizer,
         preprocess: Preprocess,
         *,
         device: torch.device,
         precision: Precision,
+        identity: str | None = None,
         trained: TrainedRun | None = None,
     ) -> None:
         self.name = name
         self.pretrained = pretrained
         self.trained = trained
-        self.fingerprint = _fingerprint(name, model)
+        self.identity = name if identity is None else identity
+        self.fingerprint = _fingerprint(self.identity, model)
         model.requires_grad_(False).eval().to(device)
         self.model = cast(Any, model)
         self.tokenizer = tokenizer
@@ -81,7 +85,7 @@ class VisionLanguageModel:
         self.precision: Precision = precision_on(device, precision)
         self._image_encoder = ImageEncoder(self.model, getattr(torch, self.precision))
         with torch.no_grad():
-            # The model itself tells its width, so that no table of widths has to follow open_clip.
+            # The model itself tells its width, so that no table of widths has to follow the libraries.
             probe = self.model.encode_text(tokenizer(["a"]).to(device))
         self.embed_dim = int(probe.shape[-1])
 
@@ -93,13 +97,32 @@ class VisionLanguageModel:
             raise UserError(f"model {self.name} has the logit scale {scale}: its weights {self.pretrained} are damaged")
         return scale
 
+    @property
+    def logit_bias(self) -> float | None:
+        """The constant that a sigmoid loss adds to all logits, or None if the model has none."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else float(bias.detach().double())
+
     def loaded(self) -> Self:
         """Return the model itself. In a run without a model, AbsentModel raises UserError here."""
         return self
 
     def encoder_was_trained(self) -> None:
         """Compute the fingerprint anew, so that caches keep no features of the weights before a training."""
-        self.fingerprint = _fingerprint(self.name, self.model)
+        self.fingerprint = _fingerprint(self.identity, self.model)
+
+    def image_tower(self) -> Tower:
+        """Return the blocks of the image encoder. Raises UserError if it is not a transformer."""
+        return self._tower(image_tower(self.model), "image")
+
+    def text_tower(self) -> Tower:
+        """Return the blocks of the text encoder. Raises UserError if it is not a transformer."""
+        return self._tower(text_tower(self.model), "text")
+
+    def _tower(self, found: Tower | None, kind: str) -> Tower:
+        if found is None:
+            raise UserError(f"model {self.name}: its {kind} encoder is not a transformer, which prompts need")
+        return found
 
     def stated_scale(self) -> tuple[float, str] | None:
         """Return the multiplier s of the model, with the name of the model for messages."""
@@ -113,7 +136,8 @@ class VisionLanguageModel:
     def facts(self) -> dict[str, Any] | None:
         """Return the facts about the model that the summary of a run contains."""
         names = ("name", "pretrained", "fingerprint", "precision", "precision_asked")
-        return {name: getattr(self, name) for name in names}
+        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
+        return {name: getattr(self, name) for name in names} | bias
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -186,12 +210,19 @@ class VisionLanguageModel:
             f"with it: {advice}"
         )
 
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Return the token ids (N, L) of texts on the model's device."""
+        return self.tokenizer(list(texts)).to(self.device)
+
+    def text_features_with_grad(self, tokens: Tensor) -> Tensor:
+        """Encode token ids (N, L) to unit-norm features (N, D) float32, with gradients if the encoder has some."""
+        with self._arithmetic():
+            return normalize(self.model.encode_text(tokens).float(), dim=-1)
+
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Encode texts to unit-norm features (N, D) float32. Raises UserError as encode_images does."""
-        tokens = self.tokenizer(list(texts)).to(self.device)
-        with self._arithmetic():
-            features = normalize(self.model.encode_text(tokens).float(), dim=-1)
+        features = self.text_features_with_grad(self.tokens(texts))
         self.check_features(features, "text", texts)
         return features
 
@@ -252,8 +283,8 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _fingerprint(name: str, model: nn.Module) -> str:
-    digest = hashlib.sha256(name.encode())
+def _fingerprint(identity: str, model: nn.Module) -> str:
+    digest = hashlib.sha256(identity.encode())
     for key, tensor in model.state_dict().items():
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -282,24 +313,25 @@ def load_model(
     memory.keep_freed_memory()
     runs = _run_chain(name, pretrained)
     start, start_seed = (runs[-1].pretrained, runs[-1].seed) if runs else (pretrained, seed)
-    model, tokenizer, preprocess = parts_of_embedded(start) if name == EMBEDDED else parts_of(name, start, start_seed)
+    parts = parts_of_embedded(start) if name == EMBEDDED else parts_of(name, start, start_seed)
     if (
         runs
         and len({run.fingerprint for run in runs}) == 1
-        and runs[0].fingerprint not in (None, _fingerprint(name, model))
+        and runs[0].fingerprint not in (None, _fingerprint(parts.identity, parts.module))
     ):
         notices.warn(f"pretrained {pretrained}: the weights {start or name} that it started from have changed since")
     trained = next((run for run in runs if run.trained_encoder), None)
     if trained is not None:
-        trained.put_encoder_into(model)
+        trained.put_encoder_into(parts.module)
     return VisionLanguageModel(
         name,
         pretrained,
-        model,
-        tokenizer,
-        preprocess,
+        parts.module,
+        parts.tokenizer,
+        parts.preprocess,
         device=torch.device(device),
         precision=precision,
+        identity=parts.identity,
         trained=trained,
     )
 

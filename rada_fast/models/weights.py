@@ -6,24 +6,21 @@ import difflib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
+from rada_fast.models.protocol import ModelParts
 
 EMBEDDED = "embedded"
 RANDOM = "random"
 _QUICK_GELU = "-quickgelu"
 """The ending of the names of open_clip's models with the activation QuickGELU."""
-
-Parts = tuple[nn.Module, Callable[[list[str]], Tensor], Preprocess]
-"""A model with its weights, its tokenizer, and the form in which it expects images."""
 
 
 def is_tag(name: str, pretrained: str) -> bool:
@@ -35,7 +32,7 @@ def is_tag(name: str, pretrained: str) -> bool:
     return pretrained in open_clip.list_pretrained_tags_by_model(name)
 
 
-def parts_of(name: str, pretrained: str | None, seed: int) -> Parts:
+def parts_of(name: str, pretrained: str | None, seed: int) -> ModelParts:
     """Make a model of open_clip. See load_model for the arguments and the errors."""
     import open_clip
 
@@ -68,7 +65,7 @@ def parts_of(name: str, pretrained: str | None, seed: int) -> Parts:
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # a tokenizer of another library may be missing or impossible to download
         raise UserError(f"model {name}: its tokenizer cannot be made: {_one_line(error)}") from None
-    return model, tokenizer, preprocess
+    return ModelParts(model, tokenizer, preprocess, name)
 
 
 def _create(name: str, pretrained: str, seed: int) -> Any:
@@ -201,7 +198,7 @@ def _quiet_log() -> Iterator[None]:
         logging.disable(previous)
 
 
-def parts_of_embedded(pretrained: str | None) -> Parts:
+def parts_of_embedded(pretrained: str | None) -> ModelParts:
     """Read the model that is shipped. Raises UserError if other weights are asked for."""
     from rada_fast.embedded import model as embedded
     from rada_fast.embedded.world import IMAGE_SIZE
@@ -209,4 +206,4 @@ def parts_of_embedded(pretrained: str | None) -> Parts:
     if pretrained is not None:
         raise UserError(f"pretrained must be left out for the embedded model, or name a run of fft, got {pretrained!r}")
     model, tokenizer = embedded.load()
-    return model, tokenizer, Preprocess(IMAGE_SIZE, embedded.MEAN, embedded.STD)
+    return ModelParts(model, tokenizer, Preprocess(IMAGE_SIZE, embedded.MEAN, embedded.STD), EMBEDDED)
