@@ -164,6 +164,9 @@ class RunOptions:
     """Remove the results of another run from the output folder."""
     allow_unreadable: int = 0
     """Exit with status 3 when more images than this could not be read; every such image is recorded either way."""
+    allow_chance: bool = False
+    """Go on although the zero-shot answers are no better than guesses. Otherwise such a run stops before it begins, and
+    says the likely cause, such as folders and class names in different orders."""
     json: bool = False
     """Print the summary as JSON on standard output instead of a table."""
 

@@ -21,6 +21,7 @@ from rada_fast.loops.evaluate import EvaluationData, EvaluationSet, encode_evalu
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.loops.training import Training, train
+from rada_fast.loops.zero_shot import check_answers
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
 from rada_fast.models.image_features import Features, features_of
@@ -77,6 +78,8 @@ def run_eft(options: EFTOptions) -> dict[str, Any]:
         reset_peak_memory()
         start = time.perf_counter()
         sets = encode_evaluation(task.evaluation, setup)
+        for one, data in zip(sets, task.evaluation, strict=True):
+            check_answers(one.images, one.text, data.names, f"test images of {one.name}", setup)
         training, resumed = train_adapter(task, options, sets, folder)
         folder.accept_inputs()
         folder.save_adapter("adapter.safetensors", setup.adapter)

@@ -22,6 +22,7 @@ from rada_fast.loops.evaluate import evaluate
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.loops.training import Training, train
+from rada_fast.loops.zero_shot import check_sample
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
 from rada_fast.models.image_features import Features, features_of
@@ -70,6 +71,7 @@ def run_fft(options: FFTOptions) -> dict[str, Any]:
         scope = {"limit": options.run.limit}
         if (summary := folder.finished_summary(scope)) is not None:
             return already_finished(folder, summary, resumed=sum(stage.epochs for stage in task.stages))
+        check_sample(task.images, f"--train {options.train}", setup)
         results, resumed = train_and_evaluate(task, options, folder)
         return finish(folder, setup.facts(), results, scope=scope, resumed=resumed)
 

@@ -24,6 +24,7 @@ NON_IDENTITY_OPTIONS = (
     "limit",
     "overwrite",
     "allow_unreadable",
+    "allow_chance",
     "json",
     "memory",
     "episodes",

@@ -17,6 +17,7 @@ from rada_fast.engine.predictor import Prediction, TestTimePredictor
 from rada_fast.engine.stages import StageTimes
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
+from rada_fast.loops.zero_shot import check_sample
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
 from rada_fast.reports.summary import (
@@ -53,6 +54,7 @@ def run_ttt(options: TTTOptions) -> dict[str, Any]:
         scope = {"images": len(ids)}
         if len(done) == len(ids) and (summary := folder.finished_summary(scope)) is not None:
             return already_finished(folder, summary, resumed=len(done))
+        check_sample(chosen, f"--data {options.data}", setup)
         clock = adapt_to_all(setup, chosen, options, folder, done)
         records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
         accuracy = accuracy_of(records, before="zero_shot", after="adapted")
