@@ -24,7 +24,7 @@ from rada_fast._version import __version__
 from rada_fast.config.arguments import check_file_kind, name_option, paths_of, read, shortened
 from rada_fast.config.bench import PARTS, MeasuringOptions
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
-from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions
+from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions, ReportOptions
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.system import memory, notices, termination
 from rada_fast.system.notices import one_line
@@ -69,6 +69,11 @@ COMMANDS = {
     ),
     "fft": Command(
         FFTOptions, "rada_fast.loops.fft:run_fft", "full fine-tuning: adapter and classifier, then everything"
+    ),
+    "report": Command(
+        ReportOptions,
+        "rada_fast.reports.command:run_report",
+        "tables of finished runs: sets, classes, seeds, base and new, calibration, two runs compared",
     ),
     "build": Command(
         BuildOptions, "rada_fast.extension.build:run_build", "compile the C++ extension, once for this PyTorch"

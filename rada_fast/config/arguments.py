@@ -24,8 +24,8 @@ from typing import Any
 
 from rada_fast.errors import UserError
 
-PATHS = ("output", "pretrained", "adapter", "classes", "templates")
-"""These fields hold a path; some of them may hold a name instead, and templates may hold a template."""
+PATHS = ("output", "pretrained", "adapter", "classes", "templates", "runs", "compare")
+"""These fields hold a path or several; some may hold a name instead, and templates may hold a template."""
 KINDS_AND_PATHS = ("data", "train", "test", "new_test", "text_features")
 """These fields hold KIND:PATH."""
 MAX_OPTIONS_BYTES = 2**24
@@ -132,7 +132,7 @@ def read(config_type: type, command: str, arguments: Sequence[str]) -> Any:
     Raises UserError with one line that names the option.
     """
     options = options_of(config_type)
-    files, from_command_line = _split(options, command, arguments)
+    files, from_command_line = _split(options, command, arguments, getattr(config_type, "WITHOUT_FLAG", None))
     values: dict[str, Any] = {}
     for path in files:
         values |= _values_of_file(path, options, command)
@@ -203,13 +203,21 @@ def _build(config_type: type, values: Mapping[str, Any]) -> Any:
     return config_type(**changes)
 
 
-def _split(options: Mapping[str, Option], command: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return the options files that a command line names, and the values of its other options."""
+def _split(
+    options: Mapping[str, Option], command: str, arguments: Sequence[str], without_flag: str | None
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the options files that a command line names, and the values of its other options.
+
+    without_flag: the field that takes the values that follow no option, or None where there must be none.
+    """
     files: list[str] = []
     values: dict[str, Any] = {}
     tokens = list(arguments)
     while tokens:
         token = tokens.pop(0)
+        if not token.startswith("-") and without_flag is not None:
+            values[without_flag] = (*values.get(without_flag, ()), options[without_flag].convert(token))
+            continue
         if not token.startswith("-") or token == "-":
             raise UserError(
                 f"{shortened(token)} belongs to no option of 'rada-fast {command}'; an option begins with --"

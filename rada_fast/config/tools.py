@@ -1,9 +1,9 @@
-"""Define the frozen configurations of the commands demo, doctor, kernels and build."""
+"""Define the frozen configurations of the commands demo, report, doctor, kernels and build."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rada_fast.config.checks import MAX_SEED, check_choices, check_integer, check_paths, check_positive
 from rada_fast.errors import UserError
@@ -37,6 +37,35 @@ class DemoOptions:
         check_integer("epochs", self.epochs, 1)
         # The drawn worlds take three seeds each.
         check_integer("seed", self.seed, 0, MAX_SEED // 3 - 1)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Make tables of finished runs: for each set of images, for base and new classes, and for each class.
+
+    Runs that differ in their seed alone are repetitions: their mean, their spread and an interval are reported. Every
+    table is written as JSON, CSV and Markdown.
+
+    Example: rada-fast report results/eft-seed1 results/eft-seed2 results/eft-seed3 --output results/report
+    """
+
+    WITHOUT_FLAG: ClassVar[str] = "runs"
+
+    runs: tuple[str, ...] = ()
+    """Folders of runs of ttt, eft, fft or eval, or folders that contain such folders. --runs itself can be left out."""
+    compare: tuple[str, ...] = ()
+    """Compare these two runs image by image, by McNemar's test."""
+    output: str = "results/report"
+    """Folder for the tables."""
+    json: bool = False
+    """Print the tables as JSON on standard output."""
+
+    def __post_init__(self) -> None:
+        check_paths(self, "runs", "compare", "output")
+        if len(self.compare) not in (0, 2):
+            raise UserError(f"compare must name two runs, got {len(self.compare)}")
+        if not self.runs and not self.compare:
+            raise UserError("runs must be given, the folders of finished runs")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from rada_fast.modules.checkpoint import read_adapter
 from rada_fast.modules.rational_adapter import new_adapter
 from rada_fast.ops import backends
 from rada_fast.reports.summary import RunFacts
+from rada_fast.runs.origin import origin_of
 from rada_fast.system import notices
 
 LoopOptions = TTTOptions | EFTOptions | FFTOptions
@@ -88,6 +89,7 @@ class Setup:
             self.adapter.config,
             self.model.facts(),
             {"value": self.logit_scale, "from": self.logit_scale_from},
+            origin_of(self.options.adapter.adapter),
         )
 
 

@@ -109,6 +109,7 @@ class RunFacts:
     adapter: the configuration of the adapter.
     model: the name and the properties of the model, or None if the run has no model.
     logit_scale: the multiplier s, and where it comes from.
+    origin: the facts about the run that trained the adapter with which this run starts, or None.
     """
 
     command: str
@@ -116,6 +117,7 @@ class RunFacts:
     adapter: AdapterConfig
     model: Mapping[str, Any] | None
     logit_scale: Mapping[str, Any]
+    origin: Mapping[str, Any] | None = None
 
 
 def finish(
@@ -140,6 +142,7 @@ def finish(
         "model": facts.model,
         "logit_scale": facts.logit_scale,
         "adapter": facts.adapter.to_dict(),
+        "origin": facts.origin,
         "config": facts.options,
         "versions": versions(),
         "output": str(folder.path),
@@ -183,7 +186,7 @@ def show(summary: dict[str, Any], options: RunOptions) -> int:
     return 0
 
 
-_NOT_IN_TABLE = {"command", "config", "files", "versions", "adapter", "model", "output", "warnings", "run"}
+_NOT_IN_TABLE = {"command", "config", "files", "versions", "adapter", "origin", "model", "output", "warnings", "run"}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

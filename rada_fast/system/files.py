@@ -21,9 +21,9 @@ PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.partial")
 """The names of files that are being written or that a killed process has left behind."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file. It must be ASCII, so that the file is readable whatever the encoding of file names is."""
-    _write_whole(path, lambda temporary: temporary.write_text(text, encoding="ascii"))
+def write_text(path: Path, text: str, *, encoding: str = "ascii") -> None:
+    """Write a text file. The files of runs are ASCII, so that they are readable whatever file names are encoded in."""
+    _write_whole(path, lambda temporary: temporary.write_text(text, encoding=encoding))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

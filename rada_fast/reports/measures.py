@@ -1,0 +1,161 @@
+"""The measures of a report: intervals of an accuracy and of a mean, a paired test, and the error of calibration.
+
+All formulas are exact or stated, and need nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import NamedTuple
+
+CONFIDENCE = 0.95
+"""The probability with which the intervals of a report contain the true value."""
+ECE_BINS = 15
+"""The number of bins of equal width over which the error of calibration is computed."""
+MAX_EXACT = 1000
+"""The largest number of differing answers for which the paired test is exact."""
+
+
+class Interval(NamedTuple):
+    """An interval that contains the true value with the probability CONFIDENCE."""
+
+    low: float
+    high: float
+
+
+class Spread(NamedTuple):
+    """A measure over several seeds.
+
+    seeds: the number of seeds.
+    mean: the mean over the seeds.
+    std: the standard deviation of one seed (with n - 1 in the denominator), or None for a single seed.
+    interval: the interval of the mean by Student's t, or None for a single seed.
+    """
+
+    seeds: int
+    mean: float
+    std: float | None = None
+    interval: Interval | None = None
+
+
+class PairedTest(NamedTuple):
+    """McNemar's test of whether two predictors are right equally often.
+
+    first_only, second_only: how many images only the first and only the second predictor gets right.
+    p: the probability of counts at least as unequal if both are right equally often.
+    method: the words that say how p was computed.
+    """
+
+    first_only: int
+    second_only: int
+    p: float
+    method: str
+
+
+def wilson(right: int, total: int) -> Interval | None:
+    """Return Wilson's score interval of an accuracy, in percent, or None if there are no images.
+
+    right: the number of right answers.
+    total: the number of images.
+    """
+    if not total:
+        return None
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    share = right / total
+    middle = share + z * z / (2 * total)
+    reach = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    low, high = ((middle + sign * reach) / (1 + z * z / total) for sign in (-1, 1))
+    # Without a wrong answer, rounding could put the end of the interval slightly beyond 0 or 1.
+    return Interval(100 * max(0.0, low), 100 * min(1.0, high))
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Return the mean, the standard deviation and the interval of the mean of a measure, or None without a value.
+
+    values: the measure of each seed.
+    """
+    if not values:
+        return None
+    if len(values) == 1:
+        return Spread(1, values[0])
+    mean, std = fmean(values), stdev(values)
+    reach = student_quantile(len(values) - 1) * std / math.sqrt(len(values))
+    return Spread(len(values), mean, std, Interval(mean - reach, mean + reach))
+
+
+def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """Return the t for which a variable of Student's distribution lies between -t and t with a probability.
+
+    freedom: the degrees of freedom.
+    confidence: the probability.
+    """
+    low, high = 0.0, 1.0
+    while student_probability(high, freedom) < confidence:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if student_probability(middle, freedom) < confidence:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def student_probability(t: float, freedom: int) -> float:
+    """Return the probability that a variable of Student's distribution lies between -t and t.
+
+    The sum is finite for a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+
+    t: at least 0.
+    freedom: the degrees of freedom.
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2 == 1
+    term = cosine if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for power in range(3 if odd else 2, freedom - 1, 2):
+        term *= (power - 1) / power * cosine * cosine
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def paired_test(first_only: int, second_only: int) -> PairedTest:
+    """Compare two predictors on the same images by McNemar's test.
+
+    The test is the two-sided binomial one, which is exact, for up to MAX_EXACT images on which one of the two is right
+    and the other wrong. Beyond, it is the chi-squared one with a correction for continuity.
+
+    first_only, second_only: how many images only the first and only the second predictor gets right.
+    """
+    count = first_only + second_only
+    if count <= MAX_EXACT:
+        fewer = min(first_only, second_only)
+        tail = sum(math.comb(count, number) for number in range(fewer + 1))
+        return PairedTest(first_only, second_only, min(1.0, 2 * tail / 2**count), "exact binomial")
+    squared = max(0, abs(first_only - second_only) - 1) ** 2 / count
+    p = math.erfc(math.sqrt(squared / 2))
+    return PairedTest(first_only, second_only, p, "chi-squared with a correction for continuity")
+
+
+def calibration_error(answers: Iterable[tuple[float, bool]]) -> float | None:
+    """Return the expected calibration error in percent, or None without answers.
+
+    The answers are put into ECE_BINS bins of equal width by their confidence. The error is the mean over all answers of
+    the distance between the accuracy of the answer's bin and the mean confidence there.
+
+    answers: the confidence of each answer, from 0 to 1, and whether the answer is right.
+    """
+    counts, confidences, right = [0] * ECE_BINS, [0.0] * ECE_BINS, [0] * ECE_BINS
+    for confidence, correct in answers:
+        # A bin contains its upper end and not its lower one.
+        place = min(max(math.ceil(confidence * ECE_BINS) - 1, 0), ECE_BINS - 1)
+        counts[place] += 1
+        confidences[place] += confidence
+        right[place] += correct
+    total = sum(counts)
+    if not total:
+        return None
+    return 100 * sum(abs(hits - sure) for hits, sure in zip(right, confidences, strict=True)) / total

@@ -1,0 +1,66 @@
+"""The measures of a report agree with published values and with counting."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from rada_fast.reports.measures import (
+    calibration_error,
+    paired_test,
+    spread,
+    student_probability,
+    student_quantile,
+    wilson,
+)
+
+
+def test_wilson_interval() -> None:
+    # Newcombe (1998), Table I: 81 of 263 and 0 of 20.
+    assert wilson(81, 263) == pytest.approx((25.53, 36.62), abs=0.01)
+    assert wilson(0, 20) == pytest.approx((0.0, 16.11), abs=0.01)
+    low, high = wilson(20, 20) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((83.89, 100.0), abs=0.01)
+    assert high <= 100
+    assert wilson(0, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
+)
+def test_student_quantiles_are_those_of_the_tables(freedom: int, quantile: float) -> None:
+    assert student_quantile(freedom) == pytest.approx(quantile, abs=5e-5)
+    assert student_probability(quantile, freedom) == pytest.approx(0.95, abs=1e-5)
+
+
+def test_spread_over_seeds() -> None:
+    found = spread([80.0, 82.0, 84.0])
+    assert found is not None
+    assert (found.seeds, found.mean, found.std) == (3, 82.0, 2.0)
+    assert found.interval == pytest.approx((82 - 4.3027 * 2 / math.sqrt(3), 82 + 4.3027 * 2 / math.sqrt(3)), abs=1e-3)
+    assert spread([80.0]) == (1, 80.0, None, None)
+    assert spread([]) is None
+
+
+def test_paired_test_is_exact_for_small_counts() -> None:
+    assert paired_test(0, 0).p == 1
+    # All five differing images in favour of one predictor: 2 / 2^5.
+    assert paired_test(0, 5).p == pytest.approx(0.0625)
+    assert paired_test(1, 7).p == pytest.approx(2 * (1 + 8) / 2**8)
+    assert paired_test(4, 4).p == 1
+    assert paired_test(4, 9) == paired_test(4, 9)._replace(method="exact binomial")
+
+
+def test_paired_test_of_large_counts_goes_on_where_the_exact_one_ends() -> None:
+    exact, approximate = paired_test(460, 540), paired_test(460, 541)
+    assert approximate.method.startswith("chi-squared")
+    assert approximate.p == pytest.approx(exact.p, rel=0.1)
+
+
+def test_calibration_error_by_hand() -> None:
+    # Two bins: (0.6, 0.6667] holds two answers of 0.65, one of them right; (0.9333, 1] holds two of 0.95, both right.
+    answers = [(0.65, True), (0.65, False), (0.95, True), (0.95, True)]
+    assert calibration_error(answers) == pytest.approx(100 * (2 * abs(0.5 - 0.65) + 2 * abs(1 - 0.95)) / 4)
+    assert calibration_error([(1.0, True), (0.0, False)]) == 0
+    assert calibration_error([]) is None
