@@ -93,7 +93,7 @@ def check_text(name: str, value: str | None) -> None:
 def _expand_home(name: str, path: str) -> str:
     """Replace a leading ~ or ~user in a path, or in the path of a KIND:PATH, by the home folder."""
     kind, colon, rest = path.partition(":")
-    if not path.startswith("~") and not (colon and rest.startswith("~") and kind.isalpha()):
+    if not path.startswith("~") and not (colon and rest.startswith("~") and re.fullmatch(r"[a-z][a-z0-9-]*", kind)):
         return path
     prefix, unexpanded = ("", path) if path.startswith("~") else (kind + colon, rest)
     try:

@@ -40,8 +40,9 @@ class TTTOptions:
     """
 
     data: str
-    """Images as KIND:PATH: imagefolder:DIR (one sub-folder for each class), images:DIR (no labels; needs --classes), or
-    features:FILE.npz (arrays features (N, V, D) or (N, D), and labels)."""
+    """Images as KIND:PATH: imagefolder:DIR (one sub-folder for each class), coop:ROOT/dtd (a data set of CoOp),
+    imagenet-a:DIR, images:DIR (no labels; needs --classes), features:FILE.npz (arrays features (N, V, D) or (N, D), and
+    labels), and others that docs/data.md lists."""
     views: int = 64
     """Views of an image, the original included (paper: 64)."""
     view_kind: ViewKind = "crop"
@@ -84,7 +85,8 @@ class EFTOptions:
     """
 
     train: str
-    """Training images as KIND:PATH: imagefolder:DIR, or features:FILE.npz."""
+    """Training images as KIND:PATH: imagefolder:DIR, coop:ROOT/dtd, features:FILE.npz, and others that docs/data.md
+    lists. Where the data have parts, these are the training images, and those of --test are the test images."""
     test: str
     """Test images as KIND:PATH."""
     new_test: str | None = None

@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-import stat
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,7 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor
 
-Picture = str | os.PathLike[str] | Image.Image | Tensor
+from rada_fast.data.stored import Location, StoredPicture, open_regular
+
+Picture = str | os.PathLike[str] | StoredPicture | Image.Image | Tensor
 """The forms in which a picture may be given; see pixels_of_picture."""
 MOST_CACHED_BYTES = 2**26
 """A file is read ahead of its decoding up to here. Few pictures are larger."""
@@ -43,13 +43,6 @@ _MAGIC = re.compile(
     rb"|P[1-6]\s+(?:#[^\n]*\n\s*)*\d+\s+\d+\s"  # PBM, PGM, PPM
     rb"|8BPS\x00\x01|qoif",
     re.DOTALL,
-)
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
 )
 
 
@@ -77,7 +70,7 @@ def is_picture(path: Path) -> bool:
     if path.suffix.lower() in picture_extensions():
         return True
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             return _MAGIC.match(file.read(512)) is not None
     except OSError as error:
         if error.errno in NO_HANDLES_LEFT:
@@ -85,32 +78,9 @@ def is_picture(path: Path) -> bool:
         return False
 
 
-def kind_of_entry(mode: int) -> str:
-    """Return what an entry that is not a regular file is, in words. mode: the st_mode of its stat."""
-    return next((kind for test, kind in _KINDS if test(mode)), "no regular file")
-
-
-def _open_regular(path: Path) -> BinaryIO:
-    """Open a regular file. A FIFO or a device is refused, because opening it could wait for ever or have an effect.
-
-    Raises OSError where the path is not a regular file or cannot be opened.
-    """
-    if not stat.S_ISREG(mode := path.stat().st_mode):
-        raise OSError(errno.EINVAL, f"it is {kind_of_entry(mode)}, not a file")
-    # Another program may have replaced the file since the check.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, f"it is {kind_of_entry(mode)}, not a file")
-        return os.fdopen(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
-
-
 def load_into_cache(path: Path) -> None:
     """Let the system read a file into its memory, so that decoding it waits for no disk. Errors are left to that."""
-    with suppress(OSError), _open_regular(path) as file:
+    with suppress(OSError), open_regular(path) as file:
         left = MOST_CACHED_BYTES
         while left > 0 and (part := file.read(2**20)):
             left -= len(part)
@@ -124,13 +94,16 @@ def pixels_of(image: Image.Image) -> Tensor:
 def pixels_of_picture(picture: Picture) -> Tensor:
     """Return the pixels of a picture in any form, (height, width, 3) uint8.
 
-    picture: the path of a file; an image of PIL; or a tensor (3, height, width), uint8 or with values in 0..1.
+    picture: the path of a file; a place in an archive or a table; an image of PIL; or a tensor (3, height, width),
+        uint8 or with values in 0..1.
 
     Raises UnreadableImageError where a file or an image of PIL cannot be decoded, and TypeError or ValueError for
     anything else.
     """
     if isinstance(picture, str | os.PathLike):
         return pixels_of(read_image(Path(picture)))
+    if isinstance(picture, StoredPicture):
+        return pixels_of(read_image(picture))
     if isinstance(picture, Image.Image):
         with _one_error("the image"):
             return pixels_of(_to_rgb(picture))
@@ -145,8 +118,8 @@ def pixels_of_picture(picture: Picture) -> Tensor:
     return picture.permute(1, 2, 0).contiguous()
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode an image file to RGB.
+def read_image(place: Location) -> Image.Image:
+    """Decode an image file, or an image in an archive or a table, to RGB.
 
     Grey, palette, transparent and CMYK pictures are converted as torchvision's loader converts them: transparency is
     dropped, an animation gives its first picture, and the orientation tag of a camera is ignored. Pixels of 16 bits are
@@ -154,9 +127,10 @@ def read_image(path: Path) -> Image.Image:
 
     Raises UnreadableImageError where the file is missing, damaged, of an unknown kind, or too large to be a picture.
     """
-    with _one_error(path.name), _open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size == 0:
+    with _one_error(place.name), open_regular(place) if isinstance(place, Path) else place.open() as file:
+        if not file.seek(0, os.SEEK_END):
             raise UnreadableImageError("the file is empty")
+        file.seek(0)
         with Image.open(file, formats=_formats()) as image:
             # PIL raises at twice its limit of pixels, and only warns of a picture between the two.
             pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
@@ -165,7 +139,11 @@ def read_image(path: Path) -> Image.Image:
                     f"Image size ({pixels} pixels) exceeds limit of {most} pixels, could be decompression bomb DOS "
                     "attack."
                 )
-            return _to_rgb(image)
+            decoded = _to_rgb(image)
+    frame = 0 if isinstance(place, Path) else place.frame
+    if frame and min(decoded.size) > 2 * frame:
+        decoded = decoded.crop((frame, frame, decoded.width - frame, decoded.height - frame))
+    return decoded
 
 
 class _WarningsOff:

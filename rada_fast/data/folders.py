@@ -12,7 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from rada_fast.data.decode import is_picture, kind_of_entry, picture_extensions
+from rada_fast.data.decode import is_picture, picture_extensions
+from rada_fast.data.stored import kind_of_entry
 from rada_fast.errors import UserError
 from rada_fast.system import notices
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from rada_fast.data.parts import Part, split_part
+from rada_fast.data.readers.coop import read_coop
 from rada_fast.data.readers.features import read_feature_file
 from rada_fast.data.readers.imagefolder import read_image_folder, read_unlabelled_images
+from rada_fast.data.readers.imagenet import imagenet_reader
 from rada_fast.data.sources import FeatureFile, Source
 from rada_fast.errors import UserError
 
@@ -16,17 +20,28 @@ class Kind(NamedTuple):
     """A kind is one way in which data lie on disk.
 
     usage: the form of KIND:PATH for this kind, for messages.
-    read: the function that reads such data.
+    read: the function that reads a part of such data.
     """
 
     usage: str
-    read: Callable[[Path], Source]
+    read: Callable[[Path, Part], Source]
+
+
+def _whole(read: Callable[[Path], Source]) -> Callable[[Path, Part], Source]:
+    """Return the reader of a kind whose data have no parts."""
+    return lambda path, part: read(path)
 
 
 KINDS = {
-    "imagefolder": Kind("imagefolder:DIR (one sub-folder for each class)", read_image_folder),
-    "images": Kind("images:DIR (no labels)", read_unlabelled_images),
-    "features": Kind("features:FILE.npz (arrays features, labels)", read_feature_file),
+    "imagefolder": Kind("imagefolder:DIR (one sub-folder for each class)", _whole(read_image_folder)),
+    "coop": Kind("coop:ROOT/NAME (a data set of CoOp, such as coop:data/dtd)", read_coop),
+    "imagenet": Kind("imagenet:DIR", imagenet_reader("imagenet")),
+    "imagenet-v2": Kind("imagenet-v2:DIR", imagenet_reader("imagenet-v2")),
+    "imagenet-r": Kind("imagenet-r:DIR", imagenet_reader("imagenet-r")),
+    "imagenet-a": Kind("imagenet-a:DIR", imagenet_reader("imagenet-a")),
+    "imagenet-sketch": Kind("imagenet-sketch:DIR", imagenet_reader("imagenet-sketch")),
+    "images": Kind("images:DIR (no labels)", _whole(read_unlabelled_images)),
+    "features": Kind("features:FILE.npz (arrays features, labels)", _whole(read_feature_file)),
 }
 
 
@@ -49,8 +64,11 @@ def open_text_file(value: str | None) -> FeatureFile | None:
     return source
 
 
-def open_source(spec: str) -> Source:
-    """Read the data that KIND:PATH names.
+def open_source(spec: str, part: Part = "test") -> Source:
+    """Read the data that KIND:PATH or KIND:PATH@PART names.
+
+    spec: the kind and the path, perhaps with @train, @val or @test.
+    part: the part to read where the kind has parts and the spec names none.
 
     Raises UserError if the kind is unknown or the path does not hold such data.
     """
@@ -63,4 +81,5 @@ def open_source(spec: str) -> Source:
             hint = f"; did you mean features:{spec}?"
         usages = ", ".join(known.usage for known in KINDS.values())
         raise UserError(f"data must be KIND:PATH with KIND one of {usages}, got {spec!r}{hint}")
-    return KINDS[kind].read(Path(path).expanduser())
+    without, named = (path, None) if os.path.exists(Path(path).expanduser()) else split_part(path)  # noqa: PTH110
+    return KINDS[kind].read(Path(without).expanduser(), named or part)

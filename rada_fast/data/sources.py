@@ -6,8 +6,6 @@ same names, so that a loop does not ask which of the two it has.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,33 +14,42 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rada_fast.data.fingerprints import file_stamp, tensor_fingerprint
+from rada_fast.data.few_shot import PublishedShots, choose_by_hash
+from rada_fast.data.fingerprints import tensor_fingerprint
 from rada_fast.data.folders import Skipped
+from rada_fast.data.stored import Location, location_stamp
 from rada_fast.errors import UserError
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample is one image file.
+    """A sample is one image.
 
-    id: its path below the data folder, with forward slashes; label: the number of its class, or -1 where it has none.
+    id: its path below the data folder, with forward slashes.
+    path: its file, or its place in an archive or a table.
+    label: the number of its class, or -1 where it has none.
     """
 
     id: str
-    path: Path
+    path: Location
     label: int
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Image files by class; a model has to encode them.
+    """Images by class; a model has to encode them. Most lie in folders, others in archives or tables.
 
-    path: the data folder.
-    folders: the names of the classes in label order, or none if the images have no classes.
-    samples: all images, readable or not, sorted by id.
+    path: the data folder, or the file that lists the images.
+    folders: the keys of the classes in label order, which are the names of their folders or what a list calls them, or
+        none if the images have no classes. Two data have the same class where the keys are equal.
+    samples: all images, readable or not, sorted by id, or in the order of a published list.
     skipped: the other entries of the folder, each with the reason.
     fault: the reason why the names of the folders cannot be the names of the classes, or None. The images of such a
         folder can still be tested with the classes of another folder.
+    names: the names of the classes for prompts, in label order, where they are published; otherwise they are made from
+        the keys.
+    published_shots: the rule by which CoOp chooses few images of each class, where the data have CoOp's lists.
+    what: what a message calls the data.
     """
 
     path: Path
@@ -50,6 +57,9 @@ class ImageFolder:
     samples: tuple[Sample, ...]
     skipped: tuple[Skipped, ...] = ()
     fault: str | None = None
+    names: tuple[str, ...] | None = None
+    published_shots: PublishedShots | None = None
+    what: str = "data folder"
 
     @property
     def holds_images(self) -> bool:
@@ -59,7 +69,7 @@ class ImageFolder:
     @property
     def description(self) -> str:
         """Return what a message calls the data."""
-        return f"data folder {self.path}"
+        return f"{self.what} {self.path}"
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -120,17 +130,26 @@ class ImageFolder:
 
     def stamps(self) -> dict[str, str]:
         """Return what tells whether an image is still the same, by its id: its file's size and time and its label."""
-        return {sample.id: f"{file_stamp(sample.path)}, class {sample.label}" for sample in self.samples}
+        return {sample.id: f"{location_stamp(sample.path)}, class {sample.label}" for sample in self.samples}
 
     def subset(self, labels: Sequence[int]) -> ImageFolder:
         """Return only these classes, labelled 0, 1, ... in the order given."""
         new = {label: index for index, label in enumerate(labels)}
         samples = tuple(replace(s, label=new[s.label]) for s in self.samples if s.label in new)
-        return replace(self, folders=tuple(self.folders[label] for label in labels), samples=samples)
+        names = None if self.names is None else tuple(self.names[label] for label in labels)
+        return replace(self, folders=tuple(self.folders[label] for label in labels), samples=samples, names=names)
 
     def few_shot(self, shots: int, seed: int) -> ImageFolder:
-        """Choose at most `shots` images of each class. The choice depends on the seed and the ids alone."""
-        kept = _few_shot(self.labels.tolist(), self.ids, shots, seed)
+        """Choose at most `shots` images of each class.
+
+        The choice depends on the seed and the ids alone. Where the data have CoOp's lists, it is CoOp's choice among
+        all classes, of which only the images of the present classes are kept.
+        """
+        if self.published_shots is not None:
+            present = {sample.id: sample for sample in self.samples}
+            chosen = self.published_shots.choose(shots, seed)
+            return replace(self, samples=tuple(present[id] for id in chosen if id in present))
+        kept = choose_by_hash(self.labels.tolist(), self.ids, shots, seed)
         return replace(self, samples=tuple(self.samples[index] for index in kept))
 
     def limited(self, limit: int | None) -> ImageFolder:
@@ -194,6 +213,10 @@ class FeatureFile:
         return f"feature file {self.path}"
 
     @property
+    def names(self) -> None:
+        """The published names of the classes. A feature file has names of its own or none."""
+
+    @property
     def samples(self) -> tuple[Sample, ...]:
         """The image files. Features have none."""
         return ()
@@ -248,7 +271,7 @@ class FeatureFile:
 
     def few_shot(self, shots: int, seed: int) -> FeatureFile:
         """Choose at most `shots` images of each class. The choice depends on the seed and the ids alone."""
-        return self._rows(_few_shot(self.labels.tolist(), self.ids, shots, seed))
+        return self._rows(choose_by_hash(self.labels.tolist(), self.ids, shots, seed))
 
     def limited(self, limit: int | None) -> FeatureFile:
         """Return the first `limit` images."""
@@ -285,18 +308,3 @@ class FeatureFile:
 Source = ImageFolder | FeatureFile
 
 _OTHER_KIND = "either both are images or both are features"
-
-
-def _few_shot(labels: Sequence[int], ids: Sequence[str], shots: int, seed: int) -> list[int]:
-    """Return the indices of at most `shots` items of each class, those with the smallest hashes, in their order."""
-    by_class: dict[int, list[tuple[bytes, int]]] = {}
-    for index, (label, id) in enumerate(zip(labels, ids, strict=True)):
-        rank = hashlib.sha256(os.fsencode(f"{seed} shot {id}")).digest()
-        by_class.setdefault(label, []).append((rank, index))
-    return sorted(index for group in by_class.values() for _, index in sorted(group)[:shots])
-
-
-def base_and_new(num_classes: int) -> tuple[list[int], list[int]]:
-    """Return the labels of the base classes, which are the first half rounded up, and those of the new classes."""
-    middle = (num_classes + 1) // 2
-    return list(range(middle)), list(range(middle, num_classes))

@@ -210,7 +210,7 @@ def _opened(train: Tensor | str | Source, labels: Tensor | None, class_names: Se
     if not isinstance(train, Tensor):
         if labels is not None:
             raise UserError("labels belong to features in memory, and the data that train names have their own")
-        source = open_source(train) if isinstance(train, str) else train
+        source = open_source(train, "train") if isinstance(train, str) else train
         if not source.has_classes:
             raise UserError(f"train must be data with classes, got {source.description}")
         return source

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rada_fast.config.commands import EFTOptions
-from rada_fast.data.sources import Source, base_and_new
+from rada_fast.data.few_shot import base_and_new
+from rada_fast.data.sources import Source
 from rada_fast.engine.efficient_training import efficient_plan, efficient_step
 from rada_fast.engine.training import training_time
 from rada_fast.errors import UserError

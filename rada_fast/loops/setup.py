@@ -177,7 +177,7 @@ def open_sources(specs: Mapping[str, str]) -> dict[str, Source]:
     for part, spec in specs.items():
         option = _option_of(part)
         try:
-            source = open_source(spec)
+            source = open_source(spec, "train" if part == "train" else "test")
         except UserError as error:
             raise UserError(f"{option} {spec}: {error}") from None
         if part != "data" and not source.has_classes:

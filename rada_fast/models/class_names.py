@@ -29,6 +29,10 @@ def class_names_of(source: Source, file: str | None, *, prompts: bool) -> tuple[
     Raises UserError if prompts need names and there are none, or if the file does not fit the data.
     """
     own, count, data = source.class_names, source.num_classes, source.description
+    if source.names is not None and file is None:
+        if prompts:
+            _warn_of_equal(source.names)
+        return source.names
     if own is None and file is None:
         if prompts:
             raise UserError(

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from rada_fast import _env
 from rada_fast.config.commands import ViewKind
-from rada_fast.data.fingerprints import file_stamp
 from rada_fast.data.sources import Sample, Source
+from rada_fast.data.stored import location_stamp
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.data.views import CROP_SCALE, ViewDataset, collate_single, image_seed
 from rada_fast.errors import UserError
@@ -259,7 +259,8 @@ def _encode(stream: Stream, samples: Sequence[Sample], vlm: VisionLanguageModel,
 def check_some_readable(unreadable: Sequence[Unreadable], samples: Sequence[Sample]) -> None:
     """Raise UserError if none of the samples can be read."""
     if unreadable and len(unreadable) == len(samples):
-        root = str(samples[0].path).removesuffix(samples[0].id).rstrip("/")
+        place = samples[0].path
+        root = str(place).removesuffix(samples[0].id).rstrip("/") if isinstance(place, Path) else place.name
         raise UserError(
             f"data {root}: none of the {len(samples)} images could be read; the first: {unreadable[0].reason}"
         )
@@ -268,7 +269,7 @@ def check_some_readable(unreadable: Sequence[Unreadable], samples: Sequence[Samp
 def _features_path(samples: Sequence[Sample], vlm: VisionLanguageModel) -> Path:
     digest = hashlib.sha256(f"{vlm.fingerprint} {vlm.precision} {vlm.device} {vlm.preprocess}".encode())
     for sample in samples:
-        digest.update(os.fsencode(f"{sample.id} {sample.label} {file_stamp(sample.path)}\n"))
+        digest.update(os.fsencode(f"{sample.id} {sample.label} {location_stamp(sample.path)}\n"))
     return _env.cache_dir() / "images" / f"{digest.hexdigest()[:32]}.safetensors"
 
 

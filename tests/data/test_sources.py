@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rada_fast.data.sources import FeatureFile, ImageFolder, Sample, Source, base_and_new
+from rada_fast.data.few_shot import base_and_new
+from rada_fast.data.sources import FeatureFile, ImageFolder, Sample, Source
 from rada_fast.errors import UserError
 
 LABELS = [0, 0, 1, 1, 1, 2, 2, 2, 2]
