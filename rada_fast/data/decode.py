@@ -226,9 +226,10 @@ def _from_whole_numbers(values: np.ndarray, image: Image.Image) -> np.ndarray:
     if image.mode == "I" and image.format not in ("PNG", "PPM") and high <= 255:
         # These are 8-bit values in a wider type. The brightnesses of PNG and PPM always reach to 65535.
         return values.astype(np.uint8)
-    # Signed values of 16 bits end at 32767.
-    signed = isinstance(image, TiffImageFile) and image.tag_v2.get(BITSPERSAMPLE) == (16,) and image.mode == "I"
-    white = 32767 if signed else 65535
+    bits = image.tag_v2.get(BITSPERSAMPLE) if isinstance(image, TiffImageFile) else None
+    # Signed values of 16 bits end at 32767. TIFF also has pixels of 12 bits, which Pillow stores in 16.
+    signed = bits == (16,) and image.mode == "I"
+    white = 32767 if signed else 4095 if bits == (12,) else 65535
     return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 

@@ -51,14 +51,25 @@ def test_a_tiff_whose_zero_is_white_is_inverted(tmp_path: Path, kind: type) -> N
     assert np.array_equal(grey_of(tmp_path / "a.tif"), EIGHT if kind is np.uint8 else 255 - EIGHT)
 
 
-def test_signed_16_bits_are_scaled_by_their_largest_value(tmp_path: Path) -> None:
-    """Pillow does not write such a TIFF, so that it is put together here: sample format 2 is signed whole numbers."""
-    pixels = np.array([0, 16384, 32767], "<i2").tobytes()
-    entries = {256: 3, 257: 1, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels), 339: 2}
+def write_tiff(path: Path, pixels: bytes, *, width: int, bits: int, sample_format: int) -> None:
+    """Write a grey TIFF of one row, of a kind that Pillow reads but does not write."""
+    entries = {256: width, 257: 1, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    entries[339] = sample_format
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
     content = struct.pack("<2sHI", b"II", 42, 8 + 8) + pixels.ljust(8, b"\0")
-    (tmp_path / "a.tif").write_bytes(content + struct.pack("<H", len(entries)) + directory + bytes(4))
+    path.write_bytes(content + struct.pack("<H", len(entries)) + directory + bytes(4))
+
+
+def test_signed_16_bits_are_scaled_by_their_largest_value(tmp_path: Path) -> None:
+    pixels = np.array([0, 16384, 32767], "<i2").tobytes()
+    write_tiff(tmp_path / "a.tif", pixels, width=3, bits=16, sample_format=2)
     assert grey_of(tmp_path / "a.tif").tolist() == [[0, 128, 255]]
+
+
+def test_12_bits_are_scaled_by_their_largest_value(tmp_path: Path) -> None:
+    # Two pixels share three bytes: 0 and 2048, then 4095 and 0.
+    write_tiff(tmp_path / "a.tif", bytes.fromhex("000800fff000"), width=4, bits=12, sample_format=1)
+    assert grey_of(tmp_path / "a.tif").tolist() == [[0, 128, 255, 0]]
 
 
 def test_the_largest_value_that_a_pgm_states_is_white(tmp_path: Path) -> None:
