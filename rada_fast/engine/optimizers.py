@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rada_fast.config.method import OptimizerName
 from rada_fast.ops import backends, episodic_optimizer_step
+from rada_fast.ops.episodic_optimizer import prepared_optimizer_step
 
 
 class OnePassOptimizer(Optimizer):
@@ -25,6 +26,8 @@ class OnePassOptimizer(Optimizer):
 
     Equivalent to ``torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, foreach=False)`` and the like.
     """
+
+    _prepared: _Prepared | None = None
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class OnePassOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step with the gradients in ``.grad``; a parameter without a gradient stays as it is."""
-        loss = None
+        loss, self._prepared = None, None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -64,26 +67,86 @@ class OnePassOptimizer(Optimizer):
                 torch.autograd.graph.increment_version(parameters)
         return loss
 
-    def _take(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
-        name, momentum, nothing = group["name"], group["momentum"], parameters[0].new_empty(0)
-        names = {"sgd": ("momentum_buffer",) if momentum else ()}.get(name, ("exp_avg", "exp_avg_sq"))
+    def update(self, gradients: Sequence[Tensor]) -> None:
+        """Take one step with gradients that are given, without a look at ``.grad`` and without PyTorch's hooks.
+
+        There must be a single group of parameters, of whose options only the learning rate may change between steps.
+
+        gradients: one for each parameter, contiguous.
+        """
+        if self._prepared is None:
+            parameters = self.param_groups[0]["params"]
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.step()
+            for parameter in parameters:
+                parameter.grad = None
+            self._prepared = self._prepare()
+            return
+        take, states, parameters, group = self._prepared
+        number = states[0]["step"] + 1
+        take(gradients, number, group["lr"])
+        for state in states:
+            state["step"] = number
+        # PyTorch does not see what the operator writes. Its version tells others that a copy is out of date.
+        torch.autograd.graph.increment_version(parameters)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._prepared = None
+        super().load_state_dict(state_dict)
+
+    def _prepare(self) -> _Prepared | None:
+        """Return what the coming steps of update have in common, or None if not all parameters are at the same step."""
+        group = self.param_groups[0]
+        parameters = group["params"]
+        states = [self.state[parameter] for parameter in parameters]
+        if any(state["step"] != states[0]["step"] for state in states):
+            return None
+        first, second = self._moments(group, parameters)
+        fixed = {key: group[key] for key in ("name", "weight_decay", "betas", "eps", "momentum")}
+        return _Prepared(prepared_optimizer_step(parameters, first, second, **fixed), states, parameters, group)
+
+    def _moments(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the first and the second moments of parameters, zeros at first and empty where the rule has none."""
+        names = {"sgd": ("momentum_buffer",) if group["momentum"] else ()}.get(group["name"], ("exp_avg", "exp_avg_sq"))
+        nothing = parameters[0].new_empty(0)
         moments = []
         for parameter in parameters:
             state = self.state[parameter]
             if len(state) == 0:
                 state.update({key: torch.zeros_like(parameter) for key in names})
-            state["step"] = step
             moments.append([*(state[key] for key in names), nothing, nothing])
+        return [own[0] for own in moments], [own[1] for own in moments]
+
+    def _take(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
+        first, second = self._moments(group, parameters)
+        for parameter in parameters:
+            self.state[parameter]["step"] = step
         episodic_optimizer_step(
             parameters,
-            [own[0] for own in moments],
-            [own[1] for own in moments],
+            first,
+            second,
             [parameter.grad.contiguous() for parameter in parameters if parameter.grad is not None],
             [None] * len(parameters),
             [step == 1] * len(parameters),
-            name=name, step=step, lr=group["lr"], weight_decay=group["weight_decay"], betas=group["betas"],
-            eps=group["eps"], momentum=momentum,
+            name=group["name"], step=step, lr=group["lr"], weight_decay=group["weight_decay"], betas=group["betas"],
+            eps=group["eps"], momentum=group["momentum"],
         )  # fmt: skip
+
+
+class _Prepared(NamedTuple):
+    """What steps have in common that are taken with the same parameters.
+
+    take: takes a step; see prepared_optimizer_step.
+    states: the state of each parameter, which counts its steps.
+    parameters: the parameters; group: their group, which has the learning rate.
+    """
+
+    take: Callable[[Sequence[Tensor], int, float], None]
+    states: list[dict[str, Any]]
+    parameters: list[Tensor]
+    group: dict[str, Any]
 
 
 def training_optimizer(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rada_fast.config.method import AdapterConfig, MaskPenalty
+from rada_fast.engine.direct_steps import direct_step
 from rada_fast.engine.graphs import Recording, usable
 from rada_fast.engine.optimizers import set_rate
 from rada_fast.modules.heads import Head
@@ -98,11 +99,12 @@ class Gradients:
         self.fused = False
         self._head, self._text_features, self._logit_scale = head, text_features, logit_scale
         self.penalty_weight, self._penalty = objective.penalty_weight, objective.penalty
-        self._dpenalty = text_features.new_full((), objective.penalty_weight, requires_grad=False)
-        self._call: Callable[[Tensor], tuple[AdapterOutput, Pullback]] = self._as_module
+        dpenalty = text_features.new_full((), objective.penalty_weight, requires_grad=False)
+        self.dpenalty = dpenalty if objective.penalty_weight else None
+        self.call: Callable[[Tensor], tuple[AdapterOutput, Pullback]] = self._as_module
         if isinstance(head, RationalAdapter) and head.is_plain():
             self.plain = True
-            self._call = prepared = PreparedAdapter(
+            self.call = prepared = PreparedAdapter(
                 text_features, logit_scale, named, head.config, penalty=objective.penalty,
                 wanted=[*trained, "image_features"] if of_images else list(trained),
             )  # fmt: skip
@@ -125,9 +127,9 @@ class Gradients:
         first: whether the gradients replace those of the step before. Otherwise they are added to those of the step's
             earlier parts.
         """
-        output, pullback = self._call(features)
+        output, pullback = self.call(features)
         entropy, dlogits = prediction_loss_and_gradient(output.logits, "cross_entropy", labels=labels)
-        dpenalty = self._dpenalty if self.penalty_weight else None
+        dpenalty = self.dpenalty
         if isinstance(share, Tensor) or share != 1.0:
             dlogits = dlogits * share
             dpenalty = None if dpenalty is None else dpenalty * share
@@ -203,7 +205,11 @@ class TrainingStep:
         self._images = 0
         self._recorded: _RecordedStep | None = None
         self._shape: torch.Size | None = None
-        self._records = encode is text is adjust is None and gradients.plain and usable(self.device)
+        plain = encode is text is adjust is None and gradients.plain and not self.scaler.is_enabled()
+        self._records = plain and usable(self.device)
+        self._direct = None
+        if plain and not self._records:
+            self._direct = direct_step(gradients.call, optimizer, gradients.trained, gradients.dpenalty)
 
     def __call__(self, inputs: Tensor, labels: Tensor, rate: float, ids: Sequence[str] = ()) -> None:
         """Take one step.
@@ -214,7 +220,11 @@ class TrainingStep:
         Where a CUDA graph can be used, the first step of a shape is taken without it, and the second step records it.
         """
         set_rate(self.optimizer, rate)
-        self._images += len(labels)
+        count = len(labels)
+        self._images += count
+        if self._direct is not None and (self.micro_batch is None or count <= self.micro_batch):
+            self._direct(inputs, labels, self._totals)
+            return
         # Neither PyTorch's fused optimisers nor a replayed graph note the change, by which copies are out of date.
         torch.autograd.graph.increment_version(self._parameters)
         labels = labels.to(self.device, non_blocking=True)
@@ -278,6 +288,8 @@ class TrainingStep:
     def read_totals(self) -> Totals:
         """Return the means over the images since the last call. This waits for the device."""
         images = self._images
+        if self._direct is not None:
+            self._direct.add_to(self._totals)
         entropy, penalty, correct = (self._totals / max(images, 1)).tolist()
         self._totals.zero_()
         self._images = 0

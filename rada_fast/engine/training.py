@@ -31,6 +31,9 @@ WARMUP_LR = 1e-5
 TRAIN_CROP_SCALE = (0.9, 1.0)
 """The smallest and the largest share of the picture in a training crop, as in the training defaults of open_clip."""
 
+ROWS_ORDERED = 1024
+"""About so many rows of features are put into the order of an epoch at once."""
+
 
 class Batch(NamedTuple):
     """The inputs of a step, features (B, D) or images (B, 3, S, S), their labels (B,), and the images' names."""
@@ -82,11 +85,14 @@ def feature_batches(
 ) -> Iterator[Batch]:
     """Yield the batches of an epoch on features (N, D) with labels (N,), in an order (N,).
 
-    Everything is copied to the device once, so no step of the epoch waits for a copy.
+    Everything is copied to the device once, so no step of the epoch waits for a copy. Rows are put into their order for
+    many batches at once, because a step at B 1 is short.
     """
     features, labels, order = features.to(device), labels.to(device), order.to(device)
-    for indices in order.split(batch_size):
-        yield Batch(features.index_select(0, indices), labels.index_select(0, indices))
+    for indices in order.split(max(1, ROWS_ORDERED // batch_size) * batch_size):
+        rows, targets = features.index_select(0, indices), labels.index_select(0, indices)
+        for inputs, own in zip(rows.split(batch_size), targets.split(batch_size), strict=True):
+            yield Batch(inputs, own)
 
 
 @dataclass

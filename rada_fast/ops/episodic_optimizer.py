@@ -110,6 +110,41 @@ def episodic_optimizer_step(
             )  # fmt: skip
 
 
+def prepared_optimizer_step(
+    parameters: Sequence[Tensor],
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    *,
+    name: OptimizerName,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    momentum: float,
+) -> Callable[[Sequence[Tensor], int, float], None]:
+    """Return a function that takes steps on CPU tensors of one training, whose checks and lists are made once.
+
+    The function takes the gradients, contiguous and in the order of the parameters, the step t, and the learning rate.
+    It calls the compiled operator directly.
+
+    Equivalent to episodic_optimizer_step with these arguments, no sources, and moments that are not fresh.
+    """
+    for label, tensors in (("parameters", parameters), ("moments", [*first_moments, *second_moments])):
+        _check_float32(label, tensors)
+    nothing = parameters[0].new_empty(0, dtype=torch.bfloat16)
+    lists = (list(parameters), list(first_moments), list(second_moments))
+    sources, fresh, copies = ([value] * len(parameters) for value in (None, False, nothing))
+    operator = torch.ops.rada_fast.episodic_optimizer_step.default
+
+    def step(gradients: Sequence[Tensor], number: int, lr: float) -> None:
+        with torch._C._AutoDispatchBelowAutograd():
+            operator(
+                *lists, gradients, sources, fresh, name, number, lr, weight_decay, *betas, eps, momentum, False, copies,
+                False,
+            )  # fmt: skip
+
+    return step
+
+
 def _check_float32(name: str, tensors: Sequence[Tensor | None]) -> None:
     """Raise TypeError unless all tensors are float32: eps is 0 in float16, and small steps are lost in bfloat16 too."""
     for index, tensor in enumerate(tensors):

@@ -120,3 +120,16 @@ def prediction_loss_and_gradient(
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         losses = losses.detach()
     return (losses, gradient) if logits.ndim == 3 else (losses[0], gradient[0])
+
+
+def unchecked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy (1,) and its gradient (B, K), for steps that are repeated with arguments of one form.
+
+    The compiled operator is called directly. logits: (B, K) on the CPU; labels: (B,), int64.
+    Equivalent to prediction_loss_and_gradient(logits, "cross_entropy", labels=labels), without its checks.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        losses, gradient = torch.ops.rada_fast.prediction_loss.default(
+            logits.unsqueeze(0), "cross_entropy", labels.unsqueeze(0), 0.0, True
+        )
+        return losses, gradient.squeeze(0)

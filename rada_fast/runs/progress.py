@@ -14,6 +14,8 @@ from rada_fast.system.terminal import PlainConsole
 
 PLAIN_INTERVAL = 15.0
 """The shortest time between two plain lines, in seconds."""
+BAR_INTERVAL = 0.05
+"""The shortest time between two updates of the bar on a terminal, in seconds."""
 
 
 class Advance(Protocol):
@@ -33,11 +35,19 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
         )  # fmt: skip
         with Progress(*columns, console=PlainConsole(stderr=True)) as bar:
             task = bar.add_task(title, total=total, note="")
+            waiting, shown, last_note = 0, 0.0, ""
 
             def on_terminal(steps: int = 1, note: str = "") -> None:
-                bar.update(task, advance=steps, note=note)
+                # A step of a training may be shorter than ten updates of the bar.
+                nonlocal waiting, shown, last_note
+                waiting, last_note = waiting + steps, note or last_note
+                now = time.monotonic()
+                if note or now - shown >= BAR_INTERVAL:
+                    bar.update(task, advance=waiting, note=last_note)
+                    waiting, shown = 0, now
 
             yield on_terminal
+            bar.update(task, advance=waiting)
         return
 
     done, start = 0, time.monotonic()

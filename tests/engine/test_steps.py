@@ -54,11 +54,12 @@ def test_the_gradients_of_parts_add_up_to_those_of_the_batch(penalty: Any, micro
     (loss + 1.5 * value).backward()
     step(images, labels, 0.0)
     for parameter, expected in zip(step.gradients.trained, [*adapter.parameters(), text], strict=True):
-        assert parameter.grad is not None
         assert expected.grad is not None
+        # After the first step, AdamW's first moment is a tenth of the gradient.
+        found = 10 * step.optimizer.state[parameter]["exp_avg"].double()
         # Both are sums of the same numbers, rounded to float32 in another order.
         limit = 1e-5 * float(expected.grad.abs().max())
-        torch.testing.assert_close(parameter.grad.double(), expected.grad, rtol=0, atol=limit)
+        torch.testing.assert_close(found, expected.grad, rtol=0, atol=limit)
     totals = step.read_totals()
     assert totals.images == 11
     assert totals.cross_entropy == pytest.approx(loss.detach().item(), rel=1e-5)
@@ -140,7 +141,8 @@ def test_recorded_steps_are_the_steps(recorded: list[Any], monkeypatch: pytest.M
     monkeypatch.setattr(steps, "usable", lambda device: False)
     expected = train()
     assert len(recorded) == 1
-    assert found.read_totals() == expected.read_totals()
+    # The sums are made step by step in the one, and for all steps at once in the other.
+    assert tuple(found.read_totals()) == pytest.approx(tuple(expected.read_totals()), rel=1e-12)
     pairs = zip(found.gradients.trained, expected.gradients.trained, strict=True)
     assert all(torch.equal(value, other) for value, other in pairs)
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from rada_fast.config.method import AdapterConfig
+from rada_fast.engine import training
 from rada_fast.engine.optimizers import training_optimizer
 from rada_fast.engine.steps import Gradients, Objective, TrainingStep
 from rada_fast.engine.training import (
@@ -83,7 +84,9 @@ def test_random_draws_depend_only_on_the_seed_and_the_name() -> None:
     assert sorted(shuffled(7, 0, "a").tolist()) == list(range(7))
 
 
-def test_batches_of_features_follow_the_order() -> None:
+@pytest.mark.parametrize("rows", [1, 4, 1024])
+def test_batches_of_features_follow_the_order(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "ROWS_ORDERED", rows)
     features, labels = torch.arange(7.0)[:, None], torch.arange(7)
     batches = list(feature_batches(features, labels, shuffled(7, 0, "a"), 3, torch.device("cpu")))
     assert [len(batch.labels) for batch in batches] == [3, 3, 1]

@@ -46,13 +46,15 @@ def prepare(
     forward = torch.ops.rada_fast.rational_adapter.default
     backward = torch.ops.rada_fast.rational_adapter_backward.default
 
+    arguments, with_requests = (*fixed, *options), (*fixed, *options, *requests)
+
     def call(image_features: Tensor) -> tuple[AdapterOutput, Pullback]:
         with torch._C._AutoDispatchBelowAutograd():
-            logits, value, _, *kept, _ = forward(image_features, *fixed, *options, *requests)
+            logits, value, _, *kept, _ = forward(image_features, *with_requests)
 
         def pullback(dlogits: Tensor | None, dpenalty: Tensor | None) -> list[Tensor]:
             with torch._C._AutoDispatchBelowAutograd():
-                gradients = backward(dlogits, dpenalty, None, image_features, *fixed, *options, *kept, needed)
+                gradients = backward(dlogits, dpenalty, None, image_features, *arguments, *kept, needed)
             return [gradients[place] for place in places]
 
         return AdapterOutput(logits, value if penalty else None, None), pullback
