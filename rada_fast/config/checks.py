@@ -90,7 +90,7 @@ def check_text(name: str, value: str | None) -> None:
         raise UserError(f"{name} must be a text that is neither empty nor has a NUL character, got {value!r}")
 
 
-def _expand_home(name: str, path: str) -> str:
+def expand_home(name: str, path: str) -> str:
     """Replace a leading ~ or ~user in a path, or in the path of a KIND:PATH, by the home folder."""
     kind, colon, rest = path.partition(":")
     if not path.startswith("~") and not (colon and rest.startswith("~") and re.fullmatch(r"[a-z][a-z0-9-]*", kind)):
@@ -109,5 +109,5 @@ def check_paths(config: Any, *names: str) -> None:
         paths = value if isinstance(value, tuple) else (value,)
         for path in paths:
             check_text(name, path)
-        expanded = tuple(path if path is None else _expand_home(name, path) for path in paths)
+        expanded = tuple(path if path is None else expand_home(name, path) for path in paths)
         object.__setattr__(config, name, expanded if isinstance(value, tuple) else expanded[0])

@@ -16,6 +16,7 @@ from rada_fast.config.checks import (
     check_paths,
     check_positive,
     check_text,
+    expand_home,
 )
 from rada_fast.config.method import (
     QUERY_KINDS,
@@ -57,8 +58,10 @@ class ClassOptions:
     classes: str | None = None
     """Class names: a text file (one name per line, or a table with a number or folder beside it) or JSON. Default: the
     folders' names; ImageNet's folders are recognised."""
-    templates: str = "photo"
-    """A template with {}, photo, simple (7), openai (80), a CoOp data set's name such as dtd, or a file."""
+    templates: tuple[str, ...] = ("photo",)
+    """One or more of these, whose prompts are averaged: a template with {}; photo, simple (7) or openai (80); a CoOp
+    data set's name such as dtd, or coop for that of the data; a file of templates; a JSON file with sentences for each
+    class, {"cat": ["A cat has ...", ...]}."""
     text_features: str | None = None
     """Use these as T instead of encoding prompts: features:FILE.npz with one row for each class; classifier:RUN, the
     classifier that an fft in that folder has trained; or "class-means", the mean of each class's training features."""
@@ -67,11 +70,14 @@ class ClassOptions:
     CLIP's 100."""
 
     def __post_init__(self) -> None:
-        check_text("templates", self.templates)
-        if "{" not in self.templates:
-            check_paths(self, "templates")
-        elif not self.templates.isascii() and self.templates.encode("utf-8", "replace").decode() != self.templates:
-            raise UserError(f"templates must be text in UTF-8, got {self.templates!r}")
+        if not self.templates or not isinstance(self.templates, tuple):
+            raise UserError(f"templates must name at least one template, as a tuple of texts, got {self.templates!r}")
+        for template in self.templates:
+            check_text("templates", template)
+            if not template.isascii() and "{" in template and template.encode("utf-8", "replace").decode() != template:
+                raise UserError(f"templates must be text in UTF-8, got {template!r}")
+        names = (one if "{" in one else expand_home("templates", one) for one in self.templates)
+        object.__setattr__(self, "templates", tuple(names))
         check_paths(self, "classes", "text_features")
         if self.logit_scale is not None:
             check_positive("logit_scale", self.logit_scale)

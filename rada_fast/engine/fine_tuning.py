@@ -21,9 +21,10 @@ from rada_fast.engine.full_training import stage_plan, stage_step, stages_of
 from rada_fast.engine.predictor import CLIP_LOGIT_SCALE
 from rada_fast.engine.training import Plan, train_epochs
 from rada_fast.errors import UserError
-from rada_fast.models.class_features import class_features, class_means, resolve_templates
+from rada_fast.models.class_features import class_features, class_means
 from rada_fast.models.class_names import class_names_of
 from rada_fast.models.image_features import Features, Unreadable, features_of
+from rada_fast.models.prompts import resolve_prompts
 from rada_fast.models.vision_language import AbsentModel, Model, VisionLanguageModel, open_model
 from rada_fast.modules import RationalAdapter, load_adapter
 from rada_fast.modules.rational_adapter import new_adapter, unwrapped
@@ -76,7 +77,7 @@ def fine_tune(
     model: Model | str | None = None,
     class_names: Sequence[str] | None = None,
     pretrained: str | None = None,
-    templates: str = "photo",
+    templates: str | Sequence[str] = "photo",
     text_features: Tensor | Literal["class-means"] | None = None,
     logit_scale: float | None = None,
     adapter: RationalAdapter | AdapterConfig | str | Path | None = None,
@@ -109,7 +110,7 @@ def fine_tune(
     class_names: the names of the K classes; None takes those of the data.
     pretrained, device, precision: the weights, the device and the arithmetic of a model that is given by its name. The
         device is also that of a training without a model.
-    templates: the prompts; see resolve_templates.
+    templates: the prompts; see resolve_prompts.
     text_features: T (K, D) instead of prompts, or "class-means" for the mean feature of each class's training images.
     logit_scale: the multiplier s; None takes the model's, the data's, or CLIP's 100.
     adapter: the adapter to start from, or its file, or the configuration of a new one; None is a new one with the
@@ -270,7 +271,7 @@ def _model(
 def _text_features(
     given: Tensor | str | None,
     names: Sequence[str] | None,
-    templates: str,
+    templates: str | Sequence[str],
     vlm: VisionLanguageModel | None,
     features: Features | None,
     source: Source,
@@ -287,7 +288,9 @@ def _text_features(
     else:
         assert vlm is not None
         assert names is not None
-        text = class_features(vlm, names, resolve_templates(templates))
+        prompts = resolve_prompts(templates, source.path)
+        prompts.check(names)
+        text = class_features(vlm, names, prompts)
     width = vlm.embed_dim if source.holds_images and vlm is not None else source.width
     check_text_features(text, text.shape[1] if width is None else width)
     return text

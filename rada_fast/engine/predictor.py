@@ -27,7 +27,8 @@ from rada_fast.engine.episodes import Adaptation, arithmetic_dtype, check_traina
 from rada_fast.engine.memory import EncoderLoad, MemoryPlan, encoder_bytes, memory_plan
 from rada_fast.engine.pipeline import Item, Outcome, Pipeline, Uploads, ViewMaker
 from rada_fast.engine.stages import StageTimes
-from rada_fast.models.class_features import class_features, resolve_templates, warn_of_cut_names
+from rada_fast.models.class_features import class_features, warn_of_cut_names
+from rada_fast.models.prompts import resolve_prompts
 from rada_fast.models.vision_language import Model, VisionLanguageModel, open_model
 from rada_fast.modules import RationalAdapter, load_adapter
 from rada_fast.modules.rational_adapter import new_adapter, unwrapped
@@ -105,7 +106,7 @@ class TestTimePredictor:
     model: a loaded model, or a name as in open_model: "embedded", or one of open_clip's; None to predict features only.
     class_names: the names of the K classes.
     pretrained: the weights of a model that is given by its name.
-    templates: the prompts; see resolve_templates.
+    templates: the prompts; see resolve_prompts.
     text_features: T (K, D) to be used instead of prompts.
     logit_scale: the multiplier s; None takes the model's, or CLIP's 100 without a model.
     adapter: the adapter with which every picture starts, or the path of one, or the configuration of a fresh one; None
@@ -133,7 +134,7 @@ class TestTimePredictor:
         class_names: Sequence[str],
         *,
         pretrained: str | None = None,
-        templates: str = "photo",
+        templates: str | Sequence[str] = "photo",
         text_features: Tensor | None = None,
         logit_scale: float | None = None,
         adapter: RationalAdapter | AdapterConfig | str | Path | None = None,
@@ -177,10 +178,11 @@ class TestTimePredictor:
         if self._memory is not None and isinstance(model, VisionLanguageModel):
             self.memory_plan()  # This raises an error if the budget is too small.
 
-    def _text_features(self, given: Tensor | None, templates: str) -> Tensor:
+    def _text_features(self, given: Tensor | None, templates: str | Sequence[str]) -> Tensor:
         """Return the text features T (K, D) on the model's device: those that were given, or those of prompts."""
         if given is None:
-            model, chosen = self._model.loaded(), resolve_templates(templates)
+            model, chosen = self._model.loaded(), resolve_prompts(templates)
+            chosen.check(self.class_names)
             warn_of_cut_names(model, self.class_names, chosen)
             given = class_features(model, self.class_names, chosen, cache_dir=_env.cache_dir() / "text")
         check_text_features(given, given.shape[-1])

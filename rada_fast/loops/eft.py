@@ -125,11 +125,11 @@ def open_task(options: EFTOptions) -> Task:
         for title, data in encoded.items()
     }
 
-    groups = {"base": ClassGroup([names["train"][label] for label in base], features["training images"])}
+    groups = {"base": ClassGroup([names["train"][label] for label in base], features["training images"], source.path)}
     if new:
-        groups["new"] = ClassGroup([names["train"][label] for label in new], features.get("new classes"))
+        groups["new"] = ClassGroup([names["train"][label] for label in new], features.get("new classes"), source.path)
     elif new_testing is not None and prompts:
-        groups["new"] = ClassGroup(names["new"])
+        groups["new"] = ClassGroup(names["new"], data=new_testing.path)
     rows = text_features(options.text, list(groups.values()), opened.model, opened.text_file)
     texts = dict(zip(groups, rows, strict=True))
     setup = open_setup("eft", options, opened, groups["base"].names, texts["base"])

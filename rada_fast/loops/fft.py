@@ -97,7 +97,7 @@ def open_task(options: FFTOptions) -> Task:
     images, features = source.limited(options.run.limit), None
     if not images.holds_images or options.train_views == "center" or options.text.text_features == "class-means":
         features = features_of(images, opened.model, title="encode training images", workers=options.run.workers)
-    (text,) = text_features(options.text, [ClassGroup(names, features)], opened.model, opened.text_file)
+    (text,) = text_features(options.text, [ClassGroup(names, features, source.path)], opened.model, opened.text_file)
     setup = open_setup("fft", options, opened, names, text)
     limit = options.run.limit if len(images.ids) < len(source.ids) else None
     return Task(setup, stages_of(options), images, features, evaluation, limit)

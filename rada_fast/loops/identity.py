@@ -13,7 +13,7 @@ from torch import Tensor
 from rada_fast.data.fingerprints import tensor_fingerprint
 from rada_fast.data.sources import Source
 from rada_fast.loops.setup import Setup
-from rada_fast.models.class_features import resolve_templates
+from rada_fast.models.prompts import resolve_prompts
 from rada_fast.modules import RationalAdapter
 from rada_fast.runs.folder import Inputs, RunFolder
 from rada_fast.system import notices
@@ -66,7 +66,7 @@ def option_paths(setup: Setup) -> list[Path]:
     """Return the values of options that may name a file or a folder. Some may be a tag or a template instead."""
     options = setup.options
     text = (options.text.text_features or "").partition(":")[2]
-    named = (options.adapter.adapter, options.model.pretrained, options.text.classes, options.text.templates, text)
+    named = (options.adapter.adapter, options.model.pretrained, options.text.classes, *options.text.templates, text)
     return [Path(name).expanduser() for name in named if name]
 
 
@@ -91,9 +91,23 @@ def identity_of(setup: Setup, names: Sequence[str], text: Tensor, limit: int | N
         "logit_scale": setup.logit_scale,
         # The words of the prompts are compared instead of T, because another processor may round T differently.
         "class_names": list(names) if prompts else None,
-        "templates": list(resolve_templates(text_options.templates)) if prompts else None,
+        "templates": _prompts_of(setup) if prompts else None,
         "text_features": tensor_fingerprint(text) if text_options.text_features not in (None, "class-means") else None,
     }
+
+
+def _prompts_of(setup: Setup) -> list[list[str]]:
+    """Return what tells whether the prompts are still the same, for all data that have classes of their own.
+
+    The images of a test have the classes of the training.
+    """
+    values = setup.options.text.templates
+    found = [
+        resolve_prompts(values, source.path).identity()
+        for part, source in setup.sources.items()
+        if not part.startswith("test")
+    ]
+    return [one for index, one in enumerate(found) if one not in found[:index]]
 
 
 def _deciding_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def open_ttt(options: TTTOptions) -> Setup:
     source = opened.sources["data"]
     mention_fixed_views(options, source)
     names = class_names_of(source, options.text.classes, prompts=options.text.text_features is None)
-    (text,) = text_features(options.text, [ClassGroup(names)], opened.model, opened.text_file)
+    (text,) = text_features(options.text, [ClassGroup(names, data=source.path)], opened.model, opened.text_file)
     return open_setup("ttt", options, opened, names, text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,27 +21,11 @@ from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.errors import UserError
 from rada_fast.models.class_names import folded, resolve_class_names
 from rada_fast.models.image_features import Features
+from rada_fast.models.prompts import Prompts, resolve_prompts
 from rada_fast.models.trained import read_classifier
 from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
-
-PHOTO = "a photo of a {}."
-
-# The prompt that publications on prompt learning use for each data set.
-DATASET_TEMPLATES = {
-    "caltech101": PHOTO,
-    "dtd": "{} texture.",
-    "eurosat": "a centered satellite photo of {}.",
-    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
-    "food101": "a photo of {}, a type of food.",
-    "imagenet": PHOTO,
-    "oxford_flowers": "a photo of a {}, a type of flower.",
-    "oxford_pets": "a photo of a {}, a type of pet.",
-    "stanford_cars": PHOTO,
-    "sun397": PHOTO,
-    "ucf101": "a photo of a person doing {}.",
-}
 
 TEXT_BATCH_SIZE = 256
 EQUALITY_TOLERANCE = 1e-6
@@ -53,10 +37,12 @@ class ClassGroup(NamedTuple):
 
     names: the names of the classes, in label order.
     images: the features of their images, for the option class-means.
+    data: the path of the data with these classes, from which the template of a data set is known.
     """
 
     names: Sequence[str]
     images: Features | None = None
+    data: Path | None = None
 
 
 def text_features(
@@ -75,8 +61,11 @@ def text_features(
     """
     value = options.text_features
     if value is None:
-        templates = resolve_templates(options.templates)
-        return [_features_of_prompts(model.loaded(), group.names, templates) for group in groups]
+        prompts = [resolve_prompts(options.templates, group.data) for group in groups]
+        # Every group has the same files of descriptions, and only all groups together use all that these describe.
+        prompts[0].check([name for group in groups for name in group.names])
+        pairs = zip(groups, prompts, strict=True)
+        return [_features_of_prompts(model.loaded(), group.names, own) for group, own in pairs]
     if value == "class-means":
         means = [class_means(group.images, len(group.names)) for group in groups]
         for group, rows in zip(groups, means, strict=True):
@@ -94,12 +83,12 @@ def text_features(
     return list(rows.split([len(group.names) for group in groups]))
 
 
-def _features_of_prompts(model: VisionLanguageModel, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+def _features_of_prompts(model: VisionLanguageModel, names: Sequence[str], prompts: Prompts) -> Tensor:
     """Compute the features of prompts, or read them from the cache folder."""
     warn_of_unused_classifier(model, names)
-    warn_of_cut_names(model, names, templates)
-    with progress("encode prompts", len(set(names)) * len(templates)) as advance:
-        return class_features(model, names, templates, cache_dir=_env.cache_dir() / "text", progress=advance)
+    warn_of_cut_names(model, names, prompts)
+    with progress("encode prompts", sum(len(prompts.of(name)) for name in set(names))) as advance:
+        return class_features(model, names, prompts, cache_dir=_env.cache_dir() / "text", progress=advance)
 
 
 def warn_of_unused_classifier(model: VisionLanguageModel, names: Sequence[str]) -> None:
@@ -125,69 +114,41 @@ def class_means(images: Features | None, num_classes: int) -> Tensor:
     return normalize(sums, dim=-1)
 
 
-def resolve_templates(value: str) -> tuple[str, ...]:
-    """Return the prompt templates that the option --templates names.
-
-    value: a template with {}, the name of known templates, or a file: a JSON list, or a template on each line.
-
-    Raises UserError with the known names if the value is none of these, or if a template has no {}.
-    """
-    if "{}" in value:
-        return (value,)
-    if value == "photo":
-        return (PHOTO,)
-    if value in ("openai", "simple"):
-        from open_clip import zero_shot_metadata
-
-        makers = {
-            "openai": zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES,
-            "simple": zero_shot_metadata.SIMPLE_IMAGENET_TEMPLATES,
-        }[value]
-        return tuple(make("{}") for make in makers)
-    if value in DATASET_TEMPLATES:
-        return (DATASET_TEMPLATES[value],)
-    path = Path(value).expanduser()
-    try:
-        exists = path.is_file()
-    except OSError:  # the text is too long for the name of a file
-        exists = False
-    if not exists:
-        known = ["photo", "simple", "openai", *DATASET_TEMPLATES]
-        raise UserError(f"templates must be a template with {{}}, a file, or one of {', '.join(known)}; got {value!r}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        templates = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"templates file {path} cannot be read: {error}") from None
-    sound = isinstance(templates, list) and templates
-    if not sound or not all(isinstance(template, str) and "{}" in template for template in templates):
-        raise UserError(f"templates file {path} must hold one or more templates, each with {{}}")
-    return tuple(templates)
-
-
-def warn_of_cut_names(vlm: VisionLanguageModel, names: Sequence[str], templates: Sequence[str]) -> None:
-    """Warn of names that are too long for the tokenizer of the model, which cuts prompts off."""
-    check_texts(names, templates)
-    template = max(templates, key=len)
+def warn_of_cut_names(vlm: VisionLanguageModel, names: Sequence[str], prompts: Prompts) -> None:
+    """Warn of names and of descriptions that are too long for the tokenizer of the model, which cuts prompts off."""
+    check_texts(names, prompts)
     length = int(vlm.tokenizer(["a"]).shape[-1])
-    # A token has at least one byte, and two tokens mark the ends. Prompts of fewer bytes are never cut off.
-    prompts = {name: prompt for name in names if len((prompt := template.replace("{}", name)).encode()) > length - 2}
-    shorter = {name: found[1] for name, prompt in prompts.items() if (found := re.fullmatch(r"(.*\W)\w+\W*", prompt))}
-    if not shorter:
-        return
-    tokens, shorter_tokens = (vlm.tokenizer([texts[name] for name in shorter]) for texts in (prompts, shorter))
-    cut = [name for name, same in zip(shorter, (tokens == shorter_tokens).all(dim=-1).tolist(), strict=True) if same]
-    if cut:
-        shown = ", ".join(repr(_short(name)) for name in cut[:EXAMPLES])
+    if prompts.templates:
+        template = max(prompts.templates, key=len)
+        if cut := _cut_off(vlm, {name: template.replace("{}", name) for name in names}, length):
+            shown = ", ".join(repr(_short(name)) for name in cut[:EXAMPLES])
+            notices.warn(
+                f"{len(cut)} of {len(names)} class names are too long: of a prompt such as {template!r} the model "
+                f"reads {length} tokens, and what lies beyond changes nothing: {shown}"
+            )
+    described = [text for name in dict.fromkeys(names) for text in prompts.of(name)[len(prompts.templates) :]]
+    if cut := _cut_off(vlm, {text: text for text in described}, length):
         notices.warn(
-            f"{len(cut)} of {len(names)} class names are too long: of a prompt such as {template!r} the model reads "
-            f"{length} tokens, and what lies beyond changes nothing: {shown}"
+            f"{len(cut)} of {len(described)} descriptions are too long: the model reads {length} tokens, and what lies "
+            f"beyond changes nothing: {_short(cut[0])!r}"
         )
 
 
-def check_texts(names: Sequence[str], templates: Sequence[str]) -> None:
-    """Raise UserError if a name or a template is not valid Unicode, such as the name of a folder that is not UTF-8."""
-    for option, texts in (("classes", names), ("templates", templates)):
+def _cut_off(vlm: VisionLanguageModel, texts: Mapping[str, str], length: int) -> list[str]:
+    """Return the keys of texts whose last word the tokenizer cuts off. length: the number of tokens that it makes."""
+    # A token has at least one byte, and two tokens mark the ends. Texts of fewer bytes are never cut off.
+    long = {key: text for key, text in texts.items() if len(text.encode()) > length - 2}
+    shorter = {key: found[1] for key, text in long.items() if (found := re.fullmatch(r"(.*\W)\w+\W*", text))}
+    if not shorter:
+        return []
+    tokens, shorter_tokens = (vlm.tokenizer([some[key] for key in shorter]) for some in (long, shorter))
+    return [key for key, same in zip(shorter, (tokens == shorter_tokens).all(dim=-1).tolist(), strict=True) if same]
+
+
+def check_texts(names: Sequence[str], prompts: Prompts) -> None:
+    """Raise UserError if a name or a prompt is not valid Unicode, such as the name of a folder that is not UTF-8."""
+    described = [text for file in prompts.descriptions for texts in file.by_name.values() for text in texts]
+    for option, texts in (("classes", names), ("templates", (*prompts.templates, *described))):
         for text in texts:
             if text.encode("utf-8", "replace").decode() != text:
                 raise UserError(f"--{option} must be texts in UTF-8, got {text!r}; give others in a file")
@@ -196,48 +157,49 @@ def check_texts(names: Sequence[str], templates: Sequence[str]) -> None:
 def class_features(
     vlm: VisionLanguageModel,
     names: Sequence[str],
-    templates: Sequence[str],
+    prompts: Prompts,
     *,
     cache_dir: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Compute the text features T of the classes from prompts.
 
-    The unit-norm features of the prompts of a class are averaged over the templates, and the mean is normalised.
+    The unit-norm features of the prompts of a class are averaged, and the mean is normalised.
 
     vlm: the model that encodes the prompts.
     names: the K class names.
-    templates: the templates, each with {} for the name.
+    prompts: what is said of the classes.
     cache_dir: the folder of the cache, or None. The key of an entry depends on the model, its weights, the arithmetic,
-        the names and the templates.
+        the names and the prompts.
     progress: a function that is called after each batch with the number of prompts in it.
 
-    Returns (K, D) float32 on the CPU, unit norm. Raises UserError if there is no name or no template.
+    Returns (K, D) float32 on the CPU, unit norm. Raises UserError if there is no name, or a class has no prompt.
     """
     if not names:
         raise UserError("classes must hold at least one name, got K = 0")
-    if not templates:
-        raise UserError("templates must hold at least one template, got none")
-    check_texts(names, templates)
+    # A name that occurs twice is encoded once, because matrix products may round equal rows of a batch differently.
+    texts = {name: prompts.of(name) for name in names}
+    if not all(texts.values()):
+        raise UserError("templates must hold at least one template or describe every class, got none")
+    check_texts(names, prompts)
     path = None
     if cache_dir is not None:
-        key = json.dumps([vlm.fingerprint, vlm.precision, vlm.device.type, list(names), list(templates)])
+        key = json.dumps([vlm.fingerprint, vlm.precision, vlm.device.type, list(names), list(texts.items())])
         path = cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if (found := _read(path, len(names), vlm.embed_dim)) is not None:
             warn_of_equal_features(names, found)
             return found
-    # A name that occurs twice is encoded once, because matrix products may round equal rows of a batch differently.
-    rows = {name: row for row, name in enumerate(dict.fromkeys(names))}
-    prompts = [template.replace("{}", name) for name in rows for template in templates]
+    rows = {name: row for row, name in enumerate(texts)}
+    every = [text for own in texts.values() for text in own]
     encoded = []
-    for first in range(0, len(prompts), TEXT_BATCH_SIZE):
-        chunk = prompts[first : first + TEXT_BATCH_SIZE]
+    for first in range(0, len(every), TEXT_BATCH_SIZE):
+        chunk = every[first : first + TEXT_BATCH_SIZE]
         encoded.append(vlm.encode_texts(chunk))
         if progress is not None:
             progress(len(chunk))
-    features = torch.cat(encoded).view(len(rows), len(templates), -1)
-    # The feature of a single template is not normalised again, because that would change its last digits.
-    distinct = (features[:, 0] if len(templates) == 1 else normalize(features.mean(dim=1), dim=-1)).cpu()
+    parts = torch.cat(encoded).split([len(own) for own in texts.values()])
+    # The feature of a single prompt is not normalised again, because that would change its last digits.
+    distinct = torch.stack([part[0] if len(part) == 1 else normalize(part.mean(dim=0), dim=-1) for part in parts]).cpu()
     result = distinct[[rows[name] for name in names]]
     warn_of_equal_features(names, result)
     if path is not None:

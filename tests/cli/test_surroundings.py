@@ -115,7 +115,7 @@ def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: 
     config = cli.parse("eft", command.split())
     assert (config.train, config.test) == (f"imagefolder:{tmp_path}/a", f"features:{tmp_path}/b")
     assert (config.run.output, config.adapter.adapter) == (f"{tmp_path}/c", f"{tmp_path}/d")
-    assert (config.text.classes, config.text.templates) == (f"{tmp_path}/e", f"{tmp_path}/f")
+    assert (config.text.classes, config.text.templates) == (f"{tmp_path}/e", (f"{tmp_path}/f",))
     assert (config.text.text_features, config.model.pretrained) == (f"features:{tmp_path}/g", f"{tmp_path}/h")
     config = cli.parse("fft", ["--train", "x:a~b", "--test", "imagefolder:~/a", "imagefolder:b"])
     assert (config.train, config.test) == ("x:a~b", (f"imagefolder:{tmp_path}/a", "imagefolder:b"))

@@ -149,7 +149,7 @@ def test_names_templates_adapters_and_weights_are_part_of_a_run(
     save_adapter(RationalAdapter(AdapterConfig.official(16)), adapter)
     config = dataclasses.replace(
         ttt_options(specks, tmp_path / "run"),
-        text=ClassOptions(classes=str(names), templates=str(templates)),
+        text=ClassOptions(classes=str(names), templates=(str(templates),)),
         adapter=AdapterOptions(adapter=str(adapter)),
     )
     run_ttt(config)

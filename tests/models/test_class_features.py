@@ -1,9 +1,10 @@
-"""Templates come from any file, and text features tie for equal names, are encoded in chunks and cached."""
+"""Text features are averages of prompts, tie for equal names, are encoded in chunks and cached."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.nn.functional import normalize
 
 from rada_fast.errors import UserError
 from rada_fast.models import class_features as module
-from rada_fast.models.class_features import DATASET_TEMPLATES, class_features, resolve_templates, warn_of_cut_names
+from rada_fast.models.class_features import class_features, warn_of_cut_names
+from rada_fast.models.prompts import Prompts, resolve_prompts
 from rada_fast.system import notices
 
 
@@ -35,8 +37,8 @@ class Encoder:
         return normalize(features * (1 + 1e-6 * torch.arange(len(texts))[:, None]) + 0, dim=-1)
 
 
-def features_of(encoder: Encoder, *args: object, **kwargs: object) -> Tensor:
-    return class_features(encoder, *args, **kwargs)  # type: ignore[arg-type]
+def features_of(encoder: Encoder, names: list[str], templates: list[str], **kwargs: Any) -> Tensor:
+    return class_features(encoder, names, Prompts(tuple(templates)), **kwargs)  # type: ignore[arg-type]
 
 
 def test_equal_names_have_equal_features() -> None:
@@ -113,27 +115,22 @@ def test_no_names_have_no_features() -> None:
         features_of(Encoder(), ["a"], [])
 
 
-def test_every_known_template_has_one_place_for_the_name() -> None:
-    for spec in ("photo", "simple", "openai", *DATASET_TEMPLATES):
-        templates = resolve_templates(spec)
-        assert all(template.count("{}") == 1 for template in templates)
-        assert len(set(templates)) == len(templates)
-    assert len(DATASET_TEMPLATES) == 11
-    # A name may contain braces, which str.format would act on.
+def test_braces_in_a_name_are_left_alone() -> None:
+    # str.format would act on them.
     encoder = Encoder()
     features_of(encoder, ["{0.__class__}"], ["a {}."])
     assert encoder.batches == [["a {0.__class__}."]]
 
 
-def test_files_without_templates_are_refused(tmp_path: Path) -> None:
-    deep = tmp_path / "deep.json"
-    deep.write_text("[" * 100_000)
-    (tmp_path / "none.txt").write_text("\n")
-    (tmp_path / "object.json").write_text('{"a": "{}"}')
-    for spec in (str(deep), str(tmp_path / "none.txt"), str(tmp_path / "object.json"), str(tmp_path), "x" * 5000):
-        with pytest.raises(UserError, match="templates") as caught:
-            resolve_templates(spec)
-        assert "\n" not in str(caught.value)
+def test_templates_and_descriptions_are_averaged_at_unit_norm(tmp_path: Path) -> None:
+    path = tmp_path / "described.json"
+    path.write_text('{"cat": ["It purrs.", "A {} sleeps."], "dog": ["It barks."]}')
+    encoder = Encoder()
+    features = class_features(encoder, ["cat", "dog"], resolve_prompts(["a {}.", str(path)]))  # type: ignore[arg-type]
+    assert encoder.batches == [["a cat.", "It purrs.", "A cat sleeps.", "a dog.", "It barks."]]
+    encoded = Encoder().encode_texts(encoder.batches[0])
+    torch.testing.assert_close(features[0], normalize(encoded[:3].mean(0), dim=-1))
+    torch.testing.assert_close(features[1], normalize(encoded[3:].mean(0), dim=-1))
 
 
 def test_names_that_the_model_cannot_tell_apart_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +172,7 @@ def test_names_longer_than_a_prompt_are_warned_of(model: str) -> None:
 
     def warnings_of(names: list[str], template: str = "a photo of a {}.") -> list[str]:
         with notices.collecting():
-            warn_of_cut_names(Tokenizing(), names, [template])  # type: ignore[arg-type]
+            warn_of_cut_names(Tokenizing(), names, Prompts((template,)))  # type: ignore[arg-type]
             return notices.so_far()
 
     words = " ".join(["word"] * 100)

@@ -16,8 +16,9 @@ from torch.nn.functional import normalize
 from rada_fast import _env
 from rada_fast.config.options import ModelOptions
 from rada_fast.errors import UserError
-from rada_fast.models.class_features import class_features, resolve_templates
+from rada_fast.models.class_features import class_features
 from rada_fast.models.class_names import resolve_class_names
+from rada_fast.models.prompts import Prompts
 from rada_fast.models.vision_language import VisionLanguageModel, load_model, open_model, precision_on
 from rada_fast.system import notices
 
@@ -168,23 +169,6 @@ def test_quick_gelu_mismatches_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_model("ViT-B-32", "openai")
 
 
-def test_templates_come_from_names_texts_and_files(tmp_path: Path) -> None:
-    assert resolve_templates("photo") == ("a photo of a {}.",)
-    assert resolve_templates("my {} picture") == ("my {} picture",)
-    assert len(resolve_templates("openai")) == 80
-    assert len(resolve_templates("simple")) == 7
-    assert resolve_templates("dtd") == ("{} texture.",)
-    (tmp_path / "t.txt").write_text("a {}.\n\nthe {}.\n")
-    (tmp_path / "t.json").write_text('["a {}."]')
-    (tmp_path / "bad.txt").write_text("no place\n")
-    assert resolve_templates(str(tmp_path / "t.txt")) == ("a {}.", "the {}.")
-    assert resolve_templates(str(tmp_path / "t.json")) == ("a {}.",)
-    with pytest.raises(UserError, match="must hold one or more templates"):
-        resolve_templates(str(tmp_path / "bad.txt"))
-    with pytest.raises(UserError, match=r"templates must be a template with {}, a file, or one of photo"):
-        resolve_templates("photograph")
-
-
 def test_class_names_come_from_folders_and_files(tmp_path: Path) -> None:
     assert resolve_class_names(["red_fox", "owl"], None) == ("red fox", "owl")
     assert resolve_class_names(["n01440764", "n01443537"], None) == ("tench", "goldfish")
@@ -202,22 +186,23 @@ def test_class_names_come_from_folders_and_files(tmp_path: Path) -> None:
 
 
 def test_class_features_average_after_normalisation_and_are_cached(tiny: VisionLanguageModel, tmp_path: Path) -> None:
-    names, templates = ["cat", "dog", "cat"], ["a {}.", "the {}!"]
-    features = class_features(tiny, names, templates, cache_dir=tmp_path)
+    names, templates = ["cat", "dog", "cat"], ("a {}.", "the {}!")
+    prompts, one = Prompts(templates), Prompts(templates[:1])
+    features = class_features(tiny, names, prompts, cache_dir=tmp_path)
     each = torch.stack([tiny.encode_texts([t.format(n) for n in names]) for t in templates])
     torch.testing.assert_close(features, normalize(each.mean(0), dim=-1))
     assert torch.equal(features[0], features[2])
-    single = class_features(tiny, names, templates[:1], cache_dir=tmp_path)
+    single = class_features(tiny, names, one, cache_dir=tmp_path)
     torch.testing.assert_close(single, each[0])
 
     assert len(list(tmp_path.iterdir())) == 2
     for path in tmp_path.iterdir():
         path.write_bytes(b"damaged")
-    assert torch.equal(class_features(tiny, names, templates, cache_dir=tmp_path), features)
+    assert torch.equal(class_features(tiny, names, prompts, cache_dir=tmp_path), features)
     other = load_model("Tiny", "random", seed=9)
-    assert not torch.equal(class_features(other, names, templates, cache_dir=tmp_path), features)
+    assert not torch.equal(class_features(other, names, prompts, cache_dir=tmp_path), features)
     with pytest.raises(UserError, match="K = 0"):
-        class_features(tiny, [], templates)
+        class_features(tiny, [], prompts)
 
 
 def test_the_embedded_model_loads_by_name() -> None:
