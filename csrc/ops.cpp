@@ -33,6 +33,16 @@ TORCH_LIBRARY(rada_fast, library) {
   //   queries        (N, L', W)
   //   keys, values   (N, L, W)
   library.def("encoder_attention(Tensor queries, Tensor keys, Tensor values, int heads) -> Tensor");
+  // Encodes images (N, C, S, S') float32 to features (N, D) float32, without gradients, as ops/small_transformer.py says.
+  //   weights      in the order that cpu/small_transformer.cpp lists
+  //   width        D
+  //   patch        the height and the width of a patch
+  //   activation   "gelu" or "silu"
+  //   eps          one for each normalisation, in their order
+  library.def("small_transformer(Tensor images, Tensor[] weights, int width, int[] patch, int heads, str activation, float[] eps) -> "
+              "Tensor");
+  // Returns a right factor (K, N) as the panels that small_transformer multiplies, (panels, K, columns of a panel).
+  library.def("panels_of(Tensor factor) -> Tensor");
   // Returns the indices of the `count` views of every episode whose predictions have the lowest entropies, and all
   // entropies, (E, V). logits: (E, V, K). Indices are in ascending order of entropy; equal entropies in that of the index.
   library.def("select_views(Tensor logits, int count) -> (Tensor indices, Tensor entropies)");

@@ -61,6 +61,15 @@ int64_t whole_vectors(int64_t columns) {
   return (columns + lanes - 1) / lanes * lanes;
 }
 
+int64_t panel_columns() {
+  static const int64_t columns = brgemm_block().columns;
+  return columns;
+}
+
+void panel_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+  at::native::cpublas::brgemm(m, n, k, lda, panel_columns(), ldc, true, a, b, c, false);
+}
+
 bool has_brgemm_float() {
   static const bool works = brgemm_works<float>();
   return works;

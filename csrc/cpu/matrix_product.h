@@ -18,6 +18,13 @@ template <typename T>
 void matrix_product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, Acc<T>* c,
                     int64_t ldc, bool accumulate);
 
+// The columns of a panel. A right factor that serves many products is kept as panels of so many columns, each with all
+// its rows in one piece; the last panel may be narrower, but takes the place of a whole one.
+int64_t panel_columns();
+
+// C += A B of float for one panel of B, or some of its rows. b: (k, n) with panel_columns() between its rows.
+void panel_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c, int64_t ldc);
+
 // Rounds a number of columns up to whole vectors: products of columns that fill vectors are faster.
 int64_t whole_vectors(int64_t columns);
 

@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from rada_fast import _env
 from rada_fast.config.method import AdapterConfig
 from rada_fast.extension import libraries
+from rada_fast.models.vision_language import load_model
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import (
     EpisodicOptimizer,
@@ -74,10 +75,20 @@ def answers() -> dict[str, Any]:
         "vectors": libraries.cpu_paths()["vectors"],
         "float32": error(torch.float32),
         "bfloat16": error(torch.bfloat16),
+        "encoder": encoder_error(),
         "loss": prediction_loss(20 * image[None] @ text.mT, "marginal").item(),
         "optimizer": optimizer_follows_pytorch(),
         "views": views_hash(),
     }
+
+
+def encoder_error() -> float:
+    """Return the error of the shipped model's features, by whatever encodes images here."""
+    model, images = load_model("embedded"), torch.randn(5, 3, 64, 64)
+    features = model.image_features(images).double()
+    return float(
+        (features - normalize(copy.deepcopy(model.model).double().encode_image(images.double()), dim=-1)).norm()
+    )
 
 
 def optimizer_follows_pytorch() -> bool:
@@ -120,6 +131,7 @@ def own() -> dict[str, Any]:
 def check(found: dict[str, Any], own: dict[str, Any]) -> None:
     assert found["float32"] < 1e-5
     assert found["bfloat16"] < 2e-2
+    assert found["encoder"] < 1e-5
     assert found["loss"] == pytest.approx(own["loss"], rel=1e-6)
     assert found["optimizer"]
     assert found["views"] == own["views"], "pixels are the same to the bit"

@@ -142,6 +142,10 @@ def _fake_encoder_attention(queries: Tensor, keys: Tensor, values: Tensor, heads
     return queries.new_empty(queries.shape)
 
 
+def _fake_small_transformer(images: Tensor, weights: list[Tensor], width: int, *_: Any) -> Tensor:
+    return images.new_empty((images.shape[0], width))
+
+
 def _fake_select_views(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     episodes, views, _ = logits.shape
     indices = logits.new_empty((episodes, count), dtype=torch.int64)
@@ -219,6 +223,7 @@ def _fake_random_augmix(
 _FAKES: dict[str, Callable[..., Any]] = {
     "device_architecture": _fake_device_architecture,
     "encoder_attention": _fake_encoder_attention,
+    "small_transformer": _fake_small_transformer,
     "select_views": _fake_select_views,
     "prediction_loss": _fake_prediction_loss,
     "episodic_optimizer_step": _fake_episodic_optimizer_step,
