@@ -7,6 +7,8 @@ The numbers are the module's within rounding. What differs:
 - A product adds its bias, applies the activation and adds the residual while its result is in the cache. QuickGELU,
   x sigmoid(1.702 x), is SiLU of 1.702 x divided by 1.702, and both factors become part of the weights around it.
 - A CPU encodes few images at a time, so that what one step writes is still in the cache when the next one reads it.
+  Where the weights of a block fit into a core's cache too, as those of the shipped model do, each thread takes its own
+  images through all blocks; see ops/small_transformer.py.
 - The last normalisation and the projection, which are of one token, are computed in float32 in every precision.
 
 An image encoder of another kind, or one that has been changed (a hook, a replaced layer), is called as it is.
@@ -15,10 +17,10 @@ An image encoder of another kind, or one that has been changed (a hook, a replac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rada_fast import _env
-from rada_fast.ops import encoder_attention
+from rada_fast.models.module_state import ModuleState
+from rada_fast.ops import encoder_attention, small_transformer
+from rada_fast.ops.small_transformer import SmallTransformer, serves_small_transformer
 
 CPU_ROWS = 3200
 """About the most tokens that a CPU encodes at a time: 16 images of a ViT-B/16. See docs/measurements.md."""
@@ -130,21 +134,17 @@ class VisionTransformer:
         return make(self._converted(weight), self._converted(bias))
 
     def _block(self, block: Any, *, last: bool) -> Block:
-        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        weights = block_weights(block)
+        weight, bias = weights.projection
         width = weight.shape[1]
-        hidden, mlp_output = block.mlp.c_fc, block.mlp.c_proj
-        factor, activation = 1.0, "gelu"
-        if type(block.mlp.gelu).__name__ == "QuickGELU":
-            factor, activation = _QUICK_GELU_FACTOR, "silu"
-        scale_1, scale_2 = (getattr(scale, "gamma", 1.0) for scale in (block.ls_1, block.ls_2))
         return Block(
             cast(Norm, self._norm(block.ln_1, self._dtype)),
             self._product(weight[:width], bias[:width]) if last else None,
             self._product(weight[width:], bias[width:]) if last else self._product(weight, bias),
-            self._sum(*_scaled(block.attn.out_proj, scale_1)),
+            self._sum(*weights.output),
             cast(Norm, self._norm(block.ln_2, self._dtype)),
-            self._product(factor * hidden.weight, factor * hidden.bias, activation),
-            self._sum(*_scaled(mlp_output, scale_2, 1 / factor)),
+            self._product(*weights.hidden, activation_of(block)),
+            self._sum(*weights.mlp_output),
         )
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -190,6 +190,72 @@ class VisionTransformer:
         queries = block.queries(normalised[:, :1].contiguous())
         pooled = block.output(encoder_attention(queries, keys, values, self._heads)[:, 0], rows[:, 0].contiguous())
         return block.mlp_output(block.hidden(block.norm_2(pooled)), pooled)
+
+
+class SmallVisionTransformer:
+    """A VisionTransformer in float32 on a CPU that is so small that the compiled operator encodes faster.
+
+    visual: the module, which reason_not_served lets pass.
+    """
+
+    encodes_each_by_itself = True
+
+    def __init__(self, visual: Any) -> None:
+        self.image_size = tuple(visual.image_size)
+        positions = visual.positional_embedding.detach().clone()
+        positions[0] += visual.class_embedding
+        blocks = visual.transformer.resblocks
+        self._encode = SmallTransformer(
+            small_transformer.Transformer(
+                patch_size=tuple(visual.patch_size),
+                patches=visual.conv1.weight.flatten(1),
+                positions=positions,
+                norm_pre=_small_norm(visual.ln_pre),
+                blocks=[block_weights(block) for block in blocks],
+                norm_post=_small_norm(visual.ln_post),
+                heads=int(blocks[0].attn.num_heads),
+                activation=activation_of(blocks[0]),
+                projection=visual.proj,
+            )
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode images (N, 3, S, S) float32 to features (N, D) float32 that are not normalised."""
+        return self._encode(images)
+
+
+def serves_as_small(visual: Any, dtype: torch.dtype) -> bool:
+    """Return whether SmallVisionTransformer computes an image encoder that reason_not_served lets pass."""
+    hidden, width = visual.transformer.resblocks[0].mlp.c_fc.weight.shape
+    on_cpu = visual.class_embedding.device.type == "cpu"
+    return on_cpu and dtype == torch.float32 and serves_small_transformer(width, hidden)
+
+
+def _small_norm(norm: nn.Module) -> small_transformer.Norm | None:
+    if isinstance(norm, nn.Identity):
+        return None
+    norm = cast(nn.LayerNorm, norm)
+    return small_transformer.Norm(norm.weight, norm.bias, norm.eps)
+
+
+def block_weights(block: Any) -> small_transformer.Block:
+    """Return the weights of a block of open_clip's, which include its layer scales and the factors of QuickGELU."""
+    hidden, mlp_output = block.mlp.c_fc, block.mlp.c_proj
+    factor = _QUICK_GELU_FACTOR if activation_of(block) == "silu" else 1.0
+    scale_1, scale_2 = (getattr(scale, "gamma", 1.0) for scale in (block.ls_1, block.ls_2))
+    return small_transformer.Block(
+        cast(small_transformer.Norm, _small_norm(block.ln_1)),
+        (block.attn.in_proj_weight, block.attn.in_proj_bias),
+        _scaled(block.attn.out_proj, scale_1),
+        cast(small_transformer.Norm, _small_norm(block.ln_2)),
+        (factor * hidden.weight, factor * hidden.bias),
+        _scaled(mlp_output, scale_2, 1 / factor),
+    )
+
+
+def activation_of(block: Any) -> Literal["gelu", "silu"]:
+    """Return the activation that remains in a block when the factors of QuickGELU are in the weights around it."""
+    return "silu" if type(block.mlp.gelu).__name__ == "QuickGELU" else "gelu"
 
 
 def _scaled(layer: nn.Linear, scale: Tensor | float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -303,8 +369,7 @@ def reason_not_served(model: Any) -> str | None:
     }
     always = {*norms, *plain, nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Identity}
     always |= {transformer.QuickGELU, transformer.LayerScale}
-    hooks = nn.modules.module
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+    if has_global_hooks():
         return "hooks of all modules are called"
     for name, module in visual.named_modules():
         if type(module) not in always and not known.get(type(module), lambda _: False)(module):
@@ -347,7 +412,8 @@ def _is_known_attention(attention: Any) -> bool:
 class ImageEncoder:
     """The image encoder of a model: it prepares the weights, and prepares them anew when they have changed.
 
-    A change by way of parameter.data, which PyTorch does not count, is not noticed unless it replaces the memory.
+    Whether the module can be served is found out once for each preparation, and again after any change of the module.
+    ModuleState says what counts as a change: a write into the memory of parameter.data is not noticed.
 
     model: the module of open_clip, which may be trained or changed between two calls.
     dtype: the type in which the encoder computes.
@@ -355,10 +421,10 @@ class ImageEncoder:
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
-        self._prepared: VisionTransformer | None = None
-        self._parameters: list[tuple[int, int]] = []
+        self._prepared: VisionTransformer | SmallVisionTransformer | None = None
+        self._state: ModuleState | None = None
 
-    def prepared_for(self, images: Tensor) -> VisionTransformer | None:
+    def prepared_for(self, images: Tensor) -> VisionTransformer | SmallVisionTransformer | None:
         """Return the function that encodes these images, or None where the module has to do it."""
         device = images.device.type
         if (
@@ -369,17 +435,24 @@ class ImageEncoder:
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled(device)
             or (device == "cpu" and self._dtype == torch.float16)
-            or reason_not_served(self._model) is not None
+            or has_global_hooks()
         ):
             return None
-        parameters = list(self._state())
-        if self._prepared is None or parameters != self._parameters:
-            self._prepared = None  # the memory of the old weights serves the new ones
-            self._prepared = VisionTransformer(self._model.visual, self._dtype)
-            self._parameters = parameters
+        if self._state is None or not self._state.is_current():
+            self._prepared = self._state = None  # the memory of the old weights serves the new ones
+            if reason_not_served(self._model) is not None:
+                return None
+            self._state = ModuleState(self._model.visual, [self._model])
+        visual = self._model.visual
+        kind = SmallVisionTransformer if serves_as_small(visual, self._dtype) else VisionTransformer
+        if type(self._prepared) is not kind:
+            self._prepared = None
+            small = kind is SmallVisionTransformer
+            self._prepared = SmallVisionTransformer(visual) if small else VisionTransformer(visual, self._dtype)
         return self._prepared if tuple(images.shape[1:]) == (3, *self._prepared.image_size) else None
 
-    def _state(self) -> Iterator[tuple[int, int]]:
-        """Yield where each parameter lies and how often it was changed: a change makes the prepared weights stale."""
-        for parameter in self._model.visual.parameters():
-            yield parameter.data_ptr(), parameter._version
+
+def has_global_hooks() -> bool:
+    """Return whether PyTorch calls hooks in every module."""
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)

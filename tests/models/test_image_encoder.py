@@ -16,8 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rada_fast import _env
 from rada_fast.models import image_encoder
-from rada_fast.models.image_encoder import ImageEncoder, VisionTransformer, reason_not_served
+from rada_fast.models.image_encoder import (
+    ImageEncoder,
+    SmallVisionTransformer,
+    VisionTransformer,
+    reason_not_served,
+    serves_as_small,
+)
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
+from rada_fast.ops import use_backend
 
 TINY: dict[str, Any] = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
 
@@ -71,11 +78,15 @@ def check_close(model: CLIP, dtype: torch.dtype) -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         usual = model.encode_image(images).double()
     assert reason_not_served(model) is None
-    features = VisionTransformer(model.visual, dtype)(images)
-    assert features.dtype == torch.float32
+    encoders: list[Callable[[Tensor], Tensor]] = [VisionTransformer(model.visual, dtype)]
+    if serves_as_small(model.visual, dtype):
+        encoders.append(SmallVisionTransformer(model.visual))
     # Sums in another order, and the rounding of the last step, have a band of a few units in the last place.
     band = 8 * float(torch.finfo(dtype).eps) * float(exact.abs().max())
-    assert float((features - exact).abs().max()) <= 2 * float((usual - exact).abs().max()) + band
+    for encoder in encoders:
+        features = encoder(images)
+        assert features.dtype == torch.float32
+        assert float((features - exact).abs().max()) <= 2 * float((usual - exact).abs().max()) + band
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -213,6 +224,29 @@ def test_other_images_are_encoded_by_the_module() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert encoder.prepared_for(images) is None
     assert ImageEncoder(build(), torch.float16).prepared_for(images) is None
+
+
+def test_a_model_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    look = image_encoder.reason_not_served
+    monkeypatch.setattr(image_encoder, "reason_not_served", lambda model: calls.append(model) or look(model))
+    model = build()
+    encoder, images = ImageEncoder(model, torch.float32), torch.randn(2, 3, 32, 32)
+    first = encoder.prepared_for(images)
+    assert encoder.prepared_for(images) is first
+    assert len(calls) == 1
+    model.visual.class_embedding.zero_()
+    assert encoder.prepared_for(images) is not first
+    assert len(calls) == 2
+
+
+def test_the_backend_decides_who_encodes_with_a_small_model() -> None:
+    encoder, images = ImageEncoder(build(), torch.float32), torch.randn(2, 3, 32, 32)
+    usual = encoder.prepared_for(images)
+    with use_backend("reference"):
+        assert type(encoder.prepared_for(images)) is VisionTransformer
+    assert type(encoder.prepared_for(images)) is type(usual)
+    assert isinstance(usual, SmallVisionTransformer) == serves_as_small(build().visual, torch.float32)
 
 
 class NothingReadBack(TorchDispatchMode):
