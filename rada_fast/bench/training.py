@@ -29,7 +29,7 @@ from rada_fast.engine.optimizers import training_optimizer
 from rada_fast.engine.steps import Gradients, Objective, TrainingStep
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter
-from rada_fast.modules.rational_classifier import RationalClassifier
+from rada_fast.modules.classifier import Classifier
 from rada_fast.ops import use_backend
 
 LOGIT_SCALE = 100.0
@@ -150,7 +150,7 @@ def published_step(config: AdapterConfig, text: Tensor, features: Tensor, labels
 def fft_figures(options: BenchFFTOptions, device: torch.device) -> list[Figure]:
     """Return the lines of figures of full fine-tuning, for each stage of training, batch and number of classes."""
     vlm = model_of(options, device)
-    trains = [False] if options.stages == "rada" or vlm is None else [False, True]
+    trains = [False] if options.stages == "first" or vlm is None else [False, True]
     found = []
     for trains_encoder in trains:
         for batch in options.batch:
@@ -177,7 +177,7 @@ def fft_setting(
     width = options.embed_dim if vlm is None else vlm.embed_dim
     assert width is not None
     text = unit_rows(classes, width, device=device)
-    classifier = RationalClassifier(text, RationalAdapter(AdapterConfig.official(width)), LOGIT_SCALE).to(device)
+    classifier = Classifier(text, RationalAdapter(AdapterConfig.official(width)), LOGIT_SCALE).to(device)
     sizes: dict[str, object] = {"batch": batch, "classes": classes, "embed_dim": width}
     sizes = sizes if vlm is None else model_sizes(vlm) | sizes
     stage = FULL if trains_encoder else RADA
@@ -198,12 +198,11 @@ RADA = TrainingStage("rada", 1, FFTOptions.lr, FFTOptions.penalty_weight, False)
 FULL = TrainingStage("rada-ft", 1, FFTOptions.finetune_lr, 0.0, True)
 
 
-def rada_stages(
-    vlm: VisionLanguageModel | None, batch: int, taking: StageStep, classifier: RationalClassifier
-) -> list[Stage]:
+def rada_stages(vlm: VisionLanguageModel | None, batch: int, taking: StageStep, classifier: Classifier) -> list[Stage]:
     """Return the stages of a step that trains the adapter and the classifier: encoding, and the step on features."""
     classes, width = classifier.weight.shape
-    device, config = classifier.weight.device, classifier.adapter.config
+    assert isinstance(classifier.head, RationalAdapter)
+    device, config = classifier.weight.device, classifier.head.config
     features, labels = unit_rows(batch, width, device=device), torch.arange(batch, device=device) % classes
     trained = sum(parameter.numel() for parameter in classifier.parameters())
     on_features = Stage(
@@ -235,9 +234,10 @@ def rada_stages(
     ]
 
 
-def full_stage(vlm: VisionLanguageModel, batch: int, taking: StageStep, classifier: RationalClassifier) -> Stage:
+def full_stage(vlm: VisionLanguageModel, batch: int, taking: StageStep, classifier: Classifier) -> Stage:
     """Return the step that trains the encoder too."""
-    classes = len(classifier.weight)
+    classes, head = len(classifier.weight), classifier.head
+    assert isinstance(head, RationalAdapter)
     views, labels = drawn_views(vlm, batch), torch.arange(batch, device=vlm.device) % classes
     trained = sum(parameter.numel() for parameter in taking.trained.parameters())
     forward = module_work(vlm, batch)
@@ -249,7 +249,7 @@ def full_stage(vlm: VisionLanguageModel, batch: int, taking: StageStep, classifi
         work=(
             # The gradients of the weights and those of the activations each take what the forward pass takes.
             Work(3 * forward.operations, 3 * forward.bytes, forward.dtype),
-            step_work(classifier.adapter.config, batch, classes),
+            step_work(head.config, batch, classes),
             optimizer_work(trained),
         ),
     )

@@ -138,7 +138,7 @@ class BenchFFTOptions:
     batch: tuple[int, ...] = (8, 64)
     """Pictures B of a step (paper: 512); each number makes settings of its own."""
     stages: Stages = "both"
-    """both, or rada: adapter and classifier only."""
+    """both, or first: adapter and classifier only."""
     embed_dim: int | None = None
     """Measure features of this width only, without any encoder."""
     measuring: MeasuringOptions = MeasuringOptions()

@@ -55,6 +55,12 @@ def check_positive(name: str, value: float, *, zero_ok: bool = False) -> None:
         raise UserError(f"{name} must be at most {MAX_FLOAT:g}, got {_described(value)}")
 
 
+def check_share(name: str, value: float) -> None:
+    """Raise UserError unless a value is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{name} must be from 0 to 1, got {_described(value)}")
+
+
 def check_integer(name: str, value: int, minimum: int, maximum: int = MAX_COUNT) -> None:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if not is_integer or value < minimum:

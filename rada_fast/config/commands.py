@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from rada_fast.config.checks import (
@@ -12,20 +12,22 @@ from rada_fast.config.checks import (
     check_integer,
     check_paths,
     check_positive,
+    check_share,
 )
 from rada_fast.config.method import (
     EpisodeConfig,
     MaskPenalty,
     OptimizerName,
 )
-from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
+from rada_fast.config.methods import EFT_METHODS, FFT_METHODS, EFTMethodName, FFTMethodName, HeadName
+from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions, TuningOptions
 from rada_fast.errors import UserError
 
 ViewKind = Literal["crop", "augmix"]
 TrainViews = Literal["center", "crop"]
 Protocol = Literal["base-to-new", "all"]
 Schedule = Literal["cosine", "constant"]
-Stages = Literal["both", "rada"]
+Stages = Literal["both", "first"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class EFTOptions:
     """Test images as KIND:PATH."""
     new_test: str | None = None
     """Test images of new classes, where they are data of their own. Needs --protocol all."""
+    method: EFTMethodName = "rada"
+    """rada, or a method of the paper's Tables 2, 4 and 8: clip-adapter; coop (learned words); prompt and adapter (deep
+    prompts, or adapters, in both encoders), which rada+prompt and rada+adapter combine with RAda; attend-text,
+    attend-image and attend-both (masks learned in isolation)."""
     protocol: Protocol = "base-to-new"
     """base-to-new: train on the first half of the classes, test on both halves; all: train and test on all classes."""
     shots: int | None = 16
@@ -119,9 +125,11 @@ class EFTOptions:
     model: ModelOptions = ModelOptions()
     text: ClassOptions = ClassOptions()
     adapter: AdapterOptions = AdapterOptions()
+    tuning: TuningOptions = TuningOptions()
 
     def __post_init__(self) -> None:
         check_choices(self)
+        _check_head(self.method, EFT_METHODS[self.method].head, self.adapter)
         check_paths(self, "train", "test", "new_test")
         if self.shots is not None:
             check_integer("shots", self.shots, 1)
@@ -148,17 +156,24 @@ class FFTOptions:
     """
 
     train: str
-    """Training images as KIND:PATH. features:FILE.npz serves --stages rada only."""
+    """Training images as KIND:PATH. features:FILE.npz serves --stages first or --method lp only."""
     test: tuple[str, ...]
     """Test images, one or more KIND:PATH: the training domain's and shifted ones with the same classes."""
+    method: FFTMethodName = "rada"
+    """rada, or a method of the paper's Tables 1 and 6: lp trains the classifier, ft the image encoder too, l2-sp pulls
+    its weights to where they started, lp-ft does lp and then ft; flyp trains both encoders with CLIP's contrastive
+    loss; clip-adapter trains as rada does."""
     stages: Stages = "both"
-    """both, or rada: adapter and classifier only."""
+    """both, or first: the stage with a frozen encoder alone, of the methods rada, lp-ft and clip-adapter."""
     epochs: int = 10
-    """Epochs of RAda (paper: 10)."""
+    """Epochs of RAda, or of another method's first stage (paper: 10)."""
     finetune_from: int = 5
-    """RAda-FT starts from the weights after this many epochs of RAda (paper: 5)."""
+    """RAda-FT, or another second stage, starts from the weights after this many epochs of the first one (paper: 5)."""
     finetune_epochs: int = 5
-    """Epochs of RAda-FT (paper: 5)."""
+    """Epochs of RAda-FT, or of another second stage (paper: 5)."""
+    ensemble: tuple[float, ...] = ()
+    """Also evaluate means of the weights at the start and at the end, each of these shares from 0 to 1 of the weights
+    at the end (WiSE-FT); they can be given to a finished run."""
     batch_size: int = 512
     """Images per step (paper: 512)."""
     micro_batch: int | None = None
@@ -167,11 +182,15 @@ class FFTOptions:
     grad_checkpointing: bool = False
     """RAda-FT: let the image encoder compute its activations again in the backward pass, which saves memory."""
     lr: float = 4e-3
-    """Learning rate of RAda (paper: 4e-3)."""
+    """Learning rate of RAda, and of every stage with frozen encoders (paper: 4e-3)."""
     finetune_lr: float = 4e-6
-    """Learning rate of RAda-FT (paper: 4e-6)."""
+    """Learning rate of RAda-FT, and of every stage that trains an encoder (paper: 4e-6)."""
     weight_decay: float = 0.1
     """AdamW's weight decay (paper: 0.1)."""
+    pull_weight: float = 0.1
+    """Weight of the pull of l2-sp towards the weights at the start, which takes the place of weight decay."""
+    feature_ratio: float = 0.2
+    """The share of the adapted feature in clip-adapter (published: 0.2)."""
     warmup_steps: int = 500
     """Linear warm-up, then cosine; at most a fifth of a stage's steps."""
     penalty: MaskPenalty = "l2"
@@ -195,11 +214,32 @@ class FFTOptions:
         if self.micro_batch is not None:
             check_integer("micro_batch", self.micro_batch, 1)
         check_integer("warmup_steps", self.warmup_steps, 0)
-        if self.finetune_from > self.epochs:
+        stages = FFT_METHODS[self.method].stages
+        _check_head(self.method, FFT_METHODS[self.method].head, self.adapter)
+        if self.stages == "first" and stages[0].trains != "head":
+            raise UserError(f"stages must be both with method {self.method}, whose one stage trains an encoder")
+        if self.ensemble and (self.stages == "first" or stages[-1].trains == "head"):
+            raise UserError("ensemble needs a stage that trains the encoder, and this run has none")
+        for share in self.ensemble:
+            check_share("ensemble", share)
+        if len(stages) > 1 and self.finetune_from > self.epochs:
             raise UserError(
                 f"finetune_from must be at most epochs {self.epochs}, got {self.finetune_from}; unless given it is 5"
             )
         for name in ("lr", "finetune_lr"):
             check_positive(name, getattr(self, name))
+        check_positive("pull_weight", self.pull_weight, zero_ok=True)
+        check_share("feature_ratio", self.feature_ratio)
         check_positive("weight_decay", self.weight_decay, zero_ok=True)
         check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
+
+
+def _check_head(method: str, head: HeadName, adapter: AdapterOptions) -> None:
+    """Raise UserError if options of the rational adapter are given to a method that has none."""
+    if head == "rational":
+        return
+    # The attention of the heads that attend in one modality has as many heads as the rational adapter would have.
+    allowed = {"num_heads"} if head.startswith("attend") else set()
+    for field in fields(adapter):
+        if field.name not in allowed and getattr(adapter, field.name) != field.default:
+            raise UserError(f"{field.name} belongs to the rational adapter, and method {method} has none: leave it out")

@@ -15,6 +15,7 @@ from rada_fast.config.checks import (
     check_integer,
     check_paths,
     check_positive,
+    check_share,
     check_text,
     expand_home,
 )
@@ -152,6 +153,29 @@ class AdapterOptions:
                     f"{name} must be {own!r}, as adapter {self.adapter} has it, or be left out; got {value!r}"
                 )
         return dataclasses.replace(config, **given)
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """These options choose what the methods of `eft` other than rada train."""
+
+    context_tokens: int = 4
+    """Learned tokens: words of the prompt in coop, prompt and rada+prompt, and tokens of the image in the last two
+    (4, as "a photo of a" has)."""
+    prompt_depth: int = 9
+    """Blocks of both encoders that get learned tokens of their own, from the first on, in prompt and rada+prompt
+    (published: 9)."""
+    adapter_depth: int = 8
+    """Blocks of both encoders with an adapter behind them, up to the last, in adapter and rada+adapter."""
+    adapter_width: int = 32
+    """Width of these adapters' bottleneck."""
+    feature_ratio: float = 0.2
+    """The share of the adapted feature in clip-adapter (published: 0.2)."""
+
+    def __post_init__(self) -> None:
+        for name in ("context_tokens", "prompt_depth", "adapter_depth", "adapter_width"):
+            check_integer(name, getattr(self, name), 1)
+        check_share("feature_ratio", self.feature_ratio)
 
 
 @dataclass(frozen=True)

@@ -14,27 +14,25 @@ from rada_fast.engine.steps import Gradients, Objective, TrainingStep, images_at
 from rada_fast.engine.training import Batch, Plan, efficient_rate, epoch_name, feature_batches, shuffled
 from rada_fast.models.image_features import Features, Unreadable, encode_crops
 from rada_fast.models.vision_language import Model
-from rada_fast.modules import RationalAdapter
+from rada_fast.modules.heads import Head
 
 MOMENTUM = 0.9
 """The momentum of SGD in the published configurations."""
 
 
-def efficient_step(
-    adapter: RationalAdapter, text_features: Tensor, logit_scale: float, options: EFTOptions
-) -> TrainingStep:
-    """Make what takes the steps of an adapter over frozen encoders.
+def efficient_step(head: Head, text_features: Tensor, logit_scale: float, options: EFTOptions) -> TrainingStep:
+    """Make what takes the steps of a head over frozen encoders.
 
-    adapter: the adapter to train, on its device.
+    head: the rational adapter, or the head of another method, to train, on its device.
     text_features: T (K, D); logit_scale: the multiplier s.
     options: the options of the training; those of the data, the model and the run are not read.
     """
-    trained = [value for value in adapter.parameters() if value.requires_grad]
+    trained = [value for value in head.parameters() if value.requires_grad]
     optimizer = training_optimizer(
         trained, options.optimizer, lr=options.lr, weight_decay=options.weight_decay, momentum=MOMENTUM
     )
-    gradients = Gradients(adapter, text_features, logit_scale, Objective(options.penalty, options.penalty_weight))
-    most = images_at_once(adapter.config, len(text_features), text_features.device, fused=gradients.fused)
+    gradients = Gradients(head, text_features, logit_scale, Objective(options.penalty, options.penalty_weight))
+    most = images_at_once(head.config, len(text_features), text_features.device, fused=gradients.fused)
     return TrainingStep(gradients, optimizer, micro_batch=min(most, options.batch_size))
 
 

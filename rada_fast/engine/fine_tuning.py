@@ -27,15 +27,16 @@ from rada_fast.models.image_features import Features, Unreadable, features_of
 from rada_fast.models.prompts import resolve_prompts
 from rada_fast.models.vision_language import AbsentModel, Model, VisionLanguageModel, open_model
 from rada_fast.modules import RationalAdapter, load_adapter
+from rada_fast.modules.classifier import Classifier
 from rada_fast.modules.rational_adapter import new_adapter, unwrapped
-from rada_fast.modules.rational_classifier import RationalClassifier
 from rada_fast.ops.rational_adapter import check_text_features
 
 Setting = Literal["eft", "fft"]
 OTHER_OPTIONS = frozenset(
     {"train", "test", "new_test", "protocol", "evaluate_every", "run", "model", "text", "adapter"}
+    | {"method", "tuning", "ensemble", "pull_weight", "feature_ratio"}
 )
-"""The options of the commands that fine_tune does not have, or has as arguments of its own."""
+"""The options of the commands that fine_tune does not have, or has as arguments of its own. It trains RAda alone."""
 
 Record = dict[str, Any]
 
@@ -122,7 +123,7 @@ def fine_tune(
         penalty, penalty_weight and train_views; of fft, stages, epochs, finetune_from, finetune_epochs, batch_size,
         micro_batch, grad_checkpointing, lr, finetune_lr, weight_decay, warmup_steps, penalty, penalty_weight and
         train_views. Features have no crops and no second stage, so that for them train_views is "center" and stages
-        "rada" unless given.
+        "first" unless given.
 
     Returns FineTuned. Raises UserError, a ValueError, or TypeError naming the argument that cannot be used.
     """
@@ -182,7 +183,7 @@ class _Run:
         return records, self.text, self.vlm
 
     def full(self, options: FFTOptions) -> tuple[list[Record], Tensor, VisionLanguageModel | None]:
-        classifier = RationalClassifier(self.text, self.adapter, self.scale)
+        classifier = Classifier(self.text, self.adapter, self.scale)
         stages, records, vlm = stages_of(options), [], self.vlm
         kept: dict[str, Tensor] = {}
         for stage in stages:
@@ -246,13 +247,13 @@ def _options(setting: str, given: dict[str, Any], run: RunOptions, *, images: bo
     if not images:
         if given.get("train_views", "center") == "crop" and setting == "eft":
             raise UserError("train_views crop needs images, and train holds features")
-        if given.get("stages", "rada") != "rada":
-            raise UserError("stages both trains the image encoder and needs images; with features give rada")
-        given = given | ({"train_views": "center"} if setting == "eft" else {"stages": "rada"})
+        if given.get("stages", "first") != "first":
+            raise UserError("stages both trains the image encoder and needs images; with features give first")
+        given = given | ({"train_views": "center"} if setting == "eft" else {"stages": "first"})
     if setting == "eft":
         return EFTOptions(train="memory", test="memory", protocol="all", run=run, **given)
     # The options of the second stage are not read if it is left out, so that epochs alone may be given then.
-    if given.get("stages") == "rada" and "finetune_from" not in given:
+    if given.get("stages") == "first" and "finetune_from" not in given:
         given = given | {"finetune_from": 1}
     return FFTOptions(train="memory", test=("memory",), run=run, **given)
 

@@ -1,4 +1,4 @@
-"""The two stages of full fine-tuning (RAda, arXiv:2507.15480, Sec. 4.1 and App. C) and the steps that they take."""
+"""The stages of full fine-tuning (RAda, arXiv:2507.15480, Sec. 4.1, App. C and D) and the steps that they take."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
 from rada_fast.config.commands import FFTOptions
+from rada_fast.config.methods import FFT_METHODS
 from rada_fast.data.sources import Source
 from rada_fast.engine.optimizers import training_optimizer
-from rada_fast.engine.steps import Gradients, Objective, TrainingStep, images_at_once
+from rada_fast.engine.steps import (
+    ContrastiveGradients,
+    Gradients,
+    Objective,
+    TrainedText,
+    TrainingStep,
+    images_at_once,
+)
 from rada_fast.engine.training import (
     Batch,
     ImageBatches,
@@ -25,9 +33,10 @@ from rada_fast.engine.training import (
     warm_up_then_cosine,
 )
 from rada_fast.errors import UserError
+from rada_fast.models.encoder_tuning import Captions
 from rada_fast.models.image_features import Features, Unreadable
 from rada_fast.models.vision_language import Model, VisionLanguageModel
-from rada_fast.modules.rational_classifier import RationalClassifier
+from rada_fast.modules.classifier import Classifier
 
 CHECKPOINTED_SHARE = 0.25
 """The share of the encoder's activations that are in memory at a time with checkpoints: all blocks' inputs and the
@@ -36,13 +45,15 @@ activations of one block. It is about 1/8 for twelve blocks and more for fewer."
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the two stages of training.
+    """A stage of training, of a row of FFT_METHODS.
 
-    name: "rada" or "rada-ft".
+    name: the name of the stage, such as "rada" or "rada-ft".
     epochs: the number of epochs.
     lr: the largest learning rate.
     penalty_weight: the factor of the mask penalty in the loss.
     trains_encoder: whether the stage trains the image encoder too.
+    contrastive: whether it trains the text encoder in place of the classifier, with CLIP's contrastive loss.
+    pull_weight: the factor of the pull towards the weights at the start, or None for none.
     """
 
     name: str
@@ -50,6 +61,8 @@ class Stage:
     lr: float
     penalty_weight: float
     trains_encoder: bool
+    contrastive: bool = False
+    pull_weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +91,20 @@ def learning_rate(stage: Stage, warmup_steps: int, step: int, total: int) -> flo
 
 def stages_of(options: FFTOptions) -> tuple[Stage, ...]:
     """Return the stages that the options ask for, in their order."""
-    first = Stage("rada", options.epochs, options.lr, options.penalty_weight, trains_encoder=False)
-    if options.stages == "rada":
-        return (first,)
-    return first, Stage("rada-ft", options.finetune_epochs, options.finetune_lr, 0.0, trains_encoder=True)
+    method = FFT_METHODS[options.method]
+    rows = method.stages[:1] if options.stages == "first" else method.stages
+    return tuple(
+        Stage(
+            row.name,
+            options.finetune_epochs if number else options.epochs,
+            options.lr if row.trains == "head" else options.finetune_lr,
+            options.penalty_weight if row.trains == "head" and method.head == "rational" else 0.0,
+            trains_encoder=row.trains != "head",
+            contrastive=row.trains == "both-encoders",
+            pull_weight=options.pull_weight if row.pull else None,
+        )
+        for number, row in enumerate(rows)
+    )
 
 
 def stage_plan(
@@ -134,55 +157,104 @@ def stage_plan(
 @contextmanager
 def stage_step(
     stage: Stage,
-    model: RationalClassifier,
+    model: Classifier,
     vlm: VisionLanguageModel | None,
     options: FFTOptions,
+    captions: Captions | None = None,
 ) -> Iterator[StageStep]:
     """Make what takes the steps of a stage. While the context lasts, the encoder can be trained if the stage trains it.
 
     stage: the stage.
-    model: the adapter and the classifier.
-    vlm: the model, whose image encoder the second stage trains; None suffices for the first stage.
+    model: the classifier and its head.
+    vlm: the model, whose encoders a stage may train; None suffices for a stage with frozen encoders.
     options: the options of the training. Without a micro_batch, images_at_once gives the size of the parts of a step.
+    captions: the prompts of the classes, for a contrastive stage.
 
     Raises UserError if the encoder has no activation checkpoints, and the options ask for them.
     """
     trained = nn.ModuleList([model])
     objective = Objective(options.penalty, stage.penalty_weight)
-    gradients = Gradients(model.adapter, model.weight, model.logit_scale, objective, of_images=stage.trains_encoder)
-    encode, extra, encoder = None, 0, None
+    gradients: Gradients | ContrastiveGradients
+    gradients = Gradients(model.head, model.weight, model.logit_scale, objective, of_images=stage.trains_encoder)
+    encode, extra, encoder, text, adjust = None, 0, None, None, None
     device, micro_batch = model.weight.device, options.micro_batch
     if stage.trains_encoder:
         assert vlm is not None
         encoder = vlm.model.visual
         if options.grad_checkpointing and not hasattr(encoder, "set_grad_checkpointing"):
             raise UserError(f"grad_checkpointing needs an image encoder with checkpoints, which {vlm.name} has not")
-        trained.append(encoder)
+        if stage.contrastive:
+            assert captions is not None
+            trained = nn.ModuleList([vlm.model])
+            _thaw_text_encoder(vlm)
+            text = TrainedText(model.weight.detach().clone().requires_grad_(), _captioning(vlm, captions))
+            gradients = ContrastiveGradients(text, model.logit_scale)
+        else:
+            trained.append(encoder)
         encoder.requires_grad_(True).train()
         if micro_batch is None:
             share = CHECKPOINTED_SHARE if options.grad_checkpointing else 1.0
             extra = int(share * _activation_bytes(vlm))
         if options.grad_checkpointing:
             encoder.set_grad_checkpointing(True)
-    optimizer = training_optimizer(trained.parameters(), "adamw", lr=stage.lr, weight_decay=options.weight_decay)
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    weight_decay = options.weight_decay
+    if stage.pull_weight is not None:
+        adjust, weight_decay = _pull(parameters, stage.pull_weight), 0.0
+    optimizer = training_optimizer(parameters, "adamw", lr=stage.lr, weight_decay=weight_decay)
     if vlm is not None and stage.trains_encoder:
         encode = _encoding(vlm, optimizer)
     if micro_batch is None:
-        micro_batch = images_at_once(
-            model.adapter.config, len(model.weight), device, fused=gradients.fused, extra=extra
-        )
+        micro_batch = images_at_once(model.head.config, len(model.weight), device, fused=gradients.fused, extra=extra)
     in_float16 = stage.trains_encoder and vlm is not None and vlm.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
     step = TrainingStep(
-        gradients, optimizer, micro_batch=min(micro_batch, options.batch_size), encode=encode, scaler=scaler
-    )
+        gradients, optimizer, micro_batch=min(micro_batch, options.batch_size), encode=encode, scaler=scaler,
+        text=text, adjust=adjust,
+    )  # fmt: skip
     try:
         yield StageStep(trained, optimizer, scaler, step)
     finally:
         if encoder is not None:
-            encoder.requires_grad_(False).eval()
+            assert vlm is not None
+            vlm.model.requires_grad_(False).eval()
             if options.grad_checkpointing:
                 encoder.set_grad_checkpointing(False)
+
+
+def _thaw_text_encoder(vlm: VisionLanguageModel) -> None:
+    """Let everything but the image encoder be trained, and the scale and the bias of the logits neither."""
+    for name, parameter in vlm.model.named_parameters():
+        parameter.requires_grad_(not name.startswith("visual.") and name not in ("logit_scale", "logit_bias"))
+    vlm.model.train()
+
+
+def _captioning(vlm: VisionLanguageModel, captions: Captions) -> Callable[[Tensor], Tensor]:
+    """Return a function from the labels (B,) of images to the features (B, D) of one caption for each.
+
+    A caption is one of the prompts of the image's class, drawn at random, as FLYP does (Goyal et al., CVPR 2023).
+    """
+
+    def encode(labels: Tensor) -> Tensor:
+        return vlm.text_features_with_grad(captions.drawn(labels.cpu()).to(vlm.device))
+
+    return encode
+
+
+def _pull(parameters: Sequence[Tensor], weight: float) -> Callable[[Tensor | float], None]:
+    """Return a function that adds the gradients of a pull towards the present weights (L2-SP, Li et al., ICML 2018).
+
+    With the weights w and those at the start w0, the loss gets the term weight / 2 |w - w0|^2.
+    """
+    starts = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def adjust(scale: Tensor | float) -> None:
+        for parameter, start in zip(parameters, starts, strict=True):
+            if parameter.grad is not None:
+                parameter.grad += (parameter - start) * (weight * scale)
+
+    return adjust
 
 
 def _encoding(vlm: VisionLanguageModel, optimizer: Optimizer) -> Callable[[Tensor, Sequence[str]], Tensor]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from rada_fast.config.method import AdapterConfig, MaskPenalty
@@ -29,13 +30,16 @@ BUDGETS = {"cpu": 2**30, "cuda": 2**33}
 images_at_once. Larger parts are not faster: some tens of images fill a processor."""
 
 
-def bytes_of_image(config: AdapterConfig, classes: int, itemsize: int, *, fused: bool) -> int:
-    """Return about how many bytes the adapter takes for one image in a forward and a backward pass.
+def bytes_of_image(config: AdapterConfig | None, classes: int, itemsize: int, *, fused: bool) -> int:
+    """Return about how many bytes a head takes for one image in a forward and a backward pass.
 
     With K classes, width D, H heads and b bytes for a number this is ``12 K D b``: five tensors (K, D) that are kept
     for the backward pass, and seven of it. Without a fused operator, attention keeps scores, probabilities and their
-    gradients for each kind of query as well, ``4 |Q| H K^2 b``.
+    gradients for each kind of query as well, ``4 |Q| H K^2 b``. Another head, which has no config, has little more than
+    the logits and their gradients.
     """
+    if config is None:
+        return 4 * classes * itemsize
     bytes_of_rows = 12 * classes * config.embed_dim * itemsize
     if fused or config.mask_function != "attention":
         return bytes_of_rows
@@ -43,7 +47,13 @@ def bytes_of_image(config: AdapterConfig, classes: int, itemsize: int, *, fused:
 
 
 def images_at_once(
-    config: AdapterConfig, classes: int, device: torch.device, *, itemsize: int = 4, fused: bool = True, extra: int = 0
+    config: AdapterConfig | None,
+    classes: int,
+    device: torch.device,
+    *,
+    itemsize: int = 4,
+    fused: bool = True,
+    extra: int = 0,
 ) -> int:
     """Return how many images a part of a step may have, so that it takes no more than BUDGETS; at least one.
 
@@ -145,6 +155,41 @@ class Gradients:
         return Parts(entropy, output.penalty, (output.logits.argmax(dim=-1) == labels).sum(), dfeatures)
 
 
+class ContrastiveGradients:
+    """Compute CLIP's contrastive loss of images and one caption each (Radford et al., ICML 2021; FLYP, CVPR 2023).
+
+    With the features f and t of B images and their captions, and logits = s f tᵀ (B, B), the loss is the mean of the
+    cross-entropies of the rows and of the columns, where the right answers lie on the diagonal. Another image of the
+    same class counts as wrong, as in pre-training.
+
+    captions: the features of the captions, encoded anew in every step.
+    logit_scale: the multiplier s, which stays fixed.
+    """
+
+    plain = fused = False
+    penalty_weight = 0.0
+
+    def __init__(self, captions: TrainedText, logit_scale: float) -> None:
+        self._captions, self._logit_scale = captions, logit_scale
+        self.trained = [captions.features]
+
+    def add(self, features: Tensor, labels: Tensor, share: float | Tensor = 1.0) -> Parts:
+        """Compute the loss of all images of a step, and put its gradients into ``.grad`` of the captions' features.
+
+        features: (B, D), unit norm; labels: (B,), in which an answer is right if its caption has the image's label.
+        share: the factor of the gradients.
+        """
+        texts = self._captions.features
+        images = features.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self._logit_scale * images @ texts.T
+            order = torch.arange(len(labels), device=labels.device)
+            loss = (cross_entropy(logits, order) + cross_entropy(logits.T, order)) / 2
+        dimages, texts.grad = torch.autograd.grad(loss * share, [images, texts])
+        correct = (labels[logits.argmax(dim=-1)] == labels).sum()
+        return Parts(loss.detach(), loss.new_zeros(()), correct, dimages)
+
+
 class TrainedText:
     """Text features that a text encoder computes anew in every step, because something inside it is trained.
 
@@ -185,7 +230,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        gradients: Gradients,
+        gradients: Gradients | ContrastiveGradients,
         optimizer: Optimizer,
         *,
         micro_batch: int | None = None,
@@ -208,7 +253,7 @@ class TrainingStep:
         plain = encode is text is adjust is None and gradients.plain and not self.scaler.is_enabled()
         self._records = plain and usable(self.device)
         self._direct = None
-        if plain and not self._records:
+        if plain and not self._records and isinstance(gradients, Gradients):
             self._direct = direct_step(gradients.call, optimizer, gradients.trained, gradients.dpenalty)
 
     def __call__(self, inputs: Tensor, labels: Tensor, rate: float, ids: Sequence[str] = ()) -> None:
@@ -267,16 +312,17 @@ class TrainingStep:
         if self.encode is not None or self.text is not None:
             self.optimizer.zero_grad()
         text = None if self.text is None else self.text.refresh(labels)
-        for start in range(0, count, part):
-            some, target = inputs[start : start + part], labels[start : start + part]
-            features = some if self.encode is None else self.encode(some, ids[start : start + part])
-            parts = self.gradients.add(features.detach(), target, len(target) / count * scale, first=start == 0)
-            if parts.dfeatures is not None:
-                features.backward(parts.dfeatures)
-            # The sums stay on the device, where they are read once in an epoch.
-            self._entropy.add_(parts.entropy, alpha=len(target))
-            self._penalty.add_(parts.penalty, alpha=len(target))
-            self._correct.add_(parts.correct)
+        slices = [slice(start, start + part) for start in range(0, count, part)]
+        if isinstance(self.gradients, ContrastiveGradients):
+            self._contrast(self.gradients, inputs, labels, ids, slices, scale)
+        else:
+            for number, part_of in enumerate(slices):
+                some, target = inputs[part_of], labels[part_of]
+                features = some if self.encode is None else self.encode(some, ids[part_of])
+                parts = self.gradients.add(features.detach(), target, len(target) / count * scale, first=number == 0)
+                if parts.dfeatures is not None:
+                    features.backward(parts.dfeatures)
+                self._note(parts, len(target))
         if text is not None:
             assert self.text is not None
             text.backward(self.text.features.grad)
@@ -284,6 +330,37 @@ class TrainingStep:
             self.adjust(scale)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _contrast(
+        self,
+        gradients: ContrastiveGradients,
+        inputs: Tensor,
+        labels: Tensor,
+        ids: Sequence[str],
+        slices: Sequence[slice],
+        scale: Tensor | float,
+    ) -> None:
+        """Add the gradients of a loss that compares all images of the step.
+
+        The loss needs the features of all parts at once. A batch of several parts is therefore encoded twice: first
+        without gradients, for the loss and the gradients of the features, and then part by part with gradients.
+        """
+        assert self.encode is not None
+        once = len(slices) == 1
+        with torch.set_grad_enabled(once):
+            encoded = [self.encode(inputs[part], ids[part]) for part in slices]
+        parts = gradients.add(torch.cat(encoded).detach(), labels, scale)
+        assert parts.dfeatures is not None
+        for part, features in zip(slices, encoded, strict=True):
+            again = features if once else self.encode(inputs[part], ids[part])
+            again.backward(parts.dfeatures[part])
+        self._note(parts, len(labels))
+
+    def _note(self, parts: Parts, images: int) -> None:
+        # The sums stay on the device, where they are read once in an epoch.
+        self._entropy.add_(parts.entropy, alpha=images)
+        self._penalty.add_(parts.penalty, alpha=images)
+        self._correct.add_(parts.correct)
 
     def read_totals(self) -> Totals:
         """Return the means over the images since the last call. This waits for the device."""

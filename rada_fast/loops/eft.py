@@ -26,6 +26,7 @@ from rada_fast.loops.zero_shot import check_answers
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
 from rada_fast.models.image_features import Features, features_of
+from rada_fast.modules import RationalAdapter
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, harmonic_mean, unreadable_records
 from rada_fast.runs.folder import RunFolder, reset_peak_memory
 
@@ -83,7 +84,7 @@ def run_eft(options: EFTOptions) -> dict[str, Any]:
             check_answers(one.images, one.text, data.names, f"test images of {one.name}", setup)
         training, resumed = train_adapter(task, options, sets, folder)
         folder.accept_inputs()
-        folder.save_adapter("adapter.safetensors", setup.adapter)
+        save_weights(setup, options, folder)
         records = evaluate_sets(sets, setup)
         results: dict[str, Any] = {"training_images": len(task.images.ids), "classes": len(setup.names)}
         results |= results_of(records, sets, training, task, folder)
@@ -162,8 +163,8 @@ def train_adapter(
     Returns the training, and the number of epochs that an earlier run had finished.
     """
     setup = task.setup
-    step = efficient_step(setup.adapter, setup.text, setup.logit_scale, options)
-    training = Training(folder, STATE, setup.adapter, step.optimizer)
+    step = efficient_step(setup.head, setup.text, setup.logit_scale, options)
+    training = Training(folder, STATE, setup.head, step.optimizer)
 
     def after_epoch(epoch: int, record: dict[str, Any]) -> None:
         if options.evaluate_every and (epoch + 1) % options.evaluate_every == 0:
@@ -173,6 +174,16 @@ def train_adapter(
     plan = efficient_plan(options, task.images, task.features, setup.model, setup.device, training.note_unreadable)
     resumed = train(training, step, plan, title="efficient fine-tuning", after_epoch=after_epoch)
     return training, resumed
+
+
+def save_weights(setup: Setup, options: EFTOptions, folder: RunFolder) -> None:
+    """Write what was trained: a rational adapter as its own file, and everything else that a method has."""
+    tensors = {f"head.{name}": tensor for name, tensor in setup.head.state_dict().items()}
+    if isinstance(setup.head, RationalAdapter):
+        folder.save_adapter("adapter.safetensors", setup.head)
+        tensors = {}
+    if tensors:
+        folder.save_tensors("method.safetensors", tensors)
 
 
 def results_of(

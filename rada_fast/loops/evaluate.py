@@ -69,7 +69,7 @@ def evaluate_sets(sets: Sequence[EvaluationSet], setup: Setup) -> dict[str, list
     for one in sets:
 
         def predict(images: Tensor, text: Tensor = one.text) -> Tensor:
-            logits: Tensor = setup.adapter(images, text, setup.logit_scale)
+            logits: Tensor = setup.head(images, text, setup.logit_scale)
             return logits
 
         title = f"test {one.name}"

@@ -2,15 +2,17 @@
 
 The first stage, RAda, trains adapter and classifier over frozen encoders with the mask penalty (Eq. 14). The second
 stage, RAda-FT, starts from the weights of the first stage after a few of its epochs and trains adapter, classifier and
-image encoder without the penalty (Eq. 15).
+image encoder without the penalty (Eq. 15). The methods that the paper compares with RAda have other stages and another
+head, as their rows in config/methods.py say.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rada_fast.config.commands import FFTOptions
@@ -23,10 +25,13 @@ from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.loops.training import Training, train
 from rada_fast.loops.zero_shot import check_sample
-from rada_fast.models.class_features import ClassGroup, text_features
+from rada_fast.models.class_features import ClassGroup, class_features, text_features
 from rada_fast.models.class_names import class_names_of
+from rada_fast.models.encoder_tuning import Captions, captions_of
 from rada_fast.models.image_features import Features, features_of
-from rada_fast.modules.rational_classifier import RationalClassifier
+from rada_fast.models.prompts import resolve_prompts
+from rada_fast.modules import RationalAdapter
+from rada_fast.modules.classifier import Classifier
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, unreadable_records
 from rada_fast.runs.folder import RunFolder, reset_peak_memory
 
@@ -43,6 +48,7 @@ class Task:
     features: the features of their centre views, if a stage or the text features need them.
     evaluation: the data to evaluate on, by their KIND:PATH.
     limit: the largest number of training images, or None if all images are used.
+    captions: the prompts of the classes, if a stage trains the text encoder.
     """
 
     setup: Setup
@@ -51,6 +57,7 @@ class Task:
     features: Features | None
     evaluation: dict[str, Source]
     limit: int | None
+    captions: Captions | None
 
     @property
     def num_images(self) -> int:
@@ -68,7 +75,7 @@ def run_fft(options: FFTOptions) -> dict[str, Any]:
     read = {**setup.sources, "train": task.images}
     # The training images alone decide the weights.
     with open_folder(setup, read, deciding=["train"], names=setup.names, text=setup.text, limit=task.limit) as folder:
-        scope = {"limit": options.run.limit}
+        scope = {"limit": options.run.limit, "ensemble": list(options.ensemble)}
         if (summary := folder.finished_summary(scope)) is not None:
             return already_finished(folder, summary, resumed=sum(stage.epochs for stage in task.stages))
         check_sample(task.images, f"--train {options.train}", setup)
@@ -81,12 +88,16 @@ def open_task(options: FFTOptions) -> Task:
 
     Raises UserError naming an option that cannot be used.
     """
-    only_images = None
-    if options.stages == "both":
-        only_images = "stages both trains the image encoder and needs images; with feature files give rada"
+    stages, only_images = stages_of(options), None
+    if any(stage.trains_encoder for stage in stages):
+        given, other = ("stages both", "first") if len(stages) > 1 else (f"method {options.method}", "lp")
+        only_images = f"{given} trains the image encoder and needs images; with feature files give {other}"
     parts = {spec: f"test {spec}" for spec in options.test}
     specs = {"train": options.train, **{part: spec for spec, part in parts.items()}}
     opened = open_data_and_model(options, specs, only_images=only_images)
+    contrastive = any(stage.contrastive for stage in stages)
+    if contrastive and options.text.text_features is not None:
+        raise UserError(f"method {options.method} trains the text encoder and needs prompts: leave out --text-features")
     source, evaluation = opened.sources["train"], {spec: opened.sources[part] for spec, part in parts.items()}
 
     names = class_names_of(source, options.text.classes, prompts=options.text.text_features is None)
@@ -100,7 +111,10 @@ def open_task(options: FFTOptions) -> Task:
     (text,) = text_features(options.text, [ClassGroup(names, features, source.path)], opened.model, opened.text_file)
     setup = open_setup("fft", options, opened, names, text)
     limit = options.run.limit if len(images.ids) < len(source.ids) else None
-    return Task(setup, stages_of(options), images, features, evaluation, limit)
+    captions = None
+    if contrastive:
+        captions = captions_of(opened.model.loaded(), names, resolve_prompts(options.text.templates, source.path))
+    return Task(setup, stages, images, features, evaluation, limit, captions)
 
 
 def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tuple[dict[str, Any], int]:
@@ -111,7 +125,8 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
     setup = task.setup
     reset_peak_memory()
     start = time.perf_counter()
-    model = RationalClassifier(setup.text, setup.adapter, setup.logit_scale).to(setup.device)
+    model = Classifier(setup.text, setup.head, setup.logit_scale).to(setup.device)
+    start_weights = Weights.of(model, setup) if options.ensemble else None
     results: dict[str, Any] = {"training_images": task.num_images, "classes": len(setup.names)}
     done: list[Training] = []
     lines, resumed = [], 0
@@ -122,6 +137,14 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
         save_weights(stage, model, setup, folder)
         results[stage.name], records = evaluate_stage(stage, model, task)
         lines += records
+    if start_weights is not None:
+        end_weights = Weights.of(model, setup)
+        for share in options.ensemble:
+            start_weights.mean_with(end_weights, share).put_into(model, setup)
+            of_means = replace(task.stages[-1], name=f"ensemble-{share:g}")
+            results[of_means.name], records = evaluate_stage(of_means, model, task)
+            lines += records
+        end_weights.put_into(model, setup)
     folder.accept_inputs()
     unreadable = {image.id: image for training in done for image in training.unreadable.values()}
     trained = [{"train": True} | record for record in unreadable_records(unreadable.values(), setup.names)]
@@ -135,7 +158,7 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
 
 
 def train_stage(
-    stage: Stage, model: RationalClassifier, task: Task, options: FFTOptions, done: list[Training], folder: RunFolder
+    stage: Stage, model: Classifier, task: Task, options: FFTOptions, done: list[Training], folder: RunFolder
 ) -> tuple[Training, int]:
     """Train one stage for the epochs that no earlier run has finished.
 
@@ -149,11 +172,11 @@ def train_stage(
     Returns the training, and the number of epochs that an earlier run had finished.
     """
     setup = task.setup
-    if stage.trains_encoder:
+    if done:
         assert done[0].kept_weights is not None
         model.load_state_dict(done[0].kept_weights)
     vlm = setup.model.loaded() if stage.trains_encoder else None
-    with stage_step(stage, model, vlm, options) as made:
+    with stage_step(stage, model, vlm, options, task.captions) as made:
         training = Training(
             folder,
             f"{stage.name}.pt",
@@ -171,20 +194,65 @@ def train_stage(
             stage, options, task.images, task.features, setup.model, setup.device, training.note_unreadable
         )
         resumed = train(training, made.step, plan, title=f"full fine-tuning, {stage.name}", after_epoch=after_epoch)
+    if stage.contrastive:
+        assert vlm is not None
+        vlm.encoder_was_trained()
+        with torch.no_grad():
+            # The trained text encoder makes the classifier, as the one before the training did.
+            prompts = resolve_prompts(options.text.templates, task.images.path)
+            model.weight.copy_(class_features(vlm, setup.names, prompts))
     return training, resumed
 
 
-def save_weights(stage: Stage, model: RationalClassifier, setup: Setup, folder: RunFolder) -> None:
-    """Write the adapter and the classifier of a stage and, if it was trained, the image encoder, as safetensors."""
-    folder.save_adapter(f"{stage.name}-adapter.safetensors", model.adapter)
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a classifier, its head and the image encoder at one time of the training, by name.
+
+    The mean of the weights at the start and at the end of a training is often better on shifted data than both
+    (WiSE-FT, Wortsman et al., CVPR 2022): (1 - alpha) start + alpha end, with the classifier in place of a text
+    encoder. It needs no training.
+    """
+
+    of_classifier: dict[str, Tensor]
+    of_encoder: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Classifier, setup: Setup) -> Weights:
+        """Copy the present weights."""
+        states = (model.state_dict(), setup.model.loaded().model.visual.state_dict())
+        return cls(*({name: tensor.detach().clone() for name, tensor in state.items()} for state in states))
+
+    def mean_with(self, end: Weights, share: float) -> Weights:
+        """Return the weighted mean with other weights, whose share is given. Whole numbers are taken from the end."""
+
+        def mean(first: dict[str, Tensor], last: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: torch.lerp(first[name], tensor, share) if tensor.is_floating_point() else tensor
+                for name, tensor in last.items()
+            }
+
+        return Weights(mean(self.of_classifier, end.of_classifier), mean(self.of_encoder, end.of_encoder))
+
+    def put_into(self, model: Classifier, setup: Setup) -> None:
+        """Load the weights into a classifier and the image encoder."""
+        model.load_state_dict(self.of_classifier)
+        setup.model.loaded().model.visual.load_state_dict(self.of_encoder)
+
+
+def save_weights(stage: Stage, model: Classifier, setup: Setup, folder: RunFolder) -> None:
+    """Write the classifier, its head and, if it was trained, the image encoder of a stage, as safetensors."""
     tensors: dict[str, Tensor] = {"classifier.weight": model.weight}
+    if isinstance(model.head, RationalAdapter):
+        folder.save_adapter(f"{stage.name}-adapter.safetensors", model.head)
+    else:
+        tensors |= {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
     if stage.trains_encoder:
         visual = setup.model.loaded().model.visual.state_dict()
         tensors |= {f"visual.{name}": tensor for name, tensor in visual.items()}
     folder.save_tensors(f"{stage.name}-model.safetensors", tensors)
 
 
-def evaluate_stage(stage: Stage, model: RationalClassifier, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate_stage(stage: Stage, model: Classifier, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate a stage. Returns the accuracies, zero-shot and after the stage, and a record of every image.
 
     If data have only some of the training classes, such as the 200 of ImageNet-A, only these classes are predicted.
@@ -192,7 +260,7 @@ def evaluate_stage(stage: Stage, model: RationalClassifier, task: Task) -> tuple
     setup = task.setup
 
     def predict(images: Tensor) -> Tensor:
-        logits: Tensor = model.adapter(images, model.weight, model.logit_scale)
+        logits: Tensor = model.head(images, model.weight, model.logit_scale)
         return logits
 
     run = setup.options.run

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rada_fast import _env
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
+from rada_fast.config.methods import EFT_METHODS, FFT_METHODS
 from rada_fast.config.options import AdapterOptions
 from rada_fast.data.open import open_source, open_text_file
 from rada_fast.data.sources import FeatureFile, Source
@@ -20,6 +21,7 @@ from rada_fast.extension import libraries
 from rada_fast.models.vision_language import Model, open_model
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.checkpoint import read_adapter
+from rada_fast.modules.heads import Head, new_head
 from rada_fast.modules.rational_adapter import new_adapter
 from rada_fast.ops import backends
 from rada_fast.reports.summary import RunFacts
@@ -63,7 +65,8 @@ class Setup:
     sources, model, logit_scale, logit_scale_from: see DataAndModel.
     names: the names of the K classes, in label order.
     text: the text features T (K, D) on the device.
-    adapter: the adapter with which the run starts.
+    adapter: the rational adapter with which the run starts, if its method has one.
+    head: what computes the logits: the adapter, or the head of another method.
     """
 
     command: str
@@ -75,6 +78,7 @@ class Setup:
     names: tuple[str, ...]
     text: Tensor
     adapter: RationalAdapter
+    head: Head
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +90,7 @@ class Setup:
         return RunFacts(
             self.command,
             dataclasses.asdict(self.options),
-            self.adapter.config,
+            self.head.config,
             self.model.facts(),
             {"value": self.logit_scale, "from": self.logit_scale_from},
             origin_of(self.options.adapter.adapter),
@@ -137,8 +141,8 @@ def open_setup(command: str, options: LoopOptions, opened: DataAndModel, names: 
     opened.model.check_width(text.shape[1], f"text_features {options.text.text_features} has rows")
     for part, source in opened.sources.items():
         check_width(source.width, text.shape[1], opened.option_values[part])
-    adapter = make_adapter(options.adapter, text.shape[1], options.run.seed)
     device = opened.model.device
+    adapter = make_adapter(options.adapter, text.shape[1], options.run.seed).to(device)
     return Setup(
         command,
         options,
@@ -148,8 +152,23 @@ def open_setup(command: str, options: LoopOptions, opened: DataAndModel, names: 
         opened.logit_scale_from,
         tuple(names),
         text.to(device),
-        adapter.to(device),
+        adapter,
+        head_of(options, adapter).to(device),
     )
+
+
+def head_of(options: LoopOptions, adapter: RationalAdapter) -> Head:
+    """Make the head of the method that the options name, which is the adapter in test-time training and RAda."""
+    match options:
+        case EFTOptions():
+            return new_head(
+                EFT_METHODS[options.method].head, adapter, seed=options.run.seed, ratio=options.tuning.feature_ratio
+            )
+        case FFTOptions():
+            return new_head(
+                FFT_METHODS[options.method].head, adapter, seed=options.run.seed, ratio=options.feature_ratio
+            )
+    return adapter
 
 
 def check_backend() -> None:

@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rada_fast.config.methods import FFT_METHODS, FFT_STAGES
 from rada_fast.errors import UserError
 
 RUN_FILE = "run.json"
 """The file with the command and the options of a run."""
-WEIGHTS_FILES = ("rada-ft-model.safetensors", "rada-model.safetensors")
-"""The files in which fft stores classifier and encoder. The last stage comes first."""
+WEIGHTS_FILES = tuple(f"{stage}-model.safetensors" for stage in reversed(FFT_STAGES))
+"""The files in which fft stores classifier and encoder. The last stage of a method comes first."""
 CLASSIFIER, VISUAL = "classifier.weight", "visual."
 MAX_RUN_FILE_BYTES = 2**29
 """The largest run.json that is read. It has an entry for every picture."""
@@ -78,10 +79,12 @@ def open_run(path: Path) -> TrainedRun | None:
             return None
         weights, record = path, path.parent / RUN_FILE
     options = _options_of(path, record)
-    stages = options["options"].get("stages")
+    method = FFT_METHODS.get(options["options"].get("method"))
+    first_only = options["options"].get("stages") == "first"
+    trains = method is not None and any(stage.trains != "head" for stage in method.stages) and not first_only
     names = frozenset() if weights is None else _names(weights) or frozenset()
     trained = any(name.startswith(VISUAL) for name in names)
-    if path.is_dir() and stages == "both" and not trained:
+    if path.is_dir() and options.get("command") == "fft" and trains and not trained:
         raise UserError(f"pretrained {path} is a run of fft that has not trained its image encoder yet")
     model_options = options["options"]["model"]
     return TrainedRun(

@@ -28,6 +28,9 @@ class ZeroShotHead(nn.Module):
     adapter tuning with features that change during the training.
     """
 
+    config: None = None
+    """The rational adapter's attribute of this name, which no other head has."""
+
     @overload
     def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor: ...
     @overload

@@ -106,7 +106,7 @@ class RunFacts:
 
     command: the name of the command.
     options: all options with their values.
-    adapter: the configuration of the adapter.
+    adapter: the configuration of the rational adapter, or None if the method of the run has none.
     model: the name and the properties of the model, or None if the run has no model.
     logit_scale: the multiplier s, and where it comes from.
     origin: the facts about the run that trained the adapter with which this run starts, or None.
@@ -114,7 +114,7 @@ class RunFacts:
 
     command: str
     options: Mapping[str, Any]
-    adapter: AdapterConfig
+    adapter: AdapterConfig | None
     model: Mapping[str, Any] | None
     logit_scale: Mapping[str, Any]
     origin: Mapping[str, Any] | None = None
@@ -133,7 +133,7 @@ def finish(
     """
     summary = {
         "command": facts.command,
-        "preset": facts.adapter.preset,
+        "preset": None if facts.adapter is None else facts.adapter.preset,
         **results,
         "resumed": resumed,
         "warnings": notices.so_far(),
@@ -141,7 +141,7 @@ def finish(
         "backend": resolve_backend(),
         "model": facts.model,
         "logit_scale": facts.logit_scale,
-        "adapter": facts.adapter.to_dict(),
+        "adapter": None if facts.adapter is None else facts.adapter.to_dict(),
         "origin": facts.origin,
         "config": facts.options,
         "versions": versions(),

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rada_fast import _env
 from rada_fast._version import __version__
+from rada_fast.config.methods import FFT_STAGES
 from rada_fast.config.options import RunOptions
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
@@ -39,14 +40,15 @@ SUPERSEDED = "images-superseded.jsonl"
 """The file of the lines of images that were changed or removed after the lines were written."""
 
 _EVERY_RUN = (IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE, "images.jsonl")
-_STAGES = ("rada", "rada-ft")
 FILES_OF_COMMAND: dict[str, frozenset[str]] = {
     "ttt": frozenset({*_EVERY_RUN, SUPERSEDED}),
-    "eft": frozenset({*_EVERY_RUN, "epochs.jsonl", "state.pt", "state-previous.pt", "adapter.safetensors"}),
+    "eft": frozenset(
+        {*_EVERY_RUN, "epochs.jsonl", "state.pt", "state-previous.pt", "adapter.safetensors", "method.safetensors"}
+    ),
     "fft": frozenset(
         {*_EVERY_RUN, "epochs.jsonl"}
-        | {f"{stage}{end}.pt" for stage in _STAGES for end in ("", "-previous")}
-        | {f"{stage}-{what}.safetensors" for stage in _STAGES for what in ("adapter", "model")}
+        | {f"{stage}{end}.pt" for stage in FFT_STAGES for end in ("", "-previous")}
+        | {f"{stage}-{what}.safetensors" for stage in FFT_STAGES for what in ("adapter", "model")}
     ),
 }
 """The names of the files that a run of each command makes. Files with other names are never removed."""

@@ -63,7 +63,7 @@ def test_adapter_fields_out_of_range_are_refused(changes: dict[str, Any], messag
         (lambda: EFTOptions(train="x", test="x", lr=-1), "lr must be above 0, got -1"),
         (lambda: EFTOptions(train="x", test="x", new_test="y"), "new_test needs protocol 'all'"),
         (lambda: EFTOptions(train="x", test="x", penalty="l3"), "penalty must be one of 'l2', 'l1', 'linf', got 'l3'"),  # type: ignore[arg-type]
-        (lambda: FFTOptions(train="x", test=("x",), stages="rad"), "stages must be one of 'both', 'rada', got 'rad'"),  # type: ignore[arg-type]
+        (lambda: FFTOptions(train="x", test=("x",), stages="rad"), "stages must be one of 'both', 'first', got 'rad'"),  # type: ignore[arg-type]
         (lambda: KernelsOptions(targets=(70,)), "targets must be one of .*, got 70"),  # type: ignore[arg-type]
         (lambda: FFTOptions(train="x", test=()), "test must name at least one source"),
         (lambda: FFTOptions(train="x", test=("y",), finetune_from=11), "finetune_from must be at most epochs 10"),

@@ -78,7 +78,7 @@ def test_a_call_gives_what_the_command_gives(tmp_path: Path, problem: Problem, s
         options: dict[str, Any] = {"epochs": 2, "shots": 4}
     else:
         options = {"epochs": 2, "batch_size": 16, "micro_batch": 5}
-        run_fft(FFTOptions(train=spec, test=(spec,), stages="rada", finetune_from=1, text=text, run=run, **options))
+        run_fft(FFTOptions(train=spec, test=(spec,), stages="first", finetune_from=1, text=text, run=run, **options))
     seen: list[Any] = []
     for train, own in ((image_features, labels), (spec, None)):
         tuned = fine_tune(

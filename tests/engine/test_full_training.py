@@ -19,7 +19,7 @@ from rada_fast.engine.steps import images_at_once
 from rada_fast.errors import UserError
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter
-from rada_fast.modules.rational_classifier import RationalClassifier
+from rada_fast.modules.classifier import Classifier
 
 ENCODER = Stage("rada-ft", 1, 1e-3, 0.0, trains_encoder=True)
 
@@ -28,11 +28,11 @@ def options(**changes: Any) -> FFTOptions:
     return FFTOptions(train="memory", test=("memory",), run=RunOptions(output="unused"), **changes)
 
 
-def classifier(width: int) -> RationalClassifier:
+def classifier(width: int) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         adapter = RationalAdapter(AdapterConfig.official(width))
-        return RationalClassifier(normalize(torch.randn(4, width), dim=-1), adapter, 20.0)
+        return Classifier(normalize(torch.randn(4, width), dim=-1), adapter, 20.0)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_parts_take_the_encoders_activations_into_account(
     for checkpoints in (False, True):
         with stage_step(ENCODER, classifier(vlm.embed_dim), vlm, options(grad_checkpointing=checkpoints)) as made:
             assert made.step.micro_batch == min(512, images_at_once(
-                made.trained[0].adapter.config, 4, torch.device("cpu"), extra=asked[-1]
+                made.trained[0].head.config, 4, torch.device("cpu"), extra=asked[-1]
             ))  # fmt: skip
     # Each of the blocks keeps some tensors of all tokens and their four times wider inner layer.
     visual = vlm.model.visual
@@ -98,5 +98,5 @@ def test_parts_take_the_encoders_activations_into_account(
 
 def test_the_stages_of_the_options() -> None:
     assert [stage.name for stage in stages_of(options())] == ["rada", "rada-ft"]
-    assert [stage.trains_encoder for stage in stages_of(options(stages="rada"))] == [False]
+    assert [stage.trains_encoder for stage in stages_of(options(stages="first"))] == [False]
     assert stages_of(options(finetune_lr=1e-5))[1] == Stage("rada-ft", 5, 1e-5, 0.0, trains_encoder=True)

@@ -67,7 +67,7 @@ def test_other_arrays_under_the_same_names_are_another_run(tmp_path: Path, comma
                 EFTOptions(train=data, test=data, protocol="all", text=options, epochs=2, batch_size=9, run=run)
             )
         return run_fft(
-            FFTOptions(train=data, test=(data,), stages="rada", text=means, epochs=1, finetune_from=1, run=run)
+            FFTOptions(train=data, test=(data,), stages="first", text=means, epochs=1, finetune_from=1, run=run)
         )
 
     start()
@@ -335,7 +335,7 @@ def test_widths_are_compared_before_anything_is_trained(specks: Path, tmp_path: 
     wide = f"features:{tmp_path / 'wide.npz'}"
     narrow = features_file(tmp_path / "f.npz")
     text = ClassOptions(text_features="class-means", logit_scale=100.0)
-    config = FFTOptions(train=narrow, test=(wide,), stages="rada", text=text, run=RunOptions(str(tmp_path / "run")))
+    config = FFTOptions(train=narrow, test=(wide,), stages="first", text=text, run=RunOptions(str(tmp_path / "run")))
     with pytest.raises(UserError, match="has features of width 32, the text features have 16"):
         run_fft(config)
     assert not (tmp_path / "run").exists()

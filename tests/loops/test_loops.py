@@ -333,7 +333,7 @@ def test_fft_trains_both_stages_and_goes_on(pictures: Path, tmp_path: Path, monk
 def test_fft_on_features_runs_the_first_stage_only(tmp_path: Path) -> None:
     spec = features_file(tmp_path / "f.npz")
     config = FFTOptions(
-        train=spec, test=(spec,), stages="rada", epochs=3, finetune_from=2, batch_size=20,
+        train=spec, test=(spec,), stages="first", epochs=3, finetune_from=2, batch_size=20,
         text=ClassOptions(text_features="class-means"), run=RunOptions(output=str(tmp_path / "run")),
     )  # fmt: skip
     summary = run_fft(config)
@@ -349,7 +349,7 @@ def test_a_runs_folder_stands_for_its_adapter(tmp_path: Path, command: str) -> N
     if command == "eft":
         run_eft(EFTOptions(train=spec, test=spec, protocol="all", epochs=1, text=text, run=run))
     else:
-        run_fft(FFTOptions(train=spec, test=(spec,), stages="rada", epochs=1, finetune_from=1, text=text, run=run))
+        run_fft(FFTOptions(train=spec, test=(spec,), stages="first", epochs=1, finetune_from=1, text=text, run=run))
     file = {"eft": "adapter.safetensors", "fft": "rada-adapter.safetensors"}[command]
     found = []
     for place in (tmp_path / command, tmp_path / command / file):
