@@ -10,8 +10,12 @@ from typing import NamedTuple
 from rada_fast.data.parts import Part, split_part
 from rada_fast.data.readers.coop import read_coop
 from rada_fast.data.readers.features import read_feature_file
-from rada_fast.data.readers.imagefolder import read_image_folder, read_unlabelled_images
+from rada_fast.data.readers.imagefolder import read_image_folder, read_nested_folder, read_unlabelled_images
 from rada_fast.data.readers.imagenet import imagenet_reader
+from rada_fast.data.readers.objectnet import read_objectnet
+from rada_fast.data.readers.saved_dataset import read_saved_dataset
+from rada_fast.data.readers.table import read_table
+from rada_fast.data.readers.webdataset import read_shards
 from rada_fast.data.sources import FeatureFile, Source
 from rada_fast.errors import UserError
 
@@ -40,6 +44,11 @@ KINDS = {
     "imagenet-r": Kind("imagenet-r:DIR", imagenet_reader("imagenet-r")),
     "imagenet-a": Kind("imagenet-a:DIR", imagenet_reader("imagenet-a")),
     "imagenet-sketch": Kind("imagenet-sketch:DIR", imagenet_reader("imagenet-sketch")),
+    "objectnet": Kind("objectnet:DIR", read_objectnet),
+    "nested": Kind("nested:DIR (every folder with pictures is a class)", _whole(read_nested_folder)),
+    "webdataset": Kind("webdataset:PATTERN (tar archives, such as webdataset:data/{000..009}.tar)", read_shards),
+    "hf": Kind("hf:DIR (a data set of the library datasets, saved to disk)", read_saved_dataset),
+    "csv": Kind("csv:FILE (a table of paths with labels or names of classes)", read_table),
     "images": Kind("images:DIR (no labels)", _whole(read_unlabelled_images)),
     "features": Kind("features:FILE.npz (arrays features, labels)", _whole(read_feature_file)),
 }

@@ -48,6 +48,7 @@ class ImageFolder:
         folder can still be tested with the classes of another folder.
     names: the names of the classes for prompts, in label order, where they are published; otherwise they are made from
         the keys.
+    counts_as: the keys that each class has in the data for training, where they are others than its own.
     published_shots: the rule by which CoOp chooses few images of each class, where the data have CoOp's lists.
     what: what a message calls the data.
     """
@@ -59,6 +60,7 @@ class ImageFolder:
     fault: str | None = None
     names: tuple[str, ...] | None = None
     published_shots: PublishedShots | None = None
+    counts_as: tuple[tuple[str, ...], ...] | None = None
     what: str = "data folder"
 
     @property
@@ -137,7 +139,9 @@ class ImageFolder:
         new = {label: index for index, label in enumerate(labels)}
         samples = tuple(replace(s, label=new[s.label]) for s in self.samples if s.label in new)
         names = None if self.names is None else tuple(self.names[label] for label in labels)
-        return replace(self, folders=tuple(self.folders[label] for label in labels), samples=samples, names=names)
+        equal = None if self.counts_as is None else tuple(self.counts_as[label] for label in labels)
+        folders = tuple(self.folders[label] for label in labels)
+        return replace(self, folders=folders, samples=samples, names=names, counts_as=equal)
 
     def few_shot(self, shots: int, seed: int) -> ImageFolder:
         """Choose at most `shots` images of each class.
@@ -173,14 +177,24 @@ class ImageFolder:
         """Say which classes are not among those of the training data. Returns None where all are."""
         if not isinstance(train, ImageFolder):
             return _OTHER_KIND
-        unknown = sorted(set(self.folders) - set(train.folders))
+        known = frozenset(train.folders)
+        pairs = zip(self.folders, self._equal_classes(), strict=True)
+        unknown = sorted(name for name, equal in pairs if self.folders != train.folders and known.isdisjoint(equal))
         return f"train lacks the class folders {', '.join(unknown[:6])}" if unknown else None
 
-    def labels_among(self, train: Source) -> list[int] | None:
-        """Return the labels that these classes have in the training data, or None where they are all of its classes."""
+    def labels_among(self, train: Source) -> list[tuple[int, ...]] | None:
+        """Return the labels of each class in the training data, or None where these have the same classes.
+
+        A class of ObjectNet can be several classes of ImageNet.
+        """
         if not isinstance(train, ImageFolder) or self.folders == train.folders:
             return None
-        return [train.folders.index(name) for name in self.folders]
+        label_of = {name: label for label, name in enumerate(train.folders)}
+        return [tuple(label_of[name] for name in names if name in label_of) for names in self._equal_classes()]
+
+    def _equal_classes(self) -> tuple[tuple[str, ...], ...]:
+        """Return the keys that each class may have in other data."""
+        return tuple((name,) for name in self.folders) if self.counts_as is None else self.counts_as
 
 
 @dataclass(frozen=True)

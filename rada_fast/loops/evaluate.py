@@ -89,7 +89,7 @@ def evaluate(
     names: Sequence[str],
     title: str,
     device: torch.device,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate an adapter on encoded images. Returns a record of each image, those of unreadable images last.
 
@@ -100,12 +100,14 @@ def evaluate(
     names: the names of the K classes.
     title: the title of the progress bar.
     device: the device that computes.
-    labels: the classes that the labels 0, 1, ... of the images stand for, if these are only some of the K classes. Then
-        only these classes are predicted.
+    labels: the classes that each of the labels 0, 1, ... of the images stands for, if these are not the K classes
+        themselves. Then only these classes are predicted. Where a label stands for several classes, each of them is
+        right, and the records name the first.
     """
     text_features = text_features.to(device)
     chunk = max(1, CHUNK_ELEMENTS // text_features.numel())
-    classes = list(range(len(text_features))) if labels is None else list(labels)
+    classes = list(range(len(text_features))) if labels is None else [group[0] for group in labels]
+    groups = [list(group) for group in labels or () if len(group) > 1]
     absent = torch.ones(len(text_features), dtype=torch.bool)
     absent[classes] = False
     records = []
@@ -114,8 +116,11 @@ def evaluate(
             part = images.features[first : first + chunk].to(device)
             adapted = predict(part).cpu()
             diverged = ~adapted.isfinite().all(dim=-1)
-            adapted = adapted.masked_fill(absent, -torch.inf)
-            zero_shot = zero_shot_logits(part, text_features, logit_scale).cpu().masked_fill(absent, -torch.inf)
+            zero_shot = zero_shot_logits(part, text_features, logit_scale).cpu()
+            for logits in (adapted, zero_shot):
+                for group in groups:
+                    logits[:, group[0]] = logits[:, group].amax(dim=-1)
+                logits[:, absent] = -torch.inf
             for offset, (before, after) in enumerate(zip(zero_shot, adapted, strict=True)):
                 label = classes[int(images.labels[first + offset])]
                 status = "ok"

@@ -100,7 +100,7 @@ def test_data_of_other_classes_say_how_they_differ() -> None:
 
 def test_tested_classes_must_have_been_trained() -> None:
     assert images(("dog", "cat")).classes_beyond(images()) is None
-    assert images(("dog", "cat")).labels_among(images()) == [1, 0]
+    assert images(("dog", "cat")).labels_among(images()) == [(1,), (0,)]
     assert images().labels_among(images()) is rows().labels_among(rows()) is None
     assert images(("dog", "fox")).classes_beyond(images()) == "train lacks the class folders fox"
     assert rows(("cat", "dog")).classes_beyond(rows()) is None

@@ -1,4 +1,4 @@
-"""Folders of image files: one sub-folder for each class, or images without classes."""
+"""Folders of image files: one sub-folder for each class, at one level or at several, or images without classes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 from rada_fast.data.folders import (
     Found,
+    Skipped,
     class_folders,
     deeper_classes,
     existing_folder,
+    label_order,
     mention_empty,
     mention_equal_numbers,
     mention_single_class,
@@ -80,3 +82,44 @@ def _others(found: Sequence[Found]) -> str:
     """Return an addition to a message that says what a folder without images contains."""
     skipped = [entry for below in found for entry in below.skipped]
     return f" (found {skipped[0][0]}, {skipped[0][1]}, and {len(skipped) - 1} more)" if skipped else ""
+
+
+def read_nested_folder(root: Path) -> ImageFolder:
+    """Read a folder in which every folder that holds pictures itself, at any depth, is a class.
+
+    A class is called by the last part of its path, or, where several classes have the same last part, by all parts from
+    the last to the first, as CoOp names SUN397's "a/apartment_building/outdoor" "outdoor apartment building".
+    """
+    found = pictures_below(existing_folder(root), root)
+    inner = [path for path in found.pictures if path.parent != root]
+    skipped = found.skipped + tuple(
+        Skipped(path.name, "in no class folder") for path in found.pictures if path.parent == root
+    )
+    if not inner:
+        hint = f"; for pictures without classes give images:{root}" if found.pictures else ""
+        raise UserError(f"data folder {root} must have pictures in sub-folders, it has none{_others([found])}{hint}")
+    paths = label_order(list(dict.fromkeys(path.parent.relative_to(root).as_posix() for path in inner)))
+    last = [path.rpartition("/")[2] for path in paths]
+    unique = len(set(last)) == len(last)
+    label_of = {path: label for label, path in enumerate(paths)}
+    samples = [
+        Sample(path.relative_to(root).as_posix(), path, label_of[path.parent.relative_to(root).as_posix()])
+        for path in inner
+    ]
+    mention_skipped(root, skipped)
+    mention_single_class(root, paths)
+    names = (
+        None
+        if unique
+        else tuple(_from_last_to_first(path, last.count(name)) for path, name in zip(paths, last, strict=True))
+    )
+    return ImageFolder(root, tuple(last) if unique else paths, _sorted(samples), skipped, names=names)
+
+
+def _from_last_to_first(path: str, times: int) -> str:
+    """Return the name of a class by the path of its folder. times: how many classes have the same last part."""
+    parts = path.replace("_", " ").split("/")
+    if times == 1:
+        return parts[-1]
+    # SUN397's outermost folders are the first letters of the names.
+    return " ".join(reversed(parts[1:] if len(parts[0]) == 1 else parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,25 @@ def test_links_are_followed_but_never_in_circles(folder: Path) -> None:
         "b_dog/more/0.jpg",
         "b_dog/more/deep/1.PNG",
     ]
+
+
+def test_classes_at_several_levels(tmp_path: Path) -> None:
+    for path in ("a/abbey", "a/apartment_building/outdoor", "o/oil_refinery/outdoor", "a/airport"):
+        (tmp_path / path).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / path / "0.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "airport" / "1.png")
+    (tmp_path / "b" / "empty").mkdir(parents=True)
+    source = open_source(f"nested:{tmp_path}")
+    assert isinstance(source, ImageFolder)
+    assert source.folders == ("a/abbey", "a/airport", "a/apartment_building/outdoor", "o/oil_refinery/outdoor")
+    assert source.names == ("abbey", "airport", "outdoor apartment building", "outdoor oil refinery")
+    assert source.labels.tolist() == [0, 1, 1, 2, 3]
+    for path in ("a/apartment_building", "o"):
+        shutil.rmtree(tmp_path / path)
+    source = open_source(f"nested:{tmp_path}")
+    assert isinstance(source, ImageFolder)
+    assert (source.folders, source.names) == (("abbey", "airport"), None)
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "flat" / "0.png")
+    with pytest.raises(UserError, match="must have pictures in sub-folders, it has none; for pictures without classes"):
+        open_source(f"nested:{tmp_path / 'flat'}")

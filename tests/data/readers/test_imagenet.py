@@ -90,7 +90,7 @@ def test_the_names_are_open_clips_and_subsets_are_found_among_all(tmp_path: Path
     labels = variant.labels_among(whole)
     assert labels is not None
     every = class_names_of(whole, None, prompts=True)
-    assert [every[label] for label in labels] == list(names)
+    assert [every[label] for (label,) in labels] == list(names)
 
 
 def test_training_and_validation_images_are_told_apart(tmp_path: Path) -> None:
