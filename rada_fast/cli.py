@@ -24,6 +24,7 @@ from rada_fast._version import __version__
 from rada_fast.config.arguments import check_file_kind, name_option, paths_of, read, shortened
 from rada_fast.config.bench import PARTS, MeasuringOptions
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
+from rada_fast.config.inference import EvalOptions, FeaturesOptions, PredictOptions
 from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions, ReportOptions
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.system import memory, notices, termination
@@ -69,6 +70,15 @@ COMMANDS = {
     ),
     "fft": Command(
         FFTOptions, "rada_fast.loops.fft:run_fft", "full fine-tuning: adapter and classifier, then everything"
+    ),
+    "eval": Command(
+        EvalOptions, "rada_fast.loops.evaluation:run_eval", "evaluate a trained adapter on one or more sets of images"
+    ),
+    "predict": Command(
+        PredictOptions, "rada_fast.loops.prediction:run_predict", "give images without labels the names of classes"
+    ),
+    "features": Command(
+        FeaturesOptions, "rada_fast.loops.extraction:run_features", "encode images once, into a file of features"
     ),
     "report": Command(
         ReportOptions,
@@ -254,7 +264,7 @@ def _run_command(arguments: list[str]) -> int:
             with termination.deferred():
                 run = COMMANDS[command].load()
             result = run(config)
-            # The commands ttt, eft and fft return the summary of their run, all others their exit status.
+            # A command with a run returns the summary of it, all others their exit status.
             return result if isinstance(result, int) else _show(result, config)
     except UserError as error:
         raise UserError(name_option(str(error), config)) from error

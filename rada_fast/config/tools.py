@@ -64,8 +64,6 @@ class ReportOptions:
         check_paths(self, "runs", "compare", "output")
         if len(self.compare) not in (0, 2):
             raise UserError(f"compare must name two runs, got {len(self.compare)}")
-        if not self.runs and not self.compare:
-            raise UserError("runs must be given, the folders of finished runs")
 
 
 @dataclass(frozen=True)

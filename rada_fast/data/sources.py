@@ -20,6 +20,9 @@ from rada_fast.data.folders import Skipped
 from rada_fast.data.stored import Location, location_stamp
 from rada_fast.errors import UserError
 
+NO_CLASS = -1
+"""The label of an image whose class is not known."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -243,7 +246,7 @@ class FeatureFile:
     @property
     def has_classes(self) -> bool:
         """Return whether the images have classes."""
-        return True
+        return bool((self.labels != NO_CLASS).any())
 
     @property
     def num_classes(self) -> int:
@@ -266,8 +269,9 @@ class FeatureFile:
         return features if features.ndim == 3 else features[:, None]
 
     def known_labels(self) -> dict[str, int | None]:
-        """Return the label of every image by its id."""
-        return dict(zip(self.ids, self.labels.tolist(), strict=True))
+        """Return the label of every image by its id, None where an image has no class."""
+        labels = (None if label == NO_CLASS else label for label in self.labels.tolist())
+        return dict(zip(self.ids, labels, strict=True))
 
     def stamps(self) -> dict[str, str]:
         """Return what tells whether the arrays are still the same: a hash of each, by its name."""

@@ -289,7 +289,7 @@ def _text_features(
     else:
         assert vlm is not None
         assert names is not None
-        prompts = resolve_prompts(templates, source.path)
+        prompts = resolve_prompts(templates, str(source.path))
         prompts.check(names)
         text = class_features(vlm, names, prompts)
     width = vlm.embed_dim if source.holds_images and vlm is not None else source.width

@@ -126,11 +126,11 @@ def open_task(options: EFTOptions) -> Task:
         for title, data in encoded.items()
     }
 
-    groups = {"base": ClassGroup([names["train"][label] for label in base], features["training images"], source.path)}
+    groups = {"base": ClassGroup([names["train"][label] for label in base], features["training images"], options.train)}
     if new:
-        groups["new"] = ClassGroup([names["train"][label] for label in new], features.get("new classes"), source.path)
+        groups["new"] = ClassGroup([names["train"][label] for label in new], features.get("new classes"), options.train)
     elif new_testing is not None and prompts:
-        groups["new"] = ClassGroup(names["new"], data=new_testing.path)
+        groups["new"] = ClassGroup(names["new"], data=options.new_test)
     rows = text_features(options.text, list(groups.values()), opened.model, opened.text_file)
     texts = dict(zip(groups, rows, strict=True))
     setup = open_setup("eft", options, opened, groups["base"].names, texts["base"])

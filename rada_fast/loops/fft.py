@@ -108,12 +108,12 @@ def open_task(options: FFTOptions) -> Task:
     images, features = source.limited(options.run.limit), None
     if not images.holds_images or options.train_views == "center" or options.text.text_features == "class-means":
         features = features_of(images, opened.model, title="encode training images", workers=options.run.workers)
-    (text,) = text_features(options.text, [ClassGroup(names, features, source.path)], opened.model, opened.text_file)
+    (text,) = text_features(options.text, [ClassGroup(names, features, options.train)], opened.model, opened.text_file)
     setup = open_setup("fft", options, opened, names, text)
     limit = options.run.limit if len(images.ids) < len(source.ids) else None
     captions = None
     if contrastive:
-        captions = captions_of(opened.model.loaded(), names, resolve_prompts(options.text.templates, source.path))
+        captions = captions_of(opened.model.loaded(), names, resolve_prompts(options.text.templates, options.train))
     return Task(setup, stages, images, features, evaluation, limit, captions)
 
 
@@ -199,7 +199,7 @@ def train_stage(
         vlm.encoder_was_trained()
         with torch.no_grad():
             # The trained text encoder makes the classifier, as the one before the training did.
-            prompts = resolve_prompts(options.text.templates, task.images.path)
+            prompts = resolve_prompts(options.text.templates, options.train)
             model.weight.copy_(class_features(vlm, setup.names, prompts))
     return training, resumed
 

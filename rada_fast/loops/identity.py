@@ -13,7 +13,7 @@ from torch import Tensor
 from rada_fast.data.fingerprints import tensor_fingerprint
 from rada_fast.data.sources import Source
 from rada_fast.loops.setup import Setup
-from rada_fast.models.prompts import resolve_prompts
+from rada_fast.models.prompts import OF_DATASET, resolve_prompts
 from rada_fast.modules import RationalAdapter
 from rada_fast.runs.folder import Inputs, RunFolder
 from rada_fast.system import notices
@@ -74,7 +74,7 @@ def option_paths(setup: Setup) -> list[Path]:
 def identity_of(setup: Setup, names: Sequence[str], text: Tensor, limit: int | None) -> dict[str, Any]:
     """Collect everything except the data that decides the numbers of a run. The arguments are those of open_folder."""
     adapter, model, text_options = setup.adapter, setup.model, setup.options.text
-    options = _deciding_options(dataclasses.asdict(setup.options))
+    options = deciding_options(dataclasses.asdict(setup.options))
     # Another device of the same type computes the same numbers.
     options["model"]["device"] = setup.device.type
     # The precision in use decides. Another processor may use another precision for the same option.
@@ -92,28 +92,24 @@ def identity_of(setup: Setup, names: Sequence[str], text: Tensor, limit: int | N
         "logit_scale": setup.logit_scale,
         # The words of the prompts are compared instead of T, because another processor may round T differently.
         "class_names": list(names) if prompts else None,
-        "templates": _prompts_of(setup) if prompts else None,
+        "templates": prompt_identity(text_options.templates) if prompts else None,
         "text_features": tensor_fingerprint(text) if text_options.text_features not in (None, "class-means") else None,
     }
 
 
-def _prompts_of(setup: Setup) -> list[list[str]]:
-    """Return what tells whether the prompts are still the same, for all data that have classes of their own.
+def prompt_identity(values: Sequence[str]) -> list[str]:
+    """Return what tells whether the prompts that the option --templates names are still the same.
 
-    The images of a test have the classes of the training.
+    The template of a data set follows from the option that names the data.
     """
-    values = setup.options.text.templates
-    found = [
-        resolve_prompts(values, source.path).identity()
-        for part, source in setup.sources.items()
-        if not part.startswith("test")
-    ]
-    return [one for index, one in enumerate(found) if one not in found[:index]]
+    others = [value for value in values if value != OF_DATASET]
+    return resolve_prompts(others).identity() if others else []
 
 
-def _deciding_options(options: dict[str, Any]) -> dict[str, Any]:
+def deciding_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run that decide its numbers, in their groups."""
     return {
-        name: _deciding_options(value) if isinstance(value, dict) else value
+        name: deciding_options(value) if isinstance(value, dict) else value
         for name, value in options.items()
         if name not in NON_IDENTITY_OPTIONS
     }

@@ -6,12 +6,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rada_fast import _env
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
+from rada_fast.config.inference import EvalOptions, PredictOptions
 from rada_fast.config.methods import EFT_METHODS, FFT_METHODS
 from rada_fast.config.options import AdapterOptions
 from rada_fast.data.open import open_source, open_text_file
@@ -28,7 +30,7 @@ from rada_fast.reports.summary import RunFacts
 from rada_fast.runs.origin import origin_of
 from rada_fast.system import notices
 
-LoopOptions = TTTOptions | EFTOptions | FFTOptions
+LoopOptions = TTTOptions | EFTOptions | FFTOptions | EvalOptions | PredictOptions
 
 DEFAULT_LOGIT_SCALE = 100.0
 """CLIP's multiplier after training, for feature files that come without a model."""
@@ -143,6 +145,7 @@ def open_setup(command: str, options: LoopOptions, opened: DataAndModel, names: 
         check_width(source.width, text.shape[1], opened.option_values[part])
     device = opened.model.device
     adapter = make_adapter(options.adapter, text.shape[1], options.run.seed).to(device)
+    warn_of_other_model(origin_of(options.adapter.adapter), options)
     return Setup(
         command,
         options,
@@ -169,6 +172,16 @@ def head_of(options: LoopOptions, adapter: RationalAdapter) -> Head:
                 FFT_METHODS[options.method].head, adapter, seed=options.run.seed, ratio=options.feature_ratio
             )
     return adapter
+
+
+def warn_of_other_model(origin: Mapping[str, Any] | None, options: LoopOptions) -> None:
+    """Warn if an adapter was trained with another model than the one that is used. origin: see origin_of."""
+    own = options.model
+    if origin is None or origin["model"]["model"] in (None, own.model):
+        return
+    trained = origin["model"]
+    given = f"--model {trained['model']}" + (f" --pretrained {trained['pretrained']}" if trained["pretrained"] else "")
+    notices.warn(f"adapter {options.adapter.adapter} was trained with {given}, and is used with --model {own.model}")
 
 
 def check_backend() -> None:

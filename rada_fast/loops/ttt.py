@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rada_fast.config.commands import TTTOptions
+from rada_fast.config.inference import PredictOptions
 from rada_fast.data.sources import Source
 from rada_fast.data.views import image_seed
 from rada_fast.engine.episodes import prediction_entropy
@@ -74,7 +75,7 @@ def open_ttt(options: TTTOptions) -> Setup:
     source = opened.sources["data"]
     mention_fixed_views(options, source)
     names = class_names_of(source, options.text.classes, prompts=options.text.text_features is None)
-    (text,) = text_features(options.text, [ClassGroup(names, data=source.path)], opened.model, opened.text_file)
+    (text,) = text_features(options.text, [ClassGroup(names, data=options.data)], opened.model, opened.text_file)
     return open_setup("ttt", options, opened, names, text)
 
 
@@ -167,7 +168,7 @@ class Clock:
 
 
 def predictions(
-    setup: Setup, source: Source, options: TTTOptions, chosen: Sequence[int], times: StageTimes
+    setup: Setup, source: Source, options: TTTOptions | PredictOptions, chosen: Sequence[int], times: StageTimes
 ) -> Generator[Prediction]:
     """Predict some images, and yield each as soon as it is predicted.
 

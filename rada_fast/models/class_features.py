@@ -37,12 +37,12 @@ class ClassGroup(NamedTuple):
 
     names: the names of the classes, in label order.
     images: the features of their images, for the option class-means.
-    data: the path of the data with these classes, from which the template of a data set is known.
+    data: the data with these classes as KIND:PATH, from which the template of a data set is known.
     """
 
     names: Sequence[str]
     images: Features | None = None
-    data: Path | None = None
+    data: str | None = None
 
 
 def text_features(

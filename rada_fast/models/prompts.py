@@ -127,13 +127,13 @@ def _key(name: str) -> str:
     return " ".join(folded(name).replace("_", " ").split())
 
 
-def resolve_prompts(values: str | Sequence[str], data: str | Path | None = None) -> Prompts:
+def resolve_prompts(values: str | Sequence[str], data: str | None = None) -> Prompts:
     """Return the prompts that the option --templates names.
 
     values: one or more of these: a template with {}; the name of known templates; a file of templates, which is a JSON
         list or has a template on each line; a JSON file with sentences for each class, {"cat": ["A cat has ...", ...]};
         or "coop" for the template of the data set.
-    data: the path of the data with these classes, or their KIND:PATH, from which "coop" knows the data set.
+    data: the data with these classes as KIND:PATH, from which "coop" knows the data set.
 
     Raises UserError with the known names if a value is none of these, or if a template has no {}.
     """
@@ -175,9 +175,9 @@ def _known_templates(value: str) -> list[str] | None:
     return [make("{}") for make in makers]
 
 
-def _template_of_dataset(data: str | Path | None) -> str:
+def _template_of_dataset(data: str | None) -> str:
     """Return the template of the data set that some data belong to. Raises UserError if it is not known."""
-    name = None if data is None else dataset_of(str(data))
+    name = None if data is None else dataset_of(data)
     if name is not None:
         return DATASET_TEMPLATES[name]
     what = "no data are given here" if data is None else f"{data} is none that it knows"

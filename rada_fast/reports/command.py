@@ -64,6 +64,8 @@ def run_report(options: ReportOptions) -> int:
 
     Raises UserError naming a folder that is not one of a run, or an output folder that is one.
     """
+    if not options.runs and not options.compare:
+        raise UserError("runs must be given, the folders of finished runs")
     output = Path(options.output).expanduser()
     if (output / IDENTITY_FILE).exists():
         raise UserError(f"output {output} is the folder of a run; give another --output")

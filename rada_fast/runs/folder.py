@@ -45,6 +45,9 @@ FILES_OF_COMMAND: dict[str, frozenset[str]] = {
     "eft": frozenset(
         {*_EVERY_RUN, "epochs.jsonl", "state.pt", "state-previous.pt", "adapter.safetensors", "method.safetensors"}
     ),
+    "eval": frozenset(_EVERY_RUN),
+    "predict": frozenset({*_EVERY_RUN, "predictions.jsonl", "predictions.csv"}),
+    "features": frozenset({*_EVERY_RUN, "features.rows", "features.npz", "text.npz"}),
     "fft": frozenset(
         {*_EVERY_RUN, "epochs.jsonl"}
         | {f"{stage}{end}.pt" for stage in FFT_STAGES for end in ("", "-previous")}
@@ -235,8 +238,8 @@ class RunFolder:
 
         A run with a summary counts as finished only while these files exist.
         """
-        found = [path for path in sorted(self.path.iterdir()) if path.suffix in (".safetensors", ".jsonl")]
-        return {path.name: path.stat().st_size if path.suffix == ".safetensors" else None for path in found}
+        found = [path for path in sorted(self.path.iterdir()) if path.suffix in (".safetensors", ".npz", ".jsonl")]
+        return {path.name: None if path.suffix == ".jsonl" else path.stat().st_size for path in found}
 
     def digest(self, scope: Mapping[str, Any]) -> str:
         """Return a hash of everything that decides a summary: the identity of the run, its inputs, and the scope.
@@ -282,6 +285,30 @@ class RunFolder:
         path = self.path / name
         if not path.is_file() or path.read_bytes() != content.encode("ascii"):
             files.write_text(path, content)
+
+    def write_table(self, name: str, text: str) -> None:
+        """Write a text in UTF-8 as a whole file, such as a table for another program."""
+        files.write_text(self.path / name, text, encoding="utf-8")
+
+    def append_bytes(self, name: str, content: bytes) -> None:
+        """Add bytes to a file. The operating system has all of them before this returns."""
+        termination.raise_if_asked()
+        with (self.path / name).open("ab") as file:
+            file.write(content)
+
+    def size_of(self, name: str) -> int:
+        """Return the size of a file in bytes, or 0 if it does not exist."""
+        path = self.path / name
+        return path.stat().st_size if path.is_file() else 0
+
+    def truncate(self, name: str, size: int) -> None:
+        """Cut a file off at a size in bytes. Creates the file if it does not exist."""
+        with (self.path / name).open("ab") as file:
+            file.truncate(size)
+
+    def remove(self, name: str) -> None:
+        """Remove a file that the run needs no more."""
+        files.remove(self.path / name)
 
     def supersede(self, name: str, kept: Sequence[Mapping[str, Any]], old: Sequence[Mapping[str, Any]]) -> None:
         """Move the old records of a file to images-superseded.jsonl, so that the file holds the kept ones alone."""

@@ -26,6 +26,11 @@ def write_text(path: Path, text: str, *, encoding: str = "ascii") -> None:
     _write_whole(path, lambda temporary: temporary.write_text(text, encoding=encoding))
 
 
+def write_by(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file by a function that writes to the path it is given, which is that of a temporary file beside it."""
+    _write_whole(path, write)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors in the format of safetensors. metadata: texts for the header of the file."""
     from safetensors.torch import save_file

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rada_fast.data.sources import FeatureFile
+from rada_fast.data.sources import NO_CLASS, FeatureFile
 from rada_fast.errors import UserError
 
 MAX_CLASSES = 2**20
@@ -21,7 +21,9 @@ SMALLEST_FEATURE = 1e-12
 
 
 def read_feature_file(path: Path) -> FeatureFile:
-    """Read the arrays features (N, D) or (N, V, D) and labels (N,), and class_names (K,) and logit_scale if they exist.
+    """Read the array features (N, D) or (N, V, D), and labels (N,), ids (N,), class_names (K,) and logit_scale.
+
+    Only the features are required. Without labels the images have no classes; without ids their numbers name them.
 
     Raises UserError where the file or one of its arrays cannot be used.
     """
@@ -36,15 +38,19 @@ def read_feature_file(path: Path) -> FeatureFile:
             _check_headers(path, file.zip)
             stored = sorted(file.files)
             arrays = {
-                name: file[name] for name in ("features", "labels", "class_names", "logit_scale") if name in stored
+                name: file[name]
+                for name in ("features", "labels", "ids", "class_names", "logit_scale")
+                if name in stored
             }
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many errors for a damaged archive
         raise UserError(f"feature file {path} is not a readable npz file: {error}") from None
-    if not {"features", "labels"} <= arrays.keys():
-        raise UserError(f"feature file {path} must have the arrays features and labels, it has {stored}")
-    features, labels = arrays["features"], arrays["labels"]
+    if "features" not in arrays:
+        raise UserError(f"feature file {path} must have the array features, it has {stored}")
+    features = arrays["features"]
+    unlabelled = np.full(features.shape[:1], NO_CLASS)
+    labels = arrays.get("labels", unlabelled)
     if features.ndim not in (2, 3) or features.dtype.kind != "f":
         raise UserError(
             f"feature file {path}: features must be floating point (N, D) or (N, V, D), "
@@ -56,7 +62,7 @@ def read_feature_file(path: Path) -> FeatureFile:
         )
     if 0 in features.shape:
         raise UserError(f"feature file {path}: features must not be empty, got shape {features.shape}")
-    if labels.min() < 0:
+    if labels is not unlabelled and labels.min() < 0:
         raise UserError(f"feature file {path}: labels must be at least 0, got {labels.min()} in row {labels.argmin()}")
     if labels.max() >= MAX_CLASSES:
         raise UserError(
@@ -95,17 +101,33 @@ def read_feature_file(path: Path) -> FeatureFile:
         path,
         torch.from_numpy(features),
         torch.from_numpy(labels.astype(np.int64)),
-        tuple(str(index) for index in range(len(labels))),
+        _ids(path, arrays.get("ids"), len(labels)),
         None if names is None else texts,
         _logit_scale(path, arrays.get("logit_scale")),
     )
+
+
+def _ids(path: Path, array: np.ndarray[Any, Any] | None, count: int) -> tuple[str, ...]:
+    """Return the names of the images: those in the file, or their numbers. Raises UserError where they are not unique.
+
+    array: the array ids of the file, or None.
+    count: the number of images.
+    """
+    if array is None:
+        return tuple(str(index) for index in range(count))
+    if array.shape != (count,) or array.dtype.kind != "U":
+        raise UserError(f"feature file {path}: ids must be {count} texts, got {array.dtype} {array.shape}")
+    ids = tuple(array.tolist())
+    if len(set(ids)) < count:
+        raise UserError(f"feature file {path}: ids must differ, {count - len(set(ids))} of {count} repeat another one")
+    return ids
 
 
 def _check_headers(path: Path, archive: zipfile.ZipFile) -> None:
     """Raise an error where arrays differ from their headers, before memory is allocated for them."""
     names = archive.namelist()
     shapes = {}
-    for name in ("features.npy", "labels.npy", "class_names.npy", "logit_scale.npy"):
+    for name in ("features.npy", "labels.npy", "ids.npy", "class_names.npy", "logit_scale.npy"):
         if names.count(name) > 1:
             raise ValueError(f"it holds {name} {names.count(name)} times")
         if name not in names:

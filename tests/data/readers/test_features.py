@@ -42,7 +42,7 @@ def test_a_feature_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"features": GOOD}, r"must have the arrays features and labels, it has \['features'\]"),
+        ({"labels": LABELS}, r"must have the array features, it has \['labels'\]"),
         ({"features": GOOD[0], "labels": LABELS}, r"features must be floating point \(N, D\) or \(N, V, D\)"),
         ({"features": GOOD.astype(int), "labels": LABELS}, "got int64"),
         ({"features": GOOD, "labels": LABELS[:2]}, r"labels must be 3 whole numbers, got shape \(2,\)"),

@@ -1,0 +1,192 @@
+"""The command predict: images without labels get names of classes, zero-shot, adapted, or by test-time training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rada_fast.config.inference import PredictOptions
+from rada_fast.data.sources import Source
+from rada_fast.engine.predictor import Prediction
+from rada_fast.engine.stages import StageTimes
+from rada_fast.loops.evaluate import CHUNK_ELEMENTS
+from rada_fast.loops.identity import open_folder
+from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
+from rada_fast.loops.ttt import predictions as test_time_predictions
+from rada_fast.models.class_features import ClassGroup, text_features
+from rada_fast.models.class_names import class_names_of
+from rada_fast.models.image_features import Unreadable, iterate_features, iterate_views
+from rada_fast.ops import zero_shot_logits
+from rada_fast.reports.summary import already_finished, finish, ranking
+from rada_fast.runs.folder import RunFolder, reset_peak_memory
+from rada_fast.runs.progress import progress
+from rada_fast.system import notices
+
+PREDICTIONS, TABLE = "predictions.jsonl", "predictions.csv"
+
+
+def run_predict(options: PredictOptions) -> dict[str, Any]:
+    """Predict every image of the data, and write the summary. Returns the summary.
+
+    Raises UserError naming an option that cannot be used.
+    """
+    setup = open_prediction(options)
+    source = setup.sources["data"]
+    # A line depends on its image alone, as in ttt.
+    deciding = [] if source.holds_images else ["data"]
+    with open_folder(setup, {"data": source}, deciding=deciding, names=setup.names, text=setup.text) as folder:
+        chosen = source.limited(options.run.limit)
+        kept = drop_changed(folder, chosen.ids)
+        folder.accept_inputs()
+        scope = {"images": len(chosen.ids)}
+        done = frozenset(kept)
+        if len(done) == len(chosen.ids) and (summary := folder.finished_summary(scope)) is not None:
+            return already_finished(folder, summary, resumed=len(done))
+        reset_peak_memory()
+        start = time.perf_counter()
+        todo = [index for index, id in enumerate(chosen.ids) if id not in done]
+        with progress("predict", len(todo)) as advance, closing(predictions(setup, chosen, options, todo)) as found:
+            for prediction in found:
+                folder.append(PREDICTIONS, line_of(prediction, setup.names, options.top))
+                advance()
+        by_id = {record["id"]: record for record in folder.read_lines(PREDICTIONS)}
+        records = [by_id[id] for id in chosen.ids]
+        folder.write_table(TABLE, as_csv(records))
+        results = {
+            "images": len(records),
+            "classes": len(setup.names),
+            "by": "test-time training" if options.ttt else "adapter" if options.adapter.adapter else "zero-shot",
+            "unreadable": sum(record["status"] == "unreadable" for record in records),
+            "diverged": sum(record["status"] == "diverged" for record in records),
+            "time": {"seconds": round(time.perf_counter() - start, 3)},
+        }
+        return finish(folder, setup.facts(), results, scope=scope, resumed=len(done))
+
+
+def open_prediction(options: PredictOptions) -> Setup:
+    """Open the data, the model and the adapter. Raises UserError naming an option that cannot be used."""
+    opened = open_data_and_model(options, {"data": options.data})
+    names = class_names_of(opened.sources["data"], options.text.classes, prompts=options.text.text_features is None)
+    group = ClassGroup(names, data=options.data)
+    (text,) = text_features(options.text, [group], opened.model, opened.text_file)
+    if not options.ttt:
+        for name in ("views", "view_kind", "memory", "episodes", "episode"):
+            if getattr(options, name) != getattr(PredictOptions, name):
+                notices.warn(f"--{name.replace('_', '-')} has no use without --ttt")
+    return open_setup("predict", options, opened, names, text)
+
+
+def drop_changed(folder: RunFolder, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Remove the lines of images that were changed or removed since, and return the others by the names of the images.
+
+    ids: the names of all images of this run.
+    """
+    before, now = folder.stored_inputs.get("data", {}), folder.inputs.parts["data"]
+    by_image = "data" not in folder.inputs.deciding
+    known = frozenset(ids)
+    records = folder.read_lines(PREDICTIONS)
+    kept = {}
+    for record in records:
+        id = record.get("id")
+        unchanged = id in known and (not by_image or before.get(str(id)) == now[str(id)])
+        if unchanged and id not in kept and record.get("status") in ("ok", "diverged", "unreadable"):
+            kept[str(id)] = record
+    if len(kept) < len(records):
+        folder.write_lines(PREDICTIONS, kept.values())
+    return kept
+
+
+def predictions(setup: Setup, source: Source, options: PredictOptions, todo: Sequence[int]) -> Generator[Prediction]:
+    """Predict some images, and yield each as soon as it is predicted.
+
+    setup: the set-up of the run.
+    source: all images of the run.
+    options: the options of the command.
+    todo: the indices of the images to predict.
+    """
+    if options.ttt:
+        return test_time_predictions(setup, source, options, todo, StageTimes())
+    return _without_episodes(setup, source, todo)
+
+
+def _without_episodes(setup: Setup, source: Source, todo: Sequence[int]) -> Generator[Prediction]:
+    """Predict images with the adapter as it is, which gives the zero-shot answer where it is a new one."""
+    for indices, features, unreadable in _features(setup, source, todo):
+        for index, image in unreadable:
+            yield Prediction(index, image.id, "unreadable", error=image.reason)
+        if features is None:
+            continue
+        with torch.no_grad():
+            part = features.to(setup.device)
+            before = zero_shot_logits(part, setup.text, setup.logit_scale).cpu()
+            after = setup.adapter(part, setup.text, setup.logit_scale).cpu()
+        diverged = ~after.isfinite().all(dim=-1)
+        after[diverged] = before[diverged]
+        for row, index in enumerate(indices):
+            label = int(after[row].argmax())
+            yield Prediction(
+                index, source.ids[index], "diverged" if bool(diverged[row]) else "ok", label, setup.names[label],
+                after[row], before[row],
+            )  # fmt: skip
+
+
+def _features(
+    setup: Setup, source: Source, todo: Sequence[int]
+) -> Iterator[tuple[list[int], Tensor | None, list[tuple[int, Unreadable]]]]:
+    """Yield indices of images, the features of those that can be read, and those that cannot."""
+    chunk = max(1, CHUNK_ELEMENTS // setup.text.numel())
+    if (views := source.views()) is not None:
+        for first in range(0, len(todo), chunk):
+            indices = list(todo[first : first + chunk])
+            yield indices, views[indices, 0], []
+        return
+    samples, model = [source.samples[index] for index in todo], setup.model.loaded()
+    stream = iterate_views(samples, model, views=1, kind="crop", seed=0, workers=setup.options.run.workers)
+    place = {sample.id: index for sample, index in zip(samples, todo, strict=True)}
+    for part in iterate_features(stream, samples, model):
+        indices = [todo[index] for index in part.indices]
+        unreadable = [(place[image.id], image) for image in part.unreadable]
+        if part.rows is None:
+            yield [], None, unreadable
+        else:
+            for first in range(0, len(indices), chunk):
+                rows = part.rows[first : first + chunk]
+                yield indices[first : first + chunk], rows, unreadable if first == 0 else []
+
+
+def line_of(prediction: Prediction, names: Sequence[str], top: int) -> dict[str, Any]:
+    """Return the line of an image: its class, and the probabilities of the best classes.
+
+    names: the names of all classes.
+    top: the number of classes in the line.
+    """
+    probabilities, zero_shot = prediction.probabilities, prediction.zero_shot_probabilities
+    if probabilities is None or zero_shot is None:
+        return {"id": prediction.id, "status": prediction.status, "error": prediction.error}
+    best = ranking(probabilities, top)
+    return {
+        "id": prediction.id,
+        "status": prediction.status,
+        "label": best[0],
+        "name": names[best[0]],
+        "probability": round(float(probabilities[best[0]]), 6),
+        "zero_shot_name": names[ranking(zero_shot, 1)[0]],
+        "best": [{"name": names[index], "probability": round(float(probabilities[index]), 6)} for index in best],
+    }
+
+
+def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the predictions as CSV: the image, its class with the probability, and why an image has none."""
+    text = io.StringIO()
+    columns = ("id", "status", "label", "name", "probability", "zero_shot_name", "error")
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue().encode("utf-8", "backslashreplace").decode()
