@@ -101,7 +101,7 @@ COMMANDS = {
     "doctor": Command(
         DoctorOptions,
         "rada_fast.doctor:run_doctor",
-        "what is installed, which backends are usable, and a self-test",
+        "what is installed, which backends are usable, and a self-test; or whether data are as published",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Report what is installed, which backends are usable and why others are not, and run a small numeric self-test."""
+"""Report what is installed and which backends are usable, with a small numeric self-test; or check data."""
 
 from __future__ import annotations
 
@@ -13,19 +13,31 @@ from torch.nn.functional import normalize
 from rada_fast import _env
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.tools import DoctorOptions
+from rada_fast.data.inspection import PartReport, inspect
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.extension import libraries
+from rada_fast.models.class_names import class_names_of
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import BACKENDS, backends, rational_adapter, resolve_backend
 from rada_fast.runs.folder import versions
+from rada_fast.runs.progress import progress
+from rada_fast.system.notices import one_line
 from rada_fast.system.terminal import print_json
 
 SELF_TEST_BOUND = 1e-4
 """The relative error of float32 logits may be as large as this, about 100 times what rounding gives at this size."""
 
+SHOWN_NAMES = 8
+"""As many names of classes are shown."""
+
 
 def run_doctor(config: DoctorOptions) -> int:
-    """Print the report. Returns 0, or 1 where a backend fails the self-test or the chosen one is not usable."""
+    """Print the report.
+
+    Returns 0, or 1 where a backend fails the self-test, the chosen one is not usable, or something is wrong with data.
+    """
+    if config.data:
+        return _report_on_data(config)
     report = examine()
     if config.json:
         print_json(report)
@@ -42,6 +54,45 @@ def run_doctor(config: DoctorOptions) -> int:
     if failed and not config.json:
         print(f"self-test failed: {', '.join(failed)}")
     return 1 if failed or report["in_force"] not in BACKENDS else 0
+
+
+def _report_on_data(config: DoctorOptions) -> int:
+    """Inspect data and print what was found. Returns 1 where something is wrong with them, otherwise 0."""
+    found: dict[str, list[PartReport]] = {}
+    for spec in config.data:
+        with progress(f"decode pictures of {spec}", None) as advance:
+            found[spec] = inspect(
+                spec,
+                all_files=config.all_files,
+                names_of=lambda source: class_names_of(source, None, prompts=True),
+                advance=advance,
+            )
+    wrong = any(report.faults for reports in found.values() for report in reports)
+    if config.json:
+        print_json({spec: [report.values() for report in reports] for spec, reports in found.items()})
+        return 1 if wrong else 0
+    for spec, reports in found.items():
+        print(spec)
+        for report in reports:
+            for line in _lines_of(report):
+                print(f"  {report.part:<5}  {line}")
+        print()
+    print("something is wrong with the data: see the lines that begin with WRONG" if wrong else "nothing is wrong")
+    return 1 if wrong else 0
+
+
+def _lines_of(report: PartReport) -> list[str]:
+    """Return what was found in a part of data, a line for each thing."""
+    lines = []
+    if report.where:
+        each = "" if report.each is None else f", {report.each[0]} to {report.each[1]} of each class"
+        lines += [report.where, f"{report.images} images, {report.classes} classes{each}"]
+        if report.names:
+            lines.append(f"names: {', '.join(report.names[:SHOWN_NAMES])}{', ...' * (len(report.names) > SHOWN_NAMES)}")
+        if report.decoded:
+            lines.append(f"{report.decoded} pictures decoded")
+    lines += [f"note: {one_line(message)}" for message in report.warnings]
+    return lines + [f"WRONG: {one_line(message)}" for message in report.faults]
 
 
 def _show(title: str, facts: dict[str, Any]) -> None:

@@ -33,6 +33,10 @@ def base_and_new(num_classes: int) -> tuple[list[int], list[int]]:
     return list(range(middle)), list(range(middle, num_classes))
 
 
+STORED_CHOICES = "split_fewshot"
+"""The folder in which CoOp leaves its choices."""
+
+
 class ListedImage(Protocol):
     """An image of a published list."""
 
@@ -67,10 +71,18 @@ class PublishedShots:
 
         Raises UserError if a pickled list does not fit the images.
         """
-        stored = self.folder / "split_fewshot" / f"shot_{shots}-seed_{seed}.pkl"
+        stored = self.folder / STORED_CHOICES / f"shot_{shots}-seed_{seed}.pkl"
         if stored.is_file():
-            notices.note(f"the {shots} training images of each class are those that {stored} lists")
-            return [image.id for image in self._read(stored, self.part)]
+            notices.note(f"the {shots} {self.part} images of each class are those that {stored} lists")
+            return self.listed_in(stored)
+        return self.drawn(shots, seed)
+
+    def listed_in(self, path: Path) -> list[str]:
+        """Return the ids of the images that a pickled choice lists. Raises UserError if it does not fit the images."""
+        return [image.id for image in self._read(path, self.part)]
+
+    def drawn(self, shots: int, seed: int) -> list[str]:
+        """Return the ids of the images that CoOp draws where it has stored no choice."""
         train: Sequence[ListedImage] = self.train
         if self.order is not None and self.order.is_file():
             train = self._read(self.order, "train")

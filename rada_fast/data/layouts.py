@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from rada_fast.data.folders import EXAMPLES, SYSTEM_FOLDERS
 from rada_fast.errors import UserError
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
+SHOWN_PLACES = 7
+"""A message names no more places than these."""
 SUGGESTED_DEPTH = 3
 """A folder that would do is looked for this many levels below the folder that was given."""
 
@@ -94,8 +97,11 @@ def archive_hint(folder: Path) -> str:
 
 
 def shown(root: Path, candidates: Iterable[str]) -> str:
-    """Return the places where something was looked for, in the words of a message."""
-    return ", ".join(dict.fromkeys(str(root / candidate) for candidate in candidates))
+    """Return the places where something was looked for, in the words of a message. Of many, only some are named."""
+    places = list(dict.fromkeys(os.path.normpath(root / candidate) for candidate in candidates))
+    if len(places) > SHOWN_PLACES:
+        return f"{', '.join(places[: SHOWN_PLACES - 1])}, {len(places) - SHOWN_PLACES} more, and {places[-1]}"
+    return ", ".join(places)
 
 
 def lines_of(path: Path, what: str) -> Iterator[str]:

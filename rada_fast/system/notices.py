@@ -79,6 +79,12 @@ def release() -> None:
         _print(line)
 
 
+def discard() -> None:
+    """Drop the lines that wait to be printed, because a report contains them."""
+    if (pending := _current.get().pending) is not None:
+        pending.clear()
+
+
 def one_line(text: str) -> str:
     """Return a text on one line, with escape sequences for characters that cannot be printed."""
     return "".join(

@@ -23,8 +23,10 @@ from rada_fast.data.sources import ImageFolder, Sample
 from rada_fast.errors import UserError
 
 
-def read_image_folder(root: Path) -> ImageFolder:
+def read_image_folder(root: Path, *, published: bool = False) -> ImageFolder:
     """Read a folder that has one sub-folder for each class; images may lie at any depth below it.
+
+    published: whether a published list says what the classes are, so that the folders need not be all of them.
 
     The classes are numbered in the order that `label_order` gives their folders. Raises UserError where there is no
     class, or where the sub-folders are certainly not the classes; warns of everything that is not used.
@@ -54,7 +56,8 @@ def read_image_folder(root: Path) -> ImageFolder:
             raise UserError(fault)
     skipped += tuple(entry for below in found for entry in below.skipped)
     source = ImageFolder(root, folders, _sorted(samples), skipped, fault)
-    mention_single_class(root, folders)
+    if not published:
+        mention_single_class(root, folders)
     mention_equal_numbers(root, folders)
     mention_empty(root, source.empty_folders)
     mention_skipped(root, skipped)

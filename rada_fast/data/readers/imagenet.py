@@ -55,7 +55,7 @@ class ImageNetKind(NamedTuple):
         return (*(self.images.get(part) or self.images["test"]), "")
 
 
-_IMAGENET = ("", "imagenet/", "ILSVRC2012/", "ILSVRC/Data/CLS-LOC/", "Data/CLS-LOC/", "imagenet-1k/")
+_IMAGENET = ("imagenet/", "", "ILSVRC2012/", "ILSVRC/Data/CLS-LOC/", "Data/CLS-LOC/", "imagenet-1k/")
 _PARENTS = tuple(f"{above}{images}" for images in ("images/", "") for above in _IMAGENET)
 _VAL_FOLDERS = ("val_dirs", "val_in_folder", "val", "validation")
 
@@ -153,7 +153,7 @@ def read_imagenet(kind: ImageNetKind, path: Path, part: Part) -> ImageFolder:
     Raises UserError where no such folder is found, or where its sub-folders are other classes.
     """
     folder = image_folder(kind, path, part)
-    found = read_image_folder(folder)
+    found = read_image_folder(folder, published=True)
     wnids = synsets(kind.synsets)
     labels = {wnid: label for label, wnid in enumerate(wnids)}
     keys = [_key(name, kind, wnids) for name in found.folders]

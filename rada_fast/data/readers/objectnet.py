@@ -50,7 +50,7 @@ def read_objectnet(path: Path, part: Part) -> ImageFolder:
         )
     folders = tuple(sorted(title_of))
     ids = _imagenet_ids(lists)
-    found = read_image_folder(images)
+    found = read_image_folder(images, published=True)
     label_of = {folder: label for label, folder in enumerate(folders)}
     new = {label: label_of[folder] for label, folder in enumerate(found.folders) if folder in label_of}
     left_out = len(found.folders) - len(new)
