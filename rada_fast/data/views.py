@@ -32,6 +32,8 @@ class Preprocess:
     interpolation: the filter that resizes the original.
     resize: "shortest" resizes the shorter side to S and cuts out the centre; "squash" resizes both sides to S, as
         SigLIP and some other models expect.
+    resized: the length to which a side is resized instead of S, before the centre is cut out; None stands for S. ALIGN
+        expects a picture of 346 x 346 pixels, of which it sees the inner 289 x 289.
     """
 
     image_size: int
@@ -39,6 +41,14 @@ class Preprocess:
     std: tuple[float, float, float]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize: Literal["shortest", "squash"] = "shortest"
+    resized: int | None = None
+
+    def whole_view(self, height: int, width: int) -> Tensor:
+        """Return the view (1, 11) of the original of this size; see ops.whole_view."""
+        return whole_view(
+            height, width, self.image_size,
+            resize=self.resize, interpolation=self.interpolation, resized=self.resized,
+        )  # fmt: skip
 
 
 def image_seed(seed: int, image_id: str) -> int:
@@ -52,11 +62,7 @@ def center_view(image: Image.Image, preprocess: Preprocess) -> Tensor:
 
     image: RGB, as read_image returns it. Returns (3, S, S) float32.
     """
-    original = whole_view(
-        image.height, image.width, preprocess.image_size,
-        resize=preprocess.resize, interpolation=preprocess.interpolation,
-    )  # fmt: skip
-    return cut_views(pixels_of(image), original, preprocess)[0]
+    return cut_views(pixels_of(image), preprocess.whole_view(image.height, image.width), preprocess)[0]
 
 
 ViewPlan = Tensor | AugmixPlan
@@ -82,7 +88,7 @@ def plan_views(height: int, width: int, preprocess: Preprocess, num_views: int, 
     if kind not in ("crop", "augmix"):
         raise ValueError(f"kind must be crop or augmix, got {kind!r}")
     size, generator = preprocess.image_size, _generator(seed)
-    original = whole_view(height, width, size, resize=preprocess.resize, interpolation=preprocess.interpolation)
+    original = preprocess.whole_view(height, width)
     if kind == "crop":
         return torch.cat([original, random_views(height, width, size, num_views - 1, generator)])
     return random_augmix(

@@ -27,6 +27,7 @@ def whole_view(
     *,
     resize: Literal["shortest", "squash"] = "shortest",
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    resized: int | None = None,
 ) -> Tensor:
     """Return the view of a whole picture.
 
@@ -34,17 +35,21 @@ def whole_view(
     size: the side S of the view.
     resize: "shortest" resizes the shorter side to S and crops the centre; "squash" resizes both sides to S.
     interpolation: the filter.
+    resized: the length R >= S to which a side is resized instead of S, before the centre is cropped; None stands for S.
 
-    Returns a table of one view, (1, 11) int64 (VIEW_COLUMNS), of picture 0. Raises ValueError for sizes below 1.
-    Equivalent to torchvision's Resize(size) and CenterCrop(size), or Resize((size, size)).
+    Returns a table of one view, (1, 11) int64 (VIEW_COLUMNS), of picture 0. Raises ValueError for sizes below 1 or an R
+    below S. Equivalent to torchvision's Resize(R) or Resize((R, R)), and CenterCrop(S).
     """
     check_sides(height, width, size)
-    resized_height = resized_width = size
+    side = size if resized is None else resized
+    if side < size:
+        raise ValueError(f"resized must be at least the size {size}, got {resized}")
+    resized_height = resized_width = side
     if resize == "shortest":
         # As torchvision does, round the longer side down, and the window's corner to the nearest integer, ties to even.
-        long = int(size * max(height, width) / min(height, width))
-        resized_height, resized_width = (long, size) if width <= height else (size, long)
-    top, left = (round((side - size) / 2.0) for side in (resized_height, resized_width))
+        long = int(side * max(height, width) / min(height, width))
+        resized_height, resized_width = (long, side) if width <= height else (side, long)
+    top, left = (round((length - size) / 2.0) for length in (resized_height, resized_width))
     bicubic = int(interpolation == "bicubic")
     return torch.tensor([[0, 0, 0, height, width, resized_height, resized_width, top, left, 0, bicubic]])
 
