@@ -26,8 +26,8 @@ from rada_fast.errors import UserError
 
 PATHS = ("output", "pretrained", "adapter", "classes", "templates", "runs", "compare")
 """These fields hold a path or several; some may hold a name instead, and templates may hold a template."""
-KINDS_AND_PATHS = ("data", "train", "test", "new_test", "text_features")
-"""These fields hold KIND:PATH."""
+KINDS_AND_PATHS = ("data", "train", "test", "new_test", "text_features", "model")
+"""These fields hold KIND:PATH; the model may be a name instead."""
 MAX_OPTIONS_BYTES = 2**24
 """A larger options file is refused."""
 

@@ -35,10 +35,11 @@ class ModelOptions:
     """These options choose the vision-language model."""
 
     model: str = "embedded"
-    """An open_clip model's name, such as ViT-B-16-quickgelu, or "embedded", the small CLIP that is shipped."""
+    """An open_clip model's name, such as ViT-B-16-quickgelu; "embedded", the small CLIP that is shipped; or files:
+    openclip:DIR, transformers:DIR (CLIP, SigLIP, ALIGN) or openai:FILE.pt."""
     pretrained: str | None = None
-    """A hub tag such as openai, a local weights file, the output folder of an fft for the image encoder that it
-    trained, or "random" to try a command without weights."""
+    """For a name of open_clip: a hub tag such as openai, a local weights file (OpenAI's archives too), or "random"
+    to try a command without weights. For any model: the output folder of an fft, for the encoder that it trained."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
     precision: Precision = "float32"
@@ -46,8 +47,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_text("model", self.model)
-        check_paths(self, "pretrained")
+        check_paths(self, "model", "pretrained")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise UserError(f"device must be auto, cpu or cuda[:N], got {self.device!r}")
 

@@ -191,7 +191,7 @@ def stage_step(
             gradients = ContrastiveGradients(text, model.logit_scale)
         else:
             trained.append(encoder)
-        encoder.requires_grad_(True).train()
+        vlm.train_image_encoder(True)
         if micro_batch is None:
             share = CHECKPOINTED_SHARE if options.grad_checkpointing else 1.0
             extra = int(share * _activation_bytes(vlm))
@@ -287,10 +287,11 @@ def _activation_bytes(vlm: VisionLanguageModel) -> int:
         return sum(storages.values())
 
     training = encoder.training
-    # The statistics of batch normalisation must not change. A difference leaves out what all images share: weights.
+    # A difference leaves out what all images share: weights.
     encoder.eval()
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[vlm.device] if vlm.device.type == "cuda" else []):
             return max(0, kept(2) - kept(1))
     finally:
-        encoder.train(training)
+        if training:
+            vlm.train_image_encoder(True)

@@ -13,15 +13,17 @@ from typing import Any, Literal, NoReturn, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rada_fast import _env
 from rada_fast.config.options import ModelOptions
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
-from rada_fast.models.image_encoder import ImageEncoder
+from rada_fast.models.image_encoder import ImageEncoder, reason_not_served
+from rada_fast.models.open import open_parts
 from rada_fast.models.protocol import Tokenizer, Tower, image_tower, text_tower
 from rada_fast.models.trained import MAX_CHAINED_RUNS, TrainedRun, open_run
-from rada_fast.models.weights import EMBEDDED, RANDOM, is_tag, parts_of, parts_of_embedded
+from rada_fast.models.weights import RANDOM, is_tag
 from rada_fast.system import memory, notices
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -106,6 +108,18 @@ class VisionLanguageModel:
     def loaded(self) -> Self:
         """Return the model itself. In a run without a model, AbsentModel raises UserError here."""
         return self
+
+    def train_image_encoder(self, training: bool) -> None:
+        """Let the image encoder be trained, or freeze it again.
+
+        Batch normalisation keeps the statistics of the weights: a step encodes its images in parts, and their own
+        statistics would depend on the size of the parts.
+        """
+        encoder: nn.Module = self.model.visual
+        encoder.requires_grad_(training).train(training)
+        for module in encoder.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
     def encoder_was_trained(self) -> None:
         """Compute the fingerprint anew, so that caches keep no features of the weights before a training."""
@@ -301,7 +315,7 @@ def load_model(
 ) -> VisionLanguageModel:
     """Load a frozen model. The process then keeps freed memory, see system/memory.py.
 
-    name: "embedded", or the name of a model of open_clip.
+    name: "embedded", the name of a model of open_clip, or KIND:PATH; see open.py.
     pretrained: a tag of a hub, a local file of weights (safetensors, or a torch file of plain tensors; no code in it is
         executed), a run of fft whose image encoder replaces that of the model, or "random".
     device: the device of the encoders.
@@ -313,7 +327,7 @@ def load_model(
     memory.keep_freed_memory()
     runs = _run_chain(name, pretrained)
     start, start_seed = (runs[-1].pretrained, runs[-1].seed) if runs else (pretrained, seed)
-    parts = parts_of_embedded(start) if name == EMBEDDED else parts_of(name, start, start_seed)
+    parts = open_parts(name, start, start_seed)
     if (
         runs
         and len({run.fingerprint for run in runs}) == 1
@@ -323,6 +337,8 @@ def load_model(
     trained = next((run for run in runs if run.trained_encoder), None)
     if trained is not None:
         trained.put_encoder_into(parts.module)
+    if (reason := reason_not_served(parts.module.requires_grad_(False).eval())) is not None:
+        notices.note(f"model {name}: {reason}, so that its own module encodes the images")
     return VisionLanguageModel(
         name,
         pretrained,

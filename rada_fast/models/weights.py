@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
-from rada_fast.models.protocol import ModelParts
+from rada_fast.models.openai_archive import NUMBERS, architecture_of, is_archive, read_archive
+from rada_fast.models.protocol import ModelParts, Tokenizer
 
 EMBEDDED = "embedded"
 RANDOM = "random"
@@ -47,25 +49,119 @@ def parts_of(name: str, pretrained: str | None, seed: int) -> ModelParts:
             f'or "{RANDOM}" to try the machinery without weights'
         )
     if pretrained != RANDOM and pretrained not in tags and not Path(pretrained).expanduser().is_file():
+        close = difflib.get_close_matches(pretrained, tags, n=3, cutoff=0.6)
+        advice = f"; close: {', '.join(close)}" if close else ""
         raise UserError(
-            f"pretrained {pretrained!r} is neither a file nor a tag of {name} ({', '.join(tags) or 'it has none'})"
+            f"pretrained {pretrained!r} is neither a file nor a tag of {name} "
+            f"({', '.join(tags) or 'it has none'}){advice}"
         )
-    model = _create(name, pretrained, seed)
+    if pretrained != RANDOM and pretrained not in tags and is_archive(Path(pretrained).expanduser()):
+        model = _of_archive(name, Path(pretrained).expanduser())
+    else:
+        model = _create(name, pretrained, seed)
+    return ModelParts(model, tokenizer_of(name), preprocess_of(model), name)
+
+
+def preprocess_of(model: Any) -> Preprocess:
+    """Return the form in which a model of open_clip expects images."""
     config = model.visual.preprocess_cfg
     size = config["size"]
-    preprocess = Preprocess(
+    return Preprocess(
         size if isinstance(size, int) else int(size[0]),
         tuple(config["mean"]),
         tuple(config["std"]),
         "bilinear" if config["interpolation"] == "bilinear" else "bicubic",
         "squash" if config["resize_mode"] == "squash" else "shortest",
     )
+
+
+def tokenizer_of(name: str, schema: str = "", **options: Any) -> Tokenizer:
+    """Make the tokenizer of a model of open_clip. Raises UserError if a library or a file for it is missing.
+
+    name: the model; schema: what open_clip wants before the name; options: those of open_clip's get_tokenizer.
+    """
+    import open_clip
+
     try:
-        with _quiet_log():
-            tokenizer = open_clip.get_tokenizer(name)
+        with quiet_log():
+            tokenizer: Tokenizer = open_clip.get_tokenizer(schema + name, **options)
     except Exception as error:  # a tokenizer of another library may be missing or impossible to download
-        raise UserError(f"model {name}: its tokenizer cannot be made: {_one_line(error)}") from None
-    return ModelParts(model, tokenizer, preprocess, name)
+        advice = ""
+        if not schema:
+            advice = "; where there is no network, give the folder of the model as --model openclip:DIR"
+        if isinstance(error, ModuleNotFoundError) and error.name == "transformers":
+            advice = "; pip install 'rada_fast[transformers]'"
+        raise UserError(f"model {name}: its tokenizer cannot be made: {one_line(error)}{advice}") from None
+    return tokenizer
+
+
+def _of_archive(name: str, path: Path) -> Any:
+    """Make a model of open_clip with the weights of a TorchScript archive, as OpenAI publishes them."""
+    state, is_openai = read_state_of_archive(path, f"into {name}")
+    if is_openai:
+        _warn_of_quick_gelu(name, str(path), True)
+    model = _random(name, seed=0)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = f", its tensors do not fit: {one_line(error)}"
+        raise UserError(f"pretrained file {path} does not load into {name}{reason}{_twins(state, name)}") from None
+    return model
+
+
+def read_state_of_archive(path: Path, where: str) -> tuple[dict[str, Tensor], bool]:
+    """Read the weights of a TorchScript archive in float32, and whether OpenAI made it. where: words for the message.
+
+    Raises UserError if the file is damaged or holds anything but tensors.
+    """
+    try:
+        state = read_archive(path)
+    except ValueError as error:
+        raise UserError(
+            f"pretrained file {path} does not load {where} without executing code: {one_line(error)}"
+        ) from None
+    is_openai = all(name in state for name in NUMBERS)
+    # The mask of the causal attention is no weight: a model makes its own.
+    state = {name: x for name, x in state.items() if name not in NUMBERS and name.rpartition(".")[2] != "attn_mask"}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}, is_openai
+
+
+def _twins(state: dict[str, Tensor], name: str) -> str:
+    """Return a sentence with the models of open_clip that the weights fit, if their shapes tell this."""
+    import open_clip
+
+    found = architecture_of(state)
+    if found is None:
+        return ""
+    names = [
+        other for other in open_clip.list_models()
+        if other != name and _is_architecture(open_clip.get_model_config(other) or {}, found)
+    ]  # fmt: skip
+    return f"; they fit the model {' or '.join(names)}" if names else ""
+
+
+def _is_architecture(config: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Return whether a configuration of open_clip has the sizes of an architecture."""
+    defaults: dict[str, dict[str, Any]] = {"vision_cfg": {"patch_size": None}, "text_cfg": {}}
+    return config.get("embed_dim") == found["embed_dim"] and all(
+        {**default, **config.get(part, {})}.get(key) == value
+        for part, default in defaults.items()
+        for key, value in found[part].items()
+        if key != "heads"
+    )
+
+
+def _random(name: str, seed: int) -> Any:
+    """Make a model of open_clip with random weights, which depend on the seed alone."""
+    import open_clip
+
+    try:
+        with quiet_log(), torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
+            torch.default_generator.manual_seed(seed)
+            return open_clip.create_model(name, pretrained_text=False)
+    except Exception as error:  # a text encoder of another library may be missing or impossible to download
+        raise UserError(f"model {name} cannot be built: {one_line(error)}") from None
 
 
 def _create(name: str, pretrained: str, seed: int) -> Any:
@@ -73,13 +169,7 @@ def _create(name: str, pretrained: str, seed: int) -> Any:
     import open_clip
 
     if pretrained == RANDOM:
-        try:
-            with _quiet_log(), torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
-                torch.default_generator.manual_seed(seed)
-                return open_clip.create_model(name, pretrained_text=False)
-        except Exception as error:  # a text encoder of another library may be missing or impossible to download
-            raise UserError(f"model {name} cannot be built: {_one_line(error)}") from None
+        return _random(name, seed)
     is_tag = pretrained in open_clip.list_pretrained_tags_by_model(name)
     source = pretrained if is_tag else str(Path(pretrained).expanduser())
     record = _record_of_tag(name, pretrained) if is_tag else _record_of_file(name, Path(source))
@@ -89,10 +179,9 @@ def _create(name: str, pretrained: str, seed: int) -> Any:
         # All of OpenAI's weights were trained with QuickGELU, whatever model they are loaded into.
         _warn_of_quick_gelu(name, source, True)
     try:
-        with _quiet_log(), warnings.catch_warnings():
-            # A clearer warning was given above, and an archive that cannot be loaded becomes an error below.
+        with quiet_log(), warnings.catch_warnings():
+            # A clearer warning was given above.
             warnings.filterwarnings("ignore", message="QuickGELU mismatch", category=UserWarning)
-            warnings.filterwarnings("ignore", message=".*looks like a TorchScript archive", category=UserWarning)
             return open_clip.create_model(
                 name,
                 pretrained=source,
@@ -100,25 +189,26 @@ def _create(name: str, pretrained: str, seed: int) -> Any:
                 force_preprocess_cfg=None if is_tag else _preprocess_of_file(name, record),
             )
     except Exception as error:  # a damaged or hostile file, or a hub that cannot be reached, may raise anything
-        reason = _one_line(error)
+        reason = one_line(error)
     if is_tag and "Failed to download" in reason:
         raise UserError(
             f"pretrained {pretrained!r} of {name} could not be downloaded; fetch it where there is a network and "
             f"give the file instead ({reason})"
         )
-    if "TorchScript" in reason:
-        reason = " without executing code: it is a TorchScript archive; save its state_dict as safetensors"
     # PyTorch's own message would advise the user to load the file without this protection.
-    elif "weights_only" in reason or "allow_pickle" in reason:
+    if "weights_only" in reason or "allow_pickle" in reason:
         reason = " without executing code: it is damaged, or holds more than plain tensors"
     elif "loading state_dict" in reason:
         reason = f", its tensors do not fit: {reason}"
+        with quiet_log():
+            reason += _twins(open_clip.factory.load_state_dict(source), name) if not is_tag else ""
     else:
         reason = f": {reason}"
     raise UserError(f"pretrained {'weights' if is_tag else 'file'} {source} does not load into {name}{reason}")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the message of an error of another library on one line of bounded length."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -188,7 +278,7 @@ def _warn_of_quick_gelu(name: str, pretrained: str, wants: bool) -> None:
 
 
 @contextmanager
-def _quiet_log() -> Iterator[None]:
+def quiet_log() -> Iterator[None]:
     """Suppress the log lines of open_clip. Their important contents become errors or warnings of this program."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -196,14 +286,3 @@ def _quiet_log() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
-
-
-def parts_of_embedded(pretrained: str | None) -> ModelParts:
-    """Read the model that is shipped. Raises UserError if other weights are asked for."""
-    from rada_fast.embedded import model as embedded
-    from rada_fast.embedded.world import IMAGE_SIZE
-
-    if pretrained is not None:
-        raise UserError(f"pretrained must be left out for the embedded model, or name a run of fft, got {pretrained!r}")
-    model, tokenizer = embedded.load()
-    return ModelParts(model, tokenizer, Preprocess(IMAGE_SIZE, embedded.MEAN, embedded.STD), EMBEDDED)
