@@ -66,7 +66,7 @@ COMMANDS = {
         TTTOptions, "rada_fast.loops.ttt:run_ttt", "test-time training: adapt to every test image by itself"
     ),
     "eft": Command(
-        EFTOptions, "rada_fast.loops.eft:run_eft", "efficient fine-tuning: train the adapter, encoders frozen"
+        EFTOptions, "rada_fast.loops.sweep:run_eft_runs", "efficient fine-tuning: train the adapter, encoders frozen"
     ),
     "fft": Command(
         FFTOptions, "rada_fast.loops.fft:run_fft", "full fine-tuning: adapter and classifier, then everything"

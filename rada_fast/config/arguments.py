@@ -24,9 +24,9 @@ from typing import Any
 
 from rada_fast.errors import UserError
 
-PATHS = ("output", "pretrained", "adapter", "classes", "templates", "runs", "compare")
+PATHS = ("output", "pretrained", "adapter", "classes", "templates", "runs", "compare", "root")
 """These fields hold a path or several; some may hold a name instead, and templates may hold a template."""
-KINDS_AND_PATHS = ("data", "train", "test", "new_test", "text_features", "model")
+KINDS_AND_PATHS = ("data", "train", "test", "new_test", "evaluate_on", "text_features", "model")
 """These fields hold KIND:PATH; the model may be a name instead."""
 MAX_OPTIONS_BYTES = 2**24
 """A larger options file is refused."""

@@ -82,15 +82,26 @@ class EFTOptions:
     Writes epochs.jsonl (one line per epoch, as soon as it is done), images.jsonl (one line per test image),
     adapter.safetensors and summary.json.
 
+    With --sets or --seeds, one run for each set and seed, and tables of all of them.
+
     Example: rada-fast eft --train imagefolder:train --test imagefolder:test --model ViT-B-16-quickgelu --pretrained
     openai --output results/eft
     """
 
-    train: str
+    train: str = ""
     """Training images as KIND:PATH: imagefolder:DIR, coop:ROOT/dtd, features:FILE.npz, and others that docs/data.md
-    lists. Where the data have parts, these are the training images, and those of --test are the test images."""
-    test: str
+    lists. Where the data have parts, these are the training images, and those of --test are the test images. With
+    --sets, a {set} in it stands for the name of each set."""
+    test: str = ""
     """Test images as KIND:PATH."""
+    sets: tuple[str, ...] = ()
+    """Run each of these data sets of CoOp in turn, such as dtd eurosat, or all for the eleven."""
+    seeds: tuple[int, ...] = ()
+    """Run each of these seeds in turn."""
+    root: str = "data"
+    """The folder with the data sets that --sets names. --train and --test can then be left out."""
+    evaluate_on: tuple[str, ...] = ()
+    """Also evaluate on these data, one or more KIND:PATH, each with classes of its own."""
     new_test: str | None = None
     """Test images of new classes, where they are data of their own. Needs --protocol all."""
     method: EFTMethodName = "rada"
@@ -130,7 +141,17 @@ class EFTOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         _check_head(self.method, EFT_METHODS[self.method].head, self.adapter)
-        check_paths(self, "train", "test", "new_test")
+        for name in ("train", "test"):
+            if getattr(self, name):  # both are left out where --sets names the data
+                check_paths(self, name)
+        check_paths(self, "new_test", "sets", "root", "evaluate_on")
+        for seed in self.seeds:
+            check_integer("seeds", seed, 0, MAX_SEED)
+        for name in ("sets", "seeds", "evaluate_on"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise UserError(f"{name} must name everything once, got {' '.join(map(str, getattr(self, name)))}")
+        if self.evaluate_on and self.text.text_features is not None:
+            raise UserError("evaluate_on needs prompts for the classes of other data, not --text-features")
         if self.shots is not None:
             check_integer("shots", self.shots, 1)
         check_integer("epochs", self.epochs, 1)

@@ -34,7 +34,7 @@ from rada_fast.ops.rational_adapter import check_text_features
 Setting = Literal["eft", "fft"]
 OTHER_OPTIONS = frozenset(
     {"train", "test", "new_test", "protocol", "evaluate_every", "run", "model", "text", "adapter"}
-    | {"method", "tuning", "ensemble", "pull_weight", "feature_ratio"}
+    | {"method", "tuning", "ensemble", "pull_weight", "feature_ratio", "sets", "seeds", "root", "evaluate_on"}
 )
 """The options of the commands that fine_tune does not have, or has as arguments of its own. It trains RAda alone."""
 

@@ -99,6 +99,8 @@ def open_task(options: EFTOptions) -> Task:
     """
     specs = {"train": options.train, "test": options.test}
     specs |= {} if options.new_test is None else {"new": options.new_test}
+    others = {f"evaluate-on {spec}": spec for spec in options.evaluate_on}
+    specs |= others
     opened = open_data_and_model(options, specs)
     source, testing, new_testing = opened.sources["train"], opened.sources["test"], opened.sources.get("new")
     prompts, means = options.text.text_features is None, options.text.text_features == "class-means"
@@ -131,6 +133,7 @@ def open_task(options: EFTOptions) -> Task:
         groups["new"] = ClassGroup([names["train"][label] for label in new], features.get("new classes"), options.train)
     elif new_testing is not None and prompts:
         groups["new"] = ClassGroup(names["new"], data=options.new_test)
+    groups |= {part: ClassGroup(names[part], data=spec) for part, spec in others.items()}
     rows = text_features(options.text, list(groups.values()), opened.model, opened.text_file)
     texts = dict(zip(groups, rows, strict=True))
     setup = open_setup("eft", options, opened, groups["base"].names, texts["base"])
@@ -144,13 +147,16 @@ def open_task(options: EFTOptions) -> Task:
         evaluation = [EvaluationData("test" if new_testing is None else "base", testing, texts["base"], names["train"])]
         if new_testing is not None:
             evaluation.append(EvaluationData("new", new_testing, texts.get("new"), names["new"]))
+    evaluation += [
+        EvaluationData(spec, opened.sources[part], texts[part], names[part]) for part, spec in others.items()
+    ]
     return Task(
         setup,
         images,
         features["training images"],
         tuple(evaluation),
         {**opened.sources, "train": images} | ({"train, new classes": new_images} if new and means else {}),
-        (*names["train"], *names.get("new", ())),
+        tuple(name for found in names.values() for name in found),
         torch.cat([texts["base"], texts["new"]]) if new else texts["base"],
     )
 

@@ -29,6 +29,9 @@ NON_IDENTITY_OPTIONS = (
     "memory",
     "episodes",
     "order_seed",
+    "sets",
+    "seeds",
+    "root",
     "ensemble",
 )
 """Options that change where a run writes or how it proceeds, but no number. The limit is added back if it matters."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from rada_fast.runs.folder import FORMAT, IDENTITY_FILE
 
-DATA_OPTIONS = ("data", "train", "test", "new_test")
+DATA_OPTIONS = ("data", "train", "test", "new_test", "evaluate_on")
 """The options that name data, as --data does."""
 MAX_IDENTITY_BYTES = 2**29
 """The largest run.json that is read. It has an entry for every picture."""
