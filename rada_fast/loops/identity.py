@@ -69,8 +69,9 @@ def open_folder(
 def option_paths(setup: Setup) -> list[Path]:
     """Return the values of options that may name a file or a folder. Some may be a tag or a template instead."""
     options = setup.options
-    text = (options.text.text_features or "").partition(":")[2]
-    named = (options.adapter.adapter, options.model.pretrained, options.text.classes, *options.text.templates, text)
+    text, files = ((value or "").partition(":")[2] for value in (options.text.text_features, options.model.model))
+    model = (files, options.model.pretrained)
+    named = (options.adapter.adapter, *model, options.text.classes, *options.text.templates, text)
     return [Path(name).expanduser() for name in named if name]
 
 

@@ -20,7 +20,7 @@ from rada_fast.data.views import Preprocess, center_view
 from rada_fast.errors import UserError
 from rada_fast.models.transformers_models import read_preprocess
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
-from tests.tiny_models import write_transformers_folder
+from tests.tiny_models import write_openclip_folder, write_tokenizer, write_transformers_folder
 
 TEXTS = ["a photo of a red ring.", "a zebra"]
 KINDS = ("clip", "siglip", "align")
@@ -134,6 +134,19 @@ def test_statistics_of_batch_normalisation_stay_those_of_the_weights(folder: Pat
     model.train_image_encoder(False)
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
     assert not model.model.visual.training
+
+
+def test_a_folder_of_open_clip_has_its_tokenizer_from_transformers(folder: Path, tmp_path: Path) -> None:
+    write_openclip_folder(tmp_path / "siglip", "Small-Sigmoid")
+    file = tmp_path / "siglip" / "open_clip_config.json"
+    described = json.loads(file.read_text())
+    described["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "timm/somewhere"}
+    file.write_text(json.dumps(described))
+    name = f"openclip:{tmp_path}/siglip"
+    with pytest.raises(UserError, match="its tokenizer cannot be made"):
+        load_model(name)
+    write_tokenizer(tmp_path / "siglip")
+    assert load_model(name).tokens(["a photo of a zebra"]).tolist()[0][:7] == [2, 4, 5, 6, 4, 1, 3]
 
 
 def test_torch_files_are_read_and_safetensors_preferred(copied: Path) -> None:

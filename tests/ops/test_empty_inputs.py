@@ -252,6 +252,7 @@ def adapted(images: int, classes: int, episodes: int | None = None) -> object:
         (lambda: whole_view(0, 3, 4), "height, width and size must be at least 1, got 0, 3 and 4"),
         (lambda: whole_view(3, 0, 4, resize="squash"), "height, width and size must be at least 1, got 3, 0 and 4"),
         (lambda: whole_view(3, 3, 0), "height, width and size must be at least 1, got 3, 3 and 0"),
+        (lambda: whole_view(3, 3, 4, resized=3), "resized must be at least the size 4, got 3"),
         (lambda: random_views(3, 3, 0, 1, generator()), "height, width and size must be at least 1, got 3, 3 and 0"),
         (lambda: random_augmix(3, 3, 4, 0, generator(), chains=0), "chains and depth must be at least 1"),
         (lambda: random_augmix(3, 3, 4, 0, generator(), depth=0), "chains and depth must be at least 1"),
