@@ -86,9 +86,10 @@ def _lines_of(report: PartReport) -> list[str]:
     lines = []
     if report.where:
         each = "" if report.each is None else f", {report.each[0]} to {report.each[1]} of each class"
-        lines += [report.where, f"{report.images} images, {report.classes} classes{each}"]
+        lines += [one_line(report.where), f"{report.images} images, {report.classes} classes{each}"]
         if report.names:
-            lines.append(f"names: {', '.join(report.names[:SHOWN_NAMES])}{', ...' * (len(report.names) > SHOWN_NAMES)}")
+            more = ", ..." if len(report.names) > SHOWN_NAMES else ""
+            lines.append(one_line(f"names: {', '.join(report.names[:SHOWN_NAMES])}{more}"))
         if report.decoded:
             lines.append(f"{report.decoded} pictures decoded")
     lines += [f"note: {one_line(message)}" for message in report.warnings]

@@ -114,7 +114,7 @@ def evaluate(
     with progress(title, len(images.ids)) as advance:
         for first in range(0, len(images.ids), chunk):
             part = images.features[first : first + chunk].to(device)
-            adapted = predict(part).cpu()
+            adapted = predict(part).cpu().clone()  # it is changed below, and may be the caller's
             diverged = ~adapted.isfinite().all(dim=-1)
             zero_shot = zero_shot_logits(part, text_features, logit_scale).cpu()
             for logits in (adapted, zero_shot):

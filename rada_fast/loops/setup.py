@@ -213,7 +213,9 @@ def open_sources(specs: Mapping[str, str]) -> dict[str, Source]:
         except UserError as error:
             raise UserError(f"{option} {spec}: {error}") from None
         if part != "data" and not source.has_classes:
-            raise UserError(f"{option} must be imagefolder:DIR or features:FILE.npz, which have classes, got {spec}")
+            raise UserError(
+                f"{option} must name data with classes, such as imagefolder:DIR, got {spec}, which has none"
+            )
         sources[part] = source
     return sources
 

@@ -131,7 +131,9 @@ def test_an_adapter_that_gives_nan_leaves_the_zero_shot_answer() -> None:
     def predict(part: Tensor) -> Tensor:
         return torch.where(torch.arange(3)[:, None] == 1, torch.nan, part.roll(1, 1))
 
-    records = evaluate(predict, images, torch.eye(3), 10.0, title="test", device=torch.device("cpu"))
+    records = evaluate(
+        predict, images, torch.eye(3), 10.0, names=("x", "y", "z"), title="test", device=torch.device("cpu")
+    )
     assert [record["status"] for record in records] == ["ok", "diverged", "ok"]
     assert records[1]["adapted"] == records[1]["zero_shot"]
     assert all(np.isfinite(record["confidence"]).all() for record in records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -317,4 +318,5 @@ def unique_ids(paths: Sequence[str]) -> list[str]:
 
 def unique_keys(names: Sequence[str]) -> tuple[str, ...]:
     """Return a key for each class: its name, with its label where several classes have the name."""
-    return tuple(name if names.count(name) == 1 else f"{name} ({label})" for label, name in enumerate(names))
+    counts = Counter(names)
+    return tuple(name if counts[name] == 1 else f"{name} ({label})" for label, name in enumerate(names))

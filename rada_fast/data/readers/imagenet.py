@@ -159,7 +159,9 @@ def read_imagenet(kind: ImageNetKind, path: Path, part: Part) -> ImageFolder:
     keys = [_key(name, kind, wnids) for name in found.folders]
     _check_classes(kind, folder, found, keys, labels)
     new = {label: labels[key] for label, key in enumerate(keys) if key in labels}
-    samples = tuple(replace(sample, label=new[sample.label]) for sample in found.samples if sample.label in new)
+    samples = found.samples
+    if keys != list(wnids):
+        samples = tuple(replace(sample, label=new[sample.label]) for sample in samples if sample.label in new)
     skipped = found.skipped + tuple(
         Skipped(name, f"no class of {kind.title}")
         for name, key in zip(found.folders, keys, strict=True)

@@ -14,6 +14,7 @@ from rada_fast.data.parts import Part
 from rada_fast.data.readers.coop import missing_images
 from rada_fast.data.readers.features import MAX_CLASSES
 from rada_fast.data.sources import ImageFolder, Sample
+from rada_fast.data.stored import open_regular
 from rada_fast.errors import UserError
 from rada_fast.system import notices
 
@@ -97,7 +98,8 @@ def read_table(path: Path, part: Part) -> ImageFolder:
 
 def _rows(path: Path) -> list[Row]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"table {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

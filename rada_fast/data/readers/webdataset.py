@@ -273,7 +273,8 @@ def _classes(found: Sequence[_Entry], folder: Path, pattern: Path) -> _Classes:
                 notices.warn(f"webdataset {pattern}: the texts beside the pictures are taken for captions, not classes")
                 return _Classes((), None, [-1] * len(found))
             names = tuple(sorted(set(texts)))
-        return _Classes(unique_keys(names), _shown(names), [names.index(text) for text in texts])
+        label_of = {name: label for label, name in enumerate(names)}
+        return _Classes(unique_keys(names), _shown(names), [label_of[text] for text in texts])
     if not numbers and not texts:
         return _Classes((), None, [-1] * len(found))
     without = [entry.pictures[0].name for entry in found if entry.number is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,9 @@ def test_unusable_tables_are_refused(root: Path) -> None:
             opened(root / "a.csv", text)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         open_source(f"csv:{root}/none.csv")
+    os.mkfifo(root / "fifo.csv")
+    with pytest.raises(UserError, match="cannot be read: it is a FIFO, not a file"):
+        open_source(f"csv:{root}/fifo.csv")
     (root / "binary.csv").write_bytes(b"path\n\xff\xfe")
     with pytest.raises(UserError, match="is not a text file"):
         open_source(f"csv:{root}/binary.csv")
