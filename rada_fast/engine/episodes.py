@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from rada_fast.config.method import EpisodeConfig, MaskPenalty, OptimizerName
 from rada_fast.engine.graphs import GRAPHS, GroupInputs, usable
 from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, GroupLogits, group_sizes, most_episodes
+from rada_fast.engine.stages import Busy, uncounted
 from rada_fast.modules.projections import GIVE_VALUES, is_no_ordinary_tensor
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
 from rada_fast.ops import (
@@ -143,6 +144,7 @@ def adapt_episode(
     *,
     zero_shot: bool,
     plain: bool,
+    busy: Busy = uncounted,
 ) -> GroupLogits:
     """Adapt a copy of the adapter to the views of one image, and predict the original view: logits (1, K).
 
@@ -154,11 +156,12 @@ def adapt_episode(
     zero_shot: whether the output projections of the adapter are zero, so that every mask is 1 and the logits are those
         of CLIP.
     plain: see EpisodeAdapter.
+    busy: counts the time of the stages select, adapt and predict.
     """
     adapted = EpisodeAdapter(adapter, views.dtype, plain=plain)
     optimizer = adapted.optimizer(config) if config.steps else None
 
-    with torch.no_grad():
+    with busy("select"), torch.no_grad():
         # If every mask is 1, the views can be selected without the adapter.
         if zero_shot:
             logits = zero_shot_logits(views, text_features, logit_scale)  # (V, K)
@@ -166,22 +169,23 @@ def adapt_episode(
         else:
             logits, _ = adapted(views, text_features, logit_scale)
             original = zero_shot_logits(views[:1], text_features, logit_scale)
-    kept = views[select_views(logits, config.num_selected(len(views)))]  # (n, D)
+        kept = views[select_views(logits, config.num_selected(len(views)))]  # (n, D)
 
-    for step in range(config.steps):
-        assert optimizer is not None
-        optimizer.zero_grad()
-        logits, penalty = adapted(
-            kept, text_features, logit_scale, config.penalty if config.penalty_weight else None,
-            output_is_zero=zero_shot and step == 0,
-        )  # fmt: skip
-        loss = episode_loss(logits, config)
-        if penalty is not None:
-            loss = loss + config.penalty_weight * penalty
-        loss.backward()
-        optimizer.step()
+    with busy("adapt"):
+        for step in range(config.steps):
+            assert optimizer is not None
+            optimizer.zero_grad()
+            logits, penalty = adapted(
+                kept, text_features, logit_scale, config.penalty if config.penalty_weight else None,
+                output_is_zero=zero_shot and step == 0,
+            )  # fmt: skip
+            loss = episode_loss(logits, config)
+            if penalty is not None:
+                loss = loss + config.penalty_weight * penalty
+            loss.backward()
+            optimizer.step()
 
-    with torch.no_grad():
+    with busy("predict"), torch.no_grad():
         return GroupLogits(adapted(views[:1], text_features, logit_scale)[0], original)
 
 
@@ -250,6 +254,7 @@ class Adaptation:
     config: the configuration of an episode.
     dtype: the type of the arithmetic; see arithmetic_dtype.
     most: the most episodes of a group, or None for as many as most_episodes says.
+    busy: counts the time of the stages select, adapt and predict, except in a recorded graph.
     """
 
     def __init__(
@@ -261,8 +266,9 @@ class Adaptation:
         dtype: torch.dtype,
         *,
         most: int | None = None,
+        busy: Busy = uncounted,
     ) -> None:
-        self._adapter, self._most = adapter, most
+        self._adapter, self._most, self._busy = adapter, most, busy
         self._plain = adapter.is_plain()
         self.rule = EpisodeRule(
             adapter.config, config, dtype, adapter.is_zero_shot(),
@@ -299,7 +305,7 @@ class Adaptation:
                 finished = (
                     adapt_episode(
                         self._adapter, episode, self._text, self._scale, self.rule.episode,
-                        zero_shot=self.rule.zero_shot, plain=self._plain,
+                        zero_shot=self.rule.zero_shot, plain=self._plain, busy=self._busy,
                     )
                     for episode in views
                 )  # fmt: skip
@@ -328,7 +334,7 @@ class Adaptation:
                 continue
             if self._group is None or self._group.episodes != len(part):
                 # A group keeps its memory, so only the last one is kept.
-                self._group = EpisodeGroup(self._initial, self.rule, len(part))
+                self._group = EpisodeGroup(self._initial, self.rule, len(part), self._busy)
             yield self._group(part, text, scale)
 
 

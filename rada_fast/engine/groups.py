@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rada_fast.config.method import AdapterConfig, EpisodeConfig, MaskPenalty
+from rada_fast.engine.stages import Busy, uncounted
 from rada_fast.ops import (
     EpisodicOptimizer,
     KeptViews,
@@ -113,10 +114,11 @@ class EpisodeGroup:
         call and never written, so a change of their values counts from the next call on.
     rule: how the episodes are computed.
     episodes: E.
+    busy: counts the time of the stages select, adapt and predict.
     """
 
-    def __init__(self, initial: Mapping[str, Tensor], rule: EpisodeRule, episodes: int) -> None:
-        self.rule, self.episodes = rule, episodes
+    def __init__(self, initial: Mapping[str, Tensor], rule: EpisodeRule, episodes: int, busy: Busy = uncounted) -> None:
+        self.rule, self.episodes, self._busy = rule, episodes, busy
         config = rule.episode
         self._optimizer = EpisodicOptimizer(
             {name: nn.Parameter(value, requires_grad=name in rule.trained) for name, value in initial.items()},
@@ -138,18 +140,19 @@ class EpisodeGroup:
             logit_scale = logit_scale.to(torch.float32)
         steps = self.rule.episode.steps
         self._projected = None
-        with torch.no_grad():
+        with self._busy("select"), torch.no_grad():
             kept, originals, zero_shot = self._kept_views(views, text_features, logit_scale)
             images = kept.flatten(0, 1)  # (E n, D)
-        for step in range(steps):
-            wanted: Sequence[str] = self.rule.trained
-            zero = self.rule.zero_shot and step == 0
-            if zero:
-                # No gradient passes through an output projection of zeros, so all others are exactly zero.
-                wanted = [name for name in wanted if name.startswith("out_proj.")]
-            gradients = self._gradients(images, text_features, logit_scale, wanted, output_is_zero=zero)
-            self._optimizer.step(gradients, last=step == steps - 1)
-        with torch.no_grad():
+        with self._busy("adapt"):
+            for step in range(steps):
+                wanted: Sequence[str] = self.rule.trained
+                zero = self.rule.zero_shot and step == 0
+                if zero:
+                    # No gradient passes through an output projection of zeros, so all others are exactly zero.
+                    wanted = [name for name in wanted if name.startswith("out_proj.")]
+                gradients = self._gradients(images, text_features, logit_scale, wanted, output_is_zero=zero)
+                self._optimizer.step(gradients, last=step == steps - 1)
+        with self._busy("predict"), torch.no_grad():
             adapted = self._adapter(originals, text_features, logit_scale, self._optimizer.values).logits
         return GroupLogits(adapted, zero_shot)
 

@@ -21,7 +21,7 @@ from rada_fast.data.decode import Picture, UnreadableImageError, pixels_of_pictu
 from rada_fast.data.views import Preprocess, ViewPlan, cut_views, plan_views
 from rada_fast.engine.encoder import ViewEncoder
 from rada_fast.engine.episodes import Adaptation
-from rada_fast.engine.stages import StageTimes
+from rada_fast.engine.stages import StageTimes, uncounted
 from rada_fast.system.ahead import Ahead
 
 PATIENCE = 0.02
@@ -237,16 +237,21 @@ class Pipeline:
         """Adapt to the pictures that are encoded, and let their results be brought to the CPU."""
         count = min(len(self._encoded), self._episodes)
         items, features = zip(*(self._encoded.popleft() for _ in range(count)), strict=True)
-        with _naming([item.id for item in items]), self._busy("adapt"):
-            views = torch.stack(features)  # (E, V, D)
+        # On a CPU the adaptation counts the time of its own stages, and this what comes before and after them.
+        on_host = self._device.type != "cuda"
+        whole, part = (uncounted, self._times.busy) if on_host else (self._busy, uncounted)
+        with _naming([item.id for item in items]), whole("adapt"):
+            with part("select"):
+                views = torch.stack(features)  # (E, V, D)
             logits = self._adaptation(views)
-            usable = views.isfinite().all(-1) & (views != 0).any(-1)  # (E, V)
-            results = torch.cat([logits.adapted, logits.zero_shot, usable.all(-1, keepdim=True)], dim=1)
+            with part("predict"):
+                usable = views.isfinite().all(-1) & (views != 0).any(-1)  # (E, V)
+                results = torch.cat([logits.adapted, logits.zero_shot, usable.all(-1, keepdim=True)], dim=1)
             arrived = None
             if results.is_cuda:
                 # Memory that is not pinned would let the host wait.
-                on_host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
-                results = on_host.copy_(results, non_blocking=True)
+                pinned = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+                results = pinned.copy_(results, non_blocking=True)
                 arrived = torch.cuda.Event()
                 arrived.record(torch.cuda.current_stream(self._device))
         self._launched.append(_Group(items, results, views, arrived))

@@ -26,7 +26,7 @@ from rada_fast.engine.encoder import ViewEncoder
 from rada_fast.engine.episodes import Adaptation, arithmetic_dtype, check_trainable, prediction_entropy
 from rada_fast.engine.memory import EncoderLoad, MemoryPlan, encoder_bytes, memory_plan
 from rada_fast.engine.pipeline import Item, Outcome, Pipeline, Uploads, ViewMaker
-from rada_fast.engine.stages import StageTimes
+from rada_fast.engine.stages import StageTimes, uncounted
 from rada_fast.models.class_features import class_features, warn_of_cut_names
 from rada_fast.models.prompts import resolve_prompts
 from rada_fast.models.vision_language import Model, VisionLanguageModel, open_model
@@ -289,7 +289,9 @@ class TestTimePredictor:
 
     def _adaptation(self, most: int | None) -> Adaptation:
         dtype = arithmetic_dtype(self._adapter, self._text.float())
-        return Adaptation(self._adapter, self._text, self._scale, self.config, dtype, most=most)
+        # On a GPU the pipeline counts the time of a group by events around it.
+        busy = uncounted if self._model.device.type == "cuda" else self.times.busy
+        return Adaptation(self._adapter, self._text, self._scale, self.config, dtype, most=most, busy=busy)
 
     def _ahead(self, encoder: ViewEncoder) -> int:
         """Return how many pictures are read ahead: a batch, and one for each thread."""

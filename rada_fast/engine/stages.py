@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-TTT_STAGES = ("decode", "views", "encode", "adapt", "record")
-"""The stages of test-time training: a picture is decoded, its views are cut and encoded, the adapter is adapted to them
-(selection, steps and prediction), and the result is recorded."""
+TTT_STAGES = ("decode", "views", "encode", "select", "adapt", "predict", "record")
+"""The stages of test-time training: a picture is decoded, its views are cut and encoded, the confident ones are
+selected, the adapter takes its steps on them, the original view is predicted, and the result is recorded. On a GPU,
+selection and prediction count as parts of adapt, because all three are one recorded graph."""
+
+Busy = Callable[[str], AbstractContextManager[None]]
+"""A function from the name of a stage to a context, whose time is that of the stage; see StageTimes.busy."""
+
+
+def uncounted(stage: str) -> AbstractContextManager[None]:
+    """Return a context that counts no time."""
+    return nullcontext()
 
 
 class StageTimes:

@@ -256,6 +256,11 @@ class TrainingStep:
         if plain and not self._records and isinstance(gradients, Gradients):
             self._direct = direct_step(gradients.call, optimizer, gradients.trained, gradients.dpenalty)
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether steps on whole batches call the compiled operators for a CPU directly."""
+        return self._direct is not None
+
     def __call__(self, inputs: Tensor, labels: Tensor, rate: float, ids: Sequence[str] = ()) -> None:
         """Take one step.
 

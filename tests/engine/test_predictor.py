@@ -398,7 +398,7 @@ def test_times_are_counted_for_every_stage(files: list[Path]) -> None:
     predictor = tiny()
     list(predictor.predict(files))
     seconds = predictor.times.seconds()
-    assert all(seconds[stage] > 0 for stage in ("decode", "views", "encode", "adapt"))
+    assert all(seconds[stage] > 0 for stage in ("decode", "views", "encode", "select", "adapt", "predict"))
 
 
 def test_memory_stays_flat_over_hundreds_of_pictures(files: list[Path]) -> None:
