@@ -51,7 +51,7 @@ def show(part: str, figures: Sequence[Figure], facts: dict[str, Any], options: M
     else:
         for text in facts_lines(facts):
             console.print(text, soft_wrap=True)
-        stages = [figure for figure in figures if figure["kind"] == "stage"]
+        stages = [figure for figure in figures if figure["kind"] in ("stage", "part")]
         for setting in dict.fromkeys(figure["setting"] for figure in stages):
             console.print(f"\n{part}: {setting}", soft_wrap=True)
             console.print(setting_table([figure for figure in stages if figure["setting"] == setting]))
@@ -94,6 +94,11 @@ def draw(path: Path, part: str, figures: Sequence[Figure], facts: dict[str, Any]
         for figure in figures
         if figure["kind"] == "stage"
     ]
+    for figure in figures:
+        if figure["kind"] == "part":
+            stage, _, name = figure["name"].rpartition(": ")
+            row = f"{figure['setting']}\n{stage}, as it ran"
+            bars.append(StageBar(row, name, figure["median"], figure["floor_ms"], whole=False))
     place = facts["machine"] if facts["device"] == "cpu" else facts["device"]
     title = f"rada-fast bench {part}: {place}, {facts['threads']} threads, {facts['instruction_set']}"
     stages_picture(path, title=title, bars=bars)
@@ -111,7 +116,7 @@ def facts_lines(facts: dict[str, Any]) -> list[str]:
 
 
 COLUMNS: dict[str, Callable[[Figure], str]] = {
-    "stage": lambda figure: figure["name"],
+    "stage": lambda figure: figure["name"] if figure["kind"] == "stage" else f"  {figure['name'].rpartition(': ')[2]}",
     "best ms": lambda figure: significant(figure["best"]),
     "median": lambda figure: significant(figure["median"]),
     "spread": lambda figure: significant(figure["spread"]),
@@ -131,7 +136,7 @@ LEGEND = (
     "GMAC, GFLOP: billions for each picture by the formula, a multiply-add counted as one and as two; counted: GFLOP "
     "by PyTorch's counter on plain PyTorch; floor: operations / product rate or bytes / bandwidth, whichever is more, "
     "part by part; gap: best / floor; % peak, % bw: of the machine's product rate and bandwidth; spread: the distance "
-    "of the quartiles"
+    "of the quartiles; indented lines are parts of the stage above them, counted while it ran"
 )
 
 
@@ -161,7 +166,7 @@ def sentences(figures: Sequence[Figure]) -> list[str]:
             limits.setdefault(f"{figure['name']} in {figure['unit']}", []).append(significant(figure["best"]))
     found = "; ".join(f"{name}: {', '.join(values)}" for name, values in limits.items())
     lines.append(f"this machine, measured in the same rounds: {found}")
-    inside = [f"{figure['name']}: {figure['inside']}" for figure in figures if figure["kind"] == "stage"]
+    inside = [f"{figure['name']}: {figure['inside']}" for figure in figures if figure["kind"] in ("stage", "part")]
     return [*lines, *dict.fromkeys(inside), LEGEND]
 
 

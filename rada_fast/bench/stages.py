@@ -7,7 +7,7 @@ the result of the one before. A multiply-add is one, or two operations; every fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,11 +18,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rada_fast.bench.costs import Work
-from rada_fast.bench.timing import Call, Interleaved, Memory, Times, added, interleaved
+from rada_fast.bench.timing import Call, Counter, Interleaved, Memory, Times, added, interleaved
 from rada_fast.config.bench import MeasuringOptions
 
 Figure = dict[str, Any]
 """One line of figures, as figures_of describes it."""
+
+
+class Part(NamedTuple):
+    """A part of a stage whose time is counted while the stage runs.
+
+    name: its name in the table.
+    inside: what is counted, in words.
+    work: the least work of one call by the formulas.
+    """
+
+    name: str
+    inside: str
+    work: tuple[Work, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +50,10 @@ class Stage:
     work: the least work of one call by the formulas, part by part.
     operations: the operations of one call as PyTorch counts them, if it can; see counted_operations.
     within: whether it is a part of the whole, or the whole. Something that is only compared with it has no share.
+    repeats: a call does the work so many times, and the times are those of one of them; work, operations and pictures
+        too.
+    counter: what counts the time of its parts while it runs; counted: these parts.
+    rest: the part that has the time that no part has counted, if the parts never run at once.
     """
 
     name: str
@@ -47,6 +64,10 @@ class Stage:
     work: tuple[Work, ...] = ()
     operations: float | None = None
     within: bool = True
+    repeats: int = 1
+    counter: Counter | None = None
+    counted: tuple[Part, ...] = ()
+    rest: Part | None = None
 
 
 class Ratio(NamedTuple):
@@ -140,23 +161,34 @@ def measure(setting: Setting, device: str, options: MeasuringOptions) -> list[Fi
         repeats=options.repeats,
         dtypes=dtypes or ["float32"],
         burst=setting.burst,
+        counters={stage.name: stage.counter for stage in setting.stages if stage.counter is not None},
     )
     for stage in setting.stages:
         if stage.call is None:
             measured.times[stage.name] = added([measured.times[name] for name in stage.parts])
             measured.memory[stage.name] = None
-    return figures_of(setting, measured)
+        elif stage.repeats > 1:
+            measured.times[stage.name] = divided(measured.times[stage.name], stage.repeats)
+    parts = {
+        (stage.name, part.name): divided(measured.parts[stage.name, part.name], stage.repeats)
+        for stage in setting.stages
+        for part in stage.counted
+        if (stage.name, part.name) in measured.parts
+    }
+    return figures_of(setting, measured._replace(parts=parts))
 
 
 def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
-    """Return the lines of figures of a setting: one for each stage, each ratio and each limit of the machine.
+    """Return the lines of figures of a setting: one for each stage, part, ratio and limit of the machine.
 
     Every line has the setting's name and sizes and:
 
-    kind: "stage", "ratio" or "limit"; name: that of the stage, the ratio or the limit; inside: what was timed.
+    kind: "stage", "part", "ratio" or "limit"; name: that of the stage, the ratio or the limit, or those of a stage and
+        of its part; inside: what was timed.
     unit, best, median, spread, rounds: milliseconds of a stage; the ratio, from round to round; or what the machine can
         do. The best ratio is that of the best times. spread is how far the quartiles lie apart.
-    share: the median of the stage over that of the whole. Stages that go on at once may have more than 1 together.
+    share: the median of the stage over that of the whole, or of a part over that of its stage. Those that go on at once
+        may have more than 1 together.
     pictures_per_second: by the median.
     multiply_adds_per_picture, operations_per_picture: by the formula, multiply-adds counted as one and as two.
     counted_multiply_adds_per_picture, counted_operations_per_picture: the same by PyTorch's counter.
@@ -169,15 +201,10 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
     What does not apply is None.
     """
     medians = {name: times.median for name, times in measured.times.items()}
-    lines = [
-        stage_figure(
-            setting,
-            stage,
-            measured,
-            share=medians[stage.name] / medians[setting.whole] if setting.whole and stage.within else None,
-        )
-        for stage in setting.stages
-    ]
+    lines = []
+    for stage in setting.stages:
+        share = medians[stage.name] / medians[setting.whole] if setting.whole and stage.within else None
+        lines += [stage_figure(setting, stage, measured, share=share), *part_figures(setting, stage, measured)]
     for ratio in setting.ratios:
         own, others = measured.times[ratio.stage], [measured.times[name] for name in ratio.over]
         times, best = own.over(others), own.best / sum(other.best for other in others)
@@ -201,16 +228,7 @@ def stage_figure(setting: Setting, stage: Stage, measured: Interleaved, *, share
     """Return the line of figures of one stage."""
     times: Times = measured.times[stage.name]
     memory: Memory | None = measured.memory[stage.name]
-    operations, moved = sum(work.operations for work in stage.work), sum(work.bytes for work in stage.work)
-    floor = 1e3 * sum(
-        max(
-            work.operations / measured.product_rate(work.dtype) if work.operations else 0.0,
-            work.bytes / measured.bandwidth,
-        )
-        for work in stage.work
-    )
-    products = 1e3 * sum(work.operations / measured.product_rate(work.dtype) for work in stage.work if work.operations)
-    counted = stage.operations
+    operations, counted = sum(work.operations for work in stage.work), stage.operations
     return line_of(
         setting,
         kind="stage",
@@ -227,14 +245,58 @@ def stage_figure(setting: Setting, stage: Stage, measured: Interleaved, *, share
         operations_per_picture=operations / stage.pictures if operations else None,
         counted_multiply_adds_per_picture=counted / 2 / stage.pictures if counted is not None else None,
         counted_operations_per_picture=counted / stage.pictures if counted is not None else None,
-        bytes_per_picture=moved / stage.pictures if moved else None,
-        floor_ms=floor or None,
-        gap=times.best / floor if floor else None,
-        share_of_peak=products / times.best if products else None,
-        share_of_bandwidth=1e3 * moved / measured.bandwidth / times.best if moved else None,
         peak_mib=None if memory is None else memory.peak_mib,
         extra_mib=None if memory is None else memory.extra_mib,
+        **least_figures(stage.work, stage.pictures, times, measured),
     )
+
+
+def part_figures(setting: Setting, stage: Stage, measured: Interleaved) -> list[Figure]:
+    """Return the lines of figures of the parts of a stage that were at work at all."""
+    whole = measured.times[stage.name]
+    found = [
+        (part, measured.parts[stage.name, part.name])
+        for part in stage.counted
+        if (stage.name, part.name) in measured.parts
+    ]
+    if found and stage.rest is not None:
+        sums = added([times for _, times in found]).rounds
+        found.append((stage.rest, Times(tuple(all_of - own for all_of, own in zip(whole.rounds, sums, strict=True)))))
+    lines = []
+    for part, times in found:
+        if times.median == 0:
+            continue
+        operations = sum(work.operations for work in part.work)
+        lines.append(
+            line_of(
+                setting, kind="part", name=f"{stage.name}: {part.name}", inside=part.inside, unit="ms", best=times.best,
+                median=times.median, spread=times.spread, rounds=len(times.rounds), share=times.median / whole.median,
+                multiply_adds_per_picture=operations / 2 / stage.pictures if operations else None,
+                operations_per_picture=operations / stage.pictures if operations else None,
+                **least_figures(part.work, stage.pictures, times, measured),
+            )
+        )  # fmt: skip
+    return lines
+
+
+def least_figures(works: Sequence[Work], pictures: float, times: Times, measured: Interleaved) -> Figure:
+    """Return the figures that compare times with the least that the machine's limits allow."""
+    moved = sum(work.bytes for work in works)
+    products = [1e3 * work.operations / measured.product_rate(work.dtype) if work.operations else 0.0 for work in works]
+    copies = [1e3 * work.bytes / measured.bandwidth for work in works]
+    floor = sum(map(max, products, copies))
+    return {
+        "bytes_per_picture": moved / pictures if moved else None,
+        "floor_ms": floor or None,
+        "gap": times.best / floor if floor else None,
+        "share_of_peak": sum(products) / times.best if any(products) else None,
+        "share_of_bandwidth": sum(copies) / times.best if moved else None,
+    }
+
+
+def divided(times: Times, by: int) -> Times:
+    """Return the times divided by a number."""
+    return Times(tuple(one / by for one in times.rounds))
 
 
 MEASURED = (

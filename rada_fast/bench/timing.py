@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 1000
 """A slow call is timed in so many rounds however long they take, and a fast one in no more than so many."""
 
 Call = Callable[[], Any]
+Counter = Callable[[], dict[str, float]]
+"""A function that returns the seconds of the parts of a call, by name, since it was last asked."""
 
 
 class Sample(NamedTuple):
@@ -250,6 +253,7 @@ class Interleaved(NamedTuple):
     """What calls took that were timed in turn, and what the machine could do at the same time.
 
     times, memory: by the name of the call.
+    parts: the times of the parts of a call as they were counted while it ran, by the names of the call and of the part.
     product_rates: the operations per second in the product of two large matrices, by type and library.
     bandwidth: the bytes per second of a large copy.
     """
@@ -258,6 +262,7 @@ class Interleaved(NamedTuple):
     memory: dict[str, Memory | None]
     product_rates: dict[tuple[str, str], float]
     bandwidth: float
+    parts: Mapping[tuple[str, str], Times] = MappingProxyType({})
 
     def product_rate(self, dtype: str) -> float:
         """Return the operations per second of the fastest library for a type."""
@@ -272,6 +277,7 @@ def interleaved(
     repeats: int | None = None,
     dtypes: Iterable[str] = (),
     burst: int | None = None,
+    counters: Mapping[str, Counter] = MappingProxyType({}),
 ) -> Interleaved:
     """Time calls in turn, round after round, so that a machine that slows down slows all of them.
 
@@ -284,6 +290,7 @@ def interleaved(
     repeats: the number of rounds, if it does not depend on the time.
     dtypes: the types of the products whose rate is measured.
     burst: the number of calls in a row whose mean is the time of a round, if it does not depend on the time.
+    counters: for some calls, by their names, what counts the time of their parts.
     """
     memory, bursts = {}, {}
     for name, call in calls.items():
@@ -304,10 +311,15 @@ def interleaved(
     found: dict[str, list[float]] = {name: [] for name in calls}
     rates: dict[tuple[str, str], list[float]] = {name: [] for name in probes}
     copies: list[float] = []
+    parts: dict[tuple[str, str], list[float]] = {}
     began, rounds = time.perf_counter(), 0
     while not _enough(rounds, time.perf_counter() - began, seconds, repeats):
         for name, call in calls.items():
+            counter = counters.get(name, dict)
+            counter()
             found[name].append(burst_ms(call, bursts[name], device))
+            for part, took in counter().items():
+                parts.setdefault((name, part), []).append(1e3 * took / bursts[name])
         for _ in range(PROBES):
             for key, probe in probes.items():
                 rates[key].append(probe.amount / (1e-3 * burst_ms(probe.call, 1, device)))
@@ -318,6 +330,7 @@ def interleaved(
         memory,
         {key: max(values) for key, values in rates.items()},
         max(copies),
+        {key: Times(tuple(times)) for key, times in parts.items()},
     )
 
 

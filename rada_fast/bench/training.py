@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
-from rada_fast.bench.costs import (
-    Work,
-    adapter_parameters,
-    optimizer_work,
-    step_work,
+from rada_fast.bench.costs import BACKWARD, Work, adapter_parameters, forward_work, optimizer_work, step_work
+from rada_fast.bench.encoder import (
+    counted_encoder_operations,
+    drawn_views,
+    encoder_work,
+    model_sizes,
+    module_work,
+    plain_features,
 )
-from rada_fast.bench.encoder import drawn_views, encoder_work, model_sizes, module_work
 from rada_fast.bench.inputs import unit_rows
+from rada_fast.bench.operators import TRAINING_OPERATORS, OperatorClock
 from rada_fast.bench.report import sizes_name
-from rada_fast.bench.stages import Figure, Ratio, Setting, Stage, measure
+from rada_fast.bench.stages import Figure, Part, Ratio, Setting, Stage, counted_operations, measure
 from rada_fast.config.bench import BenchEFTOptions, BenchFFTOptions
 from rada_fast.config.commands import EFTOptions, FFTOptions
 from rada_fast.config.method import AdapterConfig
+from rada_fast.engine.efficient_training import efficient_step
 from rada_fast.engine.full_training import Stage as TrainingStage
 from rada_fast.engine.full_training import StageStep, stage_step
 from rada_fast.engine.optimizers import training_optimizer
 from rada_fast.engine.steps import Gradients, Objective, TrainingStep
+from rada_fast.engine.training import Batch, Plan, efficient_rate, feature_batches, shuffled, train_epochs
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.classifier import Classifier
 from rada_fast.ops import use_backend
+from rada_fast.runs.progress import progress
 
 LOGIT_SCALE = 100.0
-GRADIENTS = "features in memory to the gradients of everything that is trained: forward, loss, backward"
-OPTIMIZER = "the optimiser's step with gradients that are there"
+EPOCH = "epoch on cached features"
+EPOCH_STEPS, MIN_EPOCH_STEPS = 128, 8
+"""An epoch has about so many images, and at least so many steps."""
 
 
 def model_of(options: BenchEFTOptions | BenchFFTOptions, device: torch.device) -> VisionLanguageModel | None:
@@ -66,22 +75,18 @@ def eft_setting(
     text, features = unit_rows(classes, width, device=device), unit_rows(batch, width, device=device)
     labels = torch.arange(batch, device=device) % classes
     step = eft_step(config, text)
-    apart = eft_step(config, text)
-    apart.gradients.add(features, labels)
     optimizing, computing = optimizer_work(adapter_parameters(config)), step_work(config, batch, classes)
+    counted = counted_step_operations(config, batch, classes)
     stages = [
-        Stage(
-            name="gradients", inside=GRADIENTS, call=lambda: apart.gradients.add(features, labels), pictures=batch,
-            work=(computing,),
-        ),
-        Stage(name="optimizer", inside=OPTIMIZER, call=apart.optimizer.step, pictures=batch, work=(optimizing,)),
+        epoch_stage(config, text, batch),
         Stage(
             name="step on cached features",
-            inside="one training step on features in memory: gradients, optimiser, sums for the record",
+            inside="the same batch again and again: gradients, optimiser, sums for the record",
             call=lambda: step(features, labels, EFTOptions.lr),
             pictures=batch,
-            within=vlm is None,
+            within=False,
             work=(computing, optimizing),
+            operations=counted,
         ),
         Stage(
             name="published step",
@@ -91,12 +96,10 @@ def eft_setting(
             within=False,
             work=(computing, optimizing),
         ),
-    ]  # fmt: skip
-    whole = "step on cached features"
-    ratios = [
-        Ratio("loop's overhead", whole, ("gradients", "optimizer"), "time of a step / time of its two parts alone"),
-        Ratio("speed-up", "published step", (whole,), "time of a step with the published arithmetic / time of a step"),
     ]
+    whole = EPOCH
+    what = "time of a step with the published arithmetic / time of a step of the epoch"
+    ratios = [Ratio("speed-up", "published step", (EPOCH,), what)]
     sizes: dict[str, object] = {"batch": batch, "classes": classes, "embed_dim": width}
     if vlm is not None:
         views, encoding = drawn_views(vlm, batch), encoder_work(vlm, batch)
@@ -105,6 +108,7 @@ def eft_setting(
         encode = Stage(
             name="encode", inside="pictures in memory to features of unit length, and nothing else",
             call=lambda: vlm.image_features(views), pictures=batch, work=(encoding,),
+            operations=counted_encoder_operations(vlm, batch),
         )  # fmt: skip
         iteration = Stage(
             name="iteration",
@@ -112,14 +116,86 @@ def eft_setting(
             call=lambda: iteration_step(vlm.image_features(views), labels, EFTOptions.lr),
             pictures=batch,
             work=(encoding, computing, optimizing),
+            operations=counted_encoder_operations(vlm, batch) + counted,
         )
-        stages = [encode, *stages, iteration]
+        stages = [encode, *(replace(stage, within=False) for stage in stages), iteration]
         what = "time of an iteration / time to encode its batch alone"
         ratios.insert(0, Ratio("overhead ratio", "iteration", ("encode",), what))
     return Setting(
         name=sizes_name(sizes), sizes=sizes, stages=tuple(stages), whole=whole, ratios=tuple(ratios),
         burst=options.iterations,
     )  # fmt: skip
+
+
+def epoch_stage(config: AdapterConfig, text: Tensor, batch: int) -> Stage:
+    """Return the stage of epochs on cached features, as the command eft runs them.
+
+    Its parts are the compiled operators, which are timed in place: between entering and leaving them, with the caches
+    as the step before has left them. The rest is the loop's own overhead: everything that a training does beside the
+    operators, from the order of the images to the progress, and the release of memory. Operators that are timed one by
+    one, again and again, find their data in the caches, and the difference to a step in an epoch would count as
+    overhead although they are at work.
+    """
+    classes, width = text.shape
+    steps = max(MIN_EPOCH_STEPS, EPOCH_STEPS // batch)
+    features, labels = unit_rows(steps * batch, width), torch.arange(steps * batch) % classes
+    clock = OperatorClock()
+    adapter = RationalAdapter(config).to(text.device)
+    options = EFTOptions("unused", "unused", batch_size=batch)
+    with clock.running():
+        step = efficient_step(adapter, text, LOGIT_SCALE, options)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        return feature_batches(features, labels, shuffled(len(labels), epoch, "bench"), batch, text.device)
+
+    plan = Plan(1, steps, efficient_rate(options.lr, options.schedule, 1), batches, options.lr)
+
+    def epoch() -> None:
+        with clock.running(), progress("bench", None) as advance:
+            deque(train_epochs(step, adapter, plan, on_step=advance), maxlen=0)
+
+    optimizing, computing = optimizer_work(adapter_parameters(config)), step_work(config, batch, classes)
+    forward = forward_work(config, batch, classes)
+    works = {"forward": forward, "backward": Work(BACKWARD * forward.operations, computing.bytes), "update": optimizing}
+    return Stage(
+        name=EPOCH,
+        inside=f"one of the {steps} steps of an epoch on features in memory: batches, steps, progress, record",
+        call=epoch,
+        pictures=batch,
+        repeats=steps,
+        work=(computing, optimizing),
+        operations=counted_step_operations(config, batch, classes),
+        counter=clock if step.is_direct else None,
+        counted=tuple(
+            Part(
+                name,
+                f"the operator {own}, from entering to leaving it in place",
+                (works[name],) if name in works else (),
+            )
+            for own, name in TRAINING_OPERATORS.items()
+        ),
+        rest=Part("loop", "the loop's own overhead: all that an epoch does beside these operators"),
+    )
+
+
+def counted_step_operations(
+    config: AdapterConfig, batch: int, classes: int, *, trains_text: bool = False, trains_images: bool = False
+) -> float:
+    """Return the operations of a forward and a backward pass in plain PyTorch, as PyTorch's counter finds them.
+
+    trains_text, trains_images: whether the gradient of the text features, or that of the images', is computed too.
+    """
+    adapter = RationalAdapter(config, device="meta")
+    features = torch.empty(batch, config.embed_dim, device="meta", requires_grad=trains_images)
+    text = torch.empty(classes, config.embed_dim, device="meta", requires_grad=trains_text)
+    labels = torch.empty(batch, dtype=torch.int64, device="meta")
+
+    def step() -> None:
+        with use_backend("reference"):
+            logits, penalty = adapter(features, text, LOGIT_SCALE, penalty="l2")
+        (cross_entropy(logits, labels) + penalty).backward()
+
+    return counted_operations(step)
 
 
 def eft_step(config: AdapterConfig, text: Tensor) -> TrainingStep:
@@ -184,13 +260,13 @@ def fft_setting(
     with stage_step(stage, classifier, vlm, FFTOptions("unused", ("unused",), batch_size=batch)) as taking:
         if trains_encoder:
             assert vlm is not None
-            stages = [full_stage(vlm, batch, taking, classifier)]
+            stages = full_stages(vlm, batch, taking, classifier)
         else:
             stages = rada_stages(vlm, batch, taking, classifier)
         overhead = Ratio("overhead ratio", "step", ("encode",), "time of a step / time to encode its batch alone")
         yield Setting(
             name=f"{sizes_name(sizes)}, {stage.name}", sizes=sizes, stages=tuple(stages), whole=stages[-1].name,
-            ratios=(overhead,) if vlm is not None and not trains_encoder else (),
+            ratios=(overhead,) if vlm is not None else (),
         )  # fmt: skip
 
 
@@ -211,6 +287,7 @@ def rada_stages(vlm: VisionLanguageModel | None, batch: int, taking: StageStep, 
         call=lambda: taking.step(features, labels, RADA.lr),
         pictures=batch,
         work=(step_work(config, batch, classes), optimizer_work(trained)),
+        operations=counted_step_operations(config, batch, classes, trains_text=True),
     )
     if vlm is None:
         return [on_features]
@@ -222,6 +299,7 @@ def rada_stages(vlm: VisionLanguageModel | None, batch: int, taking: StageStep, 
             call=lambda: vlm.image_features(views),
             pictures=batch,
             work=(encoding,),
+            operations=(encoding_operations := counted_encoder_operations(vlm, batch)),
         ),
         on_features,
         Stage(
@@ -230,18 +308,28 @@ def rada_stages(vlm: VisionLanguageModel | None, batch: int, taking: StageStep, 
             call=lambda: taking.step(vlm.image_features(views), labels, RADA.lr),
             pictures=batch,
             work=(encoding, *on_features.work),
+            operations=encoding_operations + (on_features.operations or 0),
         ),
     ]
 
 
-def full_stage(vlm: VisionLanguageModel, batch: int, taking: StageStep, classifier: Classifier) -> Stage:
-    """Return the step that trains the encoder too."""
+def full_stages(vlm: VisionLanguageModel, batch: int, taking: StageStep, classifier: Classifier) -> list[Stage]:
+    """Return the step that trains the encoder too, and the encoder's forward pass, which is compared with it."""
     classes, head = len(classifier.weight), classifier.head
     assert isinstance(head, RationalAdapter)
     views, labels = drawn_views(vlm, batch), torch.arange(batch, device=vlm.device) % classes
     trained = sum(parameter.numel() for parameter in taking.trained.parameters())
-    forward = module_work(vlm, batch)
-    return Stage(
+    forward, config = module_work(vlm, batch), head.config
+    encode = Stage(
+        name="encode",
+        inside="pictures in memory to features by the module that is trained, forward and without gradients",
+        call=lambda: plain_features(vlm, views),
+        pictures=batch,
+        within=False,
+        work=(forward,),
+        operations=forward.operations,
+    )
+    step = Stage(
         name="step",
         inside="one step of RAda-FT on pictures in memory: encoder, adapter and classifier are trained",
         call=lambda: taking.step(views, labels, FULL.lr, ["drawn"] * batch),
@@ -249,7 +337,24 @@ def full_stage(vlm: VisionLanguageModel, batch: int, taking: StageStep, classifi
         work=(
             # The gradients of the weights and those of the activations each take what the forward pass takes.
             Work(3 * forward.operations, 3 * forward.bytes, forward.dtype),
-            step_work(head.config, batch, classes),
+            step_work(config, batch, classes),
             optimizer_work(trained),
         ),
+        operations=batch * counted_training_operations(vlm)
+        + counted_step_operations(config, batch, classes, trains_text=True, trains_images=True),
     )
+    return [encode, step]
+
+
+def counted_training_operations(vlm: VisionLanguageModel) -> float:
+    """Return the operations of encoding a picture and of all gradients of the encoder, as PyTorch's counter finds them.
+
+    The encoder must be one that is trained.
+    """
+    parameters = [value for value in vlm.model.visual.parameters() if value.requires_grad]
+
+    def train() -> None:
+        features = vlm.image_features_with_grad(drawn_views(vlm, 1))
+        torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+
+    return counted_operations(train)

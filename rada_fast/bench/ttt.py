@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -12,20 +15,23 @@ from rada_fast.bench.costs import episode_work
 from rada_fast.bench.encoder import counted_encoder_operations, encoder_work, model_sizes, plain_features
 from rada_fast.bench.inputs import pictures, unit_rows
 from rada_fast.bench.report import sizes_name
-from rada_fast.bench.stages import Figure, Ratio, Setting, Stage, counted_operations, measure
+from rada_fast.bench.stages import Figure, Part, Ratio, Setting, Stage, counted_operations, measure
 from rada_fast.bench.views import stages_of
 from rada_fast.config.bench import BenchTTTOptions
 from rada_fast.config.method import AdapterConfig, EpisodeConfig
-from rada_fast.data.decode import read_image
+from rada_fast.data.decode import Picture, read_image
 from rada_fast.data.sources import Sample
 from rada_fast.data.views import image_seed, make_views
 from rada_fast.engine.encoder import ViewEncoder
 from rada_fast.engine.episodes import adapt_episodes
 from rada_fast.engine.predictor import TestTimePredictor
+from rada_fast.engine.stages import StageTimes
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.rational_adapter import new_adapter
 from rada_fast.ops import use_backend
+from rada_fast.reports.summary import image_record
+from rada_fast.system.files import append_line
 
 OVERHEAD = Ratio("overhead ratio", "end to end", ("encode",), "time end to end / time to encode the same views alone")
 
@@ -46,9 +52,11 @@ def setting_of(samples: Sequence[Sample], vlm: VisionLanguageModel, classes: int
     count, views, seed = len(samples), options.views, options.measuring.seed
     config = EpisodeConfig(steps=options.steps)
     text = unit_rows(classes, vlm.embed_dim, device=vlm.device)
+    names = [str(label) for label in range(classes)]
+    times = StageTimes()
     predictor = TestTimePredictor(
         vlm,
-        [str(label) for label in range(classes)],
+        names,
         text_features=text,
         config=config,
         views=views,
@@ -56,6 +64,7 @@ def setting_of(samples: Sequence[Sample], vlm: VisionLanguageModel, classes: int
         seed=seed,
         workers=options.workers,
         memory=options.memory,
+        times=times,
     )
     sizes = model_sizes(vlm) | {
         "pictures": count, "views": views, "view_kind": options.view_kind, "steps": options.steps, "classes": classes,
@@ -74,13 +83,16 @@ def setting_of(samples: Sequence[Sample], vlm: VisionLanguageModel, classes: int
             AdapterConfig.official(vlm.embed_dim), views, config.num_selected(views), options.steps, classes
         )
     )
+    each = len(adapting) // count
+    encoding = counted_encoder_operations(vlm, count * views)
+    adapting_counted = count * counted_episode_operations(vlm.embed_dim, views, classes, config)
     encode = Stage(
         name="encode",
         inside="the views of all pictures, in memory, to features of unit length, and nothing else",
         call=lambda: encoded(encoder, tensors),
         pictures=count,
         work=(encoder_work(vlm, count * views),),
-        operations=counted_encoder_operations(vlm, count * views),
+        operations=encoding,
     )
     adapt = Stage(
         name="adapt",
@@ -88,14 +100,22 @@ def setting_of(samples: Sequence[Sample], vlm: VisionLanguageModel, classes: int
         call=lambda: deque(predictor.predict_features(features), maxlen=0),
         pictures=count,
         work=adapting,
-        operations=count * counted_episode_operations(vlm.embed_dim, views, classes, config),
+        operations=adapting_counted,
     )
+    works = {"decode": decode.work, "views": make.work, "encode": encode.work}
+    works |= {"select": adapting[::each], "predict": adapting[each - 1 :: each]}
+    works["adapt"] = tuple(work for place, work in enumerate(adapting) if 0 < place % each < each - 1)
     whole = Stage(
         name="end to end",
-        inside="image files on disk to predictions, by TestTimePredictor.stream, as the command ttt does it",
-        call=lambda: deque(predictor.stream(files), maxlen=0),
+        inside="image files on disk to lines of results on disk, as the command ttt does it",
+        call=lambda: predict_to_file(predictor, files, names, times),
         pictures=count,
         work=(*decode.work, *make.work, *encode.work, *adapt.work),
+        operations=encoding + adapting_counted,
+        counter=counter_of(times),
+        counted=tuple(Part(name, inside, works.get(name, ())) for name, inside in INSIDE.items()),
+        # Where threads decode and cut views beside the other stages, nothing is left.
+        rest=None if options.workers else BETWEEN,
     )
     apart = Stage(
         name="without decoding and views",
@@ -120,6 +140,46 @@ def setting_of(samples: Sequence[Sample], vlm: VisionLanguageModel, classes: int
     return Setting(
         name=sizes_name(sizes), sizes=sizes, stages=tuple(stages), whole=whole.name, ratios=tuple(ratios)
     )  # fmt: skip
+
+
+INSIDE = {
+    "decode": "reading files and decoding them, while end to end runs",
+    "views": "drawing the boxes, cutting, resizing, normalising and copying to the device, while end to end runs",
+    "encode": "views to features, while end to end runs",
+    "select": "features to the confident views, while end to end runs",
+    "adapt": "the steps on the confident views, while end to end runs; on a GPU also selection and prediction",
+    "predict": "the original view to logits on the host, while end to end runs",
+    "record": "logits to a line of results in a file, while end to end runs",
+}
+"""What the time of each stage of the pipeline is, for the legend of the table."""
+BETWEEN = Part("between", "what is left of end to end: handing pictures from stage to stage, and waiting for files")
+
+
+def predict_to_file(
+    predictor: TestTimePredictor, files: Sequence[tuple[str, Picture]], names: Sequence[str], times: StageTimes
+) -> None:
+    """Predict image files, and write a line for each as the command ttt does."""
+    with TemporaryDirectory(prefix="rada-fast-bench-") as folder:
+        for prediction in predictor.stream(files):
+            with times.busy("record"):
+                before, after = prediction.zero_shot_logits, prediction.logits
+                if before is not None and after is not None:
+                    record = image_record(prediction.id, None, prediction.status, before, after, names)
+                    append_line(Path(folder) / "images.jsonl", json.dumps(record))
+
+
+def counter_of(times: StageTimes) -> Callable[[], dict[str, float]]:
+    """Return a function that returns the seconds of each stage since the last call."""
+    before = times.seconds()
+
+    def count() -> dict[str, float]:
+        nonlocal before
+        now = times.seconds()
+        since = {name: now[name] - before[name] for name in now}
+        before = now
+        return since
+
+    return count
 
 
 def predicted_plainly(

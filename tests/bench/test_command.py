@@ -11,6 +11,7 @@ from PIL import Image
 
 from rada_fast import cli
 from rada_fast.bench.stages import MEASURED, SIZES
+from rada_fast.ops import backends
 
 from .conftest import Lines
 
@@ -85,9 +86,18 @@ def test_ttt(bench: Callable[..., Lines]) -> None:
         "decode", "views", "encode", "adapt", "without decoding and views", "end to end", "plain PyTorch"
     ]  # fmt: skip
     assert names(lines, "ratio") == ["overhead ratio", "speed-up"]
+    stages = ("decode", "views", "encode", "select", "adapt", "predict", "record", "between")
+    assert names(lines, "part") == [f"end to end: {stage}" for stage in stages]
+    assert sum(line["share"] for line in lines if line["kind"] == "part") == pytest.approx(2, rel=0.2)
     assert {line["classes"] for line in lines} == {5, 7}
     stages = {line["name"]: line for line in lines if line["classes"] == 5 and line["kind"] == "stage"}
     assert stages["end to end"]["share"] == 1
+    assert stages["end to end"]["counted_operations_per_picture"] == pytest.approx(
+        stages["encode"]["counted_operations_per_picture"] + stages["adapt"]["counted_operations_per_picture"]
+    )
+    parts = [line for line in lines if line["kind"] == "part" and line["classes"] == 5]
+    for name in ("operations_per_picture", "floor_ms"):
+        assert sum(line[name] or 0 for line in parts) == pytest.approx(stages["end to end"][name])
     both = stages["encode"]["floor_ms"] + stages["adapt"]["floor_ms"]
     assert stages["without decoding and views"]["floor_ms"] == pytest.approx(both)
     assert stages["end to end"]["operations_per_picture"] == pytest.approx(
@@ -98,9 +108,15 @@ def test_ttt(bench: Callable[..., Lines]) -> None:
 def test_eft(bench: Callable[..., Lines]) -> None:
     lines = bench("eft", "--batch", "2", "--classes", "5", "--iterations", "3")
     check(lines, "eft")
-    steps = ["gradients", "optimizer", "step on cached features", "published step"]
+    steps = ["epoch on cached features", "step on cached features", "published step"]
+    operators = ["forward", "loss", "backward", "update", "loop"] if backends()["cpu"] == "usable" else []
     assert names(lines, "stage") == ["encode", *steps, "iteration"]
-    assert names(lines, "ratio") == ["overhead ratio", "loop's overhead", "speed-up"]
+    assert names(lines, "ratio") == ["overhead ratio", "speed-up"]
+    assert names(lines, "part") == [f"epoch on cached features: {name}" for name in operators]
+    epoch = next(line for line in lines if line["name"] == steps[0])
+    parts = [line for line in lines if line["kind"] == "part"]
+    assert not parts or sum(line["median"] for line in parts) == pytest.approx(epoch["median"], rel=0.3)
+    assert 0.3 < epoch["counted_operations_per_picture"] / epoch["operations_per_picture"] < 3
     lines = bench("eft", "--embed-dim", "16", "--classes", "5")
     check(lines, "eft")
     assert names(lines, "stage") == steps
@@ -111,7 +127,11 @@ def test_fft(bench: Callable[..., Lines]) -> None:
     lines = bench("fft", "--batch", "3", "--classes", "5")
     check(lines, "fft")
     assert names(lines, "stage") == ["encode", "step on features", "step"]
+    assert names(lines, "ratio") == ["overhead ratio"]
     assert len({line["setting"] for line in lines}) == 2
+    counted = [line["counted_operations_per_picture"] for line in lines if line["kind"] == "stage"]
+    formula = [line["operations_per_picture"] for line in lines if line["kind"] == "stage"]
+    assert all(0.3 < own / other < 3 for own, other in zip(counted, formula, strict=True))
     lines = bench("fft", "--embed-dim", "16", "--batch", "2", "3", "--classes", "5")
     assert names(lines, "stage") == ["step on features"]
     assert len({line["setting"] for line in lines}) == 2
