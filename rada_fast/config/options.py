@@ -28,6 +28,7 @@ from rada_fast.config.method import (
 from rada_fast.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
+SinkName = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,11 @@ class RunOptions:
     says the likely cause, such as folders and class names in different orders."""
     json: bool = False
     """Print the summary as JSON on standard output instead of a table."""
+    log: tuple[SinkName, ...] = ()
+    """Also send the numbers of epochs and results to these: tensorboard (event files in the output folder), wandb."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_paths(self, "output")
         check_integer("workers", self.workers, 0, MAX_WORKERS)
         check_integer("seed", self.seed, 0, MAX_SEED)

@@ -26,6 +26,7 @@ NON_IDENTITY_OPTIONS = (
     "allow_unreadable",
     "allow_chance",
     "json",
+    "log",
     "memory",
     "episodes",
     "order_seed",

@@ -28,6 +28,7 @@ from rada_fast.modules.rational_adapter import new_adapter
 from rada_fast.ops import backends
 from rada_fast.reports.summary import RunFacts
 from rada_fast.runs.origin import origin_of
+from rada_fast.runs.sinks import import_sink
 from rada_fast.system import notices
 
 LoopOptions = TTTOptions | EFTOptions | FFTOptions | EvalOptions | PredictOptions
@@ -111,6 +112,8 @@ def open_data_and_model(
     Raises UserError naming the option that cannot be used.
     """
     check_backend()
+    for name in options.run.log:
+        import_sink(name)  # before anything is encoded
     option_values = {part: f"{_option_of(part)} {spec}" for part, spec in specs.items()}
     sources = open_sources(specs)
     if only_images is not None and not all(source.holds_images for source in sources.values()):

@@ -49,6 +49,7 @@ class Training:
         self.folder.load_state(self.state_file, self._restore)
         # The state contains the records too, so a crash between the two files leaves no line too few or too many.
         self.folder.write_lines(EPOCHS, [*self.earlier_records, *self.records])
+        self.folder.finished_epochs = len(self.earlier_records) + len(self.records)
         return len(self.records)
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -90,6 +91,8 @@ class Training:
         }
         self.folder.save_state(self.state_file, state)
         self.folder.append(EPOCHS, record)
+        self.folder.finished_epochs = len(self.earlier_records) + len(self.records)
+        self.folder.log("epoch", record)
 
     def note_unreadable(self, images: Iterable[Unreadable]) -> None:
         """Record training images that could not be read, each once."""

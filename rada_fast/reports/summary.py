@@ -150,6 +150,7 @@ def finish(
         "run": folder.digest(scope),
     }
     folder.write_summary(summary)
+    folder.log("result", results)
     return summary
 
 

@@ -32,6 +32,7 @@ from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.checkpoint import stored_form
 from rada_fast.runs.lock import FolderLock
+from rada_fast.runs.sinks import SINKS, Sink, log_to, open_sinks, remove_events
 from rada_fast.system import files, notices, termination
 
 FORMAT = "rada_fast.run.v1"
@@ -39,7 +40,7 @@ IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE = "run.json", "run.lock", "summary.json"
 SUPERSEDED = "images-superseded.jsonl"
 """The file of the lines of images that were changed or removed after the lines were written."""
 
-_EVERY_RUN = (IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE, "images.jsonl")
+_EVERY_RUN = (IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE, "images.jsonl", *SINKS)
 FILES_OF_COMMAND: dict[str, frozenset[str]] = {
     "ttt": frozenset({*_EVERY_RUN, SUPERSEDED}),
     "eft": frozenset(
@@ -95,6 +96,8 @@ class RunFolder:
         self.inputs = inputs or Inputs()
         self._identity = json.loads(json.dumps(identity))
         self._option_paths = option_paths
+        self._sinks: list[Sink] = []
+        self.finished_epochs = 0
         _check_outside_data(self.path, data)
         self._check(options.overwrite)
         try:
@@ -108,6 +111,7 @@ class RunFolder:
             # The check is repeated because another process may have started since the first one.
             stored = self._check(options.overwrite)
             self._clean(stored)
+            self._sinks = open_sinks(options.log, self.path, self._identity)
         except BaseException:
             self.close()
             raise
@@ -120,7 +124,15 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the lock, so that another process can use the folder."""
-        self._lock.release()
+        try:
+            for sink in self._sinks:
+                sink.close()
+        finally:
+            self._lock.release()
+
+    def log(self, group: str, record: Mapping[str, Any]) -> None:
+        """Give numbers to the programs that draw them, at the number of finished epochs; see log_to."""
+        log_to(self._sinks, group, record, self.finished_epochs)
 
     def _check(self, overwrite: bool) -> dict[str, Any] | None:
         """Return the content of run.json, or None if the folder has none. This changes nothing.
@@ -171,7 +183,9 @@ class RunFolder:
         if stored is not None and not self.resumed:
             for name in _names(self.path):
                 # The identity is replaced last, so that until then the folder is known to belong to a run.
-                if name not in (IDENTITY_FILE, LOCK_FILE):
+                if (self.path / name).is_dir():
+                    remove_events(self.path / name)
+                elif name not in (IDENTITY_FILE, LOCK_FILE):
                     files.remove(self.path / name)
         self.stored_inputs: Mapping[str, Mapping[str, str]] = stored["inputs"] if stored and self.resumed else {}
         if not self.resumed:
