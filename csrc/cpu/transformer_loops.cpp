@@ -100,12 +100,18 @@ void activate(Activation activation, float* values, int64_t ld, int64_t rows, in
 
 void exponentials(float* scores, int64_t ld, int64_t rows, int64_t columns, int64_t padded, float scale,
                   float* total) {
+  // The maxima of all rows come first: a row's exponentials then need not wait for its own maximum.
   for (int64_t r = 0; r < rows; ++r) {
     float* row = scores + r * ld;
     for (int64_t c = columns; c < padded; ++c) row[c] = -HUGE_VALF;
     float best = -HUGE_VALF;
 #pragma omp simd reduction(max : best)
     for (int64_t c = 0; c < padded; ++c) best = best < row[c] ? row[c] : best;
+    total[r] = best;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = scores + r * ld;
+    const float best = total[r];
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < padded; ++c) {
