@@ -104,6 +104,8 @@ class TestTimePredictor:
     the one that encodes and adapts.
 
     model: a loaded model, or a name as in open_model: "embedded", or one of open_clip's; None to predict features only.
+        Its weights may be changed between pictures, but not by a write into the memory of parameter.data, as in
+        parameter.data.mul_(2), which PyTorch keeps no record of: the old weights would stay in use.
     class_names: the names of the K classes.
     pretrained: the weights of a model that is given by its name.
     templates: the prompts; see resolve_prompts.
