@@ -12,8 +12,20 @@ from rada_fast.errors import UserError
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 SHOWN_PLACES = 7
 """A message names no more places than these."""
+SEARCHED = 200
+"""As many folders of each level are looked at for a suggestion."""
 SUGGESTED_DEPTH = 3
 """A folder that would do is looked for this many levels below the folder that was given."""
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a path is a folder. A path that is too long or out of reach is none."""
+    return os.path.isdir(path)  # noqa: PTH112 -- Path.is_dir raises an error for those in Python 3.11
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a path is a regular file. A path that is too long or out of reach is none."""
+    return os.path.isfile(path)  # noqa: PTH113 -- Path.is_file raises an error for those in Python 3.11
 
 
 def descend(root: Path, relative: str) -> Path | None:
@@ -23,7 +35,7 @@ def descend(root: Path, relative: str) -> Path | None:
     """
     current = root
     for part in (part for part in relative.split("/") if part not in ("", ".")):
-        if not (current / part).exists():
+        if not is_folder(current / part) and not is_file(current / part):
             found = sorted(entry.name for entry in entries(current) if entry.name.casefold() == part.casefold())
             if not found:
                 return None
@@ -42,7 +54,7 @@ def entries(folder: Path) -> list[Path]:
 
 def sub_folders(folder: Path) -> list[Path]:
     """Return the sub-folders of a folder that are not hidden or left by a system, sorted by name."""
-    return [path for path in entries(folder) if path.name not in SYSTEM_FOLDERS and path.is_dir()]
+    return [path for path in entries(folder) if path.name not in SYSTEM_FOLDERS and is_folder(path)]
 
 
 def existing_root(path: Path, what: str) -> Path:
@@ -54,7 +66,7 @@ def existing_root(path: Path, what: str) -> Path:
             raise UserError(f"{what} must be a folder, {path} is a file")
     except OSError as error:
         raise UserError(f"{what}: folder {path} cannot be read: {error.strerror}") from None
-    above = next(folder for folder in path.absolute().parents if folder.is_dir())
+    above = next(folder for folder in path.absolute().parents if is_folder(folder))
     raise UserError(f"{what}: folder {path} does not exist; {above} {contents(above)}")
 
 
@@ -62,7 +74,7 @@ def find_folder(root: Path, candidates: Iterable[str], fits: Callable[[Path], bo
     """Return the first candidate below a folder that exists and fits, or None. "" stands for the folder itself."""
     for candidate in candidates:
         found = descend(root, candidate)
-        if found is not None and found.is_dir() and fits(found):
+        if found is not None and is_folder(found) and fits(found):
             return found
     return None
 
@@ -71,8 +83,8 @@ def nearby(root: Path, fits: Callable[[Path], bool]) -> Path | None:
     """Return a folder a few levels below that fits, for a suggestion, or None."""
     level = [root]
     for _ in range(SUGGESTED_DEPTH):
-        level = [below for folder in level for below in sub_folders(folder)[:100]]
-        for folder in level:
+        level = [below for folder in level[:SEARCHED] for below in sub_folders(folder)[:SEARCHED]]
+        for folder in level[:SEARCHED]:
             if fits(folder):
                 return folder
     return None
@@ -80,12 +92,12 @@ def nearby(root: Path, fits: Callable[[Path], bool]) -> Path | None:
 
 def contents(folder: Path) -> str:
     """Return what a folder holds, in the words of a message."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return "does not exist"
     found = entries(folder)
     if not found:
         return "is empty"
-    names = [path.name + ("/" if path.is_dir() else "") for path in found]
+    names = [path.name + ("/" if is_folder(path) else "") for path in found]
     more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
     return f"holds {', '.join(names[:EXAMPLES])}{more}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,19 @@ def open_text_file(value: str | None) -> FeatureFile | None:
     return source
 
 
+def _path(text: str) -> Path:
+    """Return a path, with the home folder for a leading ~. Raises UserError where no file can have its name."""
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG and "{" not in text:
+            raise UserError(f"data {text[:100]}... cannot be read: {error.strerror}") from None
+    except (RuntimeError, ValueError) as error:  # no home folder of that name, a NUL character
+        raise UserError(f"data {text!r} cannot be read: {error}") from None
+    return path
+
+
 def open_source(spec: str, part: Part = "test") -> Source:
     """Read the data that KIND:PATH or KIND:PATH@PART names.
 
@@ -90,5 +104,5 @@ def open_source(spec: str, part: Part = "test") -> Source:
             hint = f"; did you mean features:{spec}?"
         usages = ", ".join(known.usage for known in KINDS.values())
         raise UserError(f"data must be KIND:PATH with KIND one of {usages}, got {spec!r}{hint}")
-    without, named = (path, None) if os.path.exists(Path(path).expanduser()) else split_part(path)  # noqa: PTH110
-    return KINDS[kind].read(Path(without).expanduser(), named or part)
+    without, named = (path, None) if os.path.exists(_path(path)) else split_part(path)  # noqa: PTH110
+    return KINDS[kind].read(_path(without), named or part)

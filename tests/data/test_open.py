@@ -29,3 +29,11 @@ def test_every_kind_describes_its_path() -> None:
 def test_a_kind_without_a_path_is_refused(spec: str) -> None:
     with pytest.raises(UserError, match="data must be KIND:PATH"):
         open_source(spec)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_refuses_odd_paths_in_one_error(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in ("a" * 5000, "x/" * 2000, "/dev/null", "~nobody-of-this-name/x", f"{tmp_path}/file", "@val", "é\udcff"):
+        with pytest.raises(UserError):
+            open_source(f"{kind}:{path}", "train")

@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 
 from rada_fast.data.few_shot import PublishedShots
 from rada_fast.data.folders import EXAMPLES
-from rada_fast.data.layouts import archive_hint, contents, descend, entries, existing_root, lines_of, shown
+from rada_fast.data.layouts import (
+    archive_hint,
+    contents,
+    descend,
+    entries,
+    existing_root,
+    is_file,
+    is_folder,
+    lines_of,
+    shown,
+)
 from rada_fast.data.parts import PARTS, Part
 from rada_fast.data.published import AIRCRAFT, COOP_SETS, CoopSet, coop_set
 from rada_fast.data.readers.features import MAX_CLASSES
@@ -65,10 +75,10 @@ def read_coop(path: Path, part: Part) -> ImageFolder:
     Raises UserError where the set, its images or its split file are not found, or where the split is not usable.
     """
     existing_root(path.parent, "coop:ROOT/NAME")
-    if coop_set(path.name) is None and not (path.is_dir() and any(_split_files(path))):
+    if coop_set(path.name) is None and not (is_folder(path) and any(_split_files(path))):
         kind = imagenet_kind(path.name)
         if kind is not None:
-            return read_imagenet(kind, path if path.is_dir() else path.parent, part)
+            return read_imagenet(kind, path if is_folder(path) else path.parent, part)
     opened = open_coop(path)
     samples = {name: _samples(opened, name) for name in PARTS}
     _check_files(opened, part)
@@ -95,7 +105,7 @@ def open_coop(path: Path) -> CoopFolder:
     places = [path.name] if known is None else list(dict.fromkeys((path.name, *known.folders)))
     if known is None:
         known = _identified(path)
-    folder = next((found for place in places if (found := descend(path.parent, place)) and found.is_dir()), None)
+    folder = next((found for place in places if (found := descend(path.parent, place)) and is_folder(found)), None)
     if folder is None:
         raise UserError(
             f"{known.name}: no folder of it was found; looked for {shown(path.parent, places)}; {path.parent} "
@@ -124,7 +134,7 @@ def _split_files(folder: Path) -> list[CoopSet]:
 def _identified(path: Path) -> CoopSet:
     """Return the data set whose split file lies in a folder of any name. Raises UserError where none or several do."""
     names = ", ".join([*(known.folders[0] for known in COOP_SETS), "imagenet"])
-    if path.is_dir():
+    if is_folder(path):
         found = _split_files(path)
         if len(found) == 1:
             return found[0]
@@ -142,7 +152,7 @@ def _identified(path: Path) -> CoopSet:
 def _find_split(known: CoopSet, folder: Path) -> Path:
     for place in SPLIT_PLACES:
         candidate = folder / place / known.split_file
-        if candidate.is_file():
+        if is_file(candidate):
             return candidate
     raise UserError(
         f"{known.name}: its split file was not found; looked for "
@@ -213,7 +223,7 @@ def _read_aircraft(folder: Path) -> tuple[Path, Split, tuple[str, ...]]:
     """Read the lists of FGVC Aircraft: variants.txt, and images_variant_PART.txt with "number variant" lines."""
     lists = {part: folder / f"images_variant_{part}.txt" for part in PARTS}
     for path in (folder / "variants.txt", *lists.values()):
-        if not path.is_file():
+        if not is_file(path):
             inner = descend(folder, "data/variants.txt") or descend(folder, "fgvc-aircraft-2013b/data/variants.txt")
             hint = f"; did you mean coop:{inner.parent}?" if inner is not None else archive_hint(folder)
             raise UserError(f"{AIRCRAFT}: {path} was not found; {folder} {contents(folder)}{hint}")
@@ -234,8 +244,8 @@ def _read_aircraft(folder: Path) -> tuple[Path, Split, tuple[str, ...]]:
 def _image_folder(known: CoopSet, folder: Path, split: Split) -> Path:
     """Return the folder that holds most of the first listed images."""
     listed = [image.path for part in PARTS for image in split[part][:PROBED]]
-    candidates = [found for place in known.images if (found := descend(folder, place)) and found.is_dir()]
-    counts = {place: sum((place / image).is_file() for image in listed) for place in candidates}
+    candidates = [found for place in known.images if (found := descend(folder, place)) and is_folder(found)]
+    counts = {place: sum(is_file(place / image) for image in listed) for place in candidates}
     best = max(counts, key=lambda place: counts[place], default=None)
     if best is None or not counts[best]:
         raise UserError(

@@ -16,6 +16,7 @@ from rada_fast.data.layouts import (
     contents,
     existing_root,
     find_folder,
+    is_file,
     lines_of,
     nearby,
     shown,
@@ -251,7 +252,7 @@ def _classnames(folder: Path, wnids: tuple[str, ...]) -> tuple[str, ...] | None:
     """Return the names in CoOp's classnames.txt ("n01440764 tench"), where it lies beside the images, or None."""
     for above in (folder.parent, folder.parent.parent):
         path = above / "classnames.txt"
-        if path.is_file():
+        if is_file(path):
             names = dict(line.split(" ", 1) for line in lines_of(path, "list of class names") if " " in line)
             if missing := [wnid for wnid in wnids if wnid not in names]:
                 notices.warn(f"{path} has no name for {len(missing)} classes, such as {missing[0]}, and is not used")

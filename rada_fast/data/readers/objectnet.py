@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from rada_fast.data.folders import EXAMPLES
-from rada_fast.data.layouts import archive_hint, contents, descend, existing_root, find_folder, lines_of, shown
+from rada_fast.data.layouts import (
+    archive_hint,
+    contents,
+    descend,
+    existing_root,
+    find_folder,
+    is_file,
+    is_folder,
+    lines_of,
+    shown,
+)
 from rada_fast.data.parts import Part
 from rada_fast.data.readers.imagefolder import read_image_folder
 from rada_fast.data.readers.imagenet import synsets
@@ -42,7 +52,7 @@ def read_objectnet(path: Path, part: Part) -> ImageFolder:
     if unknown := [title for title in equal if title not in titles]:
         raise UserError(f"ObjectNet: {lists / _TITLES} has no folder for {', '.join(unknown[:EXAMPLES])}")
     title_of = {titles[title]: title for title in equal}
-    images = find_folder(path, _IMAGES, lambda folder: any((folder / name).is_dir() for name in title_of))
+    images = find_folder(path, _IMAGES, lambda folder: any(is_folder(folder / name) for name in title_of))
     if images is None:
         raise UserError(
             f"ObjectNet: no folder was found whose sub-folders are classes such as {min(title_of)}; looked for "
@@ -82,8 +92,8 @@ def _find_lists(path: Path) -> Path:
     needed = (_TITLES, _EQUAL, _NUMBERS, _LABELS)
     for place in _LISTS:
         folder = descend(path, place)
-        if folder is not None and (folder / _TITLES).is_file():
-            if missing := [name for name in needed if not (folder / name).is_file()]:
+        if folder is not None and is_file(folder / _TITLES):
+            if missing := [name for name in needed if not is_file(folder / name)]:
                 raise UserError(f"ObjectNet: {folder} lacks {', '.join(missing)}, which objectnet-1.0.zip holds")
             return folder
     raise UserError(

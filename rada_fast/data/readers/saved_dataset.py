@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rada_fast.data.fingerprints import file_stamp
-from rada_fast.data.layouts import contents, existing_root, sub_folders
+from rada_fast.data.layouts import contents, existing_root, is_file, sub_folders
 from rada_fast.data.parts import Part
 from rada_fast.data.readers.coop import unique_keys
 from rada_fast.data.readers.features import MAX_CLASSES
@@ -111,9 +111,9 @@ def read_saved_dataset(path: Path, part: Part) -> ImageFolder:
 
 def _part_folder(path: Path, part: Part) -> Path:
     """Return the folder of the Arrow files of a part."""
-    if (path / "state.json").is_file():
+    if is_file(path / "state.json"):
         return path
-    parts = [below.name for below in sub_folders(path) if (below / "state.json").is_file()]
+    parts = [below.name for below in sub_folders(path) if is_file(below / "state.json")]
     if not parts:
         raise UserError(
             f"hf: {path} must be a folder that save_to_disk of the library datasets wrote, with state.json or "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rada_fast.data.decode import picture_extensions
 from rada_fast.data.folders import EXAMPLES, Skipped, mention_skipped
-from rada_fast.data.layouts import contents, entries, lines_of
+from rada_fast.data.layouts import contents, entries, is_file, is_folder, lines_of
 from rada_fast.data.parts import Part
 from rada_fast.data.readers.coop import unique_keys
 from rada_fast.data.readers.features import MAX_CLASSES
@@ -130,11 +130,11 @@ def _shards(pattern: Path, part: Part) -> list[Path]:
     text = str(pattern)
     if re.match(r"[a-z][a-z0-9+]*:", text):
         raise UserError(f"webdataset reads archives on disk, got {text!r}: download them first")
-    if pattern.is_dir():
+    if is_folder(pattern):
         inner = [pattern / name for name in PART_FOLDERS[part]]
-        folders = [folder for folder in inner if folder.is_dir()][:1] or [pattern]
+        folders = [folder for folder in inner if is_folder(folder)][:1] or [pattern]
         shards = [path for path in entries(folders[0]) if path.suffix == ".tar"]
-        other = [name for names in PART_FOLDERS.values() for name in names if (pattern / name).is_dir()]
+        other = [name for names in PART_FOLDERS.values() for name in names if is_folder(pattern / name)]
         if not shards and other:
             raise UserError(f"webdataset: {pattern} has no folder for {part}, it has {', '.join(dict.fromkeys(other))}")
         if not shards:
@@ -150,7 +150,7 @@ def _shards(pattern: Path, part: Part) -> list[Path]:
             shards += matching
         else:
             shards.append(path)
-    missing = [path for path in shards if not path.is_file()]
+    missing = [path for path in shards if not is_file(path)]
     if missing:
         above = missing[0].parent
         raise UserError(
@@ -251,7 +251,7 @@ class _Classes(NamedTuple):
 def _classes(found: Sequence[_Entry], folder: Path, pattern: Path) -> _Classes:
     """Return the classes of all entries. Raises UserError where only some of the entries have a label."""
     places = [above / file for above in (folder, folder.parent) for file in NAME_FILES]
-    listed = next((path for path in places if path.is_file()), None)
+    listed = next((path for path in places if is_file(path)), None)
     names = tuple(lines_of(listed, "list of class names")) if listed is not None else ()
     numbers = [entry.number for entry in found if entry.number is not None]
     texts = [entry.name for entry in found if entry.name is not None]
