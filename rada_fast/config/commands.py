@@ -199,7 +199,10 @@ class FFTOptions:
     """Images per step (paper: 512)."""
     micro_batch: int | None = None
     """Split a step into parts of this many images to save memory; gradients are accumulated. Default: as many as
-    fit into 1 GiB on a CPU and 8 GiB on a GPU."""
+    fit into 1 GiB on a CPU and 8 GiB on a GPU, or into the memory."""
+    memory: str | None = None
+    """About how much memory a step may take beside the frozen weights, such as 4GiB, which picks the number of images
+    that are computed at once. Another number rounds the sums of gradients in another way."""
     grad_checkpointing: bool = False
     """RAda-FT: let the image encoder compute its activations again in the backward pass, which saves memory."""
     lr: float = 4e-3
@@ -234,6 +237,10 @@ class FFTOptions:
             check_integer(name, getattr(self, name), 1)
         if self.micro_batch is not None:
             check_integer("micro_batch", self.micro_batch, 1)
+        if self.memory is not None:
+            bytes_of("memory", self.memory)
+            if self.micro_batch is not None:
+                raise UserError("memory and micro_batch both give the size of a step's parts: give one of them")
         check_integer("warmup_steps", self.warmup_steps, 0)
         stages = FFT_METHODS[self.method].stages
         _check_head(self.method, FFT_METHODS[self.method].head, self.adapter)

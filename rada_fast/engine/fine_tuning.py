@@ -121,8 +121,8 @@ def fine_tune(
     on_epoch: a function that is called with the record of each epoch.
     options: those of the command, by name: of eft, shots, epochs, batch_size, lr, optimizer, weight_decay, schedule,
         penalty, penalty_weight and train_views; of fft, stages, epochs, finetune_from, finetune_epochs, batch_size,
-        micro_batch, grad_checkpointing, lr, finetune_lr, weight_decay, warmup_steps, penalty, penalty_weight and
-        train_views. Features have no crops and no second stage, so that for them train_views is "center" and stages
+        micro_batch, memory, grad_checkpointing, lr, finetune_lr, weight_decay, warmup_steps, penalty, penalty_weight
+        and train_views. Features have no crops and no second stage, so that for them train_views is "center" and stages
         "first" unless given.
 
     Returns FineTuned. Raises UserError, a ValueError, or TypeError naming the argument that cannot be used.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
+from rada_fast.config.checks import bytes_of
 from rada_fast.config.commands import FFTOptions
 from rada_fast.config.methods import FFT_METHODS
 from rada_fast.data.sources import Source
@@ -167,7 +168,8 @@ def stage_step(
     stage: the stage.
     model: the classifier and its head.
     vlm: the model, whose encoders a stage may train; None suffices for a stage with frozen encoders.
-    options: the options of the training. Without a micro_batch, images_at_once gives the size of the parts of a step.
+    options: the options of the training. Without a micro_batch, images_at_once gives the size of the parts of a
+        step, for the budget of budget_of_parts if they name a memory.
     captions: the prompts of the classes, for a contrastive stage.
 
     Raises UserError if the encoder has no activation checkpoints, and the options ask for them.
@@ -205,7 +207,13 @@ def stage_step(
     if vlm is not None and stage.trains_encoder:
         encode = _encoding(vlm, optimizer)
     if micro_batch is None:
-        micro_batch = images_at_once(model.head.config, len(model.weight), device, fused=gradients.fused, extra=extra)
+        budget = None
+        if options.memory is not None:
+            side = vlm.preprocess.image_size if vlm is not None and stage.trains_encoder else None
+            budget = budget_of_parts(options, parameters, model.weight.shape[1], side)
+        micro_batch = images_at_once(
+            model.head.config, len(model.weight), device, fused=gradients.fused, extra=extra, budget=budget
+        )
     in_float16 = stage.trains_encoder and vlm is not None and vlm.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
     step = TrainingStep(
@@ -220,6 +228,33 @@ def stage_step(
             vlm.model.requires_grad_(False).eval()
             if options.grad_checkpointing:
                 encoder.set_grad_checkpointing(False)
+
+
+def budget_of_parts(options: FFTOptions, parameters: Sequence[Tensor], width: int, side: int | None) -> int:
+    """Return how many bytes of the option --memory are left for the images of one part of a step.
+
+    With P numbers in all trained parameters, batches of B images, width D and S x S pixels of an image, these are the
+    memory without
+
+        20 P + 4 B D    or, where the encoder is trained,    20 P + 24 B S^2
+
+    bytes: the parameters, their two moments, the sum of the gradients and those of one part, all float32; and the
+    features of a batch, or the pixels of one batch and of another that is read ahead.
+
+    options: the options of the training, with a memory.
+    parameters: what is trained.
+    width, side: D, and S or None where the inputs are features.
+
+    Raises UserError if nothing is left.
+    """
+    assert options.memory is not None
+    memory = bytes_of("memory", options.memory)
+    inputs = options.batch_size * (4 * width if side is None else 24 * side**2)
+    fixed = 20 * sum(parameter.numel() for parameter in parameters) + inputs
+    if memory <= fixed:
+        least = f"{-(-fixed // 2**20)}MiB for batches of {options.batch_size}"
+        raise UserError(f"memory must be more than {least}, got {options.memory}")
+    return memory - fixed
 
 
 def _thaw_text_encoder(vlm: VisionLanguageModel) -> None:

@@ -54,12 +54,14 @@ def images_at_once(
     itemsize: int = 4,
     fused: bool = True,
     extra: int = 0,
+    budget: int | None = None,
 ) -> int:
-    """Return how many images a part of a step may have, so that it takes no more than BUDGETS; at least one.
+    """Return how many images a part of a step may have, so that it takes no more than a budget; at least one.
 
-    It is ``budget // (bytes_of_image + extra)``, where `extra` is what an image takes outside of the adapter.
+    It is ``budget // (bytes_of_image + extra)``, where `extra` is what an image takes outside of the adapter. Without a
+    budget it is that of BUDGETS.
     """
-    return max(1, BUDGETS[device.type] // (bytes_of_image(config, classes, itemsize, fused=fused) + extra))
+    return max(1, (budget or BUDGETS[device.type]) // (bytes_of_image(config, classes, itemsize, fused=fused) + extra))
 
 
 @dataclass(frozen=True)

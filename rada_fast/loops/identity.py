@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rada_fast.config.commands import FFTOptions
 from rada_fast.data.fingerprints import tensor_fingerprint
 from rada_fast.data.sources import Source
 from rada_fast.loops.setup import Setup
@@ -86,6 +87,9 @@ def identity_of(setup: Setup, names: Sequence[str], text: Tensor, limit: int | N
     options["model"]["precision"] = model.precision
     if limit is not None:
         options["run"]["limit"] = limit
+    # The parts of a training's step decide how sums are rounded. In test-time training, memory decides no number.
+    if isinstance(setup.options, FFTOptions) and setup.options.memory is not None:
+        options["memory"] = setup.options.memory
     prompts = text_options.text_features is None
     return {
         "command": setup.command,

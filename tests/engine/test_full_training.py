@@ -15,11 +15,12 @@ from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import RunOptions
 from rada_fast.engine import full_training
 from rada_fast.engine.full_training import Stage, stage_step, stages_of
-from rada_fast.engine.steps import images_at_once
+from rada_fast.engine.steps import bytes_of_image, images_at_once
 from rada_fast.errors import UserError
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.classifier import Classifier
+from rada_fast.ops import backends
 
 ENCODER = Stage("rada-ft", 1, 1e-3, 0.0, trains_encoder=True)
 
@@ -94,6 +95,25 @@ def test_parts_take_the_encoders_activations_into_account(
     assert asked[0] > 8 * rows * len(visual.transformer.resblocks)
     assert asked[1] == int(full_training.CHECKPOINTED_SHARE * asked[0])
     assert all(torch.equal(value, before[name]) for name, value in vlm.model.state_dict().items())
+
+
+def test_the_memory_decides_how_many_images_are_computed_at_once() -> None:
+    model, rada = classifier(16), stages_of(options())[0]
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    head = model.head
+    assert isinstance(head, RationalAdapter)
+    fixed, each = 20 * trained + 4 * 8 * 16, bytes_of_image(head.config, 4, 4, fused=backends()["cpu"] == "usable")
+    for images in (1, 3, 8):
+        memory = f"{(fixed + images * each + 1) / 2**10:.6f}KiB"
+        with stage_step(rada, model, None, options(batch_size=8, memory=memory)) as made:
+            assert made.step.micro_batch == images
+    with (
+        pytest.raises(UserError, match="memory must be more than 1MiB for batches of 8, got 1KiB"),
+        stage_step(rada, model, None, options(batch_size=8, memory="1KiB")),
+    ):
+        pass
+    with pytest.raises(UserError, match="memory and micro_batch"):
+        options(memory="1GiB", micro_batch=3)
 
 
 def test_the_stages_of_the_options() -> None:
