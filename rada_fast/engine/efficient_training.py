@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,30 +11,73 @@ from torch import Tensor
 from rada_fast.config.commands import EFTOptions
 from rada_fast.data.sources import Source
 from rada_fast.engine.optimizers import training_optimizer
-from rada_fast.engine.steps import Gradients, Objective, TrainingStep, images_at_once
-from rada_fast.engine.training import Batch, Plan, efficient_rate, epoch_name, feature_batches, shuffled
+from rada_fast.engine.steps import Gradients, Objective, TrainedText, TrainingStep, images_at_once
+from rada_fast.engine.training import Batch, ImageBatches, Plan, efficient_rate, epoch_name, feature_batches, shuffled
+from rada_fast.models.encoder_tuning import EncoderTuning
 from rada_fast.models.image_features import Features, Unreadable, encode_crops
-from rada_fast.models.vision_language import Model
+from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.modules.heads import Head
 
 MOMENTUM = 0.9
 """The momentum of SGD in the published configurations."""
 
 
-def efficient_step(head: Head, text_features: Tensor, logit_scale: float, options: EFTOptions) -> TrainingStep:
+@dataclass(frozen=True, eq=False)
+class TunedEncoders:
+    """Encoders inside which something is trained.
+
+    tuning: what is trained; vlm: the model; tokens: the prompts (K, L) of the classes.
+    """
+
+    tuning: EncoderTuning
+    vlm: VisionLanguageModel
+    tokens: Tensor
+
+    def text_features(self, labels: Tensor) -> Tensor:
+        """Encode all classes, whatever the labels of a step are. Returns (K, D) with gradients."""
+        with self.tuning.attached():
+            return self.vlm.text_features_with_grad(self.tokens)
+
+    def image_features(self, images: Tensor, ids: Sequence[str]) -> Tensor:
+        """Encode images to features (B, D) with gradients. Raises UserError if they are not usable."""
+        with self.tuning.attached():
+            features = self.vlm.image_features_with_grad(images)
+        self.vlm.check_features(features, "image", ids)
+        return features
+
+
+def efficient_step(
+    head: Head,
+    text_features: Tensor,
+    logit_scale: float,
+    options: EFTOptions,
+    tuned: TunedEncoders | None = None,
+) -> TrainingStep:
     """Make what takes the steps of a head over frozen encoders.
 
     head: the rational adapter, or the head of another method, to train, on its device.
     text_features: T (K, D); logit_scale: the multiplier s.
     options: the options of the training; those of the data, the model and the run are not read.
+    tuned: the encoders, if something inside them is trained too.
     """
     trained = [value for value in head.parameters() if value.requires_grad]
+    text, encode, scaler, of_images = None, None, None, False
+    if tuned is not None:
+        trained += tuned.tuning.parameters()
+        text_features = text_features.clone().requires_grad_()
+        text = TrainedText(text_features, tuned.text_features)
+        of_images = tuned.tuning.changes_images
+        encode = tuned.image_features if of_images else None
+        scaler = torch.amp.GradScaler(text_features.device.type, enabled=tuned.vlm.precision == "float16")
     optimizer = training_optimizer(
         trained, options.optimizer, lr=options.lr, weight_decay=options.weight_decay, momentum=MOMENTUM
     )
-    gradients = Gradients(head, text_features, logit_scale, Objective(options.penalty, options.penalty_weight))
+    objective = Objective(options.penalty, options.penalty_weight)
+    gradients = Gradients(head, text_features, logit_scale, objective, of_images=of_images)
     most = images_at_once(head.config, len(text_features), text_features.device, fused=gradients.fused)
-    return TrainingStep(gradients, optimizer, micro_batch=min(most, options.batch_size))
+    return TrainingStep(
+        gradients, optimizer, micro_batch=min(most, options.batch_size), text=text, encode=encode, scaler=scaler
+    )
 
 
 def efficient_plan(
@@ -43,6 +87,7 @@ def efficient_plan(
     model: Model,
     device: torch.device,
     note_unreadable: Callable[[Iterable[Unreadable]], object],
+    tuned: TunedEncoders | None = None,
 ) -> Plan:
     """Return the epochs of efficient fine-tuning.
 
@@ -54,17 +99,27 @@ def efficient_plan(
     model: the model that encodes crops.
     device: the device of the adapter.
     note_unreadable: a function that takes images that could not be read.
+    tuned: the encoders, if something inside them is trained. If this changes the features of images, an epoch reads the
+        images themselves.
     """
     seed, workers = options.run.seed, options.run.workers
 
     def batches(epoch: int) -> Iterator[Batch]:
         rows, name = features, epoch_name(None, epoch)
+        if tuned is not None and tuned.tuning.changes_images:
+            crops = options.train_views == "crop"
+            reader = ImageBatches(
+                images.samples, tuned.vlm, options.batch_size, seed, crops=crops, encoded=False, workers=workers
+            )
+            yield from reader.epoch(name, f"views {epoch}")
+            note_unreadable(reader.unreadable.values())
+            return
         if options.train_views == "crop":
             title = f"encode epoch {epoch + 1}"
             rows = encode_crops(images.samples, model.loaded(), title=title, seed=seed, draw=name, workers=workers)
         note_unreadable(rows.unreadable)
         order = shuffled(len(rows.labels), seed, name)
-        return feature_batches(rows.features, rows.labels, order, options.batch_size, device)
+        yield from feature_batches(rows.features, rows.labels, order, options.batch_size, device)
 
     note_unreadable(features.unreadable)
     rate = efficient_rate(options.lr, options.schedule, options.epochs)

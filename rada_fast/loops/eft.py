@@ -10,22 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rada_fast.config.commands import EFTOptions
+from rada_fast.config.methods import EFT_METHODS
 from rada_fast.data.few_shot import base_and_new
 from rada_fast.data.sources import Source
-from rada_fast.engine.efficient_training import efficient_plan, efficient_step
+from rada_fast.engine.efficient_training import TunedEncoders, efficient_plan, efficient_step
 from rada_fast.engine.training import training_time
 from rada_fast.errors import UserError
-from rada_fast.loops.evaluate import EvaluationData, EvaluationSet, encode_evaluation, evaluate_sets
+from rada_fast.loops.evaluate import EvaluationData, EvaluationSet, encode_evaluation, evaluate_sets, tuned_sets
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.loops.training import Training, train
 from rada_fast.loops.zero_shot import check_answers
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
+from rada_fast.models.encoder_tuning import EncoderTuning
 from rada_fast.models.image_features import Features, features_of
+from rada_fast.models.prompts import resolve_prompts
 from rada_fast.modules import RationalAdapter
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, harmonic_mean, unreadable_records
 from rada_fast.runs.folder import RunFolder, reset_peak_memory
@@ -44,6 +47,7 @@ class Task:
     read: all data that the run reads, by part ("train", "test", ...).
     names: the names of all classes, including those that are only evaluated.
     text: the text features of all these classes.
+    tuning: what is trained inside the encoders, or None.
     """
 
     setup: Setup
@@ -53,6 +57,7 @@ class Task:
     read: dict[str, Source]
     names: tuple[str, ...]
     text: Tensor
+    tuning: EncoderTuning | None = None
 
 
 def run_eft(options: EFTOptions) -> dict[str, Any]:
@@ -84,8 +89,8 @@ def run_eft(options: EFTOptions) -> dict[str, Any]:
             check_answers(one.images, one.text, data.names, f"test images of {one.name}", setup)
         training, resumed = train_adapter(task, options, sets, folder)
         folder.accept_inputs()
-        save_weights(setup, options, folder)
-        records = evaluate_sets(sets, setup)
+        save_weights(task, folder)
+        records = evaluate_sets(sets, setup, tuned_sets(sets, task.evaluation, setup, task.tuning))
         results: dict[str, Any] = {"training_images": len(task.images.ids), "classes": len(setup.names)}
         results |= results_of(records, sets, training, task, folder)
         results["time"] = {"seconds": round(time.perf_counter() - start, 3), **training_time(training.records)}
@@ -101,7 +106,13 @@ def open_task(options: EFTOptions) -> Task:
     specs |= {} if options.new_test is None else {"new": options.new_test}
     others = {f"evaluate-on {spec}": spec for spec in options.evaluate_on}
     specs |= others
-    opened = open_data_and_model(options, specs)
+    only_images = None
+    if (kind := EFT_METHODS[options.method].tuning) is not None:
+        if options.text.text_features is not None:
+            raise UserError(f"method {options.method} trains with prompts: leave out --text-features")
+        if kind != "context":
+            only_images = f"method {options.method} trains inside the image encoder and needs images"
+    opened = open_data_and_model(options, specs, only_images=only_images)
     source, testing, new_testing = opened.sources["train"], opened.sources["test"], opened.sources.get("new")
     prompts, means = options.text.text_features is None, options.text.text_features == "class-means"
 
@@ -158,7 +169,22 @@ def open_task(options: EFTOptions) -> Task:
         {**opened.sources, "train": images} | ({"train, new classes": new_images} if new and means else {}),
         tuple(name for found in names.values() for name in found),
         torch.cat([texts["base"], texts["new"]]) if new else texts["base"],
+        open_tuning(options, setup, source),
     )
+
+
+def open_tuning(options: EFTOptions, setup: Setup, source: Source) -> EncoderTuning | None:
+    """Make what the method trains inside the encoders. Returns None if it trains nothing there.
+
+    Raises UserError if there is more than one prompt for a class, or an encoder has no blocks.
+    """
+    kind = EFT_METHODS[options.method].tuning
+    if kind is None:
+        return None
+    prompts = resolve_prompts(options.text.templates, source.path)
+    if len(prompts.templates) != 1 or prompts.descriptions:
+        raise UserError(f"templates must be a single one with method {options.method}, got {options.text.templates}")
+    return EncoderTuning(kind, setup.model.loaded(), prompts.templates[0], options.tuning, options.run.seed)
 
 
 def train_adapter(
@@ -168,26 +194,35 @@ def train_adapter(
 
     Returns the training, and the number of epochs that an earlier run had finished.
     """
-    setup = task.setup
-    step = efficient_step(setup.head, setup.text, setup.logit_scale, options)
-    training = Training(folder, STATE, setup.head, step.optimizer)
+    setup, tuning, tuned = task.setup, task.tuning, None
+    if tuning is not None:
+        tuned = TunedEncoders(tuning, setup.model.loaded(), tuning.tokens_of(setup.names))
+    step = efficient_step(setup.head, setup.text, setup.logit_scale, options, tuned)
+    trained = setup.head if tuning is None else nn.ModuleList([setup.head, tuning])
+    training = Training(folder, STATE, trained, step.optimizer, step.scaler)
 
     def after_epoch(epoch: int, record: dict[str, Any]) -> None:
         if options.evaluate_every and (epoch + 1) % options.evaluate_every == 0:
-            for name, records in evaluate_sets(sets, setup).items():
+            after = tuned_sets(sets, task.evaluation, setup, tuning)
+            for name, records in evaluate_sets(sets, setup, after).items():
                 record[f"{name}_top1"] = accuracy_of(records, before="zero_shot", after="adapted")["adapted_top1"]
 
-    plan = efficient_plan(options, task.images, task.features, setup.model, setup.device, training.note_unreadable)
+    plan = efficient_plan(
+        options, task.images, task.features, setup.model, setup.device, training.note_unreadable, tuned
+    )
     resumed = train(training, step, plan, title="efficient fine-tuning", after_epoch=after_epoch)
     return training, resumed
 
 
-def save_weights(setup: Setup, options: EFTOptions, folder: RunFolder) -> None:
+def save_weights(task: Task, folder: RunFolder) -> None:
     """Write what was trained: a rational adapter as its own file, and everything else that a method has."""
-    tensors = {f"head.{name}": tensor for name, tensor in setup.head.state_dict().items()}
-    if isinstance(setup.head, RationalAdapter):
-        folder.save_adapter("adapter.safetensors", setup.head)
-        tensors = {}
+    head, tensors = task.setup.head, {}
+    if isinstance(head, RationalAdapter):
+        folder.save_adapter("adapter.safetensors", head)
+    else:
+        tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    if task.tuning is not None:
+        tensors |= {f"encoders.{name}": tensor for name, tensor in task.tuning.state_dict().items()}
     if tensors:
         folder.save_tensors("method.safetensors", tensors)
 

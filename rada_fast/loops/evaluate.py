@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from rada_fast.data.sources import Source
 from rada_fast.errors import UserError
 from rada_fast.loops.setup import Setup
-from rada_fast.models.class_features import class_means
+from rada_fast.models.class_features import TEXT_BATCH_SIZE, class_means
+from rada_fast.models.encoder_tuning import EncoderTuning
 from rada_fast.models.image_features import Features, features_of
 from rada_fast.ops import zero_shot_logits
 from rada_fast.reports.summary import image_record, unreadable_records
@@ -63,19 +64,52 @@ def encode_evaluation(data: Sequence[EvaluationData], setup: Setup) -> list[Eval
     return sets
 
 
-def evaluate_sets(sets: Sequence[EvaluationSet], setup: Setup) -> dict[str, list[dict[str, Any]]]:
-    """Evaluate the present adapter on every set. Returns the records of each set, by its name."""
-    records = {}
-    for one in sets:
+def tuned_sets(
+    sets: Sequence[EvaluationSet], data: Sequence[EvaluationData], setup: Setup, tuning: EncoderTuning | None
+) -> Sequence[EvaluationSet]:
+    """Encode the images and the classes of evaluations anew, with what is trained inside the encoders at present.
 
-        def predict(images: Tensor, text: Tensor = one.text) -> Tensor:
+    sets: the evaluations as the encoders alone encode them; data: the same before they were encoded.
+    tuning: what is trained inside the encoders. Without it, or where it does not change the images' features, those of
+        the sets are returned.
+    """
+    if tuning is None:
+        return sets
+    found, run, vlm = [], setup.options.run, setup.model.loaded()
+    with tuning.attached(), torch.no_grad():
+        for one, before in zip(sets, data, strict=True):
+            images, title = one.images, f"encode {one.name} test images again"
+            if tuning.changes_images:
+                images = features_of(
+                    before.source, vlm, title=title, workers=run.workers, limit=run.limit, cached=False
+                )
+            if images.ids != one.images.ids:
+                raise UserError(f"test images of {one.name} have changed during the run: start it again")
+            tokens = tuning.tokens_of(one.names)
+            text = torch.cat([vlm.text_features_with_grad(part) for part in tokens.split(TEXT_BATCH_SIZE)])
+            found.append(replace(one, images=images, text=text))
+    return found
+
+
+def evaluate_sets(
+    sets: Sequence[EvaluationSet], setup: Setup, tuned: Sequence[EvaluationSet] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Evaluate the present head on every set. Returns the records of each set, by its name.
+
+    tuned: the same sets as tuned_sets returns them, for the answers after adaptation.
+    """
+    records = {}
+    for one, after in zip(sets, sets if tuned is None else tuned, strict=True):
+
+        def predict(images: Tensor, text: Tensor = after.text) -> Tensor:
             logits: Tensor = setup.head(images, text, setup.logit_scale)
             return logits
 
         title = f"test {one.name}"
         records[one.name] = evaluate(
-            predict, one.images, one.text, setup.logit_scale, names=one.names, title=title, device=setup.device
-        )
+            predict, one.images, one.text, setup.logit_scale, names=one.names, title=title, device=setup.device,
+            adapted_features=after.images.features,
+        )  # fmt: skip
     return records
 
 
@@ -90,6 +124,7 @@ def evaluate(
     title: str,
     device: torch.device,
     labels: Sequence[Sequence[int]] | None = None,
+    adapted_features: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate an adapter on encoded images. Returns a record of each image, those of unreadable images last.
 
@@ -103,6 +138,7 @@ def evaluate(
     labels: the classes that each of the labels 0, 1, ... of the images stands for, if these are not the K classes
         themselves. Then only these classes are predicted. Where a label stands for several classes, each of them is
         right, and the records name the first.
+    adapted_features: the features of the same images for the answer after adaptation, if they differ.
     """
     text_features = text_features.to(device)
     chunk = max(1, CHUNK_ELEMENTS // text_features.numel())
@@ -114,7 +150,8 @@ def evaluate(
     with progress(title, len(images.ids)) as advance:
         for first in range(0, len(images.ids), chunk):
             part = images.features[first : first + chunk].to(device)
-            adapted = predict(part).cpu().clone()  # it is changed below, and may be the caller's
+            changed = part if adapted_features is None else adapted_features[first : first + chunk].to(device)
+            adapted = predict(changed).cpu().clone()  # it is changed below, and may be the caller's
             diverged = ~adapted.isfinite().all(dim=-1)
             zero_shot = zero_shot_logits(part, text_features, logit_scale).cpu()
             for logits in (adapted, zero_shot):
