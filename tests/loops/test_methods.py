@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rada_fast.config.commands import EFTOptions, FFTOptions
 from rada_fast.config.methods import EFT_METHODS, FFT_METHODS
-from rada_fast.config.options import AdapterOptions, ClassOptions, RunOptions
-from rada_fast.engine import full_training
+from rada_fast.config.options import AdapterOptions, ClassOptions, RunOptions, TuningOptions
+from rada_fast.data.open import open_source
+from rada_fast.embedded import world
+from rada_fast.engine import efficient_training, full_training
 from rada_fast.engine.full_training import Stage, learning_rate
 from rada_fast.errors import UserError
 from rada_fast.loops.eft import run_eft
 from rada_fast.loops.fft import run_fft
+from rada_fast.models.encoder_tuning import EncoderTuning
+from rada_fast.models.image_features import features_of
+from rada_fast.models.vision_language import load_model
 
 from .conftest import load_tiny
-from .support import features_file, fft_options, lines, text_file
+from .support import eft_options, features_file, fft_options, lines, text_file
 
 HERE = Path("here")
 
@@ -126,6 +133,110 @@ def test_heads_of_efficient_fine_tuning_learn_on_features(tmp_path: Path, method
     first, second = lines(tmp_path / "run", "epochs.jsonl")[0], lines(tmp_path / "run", "epochs.jsonl")[-1]
     assert second["loss"] < first["loss"]
     assert (first["penalty"] > 0) == (method != "clip-adapter")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw two pictures of each of four classes."""
+    everything, root = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("pictures")
+    world.write_imagefolder(everything, 2, seed=1, shift=None)
+    for folder in sorted(everything.iterdir())[:4]:
+        shutil.copytree(folder, root / folder.name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def frozen(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the summary of RAda on the pictures, whose encoders stay as they are."""
+    return run_eft(eft_options(pictures, pictures, tmp_path_factory.mktemp("frozen"), epochs=1))
+
+
+@pytest.mark.parametrize("method", [name for name, row in EFT_METHODS.items() if row.tuning is not None])
+def test_efficient_fine_tuning_trains_inside_the_encoders(
+    pictures: Path, frozen: dict[str, Any], tmp_path: Path, method: Any
+) -> None:
+    tuning = TuningOptions(context_tokens=2, prompt_depth=2, adapter_depth=1, adapter_width=4)
+    options = {"method": method, "tuning": tuning, "batch_size": 2, "lr": 1e-2, "schedule": "constant"}
+    summary = run_eft(eft_options(pictures, pictures, tmp_path / "run", evaluate_every=1, **options))
+    rational = EFT_METHODS[method].head == "rational"
+    assert summary["preset"] == ("official" if rational else None)
+    assert (tmp_path / "run" / "adapter.safetensors").exists() == rational
+    stored = load_file(tmp_path / "run" / "method.safetensors")
+    assert all(name.startswith("encoders.") for name in stored)
+    kind = EFT_METHODS[method].tuning
+    assert kind is not None
+    start = EncoderTuning(kind, load_model("embedded"), "a photo of a {}.", tuning, 0)
+    names = {f"encoders.{name}" for name, value in start.named_parameters() if value.requires_grad}
+    assert set(stored) == names
+    assert all(not torch.equal(stored[f"encoders.{name}"], value) for name, value in start.named_parameters())
+    epochs = lines(tmp_path / "run", "epochs.jsonl")
+    assert epochs[-1]["loss"] < epochs[0]["loss"]
+    # The answers at the end are those of the last epoch, before adaptation they are the frozen encoders'.
+    assert [epochs[-1][f"{name}_top1"] for name in ("base", "new")] == [
+        summary[name]["adapted_top1"] for name in ("base", "new")
+    ]
+    assert [summary[name]["zero_shot_top1"] for name in ("base", "new")] == [
+        frozen[name]["zero_shot_top1"] for name in ("base", "new")
+    ]
+
+
+def test_training_inside_the_encoders_goes_on_to_the_same_weights(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(name: str) -> EFTOptions:
+        return eft_options(pictures, pictures, tmp_path / name, method="rada+prompt", train_views="crop", epochs=2)
+
+    run_eft(config("whole"))
+    original = efficient_training.efficient_rate
+
+    def interrupting(*args: Any) -> Any:
+        def rate(epoch: int, step: int) -> float:
+            if epoch == 1 and step == 1:
+                raise KeyboardInterrupt
+            return original(*args)(epoch, step)
+
+        return rate
+
+    with monkeypatch.context() as patch:
+        patch.setattr(efficient_training, "efficient_rate", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            run_eft(config("resumed"))
+    assert run_eft(config("resumed"))["resumed"] == 1
+    for file in ("adapter.safetensors", "method.safetensors"):
+        whole, resumed = (load_file(tmp_path / name / file) for name in ("whole", "resumed"))
+        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_a_context_is_trained_on_features_of_images(pictures: Path, tmp_path: Path) -> None:
+    vlm = load_model("embedded")
+    source = open_source(f"imagefolder:{pictures}")
+    found = features_of(source, vlm, title="", workers=0)
+    np.savez(tmp_path / "f.npz", features=found.features, labels=found.labels, class_names=np.array(source.class_names))
+    spec, changes = f"features:{tmp_path / 'f.npz'}", {"method": "coop", "shots": None, "batch_size": 2}
+    results = [
+        run_eft(eft_options(pictures, pictures, tmp_path / name, **changes, **own))
+        for name, own in (("images", {}), ("features", {"train": spec, "test": spec}))
+    ]
+    files = [load_file(tmp_path / name / "method.safetensors") for name in ("images", "features")]
+    torch.testing.assert_close(files[0]["encoders.context"], files[1]["encoders.context"], rtol=1e-3, atol=1e-4)
+    assert results[0]["base"]["adapted_top1"] == results[1]["base"]["adapted_top1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "coop", "text": ClassOptions(text_features="class-means")}, "method coop trains with prompts"),
+        ({"method": "coop", "text": ClassOptions(templates=("openai",))}, "templates must be a single one"),
+        ({"method": "prompt", "train": "features"}, "method prompt trains inside the image encoder and needs images"),
+    ],
+)  # fmt: skip
+def test_methods_inside_the_encoders_need_prompts_and_images(
+    pictures: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    if "train" in changes:
+        changes = changes | {"train": features_file(tmp_path / "f.npz")}
+    with pytest.raises(UserError, match=message):
+        run_eft(eft_options(pictures, pictures, tmp_path / "run", **changes))
 
 
 @pytest.mark.parametrize(

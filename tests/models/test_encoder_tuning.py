@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import Tensor
 
 from rada_fast.config.options import TuningOptions
+from rada_fast.data.views import Preprocess
 from rada_fast.errors import UserError
 from rada_fast.models.encoder_tuning import EncoderTuning, captions_of
 from rada_fast.models.prompts import Prompts
@@ -144,8 +146,14 @@ def test_the_model_is_itself_again_afterwards(vlm: VisionLanguageModel, name: An
 
 
 def test_an_encoder_without_blocks_is_named() -> None:
-    resnet = load_model("RN50", "random")
-    with pytest.raises(UserError, match="model RN50: its image encoder is not a transformer"):
+    text = {"context_length": 20, "vocab_size": vlm.model.token_embedding.num_embeddings, "width": 16, "heads": 2}
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}
+    module = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text | {"layers": 1})
+    preprocess = Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    resnet = VisionLanguageModel(
+        "resnet", None, module, vlm.tokenizer, preprocess, device=vlm.device, precision="float32"
+    )
+    with pytest.raises(UserError, match="model resnet: its image encoder is not a transformer"):
         make(resnet, "prompts")
     assert make(resnet, "context").context is not None
 
