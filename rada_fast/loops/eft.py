@@ -169,11 +169,11 @@ def open_task(options: EFTOptions) -> Task:
         {**opened.sources, "train": images} | ({"train, new classes": new_images} if new and means else {}),
         tuple(name for found in names.values() for name in found),
         torch.cat([texts["base"], texts["new"]]) if new else texts["base"],
-        open_tuning(options, setup, source),
+        open_tuning(options, setup),
     )
 
 
-def open_tuning(options: EFTOptions, setup: Setup, source: Source) -> EncoderTuning | None:
+def open_tuning(options: EFTOptions, setup: Setup) -> EncoderTuning | None:
     """Make what the method trains inside the encoders. Returns None if it trains nothing there.
 
     Raises UserError if there is more than one prompt for a class, or an encoder has no blocks.
@@ -181,7 +181,7 @@ def open_tuning(options: EFTOptions, setup: Setup, source: Source) -> EncoderTun
     kind = EFT_METHODS[options.method].tuning
     if kind is None:
         return None
-    prompts = resolve_prompts(options.text.templates, source.path)
+    prompts = resolve_prompts(options.text.templates, options.train)
     if len(prompts.templates) != 1 or prompts.descriptions:
         raise UserError(f"templates must be a single one with method {options.method}, got {options.text.templates}")
     return EncoderTuning(kind, setup.model.loaded(), prompts.templates[0], options.tuning, options.run.seed)
