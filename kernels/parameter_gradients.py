@@ -13,7 +13,7 @@ result, in float32, is added to the block times the image's features. Rows of di
 together: an image is divided into steps of equal length, and a shorter step for the classes that are left over.
 
 A program owns one block of one weight of one episode, or some columns of one bias, and goes through all rows, always in
-the same order, so no partial sums are left to add. The programs of the biases come first, and finish before the others.
+the same order, so no partial sums are left to add. The longest programs come first, and those of the biases last.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rada_fast.kernels._common import (
     transposed,
 )
 from rada_fast.kernels._launch import Kernel, Launch, remembered
-from rada_fast.kernels._shared_memory import A100, Target, first_fitting, operand_bytes, target_of
+from rada_fast.kernels._shared_memory import A100, MIN_EXTENT, Target, first_fitting, operand_bytes, target_of
 from rada_fast.kernels.rational_projections import ProjectionBuffers
 
 ROLE_ORDER = ("key", "value", "rational", "output", "text", "image")
@@ -293,6 +293,7 @@ def parameter_gradients_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    TEXT_PARTS: tl.constexpr,
     REMAINDER: tl.constexpr,
     STAGES: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
@@ -302,9 +303,12 @@ def parameter_gradients_kernel(
 ):
     """Compute one block of the gradient of one weight or of one bias.
 
-    Axis 0 of the grid: first the biases, by role and block of columns; then the weights, by role, block of outputs and
-    block of inputs. Axis 1: episodes. A role is asked for where its weight is not None, the output projection where
-    HAS_OUTPUT is 1. REMAINDER: the rows of the last step of an image, see steps_of.
+    Axis 0 of the grid: first the weights, by role, block of outputs and block of inputs; then the biases, by role and
+    block of columns. Axis 1: episodes. A role is asked for where its weight is not None, the output projection where
+    HAS_OUTPUT is 1. REMAINDER: the rows of the last step of an image, see remainder.
+    TEXT_PARTS: the programs among which the outputs of a block are divided for the text query. These programs load the
+        gradients of all images for a single product. Some processors have one of them beside a longer program of
+        another role, and would finish late with a whole block.
     """
     inputs: tl.constexpr = D // BLOCK_I
     blocks: tl.constexpr = inputs * (D // BLOCK_O)
@@ -314,12 +318,20 @@ def parameter_gradients_kernel(
     output_role: tl.constexpr = rational_role + (0 if rational_weight is None else 1)
     text_role: tl.constexpr = output_role + HAS_OUTPUT
     image_role: tl.constexpr = text_role + (0 if text_weight is None else 1)
-    bias_programs: tl.constexpr = HAS_BIAS * bias_blocks * (image_role + (0 if image_weight is None else 1))
+    image_programs: tl.constexpr = 0 if image_weight is None else blocks
+    text_programs: tl.constexpr = 0 if text_weight is None else TEXT_PARTS * blocks
+    weight_programs: tl.constexpr = text_role * blocks + text_programs + image_programs
     program, episode = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    role, block = (program - bias_programs) // blocks, (program - bias_programs) % blocks
+    role, block = program // blocks, program % blocks
+    if text_weight is not None:
+        after_output = program - text_role * blocks
+        if after_output >= text_programs:
+            role = image_role
+        elif after_output >= 0:
+            role, block = text_role, after_output
     if HAS_BIAS:
-        if program < bias_programs:
-            role, block = program // bias_blocks, program % bias_blocks
+        if program >= weight_programs:
+            role, block = (program - weight_programs) // bias_blocks, (program - weight_programs) % bias_blocks
     # The output projection's pointers have the right types; those of the program's role replace them.
     dy, weight, bias = doffset, output_weight, output_bias
     if key_weight is not None:
@@ -341,7 +353,7 @@ def parameter_gradients_kernel(
     image += episode * images * D
     dy += episode * images * classes * D
     if HAS_BIAS:
-        if program < bias_programs:
+        if program >= weight_programs:
             bias += episode * D
             column = block * BIAS_COLUMNS + tl.arange(0, BIAS_COLUMNS)
             if image_weight is not None:
@@ -375,8 +387,11 @@ def parameter_gradients_kernel(
             _store_block(weight, total, o, i, D)
     elif role < image_role:
         if text_weight is not None:
-            total = _add_text(total, text, dy, o, i, images, classes, D, BLOCK_R, COMPUTE, PRECISION)
-            _store_block(weight, total * tl.sqrt(scale), o, i, D)
+            outputs: tl.constexpr = BLOCK_O // TEXT_PARTS
+            n = (block // inputs) * outputs + tl.arange(0, outputs)
+            half = tl.zeros((outputs, BLOCK_I), tl.float32)
+            half = _add_text(half, text, dy, n, i, images, classes, D, BLOCK_R, COMPUTE, PRECISION)
+            _store_block(weight, half * tl.sqrt(scale), n, i, D)
     elif image_weight is not None:
         total = _add_product(total, image, dq_image, o, i, images, D, 16, 1, COMPUTE, PRECISION)
         _store_block(weight, total * tl.sqrt(scale), o, i, D)
@@ -403,13 +418,18 @@ def _launch(
     """
     tile = tile or tile_of(dtype, width, precision, features=features, target=target)
     bias_columns = block_of(width, BIAS_COLUMNS)
-    blocks = (width // tile.outputs) * (width // tile.inputs) + bias * (width // bias_columns)
+    blocks = (width // tile.outputs) * (width // tile.inputs)
+    # In float32 each warp has 16 outputs of a block. With half as many outputs, two warps would compute the same ones.
+    text_parts = 2 if dtype != torch.float32 and tile.outputs > MIN_EXTENT else 1
+    programs = (len(roles) + ("text" in roles) * (text_parts - 1)) * blocks
+    programs += bias * len(roles) * (width // bias_columns)
     return parameter_gradients_kernel.launch(
-        episode_grid(len(roles) * blocks, episodes=episodes),
+        episode_grid(programs, episodes=episodes),
         images=batch // episodes, classes=classes,
         D=width, FACTOR=scale_factor, HAS_OUTPUT=int("output" in roles), HAS_BIAS=bias,
-        BLOCK_O=tile.outputs, BLOCK_I=tile.inputs, BLOCK_R=tile.rows, REMAINDER=remainder(classes, tile.rows),
-        STAGES=tile.stages, BIAS_ROWS=(128 // dtype.itemsize) * tile.warps, BIAS_COLUMNS=bias_columns,
+        BLOCK_O=tile.outputs, BLOCK_I=tile.inputs, BLOCK_R=tile.rows, TEXT_PARTS=text_parts,
+        REMAINDER=remainder(classes, tile.rows), STAGES=tile.stages,
+        BIAS_ROWS=(128 // dtype.itemsize) * tile.warps, BIAS_COLUMNS=bias_columns,
         COMPUTE=COMPUTE_TYPES[dtype], PRECISION=default_precision(dtype, precision, target),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

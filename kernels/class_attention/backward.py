@@ -21,7 +21,7 @@ from rada_fast.kernels._common import LOG2E, cdiv
 from rada_fast.kernels._launch import Kernel, Launch, remembered
 from rada_fast.kernels._shared_memory import Target, target_of
 from rada_fast.kernels.class_attention.backward_keys import key_gradients
-from rada_fast.kernels.class_attention.backward_queries import query_gradients
+from rada_fast.kernels.class_attention.backward_queries import image_query_gradient, query_gradients
 from rada_fast.kernels.class_attention.forward import Attended
 from rada_fast.kernels.class_attention.tiles import Tile, piece_columns, products_of, splits_head, tile_of
 from rada_fast.kernels.rational_projections import ProjectionBuffers
@@ -70,8 +70,9 @@ def class_attention_backward_kernel(
 ):
     """Compute dk and dv of a tile of keys over all queries, or dq of a tile of queries over all keys.
 
-    Axis 0 of the grid: tile of keys, group of output columns, head, image; then the same with tiles of queries, of
-    which the last one is the image query. Each program computes what it needs, so none waits for another.
+    Axis 0 of the grid: tile of keys, group of output columns, head, image; then the same with tiles of queries; then
+    head and image of the image query. Its programs are the shortest, so they come last: a processor that has finished
+    its other programs waits the least for them. Each program computes what it needs, so none waits for another.
 
     tiles, query_tiles: the numbers of tiles of keys and of queries; query_tiles is 0 with the image query alone.
     scale: log2(e) / (sqrt(d) tau), because scores are in base 2; share: 1/|Q|.
@@ -81,6 +82,7 @@ def class_attention_backward_kernel(
     """
     groups: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
     program, key_programs = tl.program_id(0), batch * tiles * (groups * (D // HEAD))
+    query_programs = batch * query_tiles * (groups * (D // HEAD))
     if program < key_programs:
         key_gradients(
             program, q_image, q_text, q_rational, keys, values, dattended, attended_image, logsums, image_logsums,
@@ -88,12 +90,17 @@ def class_attention_backward_kernel(
             share, D, HEAD, HEAD_VECTOR, CHUNKS, SPLIT_HEAD, BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_C, BLOCK_I, BLOCK_S,
             PRECISION,
         )  # fmt: skip
-    else:
+    elif program < key_programs + query_programs:
         query_gradients(
-            program - key_programs, q_image, q_text, q_rational, keys, values, dattended, attended_image, logsums,
-            image_logsums, totals, deltas, dq_image, dq_text, dq_rational, batch, classes, query_tiles, images_per_text,
-            scale, share, D, HEAD, HEAD_VECTOR, CHUNKS, SPLIT_HEAD, TRANSPOSED, BLOCK_N if TRANSPOSED else BLOCK_M,
-            BLOCK_M if TRANSPOSED else BLOCK_N, BLOCK_D, BLOCK_C, BLOCK_I, BLOCK_S, PRECISION,
+            program - key_programs, q_text, q_rational, keys, values, dattended, logsums, totals, deltas, dq_text,
+            dq_rational, batch, classes, query_tiles, images_per_text, scale, share, D, HEAD, CHUNKS, SPLIT_HEAD,
+            TRANSPOSED, BLOCK_N if TRANSPOSED else BLOCK_M, BLOCK_M if TRANSPOSED else BLOCK_N, BLOCK_D, BLOCK_C,
+            BLOCK_S, PRECISION,
+        )  # fmt: skip
+    elif q_image is not None:
+        image_query_gradient(
+            program - key_programs - query_programs, q_image, keys, values, dattended, attended_image, image_logsums,
+            dq_image, batch, classes, scale, share, D, HEAD, HEAD_VECTOR, BLOCK_I,
         )  # fmt: skip
 
 
@@ -142,7 +149,7 @@ def _backward_launch(
     tiles, groups = cdiv(classes, tile.queries), cdiv(head, tile.columns)
     query_tiles = cdiv(classes, strip if transposed else tile.queries) if any(in_tiles) else 0
     launch = class_attention_backward_kernel.launch(
-        (batch * num_heads * groups * (tiles + query_tiles + has_image),),
+        (batch * num_heads * (groups * (tiles + query_tiles) + has_image),),
         batch=batch, classes=classes, tiles=tiles, query_tiles=query_tiles, images_per_text=images_per_text,
         scale=LOG2E / (math.sqrt(head) * temperature), share=1 / sum(kinds),
         D=width, HEAD=head, HEAD_VECTOR=vector, CHUNKS=chunks, SPLIT_HEAD=splits_head(dtype, head, tile, products),

@@ -115,7 +115,7 @@ def _store_image_query(
     c_valid = c < HEAD
     columns = head * HEAD + c
     sums = strided_sums(dattended + first * D, columns, c_valid, classes, D, BLOCK_I, HEAD_VECTOR)
-    delta = tl.sum(sums * tl.load(attended_image + b * D + columns, mask=c_valid, other=0.0)[None, :])
+    attended = tl.load(attended_image + b * D + columns, mask=c_valid, other=0.0)
     do = tl.sum(sums, 0)
     in_group = c_valid & (c // BLOCK_D == group)
     store_column_sums(dattended_sum + columns, do, in_group, BLOCK_I, HEAD_VECTOR)
@@ -129,7 +129,8 @@ def _store_image_query(
         valid = j_valid[:, None] & c_valid[None, :]
         offsets = (first + j)[:, None] * D + columns[None, :]
         v = tl.load(values + offsets, mask=valid, other=0.0).to(tl.float32)
-        differences = tl.sum(v * do[None, :], 1) - delta
+        # dO . v - delta, whose two terms may be almost equal
+        differences = tl.sum((v - attended[None, :]) * do[None, :], 1)
         k = tl.load(keys + offsets, mask=valid, other=0.0).to(tl.float32)
         scores = tl.where(j_valid, tl.sum(k * q[None, :], 1), float("-inf"))
         p = tl.exp2((scores * scale - maximum) - log_sum)

@@ -98,7 +98,8 @@ def _query_gradient(
 
 
 @triton.jit
-def _image_query_gradient(
+def image_query_gradient(
+    program,
     q_image,
     keys,
     values,
@@ -106,12 +107,10 @@ def _image_query_gradient(
     attended_image,
     image_logsums,
     dq_image,
-    b,
-    head,
     batch,
     classes,
     scale,
-    dscale,
+    share,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_VECTOR: tl.constexpr,
@@ -119,6 +118,7 @@ def _image_query_gradient(
 ):
     """Store dq of one image query and head, for which the sum of dO over the classes stands for dO."""
     heads: tl.constexpr = D // HEAD
+    head, b = program % heads, (program // heads).to(tl.int64)
     first = b * classes
     column = head * HEAD
     c = arange_by_fours(HEAD_VECTOR)
@@ -126,40 +126,42 @@ def _image_query_gradient(
     row = b * D + column + c
     do_rows = strided_sums(dattended + first * D, column + c, c_valid, classes, D, BLOCK_I, HEAD_VECTOR)
     do = tl.sum(do_rows, 0)
-    delta = tl.sum(do_rows * tl.load(attended_image + row, mask=c_valid, other=0.0)[None, :])
+    attended = tl.load(attended_image + row, mask=c_valid, other=0.0)
     q = tl.load(q_image + row, mask=c_valid, other=0.0)
     maximum = tl.load(image_logsums + b * heads + head)
     log_sum = tl.load(image_logsums + (batch + b) * heads + head)
+    # The dS of a row add up to 0, so one key may be subtracted from all. Where keys have much in common, less is left
+    # to be rounded.
+    some_key = tl.load(keys + first * D + column + c, mask=c_valid, other=0.0).to(tl.float32)
     dq = tl.zeros((BLOCK_I, HEAD_VECTOR), tl.float32)
-    for start in range(0, classes, BLOCK_I):
-        j = start + tl.arange(0, BLOCK_I)
-        j_valid = j < classes
-        offsets = (first + j)[:, None] * D + (column + c)[None, :]
-        valid = j_valid[:, None] & c_valid[None, :]
-        k = tl.load(keys + offsets, mask=valid, other=0.0).to(tl.float32)
-        scores = tl.where(j_valid, tl.sum(k * q[None, :], 1), float("-inf"))
-        p = tl.exp2((scores * scale - maximum) - log_sum)
-        v = tl.load(values + offsets, mask=valid, other=0.0).to(tl.float32)
-        ds = p * (tl.sum(v * do[None, :], 1) - delta)
-        dq += ds[:, None] * k
-    store_column_sums(dq_image + row, tl.sum(dq, 0) * dscale, c_valid, BLOCK_I, HEAD_VECTOR)
+    for start in range(0, classes, 2 * BLOCK_I):
+        # The loads of two blocks of keys are under way together.
+        for block in tl.static_range(2):
+            j = start + block * BLOCK_I + tl.arange(0, BLOCK_I)
+            j_valid = j < classes
+            offsets = (first + j)[:, None] * D + (column + c)[None, :]
+            valid = j_valid[:, None] & c_valid[None, :]
+            k = tl.load(keys + offsets, mask=valid, other=0.0).to(tl.float32)
+            scores = tl.where(j_valid, tl.sum(k * q[None, :], 1), float("-inf"))
+            p = tl.exp2((scores * scale - maximum) - log_sum)
+            v = tl.load(values + offsets, mask=valid, other=0.0).to(tl.float32)
+            # dO . v - delta, whose two terms may be almost equal
+            ds = p * tl.sum((v - attended[None, :]) * do[None, :], 1)
+            dq += ds[:, None] * (k - some_key[None, :])
+    store_column_sums(dq_image + row, tl.sum(dq, 0) * (scale * LN2 * share), c_valid, BLOCK_I, HEAD_VECTOR)
 
 
 @triton.jit
 def query_gradients(
     program,
-    q_image,
     q_text,
     q_rational,
     keys,
     values,
     dattended,
-    attended_image,
     logsums,
-    image_logsums,
     totals,
     deltas,
-    dq_image,
     dq_text,
     dq_rational,
     batch,
@@ -170,7 +172,6 @@ def query_gradients(
     share,
     D: tl.constexpr,
     HEAD: tl.constexpr,
-    HEAD_VECTOR: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT_HEAD: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -178,11 +179,10 @@ def query_gradients(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_I: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute dq of a tile of queries over all keys; the programs are those of the forward pass.
+    """Compute dq of a tile of text and rational queries over all keys.
 
     TRANSPOSED: whether scores are computed as (keys, queries), for a head that is read in pieces.
     """
@@ -194,83 +194,71 @@ def query_gradients(
     heads: tl.constexpr = D // HEAD
     groups: tl.constexpr = (HEAD + BLOCK_D - 1) // BLOCK_D
     dscale = scale * LN2 * share
-    all_tiles = tiles
-    if q_image is not None:
-        all_tiles += 1
-    tile, group, head, b = program_place(program, all_tiles, groups, heads)
+    tile, group, head, b = program_place(program, tiles, groups, heads)
     column = head * HEAD
     first = b * classes
-    if tile < tiles:
-        i, i_valid, c, c_valid, out_columns = tile_place(tile, group, column, classes, HEAD, BLOCK_Q, BLOCK_D)
-        valid = i_valid[:, None] & c_valid[None, :]
-        do_rows = dattended + (first + i) * D + column
+    i, i_valid, c, c_valid, out_columns = tile_place(tile, group, column, classes, HEAD, BLOCK_Q, BLOCK_D)
+    valid = i_valid[:, None] & c_valid[None, :]
+    do_rows = dattended + (first + i) * D + column
+    if not SPLIT_HEAD:
+        do = operand(tl.load(do_rows[:, None] + c[None, :], mask=valid, other=0.0), PRECISION)
+    if HAS_TEXT:
+        text = q_text + ((b // images_per_text) * classes + i) * D + column
         if not SPLIT_HEAD:
-            do = operand(tl.load(do_rows[:, None] + c[None, :], mask=valid, other=0.0), PRECISION)
+            text = operand(tl.load(text[:, None] + c[None, :], mask=valid, other=0.0), PRECISION)
+        text_statistics = _query_statistics(
+            logsums, totals, deltas, b, head, i, i_valid, batch, classes, 0, heads, CHUNKS, BLOCK_Q, BLOCK_S,
+            TRANSPOSED,
+        )  # fmt: skip
+    if HAS_RATIONAL:
+        rational = q_rational + (first + i) * D + column
+        if not SPLIT_HEAD:
+            rational = operand(tl.load(rational[:, None] + c[None, :], mask=valid, other=0.0), PRECISION)
+        rational_statistics = _query_statistics(
+            logsums, totals, deltas, b, head, i, i_valid, batch, classes, 1, heads, CHUNKS, BLOCK_Q, BLOCK_S,
+            TRANSPOSED,
+        )  # fmt: skip
+    dq_text_tile = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    dq_rational_tile = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for start in range(0, classes, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        j_valid = j < classes
+        source_row = first + j
+        if REPEAT_LAST:
+            source_row = first + tl.minimum(j, classes - 1)
+        key_rows = keys + source_row * D + column
+        value_rows = values + source_row * D + column
+        k = tl.load(
+            keys + (first + j)[:, None] * D + out_columns[None, :],
+            mask=j_valid[:, None] & c_valid[None, :],
+            other=0.0,
+        )
+        k = operand(k, PRECISION)
+        if TRANSPOSED:
+            dp = split_head_scores(
+                value_rows, do_rows, None if REPEAT_LAST else j_valid, i_valid,
+                HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION,
+            )  # fmt: skip
+        elif SPLIT_HEAD:
+            dp = split_head_scores(do_rows, value_rows, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION)
+        else:
+            v = tl.load(value_rows[None, :] + c[:, None], mask=j_valid[None, :] & c_valid[:, None], other=0.0)
+            dp = product_of(do, operand(v, PRECISION), None, PRECISION)
+        # Keys beyond the last are rows of zeros, so their dS adds nothing.
         if HAS_TEXT:
-            text = q_text + ((b // images_per_text) * classes + i) * D + column
-            if not SPLIT_HEAD:
-                text = operand(tl.load(text[:, None] + c[None, :], mask=valid, other=0.0), PRECISION)
-            text_statistics = _query_statistics(
-                logsums, totals, deltas, b, head, i, i_valid, batch, classes, 0, heads, CHUNKS, BLOCK_Q, BLOCK_S,
-                TRANSPOSED,
+            dq_text_tile = _query_gradient(
+                text, key_rows, k, dp, text_statistics, dq_text_tile, i_valid,
+                None if REPEAT_LAST else j_valid, scale,
+                HEAD, SPLIT_HEAD, TRANSPOSED, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
             )  # fmt: skip
         if HAS_RATIONAL:
-            rational = q_rational + (first + i) * D + column
-            if not SPLIT_HEAD:
-                rational = operand(tl.load(rational[:, None] + c[None, :], mask=valid, other=0.0), PRECISION)
-            rational_statistics = _query_statistics(
-                logsums, totals, deltas, b, head, i, i_valid, batch, classes, 1, heads, CHUNKS, BLOCK_Q, BLOCK_S,
-                TRANSPOSED,
+            dq_rational_tile = _query_gradient(
+                rational, key_rows, k, dp, rational_statistics, dq_rational_tile, i_valid,
+                None if REPEAT_LAST else j_valid, scale,
+                HEAD, SPLIT_HEAD, TRANSPOSED, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
             )  # fmt: skip
-        dq_text_tile = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-        dq_rational_tile = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-        for start in range(0, classes, BLOCK_K):
-            j = start + tl.arange(0, BLOCK_K)
-            j_valid = j < classes
-            source_row = first + j
-            if REPEAT_LAST:
-                source_row = first + tl.minimum(j, classes - 1)
-            key_rows = keys + source_row * D + column
-            value_rows = values + source_row * D + column
-            k = tl.load(
-                keys + (first + j)[:, None] * D + out_columns[None, :],
-                mask=j_valid[:, None] & c_valid[None, :],
-                other=0.0,
-            )
-            k = operand(k, PRECISION)
-            if TRANSPOSED:
-                dp = split_head_scores(
-                    value_rows, do_rows, None if REPEAT_LAST else j_valid, i_valid,
-                    HEAD, BLOCK_K, BLOCK_Q, BLOCK_C, PRECISION,
-                )  # fmt: skip
-            elif SPLIT_HEAD:
-                dp = split_head_scores(
-                    do_rows, value_rows, i_valid, j_valid, HEAD, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION
-                )
-            else:
-                v = tl.load(value_rows[None, :] + c[:, None], mask=j_valid[None, :] & c_valid[:, None], other=0.0)
-                dp = product_of(do, operand(v, PRECISION), None, PRECISION)
-            # Keys beyond the last are rows of zeros, so their dS adds nothing.
-            if HAS_TEXT:
-                dq_text_tile = _query_gradient(
-                    text, key_rows, k, dp, text_statistics, dq_text_tile, i_valid,
-                    None if REPEAT_LAST else j_valid, scale,
-                    HEAD, SPLIT_HEAD, TRANSPOSED, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
-                )  # fmt: skip
-            if HAS_RATIONAL:
-                dq_rational_tile = _query_gradient(
-                    rational, key_rows, k, dp, rational_statistics, dq_rational_tile, i_valid,
-                    None if REPEAT_LAST else j_valid, scale,
-                    HEAD, SPLIT_HEAD, TRANSPOSED, BLOCK_Q, BLOCK_K, BLOCK_C, PRECISION,
-                )  # fmt: skip
-        offsets = (first + i)[:, None] * D + out_columns[None, :]
-        if HAS_TEXT:
-            tl.store(dq_text + offsets, (dq_text_tile * dscale).to(dq_text.dtype.element_ty), mask=valid)
-        if HAS_RATIONAL:
-            tl.store(dq_rational + offsets, (dq_rational_tile * dscale).to(dq_rational.dtype.element_ty), mask=valid)
-    elif q_image is not None:
-        if group == 0:
-            _image_query_gradient(
-                q_image, keys, values, dattended, attended_image, image_logsums, dq_image,
-                b, head, batch, classes, scale, dscale, D, HEAD, HEAD_VECTOR, BLOCK_I,
-            )  # fmt: skip
+    offsets = (first + i)[:, None] * D + out_columns[None, :]
+    if HAS_TEXT:
+        tl.store(dq_text + offsets, (dq_text_tile * dscale).to(dq_text.dtype.element_ty), mask=valid)
+    if HAS_RATIONAL:
+        tl.store(dq_rational + offsets, (dq_rational_tile * dscale).to(dq_rational.dtype.element_ty), mask=valid)

@@ -132,8 +132,12 @@ def _table(dtype: torch.dtype, classes: int, head: int, backward: bool, precisio
         # Two accumulators of 64 x 128 take 128 registers of a thread with four warps; eight halve that.
         return Tile(64, 32, columns, 8, 2)
     if head > 64:
-        # Each of eight warps has a strip of 16 rows. Heads of 128 spill 88 bytes on sm_80. With 64 x 64 they spill none
-        # there, but keys and values are read twice as often and the sums of a row cross warps.
+        # Each of eight warps has a strip of 16 rows. Heads of 128 take all 255 registers on sm_80. Triton 3.8 spills
+        # none of them there. Triton 3.6 spills 148 bytes, and in a step of the loop a warp reads 7 words of them back
+        # beside its 128 products. No other tile is free of spills in both and computes each score once: 128 x 16 spills
+        # 40 bytes, and 64 x 32 with four warps 152 or more. Two groups of 64 columns compute every score twice, and so
+        # do eight warps on 64 x 32. With 64 x 64 Triton 3.8 spills 16 bytes, keys and values are read twice as often,
+        # and the sums of a row cross warps.
         return Tile(128, 32, columns, 8, 2)
     if classes <= 256 or backward:
         # The last block of keys is rarely full: 200 classes are 7 blocks of 32 keys, and 4 blocks of 64 would be 28 %
