@@ -290,13 +290,13 @@ def test_every_rule_rounds_as_written(library: Any, rule: str, options: dict[str
     assert len(check(library, cases, step)) == 1, "one launch for everything"
 
 
-@pytest.mark.parametrize("name", ["parameter", "source", "first", "second", "gradient"])
+@pytest.mark.parametrize("name", ["parameter", "source", "first", "second", "gradient", "copy"])
 @pytest.mark.parametrize("gradient", TYPES)
 def test_each_tensor_may_lie_off_its_boundary(library: Any, name: str, gradient: torch.dtype) -> None:
     """One tensor alone lies off the boundary of a vector, by one element, by half a vector or by nearly all of it."""
     cases = []
     for offset in (1, 2, 3):
-        case = Case(2, 64, gradient, fresh=False, shared=name == "source", moments=2)
+        case = Case(2, 64, gradient, fresh=False, shared=name == "source", moments=2, copied=name == "copy")
         whole = getattr(case, name)
         memory = torch.cat([torch.zeros(offset, dtype=torch.as_tensor(whole).dtype), torch.as_tensor(whole)])[offset:]
         setattr(case, name, memory if isinstance(whole, Tensor) else memory.numpy())

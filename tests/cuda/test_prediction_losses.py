@@ -52,10 +52,11 @@ def run(
 
 
 # Less than a 16-byte word; rows off their boundaries; more rows than a block; a row over a block's warps, in registers
-# and read again; n = 1; more rows than a warp has lanes; one row more than a block has warps or than registers hold.
+# and read again; n = 1; more rows than a warp has lanes; one row more than a block has warps or than registers hold;
+# a single row over several warps.
 SIZES = [
     (1, 1, 1, 0), (3, 6, 3, 1), (2, 6, 101, 3), (2, 13, 37, 0), (1, 6, 1000, 0), (1, 3, 2100, 1), (1, 2, 9001, 0),
-    (2, 40, 3, 0), (2, 9, 37, 1),
+    (2, 40, 3, 0), (2, 9, 37, 1), (1, 1, 2100, 0),
 ]  # fmt: skip
 CASES = [(torch.float32, kind, size) for kind in KINDS for size in SIZES] + [
     # The other types differ in the words' elements, not in the loops.
@@ -170,6 +171,15 @@ def test_far_out_tied_and_infinite_logits(launchers: Launchers, kind: str) -> No
         torch.testing.assert_close(losses, wanted[0])
         torch.testing.assert_close(gradient[..., [0, 2]], wanted[1])
         assert bool((gradient[..., 1] == 0).all())
+        # A warp finds nothing else in the classes that it takes at once.
+        many = torch.full((1, 2, 400), -inf)
+        many[..., :100] = torch.linspace(-1, 1, 200).view(1, 2, 100)
+        losses, gradient, _ = run(launchers, many, kind)
+        wanted = prediction_loss_and_gradient(many[..., :100], kind)  # type: ignore[arg-type]
+        assert gradient is not None
+        torch.testing.assert_close(losses, wanted[0])
+        torch.testing.assert_close(gradient[..., :100], wanted[1])
+        assert bool((gradient[..., 100:] == 0).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

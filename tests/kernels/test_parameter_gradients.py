@@ -92,6 +92,27 @@ def test_gradients_of_rows_that_do_not_fill_the_steps(device: str, name: str) ->
             assert (found.cpu().double() - exact).norm() <= 2 * eps * exact.norm(), role
 
 
+def test_the_text_querys_gradients_are_rounded_after_all_images_are_added(device: str) -> None:
+    """Fifteen terms of a half are each lost beside the first one, 256, if the sum has the eight bits of bfloat16."""
+    images, classes, width = 16, 3, 32
+    gradient = torch.full((images, classes, width), 0.5, dtype=BF16)
+    gradient[0] = 256.0
+    text = torch.eye(classes, width, dtype=BF16)
+    weights, _ = parameter_gradients(
+        torch.ones(images, width, dtype=BF16, device=device),
+        text.to(device),
+        torch.tensor(1.0, device=device),
+        None,
+        ProjectionBuffers(keys=None, values=None, q_rational=None, q_text=gradient.to(device), q_image=None),
+        gradient.to(device),
+        {"text": torch.empty(width, width, device=device)},
+        bias=False,
+        scale_factor=1.0,
+    )
+    wanted = torch.tensor(256 + 15 * 0.5).to(BF16).float()
+    assert torch.equal(weights["text"].cpu()[:, :classes], wanted.expand(width, classes))
+
+
 @pytest.mark.parametrize(
     ("classes", "rows", "expected"),
     [(1, 64, 16), (16, 64, 16), (17, 64, 32), (64, 64, 64), (65, 64, 16), (200, 64, 16), (1000, 64, 64), (5, 16, 16)],

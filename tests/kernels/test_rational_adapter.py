@@ -143,6 +143,17 @@ def test_each_query_alone_is_as_exact_as_pytorch_with_large_scores(
         assert_within_budget(exact, plain, fast, F32)
 
 
+def test_the_image_query_alone_is_as_exact_as_pytorch_with_larger_scores(simulated: Simulated) -> None:
+    """What the keys have in common is then much larger than what they differ in, and 70 classes are several blocks."""
+    config = AdapterConfig.official(64, num_heads=2, queries=("image",))
+    inputs = with_large_scores(config, problem(config, 1, 70, F32), 2.6e4)
+    exact = solve(config, inputs, torch.float64, "reference")
+    plain = solve_in_several_orders(config, inputs, F32)
+    with simulated():
+        fast = solve(config, inputs, F32, "triton")
+    assert_within_budget(exact, plain, fast, F32)
+
+
 @pytest.mark.parametrize("name", VECTORS)
 def test_outputs_and_gradients_are_the_published_ones(name: str, simulated: Simulated) -> None:
     arrays, parameters, config = published_vectors(name, F32)

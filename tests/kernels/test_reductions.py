@@ -16,6 +16,8 @@ from rada_fast.kernels.masked_logits import MaskedLogits, Tile, masked_logits_fo
 from rada_fast.kernels.masked_logits.totals import store_head_sums
 from rada_fast.kernels.rational_projections_backward import feature_gradients_reduce_kernel
 
+from .conftest import Simulated
+
 WIDTH = 64
 TILE = Tile(16, 32, 16, 1, 1)
 """A tile so small that many programs share an image's rows, and two share a row."""
@@ -47,6 +49,17 @@ def test_logits_and_a_penalty_of_more_parts_than_one_block(device: str) -> None:
         torch.testing.assert_close(results.logits.cpu(), 20 * results.sums.cpu())
         assert results.penalty is not None
         torch.testing.assert_close(results.penalty.cpu(), distances.unflatten(0, (episodes, -1)).mean((1, 2, 3)))
+
+
+def test_the_last_program_to_finish_adds_up_what_all_others_have_stored(simulated: Simulated) -> None:
+    """The programs run one after the other here, so that only the last one can read the results of all."""
+    offsets = torch.randn(1, 40, 2 * WIDTH)
+    with simulated(max_lanes=32):
+        results, image, text = masked_logits_of("cpu", offsets, penalty="l1")
+    wanted = ((1 + offsets) * image[:, None] * text).sum(-1)
+    torch.testing.assert_close(results.sums, wanted, rtol=1e-5, atol=1e-4)
+    assert results.penalty is not None
+    torch.testing.assert_close(results.penalty, offsets.abs().mean()[None])
 
 
 @pytest.mark.parametrize("classes", [3, 1100])

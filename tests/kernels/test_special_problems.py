@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rada_fast.config.method import AdapterConfig
+from rada_fast.kernels.masked_logits import masked_logits_backward
 from rada_fast.ops import rational_adapter
 from tests.support import assert_within_budget, problem, solve_weighted
 
@@ -46,6 +47,19 @@ def test_gradients_of_a_single_result(result: str, simulated: Simulated) -> None
 def test_two_of_the_three_query_kinds(softmax: Any, queries: Any, simulated: Simulated) -> None:
     config = AdapterConfig.official(32, num_heads=2, softmax=softmax, queries=queries)
     assert_as_the_reference(simulated, config, problem(config, 2, 5, F32))
+
+
+def test_a_mask_that_is_almost_zero_passes_its_gradient_on(device: str) -> None:
+    """A small M has a distance M - 1 that 16 bits round to -1. Relu stops the gradient where it set M to 0 alone."""
+    distances = torch.tensor([-2.0, -1.0, -0.5, 0.0, 1.0], dtype=torch.bfloat16)
+    image = torch.ones(1, 32, dtype=torch.bfloat16, device=device)
+    gradients = masked_logits_backward(
+        image, image.expand(5, -1).contiguous(), torch.tensor(1.0, device=device), None,  # type: ignore[arg-type]
+        torch.eye(32, dtype=torch.bfloat16, device=device), distances.to(device)[None, :, None].repeat(1, 1, 32),
+        torch.ones(1, 5, device=device), None, None, None, num_heads=1, relu=True, inner=False,
+    )  # fmt: skip
+    wanted = (distances > -2).float()
+    assert torch.equal(gradients.doffset.cpu().float(), wanted[None, :, None].expand(1, 5, 32))
 
 
 def test_nan_in_a_mask_is_in_its_logits(simulated: Simulated) -> None:

@@ -85,6 +85,34 @@ def test_almost_certain_views_are_in_their_order(device: str) -> None:
     assert torch.equal(found.kept[0, :, 0], gaps.sort(descending=True).values)
 
 
+def views_with_gaps(*gaps: list[float]) -> tuple[Tensor, Tensor]:
+    """Return views and 32 classes, of which the first is the likeliest. The others' logits are that much below it, and
+    those without a gap far below."""
+    views = torch.full((1, len(gaps), 32), -1.5)
+    views[..., 0] = 0.0
+    for view, own in enumerate(gaps):
+        views[0, view, 1 : 1 + len(own)] = -torch.tensor(own) / SCALE
+    return views, torch.eye(32)
+
+
+@pytest.mark.parametrize(
+    "gaps",
+    [
+        # The sums over the other classes are 2.1e-9 and 1.8e-9. Their logarithm decides the order.
+        ([20.0], [23.5613] * 30),
+        # The sums are 0.49 and 0.62, and the entropies 0.66613 and 0.66607.
+        ([0.733969, 4.605170], [0.471945]),
+    ],
+    ids=["small", "large"],
+)
+def test_entropies_of_nearly_equal_views_are_in_their_order(gaps: tuple[list[float], ...], device: str) -> None:
+    views, text = views_with_gaps(*gaps)
+    _, entropies = select_views(SCALE * views.double() @ text.double().T, 2)
+    assert 1e-5 < float(1 - entropies[0, 1] / entropies[0, 0]) < 1e-2
+    found = run(views, text, 2, device)
+    assert torch.equal(found.kept, views.flip(1))
+
+
 def test_views_with_nan_come_last(device: str) -> None:
     own, text = problem(2, 20, 40, 32, torch.float32)
     own[0, 3], own[0, 7], own[1] = torch.nan, torch.inf, torch.nan
