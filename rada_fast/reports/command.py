@@ -30,7 +30,7 @@ from rada_fast.system.terminal import PlainConsole, finite, print_json
 
 STATEMENTS = (
     f"Intervals contain the true value with a probability of {100 * CONFIDENCE:.0f} %: Wilson's interval for the "
-    "accuracy of a single run, and Student's t over the seeds for several runs.",
+    "accuracy of a single run, or where no seed changes the accuracy, and Student's t over the seeds for several runs.",
     "The spread is the standard deviation over the seeds, with n - 1 in the denominator.",
     f"ECE is the expected calibration error in percent over {ECE_BINS} bins of equal width of the largest probability, "
     "before and after adaptation; images that could not be read are left out of it.",

@@ -60,8 +60,8 @@ def run_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
 def set_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     """Return a row for every set of images, with the mean over the seeds of every measure.
 
-    With several seeds, low and high are the ends of the interval of the mean by Student's t, and with one seed those of
-    Wilson's interval.
+    With several seeds, low and high are the ends of the interval of the mean by Student's t. With one seed, and for an
+    accuracy that no seed changes, such as the zero-shot one, they are those of Wilson's interval.
     """
     labels = method_labels(evaluations)
     rows = []
@@ -71,13 +71,14 @@ def set_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
             "method": labels[first.method], "trained_on": first.trained_on, "data": first.data, "part": first.part,
             "seeds": " ".join(str(one.seed) for one in group), "images": found[0]["images"],
             "unreadable": fmean(one["unreadable"] for one in found),
-            "interval": "Wilson" if len(group) == 1 else f"t over {len(group)} seeds",
         }  # fmt: skip
         for name in BEFORE_AND_AFTER:
-            over_seeds = spread([one[f"{name}_top1"] for one in found])
-            row |= _spread_columns(f"{name}_top1", over_seeds)
-            if len(group) == 1:
+            accuracies = [one[f"{name}_top1"] for one in found]
+            row |= _spread_columns(f"{name}_top1", spread(accuracies))
+            row[f"{name}_interval"] = f"t over {len(group)} seeds"
+            if len(set(accuracies)) == 1:
                 row |= {f"{name}_top1_low": found[0][f"{name}_low"], f"{name}_top1_high": found[0][f"{name}_high"]}
+                row[f"{name}_interval"] = "Wilson"
             for measure in ("top5", "mean_class", "ece"):
                 values = [one[f"{name}_{measure}"] for one in found]
                 row[f"{name}_{measure}"] = None if None in values else fmean(values)
@@ -276,7 +277,8 @@ def _shown(value: Any) -> str:
 def _spread_columns(name: str, over_seeds: Spread | None) -> Row:
     if over_seeds is None:
         return {name: None} | {f"{name}_{column}": None for column in SPREAD_COLUMNS}
-    low, high = over_seeds.interval or (None, None)
+    # Without any spread, the interval by Student's t would have no width.
+    low, high = over_seeds.interval if over_seeds.interval and over_seeds.std else (None, None)
     return {name: over_seeds.mean, f"{name}_std": over_seeds.std, f"{name}_low": low, f"{name}_high": high}
 
 

@@ -20,7 +20,7 @@ from rada_fast.loops.eft import run_eft
 from rada_fast.loops.ttt import run_ttt
 from rada_fast.reports.command import run_report
 from rada_fast.reports.results import read_results
-from rada_fast.reports.tables import repetitions
+from rada_fast.reports.tables import measures_of, repetitions, set_rows
 from tests.loops.support import features_file, lines, text_file
 
 HEADS = AdapterOptions(num_heads=2)
@@ -57,7 +57,8 @@ def test_report_of_seeds_and_sets(runs: Path, tmp_path: Path, capsys: pytest.Cap
     (base,) = [row for row in found["sets"] if row["part"] == "base" and "a.npz" in row["data"]]
     expected = [summary["base"]["adapted_top1"] for summary in summaries]
     assert base["seeds"] == "1 2"
-    assert base["interval"] == "t over 2 seeds"
+    assert base["zero_shot_interval"] == "Wilson"  # no seed changes it
+    assert base["zero_shot_top1_low"] < base["zero_shot_top1"] < base["zero_shot_top1_high"]
     assert base["adapted_top1"] == pytest.approx(sum(expected) / 2, abs=1e-3)
     assert base["adapted_top1_std"] == pytest.approx(abs(expected[0] - expected[1]) / 2**0.5, abs=1e-3)
     assert base["adapted_ece"] >= 0
@@ -88,6 +89,18 @@ def test_report_of_seeds_and_sets(runs: Path, tmp_path: Path, capsys: pytest.Cap
     assert "Wilson" in markdown
 
 
+def test_interval_over_seeds_that_differ(runs: Path) -> None:
+    one = read_results([str(runs / "ttt-0.05")])[0]
+    other = dataclasses.replace(one, seed=1, answers=tuple(a._replace(after=(a.label,)) for a in one.answers))
+    (row,) = set_rows([one, other])
+    low, high = row["adapted_top1_low"], row["adapted_top1_high"]
+    assert (row["zero_shot_interval"], row["adapted_interval"]) == ("Wilson", "t over 2 seeds")
+    # Of two seeds, t is 12.706 and the standard error half the difference.
+    reach = 12.7062 * abs(measures_of(one)["adapted_top1"] - measures_of(other)["adapted_top1"]) / 2
+    assert (high - low) / 2 == pytest.approx(reach, rel=1e-4)
+    assert reach > 0
+
+
 def test_comparison_of_two_runs(runs: Path, tmp_path: Path) -> None:
     first, second = (str(runs / f"ttt-{lr}") for lr in (1e-3, 5e-2))
     assert run_report(ReportOptions(compare=(first, second), output=str(tmp_path))) == 0
@@ -99,7 +112,7 @@ def test_comparison_of_two_runs(runs: Path, tmp_path: Path) -> None:
     assert row["test"] == "exact binomial"
     rows = table(tmp_path, "sets")
     assert [row["method"] for row in rows] == ["ttt, lr 0.001", "ttt, lr 0.05"]
-    assert {row["interval"] for row in rows} == {"Wilson"}
+    assert {row["adapted_interval"] for row in rows} == {"Wilson"}
 
 
 def test_runs_of_one_seed_are_no_repetitions(runs: Path, tmp_path: Path) -> None:
