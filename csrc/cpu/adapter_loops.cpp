@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "bfloat16_pairs.h"
 #include "vector_scalars.h"
 
 namespace rada_fast::RADA_CAPABILITY {
@@ -21,36 +22,9 @@ inline Factor<T> factor_of(T x) {
     return x;
 }
 
-template <typename T, typename A>
-inline A as_stored(A x) {
-  if constexpr (sizeof(T) != 2) {
-    return x;
-  } else {
-    const uint32_t bits = rounded(x) & 0xffff0000u;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-}
-
 template <typename A>
 inline A one(const A* scale, int64_t i) {
   return scale ? scale[i] : A(1);
-}
-
-template <typename T, typename A>
-void pack_pair(const A* even, const A* odd, A even_scale, A odd_scale, const A* column_scale, int64_t columns, T* out) {
-  auto* pairs = reinterpret_cast<uint32_t*>(out);
-  if (column_scale) {
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c)
-      pairs[c] = (rounded(even[c] * even_scale * column_scale[c]) >> 16) |
-                 (rounded(odd[c] * odd_scale * column_scale[c]) & 0xffff0000u);
-  } else {
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c)
-      pairs[c] = (rounded(even[c] * even_scale) >> 16) | (rounded(odd[c] * odd_scale) & 0xffff0000u);
-  }
 }
 
 template <typename T, typename A>
@@ -142,70 +116,6 @@ void store(const A* source, int64_t ld, const A* bias, int64_t rows, int64_t col
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) put(to[c], from[c] + constant);
     for (int64_t c = columns; c < padded; ++c) put(to[c], A(0));
-  }
-}
-
-template <typename A>
-void column_maximum(const A* scores, int64_t ld, int64_t rows, int64_t columns, A* running_max) {
-  constexpr int64_t strip = 64;
-  for (int64_t c0 = 0; c0 < columns; c0 += strip) {
-    const int64_t width = columns - c0 < strip ? columns - c0 : strip;
-    A best[strip];
-    for (int64_t c = 0; c < strip; ++c) best[c] = -HUGE_VAL;
-    for (int64_t r = 0; r < rows; ++r) {
-      const A* row = scores + r * ld + c0;
-#pragma omp simd
-      for (int64_t c = 0; c < width; ++c) best[c] = best[c] < row[c] ? row[c] : best[c];
-    }
-    for (int64_t c = 0; c < width; ++c)
-      running_max[c0 + c] = running_max[c0 + c] < best[c] ? best[c] : running_max[c0 + c];
-  }
-}
-
-template <typename T, typename A>
-void exponentials(A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, const A* maximum, A* sum,
-                  A* stored_sum, T* operand) {
-  for (int64_t r = 0; r < rows; ++r) {
-    A* row = scores + r * ld;
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      const A p = exponential_of(scale * (row[c] - maximum[c]));
-      sum[c] += p;
-      row[c] = as_stored<T>(p);
-      if constexpr (sizeof(T) == 2) stored_sum[c] += row[c];
-    }
-    if constexpr (sizeof(T) == 2) {
-      const bool last = r + 1 == rows;
-      if (r % 2 == 1)
-        pack_pair(row - ld, row, A(1), A(1), static_cast<const A*>(nullptr), columns, operand + (r - 1) * ld);
-      else if (last)
-        pack_pair(row, row, A(1), A(0), static_cast<const A*>(nullptr), columns, operand + r * ld);
-    }
-  }
-}
-
-template <typename A>
-void score_gradients(A* scores, int64_t ld, const A* dprobabilities, A* total, int64_t ldp, int64_t rows,
-                     int64_t columns, A scale, const A* maximum, const A* weight, const A* delta, bool first) {
-  for (int64_t r = 0; r < rows; ++r) {
-    A* row = scores + r * ld;
-    const A* dp = dprobabilities + r * ldp;
-    A* all = total + r * ldp;
-    if (first) {
-#pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) {
-        const A p = weight[c] * exponential_of(scale * (row[c] - maximum[c]));
-        row[c] = scale * p * (dp[c] - delta[c]);
-        all[c] = p;
-      }
-    } else {
-#pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) {
-        const A p = weight[c] * exponential_of(scale * (row[c] - maximum[c]));
-        row[c] = scale * p * (dp[c] - delta[c]);
-        all[c] += p;
-      }
-    }
   }
 }
 
@@ -302,28 +212,6 @@ void add_outer(const A* left, const A* right, int64_t rows, int64_t columns, A* 
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) to[c] += f * right[c];
   }
-}
-
-template <typename A>
-void softmax(A* scores, int64_t count, A scale) {
-  A best = -HUGE_VAL;
-#pragma omp simd reduction(max : best)
-  for (int64_t i = 0; i < count; ++i) best = best < scores[i] ? scores[i] : best;
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) {
-    scores[i] = exponential_of(scale * (scores[i] - best));
-    sum += scores[i];
-  }
-  const A inverse = A(1) / sum;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) scores[i] *= inverse;
-}
-
-template <typename A>
-void rescales(const A* before, const A* after, A scale, int64_t count, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = exponential_of(scale * (before[i] - after[i]));
 }
 
 // Returns M for 1 + A. A NaN is not below 0, so it stays NaN, as in PyTorch.
@@ -455,9 +343,8 @@ const AdapterLoops<T>& table() {
   using F = Factor<T>;
   static const AdapterLoops<T> loops{
       pack<F, A>,         pack_stored<T>,    pack_transposed<T>, transpose<T>,         transpose<A>,
-      store<T, A>,        store<A, A>,       column_maximum<A>,  exponentials<F, A>,   score_gradients<A>,
-      scale_columns<A>,   combine<A>,        column_dots<F, A>,  row_sums<F, A>,       add_scaled_rows<T, A>,
-      row_dots<T, A>,     add_outer<A>,      softmax<A>,         rescales<A>,          mask_forward<A>,
+      store<T, A>,        store<A, A>,       scale_columns<A>,   combine<A>,           column_dots<F, A>,
+      row_sums<F, A>,     add_scaled_rows<T, A>, row_dots<T, A>, add_outer<A>,         mask_forward<A>,
       mask_find<A>,       mask_backward<A>,  feature_gradients<A>};
   return loops;
 }

@@ -1,8 +1,9 @@
-// The adapter's loops around its matrix products: packing, exponentials, epilogues. See instruction_set.h.
+// The adapter's loops around its matrix products: packing, sums, epilogues. score_loops.h has those of the attention's
+// scores. See instruction_set.h.
 //
 // Arrays are row-major; `ld` is the distance between rows in elements. An operand is the right factor of a product. For
 // float and double it has plain rows. For bfloat16 its rows are interleaved in pairs, [rows / 2][columns][2], and an odd
-// last row is paired with zeros. S are the attention's scores, P its probabilities, A the mask's offset and M the mask.
+// last row is paired with zeros. A is the mask's offset and M the mask.
 #pragma once
 
 #include <cstdint>
@@ -48,20 +49,6 @@ struct AdapterLoops {
   void (*store_exact)(const A* source, int64_t ld, const A* bias, int64_t rows, int64_t columns, int64_t padded, A* out,
                       int64_t ldo);
 
-  // Maxima are taken of the scores S before they are scaled. S - maximum is then exactly 0 for the largest score, and the
-  // rounding error of a scaled score, which may be of any size, never enters an exponent.
-  //
-  // running_max[c] = max(running_max[c], max_r scores[r][c])
-  void (*column_maximum)(const A* scores, int64_t ld, int64_t rows, int64_t columns, A* running_max);
-  // operand = P = exp(scale * (S - maximum[c])); float and double overwrite the scores. Adds the columns' sums of P to sum,
-  // and those of P after it was rounded to 16 bits to stored_sum. A product with the operand is normalised by stored_sum,
-  // because equal probabilities are all rounded the same way. Float and double do not write stored_sum.
-  void (*exponentials)(A* scores, int64_t ld, int64_t rows, int64_t columns, A scale, const A* maximum, A* sum,
-                       A* stored_sum, F* operand);
-  // For one query kind, computes P = weight[c] * exp(scale * (S - maximum[c])) and dS = scale * P * (dP - delta[c]), which
-  // overwrites the scores. total = P if this kind is the first, else total += P.
-  void (*score_gradients)(A* scores, int64_t ld, const A* dprobabilities, A* total, int64_t ldp, int64_t rows,
-                          int64_t columns, A scale, const A* maximum, const A* weight, const A* delta, bool first);
   void (*scale_columns)(A* values, int64_t ld, int64_t rows, int64_t columns, const A* factor);
 
   // out = factor * source + row_constant[r], or where `first` is false, this is added to out. source and row_constant may
@@ -75,10 +62,6 @@ struct AdapterLoops {
   void (*add_scaled_rows)(const T* source, int64_t ld, const A* factor, int64_t rows, int64_t columns, double* out);
   void (*row_dots)(const T* source, int64_t ld, const A* weights, int64_t rows, int64_t columns, A* out);  // adds to out
   void (*add_outer)(const A* left, const A* right, int64_t rows, int64_t columns, A* out, int64_t ldo);
-  void (*softmax)(A* scores, int64_t count, A scale);  // in place
-  // out[i] = exp(scale * (before[i] - after[i])), the factor of a sum whose running maximum grows from before to after.
-  void (*rescales)(const A* before, const A* after, A scale, int64_t count, A* out);
-
   // M = act(1 + A + bias); logits[c] += sum_r M image[r] text[r][c]. Returns the penalty's sum (l2, l1) or maximum (linf,
   // NaN if an element of M is NaN) over the block. mask receives M and may be null.
   A (*mask_forward)(const MaskRows<A>& rows, A* logits, A* mask, int64_t mask_ld);

@@ -6,6 +6,7 @@
 
 #include "attention_tiles.h"
 #include "matrix_product.h"
+#include "score_loops.h"
 #include "tasks.h"
 
 namespace rada_fast {
@@ -54,6 +55,7 @@ class Forward {
   const Problem& p;
   const AttentionState<T>& state;
   const AdapterLoops<T>& loops = chosen_loops<AdapterLoops<T>>();
+  const ScoreLoops<T>& score_loops = chosen_loops<ScoreLoops<T>>();
   const int64_t heads, parts;  // the number of heads of all images, and of the tasks that share one head
   const int64_t d = p.head_width, kinds = p.per_class_kinds();
   // share is 1 / |Q|, one over the number of query kinds: the results of the kinds are averaged.
@@ -111,7 +113,7 @@ class Forward {
     std::fill(exact, exact + p.classes, 0.0);
     loops.add_scaled_rows(state.keys + at, p.padded, state.image_query + row, d, p.classes, exact);
     for (int64_t k = 0; k < p.classes; ++k) scores[k] = static_cast<A>(exact[k]);
-    loops.softmax(scores, p.classes, scale);
+    score_loops.softmax(scores, p.classes, scale);
     for (int64_t k = 0; k < p.classes; ++k) scores[k] *= share;
     std::fill(state.image_attended + row, state.image_attended + row + d, A(0));
     loops.row_dots(state.values + at, p.padded, scores, d, p.classes, state.image_attended + row);
@@ -127,14 +129,14 @@ class Forward {
       matrix_product<F>(rows, columns, d, key_rows + n0 * d, d, queries, ld, scores, ld, false);
       A* next = softmax.next_max;
       std::copy(softmax.running_max, softmax.running_max + columns, next);
-      loops.column_maximum(scores, ld, rows, columns, next);
+      score_loops.column_maximum(scores, ld, rows, columns, next);
       if (p.matrix_softmax)  // all queries of a kind share one maximum
         for (int64_t c = 0; c < columns; c += width)
           std::fill(next + c, next + c + width, *std::max_element(next + c, next + c + width));
       if (n0 > 0 && !std::equal(next, next + columns, softmax.running_max)) rescale(columns, softmax);
       std::swap(softmax.running_max, softmax.next_max);
-      loops.exponentials(scores, ld, rows, columns, scale, softmax.running_max, softmax.running_sum,
-                         softmax.stored_sum, probabilities);
+      score_loops.exponentials(scores, ld, rows, columns, scale, softmax.running_max, softmax.running_sum,
+                               softmax.stored_sum, probabilities);
       matrix_product<F>(d, columns, even<F>(rows), values + n0, p.padded, probabilities, ld, softmax.output, ld,
                         n0 > 0);
     }
@@ -149,12 +151,12 @@ class Forward {
     for_key_blocks([&](int64_t n0, int64_t rows) {
       A* tile = scores + n0 * ld;
       matrix_product<F>(rows, columns, d, key_rows + n0 * d, d, queries, ld, tile, ld, false);
-      loops.column_maximum(tile, ld, rows, columns, softmax.running_max);
+      score_loops.column_maximum(tile, ld, rows, columns, softmax.running_max);
     });
     for_key_blocks([&](int64_t n0, int64_t rows) {
       A* tile = scores + n0 * ld;
-      loops.exponentials(tile, ld, rows, columns, scale, softmax.running_max, softmax.running_sum, softmax.stored_sum,
-                         reinterpret_cast<F*>(tile));
+      score_loops.exponentials(tile, ld, rows, columns, scale, softmax.running_max, softmax.running_sum,
+                               softmax.stored_sum, reinterpret_cast<F*>(tile));
     });
     for (int64_t c = 0; c < columns; ++c) factors[c] = share / softmax.running_sum[c];
     for_key_blocks([&](int64_t n0, int64_t rows) {
@@ -175,7 +177,7 @@ class Forward {
   // Multiplies the sums so far by exp(scale (running_max - next_max)), and leaves these factors in running_max.
   void rescale(int64_t columns, const RunningSoftmax<A>& softmax) const {
     A* factors = softmax.running_max;
-    loops.rescales(softmax.running_max, softmax.next_max, scale, columns, factors);
+    score_loops.rescales(softmax.running_max, softmax.next_max, scale, columns, factors);
     loops.scale_columns(softmax.output, spread(columns), d, columns, factors);
     loops.scale_columns(softmax.running_sum, columns, 1, columns, factors);
     if (sizeof(F) == 2) loops.scale_columns(softmax.stored_sum, columns, 1, columns, factors);

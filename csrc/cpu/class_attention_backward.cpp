@@ -11,6 +11,7 @@
 
 #include "attention_tiles.h"
 #include "matrix_product.h"
+#include "score_loops.h"
 #include "tasks.h"
 
 namespace rada_fast {
@@ -129,6 +130,7 @@ class Backward {
   const AttentionState<T>& state;
   const AttentionGradients<T>& out;
   const AdapterLoops<T>& loops = chosen_loops<AdapterLoops<T>>();
+  const ScoreLoops<T>& score_loops = chosen_loops<ScoreLoops<T>>();
   const AdapterLoops<F>& factors = chosen_loops<AdapterLoops<F>>();  // for arrays that a product multiplies
   const int64_t d = p.head_width, kinds = p.per_class_kinds();
   const A scale = static_cast<A>(p.score_scale);
@@ -203,8 +205,8 @@ class Backward {
       std::copy(scores, scores + rows * ld, buffers.probabilities);
       std::fill(ignored, ignored + 2 * columns, A(0));
       const auto probabilities = reinterpret_cast<F*>(buffers.probabilities);
-      loops.exponentials(buffers.probabilities, ld, rows, columns, scale, buffers.maximum, ignored, ignored,
-                         probabilities);
+      score_loops.exponentials(buffers.probabilities, ld, rows, columns, scale, buffers.maximum, ignored, ignored,
+                               probabilities);
       for (int64_t kind = 0; kind < kinds; ++kind) {
         loops.column_dots(probabilities + kind * width, dprobabilities, ld, rows, width, sums + kind * width);
         A* delta = buffers.delta + kind * p.padded + block.q0;
@@ -224,9 +226,9 @@ class Backward {
     F *dscores = buffers.dscores + kept, *dscores_rows = buffers.dscores_rows + kept;
     if (!p.merged) products(block, n0, rows, buffers, scores, dprobabilities);
     for (int64_t kind = 0; kind < kinds; ++kind)
-      loops.score_gradients(scores + kind * width, ld, dprobabilities, total, ld_width, rows, width, scale,
-                            buffers.maximum + kind * width, buffers.weight + kind * width,
-                            buffers.delta + kind * p.padded + block.q0, kind == 0);
+      score_loops.score_gradients(scores + kind * width, ld, dprobabilities, total, ld_width, rows, width, scale,
+                                  buffers.maximum + kind * width, buffers.weight + kind * width,
+                                  buffers.delta + kind * p.padded + block.q0, kind == 0);
     if (dvalues) {
       if (sizeof(F) == 2) factors.store(total, ld_width, nullptr, rows, width, width, buffers.total_rows, ld_width);
       matrix_product<F>(rows, d, width, buffers.total_rows, ld_width, buffers.doutput_rows, spread(d), dvalues + n0 * d,
@@ -270,7 +272,7 @@ class Backward {
     std::fill(exact, exact + p.classes, 0.0);
     loops.add_scaled_rows(state.keys + at, p.padded, state.image_query + row, d, p.classes, exact);
     for (int64_t k = 0; k < p.classes; ++k) probability[k] = static_cast<A>(exact[k]);
-    loops.softmax(probability, p.classes, scale);
+    score_loops.softmax(probability, p.classes, scale);
     for (int64_t k = 0; k < p.classes; ++k) probability[k] *= share;
     if (dvalues) loops.add_outer(probability, doutput, p.classes, d, dvalues, d);
     if (!need_scores) return;

@@ -13,6 +13,7 @@
 #include "adapter_loops.h"
 #include "matrix_product.h"
 #include "scratch.h"
+#include "score_loops.h"
 
 namespace rada_fast {
 namespace {
@@ -39,6 +40,7 @@ void attend(const Tensor& queries_, const Tensor& keys_, const Tensor& values_, 
   using A = Acc<T>;
   constexpr bool interleaved = sizeof(T) == 2;
   const AdapterLoops<T>& loops = chosen_loops<AdapterLoops<T>>();
+  const ScoreLoops<T>& score_loops = chosen_loops<ScoreLoops<T>>();
   const Rows<T> queries(queries_), keys(keys_), values(values_);
   const int64_t images = queries_.size(0), n = queries_.size(1), m = keys_.size(1), width = queries_.size(2);
   const int64_t d = width / heads, padded = interleaved ? round_up_to(m, 2) : m;
@@ -70,8 +72,8 @@ void attend(const Tensor& queries_, const Tensor& keys_, const Tensor& values_, 
         std::fill(maximum, maximum + columns, -std::numeric_limits<A>::infinity());
         std::fill(sum, sum + columns, A(0));
         std::fill(stored_sum, stored_sum + columns, A(0));
-        loops.column_maximum(scores, columns, m, columns, maximum);
-        loops.exponentials(scores, columns, m, columns, scale, maximum, sum, stored_sum, probabilities);
+        score_loops.column_maximum(scores, columns, m, columns, maximum);
+        score_loops.exponentials(scores, columns, m, columns, scale, maximum, sum, stored_sum, probabilities);
         matrix_product<T>(d, columns, padded, transposed, padded, probabilities, columns, result, columns, false);
         for (int64_t c = 0; c < columns; ++c) stored_sum[c] = A(1) / stored_sum[c];
         loops.scale_columns(result, columns, d, columns, stored_sum);

@@ -53,9 +53,9 @@ struct Problem {
   int64_t per_class_kinds() const { return int64_t(text) + int64_t(rational); }  // kinds with one query per class
   int64_t attended_kinds() const { return merged ? 1 : per_class_kinds(); }  // results that are stored on their own
   int64_t image_size() const { return width * padded; }
-  // Whether the forward pass keeps A for the backward pass. To compute it again saves memory, and with many classes it takes
-  // little of the time.
-  bool keeps_offset() const { return classes <= width; }
+  // Whether the forward pass keeps A for the backward pass. To compute it again saves memory, and with very many classes it
+  // takes little of the time.
+  bool keeps_offset() const { return classes <= 2 * width; }
 };
 
 }  // namespace rada_fast

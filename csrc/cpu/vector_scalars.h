@@ -64,26 +64,28 @@ inline void put(Half& out, float x) {
   out.bits = static_cast<uint16_t>(sign | (bits >= 143u << 23 ? huge : finite));
 }
 
-// e^x of x <= 0, with a relative error below 2 ulp; 0 below -87.3. A positive x counts as 0, a NaN stays one. Cephes'
-// polynomial on [-ln2/2, ln2/2].
+// e^x of x <= 0, with a relative error below 2 ulp; 0 below -87.7. A NaN stays one. With x = n ln2 + r and |r| <= ln2 / 2,
+// e^r is 1 + r + r^2 q(r), where q is the polynomial of degree 4 with the least relative error of the sum, 3e-9.
 inline float exponential_of(float x) {
-  const float clamped = x < -87.33f ? -87.33f : (x > 0.0f ? 0.0f : x);
-  const float shifted = clamped * 1.44269504f + 12582912.0f;
+  const float clamped = x < -88.03f ? -88.03f : x;
+  const float shifted = clamped * 1.44269504f + 12582912.0f;  // the last bits are those of n, -127 to 0
   const float n = shifted - 12582912.0f;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const int32_t power_bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;  // 2^n, n from -126 to 0
+  float p = 1.3814599e-3f;
+  p = p * r + 8.3687166e-3f;
+  p = p * r + 4.1668389e-2f;
+  p = p * r + 1.66665211e-1f;
+  p = p * r + 4.9999994e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  uint32_t power_bits;
+  std::memcpy(&power_bits, &shifted, 4);
+  power_bits = (power_bits << 23) + 0x3f800000u;
+  float power;  // 2^n, or 0 for n = -127
   std::memcpy(&power, &power_bits, 4);
-  return x < -87.33f ? 0.0f : p * power;
+  return p * power;
 }
-inline double exponential_of(double x) { return std::exp(x > 0.0 ? 0.0 : x); }
+inline double exponential_of(double x) { return std::exp(x); }
 
 // ln x with a relative error below 2 ulp for x > 0, denormals included; -infinity at 0. Cephes' polynomial.
 inline float logarithm_of(float x) {

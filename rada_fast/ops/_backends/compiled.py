@@ -89,7 +89,7 @@ def _kept(features: Features, parameters: Parameters, options: Options) -> CpuKe
         statistics=empty((2, 2, batch, heads, 1 if options.matrix_softmax else padded), dtype=exact),
         image_state=empty((2, batch, width if "image" in weights else 0), dtype=exact),
         text_query=empty((width if text else 0, padded), dtype=stored),
-        offset=empty((batch if classes <= width else 0, width, padded), dtype=exact),
+        offset=empty((batch if classes <= 2 * width else 0, width, padded), dtype=exact),
         peak=empty((batch,), dtype=torch.int64),
     )
 
