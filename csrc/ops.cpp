@@ -5,6 +5,9 @@
 //                        key, the value, the output
 //   input_scale_factor   the projections' inputs are scaled by this times logit_scale; 0 means that they are not scaled
 //   widened              whether bfloat16 is multiplied as float32
+//   output_is_zero       whether the output projection is known to be zero
+//   given_*, given_scale what an earlier forward pass with the same features has returned, and the factor by which all
+//                        projections but the output's are larger now; they save their products in the forward pass
 //   keep                 whether the backward pass may be called; otherwise the results that only it needs are empty
 //   needed               one flag for each gradient; a gradient that is not needed is returned empty
 #include <torch/library.h>
@@ -16,7 +19,8 @@
 
 #define RADA_OPTIONS                                                                                               \
   "int num_heads, float temperature, bool matrix_softmax, float input_scale_factor, bool relu, str penalty, "     \
-  "bool widened"
+  "bool widened, bool output_is_zero, Tensor? given_projections, Tensor? given_attended, Tensor? given_factors, "  \
+  "Tensor? given_statistics, Tensor? given_image_state, Tensor? given_text_query, float given_scale"
 
 TORCH_LIBRARY(rada_fast, library) {
   library.def("rational_adapter(" RADA_PARAMETERS RADA_OPTIONS

@@ -42,6 +42,14 @@ struct TileBuffers {
       chosen_loops<AdapterLoops<T>>().pack(exact, ld, nullptr, nullptr, p.width, columns, operand, ld);
   }
 
+  // Computes some rows of A without its bias.
+  void multiply(const T* weight, int64_t r0, int64_t rows, int64_t width) {
+    if (weight)
+      matrix_product<T>(rows, columns, width, weight + r0 * width, width, operand, ld, product, ld, false);
+    else
+      std::fill(product, product + rows * ld, A(0));
+  }
+
   MaskRows<A> mask_rows(const Problem& p, const OutputInputs<T>& in, const TilePart& part, int64_t r0,
                         int64_t rows) const {
     return {product + part.at, ld, rows, part.columns, in.bias ? in.bias + r0 : nullptr,
@@ -87,12 +95,11 @@ void masked_logits_forward(const Problem& p, int64_t images, const OutputInputs<
     A* row = scratch.take<A>(tiles.width());
     double* totals = scratch.take<double>(tiles.width());
     for (int64_t tile; queue.take(tile);) {
-      buffers.load(p, tiles, tile, &state);
+      buffers.load(p, tiles, tile, in.weight ? &state : nullptr);
       std::fill(totals, totals + tiles.width(), 0.0);
       for (int64_t r0 = 0; r0 < D; r0 += kFeatureBlock) {
         const int64_t rows = std::min(kFeatureBlock, D - r0);
-        matrix_product<T>(rows, buffers.columns, D, in.weight + r0 * D, D, buffers.operand, buffers.ld, buffers.product,
-                          buffers.ld, false);
+        buffers.multiply(in.weight, r0, rows, D);
         std::fill(row, row + tiles.width(), A(0));
         tiles.parts(tile, [&](const TilePart& part) {
           const int64_t b = part.image, k0 = part.first_class;
@@ -152,13 +159,12 @@ void masked_logits_backward(const Problem& p, int64_t images, const OutputInputs
     T* gradient_operand = reinterpret_cast<T*>(gradient);
     if (sizeof(T) == 2) gradient_operand = scratch.take<T>(round_up(D, 2) * spread(tiles.width()));
     for (int64_t tile; queue.take(tile);) {
-      buffers.load(p, tiles, tile, !out.offset || out.attended ? &state : nullptr);
+      buffers.load(p, tiles, tile, (in.weight && !out.offset) || out.attended ? &state : nullptr);
       const int64_t columns = buffers.columns, ld = buffers.ld;
       clear_columns(gradient, ld, D, tiles.columns(tile), columns);
       for (int64_t r0 = 0; r0 < D; r0 += kFeatureBlock) {
         const int64_t rows = std::min(kFeatureBlock, D - r0);
-        if (!out.offset)
-          matrix_product<T>(rows, columns, D, in.weight + r0 * D, D, buffers.operand, ld, buffers.product, ld, false);
+        if (!out.offset) buffers.multiply(in.weight, r0, rows, D);
         tiles.parts(tile, [&](const TilePart& part) {
           const int64_t b = part.image, k0 = part.first_class, at = b * p.image_size() + k0;
           auto block = buffers.mask_rows(p, in, part, r0, rows);

@@ -11,7 +11,7 @@ template <typename T>
 struct OutputInputs {
   const Acc<T>* image;  // (images, D)
   const Acc<T>* text;   // (D, padded), T transposed
-  const T* weight;      // Wo (D, D)
+  const T* weight;      // Wo (D, D), or null where it is zero
   const Acc<T>* bias;   // (D) or null
 };
 

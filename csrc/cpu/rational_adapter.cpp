@@ -64,18 +64,42 @@ Saved allocate(const Problem& p, int64_t images, bool keep_offset, const at::Ten
           at::empty({keep_offset ? images : 0, p.width, p.padded}, exact)};
 }
 
+// Copies what an earlier call has kept: an operator must not return its arguments.
+void take_all(const Given& given, Saved& saved) {
+  saved.projections.copy_(*given.projections);
+  saved.attended.copy_(*given.attended);
+  saved.factors.copy_(*given.factors);
+  saved.statistics.copy_(*given.statistics);
+  saved.image_state.copy_(*given.image_state);
+  saved.text_query.copy_(*given.text_query);
+}
+
 using ForwardResult =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Raises an error unless what an earlier call has kept is of this problem's sizes.
+void check_given(const Arguments& in) {
+  if (!in.given.some()) return;
+  const Problem p = problem_of(in);
+  const std::array<int64_t, 4> expected{2 + int64_t(p.rational), p.batch, p.width, p.padded};
+  const at::IntArrayRef sizes = in.given.projections->sizes(), wanted(expected);
+  TORCH_CHECK(sizes == wanted, "projected must be of a call with features of the same shapes, ", wanted, ", got ", sizes);
+  TORCH_CHECK(in.given.projections->scalar_type() == in.weights[kOutput]->scalar_type(),
+              "projected must be of a call with parameters of the same type");
+}
 
 template <typename T>
 ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
   using A = Acc<T>;
   using F = Factor<T>;
   const Problem p = problem_of(in);
-  const Operands<T> operands(p, in);
+  const Given& given = in.given;
+  const Operands<T> operands(p, in, given.some());
   const auto options = in.image_features.options();
-  const int64_t chunk = keep ? p.batch : chunk_of(p), step = chunk_of(p);
+  const bool whole = keep || given.all();  // whether `saved` has all images, or those of one chunk after another
+  const int64_t step = chunk_of(p), chunk = whole ? p.batch : step;
   Saved saved = allocate<T>(p, chunk, keep && p.keeps_offset(), options);
+  if (given.all()) take_all(given, saved);
   // Results have the same values in every call, those that fill rows up included.
   saved.offset.narrow(2, p.classes, p.padded - p.classes).zero_();
   // The sums are the logits without the factor s, which makes them the derivatives with respect to s.
@@ -84,7 +108,9 @@ ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
   Tensor penalties = at::zeros({p.batch}, options.dtype(at::kDouble));
   Tensor peak = at::zeros({p.batch}, options.dtype(at::kLong));
 
-  if (p.text) {
+  if (given.some()) {
+    if (!given.all()) at::mul_out(saved.text_query, *given.text_query, at::scalar_tensor(given.scale, at::kDouble));
+  } else if (p.text) {
     // The text query is the same product for one "image" whose features f are all 1.
     Problem shared = p;
     shared.rational_scale = p.query_scale;
@@ -92,23 +118,32 @@ ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
     rational_projections<T>(shared, 1, data<A>(operands.ones), data<A>(operands.text), &projection, 1);
   }
   Tensor image_query;
-  if (p.image)
+  if (p.image && given.some())
+    image_query = given.image_state->select(0, 0).mul(given.scale);
+  else if (p.image)
     image_query = at::linear((operands.image * p.query_scale).to(Types<T>::factor), operands.weights[kImage],
                              in.biases[kImage] ? in.biases[kImage]->to(Types<T>::factor) : OptionalTensor())
                       .to(Types<T>::exact).contiguous();
 
   for (int64_t first = 0; first < p.batch; first += step) {
     const int64_t images = std::min(step, p.batch - first);
-    const AttentionState<T> state = state_of<T>(p, saved, keep ? first : 0);
-    const std::array<Projection<T>, 3> projections{operands.projection(kKey, const_cast<T*>(state.keys)),
-                                                   operands.projection(kValue, const_cast<T*>(state.values)),
-                                                   operands.projection(kRational, const_cast<T*>(state.rational_query))};
-    rational_projections<T>(p, images, data<A>(operands.image) + first * p.width, data<A>(operands.text),
-                            projections.data(), 2 + p.rational);
-    if (p.image)
-      std::copy_n(data<A>(image_query) + first * p.width, images * p.width, const_cast<A*>(state.image_query));
-    class_attention_forward<T>(p, images, state);
-    masked_logits_forward<F>(p, images, operands.output(first, p.width), state, data<A>(sums) + first * p.classes,
+    const AttentionState<T> state = state_of<T>(p, saved, whole ? first : 0);
+    if (!given.all()) {
+      if (given.some()) {
+        Tensor scaled = saved.projections.narrow(1, whole ? first : 0, images);
+        at::mul_out(scaled, given.projections->narrow(1, first, images), at::scalar_tensor(given.scale, at::kDouble));
+      } else {
+        const std::array<Projection<T>, 3> projections{
+            operands.projection(kKey, const_cast<T*>(state.keys)), operands.projection(kValue, const_cast<T*>(state.values)),
+            operands.projection(kRational, const_cast<T*>(state.rational_query))};
+        rational_projections<T>(p, images, data<A>(operands.image) + first * p.width, data<A>(operands.text),
+                                projections.data(), 2 + p.rational);
+      }
+      if (p.image)
+        std::copy_n(data<A>(image_query) + first * p.width, images * p.width, const_cast<A*>(state.image_query));
+      class_attention_forward<T>(p, images, state);
+    }
+    masked_logits_forward<F>(p, images, operands.output(in, first, p.width), state, data<A>(sums) + first * p.classes,
                              data<double>(penalties) + first, data<int64_t>(peak) + first,
                              return_mask ? data<A>(mask) + first * p.width * p.classes : nullptr,
                              keep && p.keeps_offset() ? data<A>(saved.offset) + first * p.image_size() : nullptr);
@@ -129,9 +164,15 @@ ForwardResult rational_adapter(const Tensor& image_features, const Tensor& text_
                                const Tensor& wk, const OptionalTensor& bk, const Tensor& wv, const OptionalTensor& bv,
                                const Tensor& wo, const OptionalTensor& bo, int64_t num_heads, double temperature,
                                bool matrix_softmax, double input_scale_factor, bool relu, c10::string_view penalty,
-                               bool widened, bool return_mask, bool keep) {
+                               bool widened, bool output_is_zero, const OptionalTensor& given_projections,
+                               const OptionalTensor& given_attended, const OptionalTensor& given_factors,
+                               const OptionalTensor& given_statistics, const OptionalTensor& given_image_state,
+                               const OptionalTensor& given_text_query, double given_scale, bool return_mask, bool keep) {
   const Arguments in{image_features, text_features, logit_scale, {wi, wt, wr, wk, wv, wo}, {bi, bt, br, bk, bv, bo},
-                     num_heads, temperature, matrix_softmax, input_scale_factor, relu, penalty_named(penalty), widened};
+                     num_heads, temperature, matrix_softmax, input_scale_factor, relu, penalty_named(penalty), widened,
+                     output_is_zero, {given_projections, given_attended, given_factors, given_statistics,
+                                      given_image_state, given_text_query, given_scale}};
+  check_given(in);
   return with_stored_type(in, [&]<typename T>() { return forward_of<T>(in, return_mask, keep); });
 }
 

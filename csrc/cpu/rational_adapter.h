@@ -19,6 +19,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 enum Role : size_t { kImage, kText, kRational, kKey, kValue, kOutput, kRoles };
 
+// What an earlier forward pass with the same features has kept (see Saved), and by which factor the projections are larger
+// now. The forward pass then computes no projections, and no attention either where the factor is 1.
+struct Given {
+  OptionalTensor projections, attended, factors, statistics, image_state, text_query;
+  double scale;
+
+  bool some() const { return projections.has_value(); }
+  bool all() const { return some() && scale == 1; }
+};
+
 // The arguments of the operators' schemas (csrc/ops.cpp).
 struct Arguments {
   const Tensor &image_features, &text_features, &logit_scale;
@@ -29,7 +39,8 @@ struct Arguments {
   double input_scale_factor;
   bool relu;
   Penalty penalty;
-  bool widened;
+  bool widened, output_is_zero;
+  Given given;
 };
 
 Penalty penalty_named(c10::string_view name);
@@ -85,8 +96,9 @@ struct Operands {
   }
 
   Projection<T> projection(Role role, T* out) const { return {data<F>(weights[role]), data<A>(biases[role]), out}; }
-  OutputInputs<F> output(int64_t first, int64_t width) const {
-    return {data<A>(image) + first * width, data<A>(text), data<F>(weights[kOutput]), data<A>(biases[kOutput])};
+  OutputInputs<F> output(const Arguments& in, int64_t first, int64_t width) const {
+    return {data<A>(image) + first * width, data<A>(text), in.output_is_zero ? nullptr : data<F>(weights[kOutput]),
+            data<A>(biases[kOutput])};
   }
 };
 

@@ -111,7 +111,7 @@ class AdapterBackward {
       if (needed.weights[role])
         dweights[role] = p.batch > 0 ? at::empty({p.width, p.width}, exact) : at::zeros({p.width, p.width}, exact);
       if (needed.biases[role]) dbiases[role] = at::zeros({p.width}, exact);
-      if (in.weights[role] && (features || role == kOutput))
+      if (in.weights[role] && (features || (role == kOutput && need_attention)))
         transposed_weights[role] = transposed<F>(operands.weights[role]);
     }
     if (need_text) dtext_query = at::zeros({p.width, p.padded}, exact);
@@ -150,7 +150,7 @@ class AdapterBackward {
                                        data<F>(transposed_weights[kOutput]),
                                        data<F>(dattended),
                                        data<A>(weighted)};
-    masked_logits_backward<F>(p, images, operands.output(first, p.width), state, gradients);
+    masked_logits_backward<F>(p, images, operands.output(in, first, p.width), state, gradients);
     if (needed.role(kOutput))
       output_weight_gradients<F>(p, images, data<F>(doffset), data<F>(attended), data<A>(dweights[kOutput]),
                                  data<A>(dbiases[kOutput]), first > 0);
@@ -262,11 +262,14 @@ BackwardResult rational_adapter_backward(
     const OptionalTensor& bi, const OptionalTensor& wt, const OptionalTensor& bt, const OptionalTensor& wr,
     const OptionalTensor& br, const Tensor& wk, const OptionalTensor& bk, const Tensor& wv, const OptionalTensor& bv,
     const Tensor& wo, const OptionalTensor& bo, int64_t num_heads, double temperature, bool matrix_softmax,
-    double input_scale_factor, bool relu, c10::string_view penalty, bool widened, const Tensor& projections,
-    const Tensor& attended, const Tensor& factors, const Tensor& statistics, const Tensor& image_state, const Tensor& text_query,
-    const Tensor& offset, const Tensor& peak, c10::List<bool> needed) {
+    double input_scale_factor, bool relu, c10::string_view penalty, bool widened, bool output_is_zero,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, double, const Tensor& projections, const Tensor& attended, const Tensor& factors,
+    const Tensor& statistics, const Tensor& image_state, const Tensor& text_query, const Tensor& offset, const Tensor& peak,
+    c10::List<bool> needed) {
   const Arguments in{image_features, text_features, logit_scale, {wi, wt, wr, wk, wv, wo}, {bi, bt, br, bk, bv, bo},
-                     num_heads, temperature, matrix_softmax, input_scale_factor, relu, penalty_named(penalty), widened};
+                     num_heads, temperature, matrix_softmax, input_scale_factor, relu, penalty_named(penalty), widened,
+                     output_is_zero, {}};
   const Saved saved{projections, attended, factors, statistics, image_state, text_query, offset};
   c10::SmallVector<bool, 16> flags(needed.begin(), needed.end());
   const Needed asked{at::ArrayRef<bool>(flags.data(), flags.size())};

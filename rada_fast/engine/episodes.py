@@ -8,6 +8,7 @@ episode is computed by itself, by the module and PyTorch's optimisers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,19 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rada_fast.config.method import EpisodeConfig, MaskPenalty, OptimizerName
 from rada_fast.engine.graphs import GRAPHS, GroupInputs, usable
-from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, GroupLogits, group_sizes, most_episodes
+from rada_fast.engine.groups import (
+    EpisodeGroup,
+    EpisodeRule,
+    GroupLogits,
+    decay_without_gradient,
+    group_sizes,
+    most_episodes,
+)
 from rada_fast.engine.stages import Busy, uncounted
 from rada_fast.modules.projections import GIVE_VALUES, is_no_ordinary_tensor
 from rada_fast.modules.rational_adapter import RationalAdapter, unwrapped
 from rada_fast.ops import (
+    AdapterOutput,
     prediction_loss,
     rational_adapter,
     select_views,
@@ -28,7 +37,13 @@ from rada_fast.ops import (
     under_transform,
     zero_shot_logits,
 )
-from rada_fast.ops.rational_adapter import check_features, check_scale, check_text_features, parameter_shapes
+from rada_fast.ops.rational_adapter import (
+    Projected,
+    check_features,
+    check_scale,
+    check_text_features,
+    parameter_shapes,
+)
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
@@ -97,26 +112,41 @@ class EpisodeAdapter:
         text_features: Tensor,
         logit_scale: Tensor | float,
         penalty: MaskPenalty | None = None,
-        *,
-        output_is_zero: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute the logits (B, K), and the mask penalty if one is requested, or None.
+        **known: Any,
+    ) -> AdapterOutput:
+        """Compute the logits (B, K), and the mask penalty if one is requested.
 
-        output_is_zero: whether the output projection is known to be zero.
+        known: what is known of the parameters, output_is_zero, projected and keep_projected; see ops.rational_adapter.
         """
         parameters = {name: parameter.to(self.dtype) for name, parameter in self.parameters.items()}
         if self.plain:
-            output = rational_adapter(
-                image_features, text_features, logit_scale, parameters, self.adapter.config, penalty=penalty,
-                output_is_zero=output_is_zero,
-            )  # fmt: skip
-            return output.logits, output.penalty
+            return rational_adapter(
+                image_features, text_features, logit_scale, parameters, self.adapter.config, penalty=penalty, **known
+            )
         state = parameters | {
             name: buffer.to(self.dtype) if buffer.is_floating_point() else buffer
             for name, buffer in self.buffers.items()
         }
         result = functional_call(self.adapter, state, (image_features, text_features, logit_scale, penalty))
-        return result if penalty is not None else (result, None)
+        logits, value = result if penalty is not None else (result, None)
+        return AdapterOutput(logits, value, None)
+
+    def backward(self, loss: Tensor, *, output_is_zero: bool) -> None:
+        """Compute the gradients of what is trained.
+
+        output_is_zero: whether the output projection is known to be zero. No gradient passes through it then, so all
+            gradients but its own are exactly zero.
+        """
+        trained = {name: value for name, value in self.parameters.items() if value.requires_grad}
+        if not output_is_zero:
+            loss.backward()
+            return
+        output = [value for name, value in trained.items() if name.startswith("out_proj.")]
+        if output:
+            loss.backward(inputs=output)
+        for value in trained.values():
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
 
 
 def _exact(value: Tensor) -> Tensor:
@@ -140,9 +170,8 @@ def adapt_episode(
     views: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
-    config: EpisodeConfig,
+    rule: EpisodeRule,
     *,
-    zero_shot: bool,
     plain: bool,
     busy: Busy = uncounted,
 ) -> GroupLogits:
@@ -152,41 +181,46 @@ def adapt_episode(
     views: the features (V, D) of the views, the original first.
     text_features: T (K, D).
     logit_scale: the multiplier s.
-    config: the configuration of the episode.
-    zero_shot: whether the output projections of the adapter are zero, so that every mask is 1 and the logits are those
-        of CLIP.
+    rule: how the episode is computed.
     plain: see EpisodeAdapter.
     busy: counts the time of the stages select, adapt and predict.
     """
+    config = rule.episode
     adapted = EpisodeAdapter(adapter, views.dtype, plain=plain)
     optimizer = adapted.optimizer(config) if config.steps else None
 
     with busy("select"), torch.no_grad():
         # If every mask is 1, the views can be selected without the adapter.
-        if zero_shot:
+        if rule.zero_shot:
             logits = zero_shot_logits(views, text_features, logit_scale)  # (V, K)
             original = logits[:1]
         else:
-            logits, _ = adapted(views, text_features, logit_scale)
+            logits = adapted(views, text_features, logit_scale).logits
             original = zero_shot_logits(views[:1], text_features, logit_scale)
         kept = views[select_views(logits, config.num_selected(len(views)))]  # (n, D)
 
+    projected: Projected | None = None
     with busy("adapt"):
         for step in range(config.steps):
             assert optimizer is not None
             optimizer.zero_grad()
-            logits, penalty = adapted(
+            # A second layer has a gradient even where the output projections of both are zero.
+            zero = plain and rule.zero_shot and step == 0 and rule.adapter.num_layers == 1
+            decay = decay_without_gradient(rule) if zero and config.steps > 1 else None
+            output = adapted(
                 kept, text_features, logit_scale, config.penalty if config.penalty_weight else None,
-                output_is_zero=zero_shot and step == 0,
+                output_is_zero=zero, projected=projected, keep_projected=decay is not None,
             )  # fmt: skip
-            loss = episode_loss(logits, config)
-            if penalty is not None:
-                loss = loss + config.penalty_weight * penalty
-            loss.backward()
+            # The next step's projections are those of this step, scaled.
+            projected = None if output.projected is None or decay is None else output.projected.scaled(decay)
+            loss = episode_loss(output.logits, config)
+            if output.penalty is not None:
+                loss = loss + config.penalty_weight * output.penalty
+            adapted.backward(loss, output_is_zero=zero)
             optimizer.step()
 
     with busy("predict"), torch.no_grad():
-        return GroupLogits(adapted(views[:1], text_features, logit_scale)[0], original)
+        return GroupLogits(adapted(views[:1], text_features, logit_scale).logits, original)
 
 
 def adapt_episodes(
@@ -304,8 +338,7 @@ class Adaptation:
             else:
                 finished = (
                     adapt_episode(
-                        self._adapter, episode, self._text, self._scale, self.rule.episode,
-                        zero_shot=self.rule.zero_shot, plain=self._plain, busy=self._busy,
+                        self._adapter, episode, self._text, self._scale, self.rule, plain=self._plain, busy=self._busy
                     )
                     for episode in views
                 )  # fmt: skip

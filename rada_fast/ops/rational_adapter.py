@@ -201,10 +201,9 @@ def rational_adapter(
         b belongs to episode b // (B/E), and the penalty is (E,). Either all episodes share the parameters of one
         adapter, or every parameter has a leading axis of E, for an adapter in each episode.
     output_is_zero: promises that the weight and the bias of the output projection are zero, as they are when training
-        starts. The results are the same; on CUDA they take less time, because only the output projection has a gradient
-        other than zero.
-    keep_projected: also return the projected queries, keys and values where the backend can take them again, as
-        "triton" can when a gradient may be asked for; otherwise they are None.
+        starts. The results are the same; the compiled backends take less time.
+    keep_projected: also return the projected queries, keys and values where the backend can take them again, as all but
+        "literal" can with one layer of attention when a gradient may be asked for; otherwise they are None.
     projected: what an earlier call with the same features has returned, or that ``.scaled(c)``. It promises that all
         weights and biases but the output's are c times those of that call, and saves their products. Gradients are
         those of the present parameters. Results may differ by roundings from those without it.
@@ -224,30 +223,28 @@ def rational_adapter(
     run: Callable[..., AdapterOutput]
     projections: Any = parameters.call if isinstance(parameters, ProjectionCalls) else parameters
     arguments = (image_features, text_features, logit_scale, projections, config)
+    options: dict[str, Any] = {"penalty": penalty, "return_mask": return_mask}
+    reuse: dict[str, Any] = {"projected": projected, "keep_projected": keep_projected}
     match name:
         case "reference":
             from rada_fast.reference.rational_adapter import rational_adapter as run
+
+            options |= reuse
         case "literal":
             from rada_fast.reference.literal import literal_adapter as run
         case "cpu":
             from rada_fast.ops._backends.cpu import rational_adapter as run
+
+            options |= reuse | {"output_is_zero": output_is_zero}
         case "triton":
             from rada_fast.ops._backends.triton import rational_adapter as fused
 
-            return fused(
-                *arguments,
-                penalty=penalty,
-                return_mask=return_mask,
-                episodes=episodes,
-                output_is_zero=output_is_zero,
-                projected=projected,
-                keep_projected=keep_projected,
-            )
+            return fused(*arguments, **options | reuse, episodes=episodes, output_is_zero=output_is_zero)
         case _:
             raise AssertionError(f"backend {name!r} resolved but not wired")
     if episodes is None:
-        return run(*arguments, penalty=penalty, return_mask=return_mask)
-    return _by_episode(run, *arguments, episodes, penalty=penalty, return_mask=return_mask)
+        return run(*arguments, **options)
+    return _by_episode(run, *arguments, episodes, **options)
 
 
 def _by_episode(
@@ -262,19 +259,27 @@ def _by_episode(
 ) -> AdapterOutput:
     """Make one call for each episode, for backends that take the parameters of one adapter only."""
     shapes = parameter_shapes(config)
+    projected = options.pop("projected", None)
+    taken = [{}] * episodes if projected is None else [{"projected": part} for part in projected.split(episodes)]
     own = {
         name: parameters[name].unbind() if parameters[name].ndim > len(shape) else (parameters[name],) * episodes
         for name, shape in shapes.items()
     }
     parts = [
-        run(image, text_features, logit_scale, {name: own[name][episode] for name in shapes}, config, **options)
-        for episode, image in enumerate(image_features.unflatten(0, (episodes, -1)).unbind())
+        run(image, text_features, logit_scale, values, config, **given, **options)
+        for image, values, given in zip(
+            image_features.unflatten(0, (episodes, -1)).unbind(),
+            ({name: own[name][episode] for name in shapes} for episode in range(episodes)),
+            taken,
+            strict=True,
+        )
     ]
-    logits, penalties, masks, _ = zip(*parts, strict=True)
+    logits, penalties, masks, found = zip(*parts, strict=True)
     return AdapterOutput(
         torch.cat(logits),
         torch.stack(penalties) if penalties[0] is not None else None,
         torch.cat(masks) if masks[0] is not None else None,
+        Projected(tuple(tensor for part in found for tensor in part.tensors)) if found[0] is not None else None,
     )
 
 

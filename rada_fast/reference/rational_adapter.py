@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ from rada_fast.reference.rational_projections import (
 class Projected:
     """Keep the keys, values and queries of a call for a later call with the same features.
 
-    tensors: what the backend has kept. scale: by which factor the later call's projections are larger.
+    tensors: what the backend has kept, one episode after the other where it computes each by itself. scale: by which
+        factor the later call's projections are larger.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -35,6 +37,11 @@ class Projected:
     def scaled(self, scale: float) -> Projected:
         """Return the projections by weights and biases that are `scale` times as large."""
         return Projected(self.tensors, self.scale * scale)
+
+    def split(self, episodes: int) -> list[Projected]:
+        """Return what belongs to each episode."""
+        size = len(self.tensors) // episodes
+        return [Projected(self.tensors[size * at : size * (at + 1)], self.scale) for at in range(episodes)]
 
 
 class AdapterOutput(NamedTuple):
@@ -50,13 +57,18 @@ class AdapterOutput(NamedTuple):
 
 
 def mask_offset(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, parameters: Parameters, config: AdapterConfig
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    parameters: Parameters,
+    config: AdapterConfig,
+    projections: Projections | None,
 ) -> Tensor:
     """Compute A = A_1 + ... + A_L, which the adapter adds to a mask of ones. Returns (B, K, D).
 
-    image_features: (B, D); text_features: (K, D); logit_scale: ().
+    image_features: (B, D); text_features: (K, D); logit_scale: (). projections: those of the first layer of attention.
     """
-    if config.mask_function == "mlp":
+    if projections is None:
         scale = input_scales(logit_scale, config)[1]
         rational = scale * rational_matrix(image_features, text_features)  # (B, K, D)
         return project(project(rational, parameters, "fc").relu(), parameters, "out_proj")  # (B, K, D)
@@ -71,7 +83,6 @@ def mask_offset(
             softmax=config.softmax,
         )
 
-    projections = rational_projections(image_features, text_features, logit_scale, parameters, config)
     offset = project(attend(projections), parameters, "out_proj")  # A_1: (B, K, D)
     for layer in range(2, config.num_layers + 1):
         prefix = f"layers.{layer - 2}."
@@ -79,6 +90,11 @@ def mask_offset(
         projections = layer_projections(offset, rational, parameters, prefix, config)
         offset = offset + project(attend(projections), parameters, f"{prefix}out_proj")  # (B, K, D)
     return offset
+
+
+def _kept(projections: Projections) -> Projected:
+    """Keep the projections for a later call."""
+    return Projected(tuple(value.detach() for value in (*projections.queries.values(), *projections[1:])))
 
 
 def rational_adapter(
@@ -90,19 +106,29 @@ def rational_adapter(
     *,
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
+    projected: Projected | None = None,
+    keep_projected: bool = False,
 ) -> AdapterOutput:
     """Compute the logits of the adapted model, and where they are asked for the mask penalty and the mask.
 
         M = act(1 + A),   logits[b, k] = s sum_c M[b, k, c] f[b, c] T[k, c]   (Eq. 4)
 
     image_features: (B, D); text_features: (K, D); logit_scale: the multiplier s; parameters: published names.
+    projected, keep_projected: see ops.rational_adapter.
     """
     scale = as_scale(logit_scale, image_features)  # ()
-    offset = mask_offset(image_features, text_features, scale, parameters, config)  # (B, K, D)
+    projections = None
+    if config.mask_function == "attention":
+        known = (
+            None if projected is None else [value * projected.scale for value in projected.tensors if value is not None]
+        )
+        projections = rational_projections(image_features, text_features, scale, parameters, config, known=known)
+    offset = mask_offset(image_features, text_features, scale, parameters, config, projections)  # (B, K, D)
     mask = rational_mask(offset, config.mask_activation)  # (B, K, D)
     rational = rational_matrix(image_features, text_features)  # (B, K, D)
     return AdapterOutput(
         masked_logits(mask, rational, scale),
         mask_penalty(mask, penalty) if penalty else None,
         mask if return_mask else None,
+        _kept(projections) if keep_projected and projections is not None and isinstance(parameters, Mapping) else None,
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, MethodType
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -49,18 +49,51 @@ def split_heads(rows: Tensor, num_heads: int) -> Tensor:
     return rows.unflatten(-1, (num_heads, -1)).transpose(-3, -2)  # (N, H, K, d)
 
 
-def project(rows: Tensor, parameters: Parameters, name: str) -> Tensor:
-    """Apply one linear projection, with its bias where it has one."""
+class _KnownProjection(torch.autograd.Function):
+    """A linear projection whose result is known, so that only its gradients are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dresult: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        flat = dresult.flatten(0, -2)  # (N, D)
+        return (
+            dresult @ weight if needed[0] else None,
+            flat.mT @ rows.flatten(0, -2) if needed[1] else None,
+            flat.sum(0) if needed[2] else None,
+            None,
+        )
+
+
+def project(rows: Tensor, parameters: Parameters, name: str, known: Tensor | None = None) -> Tensor:
+    """Apply one linear projection, with its bias where it has one.
+
+    known: the result, where an earlier call has computed it.
+    """
     # The types are a tuple because torch.compile before PyTorch 2.11 does not know a union of types.
     if isinstance(parameters, (FunctionType, MethodType)):
         projected: Tensor = parameters(name, rows)
         return projected
     tensors = cast(Mapping[str, Tensor], parameters)
-    return linear(rows, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+    if known is not None:
+        return cast(Tensor, _KnownProjection.apply(rows, weight, bias, known))
+    return linear(rows, weight, bias)
 
 
 def rational_projections(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, parameters: Parameters, config: AdapterConfig
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    parameters: Parameters,
+    config: AdapterConfig,
+    *,
+    known: Sequence[Tensor] | None = None,
 ) -> Projections:
     """Compute the queries, keys and values of the first layer (Eq. 6).
 
@@ -69,6 +102,8 @@ def rational_projections(
 
     The image query has one row for each image, as it is the same for every class; all images share the text query.
     image_features: (B, D); text_features: (K, D); logit_scale: ().
+    known: the queries, keys and values, split into heads, where an earlier call has computed them; only their gradients
+        are those of the parameters then.
     """
     query_scale, rational_scale = input_scales(logit_scale, config)
     rational = rational_scale * rational_matrix(image_features, text_features)  # (B, K, D)
@@ -77,11 +112,15 @@ def rational_projections(
         "text": lambda: query_scale * text_features[None, :, :],  # (1, K, D)
         "rational": lambda: rational,  # (B, K, D)
     }
-    queries: dict[str, Tensor] = {
-        kind: split_heads(project(rows[kind](), parameters, ROLES[kind]), config.num_heads) for kind in config.queries
-    }  # (B | 1, H, 1 | K, d)
-    keys = split_heads(project(rational, parameters, ROLES["key"]), config.num_heads)  # (B, H, K, d)
-    values = split_heads(project(rational, parameters, ROLES["value"]), config.num_heads)  # (B, H, K, d)
+    results = iter(known or ())
+
+    def heads_of(inputs: Tensor, role: str) -> Tensor:
+        result = next(results, None)
+        merged = None if result is None else result.transpose(-3, -2).flatten(-2)
+        return split_heads(project(inputs, parameters, ROLES[role], merged), config.num_heads)
+
+    queries: dict[str, Tensor] = {kind: heads_of(rows[kind](), kind) for kind in config.queries}  # (B | 1, H, 1 | K, d)
+    keys, values = heads_of(rational, "key"), heads_of(rational, "value")  # (B, H, K, d)
     return Projections(queries, keys, values)
 
 

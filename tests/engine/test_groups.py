@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rada_fast import adapt_episodes, use_backend
+from rada_fast.bench.stages import counted_operations
 from rada_fast.config.method import MASK_PENALTIES, AdapterConfig, EpisodeConfig
 from rada_fast.engine import episodes as engine
 from rada_fast.engine import groups
@@ -103,6 +104,8 @@ def test_frozen_parameters_stay_as_they_are(frozen: str, start: str, monkeypatch
 
 def test_from_a_zero_output_projection_the_first_step_takes_its_gradient_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """This leaves out work and changes no bit: a full first step has the same results."""
+    # Scaled projections are left out here, because they may differ by roundings.
+    monkeypatch.setattr(groups, "decay_without_gradient", lambda _: None)
     wanted: list[set[str]] = []
     original = groups.EpisodeGroup._gradients
 
@@ -126,6 +129,79 @@ def test_from_a_zero_output_projection_the_first_step_takes_its_gradient_alone(m
     wanted.clear()
     adapt_episodes(problem(start="pretrained")[0], views, text, 30.0)
     assert wanted == [everything] * 3
+
+
+REUSES: list[tuple[str, dict[str, Any], str | None, bool]] = [
+    ("zero", {}, None, True),
+    ("zero", {"optimizer": "sgd", "lr": 0.02, "weight_decay": 0.5}, None, True),
+    ("zero", {"weight_decay": 0.0}, "k_proj.bias", True),
+    # Adam adds weight decay to a gradient, and what is frozen does not decay.
+    ("zero", {"optimizer": "adam"}, None, False),
+    ("zero", {}, "k_proj.bias", False),
+    ("pretrained", {}, None, False),
+]
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["groups", "one-by-one"])
+@pytest.mark.parametrize(("start", "options", "frozen", "reuses"), REUSES)
+def test_the_second_step_scales_the_projections_of_the_first(
+    start: str,
+    options: dict[str, Any],
+    frozen: str | None,
+    reuses: bool,
+    grouped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter, views, text = problem(episodes=2, start=start)
+    if frozen:
+        adapter.get_parameter(frozen).requires_grad_(False)
+    module = groups if grouped else engine
+    scales: list[float | None] = []
+    original = module.rational_adapter
+
+    def noted(*given: Any, **named: Any) -> Any:
+        if torch.is_grad_enabled():
+            scales.append(None if named["projected"] is None else named["projected"].scale)
+        return original(*given, **named)
+
+    monkeypatch.setattr(module, "rational_adapter", noted)
+    if not grouped:
+        one_after_the_other(monkeypatch)
+    config = EpisodeConfig(**options)
+    adapt_episodes(adapter, views, text, 30.0, config)
+    factor = 1.0 if config.weight_decay == 0 else 1 - config.lr * config.weight_decay
+    assert scales == [None, factor if reuses else None, None] * (1 if grouped else 2)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_scaled_projections_have_the_results_of_float64(
+    decay: float, backend: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, views, text = problem(episodes=2)
+    config = EpisodeConfig(optimizer="sgd", lr=0.02, weight_decay=decay, steps=steps)
+    with use_backend(backend):
+        fast = adapt_episodes(adapter, views, text, 30.0, config)
+    monkeypatch.setattr(engine, "decay_without_gradient", lambda _: None)
+    with use_backend("reference"):
+        exact = adapt_episodes(adapter.double(), views.double(), text.double(), 30.0, config)
+    torch.testing.assert_close(fast, exact.float(), rtol=0, atol=1e-4)
+    assert (exact - exact[:, :1]).abs().max() > 1
+
+
+def test_the_second_step_of_the_reference_computes_three_products_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, views, text = problem(episodes=1)
+    config = EpisodeConfig(steps=2, selection=0.3)
+
+    def operations() -> float:
+        with use_backend("reference"):
+            return counted_operations(lambda: adapt_episodes(adapter, views, text, 30.0, config))
+
+    fewer = operations()
+    monkeypatch.setattr(engine, "decay_without_gradient", lambda _: None)
+    rows = 3 * CLASSES  # those of the keys, the values and the rational queries of three views
+    assert operations() - fewer == 2 * WIDTH**2 * (3 * rows + CLASSES + 3)
 
 
 @pytest.mark.parametrize("start", ["zero", "pretrained"])

@@ -50,9 +50,22 @@ bicubic or bilinear. kViewColumns in csrc/shared/view_table.h is their number.""
 
 
 class CpuOptions(NamedTuple):
-    """Hold the option of the operator in C++ alone: `widened` says whether bfloat16 is multiplied as float32."""
+    """Hold the options of the operator in C++ alone.
+
+    widened says whether bfloat16 is multiplied as float32; output_is_zero, whether the output projection is known to be
+    zero. given_... are what an earlier call with the same features has kept, and given_scale is the factor by which all
+    projections but the output's are larger now. Only the forward pass reads them.
+    """
 
     widened: bool
+    output_is_zero: bool = False
+    given_projections: Tensor | None = None
+    given_attended: Tensor | None = None
+    given_factors: Tensor | None = None
+    given_statistics: Tensor | None = None
+    given_image_state: Tensor | None = None
+    given_text_query: Tensor | None = None
+    given_scale: float = 1.0
 
 
 class CpuKept(NamedTuple):

@@ -17,10 +17,12 @@ from rada_fast.ops._backends.adapter_operator import (
     options_of,
     parameters_of,
 )
-from rada_fast.ops._backends.compiled import CpuOptions
-from rada_fast.reference.rational_adapter import AdapterOutput
+from rada_fast.ops._backends.compiled import CpuKept, CpuOptions
+from rada_fast.reference.rational_adapter import AdapterOutput, Projected
 from rada_fast.reference.rational_projections import as_scale
 
+_REUSED = ("projections", "attended", "factors", "statistics", "image_state", "text_query")
+"""What a later call with the same features can take again, by the names of CpuKept."""
 _SERVED = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -82,16 +84,28 @@ def rational_adapter(
     *,
     penalty: MaskPenalty | None = None,
     return_mask: bool = False,
+    output_is_zero: bool = False,
+    projected: Projected | None = None,
+    keep_projected: bool = False,
 ) -> AdapterOutput:
     """Compute ops.rational_adapter, with its arguments and results, for a call that reason_not_served lets pass."""
     assert library.load() is None
     dtype = compute_dtype(image_features, parameters["out_proj.weight"])
     scale = as_scale(logit_scale, image_features, torch.float64 if dtype == torch.float64 else torch.float32)
     tensors = (image_features, text_features, scale, *parameters_of(parameters, config, dtype))
-    logits, mask_penalty, mask, *_ = torch.ops.rada_fast.rational_adapter.default(
-        *tensors,
-        *options_of(config, penalty),
-        *CpuOptions(widened=widens(config, dtype)),
-        *Requests(return_mask=return_mask, keep=backward_follows(*tensors)),
+    taken = () if projected is None else projected.tensors
+    own = CpuOptions(
+        widened=widens(config, dtype),
+        output_is_zero=output_is_zero,
+        **{f"given_{name}": value for name, value in zip(_REUSED, taken, strict=False)},
+        given_scale=1.0 if projected is None else projected.scale,
     )
-    return AdapterOutput(logits, mask_penalty if penalty else None, mask.mT if return_mask else None)
+    keep = backward_follows(*tensors)
+    logits, mask_penalty, mask, *kept, _ = torch.ops.rada_fast.rational_adapter.default(
+        *tensors, *options_of(config, penalty), *own, *Requests(return_mask=return_mask, keep=keep)
+    )
+    found = None
+    if keep_projected and keep:
+        named = CpuKept(*kept)
+        found = Projected(tuple(getattr(named, name).detach() for name in _REUSED))
+    return AdapterOutput(logits, mask_penalty if penalty else None, mask.mT if return_mask else None, found)
