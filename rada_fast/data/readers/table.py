@@ -13,7 +13,7 @@ from rada_fast.data.folders import EXAMPLES
 from rada_fast.data.parts import Part
 from rada_fast.data.readers.coop import missing_images
 from rada_fast.data.readers.features import MAX_CLASSES
-from rada_fast.data.sources import ImageFolder, Sample
+from rada_fast.data.sources import NO_CLASS, ImageFolder, Sample
 from rada_fast.data.stored import open_regular
 from rada_fast.errors import UserError
 from rada_fast.system import notices
@@ -31,12 +31,17 @@ _PATHS = (
     "image",
     "img",
     "imagefile",
+    "imagename",
+    "imgname",
+    "relativepath",
+    "relpath",
     "fname",
 )
-_NAMES = ("classname", "labelname", "name", "category", "species", "labeltext")
+_NAMES = ("classname", "labelname", "name", "category", "species", "labeltext", "wnid", "synset")
 _NUMBERS = ("labelid", "classid", "classindex", "classidx", "target", "y")
 _EITHER = ("label", "class", "labels", "cls")
 _CAPTIONS = ("title", "caption")
+_NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?")
 _PARTS = ("split", "subset", "partition", "set")
 _PART_NAMES: dict[str, Part] = {
     "train": "train", "training": "train", "trn": "train",
@@ -66,24 +71,31 @@ def read_table(path: Path, part: Part) -> ImageFolder:
 
     Raises UserError where the table cannot be read, has no column of paths, or contradicts itself.
     """
-    rows = _rows(path)
-    if any(row.part is not None for row in rows):
-        rows = _rows_of_part(rows, part, path)
+    every = _with_slashes(_rows(path), path)
     captions: dict[str, list[str]] = {}
     first: dict[str, Row] = {}
-    for row in rows:
+    for row in every:
         known = first.setdefault(row.path, row)
         if (known.number, known.name) != (row.number, row.name):
             raise UserError(f"table {path}: lines {known.line} and {row.line} give {row.path!r} different classes")
         if row.caption is not None:
             captions.setdefault(row.path, []).append(row.caption)
-    unique = list(first.values())
+    # A part may lack a class that another part has, and has the same classes all the same.
+    listed = list(first.values())
+    folders, names, labels = _classes(listed, captions, path)
+    label_of = {row.path: label for row, label in zip(listed, labels, strict=True)}
+    rows = _rows_of_part(every, part, path) if any(row.part is not None for row in every) else every
+    unique = list({row.path: row for row in reversed(rows)}.values())[::-1]
     if len(unique) < len(rows) and not captions:
         notices.warn(f"table {path}: {len(rows) - len(unique)} rows repeat a picture, which is read once")
-    folders, names, labels = _classes(unique, captions, path)
+    own = [label_of[row.path] for row in unique]
+    if unlabelled := [row for row, label in zip(unique, own, strict=True) if label == NO_CLASS]:
+        if len(unlabelled) < len(unique):
+            raise UserError(f"table {path}: line {unlabelled[0].line} has no class, other lines of {part} have one")
+        folders, names = (), None
     root = _root(path, [row.path for row in unique])
     samples = tuple(
-        Sample(id, root / row.path, label) for id, row, label in zip(_ids(unique), unique, labels, strict=True)
+        Sample(id, root / row.path, label) for id, row, label in zip(_ids(unique), unique, own, strict=True)
     )
     missing = missing_images(root, [row.path for row in unique])
     if len(missing) == len(unique):
@@ -105,18 +117,21 @@ def _rows(path: Path) -> list[Row]:
     except UnicodeDecodeError:
         raise UserError(f"table {path} is not a text file in UTF-8") from None
     lines = text.splitlines()
+    if lines and re.fullmatch(r"sep=.", lines[0]):
+        lines = lines[1:]  # it tells Excel the separator
     if len(lines) < 2:
         raise UserError(f"table {path} must have a line with the names of its columns and one for each picture")
-    delimiter = max("\t,;", key=lines[0].count)
+    # Other signs of the first line may be parts of the columns' names.
+    delimiter = max(",\t;", key=lambda sign: (_names_paths(lines[0].split(sign)), lines[0].count(sign)))
     try:
         # FLYP writes captions without quotation marks around them, and some contain one.
-        if delimiter == "\t":
+        if delimiter == "\t" and not lines[0].startswith('"'):
             cells = list(csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE))
         else:
             cells = list(csv.reader(lines, delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise UserError(f"table {path} cannot be read: {error}") from None
-    header = [re.sub(r"[^a-z0-9]", "", cell.lower()) for cell in cells[0]]
+    header = [_plain(cell) for cell in cells[0]]
     column = {
         role: next((header.index(word) for word in words if word in header), None)
         for role, words in (
@@ -132,7 +147,7 @@ def _rows(path: Path) -> list[Row]:
     if column["either"] is not None:
         # A column that is called label holds numbers in some tables and names in others.
         texts = [row[column["either"]] for row in cells[1:] if len(row) > column["either"]]
-        role = "number" if all(re.fullmatch(r"\s*\d{1,9}\s*", text) for text in texts) else "name"
+        role = "number" if all(_NUMBER.fullmatch(text.strip()) for text in texts if text.strip()) else "name"
         column[role] = column["either"] if column[role] is None else column[role]
     rows = []
     for line, row in enumerate(cells[1:], start=2):
@@ -147,6 +162,24 @@ def _rows(path: Path) -> list[Row]:
     if not rows:
         raise UserError(f"table {path} lists no picture")
     return rows
+
+
+def _plain(cell: str) -> str:
+    """Return the name of a column in the form in which names of columns are compared."""
+    return re.sub(r"[^a-z0-9]", "", cell.lower())
+
+
+def _names_paths(cells: Sequence[str]) -> bool:
+    """Return whether one of the names of columns is that of a column of paths."""
+    return any(_plain(cell) in _PATHS for cell in cells)
+
+
+def _with_slashes(rows: list[Row], path: Path) -> list[Row]:
+    """Return the rows with forward slashes in their paths where the table was written on Windows."""
+    backslashed = [row.path for row in rows if "\\" in row.path]
+    if not backslashed or any(_exists(_root(path, backslashed) / one) for one in backslashed[:PROBED]):
+        return rows
+    return [row._replace(path=row.path.replace("\\", "/")) for row in rows]
 
 
 def _rows_of_part(rows: Sequence[Row], part: Part, path: Path) -> list[Row]:
@@ -165,44 +198,52 @@ def _rows_of_part(rows: Sequence[Row], part: Part, path: Path) -> list[Row]:
 def _classes(
     rows: Sequence[Row], captions: dict[str, list[str]], path: Path
 ) -> tuple[tuple[str, ...], tuple[str, ...] | None, list[int]]:
-    """Return the keys of the classes, their names where they are known, and the label of each row."""
-    if all(row.number is not None for row in rows):
+    """Return the keys of the classes, their names where they are known, and the label of each row, -1 without one."""
+    if any(row.number for row in rows):
         return _numbered_classes(rows, path)
-    names = [row.name for row in rows]
-    if any(name is not None for name in names):
-        if blank := [row for row in rows if not row.name]:
-            raise UserError(f"table {path}: line {blank[0].line} has no name of a class")
-        keys = tuple(sorted({name for name in names if name is not None}))
+    keys = tuple(sorted({row.name for row in rows if row.name}))
+    if keys:
         label_of = {name: label for label, name in enumerate(keys)}
-        return keys, None, [label_of[name or ""] for name in names]
+        return keys, None, [label_of.get(row.name or "", NO_CLASS) for row in rows]
     if captions:
         return _captioned_classes(rows, captions, path)
-    return (), None, [-1] * len(rows)
+    return (), None, [NO_CLASS] * len(rows)
 
 
 def _numbered_classes(rows: Sequence[Row], path: Path) -> tuple[tuple[str, ...], tuple[str, ...] | None, list[int]]:
     labels = []
     names: dict[int, str] = {}
     for row in rows:
-        if not re.fullmatch(r"\d{1,9}", row.number or "") or int(row.number or 0) >= MAX_CLASSES:
+        if not row.number:
+            labels.append(NO_CLASS)
+            continue
+        # Tables with an empty cell in a column have the other numbers of it written as 1.0 by pandas.
+        label = int(row.number.partition(".")[0]) if _NUMBER.fullmatch(row.number) else NO_CLASS
+        if not 0 <= label < MAX_CLASSES:
             raise UserError(
                 f"table {path}: line {row.line} must have a label in 0 ... {MAX_CLASSES - 1}, got {row.number!r}"
             )
-        labels.append(int(row.number or 0))
-        if row.name and names.setdefault(labels[-1], row.name) != row.name:
+        labels.append(label)
+        if row.name and names.setdefault(label, row.name) != row.name:
             raise UserError(
                 f"table {path}: line {row.line} calls the label {row.number} {row.name!r}, an earlier line "
-                f"{names[labels[-1]]!r}"
+                f"{names[label]!r}"
             )
-    count = max(labels) + 1
-    if min(labels) > 0:
-        notices.warn(f"table {path}: labels begin at {min(labels)}, not at 0; the classes below it have no picture")
-    if len(names) == count:
-        ordered = tuple(names[label] for label in range(count))
-        if len(set(ordered)) == count:
-            return ordered, None, labels
-        return tuple(map(str, range(count))), ordered, labels
-    return tuple(map(str, range(count))), None, labels
+    present = sorted(set(labels) - {NO_CLASS})
+    if list(names) and set(names) == set(present):
+        # Only what has a name can be a class in a prompt.
+        ordered = tuple(names[label] for label in present)
+        if len(present) <= present[-1]:
+            notices.warn(
+                f"table {path}: its {len(present)} classes have labels between {present[0]} and {present[-1]}; they "
+                "are numbered anew in this order"
+            )
+        keys = ordered if len(set(ordered)) == len(ordered) else tuple(map(str, present))
+        new = {label: index for index, label in enumerate(present)} | {NO_CLASS: NO_CLASS}
+        return keys, None if keys == ordered else ordered, [new[label] for label in labels]
+    if present[0] > 0:
+        notices.warn(f"table {path}: labels begin at {present[0]}, not at 0; the classes below it have no picture")
+    return tuple(map(str, range(present[-1] + 1))), None, labels
 
 
 def _captioned_classes(

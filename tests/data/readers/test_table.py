@@ -56,6 +56,34 @@ def test_parts(root: Path) -> None:
         opened(root / "a.csv", text.replace("train", "val"), "@train")
 
 
+def test_every_part_has_the_classes_of_the_whole_table(root: Path) -> None:
+    rows = "pictures/cat/0.png,cat,train\npictures/dog/0.png,dog,train\npictures/dog/1.png,dog,test\n"
+    source, _ = opened(root / "a.csv", f"path,class,split\n{rows}pictures/owl/0.png,,val\n")
+    assert (source.folders, source.labels.tolist()) == (("cat", "dog"), [1])
+    assert not open_source(f"csv:{root}/a.csv@val").has_classes
+    rows = "pictures/cat/0.png,0,train\npictures/owl/0.png,10,train\npictures/dog/0.png,,test\n"
+    assert opened(root / "b.csv", f"path,label,split\n{rows}", "@train")[0].labels.tolist() == [0, 10]
+
+
+def test_numbers_from_1_with_gaps_or_written_as_decimals(root: Path) -> None:
+    rows = "pictures/owl/0.png,10,owl\npictures/cat/0.png,1,cat\npictures/dog/0.png,2,dog\n"
+    source, warnings = opened(root / "a.csv", f"path,label,class_name\n{rows}")
+    assert (source.folders, source.labels.tolist()) == (("cat", "dog", "owl"), [2, 0, 1])
+    assert "have labels between 1 and 10; they are numbered anew" in warnings[0]
+    source, _ = opened(root / "b.csv", "path,label\npictures/owl/0.png,10.0\npictures/cat/0.png,2.0\n")
+    assert (source.num_classes, source.labels.tolist()) == (11, [10, 2])
+    with pytest.raises(UserError, match=r"line 2 must have a label in 0 ... 1048575, got '-1'"):
+        opened(root / "c.csv", "path,label\npictures/owl/0.png,-1\npictures/cat/0.png,2\n")
+
+
+def test_tables_of_windows_and_excel(root: Path) -> None:
+    text = "\ufeffsep=;\nImage Name;label\npictures\\owl\\0.png;1\npictures\\cat\\0.png;0\n"
+    source, _ = opened(root / "a.csv", text)
+    assert (source.ids, source.labels.tolist()) == (("pictures/owl/0.png", "pictures/cat/0.png"), [1, 0])
+    text = '"path"\t"label (a, b, c)"\t"class"\n"pictures/owl/0.png"\t""\t"owl"\n'
+    assert opened(root / "b.tsv", text)[0].folders == ("owl",)
+
+
 def test_paths_start_from_the_table_or_above_or_are_absolute(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["pictures/cat/0.png,0", "pictures/dog/0.png,1"]
     (root / "lists" / "deep").mkdir(parents=True)
@@ -111,7 +139,7 @@ def test_unusable_tables_are_refused(root: Path) -> None:
         (f"path,target\n{one},99999999\n", "line 2 must have a label in 0"),
         (f"path,label\n{one},cat\n{one},dog\n", "lines 2 and 3 give 'pictures/cat/0.png' different classes"),
         (f"path,y,name\n{one},0,cat\npictures/dog/0.png,0,dog\n", "line 3 calls the label 0 'dog', an earlier line"),
-        (f"path,label\n{one},cat\npictures/dog/0.png,\n", "line 3 has no name of a class"),
+        (f"path,label\n{one},cat\npictures/dog/0.png,\n", "line 3 has no class, other lines of test have one"),
         ("path,label\nnone.png,1\n", r"none of its 1 pictures exists, the first is .*none\.png"),
         (f'path,label\n"{one},1\n', "cannot be read"),
     ):
