@@ -43,12 +43,16 @@ _GROUP = re.compile(r"\{([^{}]*)\}")
 class _Entry:
     """The members of an archive that belong together, because their names are equal up to the first dot.
 
-    pictures: the pictures among them; number, name: the label that a file of them states; others: the other members.
+    pictures: the pictures among them; number, name: the label that a file of them states; numbered_by: the member that
+        states the number; caption: whether the name is a text that may describe the picture instead of its class;
+        others: the other members.
     """
 
     pictures: list[TarMember] = field(default_factory=list)
     number: int | None = None
     name: str | None = None
+    numbered_by: str = ""
+    caption: bool = False
     others: list[str] = field(default_factory=list)
 
 
@@ -81,7 +85,8 @@ def _choices(text: str) -> tuple[re.Match[str], Sequence[str]] | None:
             width = max(len(limits[1]), len(limits[2])) if limits[1][0] == "0" or limits[2][0] == "0" else 0
             if abs(last - first) >= MOST_SHARDS:
                 raise UserError(f"pattern {text!r} stands for more than {MOST_SHARDS} archives")
-            return match, [f"{number:0{width}d}" for number in range(first, last + 1)]
+            step = 1 if first <= last else -1
+            return match, [f"{number:0{width}d}" for number in range(first, last + step, step)]
         if "," in match[1]:
             return match, match[1].split(",")
     return None
@@ -107,7 +112,7 @@ def read_shards(pattern: Path, part: Part) -> ImageFolder:
     skipped = tuple(
         Skipped(name, "beside no picture" if not entry.pictures else "not a picture or a label")
         for _, entry in found
-        for name in entry.others
+        for name in entry.others + ([entry.numbered_by] if entry.numbered_by and not entry.pictures else [])
     )
     with_pictures = [(key, entry) for key, entry in found if entry.pictures]
     if not with_pictures:
@@ -133,7 +138,7 @@ def _shards(pattern: Path, part: Part) -> list[Path]:
     if is_folder(pattern):
         inner = [pattern / name for name in PART_FOLDERS[part]]
         folders = [folder for folder in inner if is_folder(folder)][:1] or [pattern]
-        shards = [path for path in entries(folders[0]) if path.suffix == ".tar"]
+        shards = [path for path in entries(folders[0]) if path.suffix.lower() == ".tar"]
         other = [name for names in PART_FOLDERS.values() for name in names if is_folder(pattern / name)]
         if not shards and other:
             raise UserError(f"webdataset: {pattern} has no folder for {part}, it has {', '.join(dict.fromkeys(other))}")
@@ -174,18 +179,20 @@ def _entries(shard: Path) -> dict[str, _Entry]:
             for member in archive:
                 if member.isdir():
                     continue
-                above, _, file = member.name.rpartition("/")
+                place = member.name.removeprefix("./")
+                above, _, file = place.rpartition("/")
                 base, _, ending = file.partition(".")
                 key = f"{above}/{base}" if above else base
                 entry = found.setdefault(key, _Entry())
-                if member.name in seen:
-                    raise UserError(f"webdataset: {shard} holds {member.name!r} twice")
-                seen.add(member.name)
+                if place in seen:
+                    raise UserError(f"webdataset: {shard} holds {place!r} twice")
+                seen.add(place)
                 suffix = "." + ending.rpartition(".")[2].lower()
-                if not member.isreg() or member.sparse is not None or not ending:
+                # macOS puts a file ._NAME beside each file into its archives.
+                if not member.isreg() or member.sparse is not None or not ending or file.startswith("._"):
                     entry.others.append(f"{shard.name}/{member.name}")
                 elif suffix in picture_extensions():
-                    entry.pictures.append(TarMember(shard, member.name, member.offset_data, member.size))
+                    entry.pictures.append(TarMember(shard, place, member.offset_data, member.size))
                 elif suffix in (".cls", ".json", ".txt"):
                     _read_label(archive, member, suffix, entry, shard)
                 else:
@@ -225,7 +232,7 @@ def _read_label(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, 
         raise UserError(f"{where} is not readable: {error}") from None
     if suffix == ".json":
         fields: dict[str, Any] = value if isinstance(value, dict) else {"label": value}
-        number = next((fields[key] for key in _NUMBER_KEYS if type(fields.get(key)) is int), None)
+        number = next((int(fields[key]) for key in _NUMBER_KEYS if _is_whole(fields.get(key))), None)
         name = next((fields[key] for key in (*_NAME_KEYS, *_NUMBER_KEYS) if isinstance(fields.get(key), str)), None)
     else:
         number = int(text) if re.fullmatch(r"\d{1,9}", text) else None
@@ -234,10 +241,22 @@ def _read_label(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, 
             raise UserError(f"{where} must hold the number of a class, got {text[:40]!r}")
     if number is not None and not 0 <= number < MAX_CLASSES:
         raise UserError(f"{where} has the label {number}, which must lie in 0 ... {MAX_CLASSES - 1}")
-    if suffix == ".cls" or entry.number is None:
-        entry.number = number if number is not None else entry.number
-    if suffix != ".txt" or entry.name is None:
-        entry.name = name if name is not None else entry.name
+    if number is not None:
+        stated = suffix != ".txt" and not entry.numbered_by.endswith(".txt")
+        if stated and entry.number not in (None, number):
+            raise UserError(
+                f"{where} has the label {number}, {entry.numbered_by} the label {entry.number}; they belong together, "
+                "because their names are equal up to the first dot"
+            )
+        if suffix != ".txt" or entry.number is None:
+            entry.number, entry.numbered_by = number, f"{shard.name}/{member.name}"
+    if name is not None and (suffix != ".txt" or entry.name is None):
+        entry.name, entry.caption = name, suffix == ".txt"
+
+
+def _is_whole(value: Any) -> bool:
+    """Return whether a value of JSON is a whole number, which some programs write as 1.0."""
+    return type(value) is int or (type(value) is float and value.is_integer())
 
 
 class _Classes(NamedTuple):
@@ -261,15 +280,22 @@ def _classes(found: Sequence[_Entry], folder: Path, pattern: Path) -> _Classes:
                 f"{listed} lists {len(names)} classes, but webdataset {pattern} has the label {max(numbers)}"
             )
         pairs = sorted({(entry.number, entry.name) for entry in found if entry.name is not None})
-        if not names and len(texts) == len(found) and [number for number, _ in pairs] == list(range(len(pairs))):
+        captions = any(entry.caption for entry in found) and len(pairs) > max(1, len(found) // 2)
+        counted = [number for number, _ in pairs] == list(range(len(pairs)))
+        if not names and len(texts) == len(found) and counted and not captions:
             names = tuple(name for _, name in pairs)
         if not names:
+            if min(numbers) > 0:
+                notices.warn(
+                    f"webdataset {pattern}: labels begin at {min(numbers)}, not at 0; the classes below it have no "
+                    "picture"
+                )
             return _Classes(tuple(map(str, range(max(numbers) + 1))), None, numbers)
         return _Classes(unique_keys(names), _shown(names), numbers)
     if not numbers and len(texts) == len(found):
         # Captions of pictures lie in files .txt, too. They are no classes.
         if not set(texts) <= set(names):
-            if len(set(texts)) > max(1, len(texts) // 2):
+            if any(entry.caption for entry in found) and len(set(texts)) > max(1, len(texts) // 2):
                 notices.warn(f"webdataset {pattern}: the texts beside the pictures are taken for captions, not classes")
                 return _Classes((), None, [-1] * len(found))
             names = tuple(sorted(set(texts)))

@@ -54,6 +54,7 @@ def opened(spec: str) -> tuple[ImageFolder, list[str]]:
 def test_braces_count_and_list() -> None:
     assert expand("a{08..11}.tar") == ["a08.tar", "a09.tar", "a10.tar", "a11.tar"]
     assert expand("{0..2}") == ["0", "1", "2"]
+    assert expand("{11..09}") == ["11", "10", "09"]
     assert expand("{a,b}{0..1}") == ["a0", "a1", "b0", "b1"]
     assert expand("plain{}.tar") == ["plain{}.tar"]
     for bomb in ("{0..99999999}", "{0..999}{0..999}", "{a,b}" * 40):
@@ -111,6 +112,24 @@ def test_labels_come_from_json_and_text(tmp_path: Path) -> None:
     assert "taken for captions" in warnings[0]
     source, _ = opened(f"webdataset:{write_shard(tmp_path / 'd.tar', {'1.jpg': picture(), '2.jpg': picture()})}")
     assert source.labels.tolist() == [-1, -1]
+
+
+def test_names_of_members_and_captions_do_not_decide_labels_by_mistake(tmp_path: Path) -> None:
+    one = picture()
+    members = {"./a.JPG": one, "a.cls": b"1", "b.jpg": one, "./b.cls": b"0", "./._a.JPG": b"x", "./._a.cls": b"x"}
+    source, warnings = opened(f"webdataset:{write_shard(tmp_path / 'A.TAR', members | {'c.cls': b'2'})}")
+    assert dict(zip(source.ids, source.labels.tolist(), strict=True)) == {"a.JPG": 1, "b.jpg": 0}
+    assert "3 entries were skipped" in warnings[0]
+    assert "A.TAR/c.cls (beside no picture)" in warnings[0]
+    assert opened(f"webdataset:{tmp_path}")[0].labels.tolist() == source.labels.tolist()
+    captions = {"a.jpg": one, "a.cls": b"1", "a.txt": b"a red dog", "b.jpg": one, "b.cls": b"0", "b.txt": b"two cats"}
+    assert opened(f"webdataset:{write_shard(tmp_path / 'b.tar', captions)}")[0].folders == ("0", "1")
+    named = {"a.jpg": one, "a.json": b'{"label": "dog"}', "b.jpg": one, "b.json": b'{"label": "cat"}'}
+    assert opened(f"webdataset:{write_shard(tmp_path / 'c.tar', named)}")[0].folders == ("cat", "dog")
+    decimal = {"a.jpg": one, "a.json": b'{"label": 1.0}', "b.jpg": one, "b.json": b'{"label": 2.0}'}
+    source, warnings = opened(f"webdataset:{write_shard(tmp_path / 'd.tar', decimal)}")
+    assert source.labels.tolist() == [1, 2]
+    assert "labels begin at 1, not at 0" in warnings[0]
 
 
 def test_nothing_is_written_and_names_are_no_paths(tmp_path: Path) -> None:
@@ -184,6 +203,14 @@ def test_unusable_archives_are_refused(tmp_path: Path) -> None:
     for remote in ("https://example.com/{0..9}.tar", "pipe:cat a.tar", "s3://bucket/a.tar"):
         with pytest.raises(UserError, match="reads archives on disk"):
             opened(f"webdataset:{remote}")
+
+
+def test_labels_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    dotted = {"v1.a.jpg": picture(), "v1.a.cls": b"0", "v1.b.jpg": picture(), "v1.b.cls": b"1"}
+    both = {"a.jpg": picture(), "a.cls": b"0", "a.json": b'{"label": 1}'}
+    for name, members in (("a.tar", dotted), ("b.tar", both)):
+        with pytest.raises(UserError, match=r"has the label 1, .* the label 0; they belong together"):
+            opened(f"webdataset:{write_shard(tmp_path / name, members)}")
 
 
 def test_an_archive_without_its_end_is_read_with_a_warning(tmp_path: Path) -> None:
