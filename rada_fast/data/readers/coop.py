@@ -124,8 +124,8 @@ def open_coop(path: Path) -> CoopFolder:
 
 def _split_files(folder: Path) -> list[CoopSet]:
     """Return the sets whose split files lie in a folder."""
-    names = {path.name for path in entries(folder)}
-    found = [known for known in COOP_SETS if known.split_file in names]
+    names = {path.name.casefold() for path in entries(folder)}
+    found = [known for known in COOP_SETS if known.split_file.casefold() in names]
     if {"variants.txt", "images_variant_train.txt"} <= names:
         found += [known for known in COOP_SETS if known.name == AIRCRAFT]
     return found
@@ -139,7 +139,9 @@ def _identified(path: Path) -> CoopSet:
         if len(found) == 1:
             return found[0]
         inner = [below.name for below in entries(path) if coop_set(below.name) is not None or _split_files(below)]
-        hint = f"; did you mean coop:{path / inner[0]}?" if inner else ""
+        above = path.absolute().parent
+        near = path / inner[0] if inner else above if coop_set(above.name) or _split_files(above) else None
+        hint = f"; did you mean coop:{near}?" if near is not None else ""
         several = f"the split files of {len(found)} sets" if found else "no split_zhou_*.json"
         raise UserError(
             f"data folder {path} must be one of CoOp's sets ({names}) or hold the split file of one, it has "
@@ -151,8 +153,8 @@ def _identified(path: Path) -> CoopSet:
 
 def _find_split(known: CoopSet, folder: Path) -> Path:
     for place in SPLIT_PLACES:
-        candidate = folder / place / known.split_file
-        if is_file(candidate):
+        candidate = descend(folder, f"{place}/{known.split_file}")
+        if candidate is not None and is_file(candidate):
             return candidate
     raise UserError(
         f"{known.name}: its split file was not found; looked for "
@@ -173,6 +175,8 @@ def read_split(path: Path) -> tuple[Split, tuple[str, ...]]:
         raise UserError(f"split file {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"split file {path} is not JSON: {error}") from None
+    if isinstance(value, dict):
+        value.setdefault("val", [])  # some splits that are made like CoOp's have no validation images
     if not isinstance(value, dict) or not all(isinstance(value.get(part), list) for part in PARTS):
         raise UserError(f"split file {path} must be an object with the lists train, val and test")
     split: Split = {part: [_listed(path, part, row, entry) for row, entry in enumerate(value[part])] for part in PARTS}
@@ -190,13 +194,13 @@ def _listed(path: Path, part: Part, row: int, entry: Any) -> Listed:
     if not 0 <= label < MAX_CLASSES:
         raise UserError(f"{where} has the label {label}, which must lie in 0 ... {MAX_CLASSES - 1}")
     check_relative(image, where)
-    return Listed(image, label, name)
+    return Listed(str(PurePosixPath(image.replace("\\", "/"))), label, name)
 
 
 def check_relative(image: str, where: str) -> None:
     """Raise UserError where a listed path is absolute or leads out of its folder."""
     parts = PurePosixPath(image.replace("\\", "/")).parts
-    if not parts or "\0" in image or parts[0] == "/" or ".." in parts or parts[0].endswith(":"):
+    if not parts or "\0" in image or parts[0] in ("/", "//") or ".." in parts or parts[0].endswith(":"):
         raise UserError(f"{where} leads out of the folder of the images: {image!r}")
 
 
@@ -285,6 +289,8 @@ def _check_links(opened: CoopFolder) -> None:
 def _check_files(opened: CoopFolder, part: Part) -> None:
     """Warn of listed images that do not exist; they are recorded as unreadable images."""
     listed = [image.path for image in opened.split[part]]
+    if not listed:
+        raise UserError(f"{opened.known.name}: split file {opened.split_path} has no picture of {part}")
     missing = missing_images(opened.images, listed)
     if missing and len(missing) == len(listed):
         raise UserError(

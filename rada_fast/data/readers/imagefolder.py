@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rada_fast.data.folders import (
+    SPLIT,
     Found,
     Skipped,
     class_folders,
@@ -101,6 +102,12 @@ def read_nested_folder(root: Path) -> ImageFolder:
     if not inner:
         hint = f"; for pictures without classes give images:{root}" if found.pictures else ""
         raise UserError(f"data folder {root} must have pictures in sub-folders, it has none{_others([found])}{hint}")
+    first = sorted({path.relative_to(root).parts[0] for path in inner})
+    if len(first) > 1 and all(SPLIT.fullmatch(folder) for folder in first):
+        raise UserError(
+            f"data folder {root} must have classes in its sub-folders, {', '.join(first)} look like parts of a data "
+            f"set; give one of them: {' or '.join(f'nested:{root / folder}' for folder in first)}"
+        )
     paths = label_order(list(dict.fromkeys(path.parent.relative_to(root).as_posix() for path in inner)))
     last = [path.rpartition("/")[2] for path in paths]
     unique = len(set(last)) == len(last)

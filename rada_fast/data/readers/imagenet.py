@@ -14,6 +14,7 @@ from rada_fast.data.folders import EXAMPLES, Skipped, is_number
 from rada_fast.data.layouts import (
     archive_hint,
     contents,
+    entries,
     existing_root,
     find_folder,
     is_file,
@@ -178,19 +179,26 @@ def read_imagenet(kind: ImageNetKind, path: Path, part: Part) -> ImageFolder:
 def image_folder(kind: ImageNetKind, path: Path, part: Part) -> Path:
     """Find the folder that holds the class folders. Raises UserError where there is none."""
     existing_root(path, kind.title)
-    found = find_folder(path, kind.places(part), lambda folder: bool(class_like(folder, kind)))
+
+    def fits(folder: Path) -> bool:
+        return bool(class_like(folder, kind))
+
+    found = find_folder(path, kind.places(part), fits)
     if found is not None:
         return found
     wanted = "the numbers 0 ... 999" if kind.numbered else f"WordNet ids such as {synsets(kind.synsets)[0]}"
     flat = find_folder(path, kind.places(part), _holds_pictures)
     hint = archive_hint(path)
-    if (near := nearby(path, lambda folder: bool(class_like(folder, kind)))) is not None:
-        hint = f"; did you mean {kind.kind}:{near}?"
+    other_parts = _VAL_FOLDERS if part == "train" else ("train",)
+    if class_like(above := path.absolute().parent, kind):
+        hint = f"; did you mean {kind.kind}:{above}?"
     elif flat is not None and kind.kind == "imagenet":
         hint = (
             f"; the pictures in {flat} must be moved into one folder for each class, as the script valprep.sh of "
             "PyTorch's ImageNet example does"
         )
+    elif (near := nearby(path, lambda folder: folder.name not in other_parts and fits(folder))) is not None:
+        hint = f"; did you mean {kind.kind}:{near}?"
     raise UserError(
         f"{kind.title}: no folder was found whose sub-folders are {wanted}; looked for "
         f"{shown(path, kind.places(part))}; {path} {contents(path)}{hint}"
@@ -204,7 +212,7 @@ def class_like(folder: Path, kind: ImageNetKind) -> list[str]:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    return any(path.suffix.lower() in (".jpeg", ".jpg", ".png") for path in folder.iterdir())
+    return any(path.suffix.lower() in (".jpeg", ".jpg", ".png") for path in entries(folder))
 
 
 def _key(name: str, kind: ImageNetKind, wnids: tuple[str, ...]) -> str:

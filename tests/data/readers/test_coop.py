@@ -97,6 +97,7 @@ def test_a_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
         (f"{tmp_path}/outside/a.jpg", "leads out of the folder"),
         ("..\\..\\outside\\a.jpg", "leads out of the folder"),
         ("C:\\pictures\\a.jpg", "leads out of the folder"),
+        ("\\\\server\\pictures\\a.jpg", "leads out of the folder"),
         ("", "leads out of the folder"),
         ("link.jpg", "is a link that leads out of"),
         ("folder/a.jpg", "is a link that leads out of"),
@@ -142,6 +143,26 @@ def test_an_unusable_split_is_refused(tmp_path: Path) -> None:
         path.write_text(value if isinstance(value, str) else json.dumps(value))
         with pytest.raises(UserError, match=message):
             opened(f"coop:{tmp_path}/dtd")
+
+
+def test_splits_of_windows_and_splits_without_validation_images_are_read(tmp_path: Path) -> None:
+    folder = write_coop(tmp_path, "dtd")
+    published = opened(f"coop:{folder}")[0]
+    rows = coop_rows()
+    del rows["val"]
+    (folder / "split_zhou_DescribableTextures.json").unlink()
+    split = folder / "Split_Zhou_DescribableTextures.JSON"
+    windows = {
+        part: [[".\\" + path.replace("/", "\\"), label, name] for path, label, name in listed]
+        for part, listed in rows.items()
+    }
+    split.write_text(json.dumps(windows), encoding="utf-8-sig")
+    assert opened(f"coop:{folder}")[0] == published
+    assert len(open_source(f"coop:{folder}", "train").few_shot(2, 1).ids) == 2 * published.num_classes
+    with pytest.raises(UserError, match=r"split file .* has no picture of val"):
+        opened(f"coop:{folder}@val")
+    with pytest.raises(UserError, match=rf"did you mean coop:{folder}\?"):
+        opened(f"coop:{folder}/images")
 
 
 def test_a_set_that_is_not_there_is_described(tmp_path: Path) -> None:

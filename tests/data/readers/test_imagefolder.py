@@ -109,3 +109,8 @@ def test_classes_at_several_levels(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "flat" / "0.png")
     with pytest.raises(UserError, match="must have pictures in sub-folders, it has none; for pictures without classes"):
         open_source(f"nested:{tmp_path / 'flat'}")
+    (tmp_path / "parts").mkdir()
+    for part in ("train", "Test"):
+        shutil.copytree(tmp_path / "a", tmp_path / "parts" / part)
+    with pytest.raises(UserError, match=r"Test, train look like parts .* give one of them: nested:.*/Test or nested:"):
+        open_source(f"nested:{tmp_path / 'parts'}")

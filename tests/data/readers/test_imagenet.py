@@ -169,5 +169,10 @@ def test_what_is_missing_is_described(tmp_path: Path) -> None:
     write_class_tree(tmp_path / "flat" / "imagenet", {"val": 3})
     with pytest.raises(UserError, match=r"the pictures in .*/val must be moved into one folder for each class"):
         opened(f"imagenet:{tmp_path}/flat")
+    write_class_tree(tmp_path / "flat" / "imagenet" / "train", {STINGRAY: 1})
+    with pytest.raises(UserError, match=r"the pictures in .*/val must be moved into one folder for each class"):
+        opened(f"imagenet:{tmp_path}/flat")  # and not a suggestion of the training images
+    with pytest.raises(UserError, match=rf"did you mean imagenet-a:{tmp_path}/deep/er\?"):
+        opened(f"imagenet-a:{tmp_path}/deep/er/{STINGRAY}")
     with pytest.raises(UserError, match=r"sub-folders are the numbers 0 ... 999"):
         opened(f"imagenet-v2:{tmp_path}/flat")
