@@ -17,6 +17,8 @@ from rada_fast.runs.origin import method_of, method_options, read_identity
 from rada_fast.system import notices
 
 IMAGES = "images.jsonl"
+MEASURING = ("ttt", "eft", "fft", "eval")
+"""The commands that compare answers with the classes of images."""
 
 
 class Answer(NamedTuple):
@@ -84,8 +86,8 @@ class Evaluation:
 def read_results(folders: Sequence[str]) -> list[Evaluation]:
     """Read the results of runs.
 
-    folders: the folders of runs, or folders that contain those of runs at any depth. Runs that have not finished are
-        left out with a warning.
+    folders: the folders of runs, or folders that contain those of runs at any depth. Runs of commands that measure no
+        accuracy are left out, and with a warning those that have not finished.
 
     Raises UserError if a folder contains no run, or if no run has finished.
     """
@@ -95,12 +97,22 @@ def read_results(folders: Sequence[str]) -> list[Evaluation]:
         if not runs:
             raise UserError(_no_run(Path(folder).expanduser()))
         found |= dict.fromkeys(path.resolve() for path in runs)
+    others = [path for path in found if (read_identity(path) or {}).get("command") not in MEASURING]
+    if len(others) == len(found):
+        raise UserError(f"runs must be of {', '.join(MEASURING)}; {_listed(others)} measured no accuracy")
+    found = {path: None for path in found if path not in others}
     unfinished = [path for path in found if not (path / SUMMARY_FILE).is_file()]
     if len(unfinished) == len(found):
         raise UserError(f"runs must be finished, and none of these is: {_listed(unfinished)}; start them again")
     if unfinished:
         notices.warn(f"{len(unfinished)} of {len(found)} runs are not finished and left out: {_listed(unfinished)}")
-    evaluations = [one for path in found if path not in unfinished for one in read_run(path)]
+    evaluations = []
+    for path in found:
+        read = read_run(path) if path not in unfinished else []
+        if (difference := _difference_from_summary(path, read)) is not None:
+            notices.warn(f"run {path} is left out: {difference}; start it again, without --limit")
+        else:
+            evaluations += read
     if not evaluations:
         raise UserError(f"runs must have labelled images to be reported, those of {_listed(list(found))} have none")
     return evaluations
@@ -117,8 +129,46 @@ def runs_below(folder: Path) -> Iterator[Path]:
             yield Path(path)
 
 
+def _difference_from_summary(folder: Path, evaluations: Sequence[Evaluation]) -> str | None:
+    """Say how the lines of a run differ from its summary, or return None.
+
+    They differ while a finished run goes on with more images, and where it was started again with a smaller --limit.
+    """
+    summary = _json(folder / SUMMARY_FILE) if evaluations else {}
+    for one in evaluations:
+        stated = _entry_of(summary, one).get("images")
+        lines = len(one.answers) + one.unlabelled
+        if stated is not None and stated != lines:
+            return f"its {IMAGES} has {lines} images of {one.data} ({one.part}), its {SUMMARY_FILE} counts {stated}"
+    return None
+
+
+def _entry_of(summary: dict[str, Any], one: Evaluation) -> dict[str, Any]:
+    """Return the entry of a summary about one set of images."""
+    match one.command:
+        case "ttt":
+            return summary
+        case "fft":
+            entry = summary.get(one.part, {}).get(one.data)
+        case "eft" if one.part in ("base", "new"):
+            entry = summary.get(one.part)
+        case "eft" if one.data == summary["config"].get("test"):
+            entry = summary.get("test")
+        case _:
+            entry = summary.get(one.data)
+    return entry if isinstance(entry, dict) else {}
+
+
 def read_run(folder: Path) -> list[Evaluation]:
     """Read the results of one finished run. Raises UserError naming the file that cannot be read."""
+    try:
+        return _read_run(folder)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"runs {folder}: its files are damaged, or were changed ({reason})") from None
+
+
+def _read_run(folder: Path) -> list[Evaluation]:
     identity = read_identity(folder)
     summary = _json(folder / SUMMARY_FILE)
     if identity is None or not isinstance(summary, dict):
@@ -169,9 +219,12 @@ def _evaluation(lines: Sequence[dict[str, Any]], **common: Any) -> Evaluation:
     for line in lines:
         if line["label"] is None:
             continue
+        if type(line["label"]) is not int:
+            raise TypeError(f"the label {line['label']!r} is no number")
         before, after = (tuple(line.get(name) or ()) for name in ("zero_shot", "adapted"))
         sure = line.get("confidence")
-        answers.append(Answer(line["id"], line["label"], before, after, tuple(sure) if sure else None))
+        confidence = (float(sure[0]), float(sure[1])) if sure else None
+        answers.append(Answer(line["id"], line["label"], before, after, confidence))
         if line.get("label_name") is not None:
             names[line["label"]] = line["label_name"]
         for kind in ("zero_shot", "adapted"):

@@ -178,9 +178,12 @@ def show(summary: dict[str, Any], options: RunOptions) -> int:
         console.print(f"results in {summary['output']}", soft_wrap=True)
     unreadable = summary["unreadable"]
     if unreadable > options.allow_unreadable:
+        named = {
+            "predict": "predictions.jsonl names them",
+            "features": "images.jsonl names them, and they have no features",
+        }.get(summary["command"], "images.jsonl names them, and those to be tested count as wrong")
         print(
-            f"rada-fast: {unreadable} images could not be read; images.jsonl names them, and those to be tested count "
-            f"as wrong (--allow-unreadable {unreadable} accepts them)",
+            f"rada-fast: {unreadable} images could not be read; {named} (--allow-unreadable {unreadable} accepts them)",
             file=sys.stderr,
         )
         return 3

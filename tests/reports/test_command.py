@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,38 @@ def test_folders_that_are_no_runs_are_named(runs: Path, tmp_path: Path) -> None:
         run_report(ReportOptions(compare=(str(runs / "ttt-0.05"), str(_shifted(runs, tmp_path)))))
     with pytest.raises(UserError, match=r"output .* is the folder of a run"):
         run_report(ReportOptions(runs=(str(runs),), output=str(runs / "eft" / "a1")))
+
+
+def test_runs_whose_lines_are_not_those_of_their_summaries_are_left_out(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunOptions(output=str(tmp_path / "ttt"))
+    text = ClassOptions(text_features=text_file(tmp_path / "text.npz", seed=1))
+    ttt = TTTOptions(f"features:{runs / 'a.npz'}", text=text, adapter=HEADS, episode=EpisodeConfig(steps=1), run=run)
+    run_ttt(ttt)
+    run_ttt(dataclasses.replace(ttt, run=dataclasses.replace(run, limit=10)))
+    found = read_results([str(tmp_path), str(runs / "eft" / "a1")])
+    assert {one.folder.name for one in found} == {"a1"}
+    assert "ttt is left out: its images.jsonl has 60 images of" in capsys.readouterr().err
+    run_ttt(ttt)
+    (one,) = read_results([str(tmp_path)])
+    assert len(one.answers) == 60
+
+
+def test_runs_that_measure_nothing_or_were_changed_are_named(runs: Path, tmp_path: Path) -> None:
+    for name in ("whole", "changed"):
+        shutil.copytree(runs / "eft" / "a1", tmp_path / name)
+    identity = json.loads((tmp_path / "changed" / "run.json").read_text())
+    identity["identity"]["command"] = "predict"
+    (tmp_path / "changed" / "run.json").write_text(json.dumps(identity))
+    assert {one.folder.name for one in read_results([str(tmp_path)])} == {"whole"}
+    with pytest.raises(UserError, match=r"must be of ttt, eft, fft, eval; .*changed measured no accuracy"):
+        read_results([str(tmp_path / "changed")])
+    for name, line in (("images.jsonl", lines(tmp_path / "whole")[-1] | {"confidence": "high"}), ("summary.json", {})):
+        with (tmp_path / "whole" / name).open("a" if name == "images.jsonl" else "w") as file:
+            file.write(json.dumps(line))
+        with pytest.raises(UserError, match=r"runs .*whole: its files are damaged, or were changed"):
+            read_results([str(tmp_path / "whole")])
 
 
 def _shifted(runs: Path, tmp_path: Path) -> Path:
