@@ -45,7 +45,7 @@ def class_names_of(source: Source, file: str | None, *, prompts: bool) -> tuple[
         return names
     if len(names) < count:
         raise UserError(f"classes file {file} must hold {count} names, one for each label of {data}, got {len(names)}")
-    if len(names) > count and prompts:
+    if len(names) > count and prompts and source.has_classes:
         notices.warn(
             f"classes file {file} holds {len(names)} names, the labels of {data} end at {count - 1}: check that they "
             "number these names"

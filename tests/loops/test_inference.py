@@ -206,8 +206,8 @@ def test_features_of_unlabelled_images_can_be_predicted(specks: Path, tmp_path: 
         assert "labels" not in file
     text = ClassOptions(classes=str(names))
     found = run_predict(predict_options(summary["data"], tmp_path / "predict", text=text))
-    assert (found["images"], found["unreadable"]) == (4, 0)
-    with pytest.raises(UserError, match=r"--data must .*have classes"):
+    assert (found["images"], found["unreadable"], found["warnings"]) == (4, 0, [])
+    with pytest.raises(UserError, match=r"--data must name data with classes"):
         run_eval(EvalOptions((summary["data"],), run=RunOptions(output=str(tmp_path / "eval")), text=text))
 
 
