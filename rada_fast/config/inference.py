@@ -16,7 +16,7 @@ StoredType = Literal["float32", "float16"]
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Evaluate a trained adapter on one or more sets of labelled images, each with classes of its own.
+    """Evaluate a trained adapter, or all that a method trained, on sets of labelled images, each with own classes.
 
     An adapter that was trained on one data set can be evaluated on others, because it has no weights of a class. Writes
     images.jsonl (one line per image) and summary.json.

@@ -104,7 +104,8 @@ class AdapterOptions:
     adapter: str | None = None
     """Start from this adapter: a safetensors file of this package, a published checkpoint, or a run's folder. It
     decides all of the above, except --temperature and --num-heads where it is a published checkpoint, which does not
-    hold them; an option that contradicts it is refused."""
+    hold them; an option that contradicts it is refused. In eval and predict, the folder of an eft or fft stands for all
+    that it trained: prompts, adapters inside the encoders, other heads, classifier and image encoder."""
 
     def __post_init__(self) -> None:
         check_choices(self)

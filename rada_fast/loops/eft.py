@@ -29,6 +29,8 @@ from rada_fast.models.class_names import class_names_of
 from rada_fast.models.encoder_tuning import EncoderTuning
 from rada_fast.models.image_features import Features, features_of
 from rada_fast.models.prompts import resolve_prompts
+from rada_fast.models.trained_method import ADAPTER_FILE, METHOD_FILE, MethodConfig
+from rada_fast.models.vision_language import VisionLanguageModel
 from rada_fast.modules import RationalAdapter
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, harmonic_mean, unreadable_records
 from rada_fast.runs.folder import RunFolder, reset_peak_memory
@@ -89,7 +91,7 @@ def run_eft(options: EFTOptions) -> dict[str, Any]:
             check_answers(one.images, one.text, data.names, f"test images of {one.name}", setup)
         training, resumed = train_adapter(task, options, sets, folder)
         folder.accept_inputs()
-        save_weights(task, folder)
+        save_weights(task, options, folder)
         records = evaluate_sets(sets, setup, tuned_sets(sets, task.evaluation, setup, task.tuning))
         results: dict[str, Any] = {"training_images": len(task.images.ids), "classes": len(setup.names)}
         results |= results_of(records, sets, training, task, folder)
@@ -214,17 +216,28 @@ def train_adapter(
     return training, resumed
 
 
-def save_weights(task: Task, folder: RunFolder) -> None:
+def save_weights(task: Task, options: EFTOptions, folder: RunFolder) -> None:
     """Write what was trained: a rational adapter as its own file, and everything else that a method has."""
-    head, tensors = task.setup.head, {}
+    setup, tuning = task.setup, task.tuning
+    head, tensors = setup.head, {}
     if isinstance(head, RationalAdapter):
-        folder.save_adapter("adapter.safetensors", head)
+        folder.save_adapter(ADAPTER_FILE, head)
     else:
         tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    if task.tuning is not None:
-        tensors |= {f"encoders.{name}": tensor for name, tensor in task.tuning.state_dict().items()}
+    if tuning is not None:
+        tensors |= {f"encoders.{name}": tensor for name, tensor in tuning.state_dict().items()}
     if tensors:
-        folder.save_tensors("method.safetensors", tensors)
+        config = MethodConfig(
+            "eft",
+            options.method,
+            options.model.model if isinstance(setup.model, VisionLanguageModel) else None,
+            setup.text.shape[1],
+            setup.adapter.config.num_heads,
+            options.tuning.feature_ratio,
+            None if tuning is None else tuning.template,
+            None if tuning is None else options.tuning,
+        )
+        folder.save_tensors(METHOD_FILE, tensors, config.metadata())
 
 
 def results_of(

@@ -41,12 +41,20 @@ class EvaluationData:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Encoded images to evaluate an adapter on, with the text features (K, D) of their classes, on the device."""
+    """Encoded images to evaluate an adapter on.
+
+    name: the name of the evaluation in the results.
+    images: the encoded images.
+    text: the text features (K, D) of their classes, on the device, or a classifier of more classes.
+    names: the names of the classes.
+    rows: the row of each class in a classifier, or None if the rows of text are the classes.
+    """
 
     name: str
     images: Features
     text: Tensor
     names: Sequence[str]
+    rows: Sequence[int] | None = None
 
 
 def encode_evaluation(data: Sequence[EvaluationData], setup: Setup) -> list[EvaluationSet]:
@@ -85,9 +93,66 @@ def tuned_sets(
                 )
             if images.ids != one.images.ids:
                 raise UserError(f"test images of {one.name} have changed during the run: start it again")
-            tokens = tuning.tokens_of(one.names)
-            text = torch.cat([vlm.text_features_with_grad(part) for part in tokens.split(TEXT_BATCH_SIZE)])
-            found.append(replace(one, images=images, text=text))
+            found.append(replace(one, images=images, text=_tuned_text(tuning, setup, one.names)))
+    return found
+
+
+def _tuned_text(tuning: EncoderTuning, setup: Setup, names: Sequence[str]) -> Tensor:
+    """Return the text features (K, D) of classes, which the encoders compute with what is attached to them."""
+    vlm = setup.model.loaded()
+    parts = tuning.tokens_of(names).split(TEXT_BATCH_SIZE)
+    return torch.cat([vlm.text_features_with_grad(part) for part in parts])
+
+
+def trained_text(setup: Setup, names: Sequence[str], text: Tensor, data: str) -> tuple[Tensor, list[int] | None]:
+    """Return what takes the place of the text features in the method of the set-up.
+
+    names: the names of K classes; text: their text features (K, D); data: the option that names the data, for messages.
+
+    The second result is the rows of these classes, or None if the rows of the first result are the classes.
+    """
+    trained = setup.trained
+    if trained is not None and trained.classifier is not None:
+        return trained.classifier, trained.rows_of(names, data)
+    if trained is not None and trained.tuning is not None:
+        with trained.tuning.attached(), torch.no_grad():
+            return _tuned_text(trained.tuning, setup, names), None
+    return text, None
+
+
+def image_tuning(setup: Setup, source: Source, data: str) -> EncoderTuning | None:
+    """Return what the method of the set-up has trained inside the image encoder, or None if there is nothing.
+
+    Raises UserError if the data, which the option of a message names, are features that the encoder cannot change.
+    """
+    trained = setup.trained
+    if trained is None or trained.tuning is None or not trained.tuning.changes_images:
+        return None
+    if not source.holds_images:
+        raise UserError(f"{data} must be images: {trained.stored.path} holds what was trained inside the image encoder")
+    return trained.tuning
+
+
+def trained_sets(
+    sets: Sequence[EvaluationSet], data: Sequence[EvaluationData], setup: Setup
+) -> Sequence[EvaluationSet]:
+    """Return evaluations with what the method of the set-up has trained besides its head, for evaluate_sets.
+
+    sets: the evaluations as the encoders alone encode them; data: the same before they were encoded.
+
+    Raises UserError if the method does not fit the data.
+    """
+    trained = setup.trained
+    if trained is None:
+        return sets
+    if trained.classifier is None:
+        for one in data:
+            image_tuning(setup, one.source, f"--data {one.name}")
+        return tuned_sets(sets, data, setup, trained.tuning)
+    found = []
+    for before in sets:
+        text, rows = trained_text(setup, before.names, before.text, f"--data {before.name}")
+        found.append(replace(before, text=text, rows=rows))
     return found
 
 
@@ -96,14 +161,14 @@ def evaluate_sets(
 ) -> dict[str, list[dict[str, Any]]]:
     """Evaluate the present head on every set. Returns the records of each set, by its name.
 
-    tuned: the same sets as tuned_sets returns them, for the answers after adaptation.
+    tuned: the same sets as tuned_sets or trained_sets returns them, for the answers after adaptation.
     """
     records = {}
     for one, after in zip(sets, sets if tuned is None else tuned, strict=True):
 
-        def predict(images: Tensor, text: Tensor = after.text) -> Tensor:
-            logits: Tensor = setup.head(images, text, setup.logit_scale)
-            return logits
+        def predict(images: Tensor, after: EvaluationSet = after) -> Tensor:
+            logits: Tensor = setup.head(images, after.text, setup.logit_scale)
+            return logits if after.rows is None else logits[:, after.rows]
 
         title = f"test {one.name}"
         records[one.name] = evaluate(

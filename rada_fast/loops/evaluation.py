@@ -1,4 +1,4 @@
-"""The command eval: a trained adapter is evaluated on sets of images, each with classes of its own."""
+"""The command eval: what a run has trained is evaluated on sets of images, each with classes of its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from rada_fast.config.inference import EvalOptions
-from rada_fast.loops.evaluate import EvaluationData, encode_evaluation, evaluate_sets
+from rada_fast.loops.evaluate import EvaluationData, encode_evaluation, evaluate_sets, trained_sets
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
+from rada_fast.loops.trained import with_trained_weights
 from rada_fast.loops.zero_shot import check_answers
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
@@ -23,7 +24,7 @@ IMAGES = "images.jsonl"
 
 
 def run_eval(options: EvalOptions) -> dict[str, Any]:
-    """Evaluate the adapter on every set of images, and write the summary. Returns the summary.
+    """Evaluate what was trained on every set of images, and write the summary. Returns the summary.
 
     Raises UserError naming an option that cannot be used.
     """
@@ -40,7 +41,7 @@ def run_eval(options: EvalOptions) -> dict[str, Any]:
         for one in sets:
             check_answers(one.images, one.text, one.names, f"--data {one.name}", setup)
         folder.accept_inputs()
-        records = evaluate_sets(sets, setup)
+        records = evaluate_sets(sets, setup, trained_sets(sets, evaluation, setup))
         lines = [{"data": name} | record for name, found in records.items() for record in found]
         folder.write_lines(IMAGES, lines)
         results: dict[str, Any] = {}
@@ -60,6 +61,7 @@ def open_evaluation(options: EvalOptions) -> tuple[Setup, list[EvaluationData]]:
 
     Raises UserError naming an option that cannot be used.
     """
+    options, stored = with_trained_weights(options)
     parts = {spec: f"data {spec}" for spec in options.data}
     opened = open_data_and_model(options, {part: spec for spec, part in parts.items()})
     prompts = options.text.text_features is None
@@ -67,11 +69,14 @@ def open_evaluation(options: EvalOptions) -> tuple[Setup, list[EvaluationData]]:
     for spec, part in parts.items():
         source = opened.sources[part]
         names = class_names_of(source, options.text.classes, prompts=prompts)
-        (text,) = text_features(options.text, [ClassGroup(names, data=spec)], opened.model, opened.text_file)
+        group = ClassGroup(names, data=spec)
+        (text,) = text_features(
+            options.text, [group], opened.model, opened.text_file, uses_classifier=stored is not None
+        )
         evaluation.append(EvaluationData(spec, source, text, names))
     names = tuple(name for one in evaluation for name in one.names)
     every = torch.cat([one.text for one in evaluation if one.text is not None])
-    setup = open_setup("eval", options, opened, names, every)
+    setup = open_setup("eval", options, opened, names, every, stored)
     if options.adapter.adapter is None:
         notices.note("no --adapter is given: a new adapter changes nothing, so adapted answers are the zero-shot ones")
     return setup, evaluation

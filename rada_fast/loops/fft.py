@@ -30,6 +30,8 @@ from rada_fast.models.class_names import class_names_of
 from rada_fast.models.encoder_tuning import Captions, captions_of
 from rada_fast.models.image_features import Features, features_of
 from rada_fast.models.prompts import resolve_prompts
+from rada_fast.models.trained_method import MethodConfig
+from rada_fast.models.vision_language import VisionLanguageModel
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.classifier import Classifier
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, unreadable_records
@@ -134,7 +136,7 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
         training, first = train_stage(stage, model, task, options, done, folder)
         done.append(training)
         resumed += first
-        save_weights(stage, model, setup, folder)
+        save_weights(stage, model, setup, options, folder)
         results[stage.name], records = evaluate_stage(stage, model, task)
         lines += records
     if start_weights is not None:
@@ -239,7 +241,7 @@ class Weights:
         setup.model.loaded().model.visual.load_state_dict(self.of_encoder)
 
 
-def save_weights(stage: Stage, model: Classifier, setup: Setup, folder: RunFolder) -> None:
+def save_weights(stage: Stage, model: Classifier, setup: Setup, options: FFTOptions, folder: RunFolder) -> None:
     """Write the classifier, its head and, if it was trained, the image encoder of a stage, as safetensors."""
     tensors: dict[str, Tensor] = {"classifier.weight": model.weight}
     if isinstance(model.head, RationalAdapter):
@@ -249,7 +251,16 @@ def save_weights(stage: Stage, model: Classifier, setup: Setup, folder: RunFolde
     if stage.trains_encoder:
         visual = setup.model.loaded().model.visual.state_dict()
         tensors |= {f"visual.{name}": tensor for name, tensor in visual.items()}
-    folder.save_tensors(f"{stage.name}-model.safetensors", tensors)
+    config = MethodConfig(
+        "fft",
+        options.method,
+        options.model.model if isinstance(setup.model, VisionLanguageModel) else None,
+        setup.text.shape[1],
+        setup.adapter.config.num_heads,
+        options.feature_ratio,
+        class_names=setup.names,
+    )
+    folder.save_tensors(f"{stage.name}-model.safetensors", tensors, config.metadata())
 
 
 def evaluate_stage(stage: Stage, model: Classifier, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -96,7 +96,7 @@ def identity_of(setup: Setup, names: Sequence[str], text: Tensor, limit: int | N
         "options": options,
         "adapter": {**adapter.config.to_dict(), "preset": adapter.config.preset},
         # The seed decides a new adapter; an adapter from a file is recognised by its weights.
-        "adapter_file": adapter_fingerprint(adapter) if setup.options.adapter.adapter is not None else None,
+        "adapter_file": _adapter_file_identity(setup),
         "model": model.fingerprint,
         "logit_scale": setup.logit_scale,
         # The words of the prompts are compared instead of T, because another processor may round T differently.
@@ -122,6 +122,14 @@ def deciding_options(options: dict[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if name not in NON_IDENTITY_OPTIONS
     }
+
+
+def _adapter_file_identity(setup: Setup) -> str | None:
+    """Return what tells whether the weights that the option --adapter names are still the same."""
+    if setup.options.adapter.adapter is None:
+        return None
+    found = adapter_fingerprint(setup.adapter)
+    return found if setup.trained is None else f"{found} {setup.trained.stored.fingerprint}"
 
 
 def adapter_fingerprint(adapter: RationalAdapter) -> str:

@@ -16,12 +16,15 @@ from rada_fast.config.inference import PredictOptions
 from rada_fast.data.sources import Source
 from rada_fast.engine.predictor import Prediction
 from rada_fast.engine.stages import StageTimes
-from rada_fast.loops.evaluate import CHUNK_ELEMENTS
+from rada_fast.errors import UserError
+from rada_fast.loops.evaluate import CHUNK_ELEMENTS, image_tuning, trained_text
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
+from rada_fast.loops.trained import with_trained_weights
 from rada_fast.loops.ttt import predictions as test_time_predictions
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
+from rada_fast.models.encoder_tuning import EncoderTuning
 from rada_fast.models.image_features import Unreadable, iterate_features, iterate_views
 from rada_fast.ops import zero_shot_logits
 from rada_fast.reports.summary import already_finished, finish, ranking
@@ -62,7 +65,7 @@ def run_predict(options: PredictOptions) -> dict[str, Any]:
         results = {
             "images": len(records),
             "classes": len(setup.names),
-            "by": "test-time training" if options.ttt else "adapter" if options.adapter.adapter else "zero-shot",
+            "by": _way(setup, options),
             "unreadable": sum(record["status"] == "unreadable" for record in records),
             "diverged": sum(record["status"] == "diverged" for record in records),
             "time": {"seconds": round(time.perf_counter() - start, 3)},
@@ -70,17 +73,27 @@ def run_predict(options: PredictOptions) -> dict[str, Any]:
         return finish(folder, setup.facts(), results, scope=scope, resumed=len(done))
 
 
+def _way(setup: Setup, options: PredictOptions) -> str:
+    """Return what the answers come from, for the summary."""
+    if options.ttt:
+        return "test-time training"
+    if setup.trained is not None:
+        return f"method {setup.trained.stored.config.method}"
+    return "zero-shot" if options.adapter.adapter is None else "adapter"
+
+
 def open_prediction(options: PredictOptions) -> Setup:
     """Open the data, the model and the adapter. Raises UserError naming an option that cannot be used."""
+    options, stored = with_trained_weights(options)
     opened = open_data_and_model(options, {"data": options.data})
     names = class_names_of(opened.sources["data"], options.text.classes, prompts=options.text.text_features is None)
     group = ClassGroup(names, data=options.data)
-    (text,) = text_features(options.text, [group], opened.model, opened.text_file)
+    (text,) = text_features(options.text, [group], opened.model, opened.text_file, uses_classifier=stored is not None)
     if not options.ttt:
         for name in ("views", "view_kind", "memory", "episodes", "episode"):
             if getattr(options, name) != getattr(PredictOptions, name):
                 notices.warn(f"--{name.replace('_', '-')} has no use without --ttt")
-    return open_setup("predict", options, opened, names, text)
+    return open_setup("predict", options, opened, names, text, stored)
 
 
 def drop_changed(folder: RunFolder, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -117,16 +130,19 @@ def predictions(setup: Setup, source: Source, options: PredictOptions, todo: Seq
 
 
 def _without_episodes(setup: Setup, source: Source, todo: Sequence[int]) -> Generator[Prediction]:
-    """Predict images with the adapter as it is, which gives the zero-shot answer where it is a new one."""
-    for indices, features, unreadable in _features(setup, source, todo):
+    """Predict images with what was trained as it is, which gives the zero-shot answer where nothing was."""
+    data = f"--data {source.path}"
+    text, rows = trained_text(setup, setup.names, setup.text, data)
+    tuning = image_tuning(setup, source, data)
+    for indices, features, changed, unreadable in _both_features(setup, source, todo, tuning):
         for index, image in unreadable:
             yield Prediction(index, image.id, "unreadable", error=image.reason)
-        if features is None:
+        if features is None or changed is None:
             continue
         with torch.no_grad():
-            part = features.to(setup.device)
-            before = zero_shot_logits(part, setup.text, setup.logit_scale).cpu()
-            after = setup.adapter(part, setup.text, setup.logit_scale).cpu()
+            before = zero_shot_logits(features.to(setup.device), setup.text, setup.logit_scale).cpu()
+            after = setup.head(changed.to(setup.device), text, setup.logit_scale).cpu()
+            after = after if rows is None else after[:, rows]
         diverged = ~after.isfinite().all(dim=-1)
         after[diverged] = before[diverged]
         for row, index in enumerate(indices):
@@ -135,6 +151,27 @@ def _without_episodes(setup: Setup, source: Source, todo: Sequence[int]) -> Gene
                 index, source.ids[index], "diverged" if bool(diverged[row]) else "ok", label, setup.names[label],
                 after[row], before[row],
             )  # fmt: skip
+
+
+def _both_features(
+    setup: Setup, source: Source, todo: Sequence[int], tuning: EncoderTuning | None
+) -> Iterator[tuple[list[int], Tensor | None, Tensor | None, list[tuple[int, Unreadable]]]]:
+    """Yield what _features does, with the features that the image encoder computes with something inside it.
+
+    tuning: what is inside it. Without it, both features of an image are the same.
+    """
+    plain = _features(setup, source, todo)
+    if tuning is None:
+        for indices, features, unreadable in plain:
+            yield indices, features, features, unreadable
+        return
+    again = _features(setup, source, todo)
+    for indices, features, unreadable in plain:
+        with tuning.attached():
+            same, changed, _ = next(again, ([], None, []))
+        if same != indices:
+            raise UserError(f"--data {source.path}: images have changed during the run, start it again")
+        yield indices, features, changed, unreadable
 
 
 def _features(

@@ -20,6 +20,8 @@ from rada_fast.data.open import open_source, open_text_file
 from rada_fast.data.sources import FeatureFile, Source
 from rada_fast.errors import UserError
 from rada_fast.extension import libraries
+from rada_fast.loops.trained import TrainedMethod, head_of_method, trained_method
+from rada_fast.models.trained_method import StoredMethod
 from rada_fast.models.vision_language import Model, open_model
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.checkpoint import read_adapter
@@ -70,6 +72,7 @@ class Setup:
     text: the text features T (K, D) on the device.
     adapter: the rational adapter with which the run starts, if its method has one.
     head: what computes the logits: the adapter, or the head of another method.
+    trained: what else a trained method has, in eval and predict.
     """
 
     command: str
@@ -82,6 +85,7 @@ class Setup:
     text: Tensor
     adapter: RationalAdapter
     head: Head
+    trained: TrainedMethod | None = None
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +136,14 @@ def open_data_and_model(
     return DataAndModel(sources, option_values, model, text_file, scale, origin)
 
 
-def open_setup(command: str, options: LoopOptions, opened: DataAndModel, names: Sequence[str], text: Tensor) -> Setup:
+def open_setup(
+    command: str,
+    options: LoopOptions,
+    opened: DataAndModel,
+    names: Sequence[str],
+    text: Tensor,
+    stored: StoredMethod | None = None,
+) -> Setup:
     """Complete the set-up of a run with its classes and its adapter.
 
     command: the name of the command.
@@ -140,14 +151,19 @@ def open_setup(command: str, options: LoopOptions, opened: DataAndModel, names: 
     opened: the data and the model.
     names: the names of the K classes.
     text: the text features T (K, D) on the CPU.
+    stored: the trained method that eval and predict use, or None.
 
-    Raises UserError if the widths of the data, of the model and of the adapter differ.
+    Raises UserError if the widths of the data, of the model and of the adapter differ, or a method does not fit them.
     """
     opened.model.check_width(text.shape[1], f"text_features {options.text.text_features} has rows")
     for part, source in opened.sources.items():
         check_width(source.width, text.shape[1], opened.option_values[part])
     device = opened.model.device
-    adapter = make_adapter(options.adapter, text.shape[1], options.run.seed).to(device)
+    trained = None if stored is None else trained_method(stored, opened.model, text.shape[1], device)
+    from_file = stored is None or stored.config.head == "rational"
+    adapter_options = options.adapter if from_file else AdapterOptions()
+    adapter = make_adapter(adapter_options, text.shape[1], options.run.seed).to(device)
+    head = head_of(options, adapter) if stored is None else head_of_method(stored, adapter)
     warn_of_other_model(origin_of(options.adapter.adapter), options)
     return Setup(
         command,
@@ -159,7 +175,8 @@ def open_setup(command: str, options: LoopOptions, opened: DataAndModel, names: 
         tuple(names),
         text.to(device),
         adapter,
-        head_of(options, adapter).to(device),
+        head.to(device),
+        trained,
     )
 
 

@@ -46,7 +46,12 @@ class ClassGroup(NamedTuple):
 
 
 def text_features(
-    options: ClassOptions, groups: Sequence[ClassGroup], model: Model, file: FeatureFile | None = None
+    options: ClassOptions,
+    groups: Sequence[ClassGroup],
+    model: Model,
+    file: FeatureFile | None = None,
+    *,
+    uses_classifier: bool = False,
 ) -> list[Tensor]:
     """Compute or read the text features T of groups of classes. Returns a tensor (K, D) on the CPU for each group.
 
@@ -56,6 +61,7 @@ def text_features(
     groups: all classes in label order, in groups.
     model: the model that encodes prompts.
     file: the result of open_text_file for the options.
+    uses_classifier: whether the caller uses the classifier that was trained with the image encoder, if there is one.
 
     Raises UserError if the options do not fit the classes.
     """
@@ -65,6 +71,9 @@ def text_features(
         # Every group has the same files of descriptions, and only all groups together use all that these describe.
         prompts[0].check([name for group in groups for name in group.names])
         pairs = zip(groups, prompts, strict=True)
+        if not uses_classifier:
+            for group in groups:
+                warn_of_unused_classifier(model.loaded(), group.names)
         return [_features_of_prompts(model.loaded(), group.names, own) for group, own in pairs]
     if value == "class-means":
         means = [class_means(group.images, len(group.names)) for group in groups]
@@ -85,7 +94,6 @@ def text_features(
 
 def _features_of_prompts(model: VisionLanguageModel, names: Sequence[str], prompts: Prompts) -> Tensor:
     """Compute the features of prompts, or read them from the cache folder."""
-    warn_of_unused_classifier(model, names)
     warn_of_cut_names(model, names, prompts)
     with progress("encode prompts", sum(len(prompts.of(name)) for name in set(names))) as advance:
         return class_features(model, names, prompts, cache_dir=_env.cache_dir() / "text", progress=advance)

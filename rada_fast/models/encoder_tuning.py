@@ -78,6 +78,8 @@ class EncoderTuning(nn.Module):
         towers = [vlm.image_tower(), vlm.text_tower()] if self.changes_images else []
         # The model and its blocks are no parts of this module: their weights are neither trained nor stored with it.
         self._vlm, self._blocks = [vlm], [tower.blocks for tower in towers]
+        self.template = template
+        """The prompt that was given."""
         self._template, self._first = template, 0
         self.context: nn.Parameter | None = None
         self.image_prompts, self.text_prompts = nn.ParameterList(), nn.ParameterList()

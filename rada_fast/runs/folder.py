@@ -336,9 +336,9 @@ class RunFolder:
         """Write an adapter in the form that load_adapter reads."""
         files.write_tensors(self.path / name, *stored_form(adapter))
 
-    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors in the format of safetensors."""
-        files.write_tensors(self.path / name, tensors)
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
+        """Write tensors in the format of safetensors. header: texts for the header of the file."""
+        files.write_tensors(self.path / name, tensors, header)
 
     def save_state(self, name: str, state: Mapping[str, Any]) -> None:
         """Write tensors and plain values to a file NAME.pt, and keep the one before it as NAME-previous.pt."""
