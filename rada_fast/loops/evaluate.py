@@ -113,6 +113,9 @@ def trained_text(setup: Setup, names: Sequence[str], text: Tensor, data: str) ->
     """
     trained = setup.trained
     if trained is not None and trained.classifier is not None:
+        prompts = setup.options.text.text_features is None
+        if prompts and trained.stored.has_text_encoder and not trained.has_rows_of(names):
+            return text, None  # the trained text encoder has computed the features of these classes
         return trained.classifier, trained.rows_of(names, data)
     if trained is not None and trained.tuning is not None:
         with trained.tuning.attached(), torch.no_grad():

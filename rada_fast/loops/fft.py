@@ -30,6 +30,7 @@ from rada_fast.models.class_names import class_names_of
 from rada_fast.models.encoder_tuning import Captions, captions_of
 from rada_fast.models.image_features import Features, features_of
 from rada_fast.models.prompts import resolve_prompts
+from rada_fast.models.trained import TEXT, VISUAL, text_state
 from rada_fast.models.trained_method import MethodConfig
 from rada_fast.models.vision_language import VisionLanguageModel
 from rada_fast.modules import RationalAdapter
@@ -144,6 +145,8 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
         for share in options.ensemble:
             start_weights.mean_with(end_weights, share).put_into(model, setup)
             of_means = replace(task.stages[-1], name=f"ensemble-{share:g}")
+            # The mean of the classifiers stands for that of the text encoders.
+            save_weights(replace(of_means, contrastive=False), model, setup, options, folder)
             results[of_means.name], records = evaluate_stage(of_means, model, task)
             lines += records
         end_weights.put_into(model, setup)
@@ -242,7 +245,7 @@ class Weights:
 
 
 def save_weights(stage: Stage, model: Classifier, setup: Setup, options: FFTOptions, folder: RunFolder) -> None:
-    """Write the classifier, its head and, if it was trained, the image encoder of a stage, as safetensors."""
+    """Write the classifier, its head and the encoders that a stage has trained, as safetensors."""
     tensors: dict[str, Tensor] = {"classifier.weight": model.weight}
     if isinstance(model.head, RationalAdapter):
         folder.save_adapter(f"{stage.name}-adapter.safetensors", model.head)
@@ -250,7 +253,9 @@ def save_weights(stage: Stage, model: Classifier, setup: Setup, options: FFTOpti
         tensors |= {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
     if stage.trains_encoder:
         visual = setup.model.loaded().model.visual.state_dict()
-        tensors |= {f"visual.{name}": tensor for name, tensor in visual.items()}
+        tensors |= {f"{VISUAL}{name}": tensor for name, tensor in visual.items()}
+    if stage.contrastive:
+        tensors |= {f"{TEXT}{name}": tensor for name, tensor in text_state(setup.model.loaded().model).items()}
     config = MethodConfig(
         "fft",
         options.method,

@@ -36,6 +36,10 @@ class TrainedMethod:
     classifier: Tensor | None
     tuning: EncoderTuning | None
 
+    def has_rows_of(self, names: Sequence[str]) -> bool:
+        """Return whether the classifier has a row for each of these classes."""
+        return set(names) <= set(self.stored.config.class_names or ())
+
     def rows_of(self, names: Sequence[str], data: str) -> list[int]:
         """Return the rows of the classifier for classes. data: the option that names the data, for messages.
 

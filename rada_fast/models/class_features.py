@@ -101,8 +101,10 @@ def _features_of_prompts(model: VisionLanguageModel, names: Sequence[str], promp
 
 def warn_of_unused_classifier(model: VisionLanguageModel, names: Sequence[str]) -> None:
     """Warn if prompts are used although a classifier of as many classes was trained with the encoder."""
-    if model.trained is not None and model.trained.num_classes == len(names):
-        path = model.trained.path
+    trained = model.trained
+    # A trained text encoder computes the features that such a classifier consists of.
+    if trained is not None and not trained.trained_text and trained.num_classes == len(names):
+        path = trained.path
         notices.warn(
             f"the image encoder of {path} was trained with a classifier of as many classes, which prompts replace "
             f"here; --text-features classifier:{path} uses it"

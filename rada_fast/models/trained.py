@@ -22,7 +22,8 @@ RUN_FILE = "run.json"
 """The file with the command and the options of a run."""
 WEIGHTS_FILES = tuple(f"{stage}-model.safetensors" for stage in reversed(FFT_STAGES))
 """The files in which fft stores classifier and encoder. The last stage of a method comes first."""
-CLASSIFIER, VISUAL = "classifier.weight", "visual."
+CLASSIFIER, VISUAL, TEXT = "classifier.weight", "visual.", "text_encoder."
+"""The name of the classifier in such a file, and how the names of the tensors of the two encoders begin."""
 MAX_RUN_FILE_BYTES = 2**29
 """The largest run.json that is read. It has an entry for every picture."""
 MAX_CHAINED_RUNS = 16
@@ -38,6 +39,7 @@ class TrainedRun:
     fingerprint: the fingerprint of the model with which the run started, or None.
     weights: the file of the last stage of fft, or None.
     trained_encoder: whether this file holds an image encoder. A run with frozen encoders does not write one.
+    trained_text: whether it holds a text encoder too.
     num_classes: the number of rows of the classifier in this file, or None.
     """
 
@@ -48,17 +50,28 @@ class TrainedRun:
     fingerprint: str | None
     weights: Path | None
     trained_encoder: bool
+    trained_text: bool
     num_classes: int | None
 
     def put_encoder_into(self, model: nn.Module) -> None:
-        """Load the trained image encoder into a model. Raises UserError if it does not fit."""
+        """Load the trained image encoder, and a trained text encoder, into a model.
+
+        Raises UserError if they do not fit.
+        """
         assert self.weights is not None
-        state = {name.removeprefix(VISUAL): tensor for name, tensor in _tensors(self.weights, VISUAL).items()}
-        for name, tensor in state.items():
+        visual, text = _tensors(self.weights, VISUAL), _tensors(self.weights, TEXT)
+        for name, tensor in (visual | text).items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise UserError(f"pretrained {self.weights}: {VISUAL}{name} holds NaN or infinity")
+                raise UserError(f"pretrained {self.weights}: {name} holds NaN or infinity")
+        of_text = {name.removeprefix(TEXT): tensor for name, tensor in text.items()}
         try:
-            model.visual.load_state_dict(state)  # type: ignore[union-attr]
+            if text and of_text.keys() != (own := text_state(model)).keys():
+                name = min(of_text.keys() ^ own.keys())
+                raise RuntimeError(f"{TEXT}{name} is {'unexpected' if name in of_text else 'missing'}")
+            model.visual.load_state_dict(  # type: ignore[union-attr]
+                {name.removeprefix(VISUAL): tensor for name, tensor in visual.items()}
+            )
+            model.load_state_dict(of_text, strict=False)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"pretrained {self.weights} does not fit the model {self.model}: {reason}") from None
@@ -95,8 +108,22 @@ def open_run(path: Path) -> TrainedRun | None:
         options.get("model"),
         weights,
         trained,
+        any(name.startswith(TEXT) for name in names),
         None if weights is None else _rows(weights, CLASSIFIER),
     )
+
+
+def text_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of everything in a model but its image encoder and the scale and the bias of the logits."""
+    # A part that a model has under several names is returned once, because safetensors stores no memory twice.
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    left_out = ("logit_scale", "logit_bias")
+    stored = model.state_dict().keys()
+    return {
+        name: tensor.detach()
+        for name, tensor in named.items()
+        if name in stored and not name.startswith(VISUAL) and name not in left_out
+    }
 
 
 def read_classifier(path: Path) -> Tensor:

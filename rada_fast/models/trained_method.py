@@ -22,7 +22,7 @@ from rada_fast.config.methods import EFT_METHODS, FFT_METHODS, HeadName, TuningN
 from rada_fast.config.options import TuningOptions
 from rada_fast.errors import UserError
 from rada_fast.models.encoder_tuning import EncoderTuning
-from rada_fast.models.trained import CLASSIFIER, VISUAL, WEIGHTS_FILES
+from rada_fast.models.trained import CLASSIFIER, TEXT, VISUAL, WEIGHTS_FILES
 from rada_fast.models.vision_language import VisionLanguageModel
 from rada_fast.models.weights import one_line
 
@@ -97,16 +97,17 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class StoredMethod:
-    """The contents of a method's file, but for the image encoder in it, which --pretrained reads.
+    """The contents of a method's file, but for the encoders in it, which --pretrained reads.
 
-    path: the file; config: its configuration; tensors: its tensors by name; has_encoder: whether the file holds an
-    image encoder; fingerprint: a hash of all of this, without the image encoder.
+    path: the file; config: its configuration; tensors: its tensors by name; has_encoder, has_text_encoder: whether the
+    file holds an image encoder, and a text encoder; fingerprint: a hash of all of this, without the encoders.
     """
 
     path: Path
     config: MethodConfig
     tensors: Mapping[str, Tensor]
     has_encoder: bool
+    has_text_encoder: bool
     fingerprint: str
 
     def part(self, prefix: str) -> dict[str, Tensor]:
@@ -185,7 +186,7 @@ def read_method(path: Path) -> StoredMethod:
     try:
         with safe_open(path, framework="pt") as file:
             header, names = file.metadata() or {}, sorted(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names if not name.startswith(VISUAL)}
+            tensors = {name: file.get_tensor(name) for name in names if not name.startswith((VISUAL, TEXT))}
     except Exception as error:  # not only safetensors' own: a size may overflow
         raise UserError(f"adapter {path} is not readable safetensors: {one_line(error)}") from None
     if header.get("format") != FORMAT:
@@ -198,8 +199,8 @@ def read_method(path: Path) -> StoredMethod:
             raise UserError(f"adapter {path}: {name[:80]} must hold finite floating-point numbers")
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    has_encoder = any(name.startswith(VISUAL) for name in names)
-    return StoredMethod(path, config, tensors, has_encoder, digest.hexdigest()[:16])
+    has_encoder, has_text_encoder = (any(name.startswith(prefix) for name in names) for prefix in (VISUAL, TEXT))
+    return StoredMethod(path, config, tensors, has_encoder, has_text_encoder, digest.hexdigest()[:16])
 
 
 def _config(path: Path, text: str) -> MethodConfig:

@@ -56,6 +56,8 @@ FILES_OF_COMMAND: dict[str, frozenset[str]] = {
     ),
 }
 """The names of the files that a run of each command makes. Files with other names are never removed."""
+_ENSEMBLE = re.compile(r"ensemble-[-+.e\d]+-(adapter|model)\.safetensors")
+"""The names of the files in which fft stores means of weights; a share is part of the name."""
 _DAMAGED = re.compile(r"(?P<name>.+)\.damaged(-\d+)?")
 
 
@@ -408,11 +410,15 @@ def _is_made_by(name: str, command: str | None) -> bool:
     command: None stands for a run that was killed before it wrote its identity.
     """
     known = FILES_OF_COMMAND[command] if command is not None else frozenset({LOCK_FILE})
-    if name in known:
+
+    def is_result(name: str) -> bool:
+        return name in known or (command == "fft" and _ENSEMBLE.fullmatch(name) is not None)
+
+    if is_result(name):
         return True
     if match := files.PARTIAL.fullmatch(name):
-        return match["name"] in known | {IDENTITY_FILE}
-    return (match := _DAMAGED.fullmatch(name)) is not None and match["name"] in known
+        return is_result(match["name"]) or match["name"] == IDENTITY_FILE
+    return (match := _DAMAGED.fullmatch(name)) is not None and is_result(match["name"])
 
 
 def describe_change(old: Mapping[str, str], new: Mapping[str, str]) -> str:

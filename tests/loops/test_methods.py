@@ -53,6 +53,7 @@ def test_full_fine_tuning_trains_what_the_method_says(
         assert summary[stage.name][spec]["images"] == 4
         stored = state(tmp_path / "whole", stage.name)
         trained = {key for key, value in visual.items() if not torch.equal(value, stored.get(f"visual.{key}", value))}
+        assert any(key.startswith("text_encoder.") for key in stored) == (method == "flyp")
         assert trained == (set() if stage.trains == "head" else set(visual))
         assert any(key.startswith("head.") for key in stored) == (method == "clip-adapter")
         assert (tmp_path / "whole" / f"{stage.name}-adapter.safetensors").exists() == (method == "rada")

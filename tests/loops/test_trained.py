@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from rada_fast.loops.eft import run_eft
 from rada_fast.loops.evaluation import run_eval
 from rada_fast.loops.fft import run_fft
 from rada_fast.loops.prediction import run_predict
+from rada_fast.models.vision_language import load_model
 
 from .support import eft_options, features_file, fft_options, lines, text_file
 
@@ -97,9 +99,49 @@ def test_eval_and_predict_give_what_fft_measured(pictures: Path, tmp_path: Path,
         assert result[one]["adapted_top1"] == summary[stage][one]["adapted_top1"]
     names = predicted(tmp_path / "fft", tmp_path / "predict", spec)
     assert names == [line["adapted_names"][0] for line in trained if line["test"] == spec]
+    if method == "flyp":
+        return  # its text encoder answers about any classes
     shutil.copytree(some / sorted(folder.name for folder in some.iterdir())[0], some / "zebra")
     with pytest.raises(UserError, match=r"has the class 'zebra', for which the classifier of .* has no row"):
         evaluated(tmp_path / "fft", tmp_path / "other", subset)
+
+
+@pytest.mark.parametrize("method", ["ft", "flyp"])
+def test_means_of_weights_are_evaluated(pictures: Path, tmp_path: Path, method: Any) -> None:
+    spec, run = f"imagefolder:{pictures}", tmp_path / "fft"
+    options = fft_options(pictures, pictures, run, method=method, finetune_lr=1e-2, ensemble=(0.0, 0.5))
+    run_fft(options)
+    for stage in ("ensemble-0.5", method):
+        evaluated(run / f"{stage}-model.safetensors", tmp_path / stage, spec)
+        trained = [line for line in lines(run) if line.get("stage") == stage]
+        for line, again in zip(trained, lines(tmp_path / stage), strict=True):
+            assert again["confidence"][1] == pytest.approx(line["confidence"][1], abs=2e-6)
+    # These files count as the run's own, so that another run may replace them.
+    fresh = RunOptions(output=str(run), overwrite=True)
+    run_fft(dataclasses.replace(options, ensemble=(), finetune_lr=1e-3, run=fresh))
+    assert not list(run.glob("ensemble-*"))
+
+
+def test_a_trained_text_encoder_answers_about_classes_that_were_not_trained(pictures: Path, tmp_path: Path) -> None:
+    some, other = tmp_path / "some", tmp_path / "other"
+    for number, folder in enumerate(sorted(pictures.iterdir())):
+        shutil.copytree(folder, (some if number < 2 else other) / folder.name)
+    run_fft(fft_options(some, some, tmp_path / "fft", method="flyp", finetune_lr=1e-2))
+    trained = evaluated(tmp_path / "fft", tmp_path / "eval", f"imagefolder:{other}")
+    assert trained["model"]["pretrained"] == str(tmp_path / "fft" / "flyp-model.safetensors")
+    loaded, start = load_model("embedded", str(tmp_path / "fft")), load_model("embedded")
+    assert not torch.equal(loaded.encode_texts(["a dog"]), start.encode_texts(["a dog"]))
+    again = lines(tmp_path / "eval")
+    assert all(line["confidence"][0] == pytest.approx(line["confidence"][1], abs=2e-6) for line in again)
+    # A part of the text encoder that is missing is named.
+    file = tmp_path / "fft" / "flyp-model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    tensors.pop(next(name for name in tensors if name.startswith("text_encoder.")))
+    save_file(tensors, file, metadata)
+    with pytest.raises(UserError, match=r"does not fit the model embedded: text_encoder\..* is missing"):
+        load_model("embedded", str(file))
 
 
 @pytest.fixture(scope="module")
