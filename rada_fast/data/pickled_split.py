@@ -91,7 +91,9 @@ def _images(images: Any) -> Iterator[PickledImage]:
         values = [image.attributes.get(name) for name in ("_impath", "_label", "_classname")]
         path, label, class_name = values
         if not isinstance(path, str) or type(label) is not int or not isinstance(class_name, str):
-            raise _RefusedError(f"a {RECORD} has _impath, _label and _classname {repr(values)[:200]}")
+            # The values are not shown: a short pickle can stand for a list of 2 ** 30 elements.
+            raise _RefusedError(f"a {RECORD} has _impath, _label and _classname of types "
+                                f"{', '.join(type(value).__name__ for value in values)}")  # fmt: skip
         yield PickledImage(path, label, class_name)
 
 
@@ -124,7 +126,7 @@ def _interpret(data: bytes) -> Any:
             _as(list, stack[-1]).append(item)
         elif name == "SETITEM":
             value, key = stack.pop(), stack.pop()
-            _as(dict, stack[-1])[key] = value
+            _as(dict, stack[-1])[_key(key)] = value
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             _push_name(argument, stack)
         elif name == "NEWOBJ":
@@ -154,11 +156,18 @@ def _collect(name: str, stack: list[Any]) -> None:
     elif name == "APPENDS":
         _as(list, stack[-1]).extend(items)
     else:
-        pairs = dict(zip(items[::2], items[1::2], strict=True))
+        pairs = dict(zip(map(_key, items[::2]), items[1::2], strict=True))
         if name == "DICT":
             stack.append(pairs)
         else:
             _as(dict, stack[-1]).update(pairs)
+
+
+def _key(value: Any) -> str | int:
+    """Return a key of a dictionary. The hash of nested tuples could take years to compute."""
+    if not isinstance(value, str | int):
+        raise _RefusedError(f"a key is a {type(value).__name__}")
+    return value
 
 
 def _push_name(argument: str | None, stack: list[Any]) -> None:

@@ -59,6 +59,24 @@ def test_nothing_in_a_pickle_is_called_or_looked_up(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def test_short_pickles_of_huge_values_take_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "split.pkl"
+    nested: list[Any] = []
+    for _ in range(60):
+        nested = [nested, nested]
+    with dassl() as datum:
+        built = datum("a", 0, "b")
+        built.__dict__ = {"_impath": "a", "_label": nested, "_classname": "b"}
+        path.write_bytes(pickle.dumps({"train": [built]}))
+    with pytest.raises(UserError, match="has _impath, _label and _classname of types str, list, str"):
+        read_pickled_split(path)
+    pairs = b"".join(b"h" + bytes([index]) + b"h" + bytes([index]) + b"\x86\x94" for index in range(60))
+    for end in (b"}h\x3cK\x01s.", b"}(h\x3cK\x01u.", b"(h\x3cK\x01d."):
+        path.write_bytes(b"\x80\x04)\x94" + pairs + end)
+        with pytest.raises(UserError, match="a key is a tuple"):
+            read_pickled_split(path)
+
+
 def test_damaged_and_hostile_pickles_are_refused(tmp_path: Path) -> None:
     path = write_pickled_split(tmp_path / "split.pkl", {"train": [["a.jpg", 0, "owl"]] * 9}, "/data")
     whole = path.read_bytes()
