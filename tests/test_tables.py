@@ -13,9 +13,12 @@ import pytest
 from rada_fast.cli import main
 from rada_fast.config.methods import EFT_METHODS, FFT_METHODS
 from rada_fast.embedded import world
+from tests.tiny_models import write_transformers_folder
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tables.md").read_text()
 COMMANDS = re.findall(r"^(?:    |\|.*`)(rada-fast [^`\n]+?)(?:`|$)", PAGE, flags=re.MULTILINE)
+MODEL = re.compile(r"(?<=--model transformers:)models/(align)\S*")
+"""A model that is a folder of the library transformers, and its kind."""
 DATA = re.compile(r"(coop|imagenet|imagenet-[a-z0-9]+|objectnet):data/[\w/-]+")
 SMALLER = {
     "eft": "--shots 1 --epochs 1 --batch-size 2 --allow-chance",
@@ -46,8 +49,12 @@ def on_pictures(text: str, root: Path) -> str:
 
 
 def small(command: str, root: Path) -> list[str]:
-    """Return the arguments of a command for the embedded model and the pictures of a folder."""
-    text = re.sub(r"--(model|pretrained) \S+ ?", "", on_pictures(command, root))
+    """Return the arguments of a command for the pictures of a folder.
+
+    The embedded model takes the place of open_clip's, and a tiny one with random weights that of one of transformers.
+    """
+    text = MODEL.sub(rf"{root}/models/\1", on_pictures(command, root))
+    text = re.sub(r"--(model|pretrained) (?!transformers:)\S+ ?", "", text)
     text = re.sub(r"(--options |--adapter |--output |report )(\S+)", rf"\1{root}/\2", text)
     arguments = shlex.split(text)[1:]
     return arguments + SMALLER[arguments[0]].split()
@@ -56,6 +63,9 @@ def small(command: str, root: Path) -> list[str]:
 # The commands stay in the order of the page, because some start from what others have written.
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda n: COMMANDS[n].rpartition("results/")[2][:40])
 def test_every_command_runs(place: Path, number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    if model := MODEL.search(COMMANDS[number]):
+        pytest.importorskip("transformers")
+        write_transformers_folder(place / "models" / model[1], model[1])
     status = main(small(COMMANDS[number], place))
     assert status == 0, capfd.readouterr().err
 
