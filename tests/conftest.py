@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from rada_fast.system import notices
 from tests.support import SHARED
 
 settings.register_profile("rada_fast", deadline=None, derandomize=True, max_examples=20)
@@ -23,11 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep each test away from the user's cache and variables, and let it draw the same random numbers every time."""
+def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep each test away from the user's cache and variables and from other tests' random numbers and warnings."""
     monkeypatch.setenv("RADA_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("RADA_FAST_BACKEND", raising=False)
     torch.manual_seed(0)
+    with notices.collecting():
+        yield
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_the_operators_keep_pytorchs_rules() -> None:
         for name in ("q_proj1", "q_proj2", "q_proj3", "k_proj", "v_proj", "out_proj")
         for part in ("weight", "bias")
     ]
-    options = (config.num_heads, 1.0, True, 1.0, True, "l2", False, False, True)
+    options = (config.num_heads, 1.0, True, 1.0, True, "l2", False, False, *6 * [None], 1.0, False, True)
     torch.library.opcheck(
         torch.ops.rada_fast.rational_adapter.default, (image, text, torch.tensor(20.0), *parameters, *options)
     )

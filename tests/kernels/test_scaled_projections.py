@@ -79,5 +79,5 @@ def test_results_and_gradients_are_those_of_the_scaled_parameters(factor: float,
     torch.testing.assert_close(fast.penalty, plain.penalty, rtol=1e-5, atol=1e-6)
     for value, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
-    with use_backend("cpu"):
+    with use_backend("literal"):
         assert solve(start, keep_projected=True)[0].projected is None

@@ -23,7 +23,7 @@ RUNS = {
     "eft": (run_eft, lambda data, **rest: EFTOptions(train=data, test=data, epochs=1, protocol="all", **rest)),
     "fft": (
         run_fft,
-        lambda data, **rest: FFTOptions(train=data, test=(data,), epochs=1, finetune_from=1, stages="rada", **rest),
+        lambda data, **rest: FFTOptions(train=data, test=(data,), epochs=1, finetune_from=1, stages="first", **rest),
     ),
 }
 

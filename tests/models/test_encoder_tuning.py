@@ -145,7 +145,7 @@ def test_the_model_is_itself_again_afterwards(vlm: VisionLanguageModel, name: An
     assert torch.equal(vlm.encode_texts(prompts), before[1])
 
 
-def test_an_encoder_without_blocks_is_named() -> None:
+def test_an_encoder_without_blocks_is_named(vlm: VisionLanguageModel) -> None:
     text = {"context_length": 20, "vocab_size": vlm.model.token_embedding.num_embeddings, "width": 16, "heads": 2}
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}
     module = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text | {"layers": 1})
