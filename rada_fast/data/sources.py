@@ -181,7 +181,7 @@ class ImageFolder:
         if not isinstance(train, ImageFolder):
             return _OTHER_KIND
         known = frozenset(train.folders)
-        pairs = zip(self.folders, self._equal_classes(), strict=True)
+        pairs = zip(self.folders, self.equal_classes(), strict=True)
         unknown = sorted(name for name, equal in pairs if self.folders != train.folders and known.isdisjoint(equal))
         return f"train lacks the class folders {', '.join(unknown[:6])}" if unknown else None
 
@@ -193,9 +193,9 @@ class ImageFolder:
         if not isinstance(train, ImageFolder) or self.folders == train.folders:
             return None
         label_of = {name: label for label, name in enumerate(train.folders)}
-        return [tuple(label_of[name] for name in names if name in label_of) for names in self._equal_classes()]
+        return [tuple(label_of[name] for name in names if name in label_of) for names in self.equal_classes()]
 
-    def _equal_classes(self) -> tuple[tuple[str, ...], ...]:
+    def equal_classes(self) -> tuple[tuple[str, ...], ...]:
         """Return the keys that each class may have in other data."""
         return tuple((name,) for name in self.folders) if self.counts_as is None else self.counts_as
 

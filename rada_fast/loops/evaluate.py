@@ -47,14 +47,14 @@ class EvaluationSet:
     images: the encoded images.
     text: the text features (K, D) of their classes, on the device, or a classifier of more classes.
     names: the names of the classes.
-    rows: the row of each class in a classifier, or None if the rows of text are the classes.
+    rows: the rows of each class in a classifier, or None if the rows of text are the classes.
     """
 
     name: str
     images: Features
     text: Tensor
     names: Sequence[str]
-    rows: Sequence[int] | None = None
+    rows: Sequence[tuple[int, ...]] | None = None
 
 
 def encode_evaluation(data: Sequence[EvaluationData], setup: Setup) -> list[EvaluationSet]:
@@ -104,19 +104,24 @@ def _tuned_text(tuning: EncoderTuning, setup: Setup, names: Sequence[str]) -> Te
     return torch.cat([vlm.text_features_with_grad(part) for part in parts])
 
 
-def trained_text(setup: Setup, names: Sequence[str], text: Tensor, data: str) -> tuple[Tensor, list[int] | None]:
+def trained_text(
+    setup: Setup, source: Source, names: Sequence[str], text: Tensor, data: str
+) -> tuple[Tensor, list[tuple[int, ...]] | None]:
     """Return what takes the place of the text features in the method of the set-up.
 
-    names: the names of K classes; text: their text features (K, D); data: the option that names the data, for messages.
+    source: the data.
+    names: the names of their K classes.
+    text: the text features (K, D) of these classes.
+    data: the option that names the data, for messages.
 
     The second result is the rows of these classes, or None if the rows of the first result are the classes.
     """
     trained = setup.trained
     if trained is not None and trained.classifier is not None:
         prompts = setup.options.text.text_features is None
-        if prompts and trained.stored.has_text_encoder and not trained.has_rows_of(names):
+        if prompts and trained.stored.has_text_encoder and trained.find_rows(source, names) is None:
             return text, None  # the trained text encoder has computed the features of these classes
-        return trained.classifier, trained.rows_of(names, data)
+        return trained.classifier, trained.rows_of(source, names, data)
     if trained is not None and trained.tuning is not None:
         with trained.tuning.attached(), torch.no_grad():
             return _tuned_text(trained.tuning, setup, names), None
@@ -149,13 +154,13 @@ def trained_sets(
     if trained is None:
         return sets
     if trained.classifier is None:
-        for one in data:
-            image_tuning(setup, one.source, f"--data {one.name}")
+        for before in data:
+            image_tuning(setup, before.source, f"--data {before.name}")
         return tuned_sets(sets, data, setup, trained.tuning)
     found = []
-    for before in sets:
-        text, rows = trained_text(setup, before.names, before.text, f"--data {before.name}")
-        found.append(replace(before, text=text, rows=rows))
+    for one, before in zip(sets, data, strict=True):
+        text, rows = trained_text(setup, before.source, one.names, one.text, f"--data {one.name}")
+        found.append(replace(one, text=text, rows=rows))
     return found
 
 
@@ -171,7 +176,7 @@ def evaluate_sets(
 
         def predict(images: Tensor, after: EvaluationSet = after) -> Tensor:
             logits: Tensor = setup.head(images, after.text, setup.logit_scale)
-            return logits if after.rows is None else logits[:, after.rows]
+            return logits if after.rows is None else logits_of_rows(logits, after.rows)
 
         title = f"test {one.name}"
         records[one.name] = evaluate(
@@ -179,6 +184,15 @@ def evaluate_sets(
             adapted_features=after.images.features,
         )  # fmt: skip
     return records
+
+
+def logits_of_rows(logits: Tensor, rows: Sequence[tuple[int, ...]]) -> Tensor:
+    """Return the logits of classes that stand for rows of a classifier, of which the largest logit counts."""
+    found = logits[:, [group[0] for group in rows]]
+    for column, group in enumerate(rows):
+        if len(group) > 1:
+            found[:, column] = logits[:, list(group)].amax(dim=-1)
+    return found
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rada_fast.config.commands import FFTOptions
-from rada_fast.data.sources import Source
+from rada_fast.data.sources import ImageFolder, Source
 from rada_fast.engine.full_training import Stage, stage_plan, stage_step, stages_of
 from rada_fast.engine.training import training_time
 from rada_fast.errors import UserError
@@ -256,6 +256,7 @@ def save_weights(stage: Stage, model: Classifier, setup: Setup, options: FFTOpti
         tensors |= {f"{VISUAL}{name}": tensor for name, tensor in visual.items()}
     if stage.contrastive:
         tensors |= {f"{TEXT}{name}": tensor for name, tensor in text_state(setup.model.loaded().model).items()}
+    source = setup.sources["train"]
     config = MethodConfig(
         "fft",
         options.method,
@@ -264,6 +265,7 @@ def save_weights(stage: Stage, model: Classifier, setup: Setup, options: FFTOpti
         setup.adapter.config.num_heads,
         options.feature_ratio,
         class_names=setup.names,
+        class_folders=source.folders if isinstance(source, ImageFolder) else None,
     )
     folder.save_tensors(f"{stage.name}-model.safetensors", tensors, config.metadata())
 

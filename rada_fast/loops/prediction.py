@@ -17,7 +17,7 @@ from rada_fast.data.sources import Source
 from rada_fast.engine.predictor import Prediction
 from rada_fast.engine.stages import StageTimes
 from rada_fast.errors import UserError
-from rada_fast.loops.evaluate import CHUNK_ELEMENTS, image_tuning, trained_text
+from rada_fast.loops.evaluate import CHUNK_ELEMENTS, image_tuning, logits_of_rows, trained_text
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.loops.trained import with_trained_weights
@@ -132,7 +132,7 @@ def predictions(setup: Setup, source: Source, options: PredictOptions, todo: Seq
 def _without_episodes(setup: Setup, source: Source, todo: Sequence[int]) -> Generator[Prediction]:
     """Predict images with what was trained as it is, which gives the zero-shot answer where nothing was."""
     data = f"--data {source.path}"
-    text, rows = trained_text(setup, setup.names, setup.text, data)
+    text, rows = trained_text(setup, source, setup.names, setup.text, data)
     tuning = image_tuning(setup, source, data)
     for indices, features, changed, unreadable in _both_features(setup, source, todo, tuning):
         for index, image in unreadable:
@@ -142,7 +142,7 @@ def _without_episodes(setup: Setup, source: Source, todo: Sequence[int]) -> Gene
         with torch.no_grad():
             before = zero_shot_logits(features.to(setup.device), setup.text, setup.logit_scale).cpu()
             after = setup.head(changed.to(setup.device), text, setup.logit_scale).cpu()
-            after = after if rows is None else after[:, rows]
+            after = after if rows is None else logits_of_rows(after, rows)
         diverged = ~after.isfinite().all(dim=-1)
         after[diverged] = before[diverged]
         for row, index in enumerate(indices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor
 from rada_fast.config.inference import EvalOptions, PredictOptions
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import AdapterOptions
+from rada_fast.data.sources import ImageFolder, Source
 from rada_fast.errors import UserError
 from rada_fast.models.encoder_tuning import EncoderTuning
 from rada_fast.models.trained_method import StoredMethod, find_method, read_method
@@ -36,31 +38,45 @@ class TrainedMethod:
     classifier: Tensor | None
     tuning: EncoderTuning | None
 
-    def has_rows_of(self, names: Sequence[str]) -> bool:
-        """Return whether the classifier has a row for each of these classes."""
-        return set(names) <= set(self.stored.config.class_names or ())
+    def find_rows(self, source: Source, names: Sequence[str]) -> list[tuple[int, ...]] | None:
+        """Return the rows of the classifier that each class of some data stands for, or None if a class has none.
 
-    def rows_of(self, names: Sequence[str], data: str) -> list[int]:
-        """Return the rows of the classifier for classes. data: the option that names the data, for messages.
+        The folder and the name of a class tell which row is its own, or the name alone. A class of ObjectNet can be
+        several classes of ImageNet, and two classes of ImageNet can have one name.
+
+        source: the data; names: the names of their classes.
+        """
+        own, folders = self.stored.config.class_names or (), self.stored.config.class_folders
+        if tuple(names) == own:
+            return [(row,) for row in range(len(own))]
+        if isinstance(source, ImageFolder) and folders is not None:
+            row_of = {folder: row for row, folder in enumerate(folders)}
+            groups = [tuple(row_of[key] for key in keys if key in row_of) for keys in source.equal_classes()]
+            pairs = zip(groups, names, strict=True)
+            if all(group and (source.counts_as is not None or own[group[0]] == name) for group, name in pairs):
+                return groups
+        count = Counter(own)
+        if len(set(names)) < len(names) or any(count[name] != 1 for name in names):
+            return None
+        return [(own.index(name),) for name in names]
+
+    def rows_of(self, source: Source, names: Sequence[str], data: str) -> list[tuple[int, ...]]:
+        """Return the rows that find_rows finds. data: the option that names the data, for messages.
 
         Raises UserError if a class has no row of its own.
         """
-        own = self.stored.config.class_names or ()
-        if tuple(names) == own:
-            return list(range(len(own)))
-        places = {name: row for row, name in enumerate(own)}
-        path = self.stored.path
-        if missing := [name for name in names if name not in places]:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            advice = (
-                "" if self.stored.adapter_file() is None else f"; {self.stored.adapter_file()} is its adapter alone"
-            )
-            raise UserError(
-                f"{data} has the class {missing[0]!r}{more}, for which the classifier of {path} has no row{advice}"
-            )
-        if len(places) < len(own) or len(set(names)) < len(names):
+        if (found := self.find_rows(source, names)) is not None:
+            return found
+        own, path = self.stored.config.class_names or (), self.stored.path
+        missing = [name for name in names if name not in own]
+        if not missing:
             raise UserError(f"{data} has other classes than the classifier of {path}, and some have the same name")
-        return [places[name] for name in names]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        adapter = self.stored.adapter_file()
+        advice = "" if adapter is None else f"; {adapter} is its adapter alone"
+        raise UserError(
+            f"{data} has the class {missing[0]!r}{more}, for which the classifier of {path} has no row{advice}"
+        )
 
 
 def with_trained_weights(options: Options) -> tuple[Options, StoredMethod | None]:

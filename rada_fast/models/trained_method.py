@@ -48,6 +48,7 @@ class MethodConfig:
     template: the prompt of the classes, where something is trained inside the encoders.
     tuning: the options of what is trained there, likewise.
     class_names: the names of the K rows of the classifier, in their order, where there is a classifier.
+    class_folders: the folders of these classes, likewise, where the training data were images.
     """
 
     command: str
@@ -59,6 +60,7 @@ class MethodConfig:
     template: str | None = None
     tuning: TuningOptions | None = None
     class_names: tuple[str, ...] | None = None
+    class_folders: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         methods: dict[str, Collection[str]] = {"eft": EFT_METHODS, "fft": FFT_METHODS}
@@ -76,7 +78,10 @@ class MethodConfig:
             raise UserError(f"feature_ratio must be from 0 to 1, got {str(self.feature_ratio)[:40]}")
         if (self.kind is None) != (self.tuning is None) or (self.kind is None) != (self.template is None):
             raise UserError(f"the options of the encoders' tuning do not fit the method {self.method}")
-        texts = [text for text in (self.model, self.template, *(self.class_names or ())) if text is not None]
+        names, folders = self.class_names or (), self.class_folders or ()
+        if folders and len(folders) != len(names):
+            raise UserError(f"there are {len(folders)} class folders and {len(names)} class names")
+        texts = [text for text in (self.model, self.template, *names, *folders) if text is not None]
         if not all(isinstance(text, str) for text in texts):
             raise UserError("a name must be a text")
 
@@ -208,8 +213,9 @@ def _config(path: Path, text: str) -> MethodConfig:
         values: dict[str, Any] = json.loads(text)
         if values.get("tuning") is not None:
             values["tuning"] = TuningOptions(**values["tuning"])
-        if values.get("class_names") is not None:
-            values["class_names"] = tuple(values["class_names"])
+        for name in ("class_names", "class_folders"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         return MethodConfig(**values)
     except UserError as error:
         reason = str(error)

@@ -20,6 +20,7 @@ from rada_fast.config.options import AdapterOptions, ClassOptions, RunOptions, T
 from rada_fast.embedded import world
 from rada_fast.errors import UserError
 from rada_fast.loops.eft import run_eft
+from rada_fast.loops.evaluate import logits_of_rows
 from rada_fast.loops.evaluation import run_eval
 from rada_fast.loops.fft import run_fft
 from rada_fast.loops.prediction import run_predict
@@ -104,6 +105,33 @@ def test_eval_and_predict_give_what_fft_measured(pictures: Path, tmp_path: Path,
     shutil.copytree(some / sorted(folder.name for folder in some.iterdir())[0], some / "zebra")
     with pytest.raises(UserError, match=r"has the class 'zebra', for which the classifier of .* has no row"):
         evaluated(tmp_path / "fft", tmp_path / "other", subset)
+
+
+def test_classes_with_one_name_are_told_apart_by_their_folders(pictures: Path, tmp_path: Path) -> None:
+    some, names = tmp_path / "some", tmp_path / "names.txt"
+    folders = sorted(pictures.iterdir())
+    for folder in folders[2:]:
+        shutil.copytree(folder, some / folder.name)
+    names.write_text("dog\nsunglasses\nsunglasses\ncat\n")
+    every, text = f"imagefolder:{pictures}", ClassOptions(classes=str(names))
+    options = fft_options(pictures, some, tmp_path / "fft", method="lp", lr=1e-2, text=text)
+    run_fft(options)
+    (tmp_path / "two.txt").write_text("sunglasses\ncat\n")
+    two = ClassOptions(classes=str(tmp_path / "two.txt"))
+    evaluated(tmp_path / "fft", tmp_path / "eval", f"imagefolder:{some}", text=two)
+    for line, again in zip(lines(tmp_path / "fft"), lines(tmp_path / "eval"), strict=True):
+        assert again["confidence"][1] == pytest.approx(line["confidence"][1], abs=2e-6)
+    evaluated(tmp_path / "fft", tmp_path / "every", every, text=text)
+    # Folders that are not those of the training do not say which of the classes with the name is meant.
+    (some / folders[2].name).rename(some / "other")
+    (tmp_path / "two.txt").write_text("cat\nsunglasses\n")
+    with pytest.raises(UserError, match="has other classes than the classifier of"):
+        evaluated(tmp_path / "fft", tmp_path / "unknown", f"imagefolder:{some}", text=two)
+
+
+def test_a_class_stands_for_the_best_of_its_rows() -> None:
+    logits = torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1]])
+    assert logits_of_rows(logits, [(3,), (0, 2)]).tolist() == [[4, 3], [1, 4]]
 
 
 @pytest.mark.parametrize("method", ["ft", "flyp"])
