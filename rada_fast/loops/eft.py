@@ -130,7 +130,13 @@ def open_task(options: EFTOptions) -> Task:
     if (difference := testing.class_difference(source)) is not None:
         raise UserError(f"test {options.test} must have the classes of train {options.train}: {difference}")
 
+    halves = {"": base} if not new else {"base ": base, "new ": new}
+    for half, labels in halves.items():
+        if new_testing is None and not testing.subset(labels).ids:
+            raise UserError(f"test {options.test} has no image of the {half}classes")
     images, new_images = source.subset(base), source.subset(new)
+    if not images.ids:
+        raise UserError(f"train {options.train} has no image of the base classes")
     images = images if options.shots is None else images.few_shot(options.shots, options.run.seed)
     if options.train_views == "crop" and not images.holds_images:
         raise UserError(f"train_views crop needs images, {options.train} holds features")

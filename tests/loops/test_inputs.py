@@ -348,3 +348,17 @@ def test_the_summary_holds_the_warnings_of_the_run(specks: Path, tmp_path: Path)
     with notices.collecting():
         summary = run_eft(eft_options(specks, specks, tmp_path / "run"))
     assert any("state.pt is damaged" in line for line in summary["warnings"])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_halves_of_classes_without_an_image_are_refused(specks: Path, tmp_path: Path) -> None:
+    for part, empty in (("no-new", "dog"), ("no-base", "cat")):
+        shutil.copytree(specks, tmp_path / part)
+        for path in (tmp_path / part / empty).iterdir():
+            path.unlink()
+    for train, test, message in (
+        (specks, tmp_path / "no-new", "test .* has no image of the new classes"),
+        (tmp_path / "no-base", specks, "train .* has no image of the base classes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_eft(eft_options(train, test, tmp_path / "run", protocol="base-to-new"))
