@@ -21,7 +21,7 @@ from rada_fast.data.sources import FeatureFile, Source
 from rada_fast.errors import UserError
 from rada_fast.extension import libraries
 from rada_fast.loops.trained import TrainedMethod, head_of_method, trained_method
-from rada_fast.models.trained_method import StoredMethod
+from rada_fast.models.trained_method import METHOD_FILE, StoredMethod, find_method
 from rada_fast.models.vision_language import Model, open_model
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.checkpoint import read_adapter
@@ -164,6 +164,8 @@ def open_setup(
     adapter_options = options.adapter if from_file else AdapterOptions()
     adapter = make_adapter(adapter_options, text.shape[1], options.run.seed).to(device)
     head = head_of(options, adapter) if stored is None else head_of_method(stored, adapter)
+    if stored is None:
+        _warn_of_unused_method(options)
     warn_of_other_model(origin_of(options.adapter.adapter), options)
     return Setup(
         command,
@@ -202,6 +204,16 @@ def warn_of_other_model(origin: Mapping[str, Any] | None, options: LoopOptions) 
     trained = origin["model"]
     given = f"--model {trained['model']}" + (f" --pretrained {trained['pretrained']}" if trained["pretrained"] else "")
     notices.warn(f"adapter {options.adapter.adapter} was trained with {given}, and is used with --model {own.model}")
+
+
+def _warn_of_unused_method(options: LoopOptions) -> None:
+    """Warn if the run of an adapter has also trained something inside the encoders, which is not used."""
+    path = find_method(options.adapter.adapter)
+    if path is not None and path.name == METHOD_FILE:
+        notices.warn(
+            f"adapter {options.adapter.adapter}: this command uses the rational adapter alone, not what the run has "
+            f"trained inside the encoders ({path})"
+        )
 
 
 def check_backend() -> None:

@@ -24,9 +24,10 @@ from rada_fast.loops.evaluate import logits_of_rows
 from rada_fast.loops.evaluation import run_eval
 from rada_fast.loops.fft import run_fft
 from rada_fast.loops.prediction import run_predict
+from rada_fast.loops.ttt import run_ttt
 from rada_fast.models.vision_language import load_model
 
-from .support import eft_options, features_file, fft_options, lines, text_file
+from .support import eft_options, features_file, fft_options, lines, text_file, ttt_options
 
 TUNING = TuningOptions(context_tokens=2, prompt_depth=2, adapter_depth=1, adapter_width=4)
 
@@ -223,8 +224,13 @@ def test_options_that_do_not_fit_a_method_are_refused(pictures: Path, coop: Path
         evaluated(coop, tmp_path / "run", spec, text=ClassOptions(text_features=text))
 
 
-def test_what_is_inside_the_encoders_needs_images_and_its_adapter(pictures: Path, tmp_path: Path) -> None:
+def test_what_is_inside_the_encoders_needs_its_adapter_and_eval(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_eft(eft_options(pictures, pictures, tmp_path / "eft", method="rada+prompt", tuning=TUNING, epochs=1))
+    adapter = AdapterOptions(adapter=str(tmp_path / "eft"))
+    run_ttt(ttt_options(pictures, tmp_path / "ttt", adapter=adapter, run={"limit": 1, "allow_chance": True}))
+    assert "this command uses the rational adapter alone" in capsys.readouterr().err
     (tmp_path / "eft" / "adapter.safetensors").rename(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"needs the rational adapter adapter\.safetensors beside it"):
         evaluated(tmp_path / "eft", tmp_path / "eval", f"imagefolder:{pictures}")
