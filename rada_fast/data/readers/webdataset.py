@@ -299,6 +299,11 @@ def _classes(found: Sequence[_Entry], folder: Path, pattern: Path) -> _Classes:
                 notices.warn(f"webdataset {pattern}: the texts beside the pictures are taken for captions, not classes")
                 return _Classes((), None, [-1] * len(found))
             names = tuple(sorted(set(texts)))
+            if folder != pattern and is_folder(pattern):
+                notices.warn(
+                    f"webdataset {pattern}: its classes are only the names that occur in {folder}; where "
+                    f"another part has more, list all of them in {pattern / NAME_FILES[0]}"
+                )
         label_of = {name: label for label, name in enumerate(names)}
         return _Classes(unique_keys(names), _shown(names), [label_of[text] for text in texts])
     if not numbers and not texts:

@@ -132,6 +132,20 @@ def test_names_of_members_and_captions_do_not_decide_labels_by_mistake(tmp_path:
     assert "labels begin at 1, not at 0" in warnings[0]
 
 
+def test_names_that_only_occur_in_texts_are_those_of_one_part(tmp_path: Path) -> None:
+    members = {
+        f"{index}.{ending}": data for index in range(4) for ending, data in (("png", picture()), ("txt", b"owl"))
+    }
+    write_shard(tmp_path / "train" / "0.tar", members | {"5.png": picture(), "5.txt": b"cat"})
+    write_shard(tmp_path / "test" / "0.tar", members)
+    source, warnings = opened(f"webdataset:{tmp_path}")
+    assert source.folders == ("owl",)
+    assert "its classes are only the names that occur in" in warnings[0]
+    (tmp_path / "classnames.txt").write_text("cat\nowl\n")
+    source, warnings = opened(f"webdataset:{tmp_path}")
+    assert (source.folders, set(source.labels.tolist()), warnings) == (("cat", "owl"), {1}, [])
+
+
 def test_nothing_is_written_and_names_are_no_paths(tmp_path: Path) -> None:
     shard = tmp_path / "deep" / "er" / "a.tar"
     members = {"../../outside.png": picture(1), "/etc/absolute.png": picture(2), "a\n.png": picture(3)}
