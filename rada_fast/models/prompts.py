@@ -218,14 +218,31 @@ def _read_file(value: str) -> list[str] | Descriptions:
         raise UserError(f"templates must be a template with {{}}, a file, or one of {', '.join(known)}; got {value!r}")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        found = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        # JSON is not taken for a template because its file has another ending.
+        as_json = path.suffix.lower() == ".json" or re.match(r'\s*[\[{]\s*"', text) is not None
+        found = (
+            json.loads(text, object_pairs_hook=lambda pairs: _distinct(pairs, path))
+            if as_json
+            else [line for line in text.splitlines() if line.strip()]
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"templates file {path} cannot be read: {error}") from None
     if isinstance(found, dict):
         return _descriptions(path, found)
     sound = isinstance(found, list) and found
     if not sound or not all(isinstance(template, str) and "{}" in template for template in found):
         raise UserError(f"templates file {path} must hold one or more templates, each with {{}}")
+    return found
+
+
+def _distinct(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    """Return an object of JSON. Raises UserError where it names a class twice, of which JSON would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise UserError(f"templates file {path} describes {next(n for n in names if names.count(n) > 1)!r} twice")
     return found
 
 

@@ -56,6 +56,15 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_json_is_read_whatever_its_file_is_called(tmp_path: Path) -> None:
+    for name in ("a.JSON", "b.txt", "c"):
+        (tmp_path / name).write_text(' ["a {}.",\n"the {}."]')
+        assert resolve_prompts(str(tmp_path / name)).templates == ("a {}.", "the {}.")
+    (tmp_path / "d.json").write_text('{"owl": ["It hoots."], "fox": ["Red."], "owl": ["Big."]}')
+    with pytest.raises(UserError, match=r"templates file .*d.json describes 'owl' twice"):
+        resolve_prompts(str(tmp_path / "d.json"))
+
+
 def test_descriptions_belong_to_names(tmp_path: Path) -> None:
     path = tmp_path / "cupl.json"
     path.write_text(json.dumps({"Sea_Lion": ["It has ears.", "A {} swims."], "owl": "It hoots.", "fox": ["Red."]}))
