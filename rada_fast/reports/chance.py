@@ -14,6 +14,9 @@ MIN_IMAGES = 100
 """With fewer images a fault cannot be told from bad luck, so that nothing is said about them."""
 SIGNIFICANCE = 0.01
 """Guesses pass for better than guesses with at most this probability."""
+USEFUL = 0.25
+"""Answers count as guesses only if they are surely right less often than a useful model's: this part of the way from
+guesses to perfect answers. A hundred images of two classes alone could not tell 60 % from guesses."""
 COLLAPSED = 0.9
 """If one class is the answer to more than this part of the images, all images look alike to the model."""
 
@@ -37,6 +40,12 @@ def better_than_guesses(hits: int, images: int, num_classes: int) -> bool:
     return binomial_tail(hits, images, 1 / num_classes) < SIGNIFICANCE
 
 
+def worse_than_useful(hits: int, images: int, num_classes: int) -> bool:
+    """Return whether `hits` right answers are fewer than a useful model gives (level SIGNIFICANCE; see USEFUL)."""
+    useful = 1 / num_classes + USEFUL * (1 - 1 / num_classes)
+    return 1 - binomial_tail(hits + 1, images, useful) < SIGNIFICANCE
+
+
 def fault_of_answers(labels: Tensor, answers: Tensor, names: Sequence[str]) -> str | None:
     """Say what is wrong with zero-shot answers that are no better than guesses, and what the likely cause is.
 
@@ -52,7 +61,8 @@ def fault_of_answers(labels: Tensor, answers: Tensor, names: Sequence[str]) -> s
     order, right = _best_order(labels, answers, names)
     # A confusion of the order may leave some labels in their places, so that some answers are right all the same.
     confused = right > 2 * hits and better_than_guesses(right, images, num_classes)
-    if not confused and better_than_guesses(hits, images, num_classes):
+    guessed = worse_than_useful(hits, images, num_classes) and not better_than_guesses(hits, images, num_classes)
+    if not confused and not guessed:
         return None
     examples, explained = _consistent_confusion(labels, answers, names)
     (most, count), *_ = Counter(answers.tolist()).most_common(1)

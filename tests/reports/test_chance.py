@@ -41,6 +41,18 @@ def test_guesses_seldom_pass() -> None:
     assert passed <= 5
 
 
+@pytest.mark.parametrize(("num_classes", "right"), [(2, 0.7), (2, 0.65), (10, 0.3), (100, 0.17)])
+def test_weak_models_are_not_stopped(num_classes: int, right: float) -> None:
+    labels, generator = torch.arange(100) % num_classes, torch.Generator().manual_seed(0)
+    names = tuple(f"class {number}" for number in range(num_classes))
+    stopped = 0
+    for _ in range(200):
+        others = (labels + torch.randint(1, num_classes, labels.shape, generator=generator)) % num_classes
+        answers = torch.where(torch.rand(100, generator=generator) < right, labels, others)
+        stopped += fault_of_answers(labels, answers, names) is not None
+    assert stopped <= 2
+
+
 def test_few_images_and_a_single_class_are_not_judged() -> None:
     wrong = (LABELS + 7) % len(NAMES)
     assert fault_of_answers(LABELS[:99], wrong[:99], NAMES) is None
