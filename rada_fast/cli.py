@@ -117,10 +117,10 @@ Begin with 'rada-fast demo'. 'rada-fast COMMAND --help' explains a command's opt
 --options FILE reads options from TOML or JSON (steps = 3, test = ["imagefolder:a", "imagefolder:b"]); the command
 line wins over the file. 'rada-fast --version' prints the version.
 
-exit status: 0 done; 1 the system failed (a full disk, say); 2 an option, a file or a variable cannot be used (one line
-says which); 3 more images are unreadable than allowed; 70 a fault of this program (RADA_FAST_TRACEBACK=1 shows where);
-129 the terminal hung up; 130 interrupted; 141 nobody reads the output; 143 terminated. After 1, and from 70 on, the
-same command goes on where it stopped.
+exit status: 0 done; 1 the system failed (a full disk, say), or doctor found a fault; 2 an option, a file or a variable
+cannot be used (one line says which); 3 more images are unreadable than allowed; 70 a fault of this program
+(RADA_FAST_TRACEBACK=1 shows where); 129 the terminal hung up; 130 interrupted; 141 nobody reads the output; 143
+terminated. After 1, and from 70 on, the same command goes on where it stopped.
 """
 
 FAILED, REFUSED, INTERNAL_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 70, 130, 141

@@ -85,13 +85,16 @@ def _lines_of(report: PartReport) -> list[str]:
     """Return what was found in a part of data, a line for each thing."""
     lines = []
     if report.where:
-        each = "" if report.each is None else f", {report.each[0]} to {report.each[1]} of each class"
+        each = ""
+        if report.each is not None:
+            fewest, most = report.each
+            each = f", {fewest} of each class" if fewest == most else f", {fewest} to {most} of each class"
         lines += [one_line(report.where), f"{report.images} images, {report.classes} classes{each}"]
         if report.names:
             more = ", ..." if len(report.names) > SHOWN_NAMES else ""
             lines.append(one_line(f"names: {', '.join(report.names[:SHOWN_NAMES])}{more}"))
         if report.decoded:
-            lines.append(f"{report.decoded} pictures decoded")
+            lines.append(f"{report.decoded} pictures tried")
     lines += [f"note: {one_line(message)}" for message in report.warnings]
     return lines + [f"WRONG: {one_line(message)}" for message in report.faults]
 

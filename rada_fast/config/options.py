@@ -197,8 +197,8 @@ class RunOptions:
     allow_unreadable: int = 0
     """Exit with status 3 when more images than this could not be read; every such image is recorded either way."""
     allow_chance: bool = False
-    """Go on although the zero-shot answers are no better than guesses. Otherwise such a run stops before it begins, and
-    says the likely cause, such as folders and class names in different orders."""
+    """Go on although the zero-shot answers are no better than guesses. Otherwise such a run, if it has 100 images or
+    more, stops before it begins, and says the likely cause, such as folders and class names in different orders."""
     json: bool = False
     """Print the summary as JSON on standard output instead of a table."""
     log: tuple[SinkName, ...] = ()

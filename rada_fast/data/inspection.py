@@ -163,7 +163,7 @@ def _decode(report: PartReport, source: Source, all_files: bool, advance: Callab
     report.decoded = len(samples)
     if unreadable:
         report.faults.append(
-            f"{len(unreadable)} of {len(samples)} decoded pictures cannot be read ({_some(unreadable)}): replace them, "
+            f"{len(unreadable)} of {len(samples)} pictures tried cannot be read ({_some(unreadable)}): replace them, "
             "or give --allow-unreadable to runs"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 from collections.abc import Callable
@@ -102,6 +103,8 @@ def open_source(spec: str, part: Part = "test") -> Source:
             hint = f"; did you mean imagefolder:{spec}?"
         elif Path(spec).is_file():
             hint = f"; did you mean features:{spec}?"
+        elif path and (close := difflib.get_close_matches(kind, KINDS, n=1)):
+            hint = f"; did you mean {close[0]}:{path}?"
         usages = ", ".join(known.usage for known in KINDS.values())
         raise UserError(f"data must be KIND:PATH with KIND one of {usages}, got {spec!r}{hint}")
     without, named = (path, None) if os.path.exists(_path(path)) else split_part(path)  # noqa: PTH110

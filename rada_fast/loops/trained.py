@@ -73,7 +73,7 @@ class TrainedMethod:
             raise UserError(f"{data} has other classes than the classifier of {path}, and some have the same name")
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         adapter = self.stored.adapter_file()
-        advice = "" if adapter is None else f"; {adapter} is its adapter alone"
+        advice = "" if adapter is None else f"; to use its adapter alone, give --adapter {adapter}"
         raise UserError(
             f"{data} has the class {missing[0]!r}{more}, for which the classifier of {path} has no row{advice}"
         )

@@ -177,7 +177,8 @@ def _names_in_order(listed: tuple[str, ...], own: tuple[str, ...], file: str, wh
     if own and len(by_name) == len(names) and len(set(wanted)) == len(wanted) and by_name.keys() >= set(wanted):
         if [folded(name) for name in names] != wanted:
             notices.note(
-                f"classes file {file} lists the {where} in another order or among others; each has its own name"
+                f"classes file {file} lists the names of the {where} in another order, or more names than these; the "
+                "names are matched, whatever their order"
             )
         return tuple(by_name[name] for name in wanted)
     if own and len(names) != len(own):

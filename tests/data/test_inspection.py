@@ -62,10 +62,10 @@ def test_faults_of_a_set_of_coop_are_named(tmp_path: Path) -> None:
     found = reports(f"coop:{tmp_path}/dtd", all_files=True)
     test = " | ".join(found["test"].faults)
     assert "test part has 10 images, this has 9: something is missing" in test
-    assert "1 of 9 decoded pictures cannot be read (owl/test_000.jpg: test_000.jpg cannot be read: not an image" in test
+    assert "1 of 9 pictures tried cannot be read (owl/test_000.jpg: test_000.jpg cannot be read: not an image" in test
     assert "1 images are also in train (" in test
     assert "1 of the 25 images of val do not exist" in " | ".join(found["val"].warnings)
-    assert "1 of 25 decoded pictures cannot be read" in " | ".join(found["val"].faults)
+    assert "1 of 25 pictures tried cannot be read" in " | ".join(found["val"].faults)
     assert "shot_1-seed_1.pkl lists other images than CoOp's draw with seed 1" in " | ".join(found["train"].warnings)
     assert "shot_1-seed_2.pkl is not a dictionary of lists" in " | ".join(found["train"].faults)
 
@@ -119,11 +119,11 @@ def test_the_command_prints_faults_and_ends_with_status_1(tmp_path: Path, capsys
     (tmp_path / "bad" / "owl" / "0.png").write_bytes(b"")
     assert cli.main(["doctor", "--data", f"imagefolder:{tmp_path}/good"]) == 0
     out = capsys.readouterr().out
-    assert "all    2 images, 2 classes, 1 to 1 of each class" in out
+    assert "all    2 images, 2 classes, 1 of each class" in out
     assert "nothing is wrong" in out
     arguments = ["doctor", "--data", f"imagefolder:{tmp_path}/good", f"imagefolder:{tmp_path}/bad"]
     assert cli.main(arguments) == 1
-    assert "WRONG: 1 of 2 decoded pictures cannot be read (owl/0.png: 0.png cannot be read" in capsys.readouterr().out
+    assert "WRONG: 1 of 2 pictures tried cannot be read (owl/0.png: 0.png cannot be read" in capsys.readouterr().out
     assert cli.main([*arguments, "--json", "--all-files"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert [len(report["faults"]) for reports in found.values() for report in reports] == [0, 1]

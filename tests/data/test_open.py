@@ -15,6 +15,7 @@ def test_an_unknown_kind_is_refused_with_the_list_of_kinds(tmp_path: Path) -> No
     for spec, hint in (
         (str(tmp_path), rf"did you mean imagefolder:{tmp_path}\?"),
         (str(tmp_path / "f.npz"), rf"did you mean features:{tmp_path}/f\.npz\?"),
+        ("imagefoldr:somewhere", r"did you mean imagefolder:somewhere\?"),
         ("photos:somewhere", "data must be KIND:PATH with KIND one of imagefolder:DIR .*, images:DIR .*, features:"),
     ):
         with pytest.raises(UserError, match=hint):

@@ -159,7 +159,7 @@ def test_the_folders_own_names_may_be_listed_in_any_order(tmp_path: Path, capsys
     path = tmp_path / "names.txt"
     path.write_text("Owl\nblack cat\ndog\nhorse\n")
     assert names_and_warnings(["black_cat", "dog", "owl"], str(path)) == (("black cat", "dog", "Owl"), [])
-    assert "each has its own name" in capsys.readouterr().err
+    assert "the names are matched" in capsys.readouterr().err
     path.write_text("owl\na cat\ndog\n")
     names, (warning,) = names_and_warnings(["cat", "dog", "owl"], str(path))
     assert names == ("owl", "a cat", "dog")
