@@ -121,10 +121,19 @@ def lines_of(path: Path, what: str) -> Iterator[str]:
 
     Raises UserError where it cannot be read.
     """
+    yield from (line.strip() for line in text_of(path, what).splitlines() if line.strip())
+
+
+def text_of(path: Path, what: str) -> str:
+    """Return the text of a file in UTF-8, with or without a byte-order mark.
+
+    what: what a message calls the file, such as "classes file".
+
+    Raises UserError where the file cannot be read or is not text.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{what} {path} is not a text file") from None
-    yield from (line.strip() for line in text.splitlines() if line.strip())

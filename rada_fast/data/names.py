@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rada_fast.data.folders import is_number
+from rada_fast.data.layouts import text_of
 from rada_fast.errors import UserError
 from rada_fast.system import notices
 
@@ -51,12 +52,7 @@ def read_names(path: Path, folders: Sequence[str] = ()) -> Names:
 
     Raises UserError where the file cannot be read, is empty, or does not say which part of a line is the name.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"classes file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"classes file {path} is not a text file") from None
+    text = text_of(path, "classes file")
     if path.suffix.lower() == ".json":
         try:
             value = json.loads(text, object_pairs_hook=lambda pairs: _distinct(pairs, path))
