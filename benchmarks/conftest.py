@@ -17,7 +17,7 @@ import torch
 from benchmarks import table, timing
 from rada_fast import _env
 from rada_fast.extension import libraries
-from rada_fast.runs.folder import versions
+from rada_fast.runs.machine import versions
 from rada_fast.system import memory
 
 Row = dict[str, Any]

@@ -26,7 +26,7 @@ from rada_fast.models.image_features import encode_images
 from rada_fast.modules import load_adapter
 from rada_fast.ops import rational_adapter
 from rada_fast.reports.pictures import mask_picture
-from rada_fast.runs.folder import write_json
+from rada_fast.system import files
 from rada_fast.system.terminal import PlainConsole
 
 SHOTS = 16
@@ -67,7 +67,7 @@ def run_demo(config: DemoOptions) -> int:
     picture = draw_picture(output, folders["test"])
 
     seconds = time.perf_counter() - start
-    write_json(output / "report.json", {"seconds": round(seconds, 1), "ttt": ttt, "eft": eft})
+    files.write_json(output / "report.json", {"seconds": round(seconds, 1), "ttt": ttt, "eft": eft})
     console.print(demo_table(ttt, eft))
     console.print(
         "TTT adapts to each image by itself (64 views, 3 steps). EFT trains on 16 images of each base class and never "

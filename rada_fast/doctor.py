@@ -19,7 +19,7 @@ from rada_fast.extension import libraries
 from rada_fast.models.class_names import class_names_of
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import BACKENDS, backends, rational_adapter, resolve_backend
-from rada_fast.runs.folder import versions
+from rada_fast.runs.machine import versions
 from rada_fast.runs.progress import progress
 from rada_fast.system.notices import one_line
 from rada_fast.system.terminal import print_json

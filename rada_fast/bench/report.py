@@ -15,7 +15,7 @@ from rada_fast import _env
 from rada_fast.bench.stages import SIZES, Figure
 from rada_fast.config.bench import MeasuringOptions
 from rada_fast.errors import UserError
-from rada_fast.runs.folder import versions
+from rada_fast.runs.machine import versions
 from rada_fast.system.files import write_text
 from rada_fast.system.memory import keep_freed_memory
 from rada_fast.system.terminal import PlainConsole, finite, print_json

@@ -33,7 +33,8 @@ from rada_fast.models.trained_method import ADAPTER_FILE, METHOD_FILE, MethodCon
 from rada_fast.models.vision_language import VisionLanguageModel
 from rada_fast.modules import RationalAdapter
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, harmonic_mean, unreadable_records
-from rada_fast.runs.folder import RunFolder, reset_peak_memory
+from rada_fast.runs.folder import RunFolder
+from rada_fast.runs.machine import reset_peak_memory
 
 IMAGES, STATE = "images.jsonl", "state.pt"
 

@@ -17,7 +17,7 @@ from rada_fast.loops.zero_shot import check_answers
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
 from rada_fast.reports.summary import accuracy_of, already_finished, finish
-from rada_fast.runs.folder import reset_peak_memory
+from rada_fast.runs.machine import reset_peak_memory
 from rada_fast.system import notices
 
 IMAGES = "images.jsonl"

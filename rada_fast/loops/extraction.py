@@ -22,7 +22,8 @@ from rada_fast.models.class_names import class_names_of
 from rada_fast.models.image_features import iterate_views
 from rada_fast.models.vision_language import VisionLanguageModel, open_model
 from rada_fast.reports.summary import RunFacts, already_finished, finish
-from rada_fast.runs.folder import Inputs, RunFolder, reset_peak_memory
+from rada_fast.runs.folder import Inputs, RunFolder
+from rada_fast.runs.machine import reset_peak_memory
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 

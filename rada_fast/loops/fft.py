@@ -36,7 +36,8 @@ from rada_fast.models.vision_language import VisionLanguageModel
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.classifier import Classifier
 from rada_fast.reports.summary import accuracy_of, already_finished, finish, unreadable_records
-from rada_fast.runs.folder import RunFolder, reset_peak_memory
+from rada_fast.runs.folder import RunFolder
+from rada_fast.runs.machine import reset_peak_memory
 
 IMAGES = "images.jsonl"
 

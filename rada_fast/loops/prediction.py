@@ -28,7 +28,8 @@ from rada_fast.models.encoder_tuning import EncoderTuning
 from rada_fast.models.image_features import Unreadable, iterate_features, iterate_views
 from rada_fast.ops import zero_shot_logits
 from rada_fast.reports.summary import already_finished, finish, ranking
-from rada_fast.runs.folder import RunFolder, reset_peak_memory
+from rada_fast.runs.folder import RunFolder
+from rada_fast.runs.machine import reset_peak_memory
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 

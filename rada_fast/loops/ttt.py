@@ -29,7 +29,10 @@ from rada_fast.reports.summary import (
     is_image_record,
     label_entries,
 )
-from rada_fast.runs.folder import SUPERSEDED, RunFolder, describe_change, reset_peak_memory
+from rada_fast.runs.changes import describe_change
+from rada_fast.runs.contents import SUPERSEDED
+from rada_fast.runs.folder import RunFolder
+from rada_fast.runs.machine import reset_peak_memory
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 

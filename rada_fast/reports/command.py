@@ -24,7 +24,7 @@ from rada_fast.reports.tables import (
     run_rows,
     set_rows,
 )
-from rada_fast.runs.folder import IDENTITY_FILE, write_json
+from rada_fast.runs.contents import IDENTITY_FILE
 from rada_fast.system import files
 from rada_fast.system.terminal import PlainConsole, finite, print_json
 
@@ -142,7 +142,7 @@ def tables_of(options: ReportOptions) -> list[ReportTable]:
 def write_tables(output: Path, tables: Sequence[ReportTable]) -> None:
     """Write report.json, report.md, classes.md and a CSV file for each table that has rows."""
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "report.json", finite(as_json(tables)))
+    files.write_json(output / "report.json", finite(as_json(tables)))
     for table in tables:
         path = output / f"{table.name}.csv"
         if table.rows:

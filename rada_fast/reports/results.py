@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rada_fast.errors import UserError
 from rada_fast.reports.summary import is_image_record
-from rada_fast.runs.folder import IDENTITY_FILE, SUMMARY_FILE
+from rada_fast.runs.contents import IDENTITY_FILE, SUMMARY_FILE
 from rada_fast.runs.origin import method_of, method_options, read_identity
 from rada_fast.system import notices
 

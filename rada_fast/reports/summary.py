@@ -12,7 +12,8 @@ from torch import Tensor
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import RunOptions
 from rada_fast.ops import resolve_backend
-from rada_fast.runs.folder import RunFolder, peak_memory, versions
+from rada_fast.runs.folder import RunFolder
+from rada_fast.runs.machine import peak_memory, versions
 from rada_fast.system import notices
 from rada_fast.system.terminal import PlainConsole, print_json, table
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rada_fast.runs.folder import FORMAT, IDENTITY_FILE
+from rada_fast.runs.contents import FORMAT, IDENTITY_FILE
 
 DATA_OPTIONS = ("data", "train", "test", "new_test", "evaluate_on")
 """The options that name data, as --data does."""

@@ -6,6 +6,7 @@ get the permissions that the user's umask allows.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -24,6 +25,11 @@ PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.partial")
 def write_text(path: Path, text: str, *, encoding: str = "ascii") -> None:
     """Write a text file. The files of runs are ASCII, so that they are readable whatever file names are encoded in."""
     _write_whole(path, lambda temporary: temporary.write_text(text, encoding=encoding))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as a JSON file, as a whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_by(path: Path, write: Callable[[Path], object]) -> None:
@@ -86,6 +92,16 @@ def remove(path: Path) -> None:
 def rename(path: Path, new: Path) -> None:
     """Give a file another name in its folder; it replaces a file that has this name."""
     path.replace(new)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged file a name that no other file has, and return its new path."""
+    new, count = path.with_name(f"{path.name}.damaged"), 1
+    while new.exists():
+        count += 1
+        new = path.with_name(f"{path.name}.damaged-{count}")
+    rename(path, new)
+    return new
 
 
 def _write_whole(

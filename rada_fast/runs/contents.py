@@ -1,0 +1,57 @@
+"""The names of the files that runs make, by which a run knows what it may remove."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rada_fast.config.methods import FFT_STAGES
+from rada_fast.runs.sinks import SINKS
+from rada_fast.system import files
+
+FORMAT = "rada_fast.run.v1"
+IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE = "run.json", "run.lock", "summary.json"
+SUPERSEDED = "images-superseded.jsonl"
+"""The file of the lines of images that were changed or removed after the lines were written."""
+
+_EVERY_RUN = (IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE, "images.jsonl", *SINKS)
+FILES_OF_COMMAND: dict[str, frozenset[str]] = {
+    "ttt": frozenset({*_EVERY_RUN, SUPERSEDED}),
+    "eft": frozenset(
+        {*_EVERY_RUN, "epochs.jsonl", "state.pt", "state-previous.pt", "adapter.safetensors", "method.safetensors"}
+    ),
+    "eval": frozenset(_EVERY_RUN),
+    "predict": frozenset({*_EVERY_RUN, "predictions.jsonl", "predictions.csv"}),
+    "features": frozenset({*_EVERY_RUN, "features.rows", "features.npz", "text.npz"}),
+    "fft": frozenset(
+        {*_EVERY_RUN, "epochs.jsonl"}
+        | {f"{stage}{end}.pt" for stage in FFT_STAGES for end in ("", "-previous")}
+        | {f"{stage}-{what}.safetensors" for stage in FFT_STAGES for what in ("adapter", "model")}
+    ),
+}
+"""The names of the files that a run of each command makes. Files with other names are never removed."""
+_ENSEMBLE = re.compile(r"ensemble-[-+.e\d]+-(adapter|model)\.safetensors")
+"""The names of the files in which fft stores means of weights; a share is part of the name."""
+_DAMAGED = re.compile(r"(?P<name>.+)\.damaged(-\d+)?")
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names of everything in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def is_made_by(name: str, command: str | None) -> bool:
+    """Return whether a run of a command makes a file of this name.
+
+    command: None stands for a run that was killed before it wrote its identity.
+    """
+    known = FILES_OF_COMMAND[command] if command is not None else frozenset({LOCK_FILE})
+
+    def is_result(name: str) -> bool:
+        return name in known or (command == "fft" and _ENSEMBLE.fullmatch(name) is not None)
+
+    if is_result(name):
+        return True
+    if match := files.PARTIAL.fullmatch(name):
+        return is_result(match["name"]) or match["name"] == IDENTITY_FILE
+    return (match := _DAMAGED.fullmatch(name)) is not None and is_result(match["name"])
