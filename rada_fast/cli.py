@@ -27,7 +27,7 @@ from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.inference import EvalOptions, FeaturesOptions, PredictOptions
 from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions, ReportOptions
 from rada_fast.errors import BackendUnavailableError, UserError
-from rada_fast.system import memory, notices, termination
+from rada_fast.system import invocation, memory, notices, termination
 from rada_fast.system.notices import one_line
 
 
@@ -132,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
     _ready_standard_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    invocation.remember(arguments)
     original_showwarning = warnings.showwarning
     # A warning of another library becomes one line, as every other message, without its place in the source.
     warnings.showwarning = lambda message, *_, **__: notices.warn(str(message))

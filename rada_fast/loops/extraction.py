@@ -130,7 +130,7 @@ def encode_all(
                     count += 1
                 else:
                     folder.append(IMAGES, line | {"status": "unreadable", "error": reason})
-                advance()
+                advance(readable=index in encoded)
     if not count:
         raise UserError(f"data {options.data}: none of the {len(source.ids)} images could be read")
     return len(done)

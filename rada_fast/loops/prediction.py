@@ -59,7 +59,7 @@ def run_predict(options: PredictOptions) -> dict[str, Any]:
         with progress("predict", len(todo)) as advance, closing(predictions(setup, chosen, options, todo)) as found:
             for prediction in found:
                 folder.append(PREDICTIONS, line_of(prediction, setup.names, options.top))
-                advance()
+                advance(readable=prediction.status != "unreadable")
         by_id = {record["id"]: record for record in folder.read_lines(PREDICTIONS)}
         records = [by_id[id] for id in chosen.ids]
         folder.write_table(TABLE, as_csv(records))

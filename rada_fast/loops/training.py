@@ -119,11 +119,14 @@ def train(
     Raises UserError if the loss or a weight becomes NaN or infinite.
     """
     first = training.resume()
-    with progress(title, (plan.epochs - first) * plan.steps) as advance:
+    with progress(title, (plan.epochs - first) * plan.steps, unit="steps") as advance:
         records = train_epochs(step, training.trained, plan, first=first, on_step=advance)
         for epoch, record in enumerate(records, start=first):
             if after_epoch is not None:
                 after_epoch(epoch, record)
             training.save(record)
-            advance(0, note=f"loss {record['loss']:.4f}")
+            advance(
+                0,
+                note=f"epoch {epoch + 1}/{plan.epochs}: loss {record['loss']:.4f}, right {record['train_top1']:.1f} %",
+            )
     return first

@@ -24,6 +24,8 @@ from rada_fast.models.class_names import class_names_of
 from rada_fast.reports.summary import (
     accuracy_of,
     already_finished,
+    answers_of,
+    counts_of,
     finish,
     image_record,
     is_image_record,
@@ -59,7 +61,7 @@ def run_ttt(options: TTTOptions) -> dict[str, Any]:
         if len(done) == len(ids) and (summary := folder.finished_summary(scope)) is not None:
             return already_finished(folder, summary, resumed=len(done))
         check_sample(chosen, f"--data {options.data}", setup)
-        clock = adapt_to_all(setup, chosen, options, folder, done)
+        clock = adapt_to_all(setup, chosen, options, folder, records)
         records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
         accuracy = accuracy_of(records, before="zero_shot", after="adapted")
         results = {
@@ -123,30 +125,34 @@ def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None
     folder.accept_inputs()
 
 
-def adapt_to_all(setup: Setup, source: Source, options: TTTOptions, folder: RunFolder, done: set[str]) -> Clock:
+def adapt_to_all(
+    setup: Setup, source: Source, options: TTTOptions, folder: RunFolder, earlier: Sequence[Mapping[str, Any]]
+) -> Clock:
     """Adapt to every image that no earlier run has recorded, and append a line for each to images.jsonl.
 
     setup: the set-up of the run.
     source: all images of the run.
     options: the options of the command.
     folder: the folder of the run.
-    done: the ids of the images that an earlier run has recorded.
+    earlier: the records of the images that an earlier run has recorded.
 
     Returns the times of the run.
     """
     reset_peak_memory()
     clock, labels = Clock(), source.known_labels()
+    done = {record["id"] for record in earlier}
     order = visiting_order(len(source.ids), options.order_seed)
     chosen = [index for index in order if source.ids[index] not in done]
     clock.images = len(chosen)
     with (
-        progress("test-time training", len(chosen)) as advance,
+        progress("test-time training", len(chosen), before=counts_of(earlier)) as advance,
         closing(predictions(setup, source, options, chosen, clock.stages)) as found,
     ):
         for prediction in found:
             with clock.stages.busy("record"):
-                folder.append(IMAGES, record_of(prediction, labels[prediction.id], setup.names))
-            advance()
+                record = record_of(prediction, labels[prediction.id], setup.names)
+                folder.append(IMAGES, record)
+            advance(answers=answers_of(record), readable=prediction.status != "unreadable")
     return clock
 
 

@@ -95,7 +95,8 @@ def text_features(
 def _features_of_prompts(model: VisionLanguageModel, names: Sequence[str], prompts: Prompts) -> Tensor:
     """Compute the features of prompts, or read them from the cache folder."""
     warn_of_cut_names(model, names, prompts)
-    with progress("encode prompts", sum(len(prompts.of(name)) for name in set(names))) as advance:
+    count = sum(len(prompts.of(name)) for name in set(names))
+    with progress("encode prompts", count, unit="prompts") as advance:
         return class_features(model, names, prompts, cache_dir=_env.cache_dir() / "text", progress=advance)
 
 

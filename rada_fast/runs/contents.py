@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from rada_fast.config.methods import FFT_STAGES
+from rada_fast.runs.heartbeat import HEARTBEAT_FILE
 from rada_fast.runs.sinks import SINKS
 from rada_fast.system import files
 
@@ -14,7 +15,7 @@ IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE = "run.json", "run.lock", "summary.json"
 SUPERSEDED = "images-superseded.jsonl"
 """The file of the lines of images that were changed or removed after the lines were written."""
 
-_EVERY_RUN = (IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE, "images.jsonl", *SINKS)
+_EVERY_RUN = (IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE, HEARTBEAT_FILE, "images.jsonl", *SINKS)
 FILES_OF_COMMAND: dict[str, frozenset[str]] = {
     "ttt": frozenset({*_EVERY_RUN, SUPERSEDED}),
     "eft": frozenset(

@@ -20,7 +20,7 @@ from rada_fast.config.options import RunOptions
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.checkpoint import stored_form
-from rada_fast.runs import lines, states
+from rada_fast.runs import heartbeat, lines, states
 from rada_fast.runs.changes import describe_change, differences, first_of
 from rada_fast.runs.contents import (
     FILES_OF_COMMAND,
@@ -85,6 +85,7 @@ class RunFolder:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise  # the disk is at fault, not the option
             raise UserError(f"output {self.path} cannot be written: {error.strerror}") from None
+        self._heartbeat = heartbeat.begin(self.path)
         try:
             # The check is repeated because another process may have started since the first one.
             stored = self._check(options.overwrite)
@@ -102,6 +103,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the lock, so that another process can use the folder."""
+        heartbeat.end(self._heartbeat)
         try:
             for sink in self._sinks:
                 sink.close()
@@ -224,6 +226,7 @@ class RunFolder:
         summary: its entry "run" is the result of digest(), and its entry "files" that of result_files().
         """
         files.write_json(self.path / SUMMARY_FILE, summary)
+        self._heartbeat.remove()  # the summary says everything
 
     def result_files(self) -> dict[str, int | None]:
         """Return the sizes of the weight files by name, and the names of the files of lines, each with None.

@@ -1,9 +1,12 @@
-"""Memory that the process has freed: how long it stays with the process before the operating system takes it back."""
+"""The memory of the process: how much it has, and how long what it has freed stays with it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 from functools import cache
+from pathlib import Path
 
 from rada_fast import _env
 
@@ -41,3 +44,19 @@ def keep_freed_memory() -> bool:
     values = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _LARGEST_INT), (_TOP_PAD, _PAD))
     answers = [setting(name, value) for name, value in values]
     return all(answers)
+
+
+def present_memory() -> dict[str, float]:
+    """Return the memory that this process has now, in MiB, and that of its tensors on a GPU if it uses one."""
+    found: dict[str, float] = {}
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found["process_mib"] = round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+    except (OSError, ValueError, IndexError):  # no system but Linux has this file
+        pass
+    if "torch" in sys.modules and _env.has_cuda():
+        import torch
+
+        if torch.cuda.is_initialized():
+            found["cuda_mib"] = round(torch.cuda.memory_reserved() / 2**20, 1)
+    return found

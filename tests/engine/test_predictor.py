@@ -385,13 +385,14 @@ def test_arguments_that_cannot_be_used_are_named(options: dict[str, Any], messag
 def test_progress_is_shown_only_if_it_is_asked_for(
     files: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rada_fast.runs.progress.PLAIN_INTERVAL", 0.0)
+    for name in ("PLAIN_INTERVAL", "FIRST_LINE"):
+        monkeypatch.setattr(f"rada_fast.runs.progress.{name}", 0.0)
     list(tiny().predict(files))
     assert capsys.readouterr().err == ""
     list(tiny().predict(files, progress=True))
     assert "test-time training: 6/6" in capsys.readouterr().err
     list(tiny().stream(iter(files), progress=True))
-    assert "test-time training: 6\n" in capsys.readouterr().err
+    assert "test-time training: 6, " in capsys.readouterr().err
 
 
 def test_times_are_counted_for_every_stage(files: list[Path]) -> None:
