@@ -10,8 +10,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from rada_fast.kernels._common import arange_by_fours, store_column_sums
 from rada_fast.kernels._launch import Kernel
 from rada_fast.kernels.class_attention.combined import store_combined
+from rada_fast.kernels.class_attention.deltas import strided_sums
 from rada_fast.kernels.masked_logits import MaskedLogits, Tile, masked_logits_forward
 from rada_fast.kernels.masked_logits.totals import store_head_sums
 from rada_fast.kernels.rational_projections_backward import feature_gradients_reduce_kernel
@@ -151,6 +153,30 @@ def test_a_heads_deltas_are_the_sums_of_its_chunks(device: str, kind: int) -> No
     )  # fmt: skip
     torch.testing.assert_close(sums[kind].cpu(), parts[kind].sum(1))
     assert bool(sums[1 - kind].isnan().all())
+
+
+@Kernel
+def strided_sums_kernel(
+    rows, sums, classes, D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    c = arange_by_fours(WIDTH)
+    total = strided_sums(rows, c, c < HEAD, classes, D, BLOCK, WIDTH)
+    store_column_sums(sums + c, tl.sum(total, 0), c < HEAD, BLOCK, WIDTH)
+
+
+@pytest.mark.parametrize("classes", [1, 8, 25, 32, 70])
+def test_the_sums_over_a_heads_rows_take_every_row_once(device: str, classes: int) -> None:
+    """Up to three and more than eight blocks of rows, of which four are loaded together, with a last one that is not
+    full. The rows are powers of two, so that no row can be lost in rounding."""
+    head, width = 24, 64
+    rows = torch.zeros(classes, width)
+    rows[torch.arange(classes), torch.arange(classes) % head] = 2.0 ** (torch.arange(classes) // head)
+    sums = torch.full((width,), torch.nan, device=device)
+    strided_sums_kernel[(1,)](
+        rows=rows.to(device), sums=sums, classes=classes, D=width, HEAD=head, BLOCK=8, WIDTH=32, num_warps=4
+    )
+    assert torch.equal(sums[:head].cpu(), rows[:, :head].sum(0))
+    assert bool(sums[head:].isnan().all())
 
 
 def test_the_features_gradients_are_those_of_all_parts(device: str) -> None:

@@ -113,6 +113,15 @@ def test_entropies_of_nearly_equal_views_are_in_their_order(gaps: tuple[list[flo
     assert torch.equal(found.kept, views.flip(1))
 
 
+def test_the_likeliest_class_may_lie_in_any_tile_of_classes(device: str) -> None:
+    """Each of three tiles has a larger largest logit than the one before, or in every other view a smaller one."""
+    slopes = 4 + 0.05 * torch.arange(8)
+    views = slopes[:, None] * torch.linspace(-1, 0, 96) / SCALE
+    views[1::2] = views[1::2].flip(1)
+    found = run(views[None], torch.eye(96), 8, device)
+    assert torch.equal(found.kept, views[None].flip(1))
+
+
 def test_views_with_nan_come_last(device: str) -> None:
     own, text = problem(2, 20, 40, 32, torch.float32)
     own[0, 3], own[0, 7], own[1] = torch.nan, torch.inf, torch.nan
