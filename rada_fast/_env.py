@@ -11,6 +11,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from rada_fast.errors import UserError
 
@@ -161,6 +162,53 @@ def tiles_from_table() -> bool:
     if value not in (None, "table"):
         raise UserError(f"RADA_FAST_TILES must be table, got {value!r}")
     return value == "table"
+
+
+class RankVariables(NamedTuple):
+    """What torchrun tells a process about the group of processes that it has started.
+
+    rank, size: the number of this process, counted from 0, and how many there are on all machines (RANK, WORLD_SIZE).
+    local_rank, local_size: the same on this machine alone (LOCAL_RANK, LOCAL_WORLD_SIZE).
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def rank_variables() -> RankVariables | None:
+    """Return the variables of torchrun, or None in a program that was started alone.
+
+    Raises UserError where some of the variables are missing or contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
+        return None
+    if os.environ["WORLD_SIZE"] == "1":
+        return None  # a single process needs no group
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"several processes need the variables that torchrun sets, missing: {', '.join(missing)}")
+    values = [os.environ[name] for name in names]
+    if not all(value.isdecimal() for value in values):
+        raise UserError(f"{', '.join(names)} must be numbers, got {', '.join(map(repr, values))}")
+    found = RankVariables(*map(int, values))
+    if not (found.rank < found.size and found.local_rank < found.local_size <= found.size):
+        raise UserError(f"{', '.join(names)} contradict each other: {', '.join(values)}")
+    return found
+
+
+def threads_of_rank(local_count: int) -> int | None:
+    """Return how many threads each of several processes on this machine shall use, or None where the user decides.
+
+    The cores that this process may use are divided evenly. torchrun sets OMP_NUM_THREADS to 1 where it is not set, so
+    that only another value is taken for the user's decision.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") != "1" or os.environ.get("MKL_NUM_THREADS"):
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_count)
 
 
 def float32_products() -> str | None:

@@ -27,7 +27,7 @@ from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.inference import EvalOptions, FeaturesOptions, PredictOptions
 from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions, ReportOptions
 from rada_fast.errors import BackendUnavailableError, UserError
-from rada_fast.system import invocation, memory, notices, termination
+from rada_fast.system import invocation, memory, notices, ranks, termination
 from rada_fast.system.notices import one_line
 
 
@@ -38,11 +38,13 @@ class Command:
     options: the class of its configuration; or one for each part of the command, by the word that names the part.
     function: the function that runs it, as MODULE:FUNCTION.
     summary: the line about it in the list of commands.
+    ranks: whether several processes, started by torchrun, can run it together.
     """
 
     options: type | Mapping[str, type]
     function: str
     summary: str
+    ranks: bool = False
 
     @property
     def parts(self) -> Mapping[str, type]:
@@ -137,11 +139,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A warning of another library becomes one line, as every other message, without its place in the source.
     warnings.showwarning = lambda message, *_, **__: notices.warn(str(message))
     try:
-        status = _run_with_status(lambda: termination.raising_terminated()(_run_command)(arguments))
+        status = _run_with_status(lambda: _run_in_group(arguments))
         # The rest of the output is written here, so that a full disk or a closed pipe is still reported.
         return status if status == BROKEN_PIPE else max(status, _run_with_status(_flush_output))
     finally:
         warnings.showwarning = original_showwarning
+
+
+def _run_in_group(arguments: list[str]) -> int:
+    """Run a command, together with the other processes if torchrun has started several. Returns the exit status."""
+    _env.shorten_waits()
+    with ranks.joined() as group:
+        run = termination.raising_terminated()(_run_command)
+        if not group.several:
+            return run(arguments)
+        # What ends one process must reach the others before it leaves their group.
+        return _run_with_status(lambda: run(arguments))
 
 
 def _flush_output() -> int:
@@ -155,8 +168,10 @@ def _run_with_status(action: Callable[[], int]) -> int:
         return action()
     except (UserError, BackendUnavailableError) as error:
         return _fail(str(error), REFUSED)
+    except ranks.OtherRankError as error:
+        return error.status
     except termination.Terminated as end:
-        return _fail(f"{end}; {RESUME_ADVICE}", end.status)
+        return _fail(f"{_lost_ranks() or end}; {RESUME_ADVICE}", end.status)
     except KeyboardInterrupt:
         return _fail(f"interrupted; {RESUME_ADVICE}", INTERRUPTED)
     except BrokenPipeError as error:
@@ -173,6 +188,9 @@ def _run_with_status(action: Callable[[], int]) -> int:
             return _fail(f"the memory does not suffice: {_joined(error)}; {RESUME_ADVICE}", FAILED)
         return _fail(f"this installation is incomplete: {error}", FAILED)
     except Exception as error:
+        if ranks.current().several and ranks.is_lost_connection(error):
+            reason = _lost_ranks() or f"another rank has ended or cannot be reached ({_joined(error)})"
+            return _fail(f"{reason}; {RESUME_ADVICE}", FAILED)
         if _is_lack_of_memory(error):
             return _fail(f"the memory does not suffice: {_joined(error) or 'out of memory'}; {RESUME_ADVICE}", FAILED)
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
@@ -182,6 +200,12 @@ def _run_with_status(action: Callable[[], int]) -> int:
             return _fail(f"{reason}: {_joined(error)}; {RESUME_ADVICE}", FAILED)
         advice = "please report it with what RADA_FAST_TRACEBACK=1 adds"
         return _fail(f"a fault of rada-fast itself, {advice}: {type(error).__name__}: {_joined(error)}", INTERNAL_ERROR)
+
+
+def _lost_ranks() -> str:
+    """Name the other processes of the group that have ended without a word, or return an empty text."""
+    lost = ranks.current().lost()
+    return f"rank {', '.join(map(str, lost))} of {ranks.current().count} was killed or has crashed" if lost else ""
 
 
 def _joined(error: Exception) -> str:
@@ -227,12 +251,16 @@ def _ready_standard_streams() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    """Print on one line why a command ended. Returns the status."""
+    """Print on one line why a command ended, or leave that to the rank that has failed first. Returns the status."""
+    if not ranks.current().fail(status):
+        return status
     # If standard error cannot be written, the status alone tells the reason.
     with suppress(OSError, ValueError):
         if _env.show_traceback():
             traceback.print_exc()
-        print(f"rada-fast: {one_line(message)}", file=sys.stderr, flush=True)
+        # The ranks other than the first print nothing else, and nothing to sys.stderr.
+        stream = sys.__stderr__ if ranks.current().several else sys.stderr
+        print(f"rada-fast: {one_line(message)}", file=stream, flush=True)
     return status
 
 
@@ -248,6 +276,10 @@ def _run_command(arguments: list[str]) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         raise UserError(_unknown_command(command))
+    if ranks.current().several and not COMMANDS[command].ranks:
+        able = [name for name, each in COMMANDS.items() if each.ranks]
+        advice = f"only {', '.join(able)} can be split" if able else "no command can be split yet"
+        raise UserError(f"{command} runs in one process, start it without torchrun ({advice})")
     if {"-h", "--help", "help"} & set(rest[:1]) or {"-h", "--help"} & set(rest):
         return _help(command, rest)
     config = parse(command, rest)

@@ -24,7 +24,8 @@ from rada_fast.models.open import open_parts
 from rada_fast.models.protocol import Tokenizer, Tower, image_tower, text_tower
 from rada_fast.models.trained import MAX_CHAINED_RUNS, TrainedRun, open_run
 from rada_fast.models.weights import RANDOM, is_tag
-from rada_fast.system import memory, notices
+from rada_fast.system import memory, notices, ranks
+from rada_fast.system.ranks import Ranks
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -276,7 +277,7 @@ def open_model(options: ModelOptions, *, needed: bool, seed: int) -> Model:
 
     Raises UserError if the device does not exist or the model cannot be loaded.
     """
-    device = resolve_device(options.device)
+    device = device_of_rank(resolve_device(options.device), ranks.current())
     if not needed:
         return AbsentModel(device, options.precision)
     return load_model(options.model, options.pretrained, device=device, precision=options.precision, seed=seed)
@@ -295,6 +296,20 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= _env.cuda_device_count():
         raise UserError(f"device {name!r} was asked for, but PyTorch sees {_env.cuda_device_count()} CUDA devices here")
     return device
+
+
+def device_of_rank(device: torch.device, group: Ranks) -> torch.device:
+    """Return the device of one of several processes, which on a machine with several GPUs is a GPU of its own.
+
+    It becomes the current GPU of the process. Raises UserError if the device was chosen by its number.
+    """
+    if not group.several or device.type != "cuda":
+        return device
+    if ":" in str(device):
+        raise UserError(f"device must be auto, cpu or cuda in several processes, got {device}")
+    own = torch.device("cuda", group.cuda_index())
+    torch.cuda.set_device(own)
+    return own
 
 
 def _fingerprint(identity: str, model: nn.Module) -> str:

@@ -14,10 +14,18 @@ import torch
 from open_clip.pretrained import _PRETRAINED
 from safetensors.torch import save_file
 
+from rada_fast import _env
 from rada_fast.config.options import ModelOptions
 from rada_fast.errors import UserError
-from rada_fast.models.vision_language import AbsentModel, VisionLanguageModel, load_model, open_model
+from rada_fast.models.vision_language import (
+    AbsentModel,
+    VisionLanguageModel,
+    device_of_rank,
+    load_model,
+    open_model,
+)
 from rada_fast.models.weights import _record_of_file
+from rada_fast.system.ranks import Ranks
 
 SMALL = {
     "embed_dim": 16,
@@ -239,3 +247,17 @@ def test_a_run_that_encodes_nothing_has_an_absent_model() -> None:
     model.check_width(7, "anything")
     with pytest.raises(UserError, match="data must be images to be encoded by a model, got feature files"):
         model.loaded()
+
+
+def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(_env, "cuda_device_count", lambda: 4)
+    cuda, cpu, second = torch.device("cuda"), torch.device("cpu"), torch.device("cuda:2")
+    assert device_of_rank(cuda, Ranks(6, 8, 2, 4)) == second
+    assert chosen == [second]
+    assert device_of_rank(cpu, Ranks(6, 8, 2, 4)) == cpu
+    assert device_of_rank(second, Ranks()) == second
+    with pytest.raises(UserError, match="must be auto, cpu or cuda in several processes"):
+        device_of_rank(second, Ranks(6, 8, 2, 4))
+    assert chosen == [second]
