@@ -25,7 +25,14 @@ from rada_fast.config.arguments import check_file_kind, name_option, paths_of, r
 from rada_fast.config.bench import PARTS, MeasuringOptions
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.inference import EvalOptions, FeaturesOptions, PredictOptions
-from rada_fast.config.tools import BuildOptions, DemoOptions, DoctorOptions, KernelsOptions, ReportOptions
+from rada_fast.config.tools import (
+    BuildOptions,
+    DemoOptions,
+    DoctorOptions,
+    KernelsOptions,
+    ReportOptions,
+    StatusOptions,
+)
 from rada_fast.errors import BackendUnavailableError, UserError
 from rada_fast.system import invocation, memory, notices, ranks, termination
 from rada_fast.system.notices import one_line
@@ -86,6 +93,11 @@ COMMANDS = {
         ReportOptions,
         "rada_fast.reports.command:run_report",
         "tables of finished runs: sets, classes, seeds, base and new, calibration, two runs compared",
+    ),
+    "status": Command(
+        StatusOptions,
+        "rada_fast.reports.watching:run_status",
+        "how runs stand: done and left, rate, time left, accuracy so far, and how an interrupted one goes on",
     ),
     "build": Command(
         BuildOptions, "rada_fast.extension.build:run_build", "compile the C++ extension, once for this PyTorch"

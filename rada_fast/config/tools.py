@@ -67,6 +67,31 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
+class StatusOptions:
+    """Say how runs stand: who runs in a folder, what is done and left, the rate and the time left, the accuracy so far,
+    epochs and loss, unreadable images, the size on disk, the last warnings, and the command that goes on.
+
+    It only reads, while runs go on too. The exit status is 2 where a folder is not that of a run.
+
+    Example: rada-fast status results/ttt results/eft --follow
+    """
+
+    WITHOUT_FLAG: ClassVar[str] = "folders"
+
+    folders: tuple[str, ...] = ()
+    """Folders of runs of any command, or folders that contain such folders. --folders itself can be left out."""
+    follow: bool = False
+    """Look again every second until no run goes on any more; where the output is no terminal, print a line a minute."""
+    json: bool = False
+    """Print JSON: a list with an object for each run, with --follow one such list in every line."""
+
+    def __post_init__(self) -> None:
+        check_paths(self, "folders")
+        if not self.folders:
+            raise UserError("folders must name one or more folders of runs, as in rada-fast status results/ttt")
+
+
+@dataclass(frozen=True)
 class DoctorOptions:
     """Report what is installed, which backends are usable and why others are not, and run a small numeric self-test.
 

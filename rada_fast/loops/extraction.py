@@ -24,7 +24,7 @@ from rada_fast.models.vision_language import VisionLanguageModel, open_model
 from rada_fast.reports.summary import RunFacts, already_finished, finish
 from rada_fast.runs.folder import Inputs, RunFolder
 from rada_fast.runs.machine import reset_peak_memory
-from rada_fast.runs.progress import progress
+from rada_fast.runs.progress import Counts, progress
 from rada_fast.system import notices
 
 IMAGES, ROWS, FEATURES, TEXT = "images.jsonl", "features.rows", "features.npz", "text.npz"
@@ -109,7 +109,7 @@ def encode_all(
         samples, model, views=options.views, kind=options.view_kind, seed=options.run.seed, workers=options.run.workers
     )
     per_batch = max(1, ENCODED_VIEWS // options.views)
-    with progress("encode", len(samples)) as advance:
+    with progress("encode", len(samples), before=Counts(len(done))) as advance:
         for batch in _batches(stream, per_batch):
             readable = [(index, views) for index, views, _ in batch if views is not None]
             encoded: dict[int, Tensor] = {}

@@ -30,7 +30,7 @@ from rada_fast.ops import zero_shot_logits
 from rada_fast.reports.summary import already_finished, finish, ranking
 from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.machine import reset_peak_memory
-from rada_fast.runs.progress import progress
+from rada_fast.runs.progress import Counts, progress
 from rada_fast.system import notices
 
 PREDICTIONS, TABLE = "predictions.jsonl", "predictions.csv"
@@ -56,7 +56,10 @@ def run_predict(options: PredictOptions) -> dict[str, Any]:
         reset_peak_memory()
         start = time.perf_counter()
         todo = [index for index, id in enumerate(chosen.ids) if id not in done]
-        with progress("predict", len(todo)) as advance, closing(predictions(setup, chosen, options, todo)) as found:
+        with (
+            progress("predict", len(todo), before=Counts(len(done))) as advance,
+            closing(predictions(setup, chosen, options, todo)) as found,
+        ):
             for prediction in found:
                 folder.append(PREDICTIONS, line_of(prediction, setup.names, options.top))
                 advance(readable=prediction.status != "unreadable")

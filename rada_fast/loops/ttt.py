@@ -21,11 +21,10 @@ from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.loops.zero_shot import check_sample
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
+from rada_fast.reports.answers import answers_of, counts_of
 from rada_fast.reports.summary import (
     accuracy_of,
     already_finished,
-    answers_of,
-    counts_of,
     finish,
     image_record,
     is_image_record,

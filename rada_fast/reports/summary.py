@@ -14,12 +14,8 @@ from rada_fast.config.options import RunOptions
 from rada_fast.ops import resolve_backend
 from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.machine import peak_memory, versions
-from rada_fast.runs.progress import Counts
 from rada_fast.system import notices
 from rada_fast.system.terminal import PlainConsole, print_json, table
-
-ANSWERS = {"zero-shot": "zero_shot", "adapted": "adapted"}
-"""The words for the two answers to an image, and the entries of its record that hold them."""
 
 
 def image_record(
@@ -98,29 +94,6 @@ def accuracy_of(records: Sequence[dict[str, Any]], *, before: str, after: str) -
             right = sum(record["label"] in record.get(name, [])[:k] for record in labelled)
             result[f"{name}_top{k}"] = percent(right, len(labelled))
     return result
-
-
-def answers_of(record: Mapping[str, Any]) -> dict[str, bool] | None:
-    """Return whether the answers before and after adaptation were right, or None for an image of no known class.
-
-    record: the record of an image. An unreadable image counts as a wrong answer.
-    """
-    if (label := record.get("label")) is None:
-        return None
-    return {title: label in record.get(name, [])[:1] for title, name in ANSWERS.items()}
-
-
-def counts_of(records: Iterable[Mapping[str, Any]]) -> Counts:
-    """Count the records of images, as the progress of a run shows them."""
-    done, labelled, unreadable, right = 0, 0, 0, dict.fromkeys(ANSWERS, 0)
-    for record in records:
-        done += 1
-        unreadable += record.get("status") == "unreadable"
-        if (answers := answers_of(record)) is not None:
-            labelled += 1
-            for name, is_right in answers.items():
-                right[name] += is_right
-    return Counts(done, done, labelled, right if labelled else {}, unreadable)
 
 
 def percent(right: int, total: int) -> float | None:

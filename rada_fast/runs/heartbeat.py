@@ -22,6 +22,8 @@ HEARTBEAT_FILE = "progress.json"
 FORMAT = "rada_fast.progress.v1"
 INTERVAL = 5.0
 """The shortest time between two writings of the file, in seconds."""
+MOST_BYTES = 2**20
+"""A larger file is not read."""
 KEPT_WARNINGS = 5
 """The number of the last warnings that the file holds."""
 
@@ -95,3 +97,18 @@ def beat(state: Callable[[], Mapping[str, Any]], *, at_once: bool = False) -> No
     """
     if _running:
         _running[-1].beat(state, at_once=at_once)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Return what the heartbeats in the folder of a run say, one for each process. A damaged file is left out."""
+    found = []
+    stem, _, ending = HEARTBEAT_FILE.partition(".")
+    for path in sorted(folder.glob(f"{stem}*.{ending}")):
+        try:
+            if path.is_file() and path.stat().st_size < MOST_BYTES:
+                content = json.loads(path.read_bytes())
+                if isinstance(content, dict) and content.get("format") == FORMAT:
+                    found.append(content)
+        except (OSError, ValueError, RecursionError):
+            continue
+    return found

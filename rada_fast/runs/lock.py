@@ -1,4 +1,8 @@
-"""A lock on a folder. The system releases it when the process that holds it ends, whatever the reason."""
+"""A lock on a folder. The system releases it when the process that holds it ends, whatever the reason.
+
+Whoever only wants to know whether a folder is locked asks the system. Trying to take the lock for a moment would refuse
+a run that starts at the same moment.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import re
 import stat
 import weakref
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from rada_fast.errors import UserError
@@ -17,6 +22,7 @@ from rada_fast.system import notices
 
 _OWNER = re.compile(rb"(process \d+ on [^\n]*\n)?")
 """The content of a lock file: nothing yet, or the process that holds the lock."""
+_PROCESS = re.compile(r"process (\d+) on ([^\n]*)\n")
 _open_descriptors: set[int] = set()
 """The file descriptors of the locks that this process holds."""
 
@@ -85,3 +91,62 @@ class FolderLock:
     def release(self) -> None:
         """Release the lock, so that another run can take it."""
         self._finalizer()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds the lock on a folder, or held it last.
+
+    process, host: its number and the name of its machine.
+    since: when it took the lock, in seconds since 1970.
+    """
+
+    process: int
+    host: str
+    since: float
+
+
+def owner_of(path: Path) -> Owner | None:
+    """Return the process that a lock file names, or None if there is no such file or it names none."""
+    try:
+        if not path.is_file():
+            return None
+        found = _PROCESS.fullmatch(path.read_bytes()[:200].decode("ascii", "replace"))
+        return None if found is None else Owner(int(found[1]), found[2], path.stat().st_mtime)
+    except OSError:
+        return None
+
+
+def is_held(path: Path) -> bool | None:
+    """Return whether a process of this machine holds a lock file, without touching the lock.
+
+    Returns None where that cannot be known: the process belongs to another machine or to another container, or the
+    system is not Linux.
+    """
+    owner = owner_of(path)
+    if owner is None:
+        return False
+    try:
+        state = path.stat()
+        listed = Path("/proc/locks").read_text()
+    except OSError:
+        return None
+    place = f"{os.major(state.st_dev):02x}:{os.minor(state.st_dev):02x}:{state.st_ino}"
+    if any("FLOCK" in line and place in line.split() for line in listed.splitlines()):
+        return True
+    if owner.host != platform.node().encode("ascii", "replace").decode():
+        return None
+    # Some file systems number their devices in the list in another way than for stat.
+    return _has_open(owner.process, path)
+
+
+def _has_open(process: int, path: Path) -> bool | None:
+    """Return whether a process of this machine has a file open, or None where the system does not say."""
+    descriptors = Path(f"/proc/{process}/fd")
+    try:
+        real = str(path.resolve())
+        return any(str(entry.readlink()) == real for entry in descriptors.iterdir())
+    except PermissionError:
+        return None
+    except OSError:  # the process has ended
+        return False

@@ -185,11 +185,11 @@ def progress(
     title: what the loop does.
     total: the number of its steps, or None if nobody knows it.
     unit: the word for its steps.
-    before: the answers of an earlier run that this one goes on from, for the accuracy so far.
+    before: what earlier runs have done, in all processes, where this one goes on from there.
     gather: a function from the counts of this process to those of all processes that share the work. It is called
         only when something is shown. Without it, this process does all the work.
     """
-    state = _State(title, unit, total, Counts() if before is None else before, gather)
+    state = _State(title, unit, total, before, gather)
     # A process can run without a standard error.
     if sys.stderr is not None and sys.stderr.isatty():
         columns = (
@@ -246,9 +246,11 @@ class _State:
     """What progress() knows of its loop."""
 
     def __init__(
-        self, title: str, unit: str, total: int | None, before: Counts, gather: Callable[[Counts], Counts] | None
+        self, title: str, unit: str, total: int | None, before: Counts | None, gather: Callable[[Counts], Counts] | None
     ) -> None:
         self._title, self._unit, self._gather = title, unit, gather
+        self._earlier = None if before is None else before.done
+        before = before or Counts()
         self._before = Counts(0, 0, before.labelled, before.right, before.unreadable)
         self.total, self.done, self._labelled, self._unreadable = total, 0, 0, 0
         self._right: dict[str, int] = {}
@@ -283,7 +285,8 @@ class _State:
         return measured(counts + self._before, share * overall, share * recent, self._unit)
 
     def _own(self) -> dict[str, Any]:
-        return {"title": self._title, "note": self.note, **self._of(self._counts())}
+        own = {"title": self._title, "note": self.note, "earlier": self._earlier}
+        return {**own, **self._of(self._counts())}
 
     def leave(self) -> None:
         """Write down the end of the loop."""
