@@ -106,8 +106,9 @@ class EFTOptions:
     """Test images of new classes, where they are data of their own. Needs --protocol all."""
     method: EFTMethodName = "rada"
     """rada, or a method of the paper's Tables 2, 4 and 8: clip-adapter; coop (learned words); prompt and adapter (deep
-    prompts, or adapters, in both encoders), which rada+prompt and rada+adapter combine with RAda; attend-text,
-    attend-image and attend-both (masks learned in isolation)."""
+    prompts, or adapters, in both encoders), which rada+prompt and rada+adapter combine with RAda; maple (deep prompts
+    of images that are projected from those of texts); attend-text, attend-image and attend-both (masks learned in
+    isolation)."""
     protocol: Protocol = "base-to-new"
     """base-to-new: train on the first half of the classes, test on both halves; all: train and test on all classes."""
     shots: int | None = 16

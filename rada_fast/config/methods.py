@@ -10,11 +10,11 @@ from typing import Literal
 
 HeadName = Literal["rational", "zero-shot", "clip-adapter", "attend-text", "attend-image", "attend-both"]
 """What computes logits from the features of images and classes; see modules/heads.py."""
-TuningName = Literal["context", "prompts", "adapters"]
+TuningName = Literal["context", "prompts", "coupled-prompts", "adapters"]
 """What is trained inside the encoders; see models/encoder_tuning.py."""
 EFTMethodName = Literal[
-    "rada", "clip-adapter", "coop", "prompt", "adapter", "rada+prompt", "rada+adapter", "attend-text", "attend-image",
-    "attend-both",
+    "rada", "clip-adapter", "coop", "prompt", "maple", "adapter", "rada+prompt", "rada+adapter", "attend-text",
+    "attend-image", "attend-both",
 ]  # fmt: skip
 FFTMethodName = Literal["rada", "lp", "ft", "l2-sp", "lp-ft", "flyp", "clip-adapter"]
 Trains = Literal["head", "encoder", "both-encoders"]
@@ -37,6 +37,7 @@ EFT_METHODS: dict[EFTMethodName, EFTMethod] = {
     "clip-adapter": EFTMethod("clip-adapter"),
     "coop": EFTMethod("zero-shot", "context"),
     "prompt": EFTMethod("zero-shot", "prompts"),
+    "maple": EFTMethod("zero-shot", "coupled-prompts"),
     "adapter": EFTMethod("zero-shot", "adapters"),
     "rada+prompt": EFTMethod("rational", "prompts"),
     "rada+adapter": EFTMethod("rational", "adapters"),

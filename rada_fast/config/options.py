@@ -162,11 +162,11 @@ class TuningOptions:
     """These options choose what the methods of `eft` other than rada train."""
 
     context_tokens: int = 4
-    """Learned tokens: words of the prompt in coop, prompt and rada+prompt, and tokens of the image in the last two
-    (4, as "a photo of a" has)."""
+    """Learned tokens: words of the prompt in coop, prompt, maple and rada+prompt, and tokens of the image in the last
+    three (4, as "a photo of a" has; MaPLe's publication has 2)."""
     prompt_depth: int = 9
-    """Blocks of both encoders that get learned tokens of their own, from the first on, in prompt and rada+prompt
-    (published: 9)."""
+    """Blocks of both encoders that get learned tokens of their own, from the first on, in prompt, maple
+    and rada+prompt (published: 9)."""
     adapter_depth: int = 8
     """Blocks of both encoders with an adapter behind them, up to the last, in adapter and rada+adapter."""
     adapter_width: int = 32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,11 @@ class EncoderTuning(nn.Module):
     behind those of the picture, replaced before each further block up to J, and dropped behind the last block, so that
     no later layer sees them. They are appended behind the normalisation before the first block.
 
+    "coupled-prompts": as "prompts", but the tokens of the image encoder are no parameters of their own. Those of its
+    first block are a learned linear map of the context, and those of each further block, up to J, a learned linear map
+    of the tokens of the text encoder's block at the same depth (MaPLe itself). J is at most the number of blocks of
+    either encoder.
+
     "adapters": behind each of the last J blocks of both encoders, x' = x + W2 relu(W1 x) for each token x, with W1 of
     (w, W), W2 of (W, w) and biases (Houlsby et al., ICML 2019; in both encoders, as in MMA, Yang et al., CVPR 2024, but
     without weights that both share). W2 starts at zero, so the features start as they are.
@@ -83,6 +89,7 @@ class EncoderTuning(nn.Module):
         self._template, self._first = template, 0
         self.context: nn.Parameter | None = None
         self.image_prompts, self.text_prompts = nn.ParameterList(), nn.ParameterList()
+        self.prompt_projections = nn.ModuleList()
         self.image_adapters, self.text_adapters = nn.ModuleList(), nn.ModuleList()
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
@@ -94,6 +101,11 @@ class EncoderTuning(nn.Module):
                 depth = options.prompt_depth
                 self.image_prompts.extend(_tokens(options.context_tokens, image.width) for _ in image.blocks[:depth])
                 self.text_prompts.extend(_tokens(options.context_tokens, text.width) for _ in text.blocks[1:depth])
+            if name == "coupled-prompts":
+                image, text = towers
+                depth = min(options.prompt_depth, len(image.blocks), len(text.blocks))
+                self.text_prompts.extend(_tokens(options.context_tokens, text.width) for _ in range(depth - 1))
+                self.prompt_projections.extend(nn.Linear(text.width, image.width) for _ in range(depth))
             if name == "adapters":
                 for tower, adapters in zip(towers, (self.image_adapters, self.text_adapters), strict=True):
                     blocks = tower.blocks[-options.adapter_depth :]
@@ -127,12 +139,14 @@ class EncoderTuning(nn.Module):
                 hooks.append(_token_embedding(vlm.model).register_forward_hook(self._put_context))
             if self._blocks:
                 image, text = self._blocks
-                for number, (block, prompts) in enumerate(zip(image, self.image_prompts, strict=False)):
-                    hooks.append(block.register_forward_pre_hook(_appending(prompts, replaces=number > 0)))
+                depth = len(self.image_prompts) + len(self.prompt_projections)
+                for number, block in enumerate(image[:depth]):
+                    prompts_of = partial(self._prompts_of_image, number)
+                    hooks.append(block.register_forward_pre_hook(_appending(prompts_of, replaces=number > 0)))
                 for block, prompts in zip(text[1:], self.text_prompts, strict=False):
                     hooks.append(block.register_forward_pre_hook(self._replacing(prompts)))
-                if len(self.image_prompts):
-                    hooks.append(image[-1].register_forward_hook(_dropping(len(self.image_prompts[0]))))
+                if depth and self.context is not None:
+                    hooks.append(image[-1].register_forward_hook(_dropping(len(self.context))))
                 for blocks, adapters in ((image, self.image_adapters), (text, self.text_adapters)):
                     for block, adapter in zip(blocks[len(blocks) - len(adapters) :], adapters, strict=True):
                         hooks.append(block.register_forward_hook(_adding(adapter)))
@@ -140,6 +154,14 @@ class EncoderTuning(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _prompts_of_image(self, number: int) -> Tensor:
+        """Return the tokens (n, W) that a block of the image encoder sees behind those of the picture."""
+        if not len(self.prompt_projections):
+            return self.image_prompts[number]
+        source = self.context if number == 0 else self.text_prompts[number - 1]
+        prompts: Tensor = self.prompt_projections[number](source)
+        return prompts
 
     def _with_tokens(self, tokens: Tensor, learned: Tensor) -> Tensor:
         """Put learned tokens (n, W) into the places of the first tokens (N, L, W) behind the start."""
@@ -166,11 +188,17 @@ def _bottleneck(width: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(down, nn.ReLU(), up)
 
 
-def _appending(prompts: Tensor, *, replaces: bool) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """Return a hook that appends tokens (n, W) to those of a block's input, or replaces the last n of them."""
+def _appending(
+    prompts_of: Callable[[], Tensor], *, replaces: bool
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """Return a hook that appends tokens (n, W) to those of a block's input, or replaces the last n of them.
+
+    prompts_of: a function that returns the tokens; it is called in every forward pass, after whose step they differ.
+    """
 
     def hook(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         tokens: Tensor = given[0]
+        prompts = prompts_of()
         kept = tokens[:, : -len(prompts)] if replaces else tokens
         return torch.cat([kept, prompts.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1), *given[1:]
 

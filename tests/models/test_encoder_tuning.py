@@ -95,6 +95,30 @@ def test_deep_prompts_are_what_each_block_sees(vlm: VisionLanguageModel) -> None
     assert torch.equal(seen["text"][1][:, 1:3], tuning.text_prompts[0].detach().expand(3, -1, -1))
 
 
+def test_coupled_prompts_of_images_are_projected_from_those_of_texts(vlm: VisionLanguageModel) -> None:
+    tuning = make(vlm, "coupled-prompts", context_tokens=2, prompt_depth=9)
+    # The embedded text encoder has two blocks, and no block of images has prompts beyond that depth.
+    assert tuning.context is not None
+    assert not len(tuning.image_prompts)
+    assert [tuple(prompts.shape) for prompts in tuning.text_prompts] == [(2, vlm.text_tower().width)]
+    seen: list[Tensor] = []
+    blocks = vlm.image_tower().blocks
+    with tuning.attached(), torch.no_grad():
+        hooks = [block.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for block in blocks]
+        vlm.image_features_with_grad(images(vlm))
+        # A step changes the prompts while they are attached.
+        tuning.context.mul_(2)
+        vlm.image_features_with_grad(images(vlm))
+        for hook in hooks:
+            hook.remove()
+    first, second = tuning.prompt_projections
+    expected = [tuning.context.detach() / 2 @ first.weight.T + first.bias, second(tuning.text_prompts[0])]
+    expected += [tuning.context.detach() @ first.weight.T + first.bias, second(tuning.text_prompts[0])]
+    for tokens, prompts in zip(seen[:2] + seen[len(blocks) : len(blocks) + 2], expected, strict=True):
+        torch.testing.assert_close(tokens[:, -2:], prompts.detach().expand(2, -1, -1))
+    assert not torch.equal(seen[2][:, -2:], seen[1][:, -2:])
+
+
 def test_adapters_add_what_they_make_of_a_blocks_output(vlm: VisionLanguageModel) -> None:
     tuning = make(vlm, "adapters", adapter_depth=1, adapter_width=5)
     assert len(tuning.image_adapters) == len(tuning.text_adapters) == 1
@@ -111,7 +135,7 @@ def test_adapters_add_what_they_make_of_a_blocks_output(vlm: VisionLanguageModel
     torch.testing.assert_close(after[0], expected)
 
 
-@pytest.mark.parametrize("name", ["context", "prompts", "adapters"])
+@pytest.mark.parametrize("name", ["context", "prompts", "coupled-prompts", "adapters"])
 def test_everything_that_is_trained_gets_gradients_and_the_model_none(vlm: VisionLanguageModel, name: Any) -> None:
     tuning = make(vlm, name)
     for adapters in (tuning.image_adapters, tuning.text_adapters):
@@ -128,7 +152,7 @@ def test_everything_that_is_trained_gets_gradients_and_the_model_none(vlm: Visio
     assert not any(key.startswith("_vlm") for key in tuning.state_dict())
 
 
-@pytest.mark.parametrize("name", ["context", "prompts", "adapters"])
+@pytest.mark.parametrize("name", ["context", "prompts", "coupled-prompts", "adapters"])
 def test_the_model_is_itself_again_afterwards(vlm: VisionLanguageModel, name: Any) -> None:
     views, prompts = images(vlm), [PHOTO.replace("{}", name) for name in NAMES]
     before = vlm.image_features(views), vlm.encode_texts(prompts)
