@@ -61,11 +61,13 @@ class _Link:
     """What connects a rank to the others.
 
     store: values by name, which all ranks see; calls: the numbers of the exchanges, the same on every rank.
+    told: what this rank has last left for the others, by name.
     failed: whether this rank has told the others that it has failed.
     """
 
     store: Store
     calls: Iterator[int] = field(default_factory=itertools.count)
+    told: dict[str, Any] = field(default_factory=dict)
     failed: bool = False
 
 
@@ -116,9 +118,12 @@ class Ranks:
         """Wait until every rank has come here."""
         self._exchange("barrier", None)
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in the order of the ranks. They must be plain values that JSON can hold."""
-        return self._exchange("gather", value) if self.several else [value]
+    def all_gather(self, value: Any, waiting: Callable[[], object] | None = None) -> list[Any]:
+        """Return the values of all ranks, in the order of the ranks. They must be plain values that JSON can hold.
+
+        waiting: this is called again and again while some ranks have not come here yet.
+        """
+        return self._exchange("gather", value, waiting)
 
     def broadcast(self, value: Any) -> Any:
         """Return the first rank's value on every rank. It must be a plain value that JSON can hold, but for a tuple.
@@ -158,36 +163,60 @@ class Ranks:
                 for tensor, part in zip(same, whole.split([tensor.numel() for tensor in same]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
-    def all_gather_rows(self, rows: Tensor, total: int) -> Tensor:
-        """Return the rows (total, ...) of all ranks in the order of the items of which each rank took its share.
+    def broadcast_tensor(self, tensor: Tensor) -> Tensor:
+        """Return the first rank's tensor on every rank. The others pass one of the same shape, type and device."""
+        if not self.several:
+            return tensor
+        import torch.distributed as dist
 
-        rows: what this rank has computed for ``share(items)``, one row for each of its items, on the processor.
-        total: the number of the items.
+        sent = tensor.detach().clone()
+        dist.broadcast(sent, 0)
+        return sent
+
+    def all_gather_rows(self, rows: Tensor, total: int, block: int = 1) -> Tensor:
+        """Return the rows (total, ...) of all ranks, on the processor, in the order of the items that they belong to.
+
+        rows: a row for each of this rank's items, on the processor.
+        total: the number of the items of all ranks.
+        block: the ranks have shared the items in blocks of this size: ``share`` was given the list of the blocks.
         """
         if not self.several:
             return rows
         import torch
         import torch.distributed as dist
 
-        # The collective needs equal shapes, so that some ranks send one more row, which nobody reads.
-        most = -(-total // self.count)
-        sent = rows.new_zeros((most, *rows.shape[1:]))
+        # The collective needs equal shapes, so that some ranks send more rows, which nobody reads.
+        blocks = -(-total // block)
+        most = -(-blocks // self.count)
+        sent = rows.new_zeros((most * block, *rows.shape[1:]))
         sent[: len(rows)] = rows
         received = [torch.empty_like(sent) for _ in range(self.count)]
         dist.all_gather(received, sent)
-        # Row r of rank k belongs to item r * count + k.
-        return torch.stack(received, dim=1).flatten(0, 1)[:total]
+        # Block r of rank k is block r * count + k of all.
+        return torch.stack([one.unflatten(0, (most, block)) for one in received], dim=1).flatten(0, 2)[:total]
 
-    def count_up(self, name: str, steps: int) -> int:
-        """Add finished steps to a count that all ranks share. Returns the sum over all ranks so far.
+    def tell(self, name: str, value: Any) -> None:
+        """Leave a plain value for the other ranks under a name, in place of the one before. This waits for nobody.
 
-        Other ranks that wait see by this that the work goes on.
+        Ranks that wait see by a new value that the work goes on.
+        """
+        if self._link is not None and self._link.told.get(name) != value:
+            self._link.told[name] = value
+            self._link.store.set(f"{name} of {self.rank}", json.dumps(value))
+            self._link.store.add("signs of life", 1)
+
+    def told(self, name: str) -> list[Any]:
+        """Return the last values that the ranks have left under a name, of those that have left one. It does not wait.
+
+        A program that was started alone is told nothing.
         """
         if self._link is None:
-            return steps
-        if steps:
-            self._link.store.add("steps", steps)
-        return self._link.store.add(f"count {name}", steps)
+            return []
+        keys = [f"{name} of {rank}" for rank in range(self.count)]
+        store = self._link.store
+        if not store.check(keys):
+            keys = [key for key in keys if store.check([key])]
+        return [json.loads(value) for value in store.multi_get(keys)] if keys else []
 
     def claim(self, name: str) -> bool:
         """Return whether this rank is the first to claim a name, which may then do what only one rank shall do."""
@@ -227,25 +256,27 @@ class Ranks:
                         found.append(rank)
         return found
 
-    def _exchange(self, kind: str, value: Any) -> list[Any]:
+    def _exchange(self, kind: str, value: Any, waiting: Callable[[], object] | None = None) -> list[Any]:
         if self._link is None:
             return [value]
         call = next(self._link.calls)
         self._link.store.set(f"call {call} of {self.rank}", json.dumps([kind, value]))
-        return self._read([f"call {call} of {rank}" for rank in range(self.count)], kind)
+        return self._read([f"call {call} of {rank}" for rank in range(self.count)], kind, waiting)
 
-    def _read(self, keys: list[str], kind: str) -> list[Any]:
+    def _read(self, keys: list[str], kind: str, waiting: Callable[[], object] | None = None) -> list[Any]:
         """Wait until the store has all keys, and return their values."""
         assert self._link is not None
         store = self._link.store
-        nap, steps, since = 0.001, -1, time.monotonic()
+        nap, signs, since = 0.001, -1, time.monotonic()
         while not store.check(keys):
             if store.check(["failure"]):
                 raise OtherRankError(int(store.get("failure")))
             time.sleep(nap)
             nap = min(2 * nap, LONGEST_NAP)
-            if nap == LONGEST_NAP and (now := store.add("steps", 0)) != steps:
-                steps, since = now, time.monotonic()
+            if nap == LONGEST_NAP and (now := store.add("signs of life", 0)) != signs:
+                signs, since = now, time.monotonic()
+            if waiting is not None:
+                waiting()
             if time.monotonic() - since > TIMEOUT.total_seconds():
                 self._give_up(store, keys)
         found = [json.loads(value) for value in store.multi_get(keys)]

@@ -32,7 +32,8 @@ def test_a_program_alone_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> N
             assert group.all_gather({"a": 1}) == [{"a": 1}]
             assert group.broadcast((1, 2)) == (1, 2)
             assert group.from_first(lambda: 5) == 5
-            assert group.count_up("images", 2) == 2
+            group.tell("images", 2)
+            assert group.told("images") == []
             assert group.claim("line")
             assert group.lost() == []
             group.barrier()
@@ -40,6 +41,7 @@ def test_a_program_alone_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> N
             group.all_reduce([ones])
             assert torch.equal(ones, torch.ones(2))
             assert torch.equal(group.all_gather_rows(ones, 2), ones)
+            assert torch.equal(group.broadcast_tensor(ones), ones)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64])
@@ -106,9 +108,14 @@ def exchange() -> None:
             "claimed": group.claim("line"),
             "current": ranks.current() is group,
         }
-        group.count_up("images", group.rank + 1)
+        if not group.first:
+            group.tell("images", group.rank)
         group.barrier()
-        found["count"] = group.count_up("images", 0)
+        found["told"] = group.told("images")
+        found["tensor"] = group.broadcast_tensor(torch.tensor([group.rank, 7])).tolist()
+        blocks = [[0, 1], [2, 3], [4]]
+        rows = [item for part in group.share(blocks) for item in part]
+        found["blocks"] = group.all_gather_rows(items[rows], 5, block=2).tolist()
         print("printed by the first rank alone", flush=True)
         say(json.dumps(found))
     assert not torch.distributed.is_initialized()
@@ -129,9 +136,10 @@ def test_ranks_exchange_values_and_tensors(count: int, tmp_path: Path) -> None:
     assert found[0]["broadcast"] == 5
     assert found[0]["made"] == {"rank": 0}
     assert found[0]["sums"] == [[total] * 4, [total] * 3, [total]]
-    assert found[0]["rows"] == torch.arange(10.0).reshape(5, 2).tolist()
+    assert found[0]["rows"] == found[0]["blocks"] == torch.arange(10.0).reshape(5, 2).tolist()
     assert found[0]["threads"] == max(1, len(os.sched_getaffinity(0)) // count)
-    assert found[0]["count"] == total
+    assert found[0]["told"] == list(range(1, count))
+    assert found[0]["tensor"] == [0, 7]
     errors = [rank.errors.read_text() for rank in started]
     assert errors == ["rada-fast: warning: warned of by the first rank alone\n"] + [""] * (count - 1)
 
