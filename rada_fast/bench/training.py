@@ -145,7 +145,7 @@ def epoch_stage(config: AdapterConfig, text: Tensor, batch: int) -> Stage:
     with clock.running():
         step = efficient_step(adapter, text, LOGIT_SCALE, options)
 
-    def batches(epoch: int) -> Iterator[Batch]:
+    def batches(epoch: int, first: int) -> Iterator[Batch]:
         return feature_batches(features, labels, shuffled(len(labels), epoch, "bench"), batch, text.device)
 
     plan = Plan(1, steps, efficient_rate(options.lr, options.schedule, 1), batches, options.lr)

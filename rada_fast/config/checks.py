@@ -6,7 +6,7 @@ import re
 import types
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from rada_fast.errors import UserError
 
@@ -88,6 +88,29 @@ def bytes_of(name: str, value: str) -> int:
     if amount < 1:
         raise UserError(f"{name} must be an amount of memory such as 2GiB or 512MiB, got {value!r}")
     return amount
+
+
+class Interval(NamedTuple):
+    """An interval in seconds or in steps; the other one is None."""
+
+    seconds: float | None
+    steps: int | None
+
+
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+_INTERVAL = re.compile(r"(?P<number>\d{1,15}(?:\.\d{1,15})?) ?(?P<unit>s|min|h|steps?)")
+
+
+def interval_of(name: str, value: str) -> Interval:
+    """Return an interval such as 10min or 500steps. Raises UserError naming the field otherwise."""
+    found = _INTERVAL.fullmatch(value) if isinstance(value, str) else None
+    number = float(found["number"]) if found else 0.0
+    if found and number > 0 and found["unit"] in _SECONDS:
+        return Interval(number * _SECONDS[found["unit"]], None)
+    if number >= 1 and number.is_integer():
+        return Interval(None, int(number))
+    kinds = "a time such as 10min, 90s or 1h, or a number of steps such as 500steps"
+    raise UserError(f"{name} must be {kinds}, got {value!r}")
 
 
 def check_text(name: str, value: str | None) -> None:

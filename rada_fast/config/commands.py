@@ -13,6 +13,7 @@ from rada_fast.config.checks import (
     check_paths,
     check_positive,
     check_share,
+    interval_of,
 )
 from rada_fast.config.method import (
     EpisodeConfig,
@@ -133,6 +134,9 @@ class EFTOptions:
     """center: one fixed view, encoded once and cached; crop: a new random crop and flip each epoch (published)."""
     evaluate_every: int = 0
     """Also test after every this many epochs; 0 tests at the end only."""
+    save_every: str | None = None
+    """Save the state inside of epochs each time after this long or this many steps, such as 10min or 500steps. Default:
+    every minute, or so seldom that saving takes no more than one per cent of the time."""
     run: RunOptions = RunOptions(output="results/eft")
     model: ModelOptions = ModelOptions()
     text: ClassOptions = ClassOptions()
@@ -161,6 +165,8 @@ class EFTOptions:
         check_positive("lr", self.lr)
         check_positive("weight_decay", self.weight_decay, zero_ok=True)
         check_positive("penalty_weight", self.penalty_weight, zero_ok=True)
+        if self.save_every is not None:
+            interval_of("save_every", self.save_every)
         if self.new_test is not None and self.protocol != "all":
             raise UserError("new_test needs protocol 'all': with 'base-to-new' the new classes are test's second half")
 
@@ -224,6 +230,9 @@ class FFTOptions:
     """Weight of the mask penalty (Eq. 14 writes none, so 1)."""
     train_views: TrainViews = "crop"
     """crop: random crops of 90 to 100 % of the picture, as open_clip trains; center: one fixed view."""
+    save_every: str | None = None
+    """Save the state inside of epochs each time after this long or this many steps, such as 10min or 500steps. Default:
+    every minute, or so seldom that saving takes no more than one per cent of the time."""
     run: RunOptions = RunOptions(output="results/fft")
     model: ModelOptions = ModelOptions()
     text: ClassOptions = ClassOptions()
@@ -242,6 +251,8 @@ class FFTOptions:
             bytes_of("memory", self.memory)
             if self.micro_batch is not None:
                 raise UserError("memory and micro_batch both give the size of a step's parts: give one of them")
+        if self.save_every is not None:
+            interval_of("save_every", self.save_every)
         check_integer("warmup_steps", self.warmup_steps, 0)
         stages = FFT_METHODS[self.method].stages
         _check_head(self.method, FFT_METHODS[self.method].head, self.adapter)

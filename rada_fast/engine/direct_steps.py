@@ -7,7 +7,7 @@ is settled here before the first step, and the sums for the record of an epoch a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,15 +63,35 @@ class DirectStep:
 
     def add_to(self, totals: Tensor) -> None:
         """Add what waits to the sums (3,) of cross-entropies, penalties and right answers over images, float64."""
+        if (waiting := self.waiting()) is not None:
+            self._held, self._room = [], LOGITS_HELD
+            totals += summed_up(waiting)
+
+    def waiting(self) -> dict[str, Tensor] | None:
+        """Return what waits to be summed up, the results of all steps in tensors, or None if nothing waits."""
         if not self._held:
-            return
+            return None
         entropies, penalties, logits, labels = zip(*self._held, strict=True)
-        self._held, self._room = [], LOGITS_HELD
-        counts = torch.tensor([len(own) for own in labels], dtype=totals.dtype)
-        correct = (torch.cat(logits).argmax(dim=-1) == torch.cat(labels)).sum()
-        totals += torch.stack([
-            (torch.cat(entropies) * counts).sum(), (torch.stack(penalties) * counts).sum(), correct
-        ])  # fmt: skip
+        return {
+            "entropies": torch.cat(entropies), "penalties": torch.stack(penalties), "logits": torch.cat(logits),
+            "labels": torch.cat(labels), "counts": torch.tensor([len(own) for own in labels]),
+        }  # fmt: skip
+
+    def wait_for(self, waiting: Mapping[str, Tensor]) -> None:
+        """Let what waiting() has returned wait again, as it did."""
+        counts = waiting["counts"].tolist()
+        parts = (waiting["entropies"].split(1), waiting["penalties"].unbind(), waiting["logits"].split(counts))
+        self._held = list(zip(*parts, waiting["labels"].split(counts), strict=True))
+        self._room = LOGITS_HELD - waiting["logits"].numel()
+
+
+def summed_up(waiting: Mapping[str, Tensor]) -> Tensor:
+    """Return the sums (3,) of what DirectStep.waiting has returned; see DirectStep.add_to."""
+    counts = waiting["counts"].double()
+    correct = (waiting["logits"].argmax(dim=-1) == waiting["labels"]).sum()
+    return torch.stack([
+        (waiting["entropies"] * counts).sum(), (waiting["penalties"] * counts).sum(), correct
+    ])  # fmt: skip
 
 
 def direct_step(

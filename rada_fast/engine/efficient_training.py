@@ -104,22 +104,22 @@ def efficient_plan(
     """
     seed, workers = options.run.seed, options.run.workers
 
-    def batches(epoch: int) -> Iterator[Batch]:
+    def batches(epoch: int, first: int) -> Iterator[Batch]:
         rows, name = features, epoch_name(None, epoch)
         if tuned is not None and tuned.tuning.changes_images:
             crops = options.train_views == "crop"
             reader = ImageBatches(
-                images.samples, tuned.vlm, options.batch_size, seed, crops=crops, encoded=False, workers=workers
-            )
-            yield from reader.epoch(name, f"views {epoch}")
-            note_unreadable(reader.unreadable.values())
+                images.samples, tuned.vlm, options.batch_size, seed, crops=crops, encoded=False, workers=workers,
+                note_unreadable=note_unreadable,
+            )  # fmt: skip
+            yield from reader.epoch(name, f"views {epoch}", first)
             return
         if options.train_views == "crop":
             title = f"encode epoch {epoch + 1}"
             rows = encode_crops(images.samples, model.loaded(), title=title, seed=seed, draw=name, workers=workers)
         note_unreadable(rows.unreadable)
         order = shuffled(len(rows.labels), seed, name)
-        yield from feature_batches(rows.features, rows.labels, order, options.batch_size, device)
+        yield from feature_batches(rows.features, rows.labels, order, options.batch_size, device, first=first)
 
     note_unreadable(features.unreadable)
     rate = efficient_rate(options.lr, options.schedule, options.epochs)

@@ -132,18 +132,18 @@ def stage_plan(
     fixed = None if reads_images else features
     count = len(images.samples) if fixed is None else len(fixed.labels)
 
-    def batches(epoch: int) -> Iterator[Batch]:
+    def batches(epoch: int, first: int) -> Iterator[Batch]:
         name = epoch_name(stage.name, epoch)
         if fixed is not None:
             note_unreadable(fixed.unreadable)
-            yield from feature_batches(fixed.features, fixed.labels, shuffled(count, seed, name), size, device)
+            order = shuffled(count, seed, name)
+            yield from feature_batches(fixed.features, fixed.labels, order, size, device, first=first)
             return
         reader = ImageBatches(
             images.samples, model.loaded(), size, seed, crops=crops, encoded=not stage.trains_encoder,
-            workers=options.run.workers,
+            workers=options.run.workers, note_unreadable=note_unreadable,
         )  # fmt: skip
-        yield from reader.epoch(name, f"{stage.name} views {epoch}")
-        note_unreadable(reader.unreadable.values())
+        yield from reader.epoch(name, f"{stage.name} views {epoch}", first)
 
     # This is the largest number of steps: a step is left out if none of its images can be read.
     steps = -(-count // size)

@@ -7,9 +7,9 @@ features are replayed from a CUDA graph, and nothing in them waits for the devic
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from rada_fast.config.method import AdapterConfig, MaskPenalty
-from rada_fast.engine.direct_steps import direct_step
+from rada_fast.engine.direct_steps import direct_step, summed_up
 from rada_fast.engine.graphs import Recording, usable
 from rada_fast.engine.optimizers import set_rate
 from rada_fast.modules.heads import Head
@@ -368,6 +368,25 @@ class TrainingStep:
         self._entropy.add_(parts.entropy, alpha=images)
         self._penalty.add_(parts.penalty, alpha=images)
         self._correct.add_(parts.correct)
+
+    def totals(self) -> dict[str, Any]:
+        """Return what the next read_totals depends on so far, as tensors and plain values. This waits for the device.
+
+        The sums are not rounded otherwise if load_totals brings them back: what still waits to be summed up stays so.
+        """
+        waiting = None if self._direct is None else self._direct.waiting()
+        return {"sums": self._totals.cpu(), "images": self._images, "waiting": waiting}
+
+    def load_totals(self, totals: Mapping[str, Any]) -> None:
+        """Go on from what totals() has returned."""
+        self._totals.copy_(totals["sums"])
+        self._images = totals["images"]
+        if totals["waiting"] is None:
+            return
+        if self._direct is not None:
+            self._direct.wait_for(totals["waiting"])
+        else:
+            self._totals += summed_up(totals["waiting"]).to(self.device)
 
     def read_totals(self) -> Totals:
         """Return the means over the images since the last call. This waits for the device."""

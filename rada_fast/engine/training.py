@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from rada_fast.data.views import image_seed
 from rada_fast.engine.steps import TrainingStep
 from rada_fast.errors import UserError
 from rada_fast.models.image_features import (
+    ENCODER_BATCH,
     Unreadable,
     check_some_readable,
     iterate_features,
@@ -25,6 +26,7 @@ from rada_fast.models.image_features import (
     iterate_views,
 )
 from rada_fast.models.vision_language import VisionLanguageModel
+from rada_fast.system import termination
 
 WARMUP_LR = 1e-5
 """The learning rate of the one warm-up epoch in the published configurations of efficient fine-tuning."""
@@ -36,11 +38,20 @@ ROWS_ORDERED = 1024
 
 
 class Batch(NamedTuple):
-    """The inputs of a step, features (B, D) or images (B, 3, S, S), their labels (B,), and the images' names."""
+    """The inputs of a step, and the place of its images in the order of the epoch.
+
+    inputs: features (B, D) or images (B, 3, S, S).
+    labels: their labels (B,).
+    ids: the names of the images, if they were read from files.
+    start, until: the step covers the places [start, until) of the epoch's order. This is more than B places if some of
+        the images cannot be read. The places between two batches are those of batches that were left out.
+    """
 
     inputs: Tensor
     labels: Tensor
     ids: Sequence[str] = ()
+    start: int = 0
+    until: int = 0
 
 
 def efficient_rate(lr: float, schedule: Schedule, epochs: int) -> Callable[[int, int], float]:
@@ -81,18 +92,23 @@ def shuffled(count: int, seed: int, name: str) -> Tensor:
 
 
 def feature_batches(
-    features: Tensor, labels: Tensor, order: Tensor, batch_size: int, device: torch.device
+    features: Tensor, labels: Tensor, order: Tensor, batch_size: int, device: torch.device, *, first: int = 0
 ) -> Iterator[Batch]:
     """Yield the batches of an epoch on features (N, D) with labels (N,), in an order (N,).
+
+    first: the place in the order at which the first of these batches starts.
 
     Everything is copied to the device once, so no step of the epoch waits for a copy. Rows are put into their order for
     many batches at once, because a step at B 1 is short.
     """
-    features, labels, order = features.to(device), labels.to(device), order.to(device)
+    if first >= len(order):
+        return
+    features, labels, order, start = features.to(device), labels.to(device), order[first:].to(device), first
     for indices in order.split(max(1, ROWS_ORDERED // batch_size) * batch_size):
         rows, targets = features.index_select(0, indices), labels.index_select(0, indices)
         for inputs, own in zip(rows.split(batch_size), targets.split(batch_size), strict=True):
-            yield Batch(inputs, own)
+            yield Batch(inputs, own, start=start, until=start + len(own))
+            start += len(own)
 
 
 @dataclass
@@ -106,7 +122,7 @@ class ImageBatches:
     crops: whether each epoch makes new random crops, whose draws depend on the seed, the epoch and the image alone.
     encoded: whether the batches hold features, which the model computes in batches of its own size, or the images.
     workers: see iterate_views.
-    unreadable: the images of the epochs so far that could not be read, by id.
+    note_unreadable: a function that takes images that could not be read, as soon as they are found.
     """
 
     samples: Sequence[Sample]
@@ -116,17 +132,21 @@ class ImageBatches:
     crops: bool
     encoded: bool
     workers: int
-    unreadable: dict[str, Unreadable] = field(default_factory=dict)
+    note_unreadable: Callable[[Iterable[Unreadable]], object]
 
-    def epoch(self, name: str, views_name: str) -> Iterator[Batch]:
+    def epoch(self, name: str, views_name: str, first: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch. A batch lacks the images that cannot be read; an empty batch is left out.
 
         name, views_name: the names that decide the order of the images and, with their ids, the crops.
+        first: the place in the order at which the first of these batches starts. No image before it is read, but the up
+            to ENCODER_BATCH - 1 images that the encoder computes together with it.
 
         Raises UserError if no image can be read, or if the features of an image are not usable.
         """
         order = shuffled(len(self.samples), self.seed, name).tolist()
-        samples = [self.samples[index] for index in order]
+        # The encoder gets the same images at once as without an interruption, so that sums are rounded alike.
+        skipped = first // ENCODER_BATCH * ENCODER_BATCH if self.encoded else first
+        samples = [self.samples[index] for index in order[skipped:]]
         stream = iterate_views(
             samples,
             self.vlm,
@@ -137,33 +157,43 @@ class ImageBatches:
             crop_scale=TRAIN_CROP_SCALE,
             ahead=self.batch_size,
         )
-        parts = iterate_features(stream, samples, self.vlm) if self.encoded else iterate_images(stream, samples)
+        parts = iterate_images(stream, samples)
+        if self.encoded:
+            parts = iterate_features(stream, samples, self.vlm, batch=ENCODER_BATCH)
         unreadable: list[Unreadable] = []
         waiting: list[Tensor] = []
         indices: list[int] = []
-        start = 0
+        start = first - skipped
         for part in parts:
-            unreadable += part.unreadable
-            indices += part.indices
-            if part.rows is not None:
-                waiting.append(part.rows)
+            if part.unreadable:
+                unreadable += part.unreadable
+                self.note_unreadable(part.unreadable)
+            # The first part begins with what was in steps before an interruption.
+            new = [row for row, index in enumerate(part.indices) if index >= first - skipped]
+            indices += [part.indices[row] for row in new]
+            if part.rows is not None and new:
+                waiting.append(part.rows[new[0] :])
             while start < len(samples) and part.until >= (end := min(start + self.batch_size, len(samples))):
-                start, count = end, sum(index < end for index in indices)
+                place, start, count = skipped + start, end, sum(index < end for index in indices)
                 if count:
                     rows, step = torch.cat(waiting), [samples[index] for index in indices[:count]]
                     labels = torch.tensor([sample.label for sample in step])
-                    yield Batch(rows[:count], labels, [sample.id for sample in step])
+                    yield Batch(rows[:count], labels, [sample.id for sample in step], place, skipped + end)
                     waiting, indices = [rows[count:]], indices[count:]
-        check_some_readable(unreadable, samples)
-        self.unreadable |= {image.id: image for image in unreadable}
+        if first == 0:
+            check_some_readable(unreadable, samples)
 
 
 @contextmanager
-def drawing_from(seed: int, name: str, device: torch.device) -> Iterator[None]:
+def drawing_from(
+    seed: int, name: str, device: torch.device, states: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
     """Seed the random numbers that PyTorch draws itself, such as those of dropout, while the context lasts.
 
     They depend on the seed and the name alone, so a run that was interrupted and goes on draws the same numbers as one
     that was not.
+
+    states: what random_states returned in the middle of such a context, to go on from there.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         context_seed = image_seed(seed, f"{name} draws")
@@ -172,7 +202,50 @@ def drawing_from(seed: int, name: str, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(context_seed)
+        if states is not None:
+            torch.set_rng_state(states["cpu"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(states["cuda"], device)
         yield
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of PyTorch's random numbers, for drawing_from."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+class Position(NamedTuple):
+    """How far an epoch has come, and what its further steps and its record depend on besides weights and optimiser.
+
+    images: the place in the epoch's order up to which steps were taken; see Batch.
+    steps: the number of these steps.
+    rate: the learning rate of the last one.
+    seconds: the time that they took.
+    totals: what TrainingStep.totals returned.
+    random: what random_states returned.
+    """
+
+    images: int
+    steps: int
+    rate: float
+    seconds: float
+    totals: Mapping[str, Any]
+    random: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """When and how a training stores where it is inside an epoch.
+
+    due: a function that is called after every step with False, and after the last step of an epoch also with True. It
+        returns whether the position is to be stored now.
+    store: a function that stores the number of the epoch, counted from 0, and the position in it. The weights and the
+        optimiser are those after the step. It is also called when the process is asked to end.
+    """
+
+    due: Callable[[int, bool], bool]
+    store: Callable[[int, Position], object]
 
 
 @dataclass(frozen=True)
@@ -182,7 +255,8 @@ class Plan:
     epochs: the number of epochs.
     steps: the largest number of steps in an epoch.
     rate: the learning rate as a function of the epoch and of the step in it, both counted from 0.
-    batches: a function from the number of an epoch, counted from 0, to its batches.
+    batches: a function from the number of an epoch, counted from 0, and a place in its order to its batches from there
+        on; see Batch. The place is 0 or the end of a batch.
     lr: the value of the option that sets the learning rate, for the message of an error.
     option: the name of this option.
     seed: the seed of the random numbers that PyTorch draws itself.
@@ -192,7 +266,7 @@ class Plan:
     epochs: int
     steps: int
     rate: Callable[[int, int], float]
-    batches: Callable[[int], Iterable[Batch]]
+    batches: Callable[[int, int], Iterable[Batch]]
     lr: float
     option: str = "lr"
     seed: int = 0
@@ -210,7 +284,9 @@ def train_epochs(
     plan: Plan,
     *,
     first: int = 0,
+    position: Position | None = None,
     on_step: Callable[[], object] | None = None,
+    keeping: Keeping | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Train, and yield the record of each epoch when it is finished.
 
@@ -218,27 +294,64 @@ def train_epochs(
     trained: the module that holds everything that is trained.
     plan: the length, the batches and the learning rates of the training.
     first: the number of epochs that an earlier training has finished.
+    position: how far it has come in the epoch after them, or None if it has not begun it.
     on_step: a function that is called after every step.
+    keeping: how to store the position inside an epoch, or None if nothing is stored there.
 
     Raises UserError if the loss or a weight becomes NaN or infinite.
     """
     for epoch in range(first, plan.epochs):
-        with drawing_from(plan.seed, epoch_name(plan.stage, epoch), step.device):
-            record = _train_epoch(step, trained, plan, epoch, on_step)
+        states = None if position is None else position.random
+        with drawing_from(plan.seed, epoch_name(plan.stage, epoch), step.device, states):
+            record = _train_epoch(step, trained, plan, epoch, position, on_step, keeping)
+        position = None
         yield record
 
 
 def _train_epoch(
-    step: TrainingStep, trained: nn.Module, plan: Plan, epoch: int, on_step: Callable[[], object] | None
+    step: TrainingStep,
+    trained: nn.Module,
+    plan: Plan,
+    epoch: int,
+    position: Position | None,
+    on_step: Callable[[], object] | None,
+    keeping: Keeping | None,
 ) -> dict[str, Any]:
-    """Train for one epoch and return its record."""
-    start = time.perf_counter()
-    last_rate = plan.rate(epoch, 0)
-    for index, batch in enumerate(plan.batches(epoch)):
-        last_rate = plan.rate(epoch, index)
-        step(batch.inputs, batch.labels, last_rate, batch.ids)
-        if on_step is not None:
-            on_step()
+    """Train for one epoch, from a position in it, and return its record."""
+    start, images, steps, last_rate = time.perf_counter(), 0, 0, plan.rate(epoch, 0)
+    if position is not None:
+        start -= position.seconds
+        images, steps, last_rate = position[:3]
+        step.load_totals(position.totals)
+
+    stored, whole = steps, True
+
+    def store() -> None:
+        nonlocal stored
+        if keeping is not None:
+            seconds = time.perf_counter() - start
+            here = Position(images, steps, last_rate, seconds, step.totals(), random_states(step.device))
+            keeping.store(epoch, here)
+            stored = steps
+
+    try:
+        for batch in plan.batches(epoch, images):
+            rate = plan.rate(epoch, steps)
+            with termination.postponed():
+                whole = False
+                step(batch.inputs, batch.labels, rate, batch.ids)
+                images, steps, last_rate, whole = batch.until, steps + 1, rate, True
+            if on_step is not None:
+                on_step()
+            if keeping is not None and keeping.due(epoch, False):
+                store()
+        if keeping is not None and keeping.due(epoch, True):
+            store()
+    except KeyboardInterrupt:
+        # The process was asked to end between two steps, or had no time to finish the present one.
+        if whole and steps > stored:
+            store()
+        raise
     totals = step.read_totals()
     seconds = time.perf_counter() - start
     loss = totals.cross_entropy + step.gradients.penalty_weight * totals.penalty

@@ -210,8 +210,11 @@ def train_adapter(
     trained = setup.head if tuning is None else nn.ModuleList([setup.head, tuning])
     training = Training(folder, STATE, trained, step.optimizer, step.scaler)
 
+    def evaluates(epoch: int) -> bool:
+        return options.evaluate_every > 0 and (epoch + 1) % options.evaluate_every == 0
+
     def after_epoch(epoch: int, record: dict[str, Any]) -> None:
-        if options.evaluate_every and (epoch + 1) % options.evaluate_every == 0:
+        if evaluates(epoch):
             after = tuned_sets(sets, task.evaluation, setup, tuning)
             for name, records in evaluate_sets(sets, setup, after).items():
                 record[f"{name}_top1"] = accuracy_of(records, before="zero_shot", after="adapted")["adapted_top1"]
@@ -219,7 +222,10 @@ def train_adapter(
     plan = efficient_plan(
         options, task.images, task.features, setup.model, setup.device, training.note_unreadable, tuned
     )
-    resumed = train(training, step, plan, title="efficient fine-tuning", after_epoch=after_epoch)
+    resumed = train(
+        training, step, plan, title="efficient fine-tuning", save_every=options.save_every, after_epoch=after_epoch,
+        evaluates=evaluates,
+    )  # fmt: skip
     return training, resumed
 
 

@@ -199,7 +199,8 @@ def train_stage(
         plan = stage_plan(
             stage, options, task.images, task.features, setup.model, setup.device, training.note_unreadable
         )
-        resumed = train(training, made.step, plan, title=f"full fine-tuning, {stage.name}", after_epoch=after_epoch)
+        title = f"full fine-tuning, {stage.name}"
+        resumed = train(training, made.step, plan, title=title, save_every=options.save_every, after_epoch=after_epoch)
     if stage.contrastive:
         assert vlm is not None
         vlm.encoder_was_trained()

@@ -35,6 +35,7 @@ NON_IDENTITY_OPTIONS = (
     "seeds",
     "root",
     "ensemble",
+    "save_every",
 )
 """Options that change where a run writes or how it proceeds, but no number. The limit is added back if it matters."""
 

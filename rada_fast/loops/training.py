@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +11,47 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rada_fast.config.checks import Interval, interval_of
 from rada_fast.engine.steps import TrainingStep
-from rada_fast.engine.training import Plan, train_epochs
+from rada_fast.engine.training import Keeping, Plan, Position, train_epochs
 from rada_fast.models.image_features import Unreadable
 from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.progress import progress
 
 EPOCHS = "epochs.jsonl"
+SAVE_SECONDS, SAVE_SHARE = 60.0, 0.01
+"""The time between two saves inside of epochs unless an option says otherwise, and the largest share of the time that
+saving may take then."""
+
+
+class SaveClock:
+    """Decide after each step whether the state inside the epoch is saved.
+
+    every: the value of the option --save-every. None saves every SAVE_SECONDS or, if the last save took longer than
+        SAVE_SHARE of that, more seldom.
+    """
+
+    def __init__(self, every: str | None) -> None:
+        chosen = Interval(SAVE_SECONDS, None) if every is None else interval_of("save_every", every)
+        self._seconds, self._steps = chosen
+        self._adapts = every is None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start, self._steps_since = time.monotonic(), 0
+
+    def due(self) -> bool:
+        """Count a step, and return whether the state is to be saved after it."""
+        self._steps_since += 1
+        if self._steps is not None:
+            return self._steps_since >= self._steps
+        return self._seconds is not None and time.monotonic() - self._start >= self._seconds
+
+    def saved(self, seconds: float) -> None:
+        """Start the next interval. seconds: how long the save has taken."""
+        if self._adapts:
+            self._seconds = max(SAVE_SECONDS, seconds / SAVE_SHARE)
+        self._begin()
 
 
 @dataclass
@@ -32,6 +67,7 @@ class Training:
     records: the records of the finished epochs.
     unreadable: the training images that could not be read, by id.
     kept_weights: the weights after an earlier epoch, if the next stage starts from them.
+    position: how far the epoch after the finished ones had come when the state was saved, or None if it had not begun.
     """
 
     folder: RunFolder
@@ -43,6 +79,7 @@ class Training:
     records: list[dict[str, Any]] = field(default_factory=list)
     unreadable: dict[str, Unreadable] = field(default_factory=dict)
     kept_weights: dict[str, Tensor] | None = None
+    position: Position | None = None
 
     def resume(self) -> int:
         """Load the newest state of this training from the folder. Returns the number of finished epochs."""
@@ -55,6 +92,9 @@ class Training:
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from a state. Raises an exception before any change if the state does not fit."""
         records, kept_weights = list(state["records"]), state["kept"]
+        position = None if state["position"] is None else Position(**state["position"])
+        if position is not None and not (0 < position.steps <= position.images and position.seconds >= 0):
+            raise ValueError("its position is no place in an epoch")
         unreadable = {image[0]: Unreadable(*image) for image in state["unreadable"]}
         scaler, optimizer, trained = state["scaler"], state["optimizer"], state["trained"]
         expected = {name: (tensor.shape, tensor.dtype) for name, tensor in self.trained.state_dict().items()}
@@ -74,12 +114,19 @@ class Training:
         self.optimizer.load_state_dict(optimizer)
         self.scaler.load_state_dict(scaler)
         self.trained.load_state_dict(trained)
-        self.records, self.kept_weights = records, kept_weights
+        self.records, self.kept_weights, self.position = records, kept_weights, position
         self.unreadable |= unreadable
 
     def save(self, record: dict[str, Any]) -> None:
         """Save the state after an epoch, then append the record of the epoch to epochs.jsonl."""
         self.records.append(record)
+        self.save_state(None)
+        self.folder.append(EPOCHS, record)
+        self.folder.finished_epochs = len(self.earlier_records) + len(self.records)
+        self.folder.log("epoch", record)
+
+    def save_state(self, position: Position | None) -> None:
+        """Save the present state. position: the position inside an epoch, or None between two epochs."""
         state = {
             "trained": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -88,11 +135,9 @@ class Training:
             # Plain tuples, because a state is read without executing code.
             "unreadable": [tuple(image) for image in self.unreadable.values()],
             "kept": self.kept_weights,
+            "position": None if position is None else position._asdict(),
         }
         self.folder.save_state(self.state_file, state)
-        self.folder.append(EPOCHS, record)
-        self.folder.finished_epochs = len(self.earlier_records) + len(self.records)
-        self.folder.log("epoch", record)
 
     def note_unreadable(self, images: Iterable[Unreadable]) -> None:
         """Record training images that could not be read, each once."""
@@ -105,7 +150,9 @@ def train(
     plan: Plan,
     *,
     title: str,
+    save_every: str | None = None,
     after_epoch: Callable[[int, dict[str, Any]], None] | None = None,
+    evaluates: Callable[[int], bool] = lambda epoch: False,
 ) -> int:
     """Train for the epochs that no earlier run has finished. Returns the number of those that were finished before.
 
@@ -113,18 +160,33 @@ def train(
     step: takes the steps.
     plan: the length, the batches and the learning rates of the training.
     title: the title of the progress bar.
+    save_every: see SaveClock.
     after_epoch: a function that is called with the number of the epoch, counted from 0, and its record, before the
         state is saved. It may add entries to the record.
+    evaluates: whether this function takes long after an epoch, so that the state is also saved before it.
 
     Raises UserError if the loss or a weight becomes NaN or infinite.
     """
-    first = training.resume()
-    with progress(title, (plan.epochs - first) * plan.steps, unit="steps") as advance:
-        records = train_epochs(step, training.trained, plan, first=first, on_step=advance)
+    first, clock = training.resume(), SaveClock(save_every)
+    position = training.position
+
+    def store(epoch: int, here: Position) -> None:
+        start = time.monotonic()
+        training.save_state(here)
+        clock.saved(time.monotonic() - start)
+
+    keeping = Keeping(lambda epoch, ended: evaluates(epoch) if ended else clock.due(), store)
+    remaining = (plan.epochs - first) * plan.steps - (0 if position is None else position.steps)
+    with progress(title, remaining, unit="steps") as advance:
+        records = train_epochs(
+            step, training.trained, plan, first=first, position=position, on_step=advance, keeping=keeping
+        )
         for epoch, record in enumerate(records, start=first):
             if after_epoch is not None:
                 after_epoch(epoch, record)
+            start = time.monotonic()
             training.save(record)
+            clock.saved(time.monotonic() - start)
             advance(
                 0,
                 note=f"epoch {epoch + 1}/{plan.epochs}: loss {record['loss']:.4f}, right {record['train_top1']:.1f} %",

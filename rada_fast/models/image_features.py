@@ -98,13 +98,15 @@ def iterate_views(
     Raises RuntimeError if the system ends a worker. PyTorch raises it wherever this process is at that moment.
     """
     dataset = ViewDataset(samples, vlm.preprocess, views, kind, seed, crop_scale)
+    # A loader draws a seed that nothing here uses. It must not come from the numbers that a training draws.
+    unused = torch.Generator()
     if workers:
         try:
             # If /dev/shm cannot be written, this fails first; an incomplete loader would print another error later.
             multiprocessing.Lock()
             stream = iter(
                 DataLoader(
-                    dataset, batch_size=None, num_workers=workers, collate_fn=prepare_for_sending,
+                    dataset, batch_size=None, num_workers=workers, collate_fn=prepare_for_sending, generator=unused,
                     prefetch_factor=max(2, -(-ahead // workers)),
                 )
             )  # fmt: skip
@@ -120,7 +122,7 @@ def iterate_views(
                 time.sleep(SECONDS_TO_SIGNAL)
                 raise RuntimeError(f"DataLoader worker (pid unknown) has gone: {error}") from error
             return
-    yield from DataLoader(dataset, batch_size=None, collate_fn=collate_single)
+    yield from DataLoader(dataset, batch_size=None, collate_fn=collate_single, generator=unused)
 
 
 def prepare_for_sending(item: Any) -> tuple[int, Tensor | np.ndarray[Any, Any] | None, str | None]:
@@ -174,7 +176,8 @@ def iterate_features(
 
     stream, samples: see iterate_images.
     vlm: the model that encodes the images.
-    batch: the number of images that are encoded at once.
+    batch: the number of samples whose images are encoded at once: the first so many, the next so many, and so on. Those
+        that cannot be read leave the others where they are.
 
     Raises UserError if the features of an image are not usable.
     """
@@ -186,7 +189,7 @@ def iterate_features(
         unreadable += part.unreadable
         if part.rows is not None:
             images.append(part.rows)
-        if len(images) == batch or part.until == len(samples):
+        if part.until % batch == 0 or part.until == len(samples):
             features = None
             if images:
                 features = vlm.encode_images(torch.cat(images), [samples[index].id for index in indices])

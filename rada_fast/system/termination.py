@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+GRACE = 10.0
+"""The most seconds by which work that cannot be left half done delays the end of the process."""
 WORDS = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 """The signals by which schedulers and terminals end a process, and the word that a command prints for each."""
 
@@ -28,6 +30,8 @@ class Terminated(KeyboardInterrupt):
 
 _asked: KeyboardInterrupt | None = None
 """The exception that was raised when the process was asked to end."""
+_postponing = False
+"""Whether the present work is to be finished first."""
 
 
 def raise_if_asked() -> None:
@@ -56,9 +60,12 @@ def raising_terminated() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         global _asked
+        first, _asked = _asked is None, KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+        if first and _postponing:
+            _repeat_after_grace(number)
+            return
         if number != signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-        _asked = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
         raise _asked
 
     for number in ours:
@@ -73,6 +80,33 @@ def raising_terminated() -> Iterator[None]:
         _asked = None
         for number, usual in ours.items():
             signal.signal(number, usual)
+
+
+def _repeat_after_grace(number: int) -> None:
+    """Send a signal to the main thread again after the seconds of GRACE, if the work is not finished then."""
+
+    def repeat() -> None:
+        if _postponing:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    timer = threading.Timer(GRACE, repeat)
+    timer.daemon = True
+    timer.start()
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Raise the exception of a signal at the end of the block, as work that is left half done cannot be stored.
+
+    If the block takes longer than GRACE, the exception is raised in it, and so is that of a second signal.
+    """
+    global _postponing
+    _postponing = True
+    try:
+        yield
+    finally:
+        _postponing = False
+    raise_if_asked()
 
 
 @contextmanager

@@ -65,14 +65,15 @@ def ttt(data: Path) -> Run:
 
 def eft(data: Path) -> Run:
     def run(output: Path) -> dict[str, Any]:
-        return run_eft(eft_options(data, data, output, epochs=3, train_views="crop"))
+        return run_eft(eft_options(data, data, output, epochs=3, train_views="crop", save_every="2steps"))
 
     return run
 
 
 def fft(data: Path) -> Run:
     def run(output: Path) -> dict[str, Any]:
-        return run_fft(fft_options(data, data, output, epochs=2, finetune_epochs=2, batch_size=3, finetune_lr=1e-2))
+        changes: dict[str, Any] = {"epochs": 2, "finetune_epochs": 2, "batch_size": 3, "finetune_lr": 1e-2}
+        return run_fft(fft_options(data, data, output, save_every="1step", **changes))
 
     return run
 

@@ -32,7 +32,7 @@ def training(folder: RunFolder, width: int = 8) -> Training:
 def epoch(trainer: Training) -> None:
     """Train for one more epoch of a single step in two parts, and save the state."""
 
-    def batches(epoch: int) -> list[Batch]:
+    def batches(epoch: int, first: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(epoch)
         return [Batch(normalize(torch.randn(4, 8, generator=generator), dim=-1), torch.arange(4) % 2)]
 

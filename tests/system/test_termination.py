@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +19,8 @@ from rada_fast import cli
 from rada_fast.config.options import RunOptions
 from rada_fast.engine.episodes import Adaptation
 from rada_fast.runs.folder import RunFolder
-from rada_fast.system import files
-from rada_fast.system.termination import Terminated, deferred, raise_if_asked, raising_terminated
+from rada_fast.system import files, termination
+from rada_fast.system.termination import Terminated, deferred, postponed, raise_if_asked, raising_terminated
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +175,27 @@ def test_the_second_signal_is_not_deferred() -> None:
     with pytest.raises(Terminated), raising_terminated():
         defer()
     assert not done
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_work_is_finished_first_but_not_after_a_second_signal_or_too_long(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def work(name: str, signals: int, seconds: float = 0.0) -> None:
+        with postponed():
+            for _ in range(signals):
+                os.kill(os.getpid(), number)
+            time.sleep(seconds)
+            done.append(name)
+
+    with pytest.raises(KeyboardInterrupt), raising_terminated():
+        work("finished", 1)
+    if number == signal.SIGINT:
+        with pytest.raises(KeyboardInterrupt), raising_terminated():
+            work("interrupted twice", 2)
+    monkeypatch.setattr(termination, "GRACE", 0.05)
+    with pytest.raises(KeyboardInterrupt), raising_terminated():
+        work("too long", 1, seconds=10)
+    assert done == ["finished"]
