@@ -199,6 +199,9 @@ class RunOptions:
     allow_chance: bool = False
     """Go on although the zero-shot answers are no better than guesses. Otherwise such a run, if it has 100 images or
     more, stops before it begins, and says the likely cause, such as folders and class names in different orders."""
+    timeout: float = 60.0
+    """Seconds that reading one image may take. One that takes longer, on a disk that hangs or in a decoder that never
+    ends, is recorded as unreadable, and the run goes on."""
     json: bool = False
     """Print the summary as JSON on standard output instead of a table."""
     log: tuple[SinkName, ...] = ()
@@ -212,3 +215,4 @@ class RunOptions:
         if self.limit is not None:
             check_integer("limit", self.limit, 1)
         check_integer("allow_unreadable", self.allow_unreadable, 0)
+        check_positive("timeout", self.timeout)

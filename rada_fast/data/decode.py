@@ -7,10 +7,11 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffI
 from torch import Tensor
 
 from rada_fast.data.stored import Location, StoredPicture, open_regular
+from rada_fast.system import patience
 
 Picture = str | os.PathLike[str] | StoredPicture | Image.Image | Tensor
 """The forms in which a picture may be given; see pixels_of_picture."""
+Anything = TypeVar("Anything")
+Result = TypeVar("Result")
 MOST_CACHED_BYTES = 2**26
 """A file is read ahead of its decoding up to here. Few pictures are larger."""
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
@@ -79,11 +83,28 @@ def is_picture(path: Path) -> bool:
 
 
 def load_into_cache(path: Path) -> None:
-    """Let the system read a file into its memory, so that decoding it waits for no disk. Errors are left to that."""
+    """Let the system read a file into its memory, so that decoding it waits for no disk. Errors are left to that.
+
+    Raises UnreadableImageError if the system takes longer than patience.limit().
+    """
+    _in_time(_load_into_cache, path, path.name)
+
+
+def _load_into_cache(path: Path) -> None:
     with suppress(OSError), open_regular(path) as file:
         left = MOST_CACHED_BYTES
         while left > 0 and (part := file.read(2**20)):
             left -= len(part)
+
+
+def _in_time(work: Callable[[Anything], Result], place: Anything, name: str) -> Result:
+    """Call a function that reads a picture, in another thread that is left behind if it hangs."""
+    try:
+        return patience.call(work, place)
+    except patience.OverdueError:
+        raise UnreadableImageError(
+            f"{name} cannot be read: reading it has not ended within {patience.limit():g} s (--timeout)"
+        ) from None
 
 
 def pixels_of(image: Image.Image) -> Tensor:
@@ -125,8 +146,13 @@ def read_image(place: Location) -> Image.Image:
     dropped, an animation gives its first picture, and the orientation tag of a camera is ignored. Pixels of 16 bits are
     scaled to 8. So are floating-point pixels, which must lie in 0 ... 1 or, if one is above 1, in 0 ... 255.
 
-    Raises UnreadableImageError where the file is missing, damaged, of an unknown kind, or too large to be a picture.
+    Raises UnreadableImageError where the file is missing, damaged, of an unknown kind, or too large to be a picture,
+    and where the system or the decoder takes longer than patience.limit().
     """
+    return _in_time(_read_image, place, place.name)
+
+
+def _read_image(place: Location) -> Image.Image:
     with _one_error(place.name), open_regular(place) if isinstance(place, Path) else place.open() as file:
         if not file.seek(0, os.SEEK_END):
             raise UnreadableImageError("the file is empty")

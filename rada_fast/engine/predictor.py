@@ -10,7 +10,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -20,7 +20,7 @@ from rada_fast.config.checks import MAX_SEED, MAX_WORKERS, bytes_of, check_integ
 from rada_fast.config.commands import ViewKind
 from rada_fast.config.method import AdapterConfig, EpisodeConfig
 from rada_fast.config.options import ModelOptions, Precision
-from rada_fast.data.decode import Picture, load_into_cache
+from rada_fast.data.decode import Picture, UnreadableImageError, load_into_cache
 from rada_fast.data.views import image_seed
 from rada_fast.engine.encoder import ViewEncoder
 from rada_fast.engine.episodes import Adaptation, arithmetic_dtype, check_trainable, prediction_entropy
@@ -41,6 +41,19 @@ CLIP_LOGIT_SCALE = 100.0
 
 RESULTS_HELD_BACK = 1024
 """The most results that wait for one before them, when they are wanted in the order of the input."""
+
+
+class Loaded(NamedTuple):
+    """A picture whose file is in the system's memory, or the reason why its file cannot be read.
+
+    number, id, picture: the number of the picture in the input, its name, and the picture as it was given.
+    error: the reason, or None.
+    """
+
+    number: int
+    id: str
+    picture: Picture
+    error: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,7 +354,7 @@ class TestTimePredictor:
             uploads, ahead, threads = Uploads(device, preprocess), self._ahead(encoder), max(1, self._workers)
             read, prepare = partial(_named, maker), _unchanged
             if not self._workers:
-                read, prepare = partial(_named, _loaded), lambda loaded: maker(*loaded)
+                read, prepare = partial(_named, _loaded), partial(_with_views, maker)
         plan = self._plan(self._adaptation(None), self._views, encoder)
         pipeline = Pipeline(
             Ahead(read, given, threads=threads, ahead=ahead),
@@ -390,11 +403,21 @@ def _named(use: Callable[[int, str, Picture], Any], number: int, given: Any) -> 
     return use(number, id, picture)
 
 
-def _loaded(number: int, id: str, picture: Picture) -> tuple[int, str, Picture]:
+def _loaded(number: int, id: str, picture: Picture) -> Loaded:
     """Wait until a picture's file is in the system's memory, so that nothing else waits for a disk."""
-    if isinstance(picture, str | os.PathLike):
-        load_into_cache(Path(picture))
-    return number, id, picture
+    try:
+        if isinstance(picture, str | os.PathLike):
+            load_into_cache(Path(picture))
+    except UnreadableImageError as error:
+        return Loaded(number, id, picture, str(error))
+    return Loaded(number, id, picture)
+
+
+def _with_views(maker: ViewMaker, loaded: Loaded) -> Item:
+    """Make the views of a picture whose file is in the system's memory."""
+    if loaded.error is not None:
+        return Item(loaded.number, loaded.id, None, error=loaded.error)
+    return maker(loaded.number, loaded.id, loaded.picture)
 
 
 def _unchanged(item: Item) -> Item:

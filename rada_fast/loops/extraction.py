@@ -25,7 +25,7 @@ from rada_fast.reports.summary import RunFacts, already_finished, finish
 from rada_fast.runs.folder import Inputs, RunFolder
 from rada_fast.runs.machine import reset_peak_memory
 from rada_fast.runs.progress import Counts, progress
-from rada_fast.system import notices
+from rada_fast.system import notices, patience
 
 IMAGES, ROWS, FEATURES, TEXT = "images.jsonl", "features.rows", "features.npz", "text.npz"
 ENCODED_VIEWS = 64
@@ -39,6 +39,7 @@ def run_features(options: FeaturesOptions) -> dict[str, Any]:
 
     Raises UserError naming an option that cannot be used.
     """
+    patience.set_limit(options.run.timeout)
     source = open_sources({"data": options.data})["data"]
     if not source.holds_images:
         raise UserError(f"data must be images to be encoded, {options.data} holds features")

@@ -26,6 +26,7 @@ NON_IDENTITY_OPTIONS = (
     "overwrite",
     "allow_unreadable",
     "allow_chance",
+    "timeout",
     "json",
     "log",
     "memory",

@@ -31,7 +31,7 @@ from rada_fast.ops import backends
 from rada_fast.reports.summary import RunFacts
 from rada_fast.runs.origin import origin_of
 from rada_fast.runs.sinks import import_sink
-from rada_fast.system import notices
+from rada_fast.system import notices, patience
 
 LoopOptions = TTTOptions | EFTOptions | FFTOptions | EvalOptions | PredictOptions
 
@@ -116,6 +116,7 @@ def open_data_and_model(
     Raises UserError naming the option that cannot be used.
     """
     check_backend()
+    patience.set_limit(options.run.timeout)
     for name in options.run.log:
         import_sink(name)  # before anything is encoded
     option_values = {part: f"{_option_of(part)} {spec}" for part, spec in specs.items()}

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from rada_fast.data.views import CROP_SCALE, ViewDataset, collate_single, image_
 from rada_fast.errors import UserError
 from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.runs.progress import progress
-from rada_fast.system import notices
+from rada_fast.system import notices, patience
 
 ENCODER_BATCH = 32
 """The number of images that are encoded at once."""
@@ -108,6 +109,7 @@ def iterate_views(
                 DataLoader(
                     dataset, batch_size=None, num_workers=workers, collate_fn=prepare_for_sending, generator=unused,
                     prefetch_factor=max(2, -(-ahead // workers)),
+                    worker_init_fn=partial(_begin_worker, patience.limit()),
                 )
             )  # fmt: skip
         except OSError as error:  # no semaphores without a writable /dev/shm, no more processes, no more memory
@@ -116,6 +118,12 @@ def iterate_views(
             try:
                 for index, sent, reason in stream:
                     yield index, torch.from_numpy(sent) if isinstance(sent, np.ndarray) else sent, reason
+            except TimeoutError:
+                # The worker's error comes with the trace of the worker. Its own thread has nothing else to say.
+                raise TimeoutError(
+                    f"more than {patience.MOST_STUCK} pictures hang at the same time in a process that reads images, "
+                    f"each for more than {patience.limit():g} s: the disk or the network does not answer"
+                ) from None
             except (ConnectionError, EOFError, FileNotFoundError) as error:
                 # A worker was ended while it sent views. The signal of its end makes PyTorch raise an error of its own
                 # here. Without this wait it would be raised while the loader is taken down, where nobody can catch it.
@@ -123,6 +131,11 @@ def iterate_views(
                 raise RuntimeError(f"DataLoader worker (pid unknown) has gone: {error}") from error
             return
     yield from DataLoader(dataset, batch_size=None, collate_fn=collate_single, generator=unused)
+
+
+def _begin_worker(limit: float, number: int) -> None:
+    """Let a worker wait for a picture as long as the process that has started it."""
+    patience.set_limit(limit)
 
 
 def prepare_for_sending(item: Any) -> tuple[int, Tensor | np.ndarray[Any, Any] | None, str | None]:

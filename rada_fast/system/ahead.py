@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
+LONGEST_FAREWELL = 5.0
+"""The longest wait in seconds for the items at which threads are, when they are to end."""
 
 
 class _Failure(NamedTuple):
@@ -63,12 +66,16 @@ class _Shared(Generic[Item, Done]):
         self.results.put(None)
 
     def stop(self) -> None:
-        """Let all threads end after the item at which they are, and wait for those that do not read the source."""
+        """Let all threads end after the item at which they are, and wait for those that do not read the source.
+
+        The wait is short, because an item may hang, and a user who ends the program does not wait for it.
+        """
         self.stopped = True
         self.room.release(len(self.threads) or 1)
+        deadline = time.monotonic() + LONGEST_FAREWELL
         for thread in self.threads:
             # Nothing can end a thread that waits for the source's next item. It ends when the item comes.
-            while thread.is_alive() and not self.reading:
+            while thread.is_alive() and not self.reading and time.monotonic() < deadline:
                 thread.join(0.01)
 
 
