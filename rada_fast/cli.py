@@ -139,14 +139,14 @@ terminated. After 1, and from 70 on, the same command goes on where it stopped.
 
 FAILED, REFUSED, INTERNAL_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 70, 130, 141
 """The exit statuses. 70 is EX_SOFTWARE of sysexits.h; a shell reports 128 + N for a process that signal N has ended."""
-RESUME_ADVICE = "start the same command again to go on"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
     _ready_standard_streams()
+    of_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    invocation.remember(arguments)
+    invocation.remember(arguments, of_process=of_process)
     original_showwarning = warnings.showwarning
     # A warning of another library becomes one line, as every other message, without its place in the source.
     warnings.showwarning = lambda message, *_, **__: notices.warn(str(message))
@@ -183,35 +183,44 @@ def _run_with_status(action: Callable[[], int]) -> int:
     except ranks.OtherRankError as error:
         return error.status
     except termination.Terminated as end:
-        return _fail(f"{_lost_ranks() or end}; {RESUME_ADVICE}", end.status)
+        return _fail(f"{_lost_ranks() or end}; {_how_to_go_on()}", end.status)
     except KeyboardInterrupt:
-        return _fail(f"interrupted; {RESUME_ADVICE}", INTERRUPTED)
+        return _fail(f"interrupted; {_how_to_go_on()}", INTERRUPTED)
     except BrokenPipeError as error:
         if not _output_pipe_is_closed():
-            return _fail(f"{error}; {RESUME_ADVICE}", FAILED)
+            return _fail(f"{error}; {_how_to_go_on()}", FAILED)
         # Like other commands whose output is read by 'head', end without a message, and write nothing more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return BROKEN_PIPE
     except OSError as error:
         # The disk may be full, or a folder removed. The finished work is kept, and the same command resumes it.
-        return _fail(f"{error}; {RESUME_ADVICE}", FAILED)
+        return _fail(f"{error}; {_how_to_go_on()}", FAILED)
     except ImportError as error:
         if _is_lack_of_memory(error):
-            return _fail(f"the memory does not suffice: {_joined(error)}; {RESUME_ADVICE}", FAILED)
+            return _fail(f"the memory does not suffice: {_joined(error)}; {_how_to_go_on()}", FAILED)
         return _fail(f"this installation is incomplete: {error}", FAILED)
     except Exception as error:
         if ranks.current().several and ranks.is_lost_connection(error):
             reason = _lost_ranks() or f"another rank has ended or cannot be reached ({_joined(error)})"
-            return _fail(f"{reason}; {RESUME_ADVICE}", FAILED)
+            return _fail(f"{reason}; {_how_to_go_on()}", FAILED)
         if _is_lack_of_memory(error):
-            return _fail(f"the memory does not suffice: {_joined(error) or 'out of memory'}; {RESUME_ADVICE}", FAILED)
+            return _fail(f"the memory does not suffice: {_joined(error) or 'out of memory'}; {_how_to_go_on()}", FAILED)
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
             reason = (
                 "the system ended a process that reads images, for want of memory perhaps (fewer --workers need less)"
             )
-            return _fail(f"{reason}: {_joined(error)}; {RESUME_ADVICE}", FAILED)
+            return _fail(f"{reason}: {_joined(error)}; {_how_to_go_on()}", FAILED)
         advice = "please report it with what RADA_FAST_TRACEBACK=1 adds"
         return _fail(f"a fault of rada-fast itself, {advice}: {type(error).__name__}: {_joined(error)}", INTERNAL_ERROR)
+
+
+def _how_to_go_on() -> str:
+    """Return the end of a message: the command that goes on with what was finished."""
+    command = invocation.command_line()
+    # A message stands on one line, in which other characters would be replaced by escape sequences.
+    if command is None or not command.isprintable():
+        return "start the same command again to go on"
+    return f"to go on: {command}"
 
 
 def _lost_ranks() -> str:

@@ -65,9 +65,9 @@ def failing_with(error: BaseException) -> Any:
         (RuntimeError("CUDA out of memory. Tried to allocate"), 1, "the memory does not suffice"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 1, "the memory does not suffice: libtorch"),
         (ModuleNotFoundError("No module named 'triton'"), 1, "this installation is incomplete: No module named 'triton'"),
-        (OSError(28, "No space left on device", "/x/y"), 1, "No space left on device: '/x/y'; start the same command again"),
+        (OSError(28, "No space left on device", "/x/y"), 1, "No space left on device: '/x/y'; to go on: rada-fast"),
         (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe"),
-        (KeyboardInterrupt(), 130, "interrupted; start the same command again to go on"),
+        (KeyboardInterrupt(), 130, "interrupted; to go on: rada-fast "),
     ],
 )  # fmt: skip
 def test_every_error_becomes_one_line_and_a_status(

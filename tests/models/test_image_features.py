@@ -102,6 +102,6 @@ def test_a_worker_that_the_system_kills_is_reported_and_the_run_goes_on_later(
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("rada-fast: the system ended a process that reads images")
-    assert line.endswith("start the same command again to go on")
+    assert "; to go on: rada-fast eft --train " in line
     assert cli.main(command) == 0
     assert len((tmp_path / "out" / "images.jsonl").read_text().splitlines()) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import threading
 import time
@@ -60,7 +61,10 @@ def test_a_terminated_command_says_how_to_go_on(
 
     monkeypatch.setattr(Adaptation, "__call__", terminate)
     assert cli.main(command) == status
-    assert capsys.readouterr().err.splitlines()[-1] == f"rada-fast: {reason}; start the same command again to go on"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == f"rada-fast: {reason}; to go on: {shlex.join(['rada-fast', *command])}"
+    )
     assert len((tmp_path / "run" / "images.jsonl").read_text().splitlines()) == 2
     assert signal.getsignal(number) is signal.SIG_DFL
     assert cli.main(command) == 0
