@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,21 +101,22 @@ def call_of(problem: Problem, provider: str) -> Callable[[], Tensor]:
     return call
 
 
-def figures(options: BenchAdapterOptions, device: torch.device) -> list[Figure]:
-    """Return the lines of figures for each size and pass. Raises UserError naming a backend that cannot be used."""
-    found = []
+def figures(options: BenchAdapterOptions, device: torch.device) -> Iterator[list[Figure]]:
+    """Yield the lines of figures of each size and pass. Raises UserError naming a backend that cannot be used."""
     for batch, classes in options.sizes:
         for one in options.passes:
             problem = Problem(
                 batch, classes, options.preset, options.precision, one == "step", options.embed_dim, device.type
             )
             names = chosen_providers(problem, options.backend)
-            found += measure(setting_of(problem, names), device.type, options.measuring)
-    return found
+            yield measure(setting_of(problem, names), device.type, options.measuring)
 
 
 def chosen_providers(problem: Problem, asked: tuple[str, ...]) -> list[str]:
-    """Return the providers to measure: those that were asked for, or all that can solve the problem here."""
+    """Return the providers to measure: those that were asked for, or all that can solve the problem here.
+
+    What must be compiled first, for each size and pass anew, is measured where it was asked for only.
+    """
     usable = providers_of(problem)
     for name in asked:
         if name not in usable:
@@ -123,7 +124,7 @@ def chosen_providers(problem: Problem, asked: tuple[str, ...]) -> list[str]:
             if reason == "usable":
                 reason = f"it does not serve {problem}"
             raise UserError(f"backend {name!r} cannot be measured: {reason}; usable here: {', '.join(usable)}")
-    return list(dict.fromkeys(asked)) or usable
+    return list(dict.fromkeys(asked)) or [name for name in usable if name != COMPILED]
 
 
 def setting_of(problem: Problem, names: list[str]) -> Setting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -34,9 +35,8 @@ def run_bench(options: BenchOptions) -> int:
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with current, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(options.measuring.seed)
-        figures = measured(options, device)
-    part = next(name for name, kind in PARTS.items() if isinstance(options, kind))
-    return show(part, figures, machine_facts(device), options.measuring)
+        part = next(name for name, kind in PARTS.items() if isinstance(options, kind))
+        return show(part, measured(options, device), machine_facts(device), options.measuring)
 
 
 def device_of(options: BenchOptions) -> torch.device:
@@ -46,8 +46,8 @@ def device_of(options: BenchOptions) -> torch.device:
     return resolve_device(options.device if isinstance(options, BenchAdapterOptions) else options.model.device)
 
 
-def measured(options: BenchOptions, device: torch.device) -> list[Figure]:
-    """Return the lines of figures of all settings of a configuration."""
+def measured(options: BenchOptions, device: torch.device) -> Iterator[list[Figure]]:
+    """Yield the lines of figures of each setting of a configuration as soon as it is measured."""
     match options:
         case BenchTTTOptions():
             return ttt.figures(options, device)

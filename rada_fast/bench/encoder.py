@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,16 +19,14 @@ from rada_fast.models.vision_language import VisionLanguageModel, load_model
 PLAIN = "open_clip"
 
 
-def figures(options: BenchEncoderOptions, device: torch.device) -> list[Figure]:
-    """Return the lines of figures for each number of views. Raises UserError if the model cannot be loaded."""
+def figures(options: BenchEncoderOptions, device: torch.device) -> Iterator[list[Figure]]:
+    """Yield the lines of figures of each number of views. Raises UserError if the model cannot be loaded."""
     chosen = options.model
     vlm = load_model(
         chosen.model, chosen.pretrained, device=device, precision=chosen.precision, seed=options.measuring.seed
     )
-    found = []
     for batch in options.batch:
-        found += measure(setting_of(vlm, batch), device.type, options.measuring)
-    return found
+        yield measure(setting_of(vlm, batch), device.type, options.measuring)
 
 
 def setting_of(vlm: VisionLanguageModel, batch: int) -> Setting:

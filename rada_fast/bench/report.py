@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +35,48 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def show(part: str, figures: Sequence[Figure], facts: dict[str, Any], options: MeasuringOptions) -> int:
-    """Print the figures, and write the files that the options ask for. Returns the exit status.
+def show(part: str, settings: Iterable[list[Figure]], facts: dict[str, Any], options: MeasuringOptions) -> int:
+    """Print the figures of each setting as they come, and write the files that the options ask for.
+
+    Returns the exit status.
 
     part: what was measured, "ttt" or "views", say.
-    figures: the lines of figures of all settings.
+    settings: the lines of figures of each setting.
     facts: what machine_facts returned.
     options: the options that say where the figures go.
     """
-    lines = [{"bench": part, **figure, **facts} for figure in figures]
     console = PlainConsole()
-    if options.json:
-        for line in lines:
-            print_json(line, indent=None)
-    else:
-        for text in facts_lines(facts):
-            console.print(text, soft_wrap=True)
-        stages = [figure for figure in figures if figure["kind"] in ("stage", "part")]
-        for setting in dict.fromkeys(figure["setting"] for figure in stages):
-            console.print(f"\n{part}: {setting}", soft_wrap=True)
-            console.print(setting_table([figure for figure in stages if figure["setting"] == setting]))
+    figures: list[Figure] = []
+    for found in settings:
+        if options.json:
+            for figure in found:
+                print_json(line_with(part, figure, facts), indent=None)
+        else:
+            for text in () if figures else facts_lines(facts):
+                console.print(text, soft_wrap=True)
+            console.print(f"\n{part}: {found[0]['setting']}", soft_wrap=True)
+            console.print(setting_table([figure for figure in found if figure["kind"] in ("stage", "part")]))
+            for text in ratio_sentences(found):
+                console.print(text, soft_wrap=True)
+        figures += found
+    if not options.json:
+        console.print()
         for text in sentences(figures):
             console.print(text, soft_wrap=True)
     if options.output is not None:
         picture, file = output_files(options.output, part)
         if file is not None:
-            write_text(file, "".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines))
+            lines = (finite(line_with(part, figure, facts)) for figure in figures)
+            write_text(file, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
         draw(picture, part, figures, facts)
         if not options.json:
             console.print(f"picture: {picture}" + (f"; figures: {file}" if file else ""), soft_wrap=True)
     return 0
+
+
+def line_with(part: str, figure: Figure, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of figures with what was measured and on which machine."""
+    return {"bench": part, **figure, **facts}
 
 
 def output_files(output: str, part: str) -> tuple[Path, Path | None]:
@@ -152,22 +164,25 @@ def setting_table(stages: Sequence[Figure]) -> Table:
     return table
 
 
-def sentences(figures: Sequence[Figure]) -> list[str]:
-    """Return the sentences below the table: the ratios, the limits, what was timed, and what the columns are."""
-    lines = [
-        f"{figure['setting']}: {figure['name']} {significant(figure['best'])} (median {significant(figure['median'])}, "
+def ratio_sentences(figures: Sequence[Figure]) -> list[str]:
+    """Return a sentence for each ratio."""
+    return [
+        f"{figure['name']} {significant(figure['best'])} (median {significant(figure['median'])}, "
         f"spread {significant(figure['spread'])}): {figure['inside']}"
         for figure in figures
         if figure["kind"] == "ratio"
     ]
+
+
+def sentences(figures: Sequence[Figure]) -> list[str]:
+    """Return the sentences below all tables: the limits, what was timed, and what the columns are."""
     limits: dict[str, list[str]] = {}
     for figure in figures:
         if figure["kind"] == "limit":
             limits.setdefault(f"{figure['name']} in {figure['unit']}", []).append(significant(figure["best"]))
     found = "; ".join(f"{name}: {', '.join(values)}" for name, values in limits.items())
-    lines.append(f"this machine, measured in the same rounds: {found}")
     inside = [f"{figure['name']}: {figure['inside']}" for figure in figures if figure["kind"] in ("stage", "part")]
-    return [*lines, *dict.fromkeys(inside), LEGEND]
+    return [f"this machine, measured in the same rounds: {found}", *dict.fromkeys(inside), LEGEND]
 
 
 def giga(value: float | None) -> str:

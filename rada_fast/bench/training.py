@@ -54,15 +54,13 @@ def model_of(options: BenchEFTOptions | BenchFFTOptions, device: torch.device) -
     return load_model(chosen.model, chosen.pretrained, device=device, precision=chosen.precision, seed=seed)
 
 
-def eft_figures(options: BenchEFTOptions, device: torch.device) -> list[Figure]:
-    """Return the lines of figures of efficient fine-tuning, for each batch and number of classes."""
+def eft_figures(options: BenchEFTOptions, device: torch.device) -> Iterator[list[Figure]]:
+    """Yield the lines of figures of efficient fine-tuning, for each batch and number of classes."""
     vlm = model_of(options, device)
-    found = []
     for batch in options.batch:
         for classes in options.classes:
             setting = eft_setting(vlm, batch, classes, options, device)
-            found += measure(setting, device.type, options.measuring)
-    return found
+            yield measure(setting, device.type, options.measuring)
 
 
 def eft_setting(
@@ -223,17 +221,15 @@ def published_step(config: AdapterConfig, text: Tensor, features: Tensor, labels
     return step
 
 
-def fft_figures(options: BenchFFTOptions, device: torch.device) -> list[Figure]:
-    """Return the lines of figures of full fine-tuning, for each stage of training, batch and number of classes."""
+def fft_figures(options: BenchFFTOptions, device: torch.device) -> Iterator[list[Figure]]:
+    """Yield the lines of figures of full fine-tuning, for each stage of training, batch and number of classes."""
     vlm = model_of(options, device)
     trains = [False] if options.stages == "first" or vlm is None else [False, True]
-    found = []
     for trains_encoder in trains:
         for batch in options.batch:
             for classes in options.classes:
                 with fft_setting(vlm, batch, classes, options, device, trains_encoder=trains_encoder) as setting:
-                    found += measure(setting, device.type, options.measuring)
-    return found
+                    yield measure(setting, device.type, options.measuring)
 
 
 @contextmanager
@@ -257,7 +253,8 @@ def fft_setting(
     sizes: dict[str, object] = {"batch": batch, "classes": classes, "embed_dim": width}
     sizes = sizes if vlm is None else model_sizes(vlm) | sizes
     stage = FULL if trains_encoder else RADA
-    with stage_step(stage, classifier, vlm, FFTOptions("unused", ("unused",), batch_size=batch)) as taking:
+    training = FFTOptions("unused", ("unused",), batch_size=batch, memory=options.memory)
+    with stage_step(stage, classifier, vlm, training) as taking:
         if trains_encoder:
             assert vlm is not None
             stages = full_stages(vlm, batch, taking, classifier)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,15 +36,13 @@ from rada_fast.system.files import append_line
 OVERHEAD = Ratio("overhead ratio", "end to end", ("encode",), "time end to end / time to encode the same views alone")
 
 
-def figures(options: BenchTTTOptions, device: torch.device) -> list[Figure]:
-    """Return the lines of figures for each number of classes. Raises UserError naming an unusable option."""
+def figures(options: BenchTTTOptions, device: torch.device) -> Iterator[list[Figure]]:
+    """Yield the lines of figures of each number of classes. Raises UserError naming an unusable option."""
     chosen, seed = options.model, options.measuring.seed
     vlm = load_model(chosen.model, chosen.pretrained, device=device, precision=chosen.precision, seed=seed)
-    found = []
     with pictures(options.data, options.pictures, image_size=vlm.preprocess.image_size, seed=seed) as samples:
         for classes in options.classes:
-            found += measure(setting_of(samples, vlm, classes, options), device.type, options.measuring)
-    return found
+            yield measure(setting_of(samples, vlm, classes, options), device.type, options.measuring)
 
 
 def setting_of(samples: Sequence[Sample], vlm: VisionLanguageModel, classes: int, options: BenchTTTOptions) -> Setting:

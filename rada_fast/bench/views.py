@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,17 +22,15 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 """The mean and the standard deviation of the channels in CLIP's own preprocessing."""
 
 
-def figures(options: BenchViewsOptions) -> list[Figure]:
-    """Return the lines of figures for each kind and each number of views. Raises UserError if the data are unusable."""
+def figures(options: BenchViewsOptions) -> Iterator[list[Figure]]:
+    """Yield the lines of figures of each kind and each number of views. Raises UserError if the data are unusable."""
     preprocess = Preprocess(options.image_size, MEAN, STD)
-    found = []
     seed = options.measuring.seed
     with pictures(options.data, options.pictures, image_size=options.image_size, seed=seed) as samples:
         for kind in options.view_kind:
             for views in options.views:
                 setting = setting_of(samples, preprocess, views, kind, options)
-                found += measure(setting, "cpu", options.measuring)
-    return found
+                yield measure(setting, "cpu", options.measuring)
 
 
 def setting_of(

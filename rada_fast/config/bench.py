@@ -141,11 +141,15 @@ class BenchFFTOptions:
     """both, or first: adapter and classifier only."""
     embed_dim: int | None = None
     """Measure features of this width only, without any encoder."""
+    memory: str | None = None
+    """About how much memory a step may take, such as 2GiB, as in the option of the command `fft`."""
     measuring: MeasuringOptions = MeasuringOptions()
     model: ModelOptions = ModelOptions()
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.memory is not None:
+            bytes_of("memory", self.memory)
         _check_sizes("classes", self.classes)
         _check_sizes("batch", self.batch)
         _check_width(self.embed_dim)
@@ -210,7 +214,8 @@ class BenchAdapterOptions:
     """Numbers K of classes; every B is measured with every K."""
     backend: tuple[AdapterBackend, ...] = ()
     """What computes it; compile is torch.compile of the reference, and cpu-float32 is the backend cpu in float32 where
-    the precision is another. Default: all that are usable here."""
+    the precision is another. Default: all that are usable here but compile, which compiles for half a minute before
+    each size and pass."""
     passes: tuple[AdapterPass, ...] = ("forward", "step")
     """forward: the logits; step: forward and backward with the mask penalty."""
     preset: Literal["official", "paper"] = "official"

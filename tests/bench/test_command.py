@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from rada_fast import cli
-from rada_fast.bench.stages import MEASURED, SIZES
+from rada_fast.bench import adapter, report
+from rada_fast.bench.stages import MEASURED, SIZES, Figure, Setting, line_of
+from rada_fast.config.bench import MeasuringOptions
 from rada_fast.ops import backends
 
 from .conftest import Lines
@@ -132,7 +134,7 @@ def test_fft(bench: Callable[..., Lines]) -> None:
     counted = [line["counted_operations_per_picture"] for line in lines if line["kind"] == "stage"]
     formula = [line["operations_per_picture"] for line in lines if line["kind"] == "stage"]
     assert all(0.3 < own / other < 3 for own, other in zip(counted, formula, strict=True))
-    lines = bench("fft", "--embed-dim", "16", "--batch", "2", "3", "--classes", "5")
+    lines = bench("fft", "--embed-dim", "16", "--batch", "2", "3", "--classes", "5", "--memory", "1MiB")
     assert names(lines, "stage") == ["step on features"]
     assert len({line["setting"] for line in lines}) == 2
 
@@ -156,6 +158,29 @@ def test_a_table_is_printed_and_a_picture_drawn(
             assert image.size[0] > 1000
     written = (tmp_path / "folder" / "bench-encoder.jsonl").read_text().splitlines()
     check([json.loads(line) for line in written], "encoder")
+
+
+def test_the_default_providers_compile_nothing() -> None:
+    problem = adapter.Problem(1, 2, "official", "float32", False, width=16)
+    names = adapter.chosen_providers(problem, ())
+    assert names[:2] == ["literal", "reference"]
+    assert "compile" not in names
+    assert adapter.chosen_providers(problem, ("compile",)) == ["compile"]
+
+
+def test_each_setting_is_shown_as_soon_as_it_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+
+    def settings() -> Iterator[list[Figure]]:
+        for name in ("first", "second"):
+            setting = Setting(name=name, sizes={}, stages=())
+            yield [line_of(setting, kind="stage", name=f"stage of the {name}", inside="nothing", best=1.0, median=1.0)]
+            shown.append(capsys.readouterr().out)
+
+    facts = {"machine": "any", "device": "cpu", "threads": 1, "instruction_set": "none", "float32_products": "any"}
+    assert report.show("adapter", settings(), facts | {"versions": {}}, MeasuringOptions()) == 0
+    assert "stage of the first" in shown[0]
+    assert "stage of the second" in shown[1]
 
 
 def test_without_a_part_the_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
