@@ -264,5 +264,8 @@ def test_the_smallest_demo_writes_its_report_and_picture(
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report["ttt"]["images"] == 2
     assert report["eft"]["base"]["images"] == 20
+    assert set(report["gains"]) == {"ttt", "base", "new"}
+    low, high = report["gains"]["ttt"]["interval"]
+    assert low <= report["ttt"]["adapted_top1"] - report["ttt"]["zero_shot_top1"] <= high
     with Image.open(tmp_path / "demo" / "demo.png") as picture:
         assert picture.size[0] > 1000

@@ -54,6 +54,28 @@ class PairedTest(NamedTuple):
     method: str
 
 
+class Gain(NamedTuple):
+    """A change of accuracy on the same images, in percentage points, and its interval."""
+
+    mean: float
+    interval: Interval
+
+
+def gain(answers: Iterable[tuple[bool, bool]]) -> Gain | None:
+    """Return by how much a second predictor is more accurate than a first one, or None for fewer than two images.
+
+    The interval is that of the mean of the differences (-1, 0 or 1) of the images, by the normal approximation.
+
+    answers: whether the first and whether the second predictor is right, for each image.
+    """
+    differences = [100.0 * (second - first) for first, second in answers]
+    if len(differences) < 2:
+        return None
+    mean = fmean(differences)
+    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * stdev(differences) / math.sqrt(len(differences))
+    return Gain(mean, Interval(mean - reach, mean + reach))
+
+
 def wilson(right: int, total: int) -> Interval | None:
     """Return Wilson's score interval of an accuracy, in percent, or None if there are no images.
 

@@ -8,6 +8,7 @@ import pytest
 
 from rada_fast.reports.measures import (
     calibration_error,
+    gain,
     paired_test,
     spread,
     student_probability,
@@ -24,6 +25,16 @@ def test_wilson_interval() -> None:
     assert (low, high) == pytest.approx((83.89, 100.0), abs=0.01)
     assert high <= 100
     assert wilson(0, 0) is None
+
+
+def test_a_gain_is_paired() -> None:
+    # Agresti, Categorical Data Analysis: the approval of 1600 people before and after, -0.04 with (-0.06, -0.02).
+    answers = [(True, True)] * 794 + [(True, False)] * 150 + [(False, True)] * 86 + [(False, False)] * 570
+    found = gain(answers)
+    assert found is not None
+    assert found.mean == pytest.approx(-4.0)
+    assert found.interval == pytest.approx((-5.872, -2.128), abs=1e-3)
+    assert gain([(False, True)]) is None
 
 
 @pytest.mark.parametrize(
