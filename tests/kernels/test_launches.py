@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rada_fast.bench.compiled import compiled_code, step_launches
+from rada_fast.bench.compiled import RecordedLaunch, compiled_code, recorded, step_launches
 from rada_fast.bench.tuning import launches_of
 from rada_fast.config.method import ROLES, AdapterConfig
 from rada_fast.kernels.class_attention import combined
 from rada_fast.kernels.masked_logits import totals
+from rada_fast.kernels.view_selection import kept_views
 from rada_fast.ops._backends import triton
 from rada_fast.reference import class_attention, masked_logits, rational_projections
 from tests.support import problem
@@ -253,6 +254,53 @@ def test_the_last_program_sees_what_the_others_have_stored() -> None:
             stores = [before for before in range(at) if "st.global" in lines[before]]
             assert stores[-1] < barriers[-1], "a thread may count before another one has stored"
     assert set(counting) == {"class_attention_forward_kernel", "masked_logits_forward_kernel"}
+
+
+def pointers_of(lines: list[str]) -> dict[str, set[str]]:
+    """Return for each register of PTX the numbers of the parameters that it is computed from."""
+    found: dict[str, set[str]] = {}
+    # A register that is changed in a loop may be used before the line that changes it.
+    for line in 2 * lines:
+        if parameter := re.search(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]", line):
+            found[parameter[1]] = {parameter[2]}
+        elif (registers := re.findall(r"%rd\d+", line)) and not re.search(r"\b(?:ld|st|atom|cp)\.", line):
+            target, *sources = registers
+            found.setdefault(target, set()).update(*(found.get(source, ()) for source in sources))
+    return found
+
+
+def read_back(launch: RecordedLaunch) -> set[str]:
+    """Return the parameters in which a program reads what its own threads have stored.
+
+    An assertion fails unless all its threads meet between the store and the load.
+    """
+    lines = compiled_code(launch, 80).asm["ptx"].splitlines()
+    pointers, found = pointers_of(lines), set()
+    stored: dict[str, int] = {}
+    barrier = -1
+    for at, line in enumerate(lines):
+        if re.search(r"\bbar\.(?:warp\.)?sync", line):
+            barrier = at
+        elif access := re.search(r"\b(ld|st)\.(?:global|volatile)\S*.*?\[\s*(%rd\d+)", line):
+            for parameter in pointers.get(access[2], ()):
+                if access[1] == "st":
+                    stored[parameter] = at
+                elif parameter in stored:
+                    assert stored[parameter] < barrier, f"a thread may read before another one has stored: {line}"
+                    found.add(parameter)
+    return found
+
+
+def test_threads_meet_before_they_read_what_others_of_their_program_have_stored() -> None:
+    """The simulator runs the warps of a program side by side, so that there each one has stored when another reads."""
+    config = AdapterConfig.official(64, num_heads=2, queries=("image",))
+    found = {launch.kernel.__name__: read_back(launch) for launch in step_launches(config, BATCH, CLASSES, F32)}
+    # The image query's pairs, and the sums of dO.
+    assert len(found["class_attention_backward_kernel"]) == 2
+    with recorded() as launches:
+        kept_views(torch.zeros(1, 20, 32), torch.zeros(3, 32), torch.ones(()), 2)
+    # The entropies of the views.
+    assert [len(read_back(launch)) for launch in launches] == [0, 1]
 
 
 @pytest.mark.parametrize("module", [combined, totals], ids=["combined", "totals"])

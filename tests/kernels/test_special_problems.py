@@ -28,14 +28,24 @@ def assert_as_the_reference(
     assert_within_budget(exact, plain, fast, F32)
 
 
-def test_several_episodes_of_many_images(simulated: Simulated) -> None:
-    """17 images are more than one tile of the image query and of the images' gradients holds."""
-    config, episodes, images, classes = AdapterConfig.official(32, num_heads=1), 2, 17, 2
+@pytest.mark.parametrize(
+    ("config", "episodes", "images", "classes", "penalty"),
+    [
+        # 17 images are more than one tile of the image query and of the images' gradients holds.
+        (AdapterConfig.official(32, num_heads=1), 2, 17, 2, "linf"),
+        # The deltas of a wide head are added up by the last program of each tile, of which the last is not full.
+        (AdapterConfig.paper(64), 2, 1, 65, "l1"),
+    ],
+    ids=["many-images", "tiles-not-full"],
+)
+def test_several_episodes(
+    config: AdapterConfig, episodes: int, images: int, classes: int, penalty: str, simulated: Simulated
+) -> None:
     inputs = problem(config, episodes * images, classes, F32)
     own = [problem(config, images, classes, F32, seed=episode)[2] for episode in range(episodes)]
     stacked = {name: torch.stack([one[name] for one in own]) for name in own[0]}
     inputs = (inputs[0], inputs[1], stacked)
-    assert_as_the_reference(simulated, config, inputs, penalty="linf", episodes=episodes)
+    assert_as_the_reference(simulated, config, inputs, penalty=penalty, episodes=episodes)
 
 
 @pytest.mark.parametrize("result", ["penalty", "mask"])
