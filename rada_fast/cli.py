@@ -235,13 +235,10 @@ def _joined(error: Exception) -> str:
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Return whether an error says that the memory of the processor or of a GPU is exhausted."""
+    """Return whether an error says that the memory is exhausted, also that for another library."""
     text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
-        or (isinstance(error, ImportError) and ("failed to map segment" in text or "annot allocate memory" in text))
-    )
+    unmapped = isinstance(error, ImportError) and ("failed to map segment" in text or "annot allocate memory" in text)
+    return unmapped or memory.is_lack_of_memory(error)
 
 
 def _output_pipe_is_closed() -> bool:

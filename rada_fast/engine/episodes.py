@@ -44,6 +44,7 @@ from rada_fast.ops.rational_adapter import (
     check_text_features,
     parameter_shapes,
 )
+from rada_fast.system import memory, notices
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
@@ -354,21 +355,45 @@ class Adaptation:
             return GroupLogits(*(torch.cat(parts).to(view_features.dtype) for parts in zip(*results, strict=True)))
 
     def _in_groups(self, views: Tensor) -> Iterator[GroupLogits]:
-        """Adapt the episodes in groups, and yield the logits (E, K) of each group."""
+        """Adapt the episodes in groups, and yield the logits (E, K) of each group.
+
+        Where the memory does not suffice for a group, groups are half as large from there on.
+        """
         most = self._most or most_episodes(self.rule, views.shape[1], len(self._text), views.device)
-        views, text, scale = _in_usual_memory(views), self._text, self._group_scale
-        in_graphs = usable(views.device)
-        for part in views.split(list(group_sizes(len(views), most))):
-            logits = None
-            if in_graphs and isinstance(scale, Tensor):
-                logits = GRAPHS.adapt(GroupInputs(part, text, scale, self._initial), self.rule)
-            if logits is not None:
+        views = _in_usual_memory(views)
+        start = 0
+        while start < len(views):
+            size = next(group_sizes(len(views) - start, most))
+            try:
+                logits = self._adapt_group(views[start : start + size])
+            except Exception as error:
+                if size == 1 or not memory.is_lack_of_memory(error):
+                    raise
+                most = self._most = size // 2
+            else:
+                start += size
                 yield logits
                 continue
-            if self._group is None or self._group.episodes != len(part):
-                # A group keeps its memory, so only the last one is kept.
-                self._group = EpisodeGroup(self._initial, self.rule, len(part), self._busy)
-            yield self._group(part, text, scale)
+            # Here the error is gone, and with it what its trace kept.
+            self._group = None
+            GRAPHS.clear()
+            memory.free_unused()
+            notices.warn(
+                f"the memory did not suffice to adapt to {size} images at once; from here on it is {most}, which "
+                "changes no result"
+            )
+
+    def _adapt_group(self, part: Tensor) -> GroupLogits:
+        """Adapt one group of episodes. Nothing of it is left behind where this fails."""
+        text, scale = self._text, self._group_scale
+        if usable(part.device) and isinstance(scale, Tensor):
+            logits = GRAPHS.adapt(GroupInputs(part, text, scale, self._initial), self.rule)
+            if logits is not None:
+                return logits
+        if self._group is None or self._group.episodes != len(part):
+            # A group keeps its memory, so only the last one is kept.
+            self._group = EpisodeGroup(self._initial, self.rule, len(part), self._busy)
+        return self._group(part, text, scale)
 
 
 def _serves_groups(rule: EpisodeRule, views: Tensor, text_features: Tensor) -> bool:

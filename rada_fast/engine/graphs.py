@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rada_fast import _env
 from rada_fast.engine.groups import EpisodeGroup, EpisodeRule, GroupLogits
+from rada_fast.system.memory import is_lack_of_memory
 
 KEPT_GRAPHS = 4
 """The most graphs that a process keeps. Each keeps about BUDGETS["cuda"] bytes of the device's memory."""
@@ -190,6 +191,8 @@ class GraphCache:
                     self._make_room()
                     self._graphs[kind] = GroupGraph(inputs, rule)
                 except Exception as error:
+                    if is_lack_of_memory(error) and len(inputs.views) > 1:
+                        raise  # a smaller group may find room; see episodes.py
                     self._note(kind, "fails")
                     warnings.warn(
                         "episodes could not be recorded in a CUDA graph, and are adapted without one, more slowly: "

@@ -86,6 +86,7 @@ class VisionLanguageModel:
         self.device = device
         self.precision_asked: Precision = precision
         self.precision: Precision = precision_on(device, precision)
+        self._most_images: int | None = None
         self._image_encoder = ImageEncoder(self.model, getattr(torch, self.precision))
         with torch.no_grad():
             # The model itself tells its width, so that no table of widths has to follow the libraries.
@@ -175,8 +176,31 @@ class VisionLanguageModel:
     def image_features(self, views: Tensor) -> Tensor:
         """Encode normalised images (N, 3, S, S) float32 to unit-norm features (N, D) float32 on the model's device.
 
-        It reads nothing back from the device, so the features are not checked: see check_features.
+        It reads nothing back from the device, so the features are not checked: see check_features. Where the memory
+        does not suffice, fewer images are encoded at once from there on.
         """
+        most = max(1, min(self._most_images or len(views), len(views)))
+        while True:
+            try:
+                parts = [self._features_at_once(part) for part in views.split(most)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except Exception as error:
+                # What is recorded in a CUDA graph cannot be repeated in another way.
+                if most == 1 or not memory.is_lack_of_memory(error) or _env.is_capturing():
+                    raise
+            most = self._encode_fewer(most)
+
+    def _encode_fewer(self, images: int) -> int:
+        """Encode half as many images at once from here on. Returns the number."""
+        fewer = self._most_images = images // 2
+        memory.free_unused()
+        same = "which changes no result" if self.encodes_each_by_itself() else "which may change last bits of features"
+        notices.warn(
+            f"the memory did not suffice to encode {images} images at once; from here on it is {fewer}, {same}"
+        )
+        return fewer
+
+    def _features_at_once(self, views: Tensor) -> Tensor:
         images = views.to(self.device)
         prepared = self._image_encoder.prepared_for(images)
         features = self._encode_by_module(images) if prepared is None else prepared(images)

@@ -1,8 +1,9 @@
-"""The memory of the process: how much it has, and how long what it has freed stays with it."""
+"""The memory of the process: how much it has, how its lack shows, and how long what it has freed stays with it."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from functools import cache
@@ -60,3 +61,21 @@ def present_memory() -> dict[str, float]:
         if torch.cuda.is_initialized():
             found["cuda_mib"] = round(torch.cuda.memory_reserved() / 2**20, 1)
     return found
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the processor or of a GPU is exhausted."""
+    if isinstance(error, MemoryError):
+        return True
+    # PyTorch's own class for it is a RuntimeError too, which neither the processor's allocator nor cuBLAS uses.
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def free_unused() -> None:
+    """Give back what is not used any more, after memory has run out, so that a smaller piece of work finds room."""
+    gc.collect()
+    if "torch" in sys.modules and _env.has_cuda():
+        import torch
+
+        torch.cuda.empty_cache()
