@@ -207,8 +207,7 @@ def threads_of_rank(local_count: int) -> int | None:
     """
     if os.environ.get("OMP_NUM_THREADS", "1") != "1" or os.environ.get("MKL_NUM_THREADS"):
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_count)
+    return max(1, len(usable_cores()) // local_count)
 
 
 def float32_products() -> str | None:
@@ -394,6 +393,13 @@ def _processor_flags() -> frozenset[str]:
         return frozenset()
     words = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
     return frozenset(next(words, "").split())
+
+
+def usable_cores() -> list[int]:
+    """Return the numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def available_memory() -> int:

@@ -202,6 +202,9 @@ class RunOptions:
     timeout: float = 60.0
     """Seconds that reading one image may take. One that takes longer, on a disk that hangs or in a decoder that never
     ends, is recorded as unreadable, and the run goes on."""
+    exclusive: bool = False
+    """Refuse to start while another run of this user computes on the same device. Otherwise a line says so, and how to
+    divide the cores."""
     json: bool = False
     """Print the summary as JSON on standard output instead of a table."""
     log: tuple[SinkName, ...] = ()

@@ -16,7 +16,7 @@ from rada_fast.data.feature_writer import write_feature_file
 from rada_fast.data.sources import Source
 from rada_fast.errors import UserError
 from rada_fast.loops.identity import deciding_options, prompt_identity
-from rada_fast.loops.setup import open_sources
+from rada_fast.loops.setup import meet_neighbours, open_sources
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
 from rada_fast.models.image_features import iterate_views
@@ -44,6 +44,7 @@ def run_features(options: FeaturesOptions) -> dict[str, Any]:
     if not source.holds_images:
         raise UserError(f"data must be images to be encoded, {options.data} holds features")
     model = open_model(options.model, needed=True, seed=options.run.seed).loaded()
+    meet_neighbours(options.run, model.device)
     names: tuple[str, ...] | None = None
     if source.has_classes or options.text.classes is not None:
         names = class_names_of(source, options.text.classes, prompts=options.prompts)

@@ -27,6 +27,7 @@ NON_IDENTITY_OPTIONS = (
     "allow_unreadable",
     "allow_chance",
     "timeout",
+    "exclusive",
     "json",
     "log",
     "memory",

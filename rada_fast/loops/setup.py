@@ -15,7 +15,7 @@ from rada_fast import _env
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.inference import EvalOptions, PredictOptions
 from rada_fast.config.methods import EFT_METHODS, FFT_METHODS
-from rada_fast.config.options import AdapterOptions
+from rada_fast.config.options import AdapterOptions, RunOptions
 from rada_fast.data.open import open_source, open_text_file
 from rada_fast.data.sources import FeatureFile, Source
 from rada_fast.errors import UserError
@@ -31,7 +31,7 @@ from rada_fast.ops import backends
 from rada_fast.reports.summary import RunFacts
 from rada_fast.runs.origin import origin_of
 from rada_fast.runs.sinks import import_sink
-from rada_fast.system import notices, patience
+from rada_fast.system import neighbours, notices, patience, ranks
 
 LoopOptions = TTTOptions | EFTOptions | FFTOptions | EvalOptions | PredictOptions
 
@@ -127,6 +127,7 @@ def open_data_and_model(
     prompts = options.text.text_features is None
     needed = prompts or any(source.holds_images for source in sources.values())
     model = open_model(options.model, needed=needed, seed=options.run.seed)
+    meet_neighbours(options.run, model.device)
     stated = [model.stated_scale()]
     stated += [_stated_scale(file) for file in (*sources.values(), *([text_file] if text_file is not None else []))]
     scale, origin = logit_scale_of(options.text.logit_scale, stated)
@@ -135,6 +136,19 @@ def open_data_and_model(
         for part, source in sources.items():
             check_width(source.width, model.loaded().embed_dim, option_values[part])
     return DataAndModel(sources, option_values, model, text_file, scale, origin)
+
+
+def meet_neighbours(run: RunOptions, device: torch.device) -> None:
+    """Tell the user of other runs on the same device, or raise UserError if the options ask for that.
+
+    run: the options of the run; device: the device that it computes on.
+    """
+    if device.type == "cpu" and not ranks.current().first:
+        return  # the ranks of one run divide the cores among themselves
+    index = "" if device.type == "cpu" else f":{_env.current_cuda_device() if device.index is None else device.index}"
+    name = device.type + index
+    if found := neighbours.announce(name, run.output, exclusive=run.exclusive):
+        notices.note(neighbours.advice(found, name))
 
 
 def open_setup(
