@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -25,3 +27,12 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
     digest.update(array.data)
     return digest.hexdigest()[:16]
+
+
+def state_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Return a short hash of the names, types, shapes and bits of tensors, such as the weights of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]

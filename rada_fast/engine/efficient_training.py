@@ -13,6 +13,7 @@ from rada_fast.data.sources import Source
 from rada_fast.engine.optimizers import training_optimizer
 from rada_fast.engine.steps import Gradients, Objective, TrainedText, TrainingStep, images_at_once
 from rada_fast.engine.training import Batch, ImageBatches, Plan, efficient_rate, epoch_name, feature_batches, shuffled
+from rada_fast.models.encoded_parts import EncodedParts
 from rada_fast.models.encoder_tuning import EncoderTuning
 from rada_fast.models.image_features import Features, Unreadable, encode_crops
 from rada_fast.models.vision_language import Model, VisionLanguageModel
@@ -103,6 +104,7 @@ def efficient_plan(
         images themselves.
     """
     seed, workers = options.run.seed, options.run.workers
+    crops_on_disk: list[EncodedParts | None] = []
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
         rows, name = features, epoch_name(None, epoch)
@@ -117,11 +119,17 @@ def efficient_plan(
         if options.train_views == "crop":
             title = f"encode epoch {epoch + 1}"
             rows = encode_crops(images.samples, model.loaded(), title=title, seed=seed, draw=name, workers=workers)
+            crops_on_disk.append(rows.parts)
         note_unreadable(rows.unreadable)
         order = shuffled(len(rows.labels), seed, name)
         yield from feature_batches(rows.features, rows.labels, order, options.batch_size, device, first=first)
 
+    def release() -> None:
+        while crops_on_disk:
+            if (parts := crops_on_disk.pop()) is not None:
+                parts.remove()
+
     note_unreadable(features.unreadable)
     rate = efficient_rate(options.lr, options.schedule, options.epochs)
     steps = -(-len(features.ids) // options.batch_size)
-    return Plan(options.epochs, steps, rate, batches, options.lr, seed=seed)
+    return Plan(options.epochs, steps, rate, batches, options.lr, seed=seed, release=release)

@@ -179,7 +179,10 @@ class _Run:
         assert self.features is not None
         step = efficient_step(self.adapter, self.text, self.scale, options)
         plan = efficient_plan(options, self.source, self.features, self.model, self.text.device, self.note)
-        records = [self._finished(record) for record in train_epochs(step, self.adapter, plan)]
+        records = []
+        for record in train_epochs(step, self.adapter, plan):
+            plan.release()
+            records.append(self._finished(record))
         return records, self.text, self.vlm
 
     def full(self, options: FFTOptions) -> tuple[list[Record], Tensor, VisionLanguageModel | None]:

@@ -261,6 +261,7 @@ class Plan:
     option: the name of this option.
     seed: the seed of the random numbers that PyTorch draws itself.
     stage: the name of the stage, if a training has several.
+    release: a function that is called when the end of an epoch has been stored, and frees what only that epoch needed.
     """
 
     epochs: int
@@ -271,6 +272,7 @@ class Plan:
     option: str = "lr"
     seed: int = 0
     stage: str | None = None
+    release: Callable[[], object] = lambda: None
 
 
 def epoch_name(stage: str | None, epoch: int) -> str:

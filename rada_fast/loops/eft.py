@@ -93,7 +93,7 @@ def run_eft(options: EFTOptions) -> dict[str, Any]:
         training, resumed = train_adapter(task, options, sets, folder)
         folder.accept_inputs()
         save_weights(task, options, folder)
-        records = evaluate_sets(sets, setup, tuned_sets(sets, task.evaluation, setup, task.tuning))
+        records = evaluate_sets(sets, setup, folder, tuned_sets(sets, task.evaluation, setup, task.tuning))
         results: dict[str, Any] = {"training_images": len(task.images.ids), "classes": len(setup.names)}
         results |= results_of(records, sets, training, task, folder)
         results["time"] = {"seconds": round(time.perf_counter() - start, 3), **training_time(training.records)}
@@ -216,7 +216,7 @@ def train_adapter(
     def after_epoch(epoch: int, record: dict[str, Any]) -> None:
         if evaluates(epoch):
             after = tuned_sets(sets, task.evaluation, setup, tuning)
-            for name, records in evaluate_sets(sets, setup, after).items():
+            for name, records in evaluate_sets(sets, setup, folder, after).items():
                 record[f"{name}_top1"] = accuracy_of(records, before="zero_shot", after="adapted")["adapted_top1"]
 
     plan = efficient_plan(

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rada_fast.data.fingerprints import state_fingerprint
 from rada_fast.data.sources import Source
 from rada_fast.errors import UserError
+from rada_fast.loops.kept_records import KeptRecords
 from rada_fast.loops.setup import Setup
 from rada_fast.models.class_features import TEXT_BATCH_SIZE, class_means
 from rada_fast.models.encoder_tuning import EncoderTuning
 from rada_fast.models.image_features import Features, features_of
 from rada_fast.ops import zero_shot_logits
 from rada_fast.reports.summary import image_record, unreadable_records
+from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.progress import progress
 
 CHUNK_ELEMENTS = 2**24
@@ -88,8 +91,9 @@ def tuned_sets(
         for one, before in zip(sets, data, strict=True):
             images, title = one.images, f"encode {one.name} test images again"
             if tuning.changes_images:
+                trained = state_fingerprint(tuning.state_dict())
                 images = features_of(
-                    before.source, vlm, title=title, workers=run.workers, limit=run.limit, cached=False
+                    before.source, vlm, title=title, workers=run.workers, limit=run.limit, trained=trained
                 )
             if images.ids != one.images.ids:
                 raise UserError(f"test images of {one.name} have changed during the run: start it again")
@@ -165,10 +169,11 @@ def trained_sets(
 
 
 def evaluate_sets(
-    sets: Sequence[EvaluationSet], setup: Setup, tuned: Sequence[EvaluationSet] | None = None
+    sets: Sequence[EvaluationSet], setup: Setup, folder: RunFolder, tuned: Sequence[EvaluationSet] | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """Evaluate the present head on every set. Returns the records of each set, by its name.
 
+    folder: the folder of the run, which keeps the records until the run is finished.
     tuned: the same sets as tuned_sets or trained_sets returns them, for the answers after adaptation.
     """
     records = {}
@@ -182,7 +187,10 @@ def evaluate_sets(
         records[one.name] = evaluate(
             predict, one.images, one.text, setup.logit_scale, names=one.names, title=title, device=setup.device,
             adapted_features=after.images.features,
+            kept=KeptRecords(folder, {**setup.head.state_dict(), "text": after.text}), rows=after.rows,
         )  # fmt: skip
+        if after.images.parts is not None:
+            folder.when_stored(after.images.parts.remove)
     return records
 
 
@@ -207,6 +215,8 @@ def evaluate(
     device: torch.device,
     labels: Sequence[Sequence[int]] | None = None,
     adapted_features: Tensor | None = None,
+    kept: KeptRecords | None = None,
+    rows: Sequence[tuple[int, ...]] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate an adapter on encoded images. Returns a record of each image, those of unreadable images last.
 
@@ -221,6 +231,8 @@ def evaluate(
         themselves. Then only these classes are predicted. Where a label stands for several classes, each of them is
         right, and the records name the first.
     adapted_features: the features of the same images for the answer after adaptation, if they differ.
+    kept: keeps the records as they come, and has those of an earlier run that was interrupted.
+    rows: see EvaluationSet.
     """
     text_features = text_features.to(device)
     chunk = max(1, CHUNK_ELEMENTS // text_features.numel())
@@ -228,9 +240,17 @@ def evaluate(
     groups = [list(group) for group in labels or () if len(group) > 1]
     absent = torch.ones(len(text_features), dtype=torch.bool)
     absent[classes] = False
-    records = []
+    records: list[dict[str, Any]] = []
+    if kept is not None:
+        tensors = {"features": images.features, "labels": images.labels, "text": text_features}
+        tensors |= {} if adapted_features is None else {"adapted": adapted_features}
+        records = kept.read(tensors, [logit_scale, names, labels, rows], images.ids)
+        # Images are computed together with the same others as without an interruption.
+        records = records[: len(records) // chunk * chunk if len(records) < len(images.ids) else None]
+    done = len(records)
     with progress(title, len(images.ids)) as advance:
-        for first in range(0, len(images.ids), chunk):
+        advance(done)
+        for first in range(done, len(images.ids), chunk):
             part = images.features[first : first + chunk].to(device)
             changed = part if adapted_features is None else adapted_features[first : first + chunk].to(device)
             adapted = predict(changed).cpu().clone()  # it is changed below, and may be the caller's
@@ -247,6 +267,8 @@ def evaluate(
                     # The zero-shot answer replaces adapted logits that are not finite, and the status says so.
                     status, after = "diverged", before
                 records.append(image_record(images.ids[first + offset], label, status, before, after, names))
+            if kept is not None:
+                kept.add(records[first:])
             advance(len(part))
     unreadable = [(id, classes[label], reason) for id, label, reason in images.unreadable]
     return records + unreadable_records(unreadable, names)

@@ -41,7 +41,7 @@ def run_eval(options: EvalOptions) -> dict[str, Any]:
         for one in sets:
             check_answers(one.images, one.text, one.names, f"--data {one.name}", setup)
         folder.accept_inputs()
-        records = evaluate_sets(sets, setup, trained_sets(sets, evaluation, setup))
+        records = evaluate_sets(sets, setup, folder, trained_sets(sets, evaluation, setup))
         lines = [{"data": name} | record for name, found in records.items() for record in found]
         folder.write_lines(IMAGES, lines)
         results: dict[str, Any] = {}

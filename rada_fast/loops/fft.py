@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from rada_fast.config.commands import FFTOptions
+from rada_fast.data.fingerprints import state_fingerprint
 from rada_fast.data.sources import ImageFolder, Source
 from rada_fast.engine.full_training import Stage, stage_plan, stage_step, stages_of
 from rada_fast.engine.training import training_time
 from rada_fast.errors import UserError
 from rada_fast.loops.evaluate import evaluate
 from rada_fast.loops.identity import open_folder
+from rada_fast.loops.kept_records import KeptRecords
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
 from rada_fast.loops.training import Training, train
 from rada_fast.loops.zero_shot import check_sample
@@ -139,7 +141,7 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
         done.append(training)
         resumed += first
         save_weights(stage, model, setup, options, folder)
-        results[stage.name], records = evaluate_stage(stage, model, task)
+        results[stage.name], records = evaluate_stage(stage, model, task, folder)
         lines += records
     if start_weights is not None:
         end_weights = Weights.of(model, setup)
@@ -148,7 +150,7 @@ def train_and_evaluate(task: Task, options: FFTOptions, folder: RunFolder) -> tu
             of_means = replace(task.stages[-1], name=f"ensemble-{share:g}")
             # The mean of the classifiers stands for that of the text encoders.
             save_weights(replace(of_means, contrastive=False), model, setup, options, folder)
-            results[of_means.name], records = evaluate_stage(of_means, model, task)
+            results[of_means.name], records = evaluate_stage(of_means, model, task, folder)
             lines += records
         end_weights.put_into(model, setup)
     folder.accept_inputs()
@@ -272,7 +274,9 @@ def save_weights(stage: Stage, model: Classifier, setup: Setup, options: FFTOpti
     folder.save_tensors(f"{stage.name}-model.safetensors", tensors, config.metadata())
 
 
-def evaluate_stage(stage: Stage, model: Classifier, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate_stage(
+    stage: Stage, model: Classifier, task: Task, folder: RunFolder
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate a stage. Returns the accuracies, zero-shot and after the stage, and a record of every image.
 
     If data have only some of the training classes, such as the 200 of ImageNet-A, only these classes are predicted.
@@ -284,12 +288,15 @@ def evaluate_stage(stage: Stage, model: Classifier, task: Task) -> tuple[dict[st
         return logits
 
     run = setup.options.run
-    results, lines = {}, []
+    results, lines, trained = {}, [], ""
+    if stage.trains_encoder:
+        # The cached features were computed by the encoder as it was loaded, so they do not fit a trained encoder.
+        trained = state_fingerprint(setup.model.loaded().model.visual.state_dict())
     for spec, source in task.evaluation.items():
         title = f"test {spec} after {stage.name}"
-        # The cached features were computed by the encoder as it was loaded, so they do not fit a trained encoder.
-        cached = not stage.trains_encoder
-        images = features_of(source, setup.model, title=title, workers=run.workers, limit=run.limit, cached=cached)
+        images = features_of(source, setup.model, title=title, workers=run.workers, limit=run.limit, trained=trained)
+        if images.parts is not None:
+            folder.when_stored(images.parts.remove)
         records = evaluate(
             predict,
             images,
@@ -299,6 +306,7 @@ def evaluate_stage(stage: Stage, model: Classifier, task: Task) -> tuple[dict[st
             title=title,
             device=setup.device,
             labels=source.labels_among(setup.sources["train"]),
+            kept=KeptRecords(folder, model.state_dict()),
         )
         lines += [{"stage": stage.name, "test": spec} | record for record in records]
         results[spec] = accuracy_of(records, before="zero_shot", after="adapted")

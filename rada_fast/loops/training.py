@@ -186,6 +186,9 @@ def train(
                 after_epoch(epoch, record)
             start = time.monotonic()
             training.save(record)
+            plan.release()
+            if evaluates(epoch):
+                training.folder.release()
             clock.saved(time.monotonic() - start)
             advance(
                 0,

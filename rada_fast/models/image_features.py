@@ -6,8 +6,8 @@ import hashlib
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from rada_fast.data.stored import location_stamp
 from rada_fast.data.tensor_cache import read_tensors, write_tensors
 from rada_fast.data.views import CROP_SCALE, ViewDataset, collate_single, image_seed
 from rada_fast.errors import UserError
+from rada_fast.models.encoded_parts import Encoded, EncodedParts
 from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices, patience
@@ -50,16 +51,18 @@ class Features:
     labels: the labels (N,).
     ids: the names of the N images.
     unreadable: the images that could not be read.
+    parts: what is on disk of features that have no lasting entry in the cache, to be removed when they are used up.
     """
 
     features: Tensor
     labels: Tensor
     ids: tuple[str, ...]
     unreadable: tuple[Unreadable, ...] = ()
+    parts: EncodedParts | None = None
 
 
 def features_of(
-    source: Source, model: Model, *, title: str, workers: int, limit: int | None = None, cached: bool = True
+    source: Source, model: Model, *, title: str, workers: int, limit: int | None = None, trained: str = ""
 ) -> Features:
     """Return the features of the original views of images, on the CPU.
 
@@ -68,12 +71,12 @@ def features_of(
     title: the title of the progress bar.
     workers: see iterate_views.
     limit: the largest number of images, or None for all.
-    cached: see encode_images.
+    trained: see encode_images.
     """
     chosen = source.limited(limit)
     if (views := chosen.views()) is not None:
         return Features(views[:, 0], chosen.labels, chosen.ids)
-    return encode_images(chosen.samples, model.loaded(), title=title, workers=workers, cached=cached)
+    return encode_images(chosen.samples, model.loaded(), title=title, workers=workers, trained=trained)
 
 
 def iterate_views(
@@ -211,35 +214,47 @@ def iterate_features(
 
 
 def encode_images(
-    samples: Sequence[Sample], vlm: VisionLanguageModel, *, title: str, workers: int, cached: bool = True
+    samples: Sequence[Sample], vlm: VisionLanguageModel, *, title: str, workers: int, trained: str = ""
 ) -> Features:
     """Compute the features of the centre view of every image, or read them from the cache on disk.
 
-    The key of a cache entry depends on the model, the arithmetic, and the ids, labels, sizes and times of the files.
+    The key of a cache entry depends on the model, the arithmetic, and the ids, labels, sizes and times of the files. An
+    encoding that was interrupted goes on from the parts that it has left there.
 
     samples: the image files.
     vlm: the model that encodes them.
     title: the title of the progress bar.
     workers: see iterate_views.
-    cached: whether to use the cache. It must be False for a model that has been trained since it was loaded.
+    trained: what tells apart what was trained in the model since it was loaded, such as a hash. Features of such a
+        model get no lasting entry: their parts are there until Features.parts is removed.
 
     Raises UserError if none of the images can be read, or if the features of an image are not usable.
     """
-    path = _features_path(samples, vlm)
-    if cached and (found := _read_features(path, samples)) is not None:
+    path = _features_path(samples, vlm, trained)
+    if not trained and (found := _read_features(path, samples)) is not None:
         return found
     notices.release()
-    stream = iterate_views(samples, vlm, views=1, kind="crop", seed=0, workers=workers)
-    result = _encode(stream, samples, vlm, title)
-    if cached and not result.unreadable:
+    parts = EncodedParts(path.with_suffix(".parts"), samples)
+
+    def stream(rest: Sequence[Sample]) -> Stream:
+        return iterate_views(rest, vlm, views=1, kind="crop", seed=0, workers=workers)
+
+    result = _encode(stream, samples, vlm, title, parts)
+    if trained or result.unreadable:
+        # An image that cannot be read is tried again by the next run, so the parts stay as they are.
+        parts.write()
+    else:
         write_tensors(path, {"features": result.features, "labels": result.labels})
-    return result
+        parts.remove()
+    return result if trained else replace(result, parts=None)
 
 
 def encode_crops(
     samples: Sequence[Sample], vlm: VisionLanguageModel, *, title: str, seed: int, draw: str, workers: int
 ) -> Features:
-    """Compute the features of one random crop of each image.
+    """Compute the features of one random crop of each image, or read what an interrupted run has left of them.
+
+    The parts of them are in the cache on disk until Features.parts is removed.
 
     samples: the image files.
     vlm: the model that encodes them.
@@ -249,27 +264,56 @@ def encode_crops(
 
     Raises UserError if none of the images can be read, or if the features of an image are not usable.
     """
-    stream = iterate_views(samples, vlm, views=0, kind="crop", seed=image_seed(seed, draw), workers=workers)
-    return _encode(stream, samples, vlm, title)
+    parts = EncodedParts(_features_path(samples, vlm, f"crops {seed} {draw}").with_suffix(".parts"), samples)
+
+    def stream(rest: Sequence[Sample]) -> Stream:
+        return iterate_views(rest, vlm, views=0, kind="crop", seed=image_seed(seed, draw), workers=workers)
+
+    result = _encode(stream, samples, vlm, title, parts)
+    parts.write()
+    return result
 
 
-def _encode(stream: Stream, samples: Sequence[Sample], vlm: VisionLanguageModel, title: str) -> Features:
-    """Encode all images of a stream, and show the progress."""
-    features: list[Tensor] = []
-    kept: list[Sample] = []
-    unreadable: list[Unreadable] = []
-    finished = 0
-    with progress(title, len(samples)) as advance:
-        for part in iterate_features(stream, samples, vlm):
-            if part.rows is not None:
-                features.append(part.rows.cpu())
-            kept += [samples[index] for index in part.indices]
-            unreadable += part.unreadable
-            advance(part.until - finished)
-            finished = part.until
-    check_some_readable(unreadable, samples)
+def _encode(
+    stream: Callable[[Sequence[Sample]], Stream],
+    samples: Sequence[Sample],
+    vlm: VisionLanguageModel,
+    title: str,
+    parts: EncodedParts,
+) -> Features:
+    """Encode the images that no part holds yet, and show the progress.
+
+    stream: a function from samples to their views.
+    """
+    found: list[Encoded] = []
+    with progress(title, len(samples), unit="images") as advance:
+        for one in parts.read():
+            found.append(one)
+            advance(one.until - (found[-2].until if len(found) > 1 else 0))
+        start = first = found[-1].until if found else 0
+        if first < len(samples):
+            rest = samples[first:]
+            try:
+                for rows in iterate_features(stream(rest), rest, vlm):
+                    until, indices = first + rows.until, [first + index for index in rows.indices]
+                    missing = [index for index in range(start, until) if index not in frozenset(indices)]
+                    reasons = [image.reason for image in rows.unreadable]
+                    features = None if rows.rows is None else rows.rows.cpu()
+                    found.append(Encoded(features, indices, until, list(zip(missing, reasons, strict=True))))
+                    parts.add(found[-1])
+                    advance(until - start)
+                    start = until
+            except BaseException:
+                parts.write()
+                raise
+    faults = [
+        Unreadable(samples[index].id, samples[index].label, reason) for one in found for index, reason in one.unreadable
+    ]
+    check_some_readable(faults, samples)
+    kept = [samples[index] for one in found for index in one.indices]
+    features = torch.cat([one.features for one in found if one.features is not None])
     labels = torch.tensor([sample.label for sample in kept])
-    return Features(torch.cat(features), labels, tuple(sample.id for sample in kept), tuple(unreadable))
+    return Features(features, labels, tuple(sample.id for sample in kept), tuple(faults), parts)
 
 
 def check_some_readable(unreadable: Sequence[Unreadable], samples: Sequence[Sample]) -> None:
@@ -282,8 +326,8 @@ def check_some_readable(unreadable: Sequence[Unreadable], samples: Sequence[Samp
         )
 
 
-def _features_path(samples: Sequence[Sample], vlm: VisionLanguageModel) -> Path:
-    digest = hashlib.sha256(f"{vlm.fingerprint} {vlm.precision} {vlm.device} {vlm.preprocess}".encode())
+def _features_path(samples: Sequence[Sample], vlm: VisionLanguageModel, variant: str) -> Path:
+    digest = hashlib.sha256(f"{vlm.fingerprint} {vlm.precision} {vlm.device} {vlm.preprocess}{variant}".encode())
     for sample in samples:
         digest.update(os.fsencode(f"{sample.id} {sample.label} {location_stamp(sample.path)}\n"))
     return _env.cache_dir() / "images" / f"{digest.hexdigest()[:32]}.safetensors"

@@ -12,6 +12,7 @@ from torch import Tensor
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import RunOptions
 from rada_fast.ops import resolve_backend
+from rada_fast.runs.contents import EVALUATED
 from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.machine import peak_memory, versions
 from rada_fast.system import notices
@@ -151,6 +152,7 @@ def finish(
         "run": folder.digest(scope),
     }
     folder.write_summary(summary)
+    folder.release()
     folder.log("result", results)
     return summary
 
@@ -158,6 +160,7 @@ def finish(
 def already_finished(folder: RunFolder, summary: dict[str, Any], *, resumed: int) -> dict[str, Any]:
     """Print that the run has already finished, and return the summary that it wrote then, with the times of then."""
     notices.note(f"this run is finished: {folder.path} holds its results, and nothing was computed again")
+    folder.remove(EVALUATED)
     return summary | {"resumed": resumed}
 
 

@@ -12,6 +12,8 @@ from rada_fast.system import files
 
 FORMAT = "rada_fast.run.v1"
 IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE = "run.json", "run.lock", "summary.json"
+EVALUATED = "evaluated.jsonl"
+"""The file of the records of an evaluation that is under way. It is removed at the end of the run."""
 SUPERSEDED = "images-superseded.jsonl"
 """The file of the lines of images that were changed or removed after the lines were written."""
 
@@ -20,12 +22,13 @@ FILES_OF_COMMAND: dict[str, frozenset[str]] = {
     "ttt": frozenset({*_EVERY_RUN, SUPERSEDED}),
     "eft": frozenset(
         {*_EVERY_RUN, "epochs.jsonl", "state.pt", "state-previous.pt", "adapter.safetensors", "method.safetensors"}
+        | {EVALUATED}
     ),
-    "eval": frozenset(_EVERY_RUN),
+    "eval": frozenset({*_EVERY_RUN, EVALUATED}),
     "predict": frozenset({*_EVERY_RUN, "predictions.jsonl", "predictions.csv"}),
     "features": frozenset({*_EVERY_RUN, "features.rows", "features.npz", "text.npz"}),
     "fft": frozenset(
-        {*_EVERY_RUN, "epochs.jsonl"}
+        {*_EVERY_RUN, "epochs.jsonl", EVALUATED}
         | {f"{stage}{end}.pt" for stage in FFT_STAGES for end in ("", "-previous")}
         | {f"{stage}-{what}.safetensors" for stage in FFT_STAGES for what in ("adapter", "model")}
     ),

@@ -23,6 +23,7 @@ from rada_fast.modules.checkpoint import stored_form
 from rada_fast.runs import heartbeat, lines, states
 from rada_fast.runs.changes import describe_change, differences, first_of
 from rada_fast.runs.contents import (
+    EVALUATED,
     FILES_OF_COMMAND,
     FORMAT,
     IDENTITY_FILE,
@@ -75,6 +76,7 @@ class RunFolder:
         self._identity = json.loads(json.dumps(identity))
         self._option_paths = option_paths
         self._sinks: list[Sink] = []
+        self._releases: list[Callable[[], object]] = []
         self.finished_epochs = 0
         _check_outside_data(self.path, data)
         self._check(options.overwrite)
@@ -233,7 +235,8 @@ class RunFolder:
 
         A run with a summary counts as finished only while these files exist.
         """
-        found = [path for path in sorted(self.path.iterdir()) if path.suffix in (".safetensors", ".npz", ".jsonl")]
+        kept = [path for path in sorted(self.path.iterdir()) if path.name != EVALUATED]
+        found = [path for path in kept if path.suffix in (".safetensors", ".npz", ".jsonl")]
         return {path.name: None if path.suffix == ".jsonl" else path.stat().st_size for path in found}
 
     def digest(self, scope: Mapping[str, Any]) -> str:
@@ -251,6 +254,10 @@ class RunFolder:
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line. The operating system has the whole line before this returns."""
         lines.append(self.path / name, record)
+
+    def append_all(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add a line for each of one or more records, in a single write."""
+        lines.append_all(self.path / name, records)
 
     def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Write a whole file of lines. A file that already holds exactly these lines is not written again."""
@@ -279,6 +286,15 @@ class RunFolder:
         """Cut a file off at a size in bytes. Creates the file if it does not exist."""
         with (self.path / name).open("ab") as file:
             file.truncate(size)
+
+    def when_stored(self, release: Callable[[], object]) -> None:
+        """Note a function that removes what only unfinished work needs, for the next call of release."""
+        self._releases.append(release)
+
+    def release(self) -> None:
+        """Call the functions that when_stored has noted, as the work of each of them is stored for good."""
+        while self._releases:
+            self._releases.pop()()
 
     def remove(self, name: str) -> None:
         """Remove a file that the run needs no more."""

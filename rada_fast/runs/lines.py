@@ -42,6 +42,12 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     files.append_line(path, _line(record))
 
 
+def append_all(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add a line for each of one or more records, in a single write."""
+    termination.raise_if_asked()
+    files.append_line(path, "\n".join(map(_line, records)))
+
+
 def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a whole file of lines. A file that already holds exactly these lines is not written again."""
     content = "".join(f"{_line(record)}\n" for record in records)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +18,7 @@ from rada_fast import cli
 from rada_fast.data import views
 from rada_fast.data.decode import read_image
 from rada_fast.data.open import open_source
-from rada_fast.models import image_features
+from rada_fast.models import encoded_parts, image_features
 from rada_fast.models.vision_language import load_model
 from tests.pictures import write_class_folders
 
@@ -105,3 +107,51 @@ def test_a_worker_that_the_system_kills_is_reported_and_the_run_goes_on_later(
     assert "; to go on: rada-fast eft --train " in line
     assert cli.main(command) == 0
     assert len((tmp_path / "out" / "images.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_encoding_that_was_cut_off_goes_on_from_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image is encoded once, together with the same others, and one that cannot be read is tried again."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "specks" / "cat"
+    folder.mkdir(parents=True)
+    for index in range(100):
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{index:03}.png")
+    spoilt = folder / "040.png"
+    content = spoilt.read_bytes()
+    spoilt.write_bytes(content[:60])
+    samples, vlm = open_source(f"imagefolder:{folder.parent}").samples, load_model("embedded")
+    encode_images, encoded, cut = vlm.encode_images, list[str](), 2
+    monkeypatch.setattr(encoded_parts, "PART_SECONDS", 0.0)
+
+    def encode_some(images: Tensor, ids: Sequence[str]) -> Tensor:
+        if len(encoded) == cut:
+            raise KeyboardInterrupt
+        encoded.append(ids[0])
+        return encode_images(images, ids)
+
+    monkeypatch.setattr(vlm, "encode_images", encode_some)
+    for trained in ("", "weights"):
+        encoded.clear()
+        cut = 2
+        with pytest.raises(KeyboardInterrupt):
+            image_features.encode_images(samples, vlm, title="cut off", workers=0, trained=trained)
+        cut = -1
+        resumed = image_features.encode_images(samples, vlm, title="go on", workers=0, trained=trained)
+        assert encoded == [f"cat/{index:03}.png" for index in (0, 32, 64, 96)]
+        again = image_features.encode_images(samples, vlm, title="once more", workers=0, trained=trained)
+        assert len(encoded) == 4
+        assert [one.id for one in resumed.unreadable] == ["cat/040.png"]
+        assert resumed.unreadable == again.unreadable
+        assert torch.equal(resumed.features, again.features)
+    monkeypatch.setattr(vlm, "encode_images", encode_images)
+    afresh = image_features.encode_images(samples, vlm, title="afresh", workers=0, trained="other weights")
+    assert torch.equal(resumed.features, afresh.features)
+    assert resumed.ids == afresh.ids
+    stamp = spoilt.stat()
+    spoilt.write_bytes(content[: stamp.st_size])
+    monkeypatch.setattr(encoded_parts, "_is_readable", lambda sample: True)
+    monkeypatch.setattr(vlm, "encode_images", encode_some)
+    encoded.clear()
+    os.utime(spoilt, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    image_features.encode_images(samples, vlm, title="mended", workers=0)
+    assert encoded == [f"cat/{index:03}.png" for index in (32, 64, 96)]  # all from the part that lacked a picture
