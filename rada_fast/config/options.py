@@ -205,6 +205,9 @@ class RunOptions:
     exclusive: bool = False
     """Refuse to start while another run of this user computes on the same device. Otherwise a line says so, and how to
     divide the cores."""
+    profile: bool = False
+    """Write a trace of a few steps of the run (groups of images in test-time training) by PyTorch's profiler into the
+    output folder, trace.json.gz, and a table of the operators, trace.txt. The results stay the same."""
     json: bool = False
     """Print the summary as JSON on standard output instead of a table."""
     log: tuple[SinkName, ...] = ()

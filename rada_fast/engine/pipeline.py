@@ -153,6 +153,7 @@ class Pipeline:
     device: the device.
     times: this counts the time of the stages.
     prepare: what makes an item of a result of the reader, in turn with the other stages.
+    on_group: a function that is called after each group of episodes.
     """
 
     def __init__(
@@ -167,8 +168,9 @@ class Pipeline:
         device: torch.device,
         times: StageTimes,
         prepare: Callable[[Any], Item],
+        on_group: Callable[[], None] | None = None,
     ) -> None:
-        self._prepare = prepare
+        self._prepare, self._on_group = prepare, on_group
         self._reader, self._encoder, self._uploads, self._adaptation = reader, encoder, uploads, adaptation
         self._check, self._episodes, self._device, self._times = check, episodes, device, times
         self._batch: list[Item] = []
@@ -255,6 +257,8 @@ class Pipeline:
                 arrived = torch.cuda.Event()
                 arrived.record(torch.cuda.current_stream(self._device))
         self._launched.append(_Group(items, results, views, arrived))
+        if self._on_group is not None:
+            self._on_group()
 
     @contextmanager
     def _busy(self, stage: str) -> Iterator[None]:

@@ -137,6 +137,8 @@ class TestTimePredictor:
     episodes: the most pictures that are adapted together, or None.
     device, precision: those of a model that is given by its name.
     times: what counts the time of each stage, or None for a new one.
+    on_group: a function that is called after each group of pictures that were adapted together, such as that of a
+        profiler.
 
     Raises UserError, a ValueError, or TypeError naming the argument that cannot be used.
     """
@@ -163,6 +165,7 @@ class TestTimePredictor:
         device: str = "auto",
         precision: Precision = "float32",
         times: StageTimes | None = None,
+        on_group: Callable[[], None] | None = None,
     ) -> None:
         check_integer("views", views, 1)
         check_integer("seed", seed, 0, MAX_SEED)
@@ -185,7 +188,7 @@ class TestTimePredictor:
         self._memory = bytes_of("memory", memory) if isinstance(memory, str) else memory
         if self._memory is not None:
             check_integer("memory", self._memory, 1, 2**62)
-        self._episodes = episodes
+        self._episodes, self._on_group = episodes, on_group
         self._text = self._text_features(text_features, templates)
         self._scale = self._logit_scale(logit_scale)
         self._adapter = self._own_adapter(adapter)
@@ -359,7 +362,7 @@ class TestTimePredictor:
         pipeline = Pipeline(
             Ahead(read, given, threads=threads, ahead=ahead),
             encoder, uploads, self._adaptation(plan.episodes), self._check,
-            episodes=plan.episodes, device=device, times=self.times, prepare=prepare,
+            episodes=plan.episodes, device=device, times=self.times, prepare=prepare, on_group=self._on_group,
         )  # fmt: skip
         wanted, total = shown
         progress = show_progress("test-time training", total) if wanted else nullcontext()

@@ -223,7 +223,8 @@ def train_adapter(
         options, task.images, task.features, setup.model, setup.device, training.note_unreadable, tuned
     )
     resumed = train(
-        training, step, plan, title="efficient fine-tuning", save_every=options.save_every, after_epoch=after_epoch,
+        training, step, plan, title="efficient fine-tuning", save_every=options.save_every,
+        profile=options.run.profile, after_epoch=after_epoch,
         evaluates=evaluates,
     )  # fmt: skip
     return training, resumed

@@ -202,7 +202,15 @@ def train_stage(
             stage, options, task.images, task.features, setup.model, setup.device, training.note_unreadable
         )
         title = f"full fine-tuning, {stage.name}"
-        resumed = train(training, made.step, plan, title=title, save_every=options.save_every, after_epoch=after_epoch)
+        resumed = train(
+            training,
+            made.step,
+            plan,
+            title=title,
+            save_every=options.save_every,
+            profile=options.run.profile,
+            after_epoch=after_epoch,
+        )
     if stage.contrastive:
         assert vlm is not None
         vlm.encoder_was_trained()

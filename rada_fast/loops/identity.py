@@ -28,6 +28,7 @@ NON_IDENTITY_OPTIONS = (
     "allow_chance",
     "timeout",
     "exclusive",
+    "profile",
     "json",
     "log",
     "memory",

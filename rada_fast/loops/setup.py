@@ -116,6 +116,8 @@ def open_data_and_model(
     Raises UserError naming the option that cannot be used.
     """
     check_backend()
+    if options.run.profile and not isinstance(options, TTTOptions | EFTOptions | FFTOptions):
+        notices.warn("--profile has a use in ttt, eft and fft alone")
     patience.set_limit(options.run.timeout)
     for name in options.run.log:
         import_sink(name)  # before anything is encoded

@@ -16,6 +16,7 @@ from rada_fast.engine.steps import TrainingStep
 from rada_fast.engine.training import Keeping, Plan, Position, train_epochs
 from rada_fast.models.image_features import Unreadable
 from rada_fast.runs.folder import RunFolder
+from rada_fast.runs.profiling import profiled
 from rada_fast.runs.progress import progress
 
 EPOCHS = "epochs.jsonl"
@@ -151,6 +152,7 @@ def train(
     *,
     title: str,
     save_every: str | None = None,
+    profile: bool = False,
     after_epoch: Callable[[int, dict[str, Any]], None] | None = None,
     evaluates: Callable[[int], bool] = lambda epoch: False,
 ) -> int:
@@ -161,6 +163,7 @@ def train(
     plan: the length, the batches and the learning rates of the training.
     title: the title of the progress bar.
     save_every: see SaveClock.
+    profile: whether to trace a few steps; see profiled.
     after_epoch: a function that is called with the number of the epoch, counted from 0, and its record, before the
         state is saved. It may add entries to the record.
     evaluates: whether this function takes long after an epoch, so that the state is also saved before it.
@@ -177,9 +180,18 @@ def train(
 
     keeping = Keeping(lambda epoch, ended: evaluates(epoch) if ended else clock.due(), store)
     remaining = (plan.epochs - first) * plan.steps - (0 if position is None else position.steps)
-    with progress(title, remaining, unit="steps") as advance:
+    prefix = f"{plan.stage}-" if plan.stage else ""
+    with (
+        progress(title, remaining, unit="steps") as advance,
+        profiled(profile, training.folder.path, "steps", prefix) as on_step,
+    ):
+
+        def after_step() -> None:
+            advance()
+            on_step()
+
         records = train_epochs(
-            step, training.trained, plan, first=first, position=position, on_step=advance, keeping=keeping
+            step, training.trained, plan, first=first, position=position, on_step=after_step, keeping=keeping
         )
         for epoch, record in enumerate(records, start=first):
             if after_epoch is not None:

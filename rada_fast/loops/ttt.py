@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -34,6 +34,7 @@ from rada_fast.runs.changes import describe_change
 from rada_fast.runs.contents import SUPERSEDED
 from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.machine import reset_peak_memory
+from rada_fast.runs.profiling import profiled
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 
@@ -145,7 +146,8 @@ def adapt_to_all(
     clock.images = len(chosen)
     with (
         progress("test-time training", len(chosen), before=counts_of(earlier)) as advance,
-        closing(predictions(setup, source, options, chosen, clock.stages)) as found,
+        profiled(options.run.profile, folder.path, "groups of images") as on_group,
+        closing(predictions(setup, source, options, chosen, clock.stages, on_group)) as found,
     ):
         for prediction in found:
             with clock.stages.busy("record"):
@@ -176,7 +178,12 @@ class Clock:
 
 
 def predictions(
-    setup: Setup, source: Source, options: TTTOptions | PredictOptions, chosen: Sequence[int], times: StageTimes
+    setup: Setup,
+    source: Source,
+    options: TTTOptions | PredictOptions,
+    chosen: Sequence[int],
+    times: StageTimes,
+    on_group: Callable[[], None] | None = None,
 ) -> Generator[Prediction]:
     """Predict some images, and yield each as soon as it is predicted.
 
@@ -185,11 +192,13 @@ def predictions(
     options: the options of the command.
     chosen: the indices of the images in the source, in the order in which they are begun.
     times: this counts the time of each stage.
+    on_group: a function that is called after each group of images that are adapted together.
     """
     predictor = TestTimePredictor(
         setup.model, setup.names, text_features=setup.text, logit_scale=setup.logit_scale, adapter=setup.adapter,
         config=options.episode, views=options.views, view_kind=options.view_kind, seed=options.run.seed,
         workers=options.run.workers, memory=options.memory, episodes=options.episodes, times=times,
+        on_group=on_group,
     )  # fmt: skip
     if (features := source.views()) is not None:
         return predictor.predict_features([(source.ids[index], features[index]) for index in chosen])

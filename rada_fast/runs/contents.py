@@ -17,7 +17,10 @@ EVALUATED = "evaluated.jsonl"
 SUPERSEDED = "images-superseded.jsonl"
 """The file of the lines of images that were changed or removed after the lines were written."""
 
-_EVERY_RUN = (IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE, HEARTBEAT_FILE, "images.jsonl", *SINKS)
+TRACES = ("trace.json.gz", "trace.txt")
+"""The files of the option --profile: the trace, and the table of operators."""
+
+_EVERY_RUN = (IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE, HEARTBEAT_FILE, *TRACES, "images.jsonl", *SINKS)
 FILES_OF_COMMAND: dict[str, frozenset[str]] = {
     "ttt": frozenset({*_EVERY_RUN, SUPERSEDED}),
     "eft": frozenset(
@@ -36,6 +39,7 @@ FILES_OF_COMMAND: dict[str, frozenset[str]] = {
 """The names of the files that a run of each command makes. Files with other names are never removed."""
 _ENSEMBLE = re.compile(r"ensemble-[-+.e\d]+-(adapter|model)\.safetensors")
 """The names of the files in which fft stores means of weights; a share is part of the name."""
+_TRACE_OF_STAGE = re.compile(rf"({'|'.join(FFT_STAGES)})-trace\.(json\.gz|txt)")
 _DAMAGED = re.compile(r"(?P<name>.+)\.damaged(-\d+)?")
 
 
@@ -52,7 +56,8 @@ def is_made_by(name: str, command: str | None) -> bool:
     known = FILES_OF_COMMAND[command] if command is not None else frozenset({LOCK_FILE})
 
     def is_result(name: str) -> bool:
-        return name in known or (command == "fft" and _ENSEMBLE.fullmatch(name) is not None)
+        of_fft = command == "fft" and (_ENSEMBLE.fullmatch(name) or _TRACE_OF_STAGE.fullmatch(name))
+        return name in known or bool(of_fft)
 
     if is_result(name):
         return True
