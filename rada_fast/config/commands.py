@@ -29,6 +29,7 @@ TrainViews = Literal["center", "crop"]
 Protocol = Literal["base-to-new", "all"]
 Schedule = Literal["cosine", "constant"]
 Stages = Literal["both", "first"]
+Shard = Literal["auto", "none", "full"]
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,9 @@ class FFTOptions:
     that are computed at once. Another number rounds the sums of gradients in another way."""
     grad_checkpointing: bool = False
     """RAda-FT: let the image encoder compute its activations again in the backward pass, which saves memory."""
+    shard: Shard = "auto"
+    """Where torchrun starts several processes and an encoder is trained: none stores all of its weights in each (DDP);
+    full stores a part of weights, gradients and moments in each (FSDP2); auto does so from 250 million weights on."""
     lr: float = 4e-3
     """Learning rate of RAda, and of every stage with frozen encoders (paper: 4e-3)."""
     finetune_lr: float = 4e-6

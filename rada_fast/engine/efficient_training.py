@@ -11,6 +11,7 @@ from torch import Tensor
 from rada_fast.config.commands import EFTOptions
 from rada_fast.data.sources import Source
 from rada_fast.engine.optimizers import training_optimizer
+from rada_fast.engine.sharing import group_for
 from rada_fast.engine.steps import Gradients, Objective, TrainedText, TrainingStep, images_at_once
 from rada_fast.engine.training import Batch, ImageBatches, Plan, efficient_rate, epoch_name, feature_batches, shuffled
 from rada_fast.models.encoded_parts import EncodedParts
@@ -34,8 +35,8 @@ class TunedEncoders:
     vlm: VisionLanguageModel
     tokens: Tensor
 
-    def text_features(self, labels: Tensor) -> Tensor:
-        """Encode all classes, whatever the labels of a step are. Returns (K, D) with gradients."""
+    def text_features(self, labels: Tensor, own: slice) -> Tensor:
+        """Encode all classes, whatever the images of a step are. Returns (K, D) with gradients."""
         with self.tuning.attached():
             return self.vlm.text_features_with_grad(self.tokens)
 
@@ -77,8 +78,9 @@ def efficient_step(
     gradients = Gradients(head, text_features, logit_scale, objective, of_images=of_images)
     most = images_at_once(head.config, len(text_features), text_features.device, fused=gradients.fused)
     return TrainingStep(
-        gradients, optimizer, micro_batch=min(most, options.batch_size), text=text, encode=encode, scaler=scaler
-    )
+        gradients, optimizer, micro_batch=min(most, options.batch_size), text=text, encode=encode, scaler=scaler,
+        group=group_for(options.batch_size),
+    )  # fmt: skip
 
 
 def efficient_plan(
@@ -103,7 +105,7 @@ def efficient_plan(
     tuned: the encoders, if something inside them is trained. If this changes the features of images, an epoch reads the
         images themselves.
     """
-    seed, workers = options.run.seed, options.run.workers
+    seed, workers, group = options.run.seed, options.run.workers, group_for(options.batch_size)
     crops_on_disk: list[EncodedParts | None] = []
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
@@ -112,7 +114,7 @@ def efficient_plan(
             crops = options.train_views == "crop"
             reader = ImageBatches(
                 images.samples, tuned.vlm, options.batch_size, seed, crops=crops, encoded=False, workers=workers,
-                note_unreadable=note_unreadable,
+                note_unreadable=note_unreadable, group=group,
             )  # fmt: skip
             yield from reader.epoch(name, f"views {epoch}", first)
             return
@@ -122,7 +124,7 @@ def efficient_plan(
             crops_on_disk.append(rows.parts)
         note_unreadable(rows.unreadable)
         order = shuffled(len(rows.labels), seed, name)
-        yield from feature_batches(rows.features, rows.labels, order, options.batch_size, device, first=first)
+        yield from feature_batches(rows.features, rows.labels, order, options.batch_size, device, group, first=first)
 
     def release() -> None:
         while crops_on_disk:
@@ -132,4 +134,4 @@ def efficient_plan(
     note_unreadable(features.unreadable)
     rate = efficient_rate(options.lr, options.schedule, options.epochs)
     steps = -(-len(features.ids) // options.batch_size)
-    return Plan(options.epochs, steps, rate, batches, options.lr, seed=seed, release=release)
+    return Plan(options.epochs, steps, rate, batches, options.lr, seed=seed, release=release, group=group)

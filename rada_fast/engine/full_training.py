@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from rada_fast.config.commands import FFTOptions
 from rada_fast.config.methods import FFT_METHODS
 from rada_fast.data.sources import Source
 from rada_fast.engine.optimizers import training_optimizer
+from rada_fast.engine.sharded_encoders import EncodersOfGroup, ScalerOfParts, encoders_of_group
+from rada_fast.engine.sharing import counts_of, group_for, own_part
 from rada_fast.engine.steps import (
     ContrastiveGradients,
     Gradients,
@@ -38,6 +40,7 @@ from rada_fast.models.encoder_tuning import Captions
 from rada_fast.models.image_features import Features, Unreadable
 from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.modules.classifier import Classifier
+from rada_fast.system.ranks import Ranks
 
 CHECKPOINTED_SHARE = 0.25
 """The share of the encoder's activations that are in memory at a time with checkpoints: all blocks' inputs and the
@@ -128,6 +131,7 @@ def stage_plan(
     note_unreadable: a function that takes images that could not be read.
     """
     seed, crops, size = options.run.seed, options.train_views == "crop", options.batch_size
+    group = group_for(size)
     reads_images = stage.trains_encoder or (crops and images.holds_images)
     fixed = None if reads_images else features
     count = len(images.samples) if fixed is None else len(fixed.labels)
@@ -137,11 +141,11 @@ def stage_plan(
         if fixed is not None:
             note_unreadable(fixed.unreadable)
             order = shuffled(count, seed, name)
-            yield from feature_batches(fixed.features, fixed.labels, order, size, device, first=first)
+            yield from feature_batches(fixed.features, fixed.labels, order, size, device, group, first=first)
             return
         reader = ImageBatches(
             images.samples, model.loaded(), size, seed, crops=crops, encoded=not stage.trains_encoder,
-            workers=options.run.workers, note_unreadable=note_unreadable,
+            workers=options.run.workers, note_unreadable=note_unreadable, group=group,
         )  # fmt: skip
         yield from reader.epoch(name, f"{stage.name} views {epoch}", first)
 
@@ -152,7 +156,7 @@ def stage_plan(
         return learning_rate(stage, options.warmup_steps, epoch * steps + step, stage.epochs * steps)
 
     option = "finetune_lr" if stage.trains_encoder else "lr"
-    return Plan(stage.epochs, steps, rate, batches, stage.lr, option, seed, stage.name)
+    return Plan(stage.epochs, steps, rate, batches, stage.lr, option, seed, stage.name, group=group)
 
 
 @contextmanager
@@ -174,60 +178,76 @@ def stage_step(
 
     Raises UserError if the encoder has no activation checkpoints, and the options ask for them.
     """
-    trained = nn.ModuleList([model])
     objective = Objective(options.penalty, stage.penalty_weight)
     gradients: Gradients | ContrastiveGradients
     gradients = Gradients(model.head, model.weight, model.logit_scale, objective, of_images=stage.trains_encoder)
-    encode, extra, encoder, text, adjust = None, 0, None, None, None
+    encode, text, adjust = None, None, None
     device, micro_batch = model.weight.device, options.micro_batch
-    if stage.trains_encoder:
-        assert vlm is not None
-        encoder = vlm.model.visual
-        if options.grad_checkpointing and not hasattr(encoder, "set_grad_checkpointing"):
-            raise UserError(f"grad_checkpointing needs an image encoder with checkpoints, which {vlm.name} has not")
-        if stage.contrastive:
-            assert captions is not None
-            trained = nn.ModuleList([vlm.model])
-            _thaw_text_encoder(vlm)
-            text = TrainedText(model.weight.detach().clone().requires_grad_(), _captioning(vlm, captions))
-            gradients = ContrastiveGradients(text, model.logit_scale)
-        else:
-            trained.append(encoder)
-        vlm.train_image_encoder(True)
-        if micro_batch is None:
-            share = CHECKPOINTED_SHARE if options.grad_checkpointing else 1.0
-            extra = int(share * _activation_bytes(vlm))
-        if options.grad_checkpointing:
-            encoder.set_grad_checkpointing(True)
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    weight_decay = options.weight_decay
-    if stage.pull_weight is not None:
-        adjust, weight_decay = _pull(parameters, stage.pull_weight), 0.0
-    optimizer = training_optimizer(parameters, "adamw", lr=stage.lr, weight_decay=weight_decay)
-    if vlm is not None and stage.trains_encoder:
-        encode = _encoding(vlm, optimizer)
-    if micro_batch is None:
-        budget = None
-        if options.memory is not None:
-            side = vlm.preprocess.image_size if vlm is not None and stage.trains_encoder else None
-            budget = budget_of_parts(options, parameters, model.weight.shape[1], side)
-        micro_batch = images_at_once(
-            model.head.config, len(model.weight), device, fused=gradients.fused, extra=extra, budget=budget
-        )
-    in_float16 = stage.trains_encoder and vlm is not None and vlm.precision == "float16"
-    scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
-    step = TrainingStep(
-        gradients, optimizer, micro_batch=min(micro_batch, options.batch_size), encode=encode, scaler=scaler,
-        text=text, adjust=adjust,
-    )  # fmt: skip
-    try:
-        yield StageStep(trained, optimizer, scaler, step)
-    finally:
-        if encoder is not None:
+    group = group_for(options.batch_size)
+    with ExitStack() as context:
+        trained, extra, encoders = nn.ModuleList([model]), 0, None
+        if stage.trains_encoder:
             assert vlm is not None
-            vlm.model.requires_grad_(False).eval()
+            extra = context.enter_context(_trainable(stage, vlm, options))
+            encoders = context.enter_context(encoders_of_group(vlm, group, options.shard, of_text=stage.contrastive))
             if options.grad_checkpointing:
-                encoder.set_grad_checkpointing(False)
+                vlm.model.visual.set_grad_checkpointing(True)
+            if stage.contrastive:
+                assert captions is not None
+                trained = nn.ModuleList([vlm.model])
+                captioning = _captioning(vlm, captions, encoders, group)
+                text = TrainedText(model.weight.detach().clone().requires_grad_(), captioning, of_images=True)
+                gradients = ContrastiveGradients(text, model.logit_scale)
+            else:
+                trained.append(vlm.model.visual)
+        parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        weight_decay = options.weight_decay
+        if stage.pull_weight is not None:
+            adjust, weight_decay = _pull(parameters, stage.pull_weight), 0.0
+        optimizer = training_optimizer(parameters, "adamw", lr=stage.lr, weight_decay=weight_decay)
+        if vlm is not None and stage.trains_encoder:
+            encode = _encoding(vlm, optimizer, encoders)
+        if micro_batch is None:
+            budget = None
+            if options.memory is not None:
+                side = vlm.preprocess.image_size if vlm is not None and stage.trains_encoder else None
+                budget = budget_of_parts(options, parameters, model.weight.shape[1], side)
+            micro_batch = images_at_once(
+                model.head.config, len(model.weight), device, fused=gradients.fused, extra=extra, budget=budget
+            )
+        in_float16 = stage.trains_encoder and vlm is not None and vlm.precision == "float16"
+        kind = ScalerOfParts if encoders is not None and encoders.sharded else torch.amp.GradScaler
+        scaler = kind(device.type, enabled=in_float16)
+        step = TrainingStep(
+            gradients, optimizer, micro_batch=min(micro_batch, options.batch_size), encode=encode, scaler=scaler,
+            text=text, adjust=adjust, group=group, encoders=encoders,
+        )  # fmt: skip
+        yield StageStep(trained, optimizer, scaler, step)
+
+
+@contextmanager
+def _trainable(stage: Stage, vlm: VisionLanguageModel, options: FFTOptions) -> Iterator[int]:
+    """Let the encoders that a stage trains be trained while the context lasts.
+
+    Yields how many bytes an image's activations take, or 0 if the options give the size of the parts of a step.
+
+    Raises UserError if the image encoder has no activation checkpoints, and the options ask for them.
+    """
+    encoder, extra = vlm.model.visual, 0
+    if options.grad_checkpointing and not hasattr(encoder, "set_grad_checkpointing"):
+        raise UserError(f"grad_checkpointing needs an image encoder with checkpoints, which {vlm.name} has not")
+    if stage.contrastive:
+        _thaw_text_encoder(vlm)
+    vlm.train_image_encoder(True)
+    if options.micro_batch is None:
+        share = CHECKPOINTED_SHARE if options.grad_checkpointing else 1.0
+        extra = int(share * _activation_bytes(vlm))
+    try:
+        yield extra
+    finally:
+        vlm.model.requires_grad_(False).eval()
+        if options.grad_checkpointing:
+            encoder.set_grad_checkpointing(False)
 
 
 def budget_of_parts(options: FFTOptions, parameters: Sequence[Tensor], width: int, side: int | None) -> int:
@@ -239,7 +259,8 @@ def budget_of_parts(options: FFTOptions, parameters: Sequence[Tensor], width: in
         20 P + 4 B D    or, where the encoder is trained,    20 P + 24 B S^2
 
     bytes: the parameters, their two moments, the sum of the gradients and those of one part, all float32; and the
-    features of a batch, or the pixels of one batch and of another that is read ahead.
+    features of a batch, or the pixels of one batch and of another that is read ahead. Several processes share the
+    images of a batch. Where each stores a part of the parameters, 16 of the 20 bytes count for this part alone.
 
     options: the options of the training, with a memory.
     parameters: what is trained.
@@ -249,8 +270,10 @@ def budget_of_parts(options: FFTOptions, parameters: Sequence[Tensor], width: in
     """
     assert options.memory is not None
     memory = bytes_of("memory", options.memory)
-    inputs = options.batch_size * (4 * width if side is None else 24 * side**2)
-    fixed = 20 * sum(parameter.numel() for parameter in parameters) + inputs
+    images = max(counts_of(options.batch_size, group_for(options.batch_size)))
+    inputs = images * (4 * width if side is None else 24 * side**2)
+    numbers, own = (sum(one.numel() for one in values) for values in (parameters, map(own_part, parameters)))
+    fixed = 16 * own + 4 * numbers + inputs
     if memory <= fixed:
         least = f"{-(-fixed // 2**20)}MiB for batches of {options.batch_size}"
         raise UserError(f"memory must be more than {least}, got {options.memory}")
@@ -264,14 +287,22 @@ def _thaw_text_encoder(vlm: VisionLanguageModel) -> None:
     vlm.model.train()
 
 
-def _captioning(vlm: VisionLanguageModel, captions: Captions) -> Callable[[Tensor], Tensor]:
-    """Return a function from the labels (B,) of images to the features (B, D) of one caption for each.
+def _captioning(
+    vlm: VisionLanguageModel, captions: Captions, encoders: EncodersOfGroup | None, group: Ranks
+) -> Callable[[Tensor, slice], Tensor]:
+    """Return a function from the labels (B,) of a step's images to the features of one caption for each of some images.
 
-    A caption is one of the prompts of the image's class, drawn at random, as FLYP does (Goyal et al., CVPR 2023).
+    A caption is one of the prompts of the image's class, drawn at random, as FLYP does (Goyal et al., CVPR 2023). The
+    first process draws those of all images, so that they do not depend on how many processes there are.
     """
 
-    def encode(labels: Tensor) -> Tensor:
-        return vlm.text_features_with_grad(captions.drawn(labels.cpu()).to(vlm.device))
+    text_features = vlm.text_features_with_grad if encoders is None else encoders.text_features
+
+    def encode(labels: Tensor, own: slice) -> Tensor:
+        tokens = captions.drawn(labels.cpu()) if group.first else captions.tokens.new_zeros(1, 1)
+        tokens = tokens.expand(len(labels), captions.tokens.shape[1]).contiguous()
+        group.all_reduce([tokens])
+        return text_features(tokens[own].to(vlm.device))
 
     return encode
 
@@ -292,9 +323,13 @@ def _pull(parameters: Sequence[Tensor], weight: float) -> Callable[[Tensor | flo
     return adjust
 
 
-def _encoding(vlm: VisionLanguageModel, optimizer: Optimizer) -> Callable[[Tensor, Sequence[str]], Tensor]:
+def _encoding(
+    vlm: VisionLanguageModel, optimizer: Optimizer, encoders: EncodersOfGroup | None
+) -> Callable[[Tensor, Sequence[str]], Tensor]:
+    image_features = vlm.image_features_with_grad if encoders is None else encoders.image_features
+
     def encode(images: Tensor, ids: Sequence[str]) -> Tensor:
-        features = vlm.image_features_with_grad(images)
+        features = image_features(images)
         # An overflow in float32 after a step is caused by the learning rate, which the end of the epoch reports.
         if vlm.precision != "float32" or not optimizer.state:
             vlm.check_features(features, "image", ids)

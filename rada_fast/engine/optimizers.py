@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rada_fast.config.method import OptimizerName
+from rada_fast.engine.sharing import is_part, part_like, whole_tensor
 from rada_fast.ops import backends, episodic_optimizer_step
 from rada_fast.ops.episodic_optimizer import prepared_optimizer_step
 
@@ -155,7 +157,8 @@ def training_optimizer(
     """Make the fastest optimiser of a kind for the parameters of a training.
 
     It is OnePassOptimizer for float32 on a CPU with the compiled operators, and otherwise one of PyTorch's. On
-    a GPU the learning rate is a tensor, so that a captured CUDA graph reads the present one; see set_rate.
+    a GPU the learning rate is a tensor, so that a captured CUDA graph reads the present one; see set_rate. Parameters
+    of which a process stores parts are in groups of their own, because no operator takes them together with others.
 
     parameters: the parameters to train, at least one, on one device.
     name: the kind of optimiser.
@@ -166,6 +169,11 @@ def training_optimizer(
     parameters = list(parameters)
     device = parameters[0].device
     momentum = momentum if name == "sgd" else 0.0
+    if any(map(is_part, parameters)):
+        groups = [{"params": list(alike)} for _, alike in groupby(parameters, key=is_part)]
+        if name == "sgd":
+            return SGD(groups, lr=lr, weight_decay=weight_decay, momentum=momentum, foreach=True)
+        return (AdamW if name == "adamw" else Adam)(groups, lr=lr, weight_decay=weight_decay, foreach=True)
     plain = all(value.dtype == torch.float32 and value.is_contiguous() for value in parameters)
     if device.type == "cpu" and plain and backends()["cpu"] == "usable":
         return OnePassOptimizer(parameters, name, lr=lr, weight_decay=weight_decay, momentum=momentum)
@@ -196,3 +204,44 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
             # The state of an earlier run was loaded to the CPU.
             group["lr"] = group["lr"].to(device)
         group["lr"].fill_(rate)
+
+
+def stored_state(optimizer: Optimizer, *, keep: bool = True) -> dict[str, Any]:
+    """Return the state of an optimiser for a file: whole tensors, in the order of the parameters.
+
+    All processes must call this together if each of them stores parts. keep: whether this process needs the state.
+    """
+    state = optimizer.state_dict()
+    stored: dict[int, dict[str, Any]] = {}
+    for number, values in state["state"].items():
+        whole = {name: whole_tensor(value) for name, value in values.items()}
+        stored[number] = {
+            name: value.cpu() if is_part(values[name]) else value
+            for name, value in whole.items()
+            if keep or not is_part(values[name])
+        }
+    first, *others = state["param_groups"]
+    numbers = [number for group in (first, *others) for number in group["params"]]
+    return {"state": stored, "param_groups": [{**first, "params": numbers}]}
+
+
+def load_stored_state(optimizer: Optimizer, stored: dict[str, Any]) -> None:
+    """Go on from what stored_state has returned for the same parameters, perhaps of another kind of optimiser.
+
+    The kinds that training_optimizer makes hold the same moments. They differ in how they count steps, and in options
+    of the groups, which stay those of this optimiser.
+    """
+    own = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found: dict[int, dict[str, Any]] = {}
+    for number, values in stored["state"].items():
+        found[number] = {}
+        for name, value in values.items():
+            if name == "step":
+                step = float(value)
+                found[number][name] = int(step) if isinstance(optimizer, OnePassOptimizer) else torch.tensor(step)
+            elif isinstance(value, Tensor):
+                found[number][name] = part_like(value, parameters[number])
+            else:
+                found[number][name] = value
+    optimizer.load_state_dict({"state": found, "param_groups": own["param_groups"]})

@@ -2,12 +2,15 @@
 
 On a CPU a step of the adapter is a handful of calls of compiled operators, without autograd. On a GPU, steps on
 features are replayed from a CUDA graph, and nothing in them waits for the device: the learning rate is a number on it.
+
+Several processes share the images of a batch, and take the step of the whole batch together; see sharing.py.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,10 +23,12 @@ from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.engine.direct_steps import direct_step, summed_up
 from rada_fast.engine.graphs import Recording, usable
 from rada_fast.engine.optimizers import set_rate
+from rada_fast.engine.sharing import Division, GradientSum, SharedEncoders
 from rada_fast.modules.heads import Head
 from rada_fast.modules.rational_adapter import RationalAdapter
 from rada_fast.ops import AdapterOutput, PreparedAdapter, prediction_loss_and_gradient
 from rada_fast.ops.prepared_adapter import Pullback, pullback_of
+from rada_fast.system.ranks import Ranks
 
 BUDGETS = {"cpu": 2**30, "cuda": 2**33}
 """The bytes that the adapter may take for the images of one part of a step, by the type of the device; see
@@ -175,11 +180,12 @@ class ContrastiveGradients:
         self._captions, self._logit_scale = captions, logit_scale
         self.trained = [captions.features]
 
-    def add(self, features: Tensor, labels: Tensor, share: float | Tensor = 1.0) -> Parts:
+    def add(self, features: Tensor, labels: Tensor, share: float | Tensor = 1.0, *, own: slice = slice(None)) -> Parts:
         """Compute the loss of all images of a step, and put its gradients into ``.grad`` of the captions' features.
 
         features: (B, D), unit norm; labels: (B,), in which an answer is right if its caption has the image's label.
         share: the factor of the gradients.
+        own: the images of this process, whose right answers alone are counted.
         """
         texts = self._captions.features
         images = features.detach().requires_grad_()
@@ -188,7 +194,7 @@ class ContrastiveGradients:
             order = torch.arange(len(labels), device=labels.device)
             loss = (cross_entropy(logits, order) + cross_entropy(logits.T, order)) / 2
         dimages, texts.grad = torch.autograd.grad(loss * share, [images, texts])
-        correct = (labels[logits.argmax(dim=-1)] == labels).sum()
+        correct = (labels[logits.argmax(dim=-1)] == labels)[own].sum()
         return Parts(loss.detach(), loss.new_zeros(()), correct, dimages)
 
 
@@ -196,21 +202,29 @@ class TrainedText:
     """Text features that a text encoder computes anew in every step, because something inside it is trained.
 
     features: the present text features (K, D), a tensor with ``requires_grad`` whose values each step replaces.
-    encode: a function from the labels of a batch to the text features, with gradients.
+    encode: a function from the labels (B,) of all images of a step, and from the slice of this process's images among
+        them, to text features with gradients.
+    of_images: whether these are the features of one text for each image of this process. Otherwise they are those of
+        all classes.
     """
 
-    def __init__(self, features: Tensor, encode: Callable[[Tensor], Tensor]) -> None:
-        self.features, self._encode = features, encode
+    def __init__(self, features: Tensor, encode: Callable[[Tensor, slice], Tensor], *, of_images: bool = False) -> None:
+        self.features, self.of_images, self._encode = features, of_images, encode
 
-    def refresh(self, labels: Tensor) -> Tensor:
-        """Encode, put the values into `features`, and return the text features with their gradients."""
+    def refresh(self, labels: Tensor, division: Division) -> Tensor:
+        """Encode, put the values into `features`, and return the text features with their gradients.
+
+        labels: those of all images of the step; division: how the processes share them. Of the texts of the images,
+        each process encodes those of its own, and `features` gets those of all.
+        """
         with torch.enable_grad():
-            text = self._encode(labels)
-        if text.shape == self.features.shape:
+            text = self._encode(labels, division.own)
+        values = division.gathered(text.detach()) if self.of_images else text.detach()
+        if values.shape == self.features.shape:
             with torch.no_grad():
-                self.features.copy_(text)
+                self.features.copy_(values)
         else:
-            self.features.data = text.detach()
+            self.features.data = values
         self.features.grad = None
         return text
 
@@ -228,6 +242,8 @@ class TrainingStep:
     scaler: the scaler of the loss for float16.
     text: the text features of the gradients, if they are encoded anew in every step.
     adjust: a function that changes the gradients before the update. It takes the factor by which they are scaled.
+    group: the processes that share the images of a batch; by default this one takes them all.
+    encoders: the encoders that sum the gradients of their weights themselves, if several processes train some.
     """
 
     def __init__(
@@ -240,8 +256,11 @@ class TrainingStep:
         scaler: torch.amp.GradScaler | None = None,
         text: TrainedText | None = None,
         adjust: Callable[[Tensor | float], object] | None = None,
+        group: Ranks | None = None,
+        encoders: SharedEncoders | None = None,
     ) -> None:
         self.gradients, self.optimizer = gradients, optimizer
+        self.group, self.encoders = Ranks() if group is None else group, encoders
         self.micro_batch, self.encode = micro_batch, encode
         self.text, self.adjust = text, adjust
         self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
@@ -252,7 +271,12 @@ class TrainingStep:
         self._images = 0
         self._recorded: _RecordedStep | None = None
         self._shape: torch.Size | None = None
+        summed_by_encoders = {id(parameter) for parameter in encoders.parameters} if encoders is not None else set()
+        self._sum = GradientSum(
+            self.group, [value for value in self._parameters if id(value) not in summed_by_encoders]
+        )
         plain = encode is text is adjust is None and gradients.plain and not self.scaler.is_enabled()
+        plain = plain and not self.group.several
         self._records = plain and usable(self.device)
         self._direct = None
         if plain and not self._records and isinstance(gradients, Gradients):
@@ -263,11 +287,15 @@ class TrainingStep:
         """Whether steps on whole batches call the compiled operators for a CPU directly."""
         return self._direct is not None
 
-    def __call__(self, inputs: Tensor, labels: Tensor, rate: float, ids: Sequence[str] = ()) -> None:
+    def __call__(
+        self, inputs: Tensor, labels: Tensor, rate: float, ids: Sequence[str] = (), counts: Sequence[int] = ()
+    ) -> None:
         """Take one step.
 
         inputs: features (B, D), or images (B, 3, S, S) if the image encoder is trained.
         labels: (B,); rate: the learning rate; ids: the names of the images.
+        counts: how many images of the batch each process of the group has, if there are several. B is the number of
+            this process's own, which may be 0.
 
         Where a CUDA graph can be used, the first step of a shape is taken without it, and the second step records it.
         """
@@ -282,7 +310,7 @@ class TrainingStep:
         labels = labels.to(self.device, non_blocking=True)
         if self.encode is not None:
             # The images stay where they are; the encoder copies those of a part to its device.
-            self._take(inputs, labels, ids)
+            self._take(inputs, labels, ids, counts)
             return
         inputs = inputs.to(self.device, non_blocking=True)
         if self._records and self._shape == inputs.shape:
@@ -293,7 +321,7 @@ class TrainingStep:
             return
         if self._recorded is None:
             self._shape = inputs.shape
-        self._take(inputs, labels)
+        self._take(inputs, labels, ids, counts)
 
     def _record(self, inputs: Tensor, labels: Tensor) -> None:
         """Take one step, and record it. Where that is not possible, later steps are taken without a recording."""
@@ -312,31 +340,47 @@ class TrainingStep:
                 stacklevel=3,
             )
 
-    def _take(self, inputs: Tensor, labels: Tensor, ids: Sequence[str] = ()) -> None:
-        count = len(labels)
-        part = min(self.micro_batch or count, count)
+    def _take(self, inputs: Tensor, labels: Tensor, ids: Sequence[str] = (), counts: Sequence[int] = ()) -> None:
+        division = Division(self.group, counts or (len(labels),))
+        part = min(self.micro_batch or division.most, division.most)
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else 1.0
-        if self.encode is not None or self.text is not None:
+        if self.encode is not None or self.text is not None or self.group.several:
             self.optimizer.zero_grad()
-        text = None if self.text is None else self.text.refresh(labels)
-        slices = [slice(start, start + part) for start in range(0, count, part)]
+        text = None
+        if self.text is not None:
+            text = self.text.refresh(division.gathered(labels) if self.text.of_images else labels, division)
+        # Every process has the same number of parts, because encoders may speak to each other in each of them.
+        slices = [slice(start, start + part) for start in range(0, division.most, part)]
         if isinstance(self.gradients, ContrastiveGradients):
-            self._contrast(self.gradients, inputs, labels, ids, slices, scale)
+            self._contrast(self.gradients, inputs, labels, ids, slices, division, scale)
         else:
             for number, part_of in enumerate(slices):
                 some, target = inputs[part_of], labels[part_of]
-                features = some if self.encode is None else self.encode(some, ids[part_of])
-                parts = self.gradients.add(features.detach(), target, len(target) / count * scale, first=number == 0)
-                if parts.dfeatures is not None:
-                    features.backward(parts.dfeatures)
-                self._note(parts, len(target))
+                if not len(target) and self.encoders is None:
+                    break
+                with self._part(part_of, division):
+                    features = some if self.encode is None else self.encode(some, ids[part_of])
+                    dfeatures: Tensor | None = torch.zeros_like(features)
+                    if len(target):
+                        share = len(target) / division.whole * scale
+                        parts = self.gradients.add(features.detach(), target, share, first=number == 0)
+                        self._note(parts, len(target))
+                        dfeatures = parts.dfeatures
+                    if dfeatures is not None and features.requires_grad:
+                        features.backward(dfeatures)
         if text is not None:
             assert self.text is not None
-            text.backward(self.text.features.grad)
+            if (gradient := self.text.features.grad) is not None:
+                text.backward(gradient[division.own] if self.text.of_images else gradient)
+        self._sum()
         if self.adjust is not None:
             self.adjust(scale)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _part(self, part_of: slice, division: Division) -> AbstractContextManager[object]:
+        """Return the context in which a part of the step is encoded and goes back through the encoders."""
+        return nullcontext() if self.encoders is None else self.encoders.last_part(part_of.stop >= division.most)
 
     def _contrast(
         self,
@@ -345,22 +389,31 @@ class TrainingStep:
         labels: Tensor,
         ids: Sequence[str],
         slices: Sequence[slice],
+        division: Division,
         scale: Tensor | float,
     ) -> None:
         """Add the gradients of a loss that compares all images of the step.
 
-        The loss needs the features of all parts at once. A batch of several parts is therefore encoded twice: first
+        The loss needs the features of all parts at once, and those of the other processes too. Each process computes
+        the whole loss, and takes the gradients of its own images. A batch of several parts is encoded twice: first
         without gradients, for the loss and the gradients of the features, and then part by part with gradients.
         """
         assert self.encode is not None
+        if self.encoders is None:
+            slices = [part for part in slices if part.start < len(labels)]
         once = len(slices) == 1
         with torch.set_grad_enabled(once):
             encoded = [self.encode(inputs[part], ids[part]) for part in slices]
-        parts = gradients.add(torch.cat(encoded).detach(), labels, scale)
+        own = division.own
+        width = gradients.trained[0].shape[1]
+        features = torch.cat([part.detach() for part in encoded]) if encoded else inputs.new_zeros(0, width)
+        parts = gradients.add(division.gathered(features.to(self.device)), division.gathered(labels), scale, own=own)
         assert parts.dfeatures is not None
-        for part, features in zip(slices, encoded, strict=True):
-            again = features if once else self.encode(inputs[part], ids[part])
-            again.backward(parts.dfeatures[part])
+        dfeatures = parts.dfeatures[own]
+        for part, before in zip(slices, encoded, strict=True):
+            with self._part(part, division):
+                again = before if once else self.encode(inputs[part], ids[part])
+                again.backward(dfeatures[part])
         self._note(parts, len(labels))
 
     def _note(self, parts: Parts, images: int) -> None:
@@ -373,12 +426,17 @@ class TrainingStep:
         """Return what the next read_totals depends on so far, as tensors and plain values. This waits for the device.
 
         The sums are not rounded otherwise if load_totals brings them back: what still waits to be summed up stays so.
+        They are those of all processes that share the batches.
         """
         waiting = None if self._direct is None else self._direct.waiting()
-        return {"sums": self._totals.cpu(), "images": self._images, "waiting": waiting}
+        sums = self._totals.clone()
+        self.group.all_reduce([sums])
+        return {"sums": sums.cpu(), "images": sum(self.group.all_gather(self._images)), "waiting": waiting}
 
     def load_totals(self, totals: Mapping[str, Any]) -> None:
-        """Go on from what totals() has returned."""
+        """Go on from what totals() has returned. The first of several processes takes the sums of all."""
+        if not self.group.first:
+            return
         self._totals.copy_(totals["sums"])
         self._images = totals["images"]
         if totals["waiting"] is None:
@@ -389,10 +447,11 @@ class TrainingStep:
             self._totals += summed_up(totals["waiting"]).to(self.device)
 
     def read_totals(self) -> Totals:
-        """Return the means over the images since the last call. This waits for the device."""
-        images = self._images
+        """Return the means over the images of all processes since the last call. This waits for the device."""
         if self._direct is not None:
             self._direct.add_to(self._totals)
+        images = sum(self.group.all_gather(self._images))
+        self.group.all_reduce([self._totals])
         entropy, penalty, correct = (self._totals / max(images, 1)).tolist()
         self._totals.zero_()
         self._images = 0

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from rada_fast.config.commands import Schedule
 from rada_fast.data.sources import Sample
 from rada_fast.data.views import image_seed
+from rada_fast.engine.sharing import counts_of, part_of
 from rada_fast.engine.steps import TrainingStep
 from rada_fast.errors import UserError
 from rada_fast.models.image_features import (
     ENCODER_BATCH,
+    Rows,
     Unreadable,
     check_some_readable,
     iterate_features,
@@ -27,6 +30,7 @@ from rada_fast.models.image_features import (
 )
 from rada_fast.models.vision_language import VisionLanguageModel
 from rada_fast.system import termination
+from rada_fast.system.ranks import Ranks
 
 WARMUP_LR = 1e-5
 """The learning rate of the one warm-up epoch in the published configurations of efficient fine-tuning."""
@@ -45,6 +49,8 @@ class Batch(NamedTuple):
     ids: the names of the images, if they were read from files.
     start, until: the step covers the places [start, until) of the epoch's order. This is more than B places if some of
         the images cannot be read. The places between two batches are those of batches that were left out.
+    counts: how many of the images each process has, if several share the batch. All other fields but the places are
+        then those of this process's images.
     """
 
     inputs: Tensor
@@ -52,6 +58,7 @@ class Batch(NamedTuple):
     ids: Sequence[str] = ()
     start: int = 0
     until: int = 0
+    counts: Sequence[int] = ()
 
 
 def efficient_rate(lr: float, schedule: Schedule, epochs: int) -> Callable[[int, int], float]:
@@ -92,10 +99,18 @@ def shuffled(count: int, seed: int, name: str) -> Tensor:
 
 
 def feature_batches(
-    features: Tensor, labels: Tensor, order: Tensor, batch_size: int, device: torch.device, *, first: int = 0
+    features: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    batch_size: int,
+    device: torch.device,
+    group: Ranks | None = None,
+    *,
+    first: int = 0,
 ) -> Iterator[Batch]:
     """Yield the batches of an epoch on features (N, D) with labels (N,), in an order (N,).
 
+    group: the processes that share each batch; by default this one has all of it.
     first: the place in the order at which the first of these batches starts.
 
     Everything is copied to the device once, so no step of the epoch waits for a copy. Rows are put into their order for
@@ -107,8 +122,13 @@ def feature_batches(
     for indices in order.split(max(1, ROWS_ORDERED // batch_size) * batch_size):
         rows, targets = features.index_select(0, indices), labels.index_select(0, indices)
         for inputs, own in zip(rows.split(batch_size), targets.split(batch_size), strict=True):
-            yield Batch(inputs, own, start=start, until=start + len(own))
-            start += len(own)
+            end = start + len(own)
+            if group is None or not group.several:
+                yield Batch(inputs, own, start=start, until=end)
+            else:
+                part = part_of(len(own), group)
+                yield Batch(inputs[part], own[part], start=start, until=end, counts=counts_of(len(own), group))
+            start = end
 
 
 @dataclass
@@ -123,6 +143,7 @@ class ImageBatches:
     encoded: whether the batches hold features, which the model computes in batches of its own size, or the images.
     workers: see iterate_views.
     note_unreadable: a function that takes images that could not be read, as soon as they are found.
+    group: the processes that share each batch. Each of them reads its own images alone.
     """
 
     samples: Sequence[Sample]
@@ -133,6 +154,7 @@ class ImageBatches:
     encoded: bool
     workers: int
     note_unreadable: Callable[[Iterable[Unreadable]], object]
+    group: Ranks = field(default_factory=Ranks)
 
     def epoch(self, name: str, views_name: str, first: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch. A batch lacks the images that cannot be read; an empty batch is left out.
@@ -143,10 +165,11 @@ class ImageBatches:
 
         Raises UserError if no image can be read, or if the features of an image are not usable.
         """
-        order = shuffled(len(self.samples), self.seed, name).tolist()
+        places, before = self._places(name, first)
+        own = [index for _, _, indices in places for index in indices]
         # The encoder gets the same images at once as without an interruption, so that sums are rounded alike.
-        skipped = first // ENCODER_BATCH * ENCODER_BATCH if self.encoded else first
-        samples = [self.samples[index] for index in order[skipped:]]
+        skipped = before // ENCODER_BATCH * ENCODER_BATCH if self.encoded else before
+        samples = [self.samples[index] for index in own[skipped:]]
         stream = iterate_views(
             samples,
             self.vlm,
@@ -161,40 +184,79 @@ class ImageBatches:
         if self.encoded:
             parts = iterate_features(stream, samples, self.vlm, batch=ENCODER_BATCH)
         unreadable: list[Unreadable] = []
-        waiting: list[Tensor] = []
-        indices: list[int] = []
-        start = first - skipped
-        for part in parts:
+        waiting, indices = [self._no_rows()], list[int]()
+        batches, ends = [place for place in places if place[0] >= first], 0
+        end = before - skipped
+        # The last part has no images. It ends the batches of which this process has none.
+        for part in chain(parts, [Rows(None, [], len(samples))]):
             if part.unreadable:
                 unreadable += part.unreadable
                 self.note_unreadable(part.unreadable)
             # The first part begins with what was in steps before an interruption.
-            new = [row for row, index in enumerate(part.indices) if index >= first - skipped]
+            new = [row for row, index in enumerate(part.indices) if index >= before - skipped]
             indices += [part.indices[row] for row in new]
             if part.rows is not None and new:
                 waiting.append(part.rows[new[0] :])
-            while start < len(samples) and part.until >= (end := min(start + self.batch_size, len(samples))):
-                place, start, count = skipped + start, end, sum(index < end for index in indices)
-                if count:
+            while ends < len(batches) and part.until >= end + len(batches[ends][2]):
+                start, until, of_batch = batches[ends]
+                end, ends = end + len(of_batch), ends + 1
+                count = sum(index < end for index in indices)
+                counts = self._counts(count)
+                if sum(counts):
                     rows, step = torch.cat(waiting), [samples[index] for index in indices[:count]]
-                    labels = torch.tensor([sample.label for sample in step])
-                    yield Batch(rows[:count], labels, [sample.id for sample in step], place, skipped + end)
+                    labels = torch.tensor([sample.label for sample in step], dtype=torch.int64)
+                    ids = [sample.id for sample in step]
+                    yield Batch(rows[:count], labels, ids, start, until, counts if self.group.several else ())
                     waiting, indices = [rows[count:]], indices[count:]
         if first == 0:
-            check_some_readable(unreadable, samples)
+            found = [Unreadable(*image) for images in self.group.all_gather(unreadable) for image in images]
+            check_some_readable(found, self.samples)
+
+    def _places(self, name: str, first: int) -> tuple[list[tuple[int, int, list[int]]], int]:
+        """Return where each batch starts and ends in the order of an epoch, and the images that this process has of it.
+
+        The second result is how many images this process has in the batches before a place.
+        """
+        order, size, places = shuffled(len(self.samples), self.seed, name).tolist(), self.batch_size, []
+        for start in range(0, len(order), size):
+            until = min(start + size, len(order))
+            places.append((start, until, order[start:until][part_of(until - start, self.group)]))
+        return places, sum(len(indices) for start, _, indices in places if start < first)
+
+    def _counts(self, own: int) -> list[int]:
+        """Return how many images of a batch each process could read. own: how many this one could."""
+        counts = torch.zeros(self.group.count, dtype=torch.int64)
+        counts[self.group.rank] = own
+        self.group.all_reduce([counts])
+        return [int(count) for count in counts]
+
+    def _no_rows(self) -> Tensor:
+        """Return the inputs of a batch without images."""
+        if self.encoded:
+            return torch.empty(0, self.vlm.embed_dim, device=self.vlm.device)
+        return torch.empty(0, 3, self.vlm.preprocess.image_size, self.vlm.preprocess.image_size)
 
 
 @contextmanager
 def drawing_from(
-    seed: int, name: str, device: torch.device, states: Mapping[str, Tensor] | None = None
+    seed: int,
+    name: str,
+    device: torch.device,
+    states: Mapping[str, Tensor] | None = None,
+    group: Ranks | None = None,
 ) -> Iterator[None]:
     """Seed the random numbers that PyTorch draws itself, such as those of dropout, while the context lasts.
 
-    They depend on the seed and the name alone, so a run that was interrupted and goes on draws the same numbers as one
-    that was not.
+    They depend on the seed, the name and the process alone, so a run that was interrupted and goes on draws the same
+    numbers as one that was not. The processes of a group have different images, and draw different numbers.
 
-    states: what random_states returned in the middle of such a context, to go on from there.
+    states: what random_states returned in the middle of such a context, to go on from there. A process that was not in
+        the group at that time starts with numbers of its own.
+    group: the processes that share the batches; by default this one has them alone.
     """
+    rank = 0 if group is None else group.rank
+    if rank:
+        name = f"{name} of rank {rank}"
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         context_seed = image_seed(seed, f"{name} draws")
         # torch.manual_seed would seed every CUDA device too, and nothing would restore their states.
@@ -202,17 +264,19 @@ def drawing_from(
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(context_seed)
-        if states is not None:
-            torch.set_rng_state(states["cpu"])
+        if states is not None and rank < len(states["cpu"]):
+            torch.set_rng_state(states["cpu"][rank])
             if device.type == "cuda":
-                torch.cuda.set_rng_state(states["cuda"], device)
+                torch.cuda.set_rng_state(states["cuda"][rank], device)
         yield
 
 
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of PyTorch's random numbers, for drawing_from."""
+def random_states(device: torch.device, group: Ranks | None = None) -> dict[str, Tensor]:
+    """Return the states of PyTorch's random numbers, for drawing_from: one row for each process of a group."""
     states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    states |= {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    group = Ranks() if group is None else group
+    return {name: group.all_gather_rows(state[None], group.count) for name, state in states.items()}
 
 
 class Position(NamedTuple):
@@ -262,6 +326,7 @@ class Plan:
     seed: the seed of the random numbers that PyTorch draws itself.
     stage: the name of the stage, if a training has several.
     release: a function that is called when the end of an epoch has been stored, and frees what only that epoch needed.
+    group: the processes that share the batches.
     """
 
     epochs: int
@@ -273,6 +338,7 @@ class Plan:
     seed: int = 0
     stage: str | None = None
     release: Callable[[], object] = lambda: None
+    group: Ranks = field(default_factory=Ranks)
 
 
 def epoch_name(stage: str | None, epoch: int) -> str:
@@ -304,7 +370,7 @@ def train_epochs(
     """
     for epoch in range(first, plan.epochs):
         states = None if position is None else position.random
-        with drawing_from(plan.seed, epoch_name(plan.stage, epoch), step.device, states):
+        with drawing_from(plan.seed, epoch_name(plan.stage, epoch), step.device, states, plan.group):
             record = _train_epoch(step, trained, plan, epoch, position, on_step, keeping)
         position = None
         yield record
@@ -332,7 +398,7 @@ def _train_epoch(
         nonlocal stored
         if keeping is not None:
             seconds = time.perf_counter() - start
-            here = Position(images, steps, last_rate, seconds, step.totals(), random_states(step.device))
+            here = Position(images, steps, last_rate, seconds, step.totals(), random_states(step.device, plan.group))
             keeping.store(epoch, here)
             stored = steps
 
@@ -341,7 +407,7 @@ def _train_epoch(
             rate = plan.rate(epoch, steps)
             with termination.postponed():
                 whole = False
-                step(batch.inputs, batch.labels, rate, batch.ids)
+                step(batch.inputs, batch.labels, rate, batch.ids, batch.counts)
                 images, steps, last_rate, whole = batch.until, steps + 1, rate, True
             if on_step is not None:
                 on_step()
@@ -351,7 +417,8 @@ def _train_epoch(
             store()
     except KeyboardInterrupt:
         # The process was asked to end between two steps, or had no time to finish the present one.
-        if whole and steps > stored:
+        # Several processes could only do so together, and each of them is interrupted at another time.
+        if whole and steps > stored and not plan.group.several:
             store()
         raise
     totals = step.read_totals()

@@ -208,7 +208,7 @@ def train_adapter(
         tuned = TunedEncoders(tuning, setup.model.loaded(), tuning.tokens_of(setup.names))
     step = efficient_step(setup.head, setup.text, setup.logit_scale, options, tuned)
     trained = setup.head if tuning is None else nn.ModuleList([setup.head, tuning])
-    training = Training(folder, STATE, trained, step.optimizer, step.scaler)
+    training = Training(folder, STATE, trained, step.optimizer, step.scaler, group=step.group)
 
     def evaluates(epoch: int) -> bool:
         return options.evaluate_every > 0 and (epoch + 1) % options.evaluate_every == 0

@@ -192,6 +192,7 @@ def train_stage(
             made.optimizer,
             made.scaler,
             earlier_records=[record for previous in done for record in previous.records],
+            group=made.step.group,
         )
 
         def after_epoch(epoch: int, record: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ NON_IDENTITY_OPTIONS = (
     "root",
     "ensemble",
     "save_every",
+    "shard",
 )
 """Options that change where a run writes or how it proceeds, but no number. The limit is added back if it matters."""
 

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rada_fast.config.checks import Interval, interval_of
+from rada_fast.engine.optimizers import load_stored_state, stored_state
+from rada_fast.engine.sharing import load_whole_weights, whole_weights
 from rada_fast.engine.steps import TrainingStep
 from rada_fast.engine.training import Keeping, Plan, Position, train_epochs
 from rada_fast.models.image_features import Unreadable
 from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.profiling import profiled
 from rada_fast.runs.progress import progress
+from rada_fast.system.ranks import Ranks
 
 EPOCHS = "epochs.jsonl"
 SAVE_SECONDS, SAVE_SHARE = 60.0, 0.01
@@ -48,6 +51,15 @@ class SaveClock:
             return self._steps_since >= self._steps
         return self._seconds is not None and time.monotonic() - self._start >= self._seconds
 
+    def due_in(self, group: Ranks) -> bool:
+        """Do the same as due in all processes of a group, of which the first decides if the time does."""
+        own = self.due()
+        if self._steps is not None or not group.several:
+            return own
+        decision = torch.tensor(float(own and group.first))
+        group.all_reduce([decision])
+        return bool(decision)
+
     def saved(self, seconds: float) -> None:
         """Start the next interval. seconds: how long the save has taken."""
         if self._adapts:
@@ -69,6 +81,7 @@ class Training:
     unreadable: the training images that could not be read, by id.
     kept_weights: the weights after an earlier epoch, if the next stage starts from them.
     position: how far the epoch after the finished ones had come when the state was saved, or None if it had not begun.
+    group: the processes that train together. They save one state together, which any number of processes can load.
     """
 
     folder: RunFolder
@@ -81,6 +94,7 @@ class Training:
     unreadable: dict[str, Unreadable] = field(default_factory=dict)
     kept_weights: dict[str, Tensor] | None = None
     position: Position | None = None
+    group: Ranks = field(default_factory=Ranks)
 
     def resume(self) -> int:
         """Load the newest state of this training from the folder. Returns the number of finished epochs."""
@@ -112,9 +126,9 @@ class Training:
             shapes = {value.shape for value in moments.values() if isinstance(value, Tensor) and value.ndim}
             if not shapes <= {parameters[index].shape}:
                 raise ValueError("its optimizer is one of other weights")
-        self.optimizer.load_state_dict(optimizer)
+        load_stored_state(self.optimizer, optimizer)
         self.scaler.load_state_dict(scaler)
-        self.trained.load_state_dict(trained)
+        load_whole_weights(self.trained, trained)
         self.records, self.kept_weights, self.position = records, kept_weights, position
         self.unreadable |= unreadable
 
@@ -127,10 +141,16 @@ class Training:
         self.folder.log("epoch", record)
 
     def save_state(self, position: Position | None) -> None:
-        """Save the present state. position: the position inside an epoch, or None between two epochs."""
+        """Save the present state. All processes of the group must call this together.
+
+        position: the position inside an epoch, or None between two epochs.
+        """
+        for images in self.group.all_gather(list(self.unreadable.values())):
+            self.note_unreadable(Unreadable(*image) for image in images)
+        first = self.group.first
         state = {
-            "trained": self.trained.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "trained": whole_weights(self.trained, keep=first),
+            "optimizer": stored_state(self.optimizer, keep=first),
             "scaler": self.scaler.state_dict(),
             "records": self.records,
             # Plain tuples, because a state is read without executing code.
@@ -178,7 +198,10 @@ def train(
         training.save_state(here)
         clock.saved(time.monotonic() - start)
 
-    keeping = Keeping(lambda epoch, ended: evaluates(epoch) if ended else clock.due(), store)
+    def due(epoch: int, ended: bool) -> bool:
+        return evaluates(epoch) if ended else clock.due_in(step.group)
+
+    keeping = Keeping(due, store)
     remaining = (plan.epochs - first) * plan.steps - (0 if position is None else position.steps)
     prefix = f"{plan.stage}-" if plan.stage else ""
     with (
