@@ -77,6 +77,8 @@ def backward_tile_of(
     elif precision == "ieee":
         tile = Tile(32, columns, block_of(width, 16), 16, 8, 2)
     else:
+        # On sm_86 and sm_89 this spills 16 bytes. One stage or 32 rows would not, but then every load would be waited
+        # for, or W would be read twice as often.
         tile = Tile(64, columns, block_of(width, 16), 16, 4, 2)
     return first_fitting(
         tile, ("depth", "rows"), lambda tile: backward_shared_bytes(tile, dtype, weights or dtype, target), target

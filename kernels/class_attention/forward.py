@@ -313,8 +313,14 @@ def _forward_launch(
         D=width, HEAD=head, HEAD_VECTOR=vector, SPLIT_HEAD=split, BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
         BLOCK_D=tile.columns, BLOCK_C=piece_columns(dtype, head), BLOCK_I=max(1, min(64, 4096 // vector)),
         BLOCK_S=max(256, min(1024, triton.next_power_of_2(classes))),
-        # In float32, 128 rows spill on Hopper.
-        BLOCK_R=max(1, min(64 if classes <= 64 or dtype == torch.float32 else 128, 8192 // vector)),
+        # In float32, 128 rows spill on Hopper, and 64 rows of heads of 128 on the A100 and on Blackwell.
+        BLOCK_R=max(
+            1,
+            min(
+                64 if classes <= 64 or dtype == torch.float32 else 128,
+                (4096 if dtype == torch.float32 and vector <= 128 else 8192) // vector,
+            ),
+        ),
         PRECISION=products,
         # With one kind only four warps lie side by side (see text_and_rational_scores).
         num_warps=min(tile.warps, 4) if split and sum(in_tiles) < 2 else tile.warps, num_stages=tile.stages,
