@@ -48,6 +48,19 @@ def test_several_episodes(
     assert_as_the_reference(simulated, config, inputs, penalty=penalty, episodes=episodes)
 
 
+def test_episodes_that_differ_in_the_output_projection_alone(simulated: Simulated) -> None:
+    """After a first step from zeros, weight decay has changed one copy of all other parameters for all episodes."""
+    image, text, parameters = problem(CONFIG, 2, 5, F32)
+    episodes = {name: value.expand(2, *value.shape) for name, value in parameters.items()}
+    episodes |= {name: torch.stack([value, -value]) for name, value in parameters.items() if name.startswith("out")}
+    with simulated():
+        found = rational_adapter(image, text, 20.0, episodes, CONFIG, episodes=2, backend="triton")
+    for index in range(2):
+        own = {name: value[index] for name, value in episodes.items()}
+        alone = rational_adapter(image[index : index + 1], text, 20.0, own, CONFIG, backend="reference")
+        torch.testing.assert_close(found.logits[index : index + 1], alone.logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("result", ["penalty", "mask"])
 def test_gradients_of_a_single_result(result: str, simulated: Simulated) -> None:
     assert_as_the_reference(simulated, CONFIG, problem(CONFIG, 2, 5, F32), in_loss=(result,))
