@@ -72,7 +72,10 @@ COMMANDS = {
         "see the method work on the small CLIP that is shipped, in about two minutes",
     ),
     "ttt": Command(
-        TTTOptions, "rada_fast.loops.ttt:run_ttt", "test-time training: adapt to every test image by itself"
+        TTTOptions,
+        "rada_fast.loops.ttt:run_ttt",
+        "test-time training: adapt to every test image by itself",
+        ranks=True,
     ),
     "eft": Command(
         EFTOptions, "rada_fast.loops.sweep:run_eft_runs", "efficient fine-tuning: train the adapter, encoders frozen"

@@ -17,7 +17,8 @@ from rada_fast.loops.setup import Setup
 from rada_fast.models.prompts import OF_DATASET, resolve_prompts
 from rada_fast.modules import RationalAdapter
 from rada_fast.runs.folder import Inputs, RunFolder
-from rada_fast.system import notices
+from rada_fast.runs.shards import open_run_folder
+from rada_fast.system import notices, ranks
 
 NON_IDENTITY_OPTIONS = (
     "output",
@@ -53,7 +54,7 @@ def open_folder(
     text: Tensor,
     limit: int | None = None,
 ) -> RunFolder:
-    """Open and lock the folder of a run. Earlier results of the same run are kept.
+    """Open and lock the folder of a run, once for all ranks. Earlier results of the same run are kept.
 
     setup: the set-up of the run.
     read: all data that the run reads, by part ("train", "test", ...).
@@ -67,7 +68,7 @@ def open_folder(
     paths, identity = option_paths(setup), identity_of(setup, names, text, limit)
     inputs = Inputs({part: source.stamps() for part, source in read.items()}, frozenset(deciding))
     data = [source.path for source in setup.sources.values() if source.holds_images]
-    folder = RunFolder(setup.options.run, identity, inputs, data, paths)
+    folder = open_run_folder(ranks.current(), setup.options.run, identity, inputs, data, paths)
     # From here on, no option can be refused any more.
     notices.release()
     return folder

@@ -176,6 +176,8 @@ def open_setup(
     for part, source in opened.sources.items():
         check_width(source.width, text.shape[1], opened.option_values[part])
     device = opened.model.device
+    # The processors of two machines may round in different ways.
+    text = ranks.current().broadcast_tensor(text)
     trained = None if stored is None else trained_method(stored, opened.model, text.shape[1], device)
     from_file = stored is None or stored.config.head == "rational"
     adapter_options = options.adapter if from_file else AdapterOptions()

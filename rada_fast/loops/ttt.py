@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -36,7 +36,9 @@ from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.machine import reset_peak_memory
 from rada_fast.runs.profiling import profiled
 from rada_fast.runs.progress import progress
-from rada_fast.system import notices
+from rada_fast.runs.shards import merge, own_file, shared_counts
+from rada_fast.system import notices, ranks
+from rada_fast.system.ranks import Ranks
 
 IMAGES = "images.jsonl"
 
@@ -46,24 +48,31 @@ def run_ttt(options: TTTOptions) -> dict[str, Any]:
 
     Raises UserError naming an option that cannot be used.
     """
+    group = ranks.current()
     setup = open_ttt(options)
     source = setup.sources["data"]
     # A line depends on its image alone, so only the lines of changed pictures are computed again. The rows of a feature
     # file have no times of change, so another file makes another run.
     deciding = [] if source.holds_images else ["data"]
     with open_folder(setup, {"data": source}, deciding=deciding, names=setup.names, text=setup.text) as folder:
-        drop_superseded(folder, source.known_labels())
+        if group.first:
+            drop_superseded(folder, source.known_labels())
         chosen = source.limited(options.run.limit)
-        ids = frozenset(chosen.ids)
-        records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
-        done = {record["id"] for record in records}
-        scope = {"images": len(ids)}
-        if len(done) == len(ids) and (summary := folder.finished_summary(scope)) is not None:
+        places = {id: place for place, id in enumerate(chosen.ids)}
+        records = [record for record in folder.read_lines(IMAGES) if record.get("id") in places]
+        done = set(group.broadcast([places[record["id"]] for record in records]))
+        scope = {"images": len(places)}
+        if len(done) == len(places) and (summary := folder.finished_summary(scope)) is not None:
             return already_finished(folder, summary, resumed=len(done))
         check_sample(chosen, f"--data {options.data}", setup)
-        clock = adapt_to_all(setup, chosen, options, folder, records)
-        records = [record for record in folder.read_lines(IMAGES) if record.get("id") in ids]
-        accuracy = accuracy_of(records, before="zero_shot", after="adapted")
+        clock = adapt_to_all(setup, chosen, options, folder, records, done)
+        if group.first:
+            records = all_lines(folder, source)
+        accuracy = group.from_first(
+            lambda: accuracy_of(
+                [record for record in records if record["id"] in places], before="zero_shot", after="adapted"
+            )
+        )
         results = {
             "classes": len(setup.names),
             "views": num_views(options, source),
@@ -126,35 +135,59 @@ def drop_superseded(folder: RunFolder, labels: Mapping[str, int | None]) -> None
 
 
 def adapt_to_all(
-    setup: Setup, source: Source, options: TTTOptions, folder: RunFolder, earlier: Sequence[Mapping[str, Any]]
+    setup: Setup,
+    source: Source,
+    options: TTTOptions,
+    folder: RunFolder,
+    earlier: Sequence[Mapping[str, Any]],
+    done: Collection[int],
 ) -> Clock:
-    """Adapt to every image that no earlier run has recorded, and append a line for each to images.jsonl.
+    """Adapt to every image that no earlier run has recorded, and append a line for each as soon as it is done.
+
+    Several ranks share the images. Each of them appends to a file of its own, and waits at the end for the others.
 
     setup: the set-up of the run.
     source: all images of the run.
     options: the options of the command.
     folder: the folder of the run.
-    earlier: the records of the images that an earlier run has recorded.
+    earlier: the records of the images that an earlier run has recorded. Only the first rank has them.
+    done: the indices of these images.
 
     Returns the times of the run.
     """
+    group = ranks.current()
     reset_peak_memory()
-    clock, labels = Clock(), source.known_labels()
-    done = {record["id"] for record in earlier}
+    clock, labels, own_lines = Clock(), source.known_labels(), own_file(IMAGES, group)
     order = visiting_order(len(source.ids), options.order_seed)
-    chosen = [index for index in order if source.ids[index] not in done]
+    chosen = group.share([index for index in order if index not in done])
     clock.images = len(chosen)
-    with (
-        progress("test-time training", len(chosen), before=counts_of(earlier)) as advance,
-        profiled(options.run.profile, folder.path, "groups of images") as on_group,
-        closing(predictions(setup, source, options, chosen, clock.stages, on_group)) as found,
-    ):
-        for prediction in found:
-            with clock.stages.busy("record"):
-                record = record_of(prediction, labels[prediction.id], setup.names)
-                folder.append(IMAGES, record)
-            advance(answers=answers_of(record), readable=prediction.status != "unreadable")
+    with progress("test-time training", len(chosen), before=counts_of(earlier), gather=shared_counts(group)) as advance:
+        with (
+            profiled(options.run.profile if group.first else None, folder.path, "groups of images") as on_group,
+            closing(predictions(setup, source, options, chosen, clock.stages, on_group)) as found,
+        ):
+            for prediction in found:
+                with clock.stages.busy("record"):
+                    record = record_of(prediction, labels[prediction.id], setup.names)
+                    folder.append(own_lines, record)
+                advance(answers=answers_of(record), readable=prediction.status != "unreadable")
+        clock.add_others(group, lambda: advance(0))
     return clock
+
+
+def all_lines(folder: RunFolder, source: Source) -> list[dict[str, Any]]:
+    """Bring the lines of all ranks into images.jsonl, in the order of the data, and return their records.
+
+    Whoever compares two runs finds the same lines in the same places, whatever order the images were done in.
+    """
+    merge(folder.path)
+    places = {id: place for place, id in enumerate(source.ids)}
+    records: dict[int, dict[str, Any]] = {}
+    for record in folder.read_lines(IMAGES):
+        records.setdefault(places[record["id"]], record)
+    ordered = [records[place] for place in sorted(records)]
+    folder.write_lines(IMAGES, ordered)
+    return ordered
 
 
 class Clock:
@@ -164,17 +197,32 @@ class Clock:
         self.start = time.perf_counter()
         self.stages = StageTimes()
         self.images = 0
+        self._others: list[dict[str, Any]] = []
+
+    def add_others(self, group: Ranks, waiting: Callable[[], object]) -> None:
+        """Wait until all ranks have come here, and count their images and the time of their stages.
+
+        waiting: this is called again and again while some ranks have not come here yet.
+        """
+        own = {"images": self.images, "stages": self.stages.seconds()}
+        found = group.all_gather(own, waiting)
+        self._others = [one for rank, one in enumerate(found) if rank != group.rank]
 
     def report(self) -> dict[str, float | None]:
         """Return the number of images, the seconds in all and of each stage, and the images per second.
 
         Pictures are read and cut beside the other stages where there are workers, so the seconds of the stages may
-        exceed those of the run.
+        exceed those of the run. With several processes they are those of all processes together.
         """
         seconds = time.perf_counter() - self.start
-        stages = {f"{name}_seconds": round(value, 3) for name, value in self.stages.seconds().items()}
-        speed = round(self.images / seconds, 3) if self.images else None
-        return {"images": self.images, "seconds": round(seconds, 3), **stages, "images_per_second": speed}
+        images = self.images + sum(one["images"] for one in self._others)
+        stages = {
+            f"{name}_seconds": round(value + sum(one["stages"][name] for one in self._others), 3)
+            for name, value in self.stages.seconds().items()
+        }
+        speed = round(images / seconds, 3) if images else None
+        processes = {"processes": 1 + len(self._others)} if self._others else {}
+        return {"images": images, "seconds": round(seconds, 3), **stages, "images_per_second": speed, **processes}
 
 
 def predictions(

@@ -15,7 +15,7 @@ from rada_fast.ops import resolve_backend
 from rada_fast.runs.contents import EVALUATED
 from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.machine import peak_memory, versions
-from rada_fast.system import notices
+from rada_fast.system import notices, ranks
 from rada_fast.system.terminal import PlainConsole, print_json, table
 
 
@@ -125,7 +125,7 @@ class RunFacts:
 def finish(
     folder: RunFolder, facts: RunFacts, results: dict[str, Any], *, scope: Mapping[str, Any], resumed: int
 ) -> dict[str, Any]:
-    """Write the summary of a run, with its set-up and its results, and return it.
+    """Write the summary of a run, with its set-up and its results, and return it. All ranks must call this.
 
     folder: the folder of the run.
     facts: the set-up of the run.
@@ -133,13 +133,17 @@ def finish(
     scope: values that decide the results beside the identity and the inputs of the run; see RunFolder.digest.
     resumed: how many images or epochs an earlier run had already finished.
     """
+    group = ranks.current()
+    for warnings in group.all_gather(notices.so_far()):
+        for warning in warnings:
+            notices.warn(warning)  # the first rank has not printed those of the others
     summary = {
         "command": facts.command,
         "preset": None if facts.adapter is None else facts.adapter.preset,
         **results,
         "resumed": resumed,
         "warnings": notices.so_far(),
-        "peak_memory": peak_memory(),
+        "peak_memory": _largest(group.all_gather(peak_memory())),
         "backend": resolve_backend(),
         "model": facts.model,
         "logit_scale": facts.logit_scale,
@@ -155,6 +159,11 @@ def finish(
     folder.release()
     folder.log("result", results)
     return summary
+
+
+def _largest(peaks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the peak memory of the process that has needed the most, by the kind of memory."""
+    return {name: max(peak[name] for peak in peaks) for name in peaks[0]}
 
 
 def already_finished(folder: RunFolder, summary: dict[str, Any], *, resumed: int) -> dict[str, Any]:

@@ -41,6 +41,14 @@ _ENSEMBLE = re.compile(r"ensemble-[-+.e\d]+-(adapter|model)\.safetensors")
 """The names of the files in which fft stores means of weights; a share is part of the name."""
 _TRACE_OF_STAGE = re.compile(rf"({'|'.join(FFT_STAGES)})-trace\.(json\.gz|txt)")
 _DAMAGED = re.compile(r"(?P<name>.+)\.damaged(-\d+)?")
+OF_RANK = re.compile(r"(?P<stem>images|predictions|run|progress)\.rank-(?P<rank>\d{4,})(?P<ending>\.(jsonl|json|lock))")
+"""The names of the files that each of several processes has for itself; see shards.py."""
+
+
+def name_of_rank(name: str, rank: int) -> str:
+    """Return the name of a process's own file instead of that of a process alone, such as images.rank-0003.jsonl."""
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.rank-{rank:04}.{ending}"
 
 
 def names_in(folder: Path) -> list[str]:
@@ -56,6 +64,8 @@ def is_made_by(name: str, command: str | None) -> bool:
     known = FILES_OF_COMMAND[command] if command is not None else frozenset({LOCK_FILE})
 
     def is_result(name: str) -> bool:
+        if match := OF_RANK.fullmatch(name):
+            name = match["stem"] + match["ending"]
         of_fft = command == "fft" and (_ENSEMBLE.fullmatch(name) or _TRACE_OF_STAGE.fullmatch(name))
         return name in known or bool(of_fft)
 

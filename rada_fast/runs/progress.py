@@ -187,7 +187,7 @@ def progress(
     unit: the word for its steps.
     before: what earlier runs have done, in all processes, where this one goes on from there.
     gather: a function from the counts of this process to those of all processes that share the work. It is called
-        only when something is shown. Without it, this process does all the work.
+        after every step. Without it, this process does all the work.
     """
     state = _State(title, unit, total, before, gather)
     # A process can run without a standard error.
@@ -223,17 +223,17 @@ def progress(
         state.leave()
         return
 
-    last = state.pace.start - PLAIN_INTERVAL + FIRST_LINE
+    last, ended = state.pace.start - PLAIN_INTERVAL + FIRST_LINE, False
 
     def on_log(
         steps: int = 1, note: str = "", *, answers: Mapping[str, bool] | None = None, readable: bool = True
     ) -> None:
-        nonlocal last
+        nonlocal last, ended
         state.add(steps, note, answers, readable)
         now = time.monotonic()
-        finished = steps > 0 and total is not None and state.done >= total
+        finished = not ended and state.is_finished()
         if now - last >= PLAIN_INTERVAL or (finished and now - state.pace.start >= FIRST_LINE):
-            last = now
+            last, ended = now, ended or finished
             # The work goes on even if nobody reads the lines any more.
             with suppress(OSError, ValueError):
                 print(f"{title}: {line_of(state.values(), state.note)}", file=sys.stderr, flush=True)
@@ -255,6 +255,7 @@ class _State:
         self.total, self.done, self._labelled, self._unreadable = total, 0, 0, 0
         self._right: dict[str, int] = {}
         self.note, self.pace = "", Pace()
+        self._of_all = self._gathered()
         heartbeat.beat(self._own)
 
     def add(self, steps: int, note: str, answers: Mapping[str, bool] | None, readable: bool) -> None:
@@ -267,21 +268,29 @@ class _State:
         if not readable:
             self._unreadable += steps
         self.note = note or self.note
-        self.pace.note(self.done)
+        self._of_all = self._gathered()
+        self.pace.note(self._of_all.done)
         heartbeat.beat(self._own)
 
     def values(self) -> dict[str, Any]:
         """Return the progress of all processes as plain values."""
+        self._of_all = self._gathered()
+        return self._of(self._of_all)
+
+    def is_finished(self) -> bool:
+        """Return whether all processes have finished their steps."""
+        return self._of_all.done > 0 and self._of_all.done == self._of_all.total
+
+    def _gathered(self) -> Counts:
         counts = self._counts()
-        return self._of(counts if self._gather is None else self._gather(counts))
+        return counts if self._gather is None else self._gather(counts)
 
     def _counts(self) -> Counts:
         return Counts(self.done, self.total, self._labelled, dict(self._right), self._unreadable)
 
     def _of(self, counts: Counts) -> dict[str, Any]:
-        overall, recent = self.pace.rates(self.done)
-        # The other processes have done their share in the same time.
-        share = counts.done / self.done if self.done else 1.0
+        overall, recent = self.pace.rates(self._of_all.done)
+        share = counts.done / self._of_all.done if self._of_all.done else 1.0
         return measured(counts + self._before, share * overall, share * recent, self._unit)
 
     def _own(self) -> dict[str, Any]:
