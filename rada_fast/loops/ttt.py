@@ -163,7 +163,7 @@ def adapt_to_all(
     clock.images = len(chosen)
     with progress("test-time training", len(chosen), before=counts_of(earlier), gather=shared_counts(group)) as advance:
         with (
-            profiled(options.run.profile if group.first else None, folder.path, "groups of images") as on_group,
+            profiled(options.run.profile, folder.path, "groups of images") as on_group,
             closing(predictions(setup, source, options, chosen, clock.stages, on_group)) as found,
         ):
             for prediction in found:

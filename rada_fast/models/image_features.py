@@ -27,7 +27,9 @@ from rada_fast.errors import UserError
 from rada_fast.models.encoded_parts import Encoded, EncodedParts
 from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.runs.progress import progress
-from rada_fast.system import notices, patience
+from rada_fast.runs.shards import shared_counts
+from rada_fast.system import notices, patience, ranks
+from rada_fast.system.ranks import Ranks
 
 ENCODER_BATCH = 32
 """The number of images that are encoded at once."""
@@ -64,7 +66,8 @@ class Features:
 def features_of(
     source: Source, model: Model, *, title: str, workers: int, limit: int | None = None, trained: str = ""
 ) -> Features:
-    """Return the features of the original views of images, on the CPU.
+    """Return the features of the original views of images, on the CPU. Several ranks, which must all call this, share
+    the work, and each has all features at the end.
 
     source: the images or their features.
     model: the model that encodes images.
@@ -230,21 +233,25 @@ def encode_images(
 
     Raises UserError if none of the images can be read, or if the features of an image are not usable.
     """
+    group = ranks.current()
     path = _features_path(samples, vlm, trained)
-    if not trained and (found := _read_features(path, samples)) is not None:
+    found = None if trained else _read_features(path, samples)
+    # Ranks on several machines may have different caches.
+    if all(group.all_gather(found is not None)) and found is not None:
         return found
     notices.release()
-    parts = EncodedParts(path.with_suffix(".parts"), samples)
+    parts = _parts(samples, vlm, trained, group)
 
     def stream(rest: Sequence[Sample]) -> Stream:
         return iterate_views(rest, vlm, views=1, kind="crop", seed=0, workers=workers)
 
-    result = _encode(stream, samples, vlm, title, parts)
+    result = _encode(stream, samples, vlm, title, parts, group)
     if trained or result.unreadable:
         # An image that cannot be read is tried again by the next run, so the parts stay as they are.
         parts.write()
     else:
-        write_tensors(path, {"features": result.features, "labels": result.labels})
+        if group.local_rank == 0:
+            write_tensors(path, {"features": result.features, "labels": result.labels})
         parts.remove()
     return result if trained else replace(result, parts=None)
 
@@ -264,14 +271,33 @@ def encode_crops(
 
     Raises UserError if none of the images can be read, or if the features of an image are not usable.
     """
-    parts = EncodedParts(_features_path(samples, vlm, f"crops {seed} {draw}").with_suffix(".parts"), samples)
+    group = ranks.current()
+    parts = _parts(samples, vlm, f"crops {seed} {draw}", group)
 
     def stream(rest: Sequence[Sample]) -> Stream:
         return iterate_views(rest, vlm, views=0, kind="crop", seed=image_seed(seed, draw), workers=workers)
 
-    result = _encode(stream, samples, vlm, title, parts)
+    result = _encode(stream, samples, vlm, title, parts, group)
     parts.write()
     return result
+
+
+def _own_indices(total: int, group: Ranks) -> list[int]:
+    """Return the indices of the samples that a rank encodes: whole batches, so that each is the same as in one process.
+
+    The last bits of a feature may depend on the images that are encoded beside it.
+    """
+    return [
+        index
+        for first in group.share(range(0, total, ENCODER_BATCH))
+        for index in range(first, min(first + ENCODER_BATCH, total))
+    ]
+
+
+def _parts(samples: Sequence[Sample], vlm: VisionLanguageModel, variant: str, group: Ranks) -> EncodedParts:
+    """Return the parts on disk of what this rank has encoded. variant: what decides the features besides the model."""
+    own = [samples[index] for index in _own_indices(len(samples), group)]
+    return EncodedParts(_features_path(own, vlm, variant).with_suffix(".parts"), own)
 
 
 def _encode(
@@ -280,40 +306,62 @@ def _encode(
     vlm: VisionLanguageModel,
     title: str,
     parts: EncodedParts,
+    group: Ranks,
 ) -> Features:
     """Encode the images that no part holds yet, and show the progress.
 
     stream: a function from samples to their views.
     """
-    found: list[Encoded] = []
-    with progress(title, len(samples), unit="images") as advance:
-        for one in parts.read():
-            found.append(one)
-            advance(one.until - (found[-2].until if len(found) > 1 else 0))
-        start = first = found[-1].until if found else 0
-        if first < len(samples):
-            rest = samples[first:]
-            try:
-                for rows in iterate_features(stream(rest), rest, vlm):
-                    until, indices = first + rows.until, [first + index for index in rows.indices]
-                    missing = [index for index in range(start, until) if index not in frozenset(indices)]
-                    reasons = [image.reason for image in rows.unreadable]
-                    features = None if rows.rows is None else rows.rows.cpu()
-                    found.append(Encoded(features, indices, until, list(zip(missing, reasons, strict=True))))
-                    parts.add(found[-1])
-                    advance(until - start)
-                    start = until
-            except BaseException:
-                parts.write()
-                raise
-    faults = [
-        Unreadable(samples[index].id, samples[index].label, reason) for one in found for index, reason in one.unreadable
-    ]
-    check_some_readable(faults, samples)
-    kept = [samples[index] for one in found for index in one.indices]
-    features = torch.cat([one.features for one in found if one.features is not None])
+    own = _own_indices(len(samples), group)
+    rows = torch.zeros(len(own), vlm.embed_dim)
+    faults: list[tuple[int, str]] = []
+    with progress(title, len(own), unit="images", gather=shared_counts(group)) as advance:
+        finished = 0
+        for one in _encoded(stream, [samples[index] for index in own], vlm, parts):
+            if one.features is not None:
+                rows[one.indices] = one.features
+            faults += [(own[index], reason) for index, reason in one.unreadable]
+            advance(one.until - finished)
+            finished = one.until
+        told = group.all_gather(faults, lambda: advance(0))
+    reasons = {index: reason for rank_faults in told for index, reason in rank_faults}
+    unreadable = [Unreadable(samples[index].id, samples[index].label, reasons[index]) for index in sorted(reasons)]
+    check_some_readable(unreadable, samples)
+    rows = group.all_gather_rows(rows, len(samples), ENCODER_BATCH)
+    indices = [index for index in range(len(samples)) if index not in reasons]
+    kept = [samples[index] for index in indices]
     labels = torch.tensor([sample.label for sample in kept])
-    return Features(features, labels, tuple(sample.id for sample in kept), tuple(faults), parts)
+    features = rows if not reasons else rows[indices]
+    return Features(features, labels, tuple(sample.id for sample in kept), tuple(unreadable), parts)
+
+
+def _encoded(
+    stream: Callable[[Sequence[Sample]], Stream],
+    samples: Sequence[Sample],
+    vlm: VisionLanguageModel,
+    parts: EncodedParts,
+) -> Iterator[Encoded]:
+    """Yield the images that the parts hold, then encode the others, yield them as well and add them to the parts."""
+    start = 0
+    for part in parts.read():
+        start = part.until
+        yield part
+    first, rest = start, samples[start:]
+    if not rest:
+        return
+    try:
+        for rows in iterate_features(stream(rest), rest, vlm):
+            until, indices = first + rows.until, [first + index for index in rows.indices]
+            missing = [index for index in range(start, until) if index not in frozenset(indices)]
+            reasons = [image.reason for image in rows.unreadable]
+            features = None if rows.rows is None else rows.rows.cpu()
+            encoded = Encoded(features, indices, until, list(zip(missing, reasons, strict=True)))
+            parts.add(encoded)
+            yield encoded
+            start = until
+    except BaseException:
+        parts.write()
+        raise
 
 
 def check_some_readable(unreadable: Sequence[Unreadable], samples: Sequence[Sample]) -> None:

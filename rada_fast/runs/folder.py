@@ -63,6 +63,18 @@ class RunFolder:
     Raises UserError if the folder holds another run's results or other files, or if another process runs in it.
     """
 
+    def _begin(
+        self, options: RunOptions, identity: Mapping[str, Any], inputs: Inputs | None, option_paths: Sequence[Path]
+    ) -> None:
+        """Keep the arguments of the constructor, before the folder is touched."""
+        self.path = Path(options.output).expanduser()
+        self.inputs = inputs or Inputs()
+        self._identity = json.loads(json.dumps(identity))
+        self._option_paths = option_paths
+        self._sinks: list[Sink] = []
+        self._releases: list[Callable[[], object]] = []
+        self.finished_epochs = 0
+
     def __init__(
         self,
         options: RunOptions,
@@ -71,13 +83,7 @@ class RunFolder:
         data: Sequence[Path] = (),
         option_paths: Sequence[Path] = (),
     ) -> None:
-        self.path = Path(options.output).expanduser()
-        self.inputs = inputs or Inputs()
-        self._identity = json.loads(json.dumps(identity))
-        self._option_paths = option_paths
-        self._sinks: list[Sink] = []
-        self._releases: list[Callable[[], object]] = []
-        self.finished_epochs = 0
+        self._begin(options, identity, inputs, option_paths)
         _check_outside_data(self.path, data)
         self._check(options.overwrite)
         try:

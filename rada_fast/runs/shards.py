@@ -99,12 +99,8 @@ class FollowingFolder(RunFolder):
     def __init__(
         self, group: Ranks, options: RunOptions, identity: Mapping[str, Any], inputs: Inputs | None = None
     ) -> None:
-        self.path = Path(options.output).expanduser()
-        self.inputs = inputs or Inputs()
+        self._begin(options, identity, inputs, ())
         self.stored_inputs: Mapping[str, Mapping[str, str]] = {}
-        self._identity = json.loads(json.dumps(identity))
-        self._sinks = []
-        self.finished_epochs = 0
         self._group = group
         self.resumed = group.broadcast(None)
         self._lock_path = self.path / name_of_rank(LOCK_FILE, group.rank)
@@ -146,7 +142,7 @@ class FollowingFolder(RunFolder):
     def _leave_to_the_first(self, *_: object, **__: object) -> None:
         """Write nothing: the first rank does."""
 
-    log = accept_inputs = write_lines = supersede = write_table = append_bytes = _leave_to_the_first
+    log = accept_inputs = append_all = write_lines = supersede = write_table = append_bytes = _leave_to_the_first
     truncate = remove = save_adapter = save_tensors = save_state = _leave_to_the_first
 
 
