@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench scaling simulate sanitize mutants matrix setup build wheel clean
+.PHONY: demo test lint format bench scaling simulate sanitize mutants kills matrix setup build wheel clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -58,6 +58,14 @@ sanitize: $(READY)
 ONLY ?=
 mutants: setup
 	$(BIN)/python -m tests.mutants.run $(foreach name,$(ONLY),'$(name)')
+
+# Kill runs of ttt, eft and fft at random moments, start each again, and compare it with an uninterrupted one. Two hundred
+# take a quarter of an hour. Each is a line of results/kills.jsonl. For others: make kills COUNT=20 SEED=1
+COUNT ?= 200
+SEED ?= 0
+kills: setup
+	mkdir -p results
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --count $(COUNT) --seed $(SEED) > results/kills.jsonl
 
 # Try the promised versions of Python, PyTorch and Triton, each set in a fresh environment: an hour. To try only some of
 # them, pass options of .ci/matrix.py: make matrix MATRIX="--sets oldest newest"

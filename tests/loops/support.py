@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
 
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.method import EpisodeConfig
@@ -63,3 +64,26 @@ def fft_options(
     values: dict[str, Any] = {"train": f"imagefolder:{train}", "test": (f"imagefolder:{test}",)}
     values |= {"epochs": 1, "finetune_from": 1, "finetune_epochs": 1, "batch_size": 2}
     return FFTOptions(run=RunOptions(output=str(output), **(run or {})), **(values | changes))
+
+
+def numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without the fields that differ from run to run."""
+    varying = {"time", "seconds", "images_per_second", "resumed", "peak_memory", "output", "config", "run", "warnings"}
+    return {name: value for name, value in record.items() if name not in varying}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Return everything that a run wrote: lines and the summary without times, and the bits of the weights."""
+    contents: dict[str, Any] = {}
+    for path in folder.iterdir():
+        if path.suffix == ".jsonl":
+            records = [numbers(record) for record in lines(folder, path.name)]
+            contents[path.name] = sorted(records, key=str) if path.name == "images.jsonl" else records
+        elif path.suffix == ".safetensors":
+            # The bytes of the file differ, because safetensors writes the entries of the header in any order.
+            contents[path.name] = {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+        elif path.name == "summary.json":
+            contents[path.name] = numbers(json.loads(path.read_text()))
+        else:
+            contents[path.name] = None
+    return contents

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from rada_fast import _env
 from rada_fast.loops.eft import run_eft
@@ -18,7 +16,7 @@ from rada_fast.loops.fft import run_fft
 from rada_fast.loops.ttt import run_ttt
 from rada_fast.system import files
 
-from .support import eft_options, fft_options, lines, ttt_options
+from .support import eft_options, fft_options, results, ttt_options
 
 Run = Callable[[Path], dict[str, Any]]
 Write = Callable[..., None]
@@ -76,29 +74,6 @@ def fft(data: Path) -> Run:
         return run_fft(fft_options(data, data, output, save_every="1step", **changes))
 
     return run
-
-
-def numbers(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record without the fields that differ from run to run."""
-    varying = {"time", "seconds", "images_per_second", "resumed", "peak_memory", "output", "config", "run", "warnings"}
-    return {name: value for name, value in record.items() if name not in varying}
-
-
-def results(folder: Path) -> dict[str, Any]:
-    """Return everything that a run wrote: lines and the summary without times, and the bits of the weights."""
-    contents: dict[str, Any] = {}
-    for path in folder.iterdir():
-        if path.suffix == ".jsonl":
-            records = [numbers(record) for record in lines(folder, path.name)]
-            contents[path.name] = sorted(records, key=str) if path.name == "images.jsonl" else records
-        elif path.suffix == ".safetensors":
-            # The bytes of the file differ, because safetensors writes the entries of the header in any order.
-            contents[path.name] = {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
-        elif path.name == "summary.json":
-            contents[path.name] = numbers(json.loads(path.read_text()))
-        else:
-            contents[path.name] = None
-    return contents
 
 
 @pytest.mark.parametrize("command", [ttt, eft, fft])
