@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from rada_fast.bench import adapter, encoder, training, ttt, views
+from rada_fast.bench import adapter, encoder, rivals, training, ttt, views
 from rada_fast.bench.report import machine_facts, show
 from rada_fast.bench.stages import Figure
 from rada_fast.config.bench import (
@@ -17,6 +17,7 @@ from rada_fast.config.bench import (
     BenchEncoderOptions,
     BenchFFTOptions,
     BenchOptions,
+    BenchRivalsOptions,
     BenchTTTOptions,
     BenchViewsOptions,
 )
@@ -34,7 +35,11 @@ def run_bench(options: BenchOptions) -> int:
     # Everything is measured on the current device.
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with current, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(options.measuring.seed)
+        seed = options.seed if isinstance(options, BenchRivalsOptions) else options.measuring.seed
+        torch.default_generator.manual_seed(seed)
+        # Methods that are compared with one another have a table of their own.
+        if isinstance(options, BenchRivalsOptions):
+            return rivals.run_rivals(options, device)
         part = next(name for name, kind in PARTS.items() if isinstance(options, kind))
         return show(part, measured(options, device), machine_facts(device), options.measuring)
 

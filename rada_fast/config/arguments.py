@@ -24,7 +24,7 @@ from typing import Any
 
 from rada_fast.errors import UserError
 
-PATHS = ("output", "pretrained", "adapter", "classes", "templates", "runs", "compare", "root", "folders")
+PATHS = ("output", "pretrained", "adapter", "classes", "templates", "ensemble", "runs", "compare", "root", "folders")
 """These fields hold a path or several; some may hold a name instead, and templates may hold a template."""
 KINDS_AND_PATHS = ("data", "train", "test", "new_test", "evaluate_on", "text_features", "model")
 """These fields hold KIND:PATH; the model may be a name instead."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from rada_fast.config.checks import (
     MAX_LAYERS,
@@ -20,6 +20,12 @@ from rada_fast.errors import UserError
 
 AdapterBackend = Literal["literal", "reference", "compile", "cpu", "cpu-float32", "triton"]
 AdapterPass = Literal["forward", "step"]
+RivalName = Literal[
+    "rada_fast", "zero-shot", "encode-fast", "encode", "rada-literal", "rada-careful", "tpt", "maple", "zero", "mta",
+    "vte",
+]  # fmt: skip
+"""What `bench rivals` compares; see bench/rivals.py."""
+RIVALS: tuple[RivalName, ...] = get_args(RivalName)
 GRID = ((1, 50), (1, 500), (6, 200), (6, 1000), (64, 100), (32, 1000))
 """The pairs (B, K) at which the adapter is measured."""
 MAX_SIZE = 2**20
@@ -246,6 +252,57 @@ class BenchAdapterOptions:
         return tuple((batch, classes) for batch in self.batch for classes in self.classes) or GRID
 
 
+@dataclass(frozen=True)
+class BenchRivalsOptions:
+    """Compare test-time adaptation by this package with other methods, on the same views of the same pictures: speed,
+    memory, operations, and accuracy before and after.
+
+    The other methods are RAda as published and as a careful user writes it, TPT, MaPLe, ZERO, MTA and VTE, all with
+    open_clip's module in plain PyTorch. What is timed begins with the views in memory. Without --data, the pictures are
+    the shifted domain of the embedded world; for another model they are drawn, and their accuracy means nothing.
+
+    Example: rada-fast bench rivals --pictures 200
+    """
+
+    data: str | None = None
+    """Pictures with labels as KIND:PATH, as for ttt. Default: drawn pictures."""
+    pictures: int = 200
+    """Pictures to predict, spread over the classes."""
+    together: int = 8
+    """Pictures in memory at once. Each method predicts all of them in turn before the next method does."""
+    only: tuple[RivalName, ...] = ()
+    """Measure only these. Default: all."""
+    views: int = 64
+    """Views V of a picture, the original included (papers: 64)."""
+    view_kind: ViewKind = "crop"
+    """crop: random resized crops and flips; augmix: also AugMix."""
+    steps: int = 3
+    """Optimiser steps of RAda for each picture (paper: 3). TPT and MaPLe take one, as published."""
+    classes: str | None = None
+    """File with the names of the classes, as --classes of ttt. Default: the data's own."""
+    numbered_classes: int = 200
+    """Number K of classes where no data are given and the model is not the embedded one."""
+    templates: tuple[str, ...] = ("photo",)
+    """Prompt of a class, as --templates of ttt, but a single one, from which TPT and MaPLe start."""
+    ensemble: tuple[str, ...] = ()
+    """Prompts of VTE, as --templates of ttt. Default: CLIP's 80; for the embedded model eight in its own words."""
+    seed: int = 0
+    """Seed of the pictures, of their views and of everything that starts at random."""
+    output: str | None = None
+    """Also write the figures into this folder, as JSON lines."""
+    json: bool = False
+    """Print one JSON line for each method instead of a table."""
+    model: ModelOptions = ModelOptions()
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_paths(self, "data", "classes", "output")
+        for name in ("pictures", "together", "views", "numbered_classes"):
+            check_integer(name, getattr(self, name), 1, MAX_SIZE)
+        check_integer("steps", self.steps, 0, MAX_LAYERS)
+        check_integer("seed", self.seed, 0, 2**31 - 1)
+
+
 def _check_sizes(name: str, values: tuple[int, ...]) -> None:
     if not values:
         raise UserError(f"{name} must name at least one number, got none")
@@ -263,7 +320,13 @@ def _check_width(width: int | None) -> None:
 
 
 BenchOptions = (
-    BenchTTTOptions | BenchEFTOptions | BenchFFTOptions | BenchEncoderOptions | BenchViewsOptions | BenchAdapterOptions
+    BenchTTTOptions
+    | BenchEFTOptions
+    | BenchFFTOptions
+    | BenchEncoderOptions
+    | BenchViewsOptions
+    | BenchAdapterOptions
+    | BenchRivalsOptions
 )
 PARTS: dict[str, type[BenchOptions]] = {
     "ttt": BenchTTTOptions,
@@ -272,5 +335,6 @@ PARTS: dict[str, type[BenchOptions]] = {
     "encoder": BenchEncoderOptions,
     "views": BenchViewsOptions,
     "adapter": BenchAdapterOptions,
+    "rivals": BenchRivalsOptions,
 }
 """What `rada-fast bench` measures, and the options of each."""

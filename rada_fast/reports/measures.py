@@ -6,7 +6,7 @@ All formulas are exact or stated, and need nothing but the standard library.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
@@ -91,6 +91,42 @@ def wilson(right: int, total: int) -> Interval | None:
     low, high = ((middle + sign * reach) / (1 + z * z / total) for sign in (-1, 1))
     # Without a wrong answer, rounding could put the end of the interval slightly beyond 0 or 1.
     return Interval(100 * max(0.0, low), 100 * min(1.0, high))
+
+
+def exact_interval(right: int, total: int) -> Interval:
+    """Return the exact interval of an accuracy by Clopper and Pearson, in percent.
+
+    The ends are the accuracies at which so many right answers, or more, and so many, or fewer, have half of the
+    probability that CONFIDENCE leaves.
+
+    right: the number of right answers; total: the number of images, 1 or more.
+    """
+    rest = (1 - CONFIDENCE) / 2
+    low = _root(lambda share: _at_least(right, total, share) - rest) if right else 0.0
+    high = _root(lambda share: rest - _at_least(total - right, total, 1 - share)) if right < total else 1.0
+    return Interval(100 * low, 100 * high)
+
+
+def _root(rising: Callable[[float], float]) -> float:
+    """Return where a function that rises from below 0 at 0 to above 0 at 1 is 0."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
+def _at_least(hits: int, trials: int, share: float) -> float:
+    """Return the probability of so many hits or more where each trial hits with the probability share.
+
+    hits: 1 or more; share: above 0 and below 1.
+    """
+    log_share, log_rest = math.log(share), math.log1p(-share)
+    whole = math.lgamma(trials + 1)
+    return math.fsum(
+        math.exp(whole - math.lgamma(n + 1) - math.lgamma(trials - n + 1) + n * log_share + (trials - n) * log_rest)
+        for n in range(hits, trials + 1)
+    )
 
 
 def spread(values: Sequence[float]) -> Spread | None:

@@ -8,6 +8,7 @@ import pytest
 
 from rada_fast.reports.measures import (
     calibration_error,
+    exact_interval,
     gain,
     paired_test,
     spread,
@@ -15,6 +16,17 @@ from rada_fast.reports.measures import (
     student_quantile,
     wilson,
 )
+
+
+def test_the_exact_interval_leaves_a_fortieth_on_either_side() -> None:
+    # The published example of Clopper and Pearson's interval, and the closed forms at the ends.
+    assert exact_interval(81, 263) == pytest.approx((25.27, 36.77), abs=0.01)
+    assert exact_interval(0, 20) == pytest.approx((0.0, 100 * (1 - 0.025 ** (1 / 20))))
+    assert exact_interval(20, 20) == pytest.approx((100 * 0.025 ** (1 / 20), 100.0))
+    low, high = (end / 100 for end in exact_interval(3, 10))
+    at_least = sum(math.comb(10, n) * low**n * (1 - low) ** (10 - n) for n in range(3, 11))
+    at_most = sum(math.comb(10, n) * high**n * (1 - high) ** (10 - n) for n in range(4))
+    assert (at_least, at_most) == pytest.approx((0.025, 0.025))
 
 
 def test_wilson_interval() -> None:
