@@ -41,7 +41,10 @@ def run_status(options: StatusOptions) -> int:
         _show(console, found, options)
     if options.follow:
         found = _follow_live(console, watched, found) if live else _follow(watched, found, options)
-    return 2 if foreign or any(one.state == DAMAGED for one in found) else 0
+    damaged = [one for one in found if one.state == DAMAGED]
+    for one in damaged:
+        print(f"rada-fast: folder {one.folder}: {one.fault}", file=sys.stderr)
+    return 2 if foreign or damaged else 0
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Watched], list[str]]:

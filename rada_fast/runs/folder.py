@@ -132,6 +132,11 @@ class RunFolder:
                 raise UserError(f"output {self.path} must be a folder, it is a file")
             return None
         stored = self._read_identity()
+        if link := next((path for path in sorted(self.path.iterdir()) if self._leads_out(path)), None):
+            raise UserError(
+                f"output {self.path} holds {link.name}, which is a link; nothing is written through links: give "
+                "another --output"
+            )
         if stored is not None and self._is_this_run(stored):
             return stored
         if stored is None or overwrite:
@@ -154,6 +159,10 @@ class RunFolder:
             f"output {self.path} holds another run's results (differing: {'; '.join(changed[:6])}); "
             "give another --output, or --overwrite to remove them"
         )
+
+    def _leads_out(self, path: Path) -> bool:
+        """Return whether a file of the folder is a link through which this run would write to another place."""
+        return path.is_symlink() and is_made_by(path.name, self._identity["command"])
 
     def _is_this_run(self, stored: dict[str, Any]) -> bool:
         """Return whether the stored identity and inputs are those of this run, so that it can go on."""

@@ -39,6 +39,8 @@ def load(path: Path, use: Callable[[dict[str, Any]], None]) -> bool:
             aside = files.set_aside(one)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
+            if "Weights only load failed" in reason:
+                reason = "it holds more than tensors and plain values"
             notices.warn(
                 f"state {one} is damaged ({reason}) and was set aside as {aside.name}; the run goes on from the "
                 "one before it, or from the start where there is none"

@@ -78,7 +78,7 @@ def test_pipes_and_links_with_names_of_results_are_refused(tmp_path: Path) -> No
     (tmp_path / "run").mkdir()
     lock = tmp_path / "run" / "run.lock"
     lock.symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match=r"holds a run\.lock that no run of this program made"):
+    with pytest.raises(UserError, match=r"holds run\.lock, which is a link"):
         begin(tmp_path)
     assert (tmp_path / "mine").read_text() == "mine"
     lock.unlink()

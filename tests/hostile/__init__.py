@@ -1,0 +1,1 @@
+"""Hostile files, and a process that runs a command on each and watches what it does."""
