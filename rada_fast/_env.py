@@ -199,6 +199,12 @@ def rank_variables() -> RankVariables | None:
     return found
 
 
+def rank_error_file() -> Path | None:
+    """Return the file into which a process tells torchrun why it has failed, or None without torchrun."""
+    value = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(value) if value else None
+
+
 def threads_of_rank(local_count: int) -> int | None:
     """Return how many threads each of several processes on this machine shall use, or None where the user decides.
 

@@ -273,7 +273,7 @@ def _ready_standard_streams() -> None:
 
 def _fail(message: str, status: int) -> int:
     """Print on one line why a command ended, or leave that to the rank that has failed first. Returns the status."""
-    if not ranks.current().fail(status):
+    if not ranks.current().fail(status, f"rada-fast: {one_line(message)}"):
         return status
     # If standard error cannot be written, the status alone tells the reason.
     with suppress(OSError, ValueError):

@@ -226,14 +226,16 @@ class Ranks:
             return self._link.store.add(f"claim {name}", 1) == 1
         return True
 
-    def fail(self, status: int) -> bool:
+    def fail(self, status: int, reason: str = "") -> bool:
         """Tell the other ranks that this one ends with an exit status, and return whether it shall say why.
 
-        Only the first rank that fails says why: the others mostly fail for the same reason, or because of it.
+        Only the first rank that fails says why: the others mostly fail for the same reason, or because of it. torchrun
+        shows the reason in its report.
         """
         if self._link is None:
             return True
         self._link.failed = True
+        _tell_torchrun(reason or f"exit status {status}")
         with suppress(RuntimeError):
             self._link.store.set_timeout(FAREWELL)
             alone = self.claim("failure")
@@ -376,6 +378,15 @@ def _leave(group: Ranks, store: Store, *, in_order: bool) -> None:
             dist.distributed_c10d._abort_process_group()
         return
     dist.destroy_process_group()
+
+
+def _tell_torchrun(reason: str) -> None:
+    """Write the reason of a failure where torchrun looks for it, in the form of torch.distributed.elastic."""
+    path = _env.rank_error_file()
+    if path is not None:
+        extra = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            path.write_text(json.dumps({"message": {"message": reason, "extraInfo": extra}}))
 
 
 def is_lost_connection(error: Exception) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,17 @@ def test_ranks_write_the_files_of_a_single_process(count: int, pictures: Path, a
     # The same command, with any number of processes, finds the run finished.
     again = run_ranks(5 - count, tmp_path / "again", command, ttt(pictures, tmp_path / "run"))
     assert "nothing was computed again" in again[0].errors.read_text()
+    same_results(tmp_path / "run", alone)
+
+
+def test_torchrun_starts_the_command(pictures: Path, alone: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rada_fast"]
+    done = subprocess.run(
+        [*torchrun, *ttt(pictures, tmp_path / "run"), "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == summary_of(tmp_path / "run")
+    assert "Warning" not in done.stderr
     same_results(tmp_path / "run", alone)
 
 
