@@ -15,55 +15,60 @@ import pytest
 from benchmarks import streaming_memory
 from benchmarks.streaming_memory import MEASURES, Sample, Trend, is_flat, trend_of
 
+IN_USE, OBJECTS = MEASURES
 
-def samples(resident: Sequence[float], allocated: Sequence[int] | None = None) -> list[Sample]:
+
+def samples(in_use: Sequence[float]) -> list[Sample]:
     """Return a sample for each minute, in which 100 pictures are predicted."""
-    given = [500 for _ in resident] if allocated is None else allocated
-    return [
-        Sample(60.0 * minute, 50.0 * minute, 100 * minute, mib, own, 7)
-        for minute, (mib, own) in enumerate(zip(resident, given, strict=True))
-    ]
+    return [Sample(60.0 * minute, 50.0 * minute, 100 * minute, 800.0, int(own), 7) for minute, own in enumerate(in_use)]
 
 
-def resident_trend(resident: Sequence[float]) -> tuple[Trend, bool]:
-    trend = trend_of(samples(resident))
+def growth(in_use: Sequence[float]) -> tuple[Trend, bool]:
+    trend = trend_of(samples(in_use), IN_USE)
     assert trend is not None
-    return trend, is_flat(MEASURES[0], trend)
+    return trend, is_flat(IN_USE, trend)
 
 
 def test_growth_is_told_from_noise_and_from_the_warm_up() -> None:
-    wave = [(-1) ** minute * 0.5 for minute in range(60)]
-    assert resident_trend([800 + part for part in wave])[1]
-    growing, flat = resident_trend([800 + part + minute / 10 for minute, part in enumerate(wave)])
+    wave = [(-1) ** minute * 5e4 for minute in range(60)]
+    assert growth([1e8 + part for part in wave])[1]
+    # An object of 32 bytes that is kept of each picture.
+    growing, flat = growth([1e8 + part + 3200 * minute for minute, part in enumerate(wave)])
     assert not flat
-    assert growing.slope == pytest.approx(6, rel=0.05)
-    constant, flat = resident_trend([700] * 6 + [812] * 54)
+    assert growing.slope == pytest.approx(32, rel=0.1)
+    constant, flat = growth([7e7] * 6 + [8.12e7] * 54)
     assert (flat, constant.slope) == (True, 0)
 
 
 def test_growth_below_the_tolerance_is_flat_if_its_noise_allows_to_say_so() -> None:
-    assert resident_trend([800 + minute / 120 for minute in range(60)])[1]
-    assert not resident_trend([800 + minute / 120 + 9 * (minute % 7 == 0) for minute in range(60)])[1]
+    assert growth([1e8 + 500 * minute for minute in range(60)])[1]
+    assert not growth([1e8 + 500 * minute + 1e6 * (minute % 7 == 0) for minute in range(60)])[1]
 
 
 def test_a_single_step_counts_as_few_samples() -> None:
-    assert resident_trend([800] * 40 + [801] * 20)[0].error > 0.2
+    assert growth([1e8] * 40 + [1e8 + 1e6] * 20)[0].error > 50
 
 
-def test_an_object_that_is_kept_of_each_picture_is_not_flat() -> None:
-    _, in_use, objects = MEASURES
-    kept = trend_of(samples([800.0] * 60, [10**8 + 32 * 100 * minute for minute in range(60)]), in_use)
-    assert kept is not None
-    assert kept.slope == pytest.approx(32)
-    assert not is_flat(in_use, kept)
-    none = trend_of(samples([800.0] * 60), objects)
+def test_a_block_of_python_that_is_kept_of_each_picture_is_not_flat() -> None:
+    none, kept = (
+        trend_of([one._replace(python_blocks=10**6 + blocks * one.pictures) for one in samples([1e8] * 60)], OBJECTS)
+        for blocks in (0, 1)
+    )
     assert none == Trend(0, 0)
-    assert is_flat(objects, none)
+    assert is_flat(OBJECTS, none)
+    assert kept is not None
+    assert not is_flat(OBJECTS, kept)
 
 
 def test_what_the_c_library_does_not_tell_is_left_out() -> None:
-    untold = [sample._replace(allocated_bytes=None) for sample in samples([800.0] * 60)]
-    assert trend_of(untold, MEASURES[1]) is None
+    untold = [sample._replace(allocated_bytes=None) for sample in samples([1e8] * 60)]
+    assert trend_of(untold, IN_USE) is None
+
+
+def test_the_rise_of_resident_memory_is_counted_from_the_end_of_the_warm_up() -> None:
+    resident = [700.0] * 6 + [800.0] * 30 + [808.0] * 10 + [804.0] * 14
+    found = [one._replace(resident_mib=own) for one, own in zip(samples([1e8] * 60), resident, strict=True)]
+    assert streaming_memory.resident_rise(found) == pytest.approx(0.01)
 
 
 class QuickPredictor:
@@ -89,7 +94,7 @@ def test_it_streams_and_writes_every_figure_down(
     assert len(lines) >= 8
     assert lines[-1]["pictures"] >= len(lines) - 1
     assert lines[-1]["python_blocks"] > 0
-    assert "MiB an hour" in capsys.readouterr().out
+    assert "more than after the warm-up" in capsys.readouterr().out
 
 
 def test_names_and_views_differ_in_every_round() -> None:
