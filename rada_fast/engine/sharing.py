@@ -154,6 +154,18 @@ def part_like(whole: Tensor, parameter: Any) -> Tensor:
     return found
 
 
+@torch.no_grad()
+def take_weights_of_first(module: nn.Module) -> None:
+    """Take the trained weights of the first process of the run, except those that processes store in parts.
+
+    All take the same steps, but the processors of two machines may round in different ways.
+    """
+    group = ranks.current()
+    for parameter in module.parameters() if group.several else ():
+        if parameter.requires_grad and not is_part(parameter):
+            parameter.copy_(group.broadcast_tensor(parameter.detach()))
+
+
 def whole_weights(module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """Return the whole tensors of a module by name. All processes must call this together if some store parts.
 

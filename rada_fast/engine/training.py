@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rada_fast.config.commands import Schedule
 from rada_fast.data.sources import Sample
 from rada_fast.data.views import image_seed
-from rada_fast.engine.sharing import counts_of, part_of
+from rada_fast.engine.sharing import counts_of, own_part, part_of
 from rada_fast.engine.steps import TrainingStep
 from rada_fast.errors import UserError
 from rada_fast.models.image_features import (
@@ -425,7 +425,8 @@ def _train_epoch(
     seconds = time.perf_counter() - start
     loss = totals.cross_entropy + step.gradients.penalty_weight * totals.penalty
     # The weights are checked too, because no loss has been computed with those of the last step.
-    finite = all(bool(parameter.isfinite().all()) for parameter in trained.parameters())
+    finite = all(bool(own_part(parameter).isfinite().all()) for parameter in trained.parameters())
+    finite = all(plan.group.all_gather(finite))
     if not math.isfinite(loss) or not finite:
         fault = "the weights no numbers" if math.isfinite(loss) else f"the loss {loss}"
         stage = f" of {plan.stage}" if plan.stage else ""

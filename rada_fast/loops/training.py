@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 
 from rada_fast.config.checks import Interval, interval_of
 from rada_fast.engine.optimizers import load_stored_state, stored_state
-from rada_fast.engine.sharing import load_whole_weights, whole_weights
+from rada_fast.engine.sharing import load_whole_weights, take_weights_of_first, whole_weights
 from rada_fast.engine.steps import TrainingStep
 from rada_fast.engine.training import Keeping, Plan, Position, train_epochs
 from rada_fast.models.image_features import Unreadable
 from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.profiling import profiled
 from rada_fast.runs.progress import progress
+from rada_fast.system import ranks
 from rada_fast.system.ranks import Ranks
 
 EPOCHS = "epochs.jsonl"
@@ -206,7 +207,7 @@ def train(
     prefix = f"{plan.stage}-" if plan.stage else ""
     with (
         progress(title, remaining, unit="steps") as advance,
-        profiled(profile, training.folder.path, "steps", prefix) as on_step,
+        profiled(profile and ranks.current().first, training.folder.path, "steps", prefix) as on_step,
     ):
 
         def after_step() -> None:
@@ -217,6 +218,7 @@ def train(
             step, training.trained, plan, first=first, position=position, on_step=after_step, keeping=keeping
         )
         for epoch, record in enumerate(records, start=first):
+            take_weights_of_first(training.trained)
             if after_epoch is not None:
                 after_epoch(epoch, record)
             start = time.monotonic()
