@@ -78,10 +78,16 @@ COMMANDS = {
         ranks=True,
     ),
     "eft": Command(
-        EFTOptions, "rada_fast.loops.sweep:run_eft_runs", "efficient fine-tuning: train the adapter, encoders frozen"
+        EFTOptions,
+        "rada_fast.loops.sweep:run_eft_runs",
+        "efficient fine-tuning: train the adapter, encoders frozen",
+        ranks=True,
     ),
     "fft": Command(
-        FFTOptions, "rada_fast.loops.fft:run_fft", "full fine-tuning: adapter and classifier, then everything"
+        FFTOptions,
+        "rada_fast.loops.fft:run_fft",
+        "full fine-tuning: adapter and classifier, then everything",
+        ranks=True,
     ),
     "eval": Command(
         EvalOptions, "rada_fast.loops.evaluation:run_eval", "evaluate a trained adapter on one or more sets of images"

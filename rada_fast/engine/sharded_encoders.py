@@ -87,7 +87,7 @@ def _replicated(vlm: VisionLanguageModel, group: Ranks) -> EncodersOfGroup:
     unused = _unused(vlm)
     for parameter in unused:
         parameter.requires_grad_(False)
-    replicas = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    replicas = DistributedDataParallel(module, gradient_as_bucket_view=True)
     for parameter in unused:
         parameter.requires_grad_(True)
     known = {id(value) for value in unused}

@@ -265,9 +265,10 @@ def drawing_from(
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(context_seed)
         if states is not None and rank < len(states["cpu"]):
-            torch.set_rng_state(states["cpu"][rank])
+            # PyTorch reads the memory from its start, whatever part of it a tensor is.
+            torch.set_rng_state(states["cpu"][rank].clone())
             if device.type == "cuda":
-                torch.cuda.set_rng_state(states["cuda"][rank], device)
+                torch.cuda.set_rng_state(states["cuda"][rank].clone(), device)
         yield
 
 

@@ -13,7 +13,7 @@ from rada_fast.errors import UserError
 from rada_fast.loops.eft import run_eft
 from rada_fast.models.prompts import DATASET_TEMPLATES
 from rada_fast.reports.command import ReportTable, tables_of, write_tables
-from rada_fast.system import notices
+from rada_fast.system import notices, ranks
 
 ALL_SETS = ("imagenet", *(name for name in DATASET_TEMPLATES if name != "imagenet"))
 """CoOp's eleven data sets."""
@@ -45,7 +45,7 @@ def run_eft_runs(options: EFTOptions) -> dict[str, Any]:
         if not options.train or not options.test:
             raise UserError("--train and --test must be given; 'rada-fast eft --help' shows an example")
         return run_eft(options)
-    runs = runs_of(options)
+    runs, group = runs_of(options), ranks.current()
     summaries: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for number, run in enumerate(runs, start=1):
@@ -53,14 +53,19 @@ def run_eft_runs(options: EFTOptions) -> dict[str, Any]:
         try:
             summaries.append(run_eft(run.options))
         except UserError as error:
+            if group.several:
+                raise  # the processes might disagree about what comes next
             notices.warn(f"{run.name} could not be done: {error}")
             failed[run.name] = str(error)
     output = Path(options.run.output).expanduser()
-    tables: list[ReportTable] = []
-    if summaries:
+
+    def write_report() -> dict[str, Any]:
         report = ReportOptions(tuple(summary["output"] for summary in summaries), output=str(output / REPORT))
         tables = tables_of(report)
         write_tables(output / REPORT, tables)
+        return _short(tables)
+
+    results = group.from_first(write_report) if summaries else {}
     if failed:
         first = next(iter(failed))
         raise UserError(
@@ -70,7 +75,7 @@ def run_eft_runs(options: EFTOptions) -> dict[str, Any]:
     return {
         "command": "eft",
         "runs": len(runs),
-        **_short(tables),
+        **results,
         "unreadable": sum(summary["unreadable"] for summary in summaries),
         "warnings": notices.so_far(),
         "tables": str(output / REPORT),
