@@ -15,7 +15,7 @@ from rada_fast.config.inference import FeaturesOptions
 from rada_fast.data.feature_writer import write_feature_file
 from rada_fast.data.sources import Source
 from rada_fast.errors import UserError
-from rada_fast.loops.identity import deciding_options, prompt_identity
+from rada_fast.loops.identity import deciding_options, identity_of_code, prompt_identity
 from rada_fast.loops.setup import meet_neighbours, open_sources
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
@@ -51,9 +51,12 @@ def run_features(options: FeaturesOptions) -> dict[str, Any]:
     elif options.prompts:
         raise UserError(f"classes must be given for prompts: {options.data} has no classes")
     chosen = source.limited(options.run.limit)
+    deciding = deciding_options(dataclasses.asdict(options))
+    deciding["model"] |= {"device": model.device.type, "precision": model.precision}
     identity = {
         "command": "features",
-        "options": deciding_options(dataclasses.asdict(options)),
+        **identity_of_code(),
+        "options": deciding,
         "model": model.fingerprint,
         "class_names": names,
         "templates": prompt_identity(options.text.templates) if options.prompts else None,

@@ -10,13 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
+from rada_fast import _env
 from rada_fast.config.commands import FFTOptions
 from rada_fast.data.fingerprints import tensor_fingerprint
 from rada_fast.data.sources import Source
 from rada_fast.loops.setup import Setup
 from rada_fast.models.prompts import OF_DATASET, resolve_prompts
 from rada_fast.modules import RationalAdapter
+from rada_fast.ops import resolve_backend
 from rada_fast.runs.folder import Inputs, RunFolder
+from rada_fast.runs.machine import code_version
 from rada_fast.runs.shards import open_run_folder
 from rada_fast.system import notices, ranks
 
@@ -99,6 +102,7 @@ def identity_of(setup: Setup, names: Sequence[str], text: Tensor, limit: int | N
     prompts = text_options.text_features is None
     return {
         "command": setup.command,
+        **identity_of_code(),
         "options": options,
         "adapter": {**adapter.config.to_dict(), "preset": adapter.config.preset},
         # The seed decides a new adapter; an adapter from a file is recognised by its weights.
@@ -110,6 +114,17 @@ def identity_of(setup: Setup, names: Sequence[str], text: Tensor, limit: int | N
         "templates": prompt_identity(text_options.templates) if prompts else None,
         "text_features": tensor_fingerprint(text) if text_options.text_features not in (None, "class-means") else None,
     }
+
+
+def identity_of_code() -> dict[str, Any]:
+    """Return what decides numbers beside options and files: the version, the backend, and how it multiplies."""
+    # Each backend rounds in its own way, and so does each way to multiply.
+    arithmetic = {
+        "backend": resolve_backend(),
+        "float32_products": _env.float32_products(),
+        "bfloat16_products": _env.bfloat16_products(),
+    }
+    return {"code": code_version(), "arithmetic": arithmetic}
 
 
 def prompt_identity(values: Sequence[str]) -> list[str]:

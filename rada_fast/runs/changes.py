@@ -23,12 +23,23 @@ def first_of(names: Sequence[str], count: int = 3) -> str:
     return ", ".join(ascii(name)[1:-1] for name in names[:count]) + (f" and {more} more" if more > 0 else "")
 
 
+def describe_change_of_values(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Describe the values that differ between two listings, or return an empty text."""
+    return "; ".join(
+        f"{name} {value} there, {new.get(name, 'none')} here" for name, value in old.items() if new.get(name) != value
+    )
+
+
 def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
     """Yield the entries in which two JSON values differ: options with both values, other entries by name alone."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in set(old) | set(new):
             yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
+        if name == "code" or name.startswith("arithmetic."):
+            what = name.removeprefix("arithmetic.").replace("_", " ")
+            yield f"{what} {old or 'as usual'} there, {new or 'as usual'} here"
+            return
         if not name.startswith("options."):
             yield name.replace("_", " ")
             return

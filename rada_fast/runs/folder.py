@@ -20,8 +20,8 @@ from rada_fast.config.options import RunOptions
 from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.checkpoint import stored_form
-from rada_fast.runs import heartbeat, lines, states
-from rada_fast.runs.changes import describe_change, differences, first_of
+from rada_fast.runs import heartbeat, lines, machine, states
+from rada_fast.runs.changes import describe_change, describe_change_of_values, differences, first_of
 from rada_fast.runs.contents import (
     EVALUATED,
     FILES_OF_COMMAND,
@@ -35,7 +35,7 @@ from rada_fast.runs.contents import (
 )
 from rada_fast.runs.lock import FolderLock
 from rada_fast.runs.sinks import Sink, log_to, open_sinks, remove_events
-from rada_fast.system import files, termination
+from rada_fast.system import files, notices, termination
 
 
 @dataclass(frozen=True)
@@ -185,21 +185,29 @@ class RunFolder:
                 elif name not in (IDENTITY_FILE, LOCK_FILE):
                     files.remove(self.path / name)
         self.stored_inputs: Mapping[str, Mapping[str, str]] = stored["inputs"] if stored and self.resumed else {}
+        here = machine.made_by()
+        earlier = stored.get("made_by", []) if stored and self.resumed else []
+        self._made_by = earlier if here in earlier else [*earlier, here]
         if not self.resumed:
-            self._write_identity()
+            self._write_identity(self.inputs.parts)
+        elif len(self._made_by) > len(earlier) and not (self.path / SUMMARY_FILE).exists():
+            if changed := describe_change_of_values(earlier[-1] if earlier else {}, here):
+                notices.warn(
+                    f"output {self.path} was begun with other versions or on another machine, so that numbers may "
+                    f"differ in their last digits: {changed}"
+                )
+            self._write_identity(self.stored_inputs)
 
     def accept_inputs(self) -> None:
         """Record that the results are those of the present inputs, and remove a summary of earlier inputs."""
         if self.stored_inputs != self.inputs.parts:
             files.remove(self.path / SUMMARY_FILE)
-            self._write_identity()
+            self._write_identity(self.inputs.parts)
 
-    def _write_identity(self) -> None:
-        files.write_text(
-            self.path / IDENTITY_FILE,
-            json.dumps({"format": FORMAT, "identity": self._identity, "inputs": self.inputs.parts}, indent=1) + "\n",
-        )
-        self.stored_inputs = self.inputs.parts
+    def _write_identity(self, inputs: Mapping[str, Mapping[str, str]]) -> None:
+        content = {"format": FORMAT, "identity": self._identity, "made_by": self._made_by, "inputs": inputs}
+        files.write_text(self.path / IDENTITY_FILE, json.dumps(content, indent=1) + "\n")
+        self.stored_inputs = inputs
 
     def _read_identity(self) -> dict[str, Any] | None:
         """Read run.json. Returns None without one; raises UserError if no run wrote it or it cannot be read."""

@@ -24,6 +24,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def code_version() -> str:
+    """Return the part of the version that may change numbers: all but the last number, which counts corrections."""
+    return __version__.rpartition(".")[0]
+
+
+def made_by() -> dict[str, str]:
+    """Return what may change the last digits of numbers: versions, the processor and its instructions, and the GPU."""
+    found = {**versions(), "processor": f"{_env.processor_name()}, {_env.cpu_capability()}"}
+    return found | ({"gpu": _env.cuda_device_name()} if _env.has_cuda() else {})
+
+
 def reset_peak_memory() -> None:
     """Reset the peak of the GPU memory. The peak of the process's own memory cannot be reset."""
     if _env.has_cuda():

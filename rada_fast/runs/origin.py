@@ -17,6 +17,9 @@ MAX_IDENTITY_BYTES = 2**29
 _OF_DATA = ("class_names", "templates", "text_features", "adapter_file")
 """The entries of an identity that follow from the data, and that of the adapter, which its origin replaces."""
 
+_OF_CODE = ("code", "arithmetic")
+"""The entries that say what has computed a run. A method stays the same whatever computes it."""
+
 
 def origin_of(adapter: str | None) -> dict[str, Any] | None:
     """Return the facts about the run that trained an adapter, or None if the adapter comes from no run.
@@ -68,7 +71,7 @@ def method_of(identity: Mapping[str, Any], origin: Mapping[str, Any] | None) -> 
     origin: the origin of its adapter.
     """
     content = {
-        "identity": {name: value for name, value in identity.items() if name not in (*_OF_DATA, "options")},
+        "identity": {name: value for name, value in identity.items() if name not in (*_OF_DATA, *_OF_CODE, "options")},
         "options": method_options(identity),
         "adapter": origin["method"] if origin is not None else identity.get("adapter_file"),
     }

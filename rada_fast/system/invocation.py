@@ -15,7 +15,7 @@ _started: list[list[str]] = []
 """What started the program, and the arguments of the command that is running, if it is run from a command line."""
 
 
-def remember(arguments: Sequence[str], *, of_process: bool) -> None:
+def remember(arguments: Sequence[str], *, of_process: bool = False) -> None:
     """Keep the arguments of a command line. of_process: whether they are those with which this process was started."""
     _started[:] = [_program(list(arguments)) if of_process else ["rada-fast"], list(arguments)]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rada_fast.config.options import RunOptions
 from rada_fast.errors import UserError
-from rada_fast.runs import lock
+from rada_fast.runs import lock, machine
 from rada_fast.runs.folder import Inputs, RunFolder
 from rada_fast.system import files, notices
 
@@ -56,6 +56,49 @@ def test_another_run_is_refused_and_overwritten_on_request(tmp_path: Path) -> No
         assert folder.read_lines("images.jsonl") == []
     with begin(tmp_path, OTHER) as folder:
         assert folder.resumed
+
+
+def test_another_version_or_backend_is_refused_and_says_so(tmp_path: Path) -> None:
+    code = {"code": "0.1", "arithmetic": {"backend": "cpu", "float32_products": None}}
+    begin(tmp_path, IDENTITY | code).close()
+    other = {"code": "0.2", "arithmetic": {"backend": "reference", "float32_products": "tf32"}}
+    message = (
+        r"\(differing: backend cpu there, reference here; code 0.1 there, 0.2 here; "
+        r"float32 products as usual there, tf32 here\)"
+    )
+    with pytest.raises(UserError, match=message):
+        begin(tmp_path, IDENTITY | other)
+
+
+def test_other_versions_and_machines_are_listed_and_mentioned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_by(torch: str) -> None:
+        monkeypatch.setattr(machine, "made_by", lambda: {"torch": torch, "processor": "a"})
+
+    def listed() -> list[str]:
+        return [one["torch"] for one in json.loads((tmp_path / "run" / "run.json").read_text())["made_by"]]
+
+    made_by("2.13")
+    inputs = Inputs({"test": {"a": "1"}})
+    begin(tmp_path, inputs=inputs).close()
+    made_by("2.14")
+    with notices.collecting():
+        begin(tmp_path, inputs=Inputs({"test": {"a": "2"}})).close()
+        begin(tmp_path, inputs=inputs).close()
+        (line,) = notices.so_far()
+    assert "was begun with other versions or on another machine" in line
+    assert line.endswith("in their last digits: torch 2.13 there, 2.14 here")
+    assert listed() == ["2.13", "2.14"]
+    made_by("2.13")
+    with begin(tmp_path, inputs=inputs) as folder:
+        assert folder.stored_inputs == inputs.parts  # those of the lines, not those of the run in between
+        folder.write_summary({})
+    made_by("2.15")
+    with notices.collecting():
+        begin(tmp_path, inputs=inputs).close()  # a finished run: nothing is computed
+        assert notices.so_far() == []
+    assert listed() == ["2.13", "2.14"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
