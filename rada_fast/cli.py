@@ -90,10 +90,16 @@ COMMANDS = {
         ranks=True,
     ),
     "eval": Command(
-        EvalOptions, "rada_fast.loops.evaluation:run_eval", "evaluate a trained adapter on one or more sets of images"
+        EvalOptions,
+        "rada_fast.loops.evaluation:run_eval",
+        "evaluate a trained adapter on one or more sets of images",
+        ranks=True,
     ),
     "predict": Command(
-        PredictOptions, "rada_fast.loops.prediction:run_predict", "give images without labels the names of classes"
+        PredictOptions,
+        "rada_fast.loops.prediction:run_predict",
+        "give images without labels the names of classes",
+        ranks=True,
     ),
     "features": Command(
         FeaturesOptions, "rada_fast.loops.extraction:run_features", "encode images once, into a file of features"

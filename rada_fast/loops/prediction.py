@@ -25,13 +25,15 @@ from rada_fast.loops.ttt import predictions as test_time_predictions
 from rada_fast.models.class_features import ClassGroup, text_features
 from rada_fast.models.class_names import class_names_of
 from rada_fast.models.encoder_tuning import EncoderTuning
-from rada_fast.models.image_features import Unreadable, iterate_features, iterate_views
+from rada_fast.models.image_features import ENCODER_BATCH, Unreadable, iterate_features, iterate_views
 from rada_fast.ops import zero_shot_logits
 from rada_fast.reports.summary import already_finished, finish, ranking
 from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.machine import reset_peak_memory
 from rada_fast.runs.progress import Counts, progress
-from rada_fast.system import notices
+from rada_fast.runs.shards import merge, own_file, shared_counts
+from rada_fast.system import notices, ranks
+from rada_fast.system.ranks import Ranks
 
 PREDICTIONS, TABLE = "predictions.jsonl", "predictions.csv"
 
@@ -41,40 +43,60 @@ def run_predict(options: PredictOptions) -> dict[str, Any]:
 
     Raises UserError naming an option that cannot be used.
     """
+    group = ranks.current()
     setup = open_prediction(options)
     source = setup.sources["data"]
     # A line depends on its image alone, as in ttt.
     deciding = [] if source.holds_images else ["data"]
     with open_folder(setup, {"data": source}, deciding=deciding, names=setup.names, text=setup.text) as folder:
         chosen = source.limited(options.run.limit)
-        kept = drop_changed(folder, chosen.ids)
+        kept = drop_changed(folder, chosen.ids) if group.first else {}
         folder.accept_inputs()
         scope = {"images": len(chosen.ids)}
-        done = frozenset(kept)
+        done = set(group.broadcast([place for place, id in enumerate(chosen.ids) if id in kept]))
         if len(done) == len(chosen.ids) and (summary := folder.finished_summary(scope)) is not None:
             return already_finished(folder, summary, resumed=len(done))
         reset_peak_memory()
         start = time.perf_counter()
-        todo = [index for index, id in enumerate(chosen.ids) if id not in done]
-        with (
-            progress("predict", len(todo), before=Counts(len(done))) as advance,
-            closing(predictions(setup, chosen, options, todo)) as found,
-        ):
-            for prediction in found:
-                folder.append(PREDICTIONS, line_of(prediction, setup.names, options.top))
-                advance(readable=prediction.status != "unreadable")
-        by_id = {record["id"]: record for record in folder.read_lines(PREDICTIONS)}
-        records = [by_id[id] for id in chosen.ids]
+        todo = _share_of([place for place in range(len(chosen.ids)) if place not in done], options, group)
+        own_lines = own_file(PREDICTIONS, group)
+        before = Counts(len(done)) if group.first else None
+        with progress("predict", len(todo), before=before, gather=shared_counts(group)) as advance:
+            with closing(predictions(setup, chosen, options, todo)) as found:
+                for prediction in found:
+                    folder.append(own_lines, line_of(prediction, setup.names, options.top))
+                    advance(readable=prediction.status != "unreadable")
+            group.all_gather(None, lambda: advance(0))
+        records = _all_lines(folder, chosen.ids) if group.first else []
         folder.write_table(TABLE, as_csv(records))
+        counts = {
+            status: sum(record["status"] == status for record in records) for status in ("unreadable", "diverged")
+        }
         results = {
-            "images": len(records),
+            "images": len(chosen.ids),
             "classes": len(setup.names),
             "by": _way(setup, options),
-            "unreadable": sum(record["status"] == "unreadable" for record in records),
-            "diverged": sum(record["status"] == "diverged" for record in records),
+            **group.broadcast(counts),
             "time": {"seconds": round(time.perf_counter() - start, 3)},
         }
         return finish(folder, setup.facts(), results, scope=scope, resumed=len(done))
+
+
+def _share_of(todo: Sequence[int], options: PredictOptions, group: Ranks) -> list[int]:
+    """Return the images that a rank predicts: single ones, or where they are encoded in batches, whole batches."""
+    size = 1 if options.ttt else ENCODER_BATCH
+    batches = [todo[first : first + size] for first in range(0, len(todo), size)]
+    return [index for batch in group.share(batches) for index in batch]
+
+
+def _all_lines(folder: RunFolder, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Bring the lines of all ranks into predictions.jsonl, and return the records of some images, in their order."""
+    merge(folder.path)
+    by_id = {record["id"]: record for record in folder.read_lines(PREDICTIONS)}
+    chosen = {id: by_id[id] for id in ids}
+    others = [record for id, record in by_id.items() if id not in chosen]
+    folder.write_lines(PREDICTIONS, [*chosen.values(), *others])
+    return list(chosen.values())
 
 
 def _way(setup: Setup, options: PredictOptions) -> str:

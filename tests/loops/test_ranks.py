@@ -78,6 +78,25 @@ def test_ranks_write_the_files_of_a_single_process(count: int, pictures: Path, a
     same_results(tmp_path / "run", alone)
 
 
+@pytest.mark.parametrize("words", [["predict"], ["predict", "--ttt", "--views", "2", "--steps", "1"], ["eval"]])
+def test_predict_and_eval_of_ranks_are_those_of_a_single_process(
+    words: list[str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arguments(folder: str) -> list[str]:
+        data = ["--data", f"imagefolder:{pictures}", "--output", str(tmp_path / folder)]
+        return [words[0], *data, "--allow-unreadable", "1", *words[1:]]
+
+    assert command(arguments("alone")) == 0
+    monkeypatch.setenv("RADA_FAST_CACHE", str(tmp_path / "cache"))  # or the ranks would not encode at all
+    run_ranks(2, tmp_path / "log", command, arguments("ranks"))
+    names = names_in(tmp_path / "alone")
+    assert names_in(tmp_path / "ranks") == names
+    for name in names:
+        if name.endswith((".jsonl", ".csv")):
+            assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert numbers(summary_of(tmp_path / "ranks")) == numbers(summary_of(tmp_path / "alone"))
+
+
 def test_torchrun_starts_the_command(pictures: Path, alone: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rada_fast"]
     done = subprocess.run(

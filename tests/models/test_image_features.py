@@ -20,7 +20,9 @@ from rada_fast.data.decode import read_image
 from rada_fast.data.open import open_source
 from rada_fast.models import encoded_parts, image_features
 from rada_fast.models.vision_language import load_model
+from rada_fast.system import ranks
 from tests.pictures import write_class_folders
+from tests.processes import run_ranks
 
 
 @pytest.fixture
@@ -155,3 +157,33 @@ def test_an_encoding_that_was_cut_off_goes_on_from_its_parts(tmp_path: Path, mon
     os.utime(spoilt, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     image_features.encode_images(samples, vlm, title="mended", workers=0)
     assert encoded == [f"cat/{index:03}.png" for index in (32, 64, 96)]  # all from the part that lacked a picture
+
+
+def save_features(pictures: Path, folder: Path) -> None:
+    """Encode the pictures and crops of them together with the other ranks, and save what this rank then has."""
+    with ranks.joined() as group:
+        samples, model = open_source(f"imagefolder:{pictures}").samples, load_model("embedded")
+        whole = image_features.encode_images(samples, model, title="encode", workers=0)
+        crops = image_features.encode_crops(samples, model, title="encode", seed=1, draw="2", workers=0)
+        few = image_features.encode_images(samples[:3], model, title="encode", workers=0)
+        again = image_features.encode_images(samples, model, title="encode", workers=0)
+        found = [[one.features, one.labels, one.ids, one.unreadable] for one in (whole, crops, few, again)]
+        torch.save(found, folder / f"{group.count}-{group.rank}.pt")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_have_the_features_of_a_single_process_to_the_bit(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Seventy pictures are three batches, of which the last is not full. One rank has a batch that is a picture short.
+    pictures = write_class_folders(tmp_path / "pictures", [f"class {label}" for label in range(7)], each=10)
+    (pictures / "class 3" / "4.png").write_bytes(b"no picture")
+    save_features(pictures, tmp_path)
+    monkeypatch.setenv("RADA_FAST_CACHE", str(tmp_path / "cache"))
+    started = run_ranks(count, tmp_path / "log", save_features, pictures, tmp_path)
+    alone = torch.load(tmp_path / "1-0.pt", weights_only=False)
+    for rank in range(count):
+        for expected, found in zip(alone, torch.load(tmp_path / f"{count}-{rank}.pt", weights_only=False), strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(expected[:2], found[:2], strict=True))
+            assert expected[2:] == found[2:]
+    assert all(not rank.errors.read_text() for rank in started[1:])
