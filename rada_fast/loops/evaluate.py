@@ -21,6 +21,7 @@ from rada_fast.ops import zero_shot_logits
 from rada_fast.reports.summary import image_record, unreadable_records
 from rada_fast.runs.folder import RunFolder
 from rada_fast.runs.progress import progress
+from rada_fast.system import ranks
 
 CHUNK_ELEMENTS = 2**24
 """The largest number of elements of one (B, K, D) tensor during an evaluation: 64 MiB in float32."""
@@ -220,6 +221,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Evaluate an adapter on encoded images. Returns a record of each image, those of unreadable images last.
 
+    Several processes, which must all call this, share the images, and each has all records at the end.
+
     predict: a function that computes the adapted logits (B, K) of features (B, D).
     images: the encoded images.
     text_features: T (K, D), for the zero-shot answer.
@@ -247,28 +250,38 @@ def evaluate(
         records = kept.read(tensors, [logit_scale, names, labels, rows], images.ids)
         # Images are computed together with the same others as without an interruption.
         records = records[: len(records) // chunk * chunk if len(records) < len(images.ids) else None]
-    done = len(records)
+    group = ranks.current()
+    records = group.broadcast(records)
+
+    def records_of(first: int) -> list[dict[str, Any]]:
+        part = images.features[first : first + chunk].to(device)
+        changed = part if adapted_features is None else adapted_features[first : first + chunk].to(device)
+        adapted = predict(changed).cpu().clone()  # it is changed below, and may be the caller's
+        diverged = ~adapted.isfinite().all(dim=-1)
+        zero_shot = zero_shot_logits(part, text_features, logit_scale).cpu()
+        for logits in (adapted, zero_shot):
+            for alike in groups:
+                logits[:, alike[0]] = logits[:, alike].amax(dim=-1)
+            logits[:, absent] = -torch.inf
+        found = []
+        for offset, (before, after) in enumerate(zip(zero_shot, adapted, strict=True)):
+            label = classes[int(images.labels[first + offset])]
+            status = "ok"
+            if bool(diverged[offset]):
+                # The zero-shot answer replaces adapted logits that are not finite, and the status says so.
+                status, after = "diverged", before
+            found.append(image_record(images.ids[first + offset], label, status, before, after, names))
+        return found
+
     with progress(title, len(images.ids)) as advance:
-        advance(done)
-        for first in range(done, len(images.ids), chunk):
-            part = images.features[first : first + chunk].to(device)
-            changed = part if adapted_features is None else adapted_features[first : first + chunk].to(device)
-            adapted = predict(changed).cpu().clone()  # it is changed below, and may be the caller's
-            diverged = ~adapted.isfinite().all(dim=-1)
-            zero_shot = zero_shot_logits(part, text_features, logit_scale).cpu()
-            for logits in (adapted, zero_shot):
-                for group in groups:
-                    logits[:, group[0]] = logits[:, group].amax(dim=-1)
-                logits[:, absent] = -torch.inf
-            for offset, (before, after) in enumerate(zip(zero_shot, adapted, strict=True)):
-                label = classes[int(images.labels[first + offset])]
-                status = "ok"
-                if bool(diverged[offset]):
-                    # The zero-shot answer replaces adapted logits that are not finite, and the status says so.
-                    status, after = "diverged", before
-                records.append(image_record(images.ids[first + offset], label, status, before, after, names))
+        advance(len(records))
+        while (done := len(records)) < len(images.ids):
+            # Each process computes one of the coming chunks, and knows the records of all before the next ones.
+            own = done + group.rank * chunk
+            for found in group.all_gather(records_of(own) if own < len(images.ids) else []):
+                records += found
             if kept is not None:
-                kept.add(records[first:])
-            advance(len(part))
+                kept.add(records[done:])
+            advance(len(records) - done)
     unreadable = [(id, classes[label], reason) for id, label, reason in images.unreadable]
     return records + unreadable_records(unreadable, names)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from rada_fast.loops import evaluate
 from rada_fast.loops.training import Training
 from rada_fast.system import ranks
 from tests.loops.support import lines
@@ -58,6 +59,7 @@ def run(name: str, pictures: Path, output: Path) -> int:
 
 def run_both(pictures: Path, folder: Path) -> int:
     """Run two trainings one after the other as one of several processes."""
+    evaluate.CHUNK_ELEMENTS = 2 * 3 * 64  # some images at a time, so that each process computes some
     return max(command(arguments(name, pictures, folder / name)) for name in ("eft", "fft"))
 
 
