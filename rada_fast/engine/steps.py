@@ -23,6 +23,7 @@ from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.engine.direct_steps import direct_step, summed_up
 from rada_fast.engine.graphs import Recording, usable
 from rada_fast.engine.optimizers import set_rate
+from rada_fast.engine.room import take_with_room
 from rada_fast.engine.sharing import Division, GradientSum, SharedEncoders
 from rada_fast.modules.heads import Head
 from rada_fast.modules.rational_adapter import RationalAdapter
@@ -266,8 +267,8 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
         self.device = gradients.trained[0].device
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self._entropy, self._penalty, self._correct = self._totals.unbind()
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._entropy, self._penalty, self._correct = self.sums.unbind()
         self._images = 0
         self._recorded: _RecordedStep | None = None
         self._shape: torch.Size | None = None
@@ -303,14 +304,14 @@ class TrainingStep:
         count = len(labels)
         self._images += count
         if self._direct is not None and (self.micro_batch is None or count <= self.micro_batch):
-            self._direct(inputs, labels, self._totals)
+            self._direct(inputs, labels, self.sums)
             return
         # Neither PyTorch's fused optimisers nor a replayed graph note the change, by which copies are out of date.
         torch.autograd.graph.increment_version(self._parameters)
         labels = labels.to(self.device, non_blocking=True)
         if self.encode is not None:
             # The images stay where they are; the encoder copies those of a part to its device.
-            self._take(inputs, labels, ids, counts)
+            take_with_room(self, inputs, labels, ids, counts)
             return
         inputs = inputs.to(self.device, non_blocking=True)
         if self._records and self._shape == inputs.shape:
@@ -321,18 +322,19 @@ class TrainingStep:
             return
         if self._recorded is None:
             self._shape = inputs.shape
-        self._take(inputs, labels, ids, counts)
+        take_with_room(self, inputs, labels, ids, counts)
 
     def _record(self, inputs: Tensor, labels: Tensor) -> None:
         """Take one step, and record it. Where that is not possible, later steps are taken without a recording."""
-        step = _RecordedStep(self._take, inputs, labels)
+        step = _RecordedStep(self.take, inputs, labels)
         try:
             step.record()
             self._recorded = step
         except Exception as error:
             self._records = False
-            if not step.taken:
-                raise
+            if not step.taken:  # it fails in the same way without a recording, or has room then
+                take_with_room(self, inputs, labels)
+                return
             warnings.warn(
                 "a step of the training could not be recorded in a CUDA graph, and steps are taken without one, more "
                 f"slowly: {type(error).__name__}: {error}",
@@ -340,7 +342,8 @@ class TrainingStep:
                 stacklevel=3,
             )
 
-    def _take(self, inputs: Tensor, labels: Tensor, ids: Sequence[str] = (), counts: Sequence[int] = ()) -> None:
+    def take(self, inputs: Tensor, labels: Tensor, ids: Sequence[str] = (), counts: Sequence[int] = ()) -> None:
+        """Take one step in parts of micro_batch images; see __call__."""
         division = Division(self.group, counts or (len(labels),))
         part = min(self.micro_batch or division.most, division.most)
         scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else 1.0
@@ -429,7 +432,7 @@ class TrainingStep:
         They are those of all processes that share the batches.
         """
         waiting = None if self._direct is None else self._direct.waiting()
-        sums = self._totals.clone()
+        sums = self.sums.clone()
         self.group.all_reduce([sums])
         return {"sums": sums.cpu(), "images": sum(self.group.all_gather(self._images)), "waiting": waiting}
 
@@ -437,23 +440,23 @@ class TrainingStep:
         """Go on from what totals() has returned. The first of several processes takes the sums of all."""
         if not self.group.first:
             return
-        self._totals.copy_(totals["sums"])
+        self.sums.copy_(totals["sums"])
         self._images = totals["images"]
         if totals["waiting"] is None:
             return
         if self._direct is not None:
             self._direct.wait_for(totals["waiting"])
         else:
-            self._totals += summed_up(totals["waiting"]).to(self.device)
+            self.sums += summed_up(totals["waiting"]).to(self.device)
 
     def read_totals(self) -> Totals:
         """Return the means over the images of all processes since the last call. This waits for the device."""
         if self._direct is not None:
-            self._direct.add_to(self._totals)
+            self._direct.add_to(self.sums)
         images = sum(self.group.all_gather(self._images))
-        self.group.all_reduce([self._totals])
-        entropy, penalty, correct = (self._totals / max(images, 1)).tolist()
-        self._totals.zero_()
+        self.group.all_reduce([self.sums])
+        entropy, penalty, correct = (self.sums / max(images, 1)).tolist()
+        self.sums.zero_()
         self._images = 0
         return Totals(images, entropy, penalty, correct)
 

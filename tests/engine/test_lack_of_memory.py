@@ -14,6 +14,8 @@ from rada_fast.engine import episodes
 from rada_fast.engine.episodes import Adaptation
 from rada_fast.engine.graphs import GRAPHS, GroupGraph, GroupInputs
 from rada_fast.engine.groups import EpisodeGroup
+from rada_fast.engine.optimizers import training_optimizer
+from rada_fast.engine.steps import Gradients, Objective, TrainingStep
 from rada_fast.models.vision_language import VisionLanguageModel
 from rada_fast.modules.rational_adapter import new_adapter
 from rada_fast.ops import backends
@@ -159,3 +161,54 @@ def test_another_error_is_no_lack_of_memory(model: VisionLanguageModel) -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         model.image_features(torch.randn(4, 3, SIZE, SIZE - 1))
     assert notices.so_far() == []
+
+
+def trained(failure: Callable[[], Exception] | None, room: int, micro_batch: int | None, images: int = 7) -> Any:
+    """Take three steps that train the tiny encoder, whose dropout draws random numbers, and return what they come to.
+
+    failure, room: those of an Allocator, or None without one.
+    """
+    torch.manual_seed(0)
+    vlm = load_tiny()
+    for module in vlm.model.visual:
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # its draws depend on the parts of a step
+    vlm.train_image_encoder(True)
+    head = new_adapter(AdapterConfig.official(16), 0)
+    text = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1).requires_grad_()
+    gradients = Gradients(head, text, 50.0, Objective("l2", 1.0), of_images=True)
+    parameters = [*head.parameters(), text, *vlm.model.visual.parameters()]
+    allocator = Allocator(failure or MemoryError, room)
+
+    def encode(some: Tensor, ids: Any) -> Tensor:
+        allocator.take(len(some))
+        return vlm.image_features_with_grad(some)
+
+    step = TrainingStep(
+        gradients, training_optimizer(parameters, "adamw", lr=1e-2, weight_decay=0.1), micro_batch=micro_batch,
+        encode=encode,
+    )  # fmt: skip
+    for _ in range(3):
+        step(torch.randn(images, 3, SIZE, SIZE), torch.randint(5, (images,)), 1e-2, [""] * images)
+    return [parameter.detach().clone() for parameter in parameters], step.read_totals(), allocator.sizes
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_steps_of_a_training_are_taken_in_smaller_parts(kind: str) -> None:
+    """The results are those of a run that was given the small parts from the start, to the bit."""
+    weights, totals, sizes = trained(FAILURES[kind], 2, None)
+    assert sizes == [7, 3, 1, *[1] * 6, *[1] * 14]
+    same_weights, same_totals, _ = trained(None, 10, 1)
+    assert all(torch.equal(one, other) for one, other in zip(weights, same_weights, strict=True))
+    assert totals == same_totals
+    assert notices.so_far()[0].startswith(
+        "the memory did not suffice for 7 images of a step at once; from here on it is 3"
+    )
+    whole, _, _ = trained(None, 10, None)
+    for one, other in zip(weights, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_whose_single_image_has_no_room_ends_the_training() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        trained(FAILURES["gpu"], 0, None)
