@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rada_fast.config.checks import Interval, interval_of
+from rada_fast.engine.direct_steps import summed_up
 from rada_fast.engine.optimizers import load_stored_state, stored_state
 from rada_fast.engine.sharing import load_whole_weights, take_weights_of_first, whole_weights
 from rada_fast.engine.steps import TrainingStep
@@ -24,6 +25,8 @@ from rada_fast.system import ranks
 from rada_fast.system.ranks import Ranks
 
 EPOCHS = "epochs.jsonl"
+NOTE_INTERVAL = 5.0
+"""The seconds after which the progress shows the loss anew. Reading it makes a GPU wait."""
 SAVE_SECONDS, SAVE_SHARE = 60.0, 0.01
 """The time between two saves inside of epochs unless an option says otherwise, and the largest share of the time that
 saving may take then."""
@@ -166,6 +169,19 @@ class Training:
         self.unreadable |= {image.id: image for image in images}
 
 
+def loss_so_far(step: TrainingStep) -> str:
+    """Return the loss and the share of right answers in the present epoch so far, in words. This waits for the device.
+
+    Of several processes none knows those of the others.
+    """
+    if step.group.several:
+        return ""
+    totals = step.totals()
+    sums = totals["sums"] if totals["waiting"] is None else totals["sums"] + summed_up(totals["waiting"])
+    entropy, penalty, correct = (sums / max(totals["images"], 1)).tolist()
+    return f"loss so far {entropy + step.gradients.penalty_weight * penalty:.4f}, right {100 * correct:.1f} %"
+
+
 def train(
     training: Training,
     step: TrainingStep,
@@ -209,9 +225,14 @@ def train(
         progress(title, remaining, unit="steps") as advance,
         profiled(profile and ranks.current().first, training.folder.path, "steps", prefix) as on_step,
     ):
+        told = time.monotonic()
 
         def after_step() -> None:
-            advance()
+            nonlocal told
+            note = ""
+            if (now := time.monotonic()) - told >= NOTE_INTERVAL:
+                note, told = loss_so_far(step), now
+            advance(note=note)
             on_step()
 
         records = train_epochs(

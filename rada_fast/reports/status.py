@@ -121,7 +121,7 @@ class Status:
     command: the command of the run, such as ttt.
     owners: the processes that run in it, or ran in it last.
     ranks: the number of processes whose lines it holds.
-    title: what the run does at present, or did last.
+    title, note: what the run does at present, or did last, and a few words about it, such as the loss.
     done, total, unit: how much of that is done, and of how much.
     per_second, recent_per_second, seconds_left: the rate over the whole of it and over the last minutes, and the time
         that is left.
@@ -143,6 +143,7 @@ class Status:
     owners: tuple[Owner, ...] = ()
     ranks: int = 1
     title: str | None = None
+    note: str = ""
     done: int | None = None
     total: int | None = None
     unit: str = "images"
@@ -298,6 +299,7 @@ def _progress(beats: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "title": str(newest.get("title")),
         "unit": str(newest.get("unit", "steps")),
+        "note": str(newest.get("note") or ""),
         "done": int(sums.get("done", 0)),
         "total": None if None in total else int(sum(one for one in total if one is not None)),
         "per_second": sums.get("per_second"),

@@ -145,7 +145,8 @@ def rows_of(one: Status) -> list[tuple[str, Any]]:
         rows.append(("loss", f"{one.loss:.4f}{right}"))
     if one.title:
         total = "" if one.total is None else f" of {one.total:,}"
-        rows.append(("at present" if one.state == RUNNING else "at last", f"{one.title}: {one.done:,}{total}"))
+        text = f"{one.title}: {one.done:,}{total}" + (f", {one.note}" if one.note else "")
+        rows.append(("at present" if one.state == RUNNING else "at last", text))
     if one.per_second:
         recent = (
             "" if one.recent_per_second is None else f"{one.recent_per_second:.4g} {one.unit}/s in the last minutes, "
