@@ -70,6 +70,17 @@ def test_a_loss_that_is_nan_names_the_learning_rate() -> None:
         epochs(Plan(1, 1, lambda epoch, step: 0.1, lambda epoch, first: [spoilt], 7, stage="rada"))
 
 
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([1.0, -2.0], True), ([3e38, 3e38], True), ([float("nan"), 1.0], False), ([float("inf"), 1.0], False),
+        ([float("inf"), -float("inf")], False), ([3e38, 3e38, -float("inf")], False), ([], True),
+    ],
+)  # fmt: skip
+def test_finite_weights_are_told_from_others(values: list[float], finite: bool) -> None:
+    assert training.is_finite(torch.tensor(values)) == finite
+
+
 def test_weights_that_are_nan_after_the_last_step_are_reported() -> None:
     adapter = RationalAdapter(AdapterConfig.official(8))
 
