@@ -42,8 +42,9 @@ from rada_fast.runs.progress import progress
 
 LOGIT_SCALE = 100.0
 EPOCH = "epoch on cached features"
-EPOCH_STEPS, MIN_EPOCH_STEPS = 128, 8
-"""An epoch has about so many images, and at least so many steps."""
+EPOCH_SHOTS, EPOCH_ROWS, MIN_EPOCH_STEPS = 16, 25600, 8
+"""An epoch has so many images of each class, as in most few-shot trainings, but no more than so many rows of all
+images and classes, so that it takes about a second; and at least so many steps."""
 
 
 def model_of(options: BenchEFTOptions | BenchFFTOptions, device: torch.device) -> VisionLanguageModel | None:
@@ -135,7 +136,8 @@ def epoch_stage(config: AdapterConfig, text: Tensor, batch: int) -> Stage:
     overhead although they are at work.
     """
     classes, width = text.shape
-    steps = max(MIN_EPOCH_STEPS, EPOCH_STEPS // batch)
+    images = min(EPOCH_SHOTS * classes, EPOCH_ROWS // classes)
+    steps = max(MIN_EPOCH_STEPS, images // batch)
     features, labels = unit_rows(steps * batch, width), torch.arange(steps * batch) % classes
     clock = OperatorClock()
     adapter = RationalAdapter(config).to(text.device)
