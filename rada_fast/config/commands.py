@@ -206,8 +206,8 @@ class FFTOptions:
     batch_size: int = 512
     """Images per step (paper: 512)."""
     micro_batch: int | None = None
-    """Split a step into parts of this many images to save memory; gradients are accumulated. Default: as many as
-    fit into 1 GiB on a CPU and 8 GiB on a GPU, or into the memory."""
+    """Split a step into parts of this many images in each process to save memory; gradients are accumulated. Default:
+    as many as fit into 1 GiB on a CPU and 8 GiB on a GPU, or into the memory."""
     memory: str | None = None
     """About how much memory a step may take beside the frozen weights, such as 4GiB, which picks the number of images
     that are computed at once. Another number rounds the sums of gradients in another way."""

@@ -18,6 +18,9 @@ from rada_fast.config.options import RunOptions, TuningOptions
 from rada_fast.data.open import open_source
 from rada_fast.engine.efficient_training import TunedEncoders, efficient_plan, efficient_step
 from rada_fast.engine.full_training import stage_plan, stage_step, stages_of
+from rada_fast.engine.optimizers import training_optimizer
+from rada_fast.engine.sharded_encoders import ScalerOfParts
+from rada_fast.engine.sharing import whole_tensor
 from rada_fast.engine.training import train_epochs
 from rada_fast.models.encoder_tuning import EncoderTuning, captions_of
 from rada_fast.models.image_features import features_of
@@ -107,9 +110,34 @@ def cases_of(count: int) -> list[tuple[str, str]]:
     return [case for number, case in enumerate(CASES) if (number + count) % 2]
 
 
+def check_scaler(group: ranks.Ranks) -> None:
+    """Check that all processes skip a step if a part of the gradients in one of them has overflowed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layer, whole = nn.Linear(4, 6, bias=False), nn.Parameter(torch.ones(3))
+    fully_shard(layer, mesh=init_device_mesh("cpu", (group.count,)))
+    optimizer = training_optimizer([whole, *layer.parameters()], "sgd", lr=1.0, weight_decay=0.0)
+    scaler = ScalerOfParts("cpu", init_scale=4.0)
+    start = whole_tensor(layer.weight).detach().clone()
+    for last_is_infinite in (True, False):
+        optimizer.zero_grad()
+        given = torch.ones(1, 4)
+        given[0, 0] = torch.inf if last_is_infinite and group.rank == group.count - 1 else 1.0
+        scaler.scale(layer(given).sum()).backward()
+        whole.grad = torch.full((3,), 4.0 if last_is_infinite else 2.0)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0
+        assert torch.equal(whole, torch.full((3,), 1.0 if last_is_infinite else 0.0))
+        moved = whole_tensor(layer.weight).detach() - start
+        torch.testing.assert_close(moved, torch.zeros(6, 4) if last_is_infinite else -torch.ones(6, 4))
+
+
 def train_all(pictures: Path, folder: Path) -> None:
     """Train as one of several processes, and write what came out."""
     with ranks.joined() as group:
+        check_scaler(group)
         for setting, name in cases_of(group.count):
             torch.save(trained(setting, name, pictures), folder / f"{setting} {name} {group.rank}.pt")
 
