@@ -62,6 +62,15 @@ def add_up_kernel(deltas, sums, batch, classes, CHUNKS: tl.constexpr, BLOCK: tl.
         tl.store(sums + i, total, mask=i < classes)
 
 
+@Kernel
+def fill_kernel(zeros, ones, classes, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    if zeros is not None:
+        tl.store(zeros + i, tl.zeros((BLOCK,), tl.float32), mask=i < classes)
+    if ones is not None:
+        tl.store(ones + i, tl.full((BLOCK,), 1.0, tl.float32), mask=i < classes)
+
+
 def launch(classes: int, chunks: int = 2) -> Launch:
     """Make a launch of a small kernel."""
     return add_up_kernel.launch((1,), batch=1, classes=classes, CHUNKS=chunks, BLOCK=128, num_warps=4)
@@ -105,6 +114,19 @@ def test_another_type_constant_or_alignment_is_compiled_and_told_apart(
         by_two(**apart)
     assert len(compiled) == 4
     assert len(launched) == 8
+
+
+def test_another_absent_tensor_is_compiled_and_told_apart(launched: list[tuple[Any, ...]], compiled: list[str]) -> None:
+    """One launch gets logits' gradients alone, or masks' alone: tensors of one type, in the place of each other."""
+    fill = fill_kernel.launch((1,), classes=20, BLOCK=32, num_warps=4)
+    for _ in range(2):
+        fill(zeros=torch.empty(20), ones=None)
+        fill(zeros=None, ones=torch.empty(20))
+        fill(zeros=torch.empty(20), ones=torch.empty(20))
+    assert len(compiled) == 3
+    assert [[given is None for given in arguments[1:3]] for arguments in launched] == 2 * [
+        [False, True], [True, False], [False, False],
+    ]  # fmt: skip
 
 
 def test_each_device_has_code_of_its_own(
