@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rada_fast.config.method import AdapterConfig
+from rada_fast.kernels.class_attention import Attended
 from rada_fast.kernels.masked_logits import masked_logits_backward
 from rada_fast.ops import rational_adapter
 from tests.support import assert_within_budget, problem, solve_weighted
@@ -83,6 +84,21 @@ def test_a_mask_that_is_almost_zero_passes_its_gradient_on(device: str) -> None:
     )  # fmt: skip
     wanted = (distances > -2).float()
     assert torch.equal(gradients.doffset.cpu().float(), wanted[None, :, None].expand(1, 5, 32))
+
+
+def test_deltas_are_those_of_the_rounded_gradient(device: str) -> None:
+    """The attention's backward pass reads the rounded dO. The differences dP - delta cancel with its deltas alone."""
+    rows = [torch.randn(2, 5, 64, device=device).bfloat16() for _ in range(2)]
+    attended = Attended(rows[0], None, None, rows[0], *[None] * 4)  # type: ignore[arg-type]
+    gradients = masked_logits_backward(
+        torch.randn(2, 64, device=device).bfloat16(), torch.randn(5, 64, device=device).bfloat16(),
+        torch.tensor(1.0, device=device), attended, torch.randn(64, 64, device=device).bfloat16(), rows[1],
+        torch.randn(2, 5, device=device), None, None, None, num_heads=2, relu=False,
+    )  # fmt: skip
+    assert gradients.dattended is not None
+    assert gradients.deltas is not None
+    products = (gradients.dattended.double() * rows[0].double()).unflatten(-1, (2, 32)).sum(-1)
+    torch.testing.assert_close(gradients.deltas[0].double(), products.permute(2, 0, 1), rtol=1e-5, atol=1e-3)
 
 
 def test_nan_in_a_mask_is_in_its_logits(simulated: Simulated) -> None:
