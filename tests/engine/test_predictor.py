@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import rada_fast
 from rada_fast import AdapterConfig, EpisodeConfig, Prediction, RationalAdapter, TestTimePredictor
@@ -26,6 +27,7 @@ from rada_fast.engine.encoder import ViewEncoder
 from rada_fast.engine.episodes import Adaptation
 from rada_fast.errors import UserError
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
+from rada_fast.ops import backends, use_backend
 from tests.loops.conftest import load_tiny
 from tests.support import wait_until_no_thread_is_ahead
 
@@ -417,3 +419,35 @@ def test_memory_stays_flat_over_hundreds_of_pictures(files: list[Path]) -> None:
             counts.append(tensors())
     # One tensor that was kept for each picture would make 300 more; what is on its way varies by some dozens.
     assert counts[-1] < counts[0] + 150
+
+
+@pytest.mark.parametrize(("backend", "episodes"), [("cpu", None), ("cpu", 1), ("reference", None), ("literal", None)])
+@pytest.mark.parametrize("value", [1e25, torch.inf])
+def test_a_loss_that_is_no_number_harms_no_other_image(backend: str, episodes: int | None, value: float) -> None:
+    """The image keeps CLIP's answer, flagged. The others have the bits that they have beside a usable image."""
+    if backends()[backend] != "usable":
+        pytest.skip(f"{backend}: {backends()[backend]}")
+    generator = torch.Generator().manual_seed(0)
+    text, *views = (normalize(torch.randn(5, 16, generator=generator), dim=-1) for _ in range(7))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapter = RationalAdapter(AdapterConfig.official(16))
+        torch.nn.init.normal_(adapter.get_parameter("out_proj.weight"), std=0.5)
+
+    def predict() -> list[Prediction]:
+        with use_backend(backend):
+            predictor = TestTimePredictor(
+                None, [str(label) for label in range(5)], text_features=text, logit_scale=100.0, adapter=adapter,
+                config=EpisodeConfig(steps=2, selection=1.0), episodes=episodes,
+            )  # fmt: skip
+            return list(predictor.predict_features(views))
+
+    clean = predict()
+    views[2] = views[2] * 1.0
+    views[2][1:, 0] = value
+    spoilt = predict()
+    assert [one.status for one in spoilt] == ["ok", "ok", "diverged", "ok", "ok", "ok"]
+    assert spoilt[2].label == clean[2].zero_shot_logits.argmax()
+    assert torch.equal(spoilt[2].logits, clean[2].zero_shot_logits)
+    for number in (0, 1, 3, 4, 5):
+        assert torch.equal(spoilt[number].logits, clean[number].logits)
