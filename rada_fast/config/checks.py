@@ -15,8 +15,8 @@ MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**63 - 1
 """Every random generator takes seeds up to this one."""
 MAX_FLOAT = 1e37
-"""No learning rate, weight or temperature may be larger. Adam's first step is ten times as long, which float32 can still
-represent."""
+"""No learning rate, weight or temperature may be larger. Adam's first step is ten times as long; float32 can still
+represent it."""
 MAX_WORKERS = 1024
 MAX_LAYERS = 1024
 

@@ -206,7 +206,7 @@ class RunFolder:
 
     def _write_identity(self, inputs: Mapping[str, Mapping[str, str]]) -> None:
         content = {"format": FORMAT, "identity": self._identity, "made_by": self._made_by, "inputs": inputs}
-        files.write_text(self.path / IDENTITY_FILE, json.dumps(content, indent=1) + "\n")
+        files.write_text(self._writable(IDENTITY_FILE), json.dumps(content, indent=1) + "\n")
         self.stored_inputs = inputs
 
     def _read_identity(self) -> dict[str, Any] | None:
@@ -230,6 +230,11 @@ class RunFolder:
             "nothing is removed: give another --output"
         )
 
+    def _writable(self, name: str) -> Path:
+        """Return the path of a file that is about to be written. Raises OSError if the folder is not there any more."""
+        self._lock.check_place()
+        return self.path / name
+
     def finished_summary(self, scope: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the summary if this run has already finished with the same inputs, or None. scope: see digest."""
         path = self.path / SUMMARY_FILE
@@ -250,7 +255,7 @@ class RunFolder:
 
         summary: its entry "run" is the result of digest(), and its entry "files" that of result_files().
         """
-        files.write_json(self.path / SUMMARY_FILE, summary)
+        files.write_json(self._writable(SUMMARY_FILE), summary)
         self._heartbeat.remove()  # the summary says everything
 
     def result_files(self) -> dict[str, int | None]:
@@ -276,29 +281,28 @@ class RunFolder:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line. The operating system has the whole line before this returns."""
-        lines.append(self.path / name, record)
+        lines.append(self._writable(name), record)
 
     def append_all(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Add a line for each of one or more records, in a single write."""
-        lines.append_all(self.path / name, records)
+        lines.append_all(self._writable(name), records)
 
     def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Write a whole file of lines. A file that already holds exactly these lines is not written again."""
-        lines.write(self.path / name, records)
+        lines.write(self._writable(name), records)
 
     def supersede(self, name: str, kept: Sequence[Mapping[str, Any]], old: Sequence[Mapping[str, Any]]) -> None:
         """Move the old records of a file to images-superseded.jsonl, so that the file holds the kept ones alone."""
-        lines.supersede(self.path / name, kept, old, self.path / SUPERSEDED)
+        lines.supersede(self._writable(name), kept, old, self.path / SUPERSEDED)
 
     def write_table(self, name: str, text: str) -> None:
         """Write a text in UTF-8 as a whole file, such as a table for another program."""
-        files.write_text(self.path / name, text, encoding="utf-8")
+        files.write_text(self._writable(name), text, encoding="utf-8")
 
     def append_bytes(self, name: str, content: bytes) -> None:
         """Add bytes to a file. The operating system has all of them before this returns."""
         termination.raise_if_asked()
-        with (self.path / name).open("ab") as file:
-            file.write(content)
+        files.append_bytes(self._writable(name), content)
 
     def size_of(self, name: str) -> int:
         """Return the size of a file in bytes, or 0 if it does not exist."""
@@ -307,7 +311,7 @@ class RunFolder:
 
     def truncate(self, name: str, size: int) -> None:
         """Cut a file off at a size in bytes. Creates the file if it does not exist."""
-        with (self.path / name).open("ab") as file:
+        with self._writable(name).open("ab") as file:
             file.truncate(size)
 
     def when_stored(self, release: Callable[[], object]) -> None:
@@ -325,15 +329,15 @@ class RunFolder:
 
     def save_adapter(self, name: str, adapter: RationalAdapter) -> None:
         """Write an adapter in the form that load_adapter reads."""
-        files.write_tensors(self.path / name, *stored_form(adapter))
+        files.write_tensors(self._writable(name), *stored_form(adapter))
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> None:
         """Write tensors in the format of safetensors. header: texts for the header of the file."""
-        files.write_tensors(self.path / name, tensors, header)
+        files.write_tensors(self._writable(name), tensors, header)
 
     def save_state(self, name: str, state: Mapping[str, Any]) -> None:
         """Write tensors and plain values to a file NAME.pt, and keep the one before it as NAME-previous.pt."""
-        states.save(self.path / name, state)
+        states.save(self._writable(name), state)
 
     def load_state(self, name: str, use: Callable[[dict[str, Any]], None]) -> bool:
         """Read the newest usable state of a name, and call use() with it; see states.load."""

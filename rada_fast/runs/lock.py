@@ -83,10 +83,28 @@ class FolderLock:
                 "process runs in it at the same time"
             )
         _open_descriptors.add(descriptor)
+        self._path, self._descriptor = path, descriptor
         self._finalizer = weakref.finalize(self, _release, descriptor)
         with suppress(OSError):  # the owner is only shown in the message of a run that is refused
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode("ascii", "replace"), 0)
+
+    def check_place(self) -> None:
+        """Raise OSError if the lock's file is not in its folder any more: somebody has removed, moved or unmounted it.
+
+        Otherwise files would be made anew in whatever is in its place.
+        """
+        try:
+            there = self._path.stat()
+        except FileNotFoundError:
+            same = False
+        else:
+            own = os.fstat(self._descriptor)
+            same = (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+        if not same:
+            raise OSError(
+                errno.ESTALE, "the folder was removed, moved or unmounted while a run used it", str(self._path.parent)
+            )
 
     def release(self) -> None:
         """Release the lock, so that another run can take it."""

@@ -100,10 +100,14 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
 
 def append_line(path: Path, line: str) -> None:
     """Add an ASCII line to a file. If the operating system does not take the whole line, the file stays as it was."""
+    append_bytes(path, f"{line}\n".encode("ascii"))
+
+
+def append_bytes(path: Path, content: bytes) -> None:
+    """Add bytes to a file. If the operating system does not take all of them, the file stays as it was."""
     with path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
-            content = f"{line}\n".encode("ascii")
             while content:
                 content = content[file.write(content) :]
         except OSError as error:
