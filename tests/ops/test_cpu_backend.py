@@ -261,6 +261,18 @@ def test_large_scores_in_every_configuration(name: str) -> None:
     assert_as_exact_as_the_reference(config, 1, 290, torch.float64, inputs=inputs)
 
 
+def test_the_gradient_of_the_logit_scale_is_not_rounded_to_the_features_type() -> None:
+    """With an output projection of zeros every mask is 1, and s multiplies the products of the features."""
+    config = CONFIGS["official"]
+    image, text, parameters = problem(config, 3, 37, torch.bfloat16)
+    parameters |= {name: torch.zeros_like(value) for name, value in parameters.items() if name.startswith("out_proj")}
+    scale, dlogits = torch.tensor(20.0, requires_grad=True), torch.rand(3, 37).bfloat16()
+    rational_adapter(image, text, scale, parameters, config, backend="cpu").logits.backward(dlogits)
+    terms = dlogits.double() * (image.double() @ text.double().T)
+    assert scale.grad is not None
+    assert abs(float(scale.grad - terms.sum())) <= 1e-5 * float(terms.abs().sum())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_memory_held_does_not_show(name: str, dtype: torch.dtype) -> None:
