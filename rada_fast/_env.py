@@ -199,6 +199,11 @@ def rank_variables() -> RankVariables | None:
     return found
 
 
+def has_agent_store() -> bool:
+    """Return whether torchrun's own process holds the store of the ranks; otherwise the first rank does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def rank_error_file() -> Path | None:
     """Return the file into which a process tells torchrun why it has failed, or None without torchrun."""
     value = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -44,6 +44,9 @@ LONGEST_NAP = 0.05
 FAREWELL = timedelta(seconds=10)
 """How long a rank that ends tries to tell the others, and how long the first one waits for those that still read."""
 
+HASTY_FAREWELL = timedelta(seconds=2)
+"""How long the first rank waits for the others where the group has failed, so that only one of them says why."""
+
 
 class OtherRankError(Exception):
     """Another rank has failed and has said why, so that this one ends without a message of its own.
@@ -365,14 +368,15 @@ _groups = itertools.count()
 def _leave(group: Ranks, store: Store, *, in_order: bool) -> None:
     import torch.distributed as dist
 
-    if in_order:
-        # The store may live in the first rank, which must outlast what the others still read there.
-        with suppress(RuntimeError):
-            store.set_timeout(FAREWELL)
-            store.set(f"left {group.rank}", "")
-            if group.first:
-                store.wait([f"left {rank}" for rank in range(group.count)])
-    elif "nccl" in dist.get_backend_config():
+    # The store may live in the first rank, which must outlast what the others still read there.
+    with suppress(RuntimeError):
+        store.set_timeout(FAREWELL)
+        store.set(f"left {group.rank}", "")
+        if group.first and (in_order or not _env.has_agent_store()):
+            end = time.monotonic() + (FAREWELL if in_order else HASTY_FAREWELL).total_seconds()
+            while time.monotonic() < end and not store.check([f"left {rank}" for rank in range(group.count)]):
+                time.sleep(0.01)
+    if not in_order and "nccl" in dist.get_backend_config():
         # NCCL would wait for the ranks that do not come any more.
         with suppress(RuntimeError):
             dist.distributed_c10d._abort_process_group()
