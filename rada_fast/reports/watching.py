@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.live import Live
+from rich.text import Text
 
 from rada_fast.config.tools import StatusOptions
 from rada_fast.errors import UserError
@@ -85,7 +86,7 @@ def _show(console: PlainConsole, found: Sequence[Status], options: StatusOptions
         print_json([dataclasses.asdict(one) for one in found], indent=None if options.follow else 2)
         return
     for one in found:
-        console.print(table(f"{one.folder}: {one.state}", rows_of(one)))
+        console.print(_shown(one), soft_wrap=True)
 
 
 def _follow(watched: Sequence[Watched], found: Sequence[Status], options: StatusOptions) -> list[Status]:
@@ -109,7 +110,7 @@ def _follow_live(console: PlainConsole, watched: Sequence[Watched], found: list[
     """Show the tables of runs in place, until none of the runs goes on."""
 
     def tables() -> Group:
-        return Group(*(table(f"{one.folder}: {one.state}", rows_of(one)) for one in found))
+        return Group(*map(_shown, found))
 
     with Live(tables(), console=console, auto_refresh=False) as live:
         while any(one.state == RUNNING for one in found):
@@ -171,10 +172,20 @@ def rows_of(one: Status) -> list[tuple[str, Any]]:
     rows.append(("on disk", f"{one.bytes / 2**20:,.1f} MiB"))
     if one.state == RUNNING and one.updated is not None:
         rows.append(("seen at work", f"{duration(max(0.0, time.time() - one.updated))} ago"))
-    rows += [("warning", warning) for warning in one.warnings]
-    if one.state == INTERRUPTED:
-        rows.append(("to go on", one.resume or "start the same command again"))
     return rows
+
+
+def notes_of(one: Status) -> list[str]:
+    """Return the lines about a run that are too long for a table: its warnings, and the command that goes on."""
+    lines = [f"warning: {warning}" for warning in one.warnings]
+    if one.state == INTERRUPTED:
+        lines.append(f"to go on: {one.resume or 'start the same command again'}")
+    return lines
+
+
+def _shown(one: Status) -> Group:
+    """Return the table and the lines about a run."""
+    return Group(table(f"{one.folder}: {one.state}", rows_of(one)), *map(Text, notes_of(one)))
 
 
 def _owner(owner: Owner) -> str:

@@ -17,7 +17,7 @@ from rada_fast.config.tools import StatusOptions
 from rada_fast.errors import UserError
 from rada_fast.reports import watching
 from rada_fast.reports.status import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Watched
-from rada_fast.reports.watching import line_about, rows_of, run_status
+from rada_fast.reports.watching import line_about, notes_of, run_status
 
 HOLD = """
 import fcntl, os, sys
@@ -115,7 +115,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
     beat(folder, command="rada-fast ttt --data imagefolder:x", total=None)
     found = Watched(folder).look()
     assert (found.state, found.resume) == (INTERRUPTED, "rada-fast ttt --data imagefolder:x")
-    assert ("to go on", "rada-fast ttt --data imagefolder:x") in rows_of(found)
+    assert notes_of(found) == ["to go on: rada-fast ttt --data imagefolder:x"]
     assert found.images_in_all == 10  # as run.json lists them
 
 
