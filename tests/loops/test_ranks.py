@@ -159,12 +159,15 @@ def test_a_killed_rank_ends_the_others_with_one_clear_line(pictures: Path, tmp_p
     assert last.startswith("rada-fast: rank 1 of 2 was killed or has crashed; to go on: ")
 
 
-def test_ranks_that_are_asked_to_end_say_so_once(pictures: Path, tmp_path: Path) -> None:
+def test_ranks_refuse_a_second_run_and_say_once_that_they_were_asked_to_end(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     started = start_ranks(2, tmp_path / "log", command, slow(pictures, tmp_path / "run"))
     wait_for_lines(started, tmp_path / "run")
-    for lock in ("run.lock", "run.rank-0001.lock"):
-        with pytest.raises(UserError, match="is in use by another run"):
-            FolderLock(tmp_path / "run" / lock)
+    assert command(slow(pictures, tmp_path / "run")) == 2
+    assert "is in use by another run" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is in use by another run"):
+        FolderLock(tmp_path / "run" / "run.rank-0001.lock")
     before = {rank: (tmp_path / "run" / name_of_rank(IMAGES, rank)).read_text() for rank in range(2)}
     for rank in started:
         assert rank.process.pid is not None
