@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from rada_fast.bench import adapter, encoder, rivals, training, ttt, views
+from rada_fast.bench import adapter, encoder, rivals, table5, training, ttt, views
 from rada_fast.bench.report import machine_facts, show
 from rada_fast.bench.stages import Figure
 from rada_fast.config.bench import (
@@ -18,6 +18,7 @@ from rada_fast.config.bench import (
     BenchFFTOptions,
     BenchOptions,
     BenchRivalsOptions,
+    BenchTable5Options,
     BenchTTTOptions,
     BenchViewsOptions,
 )
@@ -40,6 +41,8 @@ def run_bench(options: BenchOptions) -> int:
         # Methods that are compared with one another have a table of their own.
         if isinstance(options, BenchRivalsOptions):
             return rivals.run_rivals(options, device)
+        if isinstance(options, BenchTable5Options):
+            return table5.run_table5(options, device)
         part = next(name for name, kind in PARTS.items() if isinstance(options, kind))
         return show(part, measured(options, device), machine_facts(device), options.measuring)
 

@@ -143,7 +143,10 @@ def opened(options: BenchRivalsOptions, vlm: VisionLanguageModel) -> Iterator[tu
 
 def problem_of(options: BenchRivalsOptions, vlm: VisionLanguageModel, names: tuple[str, ...]) -> Problem:
     """Return what all methods have in common: the classes and their text features."""
-    default = EMBEDDED_ENSEMBLE if vlm.name == "embedded" else ("openai",)
+    default: tuple[str, ...] = EMBEDDED_ENSEMBLE if vlm.name == "embedded" else ("openai",)
+    if (options.data is None and vlm.name != "embedded") or "vte" not in (options.only or RIVALS):
+        # Many prompts take minutes to encode, and those of pictures that are no data decide neither cost nor accuracy.
+        default = options.templates
     ensemble = resolve_prompts(options.ensemble or default, options.data)
     prompts = resolve_prompts(options.templates, options.data)
     if len(prompts.templates) != 1 or prompts.descriptions:

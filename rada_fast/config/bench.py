@@ -26,6 +26,9 @@ RivalName = Literal[
 ]  # fmt: skip
 """What `bench rivals` compares; see bench/rivals.py."""
 RIVALS: tuple[RivalName, ...] = get_args(RivalName)
+Table5Name = Literal["maple", "tpt", "rada-literal", "rada_fast"]
+TABLE5_METHODS: tuple[Table5Name, ...] = get_args(Table5Name)
+"""The methods of `bench table5`, in the order of its tables."""
 GRID = ((1, 50), (1, 500), (6, 200), (6, 1000), (64, 100), (32, 1000))
 """The pairs (B, K) at which the adapter is measured."""
 MAX_SIZE = 2**20
@@ -303,6 +306,41 @@ class BenchRivalsOptions:
         check_integer("seed", self.seed, 0, 2**31 - 1)
 
 
+@dataclass(frozen=True)
+class BenchTable5Options:
+    """Remake the paper's Table 5 on this machine: frames per second, memory and GFLOPs of MaPLe, TPT, RAda as published
+    and this package, in efficient fine-tuning and in test-time training, beside the paper's rows of an A100.
+
+    Each row says what its frames and its GFLOPs count, and so does each of the paper's rows, as far as its figures
+    tell. The peak of memory of each method is that of a process of its own.
+
+    Example: rada-fast bench table5 --model ViT-B-16-quickgelu --pretrained random --output results/table5
+    """
+
+    eft_classes: int = 50
+    """Number K of classes in efficient fine-tuning. 50 fits the paper's GFLOPs."""
+    ttt_classes: int = 200
+    """Number K of classes in test-time training. 200 fits the paper's GFLOPs."""
+    views: int = 64
+    """Views V of a picture in test-time training, the original included (paper: 64)."""
+    steps: int = 3
+    """Optimiser steps of RAda for each picture (paper: 3)."""
+    only: tuple[Table5Name, ...] = ()
+    """Measure only these methods. Default: all."""
+    settings: tuple[Literal["eft", "ttt"], ...] = ("eft", "ttt")
+    """eft, ttt or both."""
+    measuring: MeasuringOptions = MeasuringOptions()
+    model: ModelOptions = ModelOptions()
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("eft_classes", "ttt_classes", "views"):
+            check_integer(name, getattr(self, name), 1, MAX_SIZE)
+        check_integer("steps", self.steps, 0, MAX_LAYERS)
+        if not self.settings:
+            raise UserError("settings must name eft, ttt or both, got none")
+
+
 def _check_sizes(name: str, values: tuple[int, ...]) -> None:
     if not values:
         raise UserError(f"{name} must name at least one number, got none")
@@ -327,6 +365,7 @@ BenchOptions = (
     | BenchViewsOptions
     | BenchAdapterOptions
     | BenchRivalsOptions
+    | BenchTable5Options
 )
 PARTS: dict[str, type[BenchOptions]] = {
     "ttt": BenchTTTOptions,
@@ -336,5 +375,6 @@ PARTS: dict[str, type[BenchOptions]] = {
     "views": BenchViewsOptions,
     "adapter": BenchAdapterOptions,
     "rivals": BenchRivalsOptions,
+    "table5": BenchTable5Options,
 }
 """What `rada-fast bench` measures, and the options of each."""

@@ -130,3 +130,49 @@ def stages_picture(path: Path, *, title: str, bars: Sequence[StageBar]) -> None:
     axes.set_xlabel("median milliseconds of one call; hatched: the floor that the machine's measured limits allow")
     figure.legend(loc="outside lower center", ncols=min(4, len(stages)), fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+class CostRow(NamedTuple):
+    """A row of costs_picture.
+
+    group: the rows that have the same scale and colour; method: the name of the method.
+    frames: frames per second; memory: GiB, or None where it is not known; multiply_adds: billions in one forward pass.
+    """
+
+    group: str
+    method: str
+    frames: float
+    memory: float | None
+    multiply_adds: float
+
+
+def costs_picture(path: Path, *, title: str, rows: Sequence[CostRow]) -> None:
+    """Draw the speed, the memory and the operations of methods side by side, and write the picture as a PNG.
+
+    The axes are logarithmic, because the methods differ by orders of magnitude.
+    """
+    groups = list(dict.fromkeys(row.group for row in rows))
+    ordered = [row for group in groups for row in rows if row.group == group]
+    panels: dict[str, list[float | None]] = {
+        "frames per second": [row.frames for row in ordered],
+        "peak memory, GiB": [row.memory for row in ordered],
+        "GMAC of one forward pass of one image": [row.multiply_adds for row in ordered],
+    }
+    figure = Figure(figsize=(14, 1.8 + 0.34 * len(ordered)), layout="constrained")
+    figure.suptitle(title)
+    for column, (axes, (label, values)) in enumerate(
+        zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True)
+    ):
+        axes.set_xscale("log")
+        known = [value for value in values if value]
+        for place, (row, value) in enumerate(zip(ordered, values, strict=True)):
+            if value:
+                axes.barh(place, value, 0.7, color=f"C{groups.index(row.group) % 10}")
+                axes.text(value, place, f" {value:.3g}", va="center", fontsize=8)
+        if known:
+            axes.set_xlim(min(known) / 2, max(known) * 3)
+        axes.set_xlabel(label)
+        if column == 0:
+            axes.set_yticks(range(len(ordered)), [f"{row.group}: {row.method}" for row in ordered], fontsize=8)
+            axes.invert_yaxis()
+    figure.savefig(path, dpi=110)

@@ -71,8 +71,12 @@ class PromptEpisodes:
         self._optimizer.zero_grad()
         marginal_entropy(kept).backward()
         self._optimizer.step()
-        with torch.no_grad():
-            return self._logits(views[:1], encode)[0]
+        return self.predict(views[:1], encode)[0]
+
+    @torch.no_grad()
+    def predict(self, views: Tensor, encode: Encode) -> Tensor:
+        """Compute the logits (V, K) of views with the prompts as they are now."""
+        return self._logits(views, encode)
 
     def _logits(self, views: Tensor, encode: Encode) -> Tensor:
         with self.tuning.attached():
