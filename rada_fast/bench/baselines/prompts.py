@@ -29,6 +29,9 @@ TEST_TIME_DEPTH, TRAINING_DEPTH = 3, 9
 TEST_TIME_LR, TRAINING_LR, MOMENTUM = 5e-3, 3.5e-3, 0.9
 """AdamW's learning rate in TPT; SGD's, and its momentum, in MaPLe's training (published code)."""
 
+FIRST_LOSS_SCALE = 1000.0
+"""The factor of the loss in float16 (TPT's published code)."""
+
 
 class PromptEpisodes:
     """Adapt prompts to each picture by one step of AdamW on the entropy of the confident views' mean prediction.
@@ -69,8 +72,9 @@ class PromptEpisodes:
         logits = self._logits(views, encode)  # (V, K)
         kept = logits[most_confident(logits.detach(), self._selection)]  # (n, K)
         self._optimizer.zero_grad()
-        marginal_entropy(kept).backward()
-        self._optimizer.step()
+        scaler = _scaler(self._vlm)
+        scaler.scale(marginal_entropy(kept)).backward()
+        scaler.step(self._optimizer)
         return self.predict(views[:1], encode)[0]
 
     @torch.no_grad()
@@ -101,6 +105,7 @@ class PromptTraining:
         self.tuning = EncoderTuning("coupled-prompts", vlm, template, options, seed)
         self._tokens = self.tuning.tokens_of(names)
         self._optimizer = SGD(self.tuning.parameters(), lr=TRAINING_LR, momentum=MOMENTUM, weight_decay=5e-4)
+        self._scaler = _scaler(vlm)
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Take one iteration on images (B, 3, S, S) of the classes labels (B,)."""
@@ -108,8 +113,10 @@ class PromptTraining:
             text = self._vlm.text_features_with_grad(self._tokens)
             features = self._vlm.image_features_with_grad(images)
         self._optimizer.zero_grad()
-        cross_entropy(self._vlm.logit_scale * features @ text.T, labels).backward()
-        self._optimizer.step()
+        loss = cross_entropy(self._vlm.logit_scale * features @ text.T, labels)
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
@@ -117,6 +124,11 @@ class PromptTraining:
         with self.tuning.attached():
             text = self._vlm.text_features_with_grad(self._tokens)
             return self._vlm.logit_scale * self._vlm.image_features_with_grad(images) @ text.T
+
+
+def _scaler(vlm: VisionLanguageModel) -> torch.amp.GradScaler:
+    """Make what keeps small gradients from being rounded to zero in float16, and leaves other precisions alone."""
+    return torch.amp.GradScaler(vlm.device.type, init_scale=FIRST_LOSS_SCALE, enabled=vlm.precision == "float16")
 
 
 def marginal_entropy(logits: Tensor) -> Tensor:
