@@ -72,6 +72,15 @@ def shorten_waits() -> None:
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
+def quiet_profiler() -> None:
+    """Let PyTorch's profiler print nothing of its own, such as that there is no GPU, unless the user decides.
+
+    PyTorch must not have been imported.
+    """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
 def show_traceback() -> bool:
     """Return whether RADA_FAST_TRACEBACK=1 asks for the traceback of the error that ends a command."""
     return os.environ.get("RADA_FAST_TRACEBACK") not in (None, "", "0")

@@ -9,8 +9,10 @@ import difflib
 import importlib
 import io
 import os
+import re
 import select
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -152,6 +154,8 @@ cannot be used (one line says which); 3 more images are unreadable than allowed;
 terminated. After 1, and from 70 on, the same command goes on where it stopped.
 """
 
+LOST_WAIT = 0.05
+"""The seconds to wait for the end of a rank that does not answer any more. torchrun ends the others after 0.1 s."""
 FAILED, REFUSED, INTERNAL_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 70, 130, 141
 """The exit statuses. 70 is EX_SOFTWARE of sysexits.h; a shell reports 128 + N for a process that signal N has ended."""
 
@@ -176,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_in_group(arguments: list[str]) -> int:
     """Run a command, together with the other processes if torchrun has started several. Returns the exit status."""
     _env.shorten_waits()
+    _env.quiet_profiler()
     with ranks.joined() as group:
         run = termination.raising_terminated()(_run_command)
         if not group.several:
@@ -216,7 +221,7 @@ def _run_with_status(action: Callable[[], int]) -> int:
         return _fail(f"this installation is incomplete: {error}", FAILED)
     except Exception as error:
         if ranks.current().several and ranks.is_lost_connection(error):
-            reason = _lost_ranks() or f"another rank has ended or cannot be reached ({_joined(error)})"
+            reason = _lost_ranks(LOST_WAIT) or f"another rank has ended or cannot be reached ({_reason_of(error)})"
             return _fail(f"{reason}; {_how_to_go_on()}", FAILED)
         if _is_lack_of_memory(error):
             return _fail(f"the memory does not suffice: {_joined(error) or 'out of memory'}; {_how_to_go_on()}", FAILED)
@@ -238,15 +243,26 @@ def _how_to_go_on() -> str:
     return f"to go on: {command}"
 
 
-def _lost_ranks() -> str:
-    """Name the other processes of the group that have ended without a word, or return an empty text."""
-    lost = ranks.current().lost()
+def _lost_ranks(wait: float = 0.0) -> str:
+    """Name the other processes of the group that have ended without a word, or return an empty text.
+
+    wait: for how many seconds to look again. The connections of a process that is killed are closed shortly before the
+        system counts it as ended.
+    """
+    end = time.monotonic() + wait
+    while not (lost := ranks.current().lost()) and time.monotonic() < end:
+        time.sleep(0.005)
     return f"rank {', '.join(map(str, lost))} of {ranks.current().count} was killed or has crashed" if lost else ""
 
 
 def _joined(error: Exception) -> str:
     """Return the beginning of the message of an error, on one line."""
     return " ".join(str(error).split())[:500]
+
+
+def _reason_of(error: Exception) -> str:
+    """Return what the library that connects the ranks says of a failure, without places in its source and advice."""
+    return re.sub(r"\[?/\S+:\d+\]?:? *", "", _joined(error)).partition(". This is typically")[0]
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

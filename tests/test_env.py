@@ -151,6 +151,16 @@ def test_instruction_sets_are_read_from_the_system(monkeypatch: pytest.MonkeyPat
     assert _env._processor_flags.__wrapped__() == flags
 
 
+def test_the_profiler_is_quiet_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
+    monkeypatch.delitem(sys.modules, "torch")
+    _env.quiet_profiler()
+    assert os.environ["KINETO_LOG_LEVEL"] == "99"
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "0")
+    _env.quiet_profiler()
+    assert os.environ["KINETO_LOG_LEVEL"] == "0"
+
+
 def test_threads_wait_shortly_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     for name in names:

@@ -24,6 +24,9 @@ from rada_fast.system.terminal import PlainConsole, print_json, table
 LIVE_INTERVAL, LINE_INTERVAL = 1.0, 60.0
 """The seconds between two looks at the folders with --follow: on a terminal, and elsewhere."""
 
+TITLES_OF_IMAGES = ("test-time training", "predict")
+"""What the commands say that they do while they write a line for each image."""
+
 
 def run_status(options: StatusOptions) -> int:
     """Show how runs stand. Returns the exit status: 2 where a folder is not that of a run, or is damaged.
@@ -145,14 +148,16 @@ def rows_of(one: Status) -> list[tuple[str, Any]]:
         right = "" if one.train_top1 is None else f", {one.train_top1:.1f} % of the training images right"
         rows.append(("loss", f"{one.loss:.4f}{right}"))
     if one.title:
+        # The lines of the images, counted above, are newer than the progress, which is written every few seconds.
         total = "" if one.total is None else f" of {one.total:,}"
-        text = f"{one.title}: {one.done:,}{total}" + (f", {one.note}" if one.note else "")
-        rows.append(("at present" if one.state == RUNNING else "at last", text))
+        counted = "" if one.title in TITLES_OF_IMAGES else f": {one.done:,}{total}"
+        text = f"{one.title}{counted}" + (f", {one.note}" if one.note else "")
+        rows.append(("at present" if one.state == RUNNING else "ended during", text))
     if one.per_second:
         recent = (
-            "" if one.recent_per_second is None else f"{one.recent_per_second:.4g} {one.unit}/s in the last minutes, "
+            "" if one.recent_per_second is None else f"{one.recent_per_second:.4g} {one.unit}/s in the last 5 minutes, "
         )
-        rows.append(("rate", f"{recent}{one.per_second:.4g} {one.unit}/s in all"))
+        rows.append(("rate", f"{recent}{one.per_second:.4g} {one.unit}/s on average"))
     if one.state == RUNNING and one.seconds_left is not None:
         rows.append(("time left", duration(one.seconds_left)))
     for name, accuracies in one.accuracy.items():
@@ -171,7 +176,7 @@ def rows_of(one: Status) -> list[tuple[str, Any]]:
         )
     rows.append(("on disk", f"{one.bytes / 2**20:,.1f} MiB"))
     if one.state == RUNNING and one.updated is not None:
-        rows.append(("seen at work", f"{duration(max(0.0, time.time() - one.updated))} ago"))
+        rows.append(("last update", f"{duration(max(0.0, time.time() - one.updated))} ago"))
     return rows
 
 

@@ -60,8 +60,8 @@ def profiled(wanted: bool, folder: Path, unit: str, prefix: str = "") -> Iterato
             profiler.stop()
             if steps <= WARM_UP:
                 notices.warn(
-                    f"profile: there is no trace, because the run had no more than {WARM_UP} {unit} to do, which warm "
-                    "up"
+                    f"profile: there is no trace, because the run had no more than {WARM_UP} {unit} to do, and the "
+                    f"first {WARM_UP} only warm up"
                 )
 
 

@@ -140,7 +140,7 @@ def details(values: Mapping[str, Any]) -> list[str]:
     """Return what is known of the progress besides the number of finished steps, in words."""
     parts = []
     if values["per_second"]:
-        parts.append(f"{values['recent_per_second']:.4g} {values['unit']}/s ({values['per_second']:.4g} in all)")
+        parts.append(f"{values['recent_per_second']:.4g} {values['unit']}/s ({values['per_second']:.4g} on average)")
     if values["seconds_left"]:
         parts.append(f"{duration(values['seconds_left'])} left")
     if values["accuracy"]:

@@ -101,7 +101,8 @@ def advice(found: list[Neighbour], device: str) -> str:
         return text
     parts = [cores[-share:], cores[: len(cores) - share]]
     return (
-        f"{text}; to divide them, start one with 'taskset -c {_ranges(parts[0])}', the other with {_ranges(parts[1])}"
+        f"{text}; to divide the cores, start one run with 'taskset -c {_ranges(parts[0])}' and the other with "
+        f"'taskset -c {_ranges(parts[1])}'"
     )
 
 

@@ -62,5 +62,5 @@ def test_a_run_without_enough_steps_says_so(specks: Path, tmp_path: Path) -> Non
     run_fft(fft_options(specks, specks, tmp_path / "out", batch_size=2, run={"profile": True}))
     assert not list((tmp_path / "out").glob("*trace*"))
     assert notices.so_far() == [
-        "profile: there is no trace, because the run had no more than 3 steps to do, which warm up"
+        "profile: there is no trace, because the run had no more than 3 steps to do, and the first 3 only warm up"
     ]

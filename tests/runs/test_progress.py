@@ -39,7 +39,7 @@ def test_a_line_says_what_is_done_and_left_and_how_good_it_is(monkeypatch: pytes
     counts = Counts(1200, 50000, 1000, {"zero-shot": 600, "adapted": 655}, 3)
     line = line_of(measured(counts, 10.0, 20.0, "images"), "note")
     assert line == (
-        "1,200/50,000, 48,800 left, 20 images/s (10 in all), 41 min left, top-1 zero-shot 60.0 %, adapted 65.5 %, "
+        "1,200/50,000, 48,800 left, 20 images/s (10 on average), 41 min left, top-1 zero-shot 60.0 %, adapted 65.5 %, "
         "3 unreadable, 512 MiB of memory, 3.0 GiB of GPU memory, note"
     )
 

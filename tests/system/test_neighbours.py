@@ -47,7 +47,7 @@ def test_a_run_is_known_until_its_process_is_killed(tmp_path: Path, monkeypatch:
         assert neighbours.announce("cuda:0", "results/second") == []
         assert neighbours.advice([found], "cpu") == (
             f"another run of yours (process {process.pid}, results/first) uses the same 4 cores: each takes longer; to "
-            "divide them, start one with 'taskset -c 2-3', the other with 0-1"
+            "divide the cores, start one run with 'taskset -c 2-3' and the other with 'taskset -c 0-1'"
         )
         with pytest.raises(UserError, match=r"exclusive: another run of yours .* uses the cores already"):
             neighbours.announce("cpu", "results/second", exclusive=True)
