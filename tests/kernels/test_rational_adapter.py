@@ -41,6 +41,9 @@ CASES = {
     "heads-32": (AdapterConfig.official(64, num_heads=2), 3, 101, BF16, "l1"),
     "heads-24": (AdapterConfig.official(96, num_heads=4), 2, 20, F32, "l2"),
     "heads-128": (AdapterConfig.official(256, num_heads=2), 2, 70, BF16, "l2"),
+    # 37 classes are more rows than are combined at once.
+    "heads-128-float32": (AdapterConfig.official(128, num_heads=1), 1, 37, F32, "linf"),
+    "paper-head-128-float32": (AdapterConfig.paper(128), 1, 37, F32, "l2"),
     "heads-144": (AdapterConfig.official(288, num_heads=2), 1, 37, F16, "linf"),
     "heads-160": (AdapterConfig.official(320, num_heads=2, softmax="row"), 1, 37, BF16, "l1"),
     "heads-192": (AdapterConfig.official(384, num_heads=2), 1, 37, BF16, "l2"),
