@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP = ("rada_fast", "kernels", "csrc", "benchmarks", "tests", "docs", ".ci")
+TOP = ("rada_fast", "kernels", "csrc", "benchmarks", "tests", "docs", "examples", ".ci")
 LEFT_OUT = {"__pycache__", "lib", "kernels.egg-info"}
 ENVIRONMENT = re.compile(
     r"os\.(environ|getenv|putenv)\b"
