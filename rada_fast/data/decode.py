@@ -34,6 +34,13 @@ PICTURES_WITHOUT_A_DECODER = frozenset({".heic", ".heif", ".jxl"})
 """Endings of picture files that Pillow decodes only with a plugin. Without it they count as unreadable pictures."""
 NO_HANDLES_LEFT = frozenset({errno.EMFILE, errno.ENFILE})
 """Errors that say that too many files are open, which is no fault of the file that should be opened."""
+GONE = frozenset(
+    {
+        errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENODEV,
+        errno.ENXIO, errno.EIO, errno.ETIMEDOUT,
+    }
+)  # fmt: skip
+"""Errors of a file that is missing, or whose folder or file system is."""
 
 _MAGIC = re.compile(
     rb"\xff\xd8\xff"  # JPEG
@@ -147,7 +154,8 @@ def read_image(place: Location) -> Image.Image:
     scaled to 8. So are floating-point pixels, which must lie in 0 ... 1 or, if one is above 1, in 0 ... 255.
 
     Raises UnreadableImageError where the file is missing, damaged, of an unknown kind, or too large to be a picture,
-    and where the system or the decoder takes longer than patience.limit().
+    and where the system or the decoder takes longer than patience.limit(). Raises OSError where the folder of the file
+    is missing, too, or empty: a disk that was unmounted is no fault of the thousands of pictures that were on it.
     """
     return _in_time(_read_image, place, place.name)
 
@@ -214,11 +222,26 @@ def _one_error(name: str) -> Iterator[None]:
         if error.errno in NO_HANDLES_LEFT:
             # This error says nothing about the file. The run stops, and the same command can go on later.
             raise
+        if error.errno in GONE and error.filename is not None:
+            _check_folder_of(Path(error.filename))
         # Pillow's own OSErrors have no number; the texts of the system's errors would repeat the path.
         reason = (error.strerror if error.errno else None) or str(error) or type(error).__name__
     except Exception as error:  # a decoder may raise anything when a file is damaged
         reason = str(error) or type(error).__name__
     raise UnreadableImageError(f"{name} cannot be read: {reason.splitlines()[0]}") from None
+
+
+def _check_folder_of(path: Path) -> None:
+    """Raise OSError if the folder of a missing file is missing, too, or empty as the place of a disk that has gone."""
+    folder = path.resolve().parent
+    try:
+        with os.scandir(folder) as entries:
+            if next(entries, None) is not None:
+                return
+    except OSError:
+        pass
+    reason = "the folder of pictures was removed, moved or unmounted while they were read"
+    raise OSError(errno.ESTALE, reason, str(folder)) from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

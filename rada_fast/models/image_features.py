@@ -102,7 +102,8 @@ def iterate_views(
         and a warning says so.
     ahead: the number of images that the workers may read before they are needed; at least two each.
 
-    Raises RuntimeError if the system ends a worker. PyTorch raises it wherever this process is at that moment.
+    Raises RuntimeError if the system ends a worker. PyTorch raises it wherever this process is at that moment. Raises
+    OSError if the disk with the images has gone.
     """
     dataset = ViewDataset(samples, vlm.preprocess, views, kind, seed, crop_scale)
     # A loader draws a seed that nothing here uses. It must not come from the numbers that a training draws.
@@ -135,6 +136,11 @@ def iterate_views(
                 # here. Without this wait it would be raised while the loader is taken down, where nobody can catch it.
                 time.sleep(SECONDS_TO_SIGNAL)
                 raise RuntimeError(f"DataLoader worker (pid unknown) has gone: {error}") from error
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                # A worker's error comes as a text that ends with the error, behind the trace of the worker.
+                raise OSError(str(error).strip().splitlines()[-1].partition("Error: ")[2] or str(error)) from None
             return
     yield from DataLoader(dataset, batch_size=None, collate_fn=collate_single, generator=unused)
 

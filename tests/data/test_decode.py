@@ -214,7 +214,7 @@ def test_a_picture_that_is_deleted_during_the_run_is_unreadable(tmp_path: Path) 
     write_class_folders(tmp_path, ("a", "b"))
     source = open_source(f"imagefolder:{tmp_path}")
     views = ViewDataset(source.samples, Preprocess(4, (0.5,) * 3, (0.5,) * 3), 1, "crop", 0)
-    (tmp_path / "a" / "0.png").unlink()
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "another.png")
     assert views[0] == (0, None, "0.png cannot be read: No such file or directory")
     assert views[1][1] is not None
 

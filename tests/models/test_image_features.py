@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,3 +188,20 @@ def test_ranks_have_the_features_of_a_single_process_to_the_bit(
             assert all(torch.equal(one, other) for one, other in zip(expected[:2], found[:2], strict=True))
             assert expected[2:] == found[2:]
     assert all(not rank.errors.read_text() for rank in started[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("empty", [False, True])
+def test_pictures_whose_disk_has_gone_are_not_unreadable(tmp_path: Path, workers: int, empty: bool) -> None:
+    """Where a disk was mounted, there is an empty folder or none. Its pictures are read when it is there again."""
+    write_class_folders(tmp_path / "disk", ("a", "b"))
+    source = open_source(f"imagefolder:{tmp_path / 'disk'}")
+    stream = image_features.iterate_views(
+        source.samples, load_model("embedded"), views=1, kind="crop", seed=0, workers=workers
+    )
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    if empty:
+        (tmp_path / "disk" / "a").mkdir(parents=True)
+    where = re.escape(str(tmp_path / "disk" / "a"))
+    with pytest.raises(OSError, match=f"^.Errno 116. the folder of pictures was removed, .*: '{where}'$"):
+        list(stream)
