@@ -117,7 +117,7 @@ def show(figures: Sequence[Figure], device: torch.device, options: BenchRivalsOp
         console.print(rivals_table(figures))
         if "zero_shot_top1" in first:
             low, high = first["zero_shot_interval"]
-            console.print(f"zero-shot: {first['zero_shot_top1']:.2f} ({low:.2f} to {high:.2f})", soft_wrap=True)
+            console.print(f"zero-shot: {first['zero_shot_top1']:.2f} % right ({low:.2f} to {high:.2f})", soft_wrap=True)
         for figure in figures:
             console.print(f"{figure['name']}: {figure['inside']}", soft_wrap=True)
         console.print(LEGEND, soft_wrap=True)

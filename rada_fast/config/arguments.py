@@ -160,10 +160,14 @@ def name_option(message: str, config: Any) -> str:
     """Do as named_in, and put the option in front of a message that mentions only the path that the option gave."""
     named = named_in(message, type(config))
     if named == message and not message.startswith("--"):
+        found = []
         for flag, path in paths_of(config):
             # The path must be a word of its own: not every "o" in a message is the folder named "o".
-            if re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w/-])", message):
-                return message if flag in message.split() else f"{flag}: {message}"
+            if match := re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w/-])", message):
+                found.append((match.start(), flag))
+        if found:
+            _, flag = min(found, key=lambda one: one[0])  # a message begins with what it is about
+            return message if flag in message.split() else f"{flag}: {message}"
     return named
 
 

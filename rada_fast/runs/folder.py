@@ -151,6 +151,12 @@ class RunFolder:
             if read:
                 raise UserError(f"output {self.path} cannot be overwritten by a run that reads {first_of(read)} in it")
             return stored
+        command, own = stored["identity"].get("command"), self._identity["command"]
+        if command != own:
+            raise UserError(
+                f"output {self.path} holds the results of another command ({command} there, {own} here); "
+                "give another --output, or --overwrite to remove them"
+            )
         changed = sorted(differences(stored["identity"], self._identity))
         for part in sorted(self.inputs.deciding):
             if change := describe_change(stored["inputs"].get(part, {}), self.inputs.parts.get(part, {})):

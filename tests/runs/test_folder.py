@@ -52,6 +52,8 @@ def test_another_run_is_refused_and_overwritten_on_request(tmp_path: Path) -> No
         folder.append("images.jsonl", {"id": "a"})
     with pytest.raises(UserError, match=r"holds another run's results \(differing: --lr 0.001 there, 0.002 here\)"):
         begin(tmp_path, OTHER)
+    with pytest.raises(UserError, match=r"the results of another command \(eft there, fft here\)"):
+        begin(tmp_path, {**OTHER, "command": "fft"})
     with begin(tmp_path, OTHER, overwrite=True) as folder:
         assert folder.read_lines("images.jsonl") == []
     with begin(tmp_path, OTHER) as folder:
