@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,12 @@ from typing import Any
 
 import torch
 
-from rada_fast.system import files, notices, termination
+from rada_fast.system import files, memory, notices, termination
+
+_NOT_DAMAGED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
+)
+"""Errors of reading that say nothing about a file, which may be intact."""
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -23,7 +29,8 @@ def load(path: Path, use: Callable[[dict[str, Any]], None]) -> bool:
     use: a function that raises an exception if the state does not fit, before it changes anything. A file that is
     damaged or does not fit gets another name, with a warning, and the state before it is tried.
 
-    Returns whether there was a usable state.
+    Returns whether there was a usable state. Raises the error if memory runs out or the file cannot be read at present,
+    which says nothing about the state.
     """
     for one in (path, previous_of(path)):
         if not one.is_file():
@@ -36,6 +43,8 @@ def load(path: Path, use: Callable[[dict[str, Any]], None]) -> bool:
             use(state)
         except Exception as error:  # a damaged archive fails in any of zipfile's, zlib's and torch's ways
             termination.raise_if_asked()  # which torch.load may have taken for such damage
+            if memory.is_lack_of_memory(error) or (isinstance(error, OSError) and error.errno in _NOT_DAMAGED):
+                raise
             aside = files.set_aside(one)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason

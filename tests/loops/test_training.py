@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn.functional import normalize
 
@@ -117,3 +119,18 @@ def test_an_unusable_state_is_set_aside(tmp_path: Path) -> None:
             torch.save(state | change, path)
             assert training(folder).resume() == 0
             assert reason in notices.so_far()[-1]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory."), OSError(errno.ESTALE, "stale")])
+def test_a_state_that_cannot_be_read_at_present_is_kept(tmp_path: Path, error: Exception) -> None:
+    with folder_in(tmp_path) as folder:
+        epoch(training(folder))
+        before = (folder.path / "rada.pt").read_bytes()
+
+        def fail(state: object) -> None:
+            raise error
+
+        with pytest.raises(type(error)) as raised:
+            folder.load_state("rada.pt", fail)
+        assert raised.value is error
+        assert (folder.path / "rada.pt").read_bytes() == before
