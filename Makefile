@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench scaling simulate sanitize mutants kills matrix setup build wheel clean
+.PHONY: demo test lint format bench scaling simulate sanitize mutants kills matrix setup build wheel dist clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -88,6 +88,21 @@ build: $(READY)
 
 wheel: setup
 	$(BIN)/python -c 'from rada_fast.extension.build import build_wheel; build_wheel("dist")'
+
+# A source distribution and a pure wheel in dist/, after the checks that releases usually pass, and a start of both from the
+# wheel: its doctor, and its demo on few pictures, in a folder without the checkout. The tools are in an environment of their own.
+RELEASE := build/release
+dist: $(READY)
+	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
+	$(RELEASE)/bin/python -m pip install --quiet --group release
+	rm -rf dist/*.tar.gz dist/*-py3-none-any.whl
+	$(RELEASE)/bin/validate-pyproject pyproject.toml
+	$(RELEASE)/bin/cffconvert --validate
+	$(RELEASE)/bin/python -m build --quiet
+	$(RELEASE)/bin/twine check --strict dist/*.tar.gz dist/*-py3-none-any.whl
+	$(RELEASE)/bin/check-wheel-contents dist/*-py3-none-any.whl
+	$(BIN)/python .ci/try_wheel.py dist/*-py3-none-any.whl
 
 clean:
 	rm -rf $(VENV) results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
