@@ -231,7 +231,9 @@ def progress(
         nonlocal last, ended
         state.add(steps, note, answers, readable)
         now = time.monotonic()
-        finished = not ended and state.is_finished()
+        # After its last step, a training says in a note of its own what the last epoch has come to.
+        awaited = bool(state.note) and (steps > 0 or not note)
+        finished = not ended and state.is_finished() and not awaited
         if now - last >= PLAIN_INTERVAL or (finished and now - state.pace.start >= FIRST_LINE):
             last, ended = now, ended or finished
             # The work goes on even if nobody reads the lines any more.
