@@ -145,6 +145,7 @@ commands:
 {commands}
 
 Begin with 'rada-fast demo'. 'rada-fast COMMAND --help' explains a command's options and shows an example.
+'torchrun --nproc-per-node 8 -m rada_fast COMMAND ...' runs ttt, eft, fft, eval or predict in eight processes.
 --options FILE reads options from TOML or JSON (steps = 3, test = ["imagefolder:a", "imagefolder:b"]); the command
 line wins over the file. 'rada-fast --version' prints the version.
 

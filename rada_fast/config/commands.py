@@ -136,8 +136,8 @@ class EFTOptions:
     evaluate_every: int = 0
     """Also test after every this many epochs; 0 tests at the end only."""
     save_every: str | None = None
-    """Save the state inside of epochs each time after this long or this many steps, such as 10min or 500steps. Default:
-    every minute, or so seldom that saving takes no more than one per cent of the time."""
+    """Save the state within epochs, too, whenever so much time or so many steps have passed, such as 10min or 500steps.
+    Default: every minute, or less often where saving would take more than one per cent of the time."""
     run: RunOptions = RunOptions(output="results/eft")
     model: ModelOptions = ModelOptions()
     text: ClassOptions = ClassOptions()
@@ -235,8 +235,8 @@ class FFTOptions:
     train_views: TrainViews = "crop"
     """crop: random crops of 90 to 100 % of the picture, as open_clip trains; center: one fixed view."""
     save_every: str | None = None
-    """Save the state inside of epochs each time after this long or this many steps, such as 10min or 500steps. Default:
-    every minute, or so seldom that saving takes no more than one per cent of the time."""
+    """Save the state within epochs, too, whenever so much time or so many steps have passed, such as 10min or 500steps.
+    Default: every minute, or less often where saving would take more than one per cent of the time."""
     run: RunOptions = RunOptions(output="results/fft")
     model: ModelOptions = ModelOptions()
     text: ClassOptions = ClassOptions()

@@ -203,11 +203,11 @@ class RunOptions:
     """Seconds that reading one image may take. One that takes longer, on a disk that hangs or in a decoder that never
     ends, is recorded as unreadable, and the run goes on."""
     exclusive: bool = False
-    """Refuse to start while another run of this user computes on the same device. Otherwise a line says so, and how to
-    divide the cores."""
+    """Refuse to start while another run of this user computes on the same device. Without it, a line tells of the
+    other run and how to divide the cores."""
     profile: bool = False
-    """Write a trace of a few steps of the run (groups of images in test-time training) by PyTorch's profiler into the
-    output folder, trace.json.gz, and a table of the operators, trace.txt. The results stay the same."""
+    """Trace a few steps of the run (groups of images in test-time training) with PyTorch's profiler. The trace,
+    trace.json.gz, and a table of the operators, trace.txt, are in the output folder. The results stay the same."""
     json: bool = False
     """Print the summary as JSON on standard output instead of a table."""
     log: tuple[SinkName, ...] = ()

@@ -68,10 +68,10 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class StatusOptions:
-    """Say how runs stand: who runs in a folder, what is done and left, the rate and the time left, the accuracy so far,
+    """Say how runs stand: their processes, what is done and left, the rate and the time left, the accuracy so far,
     epochs and loss, unreadable images, the size on disk, the last warnings, and the command that goes on.
 
-    It only reads, while runs go on too. The exit status is 2 where a folder is not that of a run.
+    It only reads, so it may be called while runs go on. The exit status is 2 if a folder is not that of a run.
 
     Example: rada-fast status results/ttt results/eft --follow
     """
