@@ -46,8 +46,6 @@ multiples of 16 and one for other numbers, so a last batch with fewer images wou
 
 ALIGNMENT = 16
 """The bytes by which all pointers of a remembered kernel can be divided, as it was compiled for such pointers."""
-MAX_NUMBER = 2**31 - 1
-"""The largest number that a remembered kernel takes, as it was compiled for 32 bits."""
 
 remembered = lru_cache(maxsize=1024)
 """A decorator for functions that make a Launch of sizes and options. It keeps the results of the latest calls."""
@@ -91,8 +89,9 @@ class Launch:
         self._jit, self._grid, self._arguments = kernel.jit, (*grid, 1, 1)[:3], arguments
         self._tensors: Callable[[dict[str, Tensor | None]], tuple[Tensor | None, ...]] = itemgetter(*kernel.tensors)
         self._others = tuple(arguments[name] for name in kernel.others)
-        numbers = (value for value in self._others if isinstance(value, int))
-        self._is_compiled = isinstance(kernel.jit, JITFunction) and max(numbers, default=0) <= MAX_NUMBER
+        # Triton's interpreter compiles nothing.
+        self._is_compiled = isinstance(kernel.jit, JITFunction)
+        # They are compiled for this launch's own numbers, so one that exceeds 32 bits has code for 64.
         self._compiled: dict[tuple[Any, ...], CompiledKernel] = {}
 
     def __call__(self, **tensors: Tensor | None) -> None:

@@ -99,6 +99,16 @@ def test_nothing_is_compiled_for_another_count(launched: list[tuple[Any, ...]], 
     assert [arguments[4] for arguments in launched[1:]] == [1, 16, 19, 32, 1600]
 
 
+def test_a_number_beyond_32_bits_has_code_of_its_own(launched: list[tuple[Any, ...]], compiled: list[str]) -> None:
+    add_up_kernel.jit.device_caches.clear()
+    few, many = launch(20), launch(2**31)
+    for _ in range(2):
+        few(**tensors(20))
+        many(**tensors(20))
+    assert len(compiled) == 2
+    assert [arguments[4] for arguments in launched] == 2 * [20, 2**31]
+
+
 def test_another_type_constant_or_alignment_is_compiled_and_told_apart(
     launched: list[tuple[Any, ...]], compiled: list[str]
 ) -> None:
