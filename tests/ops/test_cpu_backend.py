@@ -358,6 +358,22 @@ def test_strided_and_expanded_inputs_are_served() -> None:
         torch.testing.assert_close(got[0], plain[0], rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_results_may_have_any_strides() -> None:
+    config = CONFIGS["official"]
+    image, text, parameters = problem(config, 3, 37, torch.float32)
+    leaves = [value.requires_grad_() for value in (image, text, *parameters.values())]
+    output = rational_adapter(image, text, 20.0, parameters, config, return_mask=True, backend="cpu")
+    assert output.mask is not None
+    results = (output.logits, output.mask)
+    plain = [torch.randn_like(value) for value in results]
+    turned = [value.transpose(0, 1).contiguous().transpose(0, 1) for value in plain]
+    expanded = [value[:1, :1].expand_as(value) for value in plain]
+    for given in (turned, expanded):
+        expected = torch.autograd.grad(results, leaves, [value.contiguous() for value in given], retain_graph=True)
+        found = torch.autograd.grad(results, leaves, given, retain_graph=True)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_images_do_not_depend_on_each_other() -> None:
     config = CONFIGS["official"]
     image, text, parameters = problem(config, 4, 37, torch.float32)

@@ -50,6 +50,19 @@ def test_an_image_does_not_depend_on_the_others(dtype: torch.dtype, backend: str
                 assert torch.equal(alone, together[5 : 5 + number]), (length, number)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_any_stride_are_served(dtype: torch.dtype) -> None:
+    rows = draw((2, 7, 9, 24, 3), dtype)
+    expected = encoder_attention(*(part.contiguous() for part in rows), 3)
+    # Columns that are not neighbours, one row for all images, and rows that begin at an odd place.
+    strided = [part.transpose(0, 2).contiguous().transpose(0, 2) for part in rows]
+    assert torch.equal(encoder_attention(*strided, 3), expected)
+    expanded = [part[:1].expand(2, -1, -1) for part in rows]
+    assert torch.equal(encoder_attention(*expanded, 3), expected[:1].expand(2, -1, -1))
+    odd = [torch.nn.functional.pad(part, (1, 2))[..., 1:-2] for part in rows]
+    assert torch.equal(encoder_attention(*odd, 3), expected)
+
+
 def test_a_number_that_is_not_finite_stays_in_its_image() -> None:
     queries, keys, values = draw((3, 65, 65, 160, 4), torch.float32)
     values[1, 3, 7] = torch.nan
