@@ -122,6 +122,19 @@ def test_the_likeliest_class_may_lie_in_any_tile_of_classes(device: str) -> None
     assert torch.equal(found.kept, views[None].flip(1))
 
 
+def test_the_second_likeliest_class_counts_in_whatever_tile_it_lies(device: str) -> None:
+    """The two likeliest classes lie in two tiles: the likelier one in the second, or in every other view in the first.
+
+    All other classes are so unlikely that each entropy is that of these two.
+    """
+    views = torch.full((1, 8, 64), -1.5)
+    views[..., 40] = 0.0
+    views[0, :, 3] = -torch.arange(1.0, 2.0, 0.125) / SCALE
+    views[:, 1::2] = views[:, 1::2].flip(-1)
+    found = run(views, torch.eye(64), 8, device)
+    assert torch.equal(found.kept, views.flip(1))
+
+
 def test_views_with_nan_come_last(device: str) -> None:
     own, text = problem(2, 20, 40, 32, torch.float32)
     own[0, 3], own[0, 7], own[1] = torch.nan, torch.inf, torch.nan
