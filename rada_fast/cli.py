@@ -5,6 +5,7 @@ PyTorch is imported only when a command starts, so that help and the refusal of 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import io
@@ -14,6 +15,7 @@ import select
 import sys
 import time
 import traceback
+import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -371,11 +373,25 @@ def _help(command: str, arguments: Sequence[str]) -> int:
         print(_parts_help(command, parts), end="")
         return 0
     options, name = _options_of_part(command, arguments)
+    _join_lines_of_help(options)
     try:
         tyro.cli(options, prog=f"rada-fast {name}", args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def _join_lines_of_help(options: type) -> None:
+    """Let tyro wrap the descriptions of a configuration anew. It would keep the line breaks of indented lines."""
+    try:
+        from tyro._docstrings import parse_docstring_from_object
+    except ImportError:  # another version of tyro may have it elsewhere, and only the line breaks stay
+        return
+    for group in (options, *typing.get_type_hints(options).values()):
+        if isinstance(group, type) and dataclasses.is_dataclass(group):
+            for base in group.__mro__[:-1]:  # without object
+                descriptions = parse_docstring_from_object(base)  # tyro keeps this dictionary
+                descriptions |= {name: " ".join(text.split()) for name, text in descriptions.items()}
 
 
 def parse(command: str, arguments: Sequence[str]) -> Any:

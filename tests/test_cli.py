@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +119,9 @@ for name, command in COMMANDS.items():
     assert all(main([name, part, "--help"]) == 0 for part in command.parts)
 assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    wide = {**os.environ, "COLUMNS": "400"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=wide)
+    assert "One that takes longer, on a disk that hangs or in a decoder that never ends, is" in done.stdout
     for name, command in cli.COMMANDS.items():
         assert f"usage: rada-fast {name}" in done.stdout
         assert name not in ("ttt", "eft", "fft") or f"Example: rada-fast {name}" in done.stdout
