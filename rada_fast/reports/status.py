@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -228,7 +229,7 @@ class Watched:
             memory=_sums([beat.get("memory") for beat in beats]),
             bytes=_size_of(folder),
             warnings=tuple(dict.fromkeys(warnings)),
-            resume=next((str(beat["command"]) for beat in beats if beat.get("command")), None)
+            resume=next((_resume(beat) for beat in beats if beat.get("command")), None)
             if state == INTERRUPTED
             else None,
             updated=max((_number(beat.get("updated")) or 0.0 for beat in beats), default=None),
@@ -292,7 +293,7 @@ def _progress(beats: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
     # Processes that do not share the present work, such as those that wait for the first one, have no part in it.
     newest = max(beats, key=lambda beat: _number(beat.get("updated")) or 0.0)
-    same = [beat for beat in beats if beat.get("title") == newest.get("title")]
+    same = [beat for beat in beats if str(beat.get("title")) == str(newest.get("title"))]
     total = [_number(beat.get("total")) for beat in same]
     left = [_number(beat.get("seconds_left")) for beat in same]
     sums = _sums([{name: beat.get(name) for name in ("done", "per_second", "recent_per_second")} for beat in same])
@@ -308,6 +309,14 @@ def _progress(beats: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _resume(beat: Mapping[str, Any]) -> str:
+    """Return the command that goes on. Its paths may be relative to the folder in which the run was started."""
+    command, directory = str(beat["command"]), beat.get("directory")
+    if not isinstance(directory, str) or Path(directory) == Path.cwd():
+        return command
+    return f"cd {shlex.quote(directory)} && {command}"
+
+
 def _sums(values: list[Any]) -> dict[str, float]:
     """Return the sums of numbers with equal names. What is no number is left out."""
     sums: dict[str, float] = {}
@@ -319,7 +328,10 @@ def _sums(values: list[Any]) -> dict[str, float]:
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    try:
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -371,7 +383,7 @@ def _epochs_in_all(identity: Mapping[str, Any]) -> int | None:
     # Only a method with two stages uses the second number, and the lines of its second stage have another name.
     from rada_fast.config.methods import FFT_METHODS
 
-    method = FFT_METHODS.get(options.get("method"))
+    method = FFT_METHODS.get(str(options.get("method")))
     stages = 1 if method is None or options.get("stages") == "first" else len(method.stages)
     epochs = [_number(options.get(name)) for name in ("epochs", "finetune_epochs")[:stages]]
     return None if None in epochs else int(sum(one for one in epochs if one is not None))

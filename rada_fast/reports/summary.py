@@ -170,7 +170,7 @@ def already_finished(folder: RunFolder, summary: dict[str, Any], *, resumed: int
     """Print that the run has already finished, and return the summary that it wrote then, with the times of then."""
     notices.note(f"this run is finished: {folder.path} holds its results, and nothing was computed again")
     folder.remove(EVALUATED)
-    return summary | {"resumed": resumed}
+    return summary | {"resumed": resumed, "output": str(folder.path)}  # the folder may have been moved
 
 
 def harmonic_mean(base: float | None, new: float | None) -> float | None:

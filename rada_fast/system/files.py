@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.partial")
-"""The names of files that are being written or that a killed process has left behind."""
+PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.partial(\.gz)?")
+"""The names of files that are being written or that a killed process has left behind. PyTorch's profiler adds .gz."""
 
 
 def write_text(path: Path, text: str, *, encoding: str = "ascii") -> None:

@@ -148,3 +148,9 @@ def test_fft_with_a_damaged_state_comes_to_the_same_weights(specks: Path, tmp_pa
     again = results(folder)
     assert again.pop(f"{damaged}.damaged", "") is None
     assert again == complete
+
+
+def test_a_finished_run_says_where_it_was_moved_to(specks: Path, tmp_path: Path) -> None:
+    run_ttt(ttt_options(specks, tmp_path / "here"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run_ttt(ttt_options(specks, tmp_path / "there"))["output"] == str(tmp_path / "there")

@@ -117,6 +117,18 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
     assert (found.state, found.resume) == (INTERRUPTED, "rada-fast ttt --data imagefolder:x")
     assert notes_of(found) == ["to go on: rada-fast ttt --data imagefolder:x"]
     assert found.images_in_all == 10  # as run.json lists them
+    for directory, start in ((str(Path.cwd()), ""), ("/where it was", "cd '/where it was' && ")):
+        beat(folder, command="rada-fast ttt --data imagefolder:x", directory=directory)
+        assert Watched(folder).look().resume == f"{start}rada-fast ttt --data imagefolder:x"
+
+
+def test_odd_values_in_the_files_of_a_run_are_left_out(tmp_path: Path) -> None:
+    folder = begin(tmp_path / "run", "fft", method={}, epochs=10**400)
+    beat(folder, title=float("nan"), done=10**400, total=-(10**400), directory=3, memory=[], warnings={}, updated="now")
+    append(folder, {"epoch": 1, "loss": 10**400, "stage": {}}, name="epochs.jsonl")
+    found = Watched(folder).look()
+    assert (found.state, found.epochs, found.epochs_in_all, found.loss) == (INTERRUPTED, 1, None, None)
+    assert run_status(StatusOptions((str(folder),))) == 0
 
 
 @pytest.mark.parametrize(("age", "state"), [(0.0, RUNNING), (1000.0, INTERRUPTED)])

@@ -251,7 +251,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: p
 
 def test_only_files_that_a_killed_process_left_are_cleaned_up(tmp_path: Path) -> None:
     begin(tmp_path).close()
-    ours = [".state.pt.123-0123abcd.partial", ".run.json.9-0123abcd.partial"]
+    ours = [".state.pt.123-0123abcd.partial", ".run.json.9-0123abcd.partial", ".trace.json.gz.9-0123abcd.partial.gz"]
     theirs = [".vacation.jpg.123-0123abcd.partial", ".state.pt.swp"]
     for name in ours + theirs:
         (tmp_path / "run" / name).write_text("")
