@@ -20,7 +20,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffI
 from torch import Tensor
 
 from rada_fast.data.stored import Location, StoredPicture, open_regular
-from rada_fast.system import patience
+from rada_fast.system import memory, patience
 
 Picture = str | os.PathLike[str] | StoredPicture | Image.Image | Tensor
 """The forms in which a picture may be given; see pixels_of_picture."""
@@ -32,6 +32,8 @@ NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows but does not decode itself: it starts Ghostscript for EPS and has stubs for the others."""
 PICTURES_WITHOUT_A_DECODER = frozenset({".heic", ".heif", ".jxl"})
 """Endings of picture files that Pillow decodes only with a plugin. Without it they count as unreadable pictures."""
+MOST_MEMORY = 2**30
+"""More bytes than the decoding of any picture needs: those with more than 90 million pixels are refused."""
 NO_HANDLES_LEFT = frozenset({errno.EMFILE, errno.ENFILE})
 """Errors that say that too many files are open, which is no fault of the file that should be opened."""
 GONE = frozenset(
@@ -226,6 +228,11 @@ def _one_error(name: str) -> Iterator[None]:
             _check_folder_of(Path(error.filename))
         # Pillow's own OSErrors have no number; the texts of the system's errors would repeat the path.
         reason = (error.strerror if error.errno else None) or str(error) or type(error).__name__
+    except MemoryError as error:
+        # A damaged file may ask for any amount. No intact one needs more than this.
+        if not memory.has_room(MOST_MEMORY):
+            raise
+        reason = str(error) or "it asks for more memory than a picture needs"
     except Exception as error:  # a decoder may raise anything when a file is damaged
         reason = str(error) or type(error).__name__
     raise UnreadableImageError(f"{name} cannot be read: {reason.splitlines()[0]}") from None

@@ -383,7 +383,7 @@ def _epochs_in_all(identity: Mapping[str, Any]) -> int | None:
     # Only a method with two stages uses the second number, and the lines of its second stage have another name.
     from rada_fast.config.methods import FFT_METHODS
 
-    method = FFT_METHODS.get(str(options.get("method")))
+    method = next((method for name, method in FFT_METHODS.items() if name == options.get("method")), None)
     stages = 1 if method is None or options.get("stages") == "first" else len(method.stages)
     epochs = [_number(options.get(name)) for name in ("epochs", "finetune_epochs")[:stages]]
     return None if None in epochs else int(sum(one for one in epochs if one is not None))

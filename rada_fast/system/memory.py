@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
 import sys
 from functools import cache
@@ -70,6 +71,15 @@ def is_lack_of_memory(error: BaseException) -> bool:
     # PyTorch's own class for it is a RuntimeError too, which neither the processor's allocator nor cuBLAS uses.
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def has_room(size: int) -> bool:
+    """Return whether the system gives this process so many bytes more. They are given back at once, and not used."""
+    try:
+        mmap.mmap(-1, size).close()
+    except (OSError, MemoryError):
+        return False
+    return True
 
 
 def free_unused() -> None:

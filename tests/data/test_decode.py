@@ -15,6 +15,7 @@ from PIL import Image
 
 from rada_fast.data.decode import UnreadableImageError, is_picture, read_image
 from rada_fast.data.open import open_source
+from rada_fast.system import memory
 from tests.pictures import write_class_folders
 
 RAMP = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
@@ -191,6 +192,23 @@ def test_a_lack_of_file_handles_is_not_blamed_on_the_picture(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "open", raise_too_many_open_files)
     with pytest.raises(OSError, match="Too many open files"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("room", [False, True])
+def test_a_lack_of_memory_is_not_blamed_on_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    """A file that asks for more than the system could ever give is damaged."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def raise_no_memory(*args: object, **named: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", raise_no_memory)
+    monkeypatch.setattr(memory, "has_room", lambda size: room)
+    expected = (UnreadableImageError, "more memory than a picture needs") if room else (MemoryError, None)
+    with pytest.raises(expected[0], match=expected[1]):
         read_image(tmp_path / "a.png")
 
 

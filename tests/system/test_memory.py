@@ -106,3 +106,8 @@ def test_another_c_library_is_left_alone(libc: object, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ctypes, "CDLL", open_library)
     assert not memory.keep_freed_memory.__wrapped__()
+
+
+def test_room_is_asked_for_and_given_back() -> None:
+    assert memory.has_room(2**20)
+    assert not memory.has_room(2**62)
