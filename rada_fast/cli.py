@@ -28,7 +28,7 @@ from rada_fast._version import __version__
 from rada_fast.config.arguments import check_file_kind, name_option, paths_of, read, shortened
 from rada_fast.config.bench import PARTS, MeasuringOptions
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
-from rada_fast.config.inference import EvalOptions, FeaturesOptions, PredictOptions
+from rada_fast.config.inference import EvalOptions, FeaturesOptions, InspectOptions, PredictOptions
 from rada_fast.config.tools import (
     BuildOptions,
     DemoOptions,
@@ -98,6 +98,11 @@ COMMANDS = {
         "rada_fast.loops.evaluation:run_eval",
         "evaluate a trained adapter on one or more sets of images",
         ranks=True,
+    ),
+    "inspect": Command(
+        InspectOptions,
+        "rada_fast.loops.inspection:run_inspect",
+        "see what an adapter changes: its mask, heat maps, t-SNE, classes, calibration, on one page",
     ),
     "predict": Command(
         PredictOptions,

@@ -48,7 +48,7 @@ def inputs(tmp_path: Path) -> Path:
 
 
 REFUSED: dict[str, tuple[str, str]] = {
-    "command": ("tt --data x", "unknown command 'tt'; did you mean ttt? the commands are demo, ttt, eft, fft, eval, predict, features, report, status, build, kernels, bench, doctor"),
+    "command": ("tt --data x", "unknown command 'tt'; did you mean ttt? the commands are demo, ttt, eft, fft, eval, inspect, predict, features, report, status, build, kernels, bench, doctor"),
     "no runs": ("report", "--runs must be given, the folders of finished runs"),
     "no run": ("report {0}/pictures", "--runs {0}/pictures is not the folder of a run"),
     "kind": ("ttt --data pictures:{0}/pictures", "data must be KIND:PATH with KIND one of imagefolder:DIR"),

@@ -26,6 +26,7 @@ SMALLER = {
     "ttt": "--views 2 --steps 1 --limit 2 --allow-chance",
     "bench": "--classes 3 --repeats 1",
     "table5": "--eft-classes 3 --settings eft --only rada_fast --repeats 1",
+    "inspect": "--images 4 --allow-chance",
     "report": "",
 }
 """What makes a command of each kind, or a part of one, small. The last value of an option counts."""

@@ -1,17 +1,19 @@
-"""Define the options of the commands that use a model or an adapter as it is: `eval`, `predict` and `features`."""
+"""Define the options of the commands that use a model or an adapter as it is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from rada_fast.config.checks import bytes_of, check_choices, check_integer, check_paths
+from rada_fast.config.checks import bytes_of, check_choices, check_integer, check_paths, check_positive
 from rada_fast.config.commands import ViewKind
 from rada_fast.config.method import EpisodeConfig
 from rada_fast.config.options import AdapterOptions, ClassOptions, ModelOptions, RunOptions
 from rada_fast.errors import UserError
 
 StoredType = Literal["float32", "float16"]
+MAX_SHOWN = 12
+"""So many images have heat maps at most, because all of them are in one picture."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,42 @@ class EvalOptions:
             raise UserError("data must name at least one source, got none")
         if repeated := [one for index, one in enumerate(self.data) if one in self.data[:index]]:
             raise UserError(f"data must name every source once, got {repeated[0]} twice")
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Show what a trained adapter does with labelled images: the values of its mask, heat maps of M, R and M * R, the
+    images in a plane by R and by M * R, and the accuracy and calibration before and after.
+
+    Writes inspect.html (one page with all pictures, for any browser, without a network), the pictures as PNG files,
+    inspect.json (the numbers), images.jsonl (one line per image) and summary.json.
+
+    Example: rada-fast inspect --adapter results/eft --data coop:data/eurosat --model ViT-B-16-quickgelu --pretrained
+    openai --output results/inspect
+    """
+
+    data: str
+    """Labelled images as KIND:PATH."""
+    images: int = 500
+    """The most images whose masks are computed and which are drawn in the plane, spread over the classes. The
+    accuracies are those of all images."""
+    show: tuple[str, ...] = ()
+    """Names of images, as in images.jsonl, whose heat maps are drawn. Default: one that adaptation puts right, one that
+    it puts wrong, and one that stays right."""
+    perplexity: float = 30.0
+    """About how many neighbours of an image count in t-SNE."""
+    run: RunOptions = RunOptions(output="results/inspect")
+    model: ModelOptions = ModelOptions()
+    text: ClassOptions = ClassOptions()
+    adapter: AdapterOptions = AdapterOptions()
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_paths(self, "data")
+        check_integer("images", self.images, 1)
+        check_positive("perplexity", self.perplexity)
+        if len(self.show) > MAX_SHOWN:
+            raise UserError(f"show must name at most {MAX_SHOWN} images, got {len(self.show)}")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,15 @@ def choose_by_hash(labels: Sequence[int], ids: Sequence[str], shots: int, seed: 
     return sorted(index for group in by_class.values() for _, index in sorted(group)[:shots])
 
 
+def take_in_turn(labels: Sequence[int], count: int) -> list[int]:
+    """Return the indices of at most `count` items, taken in turn from every class, in their order."""
+    by_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_class.setdefault(label, []).append(index)
+    ranked = sorted((rank, index) for group in by_class.values() for rank, index in enumerate(group))
+    return sorted(index for _, index in ranked[:count])
+
+
 def base_and_new(num_classes: int) -> tuple[list[int], list[int]]:
     """Return the labels of the base classes, which are the first half rounded up, and those of the new classes."""
     middle = (num_classes + 1) // 2

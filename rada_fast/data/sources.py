@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rada_fast.data.few_shot import PublishedShots, choose_by_hash
+from rada_fast.data.few_shot import PublishedShots, choose_by_hash, take_in_turn
 from rada_fast.data.fingerprints import tensor_fingerprint
 from rada_fast.data.folders import Skipped
 from rada_fast.data.stored import Location, location_stamp
@@ -163,11 +163,8 @@ class ImageFolder:
         """Choose at most `limit` images, taken in turn from every class, and keep their order."""
         if limit is None or limit >= len(self.samples):
             return self
-        by_class: dict[int, list[int]] = {}
-        for index, sample in enumerate(self.samples):
-            by_class.setdefault(sample.label, []).append(index)
-        ranked = sorted((rank, index) for group in by_class.values() for rank, index in enumerate(group))
-        return replace(self, samples=tuple(self.samples[index] for index in sorted(i for _, i in ranked[:limit])))
+        chosen = take_in_turn([sample.label for sample in self.samples], limit)
+        return replace(self, samples=tuple(self.samples[index] for index in chosen))
 
     def class_difference(self, other: Source) -> str | None:
         """Say how the classes differ from those of other data. Returns None where nothing shows that they do."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from rada_fast.config.inference import EvalOptions
+from rada_fast.config.inference import EvalOptions, InspectOptions
 from rada_fast.loops.evaluate import EvaluationData, encode_evaluation, evaluate_sets, trained_sets
 from rada_fast.loops.identity import open_folder
 from rada_fast.loops.setup import Setup, open_data_and_model, open_setup
@@ -21,6 +22,7 @@ from rada_fast.runs.machine import reset_peak_memory
 from rada_fast.system import notices
 
 IMAGES = "images.jsonl"
+Options = TypeVar("Options", EvalOptions, InspectOptions)
 
 
 def run_eval(options: EvalOptions) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def run_eval(options: EvalOptions) -> dict[str, Any]:
 
     Raises UserError naming an option that cannot be used.
     """
-    setup, evaluation = open_evaluation(options)
+    setup, evaluation = open_sets("eval", options, options.data)
     # The lines are written at once when everything is evaluated, so no data decide anything before.
     with open_folder(setup, setup.sources, deciding=(), names=setup.names, text=setup.text) as folder:
         scope = {"limit": options.run.limit}
@@ -56,13 +58,15 @@ def run_eval(options: EvalOptions) -> dict[str, Any]:
         return finish(folder, setup.facts(), results, scope=scope, resumed=0)
 
 
-def open_evaluation(options: EvalOptions) -> tuple[Setup, list[EvaluationData]]:
+def open_sets(command: str, options: Options, data: Sequence[str]) -> tuple[Setup, list[EvaluationData]]:
     """Open the data, the model and the adapter. Returns the set-up and the sets of images to evaluate on.
+
+    command: the name of the command; options: its options; data: the sets as KIND:PATH.
 
     Raises UserError naming an option that cannot be used.
     """
     options, stored = with_trained_weights(options)
-    parts = {spec: f"data {spec}" for spec in options.data}
+    parts = {spec: f"data {spec}" for spec in data}
     opened = open_data_and_model(options, {part: spec for spec, part in parts.items()})
     prompts = options.text.text_features is None
     evaluation = []
@@ -76,7 +80,7 @@ def open_evaluation(options: EvalOptions) -> tuple[Setup, list[EvaluationData]]:
         evaluation.append(EvaluationData(spec, source, text, names))
     names = tuple(name for one in evaluation for name in one.names)
     every = torch.cat([one.text for one in evaluation if one.text is not None])
-    setup = open_setup("eval", options, opened, names, every, stored)
+    setup = open_setup(command, options, opened, names, every, stored)
     if options.adapter.adapter is None:
         notices.note("no --adapter is given: a new adapter changes nothing, so adapted answers are the zero-shot ones")
     return setup, evaluation

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rada_fast import _env
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
-from rada_fast.config.inference import EvalOptions, PredictOptions
+from rada_fast.config.inference import EvalOptions, InspectOptions, PredictOptions
 from rada_fast.config.methods import EFT_METHODS, FFT_METHODS
 from rada_fast.config.options import AdapterOptions, RunOptions
 from rada_fast.data.open import open_source, open_text_file
@@ -33,7 +33,7 @@ from rada_fast.runs.origin import origin_of
 from rada_fast.runs.sinks import import_sink
 from rada_fast.system import neighbours, notices, patience, ranks
 
-LoopOptions = TTTOptions | EFTOptions | FFTOptions | EvalOptions | PredictOptions
+LoopOptions = TTTOptions | EFTOptions | FFTOptions | EvalOptions | InspectOptions | PredictOptions
 
 DEFAULT_LOGIT_SCALE = 100.0
 """CLIP's multiplier after training, for feature files that come without a model."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rada_fast.config.inference import EvalOptions, PredictOptions
+from rada_fast.config.inference import EvalOptions, InspectOptions, PredictOptions
 from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import AdapterOptions
 from rada_fast.data.sources import ImageFolder, Source
@@ -22,7 +22,7 @@ from rada_fast.models.vision_language import Model, VisionLanguageModel
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.heads import Head, new_head
 
-Options = TypeVar("Options", EvalOptions, PredictOptions)
+Options = TypeVar("Options", EvalOptions, InspectOptions, PredictOptions)
 
 
 @dataclass(frozen=True)

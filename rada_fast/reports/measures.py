@@ -54,6 +54,22 @@ class PairedTest(NamedTuple):
     method: str
 
 
+class CalibrationBin(NamedTuple):
+    """The answers whose confidence lies between two limits.
+
+    low, high: the limits; the higher one belongs to the bin, the lower one to the bin before.
+    answers: the number of answers.
+    confidence: their mean confidence, from 0 to 1, or None without an answer.
+    accuracy: the share of them that is right, or None without an answer.
+    """
+
+    low: float
+    high: float
+    answers: int
+    confidence: float | None
+    accuracy: float | None
+
+
 class Gain(NamedTuple):
     """A change of accuracy on the same images, in percentage points, and its interval."""
 
@@ -198,11 +214,8 @@ def paired_test(first_only: int, second_only: int) -> PairedTest:
     return PairedTest(first_only, second_only, p, "chi-squared with a correction for continuity")
 
 
-def calibration_error(answers: Iterable[tuple[float, bool]]) -> float | None:
-    """Return the expected calibration error in percent, or None without answers.
-
-    The answers are put into ECE_BINS bins of equal width by their confidence. The error is the mean over all answers of
-    the distance between the accuracy of the answer's bin and the mean confidence there.
+def calibration_bins(answers: Iterable[tuple[float, bool]]) -> list[CalibrationBin]:
+    """Put answers into ECE_BINS bins of equal width by their confidence, and return the bins from 0 to 1.
 
     answers: the confidence of each answer, from 0 to 1, and whether the answer is right.
     """
@@ -213,7 +226,26 @@ def calibration_error(answers: Iterable[tuple[float, bool]]) -> float | None:
         counts[place] += 1
         confidences[place] += confidence
         right[place] += correct
-    total = sum(counts)
+    return [
+        CalibrationBin(
+            place / ECE_BINS, (place + 1) / ECE_BINS, count, sure / count if count else None,
+            hits / count if count else None,
+        )
+        for place, (count, sure, hits) in enumerate(zip(counts, confidences, right, strict=True))
+    ]  # fmt: skip
+
+
+def calibration_error(answers: Iterable[tuple[float, bool]]) -> float | None:
+    """Return the expected calibration error in percent, or None without answers.
+
+    The error is the mean over all answers of the distance between the accuracy of the answer's bin and the mean
+    confidence there; see calibration_bins.
+
+    answers: the confidence of each answer, from 0 to 1, and whether the answer is right.
+    """
+    bins = calibration_bins(answers)
+    total = sum(one.answers for one in bins)
     if not total:
         return None
-    return 100 * sum(abs(hits - sure) for hits, sure in zip(right, confidences, strict=True)) / total
+    apart = (one.answers * abs((one.accuracy or 0.0) - (one.confidence or 0.0)) for one in bins)
+    return 100 * sum(apart) / total

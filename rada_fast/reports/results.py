@@ -190,7 +190,7 @@ def _read_run(folder: Path) -> list[Evaluation]:
         place = _place(line, identity["command"], options)
         if place is not None and is_image_record(line, line.get("label")):
             groups.setdefault(place, []).append(line)
-    found = [_evaluation(lines, data=data, part=part, **common) for (data, part), lines in groups.items()]
+    found = [evaluation_of(lines, data=data, part=part, **common) for (data, part), lines in groups.items()]
     for one in found:
         if not one.answers:
             notices.warn(f"{folder}: the {one.unlabelled} images of {one.data} have no classes and are left out")
@@ -213,8 +213,8 @@ def _place(line: dict[str, Any], command: str, options: dict[str, Any]) -> tuple
     return str(line.get("data", options.get("data", command))), "all"
 
 
-def _evaluation(lines: Sequence[dict[str, Any]], **common: Any) -> Evaluation:
-    """Make an evaluation of the lines that belong to it."""
+def evaluation_of(lines: Sequence[dict[str, Any]], **common: Any) -> Evaluation:
+    """Make an evaluation of the records of its images. common: the entries of Evaluation that come from its run."""
     answers, names = [], {}
     for line in lines:
         if line["label"] is None:

@@ -20,6 +20,12 @@ SUPERSEDED = "images-superseded.jsonl"
 TRACES = ("trace.json.gz", "trace.txt")
 """The files of the option --profile: the trace, and the table of operators."""
 
+INSPECTION = (
+    "inspect.html", "inspect.json", "mask.png", "heat-maps.png", "class-averages.png", "projection.png", "classes.png",
+    "reliability.png",
+)  # fmt: skip
+"""The files of the command inspect: its page, the numbers, and the pictures."""
+
 _EVERY_RUN = (IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE, HEARTBEAT_FILE, *TRACES, "images.jsonl", *SINKS)
 FILES_OF_COMMAND: dict[str, frozenset[str]] = {
     "ttt": frozenset({*_EVERY_RUN, SUPERSEDED}),
@@ -28,6 +34,7 @@ FILES_OF_COMMAND: dict[str, frozenset[str]] = {
         | {EVALUATED}
     ),
     "eval": frozenset({*_EVERY_RUN, EVALUATED}),
+    "inspect": frozenset({*_EVERY_RUN, EVALUATED, *INSPECTION}),
     "predict": frozenset({*_EVERY_RUN, "predictions.jsonl", "predictions.csv"}),
     "features": frozenset({*_EVERY_RUN, "features.rows", "features.npz", "text.npz"}),
     "fft": frozenset(

@@ -265,12 +265,12 @@ class RunFolder:
         self._heartbeat.remove()  # the summary says everything
 
     def result_files(self) -> dict[str, int | None]:
-        """Return the sizes of the weight files by name, and the names of the files of lines, each with None.
+        """Return the sizes of the weights, pictures and pages by name, and the names of the files of lines with None.
 
         A run with a summary counts as finished only while these files exist.
         """
         kept = [path for path in sorted(self.path.iterdir()) if path.name != EVALUATED]
-        found = [path for path in kept if path.suffix in (".safetensors", ".npz", ".jsonl")]
+        found = [path for path in kept if path.suffix in (".safetensors", ".npz", ".jsonl", ".html", ".png")]
         return {path.name: None if path.suffix == ".jsonl" else path.stat().st_size for path in found}
 
     def digest(self, scope: Mapping[str, Any]) -> str:
@@ -304,6 +304,14 @@ class RunFolder:
     def write_table(self, name: str, text: str) -> None:
         """Write a text in UTF-8 as a whole file, such as a table for another program."""
         files.write_text(self._writable(name), text, encoding="utf-8")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as a JSON file, as a whole or not at all."""
+        files.write_json(self._writable(name), value)
+
+    def write_by(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file by a function that writes to the path it is given, such as that of a picture."""
+        files.write_by(self._writable(name), write)
 
     def append_bytes(self, name: str, content: bytes) -> None:
         """Add bytes to a file. The operating system has all of them before this returns."""

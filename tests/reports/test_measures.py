@@ -7,6 +7,7 @@ import math
 import pytest
 
 from rada_fast.reports.measures import (
+    calibration_bins,
     calibration_error,
     exact_interval,
     gain,
@@ -87,3 +88,14 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(answers) == pytest.approx(100 * (2 * abs(0.5 - 0.65) + 2 * abs(1 - 0.95)) / 4)
     assert calibration_error([(1.0, True), (0.0, False)]) == 0
     assert calibration_error([]) is None
+
+
+def test_bins_hold_their_upper_ends_and_every_answer_once() -> None:
+    answers = [(0.0, False), (1 / 15, True), (1 / 15 + 1e-9, False), (0.99, True), (1.0, False)]
+    bins = calibration_bins(answers)
+    assert [one.answers for one in bins] == [2, 1, *[0] * 12, 2]
+    assert bins[0].accuracy == 0.5
+    assert bins[0].confidence == pytest.approx(1 / 30)
+    assert bins[-1].confidence == pytest.approx(0.995)
+    assert (bins[5].confidence, bins[5].accuracy) == (None, None)
+    assert (bins[0].low, bins[-1].high) == (0, 1)
