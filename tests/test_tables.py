@@ -25,7 +25,7 @@ SMALLER = {
     "fft": "--epochs 1 --finetune-from 1 --finetune-epochs 1 --batch-size 4 --templates photo --allow-chance",
     "ttt": "--views 2 --steps 1 --limit 2 --allow-chance",
     "bench": "--classes 3 --repeats 1",
-    "table5": "--eft-classes 3 --settings eft --only rada_fast --repeats 1",
+    "bench table5": "--eft-classes 3 --settings eft --only rada_fast --repeats 1",
     "inspect": "--images 4 --allow-chance",
     "report": "",
 }
@@ -59,7 +59,7 @@ def small(command: str, root: Path) -> list[str]:
     text = re.sub(r"--(model|pretrained) (?!transformers:)\S+ ?", "", text)
     text = re.sub(r"(--options |--adapter |--output |report )(\S+)", rf"\1{root}/\2", text)
     arguments = shlex.split(text)[1:]
-    return arguments + (SMALLER.get(arguments[1]) or SMALLER[arguments[0]]).split()
+    return arguments + (SMALLER.get(" ".join(arguments[:2])) or SMALLER[arguments[0]]).split()
 
 
 # The commands stay in the order of the page, because some start from what others have written.
