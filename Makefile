@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench scaling simulate sanitize mutants kills matrix setup build wheel dist clean
+.PHONY: demo test lint format bench scaling simulate sanitize mutants kills matrix setup build wheel docs dist clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -88,6 +88,11 @@ build: $(READY)
 
 wheel: setup
 	$(BIN)/python -c 'from rada_fast.extension.build import build_wheel; build_wheel("dist")'
+
+# The documentation pages, in build/site. A warning is an error. To read them while writing: .venv/bin/mkdocs serve
+docs: $(READY)
+	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # A source distribution and a pure wheel in dist/, after the checks that releases usually pass, and a start of both from the
 # wheel: its doctor, and its demo on few pictures, in a folder without the checkout. The tools are in an environment of their own.

@@ -67,3 +67,13 @@ def test_the_issue_templates_are_forms() -> None:
         assert form["description"]
         assert {element["type"] for element in form["body"]} == {"textarea"}
         assert all(element["attributes"]["label"] for element in form["body"])
+
+
+def test_every_public_name_has_a_place_on_the_pages_of_the_documentation() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md")]
+    listed = {name for text in texts for name in re.findall(r"^::: rada_fast\.(\S+)$", text, flags=re.MULTILINE)}
+    assert set(rada_fast.__all__) - listed == {"__version__", "compat", "ops"}
+    assert {f"ops.{name}" for name in rada_fast.ops.__all__ if not name.isupper()} - listed == {
+        "ops.backends",
+        "ops.use_backend",
+    }
