@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench scaling simulate sanitize mutants kills matrix setup build wheel docs dist clean
+.PHONY: demo test lint format bench compare scaling simulate sanitize mutants kills matrix setup build wheel docs dist clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -29,6 +29,12 @@ CASES ?=
 bench: setup
 	mkdir -p results
 	$(BIN)/python -m pytest benchmarks -k "$(CASES)" --benchmark-json results/bench.json --benchmark-quiet
+
+# Whether the working tree is faster or slower than a commit: both run the chosen benchmarks in turn, and a rank test says
+# which differences are more than noise. For example: make compare BASE=main CASES="view_selection and 200"
+BASE ?= main
+compare: setup
+	$(BIN)/python -m benchmarks.compare --base $(BASE) -k "$(CASES)"
 
 # How time and memory of the adapter grow with the number of classes, as a picture.
 scaling: setup
