@@ -58,8 +58,8 @@ class InspectOptions:
     data: str
     """Labelled images as KIND:PATH."""
     images: int = 500
-    """The most images whose masks are computed and which are drawn in the plane, spread over the classes. The
-    accuracies are those of all images."""
+    """The most images whose masks are computed and which are drawn in the plane: of all classes, or of so many classes
+    that each has ten. The accuracies are those of all images."""
     show: tuple[str, ...] = ()
     """Names of images, as in images.jsonl, whose heat maps are drawn. Default: one that adaptation puts right, one that
     it puts wrong, and one that stays right."""

@@ -34,6 +34,8 @@ from rada_fast.system.terminal import finite
 PAGE, NUMBERS = "inspect.html", "inspect.json"
 MAX_ELEMENTS = 2**28
 """The largest number of elements of all masks that are kept at once: 1 GiB in float32."""
+OF_CLASS = 10
+"""So many images of a class are wanted in a plane."""
 
 
 def run_inspect(options: InspectOptions) -> dict[str, Any]:
@@ -99,15 +101,15 @@ def inspection_of(
             f"room for those of {room} images, and so many are drawn"
         )
     chosen = chosen[:room]
-    spread = [place for place in take_in_turn(before.images.labels.tolist(), min(count, room)) if place not in chosen]
-    places = sorted(chosen + spread[: max(0, min(count, room) - len(chosen))])
+    labels = before.images.labels.tolist()
+    others = [place for place in range(len(labels)) if place not in chosen]
+    more = drawn_images([labels[place] for place in others], max(0, min(count, room) - len(chosen)))
+    places = sorted(chosen + [others[index] for index in more])
     matrices = matrices_of(setup, before, after, places)
-    labels = matrices.labels
-    title = "project matrices"
-    with progress(title, 2) as advance:
+    with progress("project matrices", 2) as advance:
         projections = []
         for products in (inner_products(*matrices.rational), inner_products(*matrices.adapted, matrices.mask)):
-            projections.append(project(products, labels, perplexity=options.perplexity, seed=options.run.seed))
+            projections.append(project(products, matrices.labels, perplexity=options.perplexity, seed=options.run.seed))
             advance(1)
     evaluation = evaluation_of(
         records, folder=Path(options.run.output), command="inspect", method="", options={},
@@ -117,6 +119,22 @@ def inspection_of(
     return Inspection(
         evaluation, matrices, setup.logit_scale, (projections[0], projections[1]), shown, tuple(before.names)
     )
+
+
+def drawn_images(labels: Sequence[int], count: int) -> list[int]:
+    """Return the indices of at most `count` images, spread over the classes.
+
+    Where all classes would have fewer than OF_CLASS images each, so many classes, at even distances, are preferred that
+    each of them can have so many: a class of one image shows nothing in a plane.
+    """
+    present = sorted(set(labels))
+    most = min(len(present), max(1, count // OF_CLASS))
+    preferred = {present[place * len(present) // most] for place in range(most)}
+    found: list[int] = []
+    for first in (True, False):
+        own = [place for place, label in enumerate(labels) if (label in preferred) == first]
+        found += [own[index] for index in take_in_turn([labels[place] for place in own], count - len(found))]
+    return sorted(found)
 
 
 def matrices_of(setup: Setup, before: EvaluationSet, after: EvaluationSet, places: Sequence[int]) -> Matrices:

@@ -74,8 +74,8 @@ def mask_histogram(inspection: Inspection) -> Figure:
     axes.set_xlabel("value of the mask M")
     axes.set_ylabel("share of all elements in a bar, %")
     axes.set_title(
-        f"Mask values of {facts['images']} images: standard deviation {facts['std']:.3f}, "
-        f"from {facts['min']:.2f} to {facts['max']:.2f}"
+        f"Mask values of {facts['images']} image{'s' if facts['images'] > 1 else ''}: "
+        f"standard deviation {facts['std']:.3f}, from {facts['min']:.2f} to {facts['max']:.2f}"
     )
     axes.legend(frameon=False)
     return figure
@@ -121,7 +121,7 @@ def class_averages(inspection: Inspection) -> Figure:
 
 def _three_maps(figure: Any, mask: Tensor, before: Tensor, after: Tensor, names: Sequence[str]) -> None:
     """Draw M, R and M * R side by side, (rows, D) each; the last two have the same scale."""
-    spread = max(float(np.quantile(np.abs(mask.numpy() - 1), 0.995)), 1e-6)
+    spread = max(float(np.quantile(np.abs(mask.numpy() - 1), 0.995)), 0.01)
     reach = max(float(np.quantile(np.abs(np.stack([before.numpy(), after.numpy()])), 0.995)), 1e-9)
     panels = (
         ("mask M (1: unchanged)", mask, MASK_COLOURS, 1 - spread, 1 + spread),
@@ -138,7 +138,9 @@ def _three_maps(figure: Any, mask: Tensor, before: Tensor, after: Tensor, names:
             axes.set_yticks(range(len(names)), names)
         else:
             axes.tick_params(left=False)
-        figure.colorbar(drawn, ax=axes, extend="both", extendfrac=0.03, aspect=30, pad=0.02).ax.tick_params(labelsize=7)
+        bar = figure.colorbar(drawn, ax=axes, extend="both", extendfrac=0.03, aspect=30, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
+        bar.ax.ticklabel_format(useOffset=False)
 
 
 def projections(inspection: Inspection) -> Figure:
@@ -178,10 +180,10 @@ def _points(axes: Axes, one: Projection, labels: np.ndarray, named: Sequence[int
 
 def classes(inspection: Inspection) -> Figure:
     """Draw the accuracy of every class before and after adaptation, the classes that have gained most at the top."""
-    rows = sorted(inspection.classes(), key=lambda row: (row["adapted_top1"] - row["zero_shot_top1"], -row["label"]))
-    left_out = max(0, len(rows) - MOST_CLASSES)
-    if left_out:
-        rows = rows[: MOST_CLASSES // 2] + rows[-MOST_CLASSES // 2 :]
+    changes = {row["label"]: row["adapted_top1"] - row["zero_shot_top1"] for row in inspection.classes()}
+    most = sorted(inspection.classes(), key=lambda row: (-abs(changes[row["label"]]), row["label"]))
+    left_out = max(0, len(most) - MOST_CLASSES)
+    rows = sorted(most[:MOST_CLASSES], key=lambda row: (changes[row["label"]], -row["label"]))
     figure = Figure(figsize=(8.5, 1.9 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(rows))
@@ -196,8 +198,8 @@ def classes(inspection: Inspection) -> Figure:
     axes.set_xlabel("accuracy, % (in brackets: images of the class)")
     axes.grid(axis="x", color="#dddddd")
     axes.set_axisbelow(True)
-    more = f"\nthe {len(rows) // 2} largest losses and gains; {left_out} classes between them left out"
-    axes.set_title("Accuracy of each class" + (more if left_out else ""))
+    more = f"Accuracy of the {len(rows)} classes that change most ({left_out} others are left out)"
+    axes.set_title(more if left_out else "Accuracy of each class")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 

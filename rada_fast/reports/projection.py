@@ -21,8 +21,8 @@ class Projection(NamedTuple):
 
     points: the places (N, 2).
     method: the name of the method that has found them.
-    same_class: the share of the images whose nearest other image is of the same class, or None for a single image. The
-        nearest one is that of the whole matrices, not of the plane.
+    same_class: the share of the images whose nearest other image is of the same class, among those whose class has
+        another image, or None if there are none. The nearest one is that of the whole matrices, not of the plane.
     """
 
     points: np.ndarray
@@ -69,16 +69,21 @@ def project(products: Tensor, labels: Tensor, *, perplexity: float, seed: int) -
     squares = products.diagonal()
     distances = squares[:, None] + squares - 2 * products
     distances.fill_diagonal_(float("inf"))
-    same = float((labels[distances.argmin(dim=1)] == labels).double().mean()) if count > 1 else None
+    not_alone = (labels[:, None] == labels).sum(dim=1) > 1
+    right = (labels[distances.argmin(dim=1)] == labels)[not_alone]
+    same = float(right.double().mean()) if len(right) else None
     if find_spec("sklearn") is None:
         return Projection(principal_components(products, 2), NO_TSNE, same)
     if count < 4:
         return Projection(principal_components(products, 2), "principal components (t-SNE needs four images)", same)
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     start = principal_components(products, min(COMPONENTS, count))
     used = min(perplexity, (count - 1) / 3)
     # The unit of the matrices has no meaning, and t-SNE's first steps depend on it.
     start /= max(start[:, 0].std(), 1e-12)
-    points = TSNE(perplexity=used, init="pca", random_state=seed, n_jobs=1).fit_transform(start.astype(np.float32))
+    # So few points are slower with several threads, which wait for each other in every step.
+    with threadpool_limits(1):
+        points = TSNE(perplexity=used, init="pca", random_state=seed, n_jobs=1).fit_transform(start.astype(np.float32))
     return Projection(points, f"t-SNE, perplexity {used:.3g}", same)

@@ -38,10 +38,10 @@ def test_principal_components_have_the_distances_of_the_points() -> None:
 
 def test_without_scikit_learn_the_components_are_drawn_and_the_page_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projection, "find_spec", lambda name: None)
-    points = torch.tensor([[0.0, 0], [0, 1], [5, 0], [5, 1], [0, 2]], dtype=torch.float64)
-    found = project(points @ points.T, torch.tensor([0, 0, 1, 1, 1]), perplexity=30, seed=0)
+    points = torch.tensor([[0.0, 0], [0, 1], [5, 0], [5, 1], [0, 2], [9, 9]], dtype=torch.float64)
+    found = project(points @ points.T, torch.tensor([0, 0, 1, 1, 1, 2]), perplexity=30, seed=0)
     assert "pip install 'rada_fast[inspect]'" in found.method
-    # The nearest image of the last one, (0, 1), is of the other class, and all others have one of their own.
+    # The nearest image of (0, 2) is of another class, and the class of (9, 9) has no other image.
     assert found.same_class == pytest.approx(4 / 5)
     assert project(points[:1] @ points[:1].T, torch.tensor([0]), perplexity=30, seed=0).same_class is None
 
