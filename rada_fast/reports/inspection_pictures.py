@@ -31,6 +31,9 @@ MOST_ROWS = 12
 MOST_CLASSES = 40
 """The picture of the classes has no more rows than these, and so has the heat map of their means."""
 
+AT_LEFT: dict[str, Any] = {"x": 0.01, "horizontalalignment": "left"}
+"""The place of the title of a wide picture, of which a phone shows the left side first."""
+
 
 def write_pictures(inspection: Inspection, write: Callable[[str, Callable[[Path], object]], object]) -> None:
     """Draw all pictures of an inspection. write: takes the name of a file and a function that writes it to a path."""
@@ -86,7 +89,7 @@ def heat_maps(inspection: Inspection) -> Figure:
     shown, matrices = inspection.shown, inspection.matrices
     rows = min(MOST_ROWS, len(matrices.mask[0]))
     figure = Figure(figsize=(15, 0.8 + len(shown) * (1.5 + 0.2 * rows)), layout="constrained")
-    figure.suptitle("Mask M, rational matrix R and M∘R of single images")
+    figure.suptitle("Mask M, rational matrix R and M∘R of single images", **AT_LEFT)
     for index, part in zip(shown, figure.subfigures(len(shown), 1, squeeze=False)[:, 0], strict=True):
         before, after = matrices.before(index), matrices.after(index)
         probable = [(inspection.logit_scale * one.sum(dim=-1)).softmax(dim=-1) for one in (before, after)]
@@ -97,6 +100,7 @@ def heat_maps(inspection: Inspection) -> Figure:
             f"{shown_name(matrices.ids[index], 60)}: is {shown_name(inspection.class_names[label])}, "
             f"zero-shot {guesses[0]}, adapted {guesses[1]}",
             fontsize=10,
+            **AT_LEFT,
         )
         names = [
             ("▸ " if k == label else "") + shown_name(inspection.class_names[k]) + f"  {a:.0%} → {b:.0%}"
@@ -113,7 +117,7 @@ def class_averages(inspection: Inspection) -> Figure:
     classes = sorted([row["label"] for row in most if row["label"] in present][:MOST_CLASSES])
     figure = Figure(figsize=(15, 1.8 + 0.22 * len(classes)), layout="constrained")
     kind = f"the {len(classes)} classes that change most" if len(present) > len(classes) else "all classes"
-    figure.suptitle(f"Means over the images of each class, in the row of their own class: {kind}")
+    figure.suptitle(f"Means over the images of each class, in the row of their own class: {kind}", **AT_LEFT)
     names = [shown_name(inspection.class_names[label]) for label in classes]
     _three_maps(figure, *inspection.matrices.class_means(classes), names)
     return figure
@@ -138,7 +142,9 @@ def _three_maps(figure: Any, mask: Tensor, before: Tensor, after: Tensor, names:
             axes.set_yticks(range(len(names)), names)
         else:
             axes.tick_params(left=False)
-        bar = figure.colorbar(drawn, ax=axes, extend="both", extendfrac=0.03, aspect=30, pad=0.02)
+        bar = figure.colorbar(
+            drawn, ax=axes, extend="both", extendfrac=0.03, aspect=30 if len(names) <= MOST_ROWS else 60, pad=0.02
+        )
         bar.ax.tick_params(labelsize=7)
         bar.ax.ticklabel_format(useOffset=False)
 
