@@ -124,6 +124,14 @@ def options_of(config: AdapterConfig, penalty: MaskPenalty | None) -> Options:
     )
 
 
+def compute_dtype(image_features: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the type of the matrix products: autocast's where that is on, else the parameters' own."""
+    device = image_features.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
 def parameters_of(
     named: Mapping[str, Tensor], config: AdapterConfig, dtype: torch.dtype | None = None
 ) -> list[Tensor | None]:

@@ -14,6 +14,7 @@ from rada_fast.ops._backends.adapter_operator import (
     SERVED_PENALTIES,
     Requests,
     backward_follows,
+    compute_dtype,
     options_of,
     parameters_of,
 )
@@ -24,14 +25,6 @@ from rada_fast.reference.rational_projections import as_scale
 _REUSED = ("projections", "attended", "factors", "statistics", "image_state", "text_query")
 """What a later call with the same features can take again, by the names of CpuKept."""
 _SERVED = (torch.float32, torch.float64, torch.bfloat16)
-
-
-def compute_dtype(image_features: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the type of the matrix products: autocast's where that is on, else the parameters' own."""
-    device = image_features.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
 
 
 def widens(config: AdapterConfig, dtype: torch.dtype) -> bool:

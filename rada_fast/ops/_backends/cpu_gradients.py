@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rada_fast.config.method import AdapterConfig, MaskPenalty
 from rada_fast.ops._backends import library
-from rada_fast.ops._backends.adapter_operator import GRADIENTS, Requests, options_of, parameters_of
+from rada_fast.ops._backends.adapter_operator import GRADIENTS, Requests, compute_dtype, options_of, parameters_of
 from rada_fast.ops._backends.compiled import CpuOptions
-from rada_fast.ops._backends.cpu import compute_dtype, widens
+from rada_fast.ops._backends.cpu import widens
 from rada_fast.reference.rational_adapter import AdapterOutput
 from rada_fast.reference.rational_projections import as_scale
 

@@ -41,11 +41,11 @@ from rada_fast.ops._backends.adapter_operator import (
     Scale,
     Sums,
     backward_follows,
+    compute_dtype,
     empty_gradients,
     options_of,
     parameters_of,
 )
-from rada_fast.ops._backends.cpu import compute_dtype
 from rada_fast.ops._backends.tiles import chosen_tiles
 from rada_fast.reference.rational_adapter import AdapterOutput, Projected
 from rada_fast.reference.rational_projections import as_scale
