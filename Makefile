@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench compare scaling simulate sanitize mutants kills matrix setup build wheel docs dist clean
+.PHONY: demo test lint format bench compare scaling simulate sanitize mutants kills matrix setup build wheel docs hf-kernels dist clean
 
 demo: setup
 	$(BIN)/rada-fast demo --output results/demo
@@ -99,6 +99,10 @@ wheel: setup
 docs: $(READY)
 	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet --editable '.[docs]'
 	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The Triton kernels of the adapter in the layout of Hugging Face's kernel-builder, in build/hf-kernels.
+hf-kernels:
+	$(PYTHON) .ci/hub/layout.py build/hf-kernels
 
 # A source distribution and a pure wheel in dist/, after the checks that releases usually pass, and a start of both from the
 # wheel: its doctor, and its demo on few pictures, in a folder without the checkout. The tools are in an environment of their own.
