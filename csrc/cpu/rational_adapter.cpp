@@ -74,6 +74,22 @@ void take_all(const Given& given, Saved& saved) {
   saved.text_query.copy_(*given.text_query);
 }
 
+// Returns the queries of the images (B, D). The product is the one of the projections, with the images in place of the
+// classes, because its sums do not depend on the number of threads; those of at::linear do.
+template <typename T>
+Tensor image_query_of(const Problem& p, const Operands<T>& operands) {
+  Problem shared = p;
+  shared.classes = p.batch;
+  shared.padded = round_up(p.batch, 16);
+  shared.rational_scale = p.query_scale;
+  const Tensor columns = at::zeros({p.width, shared.padded}, operands.image.options());
+  columns.narrow(1, 0, p.batch).copy_(operands.image.t());
+  const Tensor query = at::empty({p.width, shared.padded}, operands.image.options().dtype(Types<T>::stored));
+  const auto projection = operands.projection(kImage, data<T>(query));
+  rational_projections<T>(shared, p.batch > 0, data<Acc<T>>(operands.ones), data<Acc<T>>(columns), &projection, 1);
+  return query.narrow(1, 0, p.batch).t().to(Types<T>::exact).contiguous();
+}
+
 using ForwardResult =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -121,9 +137,7 @@ ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
   if (p.image && given.some())
     image_query = given.image_state->select(0, 0).mul(given.scale);
   else if (p.image)
-    image_query = at::linear((operands.image * p.query_scale).to(Types<T>::factor), operands.weights[kImage],
-                             in.biases[kImage] ? in.biases[kImage]->to(Types<T>::factor) : OptionalTensor())
-                      .to(Types<T>::exact).contiguous();
+    image_query = image_query_of<T>(p, operands);
 
   for (int64_t first = 0; first < p.batch; first += step) {
     const int64_t images = std::min(step, p.batch - first);
