@@ -29,6 +29,7 @@ from rada_fast.errors import UserError
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.ops import backends, use_backend
 from tests.loops.conftest import load_tiny
+from tests.ops.support import needs_extension, num_threads
 from tests.support import wait_until_no_thread_is_ahead
 
 NAMES = ("cat", "dog", "emu", "fox")
@@ -275,6 +276,25 @@ def test_an_endless_source_is_read_as_far_as_is_needed(files: list[Path]) -> Non
     results.close()
     wait_until_no_thread_is_ahead()
     assert results.gi_frame is None
+
+
+@needs_extension
+@pytest.mark.parametrize("adapter", [AdapterConfig.official(128), AdapterConfig.paper(128)], ids=["official", "paper"])
+def test_results_do_not_depend_on_the_number_of_threads(adapter: AdapterConfig) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(4, 1, 128, generator=generator) + 0.3 * torch.randn(4, 12, 128, generator=generator)
+    text = normalize(torch.randn(40, 128, generator=generator), dim=-1)
+
+    def predicted(threads: int) -> list[list[float]]:
+        with num_threads(threads):
+            predictor = TestTimePredictor(None, [str(k) for k in range(40)], text_features=text, adapter=adapter)
+            results = predictor.predict_features(normalize(pictures, dim=-1))
+            return [result.logits.tolist() for result in results if result.logits is not None]
+
+    alone = predicted(1)
+    assert len(alone) == 4
+    assert predicted(2) == alone
+    assert predicted(3) == alone
 
 
 def test_a_generator_that_nobody_keeps_stops_its_threads(files: list[Path]) -> None:

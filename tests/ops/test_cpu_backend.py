@@ -492,15 +492,3 @@ def test_compile_autocast_checkpoint_and_no_grad() -> None:
         assert adapter.get_parameter("k_proj.weight").grad.dtype == torch.float32
         # bfloat16's 8 bits on logits of order 20.
         torch.testing.assert_close(low.float(), plain, rtol=5e-2, atol=0.5)
-
-
-def test_auto_chooses_it_for_cpu_tensors_and_otherwise_the_reference() -> None:
-    for config in (
-        CONFIGS["official"],
-        AdapterConfig.official(64, num_layers=2),
-        AdapterConfig.paper(64, mask_function="mlp"),
-    ):
-        image, text, parameters = problem(config, 2, 7, torch.float64)
-        auto = rational_adapter(image, text, 9.0, parameters, config).logits
-        plain = rational_adapter(image, text, 9.0, parameters, config, backend="reference").logits
-        torch.testing.assert_close(auto, plain, rtol=1e-10, atol=1e-10)

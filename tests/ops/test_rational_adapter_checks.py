@@ -18,6 +18,9 @@ import rada_fast
 from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import BACKENDS, rational_adapter, resolve_backend
+from tests.support import problem
+
+from .support import needs_extension
 
 CONFIG = AdapterConfig.official(16)
 
@@ -217,3 +220,16 @@ def test_a_wrong_number_of_episodes_is_named() -> None:
         call(episodes=2, parameters=parameters | {"k_proj.bias": torch.zeros(16)})
     with pytest.raises(ValueError, match=r"parameter 'q_proj1.weight' must be \(16, 16\), got \(2, 16, 16\)"):
         call(parameters=parameters)
+
+
+@needs_extension
+def test_auto_chooses_the_cpu_backend_for_cpu_tensors_and_otherwise_the_reference() -> None:
+    for config in (
+        AdapterConfig.official(64),
+        AdapterConfig.official(64, num_layers=2),
+        AdapterConfig.paper(64, mask_function="mlp"),
+    ):
+        image, text, parameters = problem(config, 2, 7, torch.float64)
+        auto = rational_adapter(image, text, 9.0, parameters, config).logits
+        plain = rational_adapter(image, text, 9.0, parameters, config, backend="reference").logits
+        torch.testing.assert_close(auto, plain, rtol=1e-10, atol=1e-10)
