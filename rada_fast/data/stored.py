@@ -132,6 +132,37 @@ class FramedFile:
         return f"{file_stamp(self.path)} frame {self.frame}"
 
 
+@dataclass(frozen=True)
+class AbsentFile:
+    """A picture that a list names and that did not exist when the list was read.
+
+    It counts as unreadable by itself, whatever becomes of its folder. path: the file.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The name of the file."""
+        return self.path.name
+
+    @property
+    def frame(self) -> int:
+        """No pixels are cut off."""
+        return 0
+
+    def open(self) -> BinaryIO:
+        """Open the file, which may exist by now. Raises OSError, which does not name the file, where it does not."""
+        try:
+            return open_regular(self.path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror) from None
+
+    def stamp(self) -> str:
+        """Return the stamp of the file."""
+        return file_stamp(self.path)
+
+
 def location_stamp(place: Location) -> str:
     """Return a text that changes when the picture at a place may have changed."""
     return file_stamp(place) if isinstance(place, Path) else place.stamp()

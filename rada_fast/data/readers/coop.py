@@ -27,6 +27,7 @@ from rada_fast.data.published import AIRCRAFT, COOP_SETS, CoopSet, coop_set
 from rada_fast.data.readers.features import MAX_CLASSES
 from rada_fast.data.readers.imagenet import imagenet_kind, read_imagenet
 from rada_fast.data.sources import ImageFolder, Sample
+from rada_fast.data.stored import AbsentFile
 from rada_fast.errors import UserError
 from rada_fast.system import notices
 
@@ -95,8 +96,13 @@ def read_coop(path: Path, part: Part) -> ImageFolder:
 
 def _samples(opened: CoopFolder, part: Part) -> tuple[Sample, ...]:
     images = opened.split[part]
-    ids = unique_ids([image.path for image in images])
-    return tuple(Sample(id, opened.images / image.path, image.label) for id, image in zip(ids, images, strict=True))
+    listed = [image.path for image in images]
+    absent = frozenset(missing_images(opened.images, listed))
+    return tuple(
+        Sample(id, AbsentFile(file) if image.path in absent else file, image.label)
+        for id, image in zip(unique_ids(listed), images, strict=True)
+        for file in (opened.images / image.path,)
+    )
 
 
 def open_coop(path: Path) -> CoopFolder:

@@ -14,7 +14,7 @@ from rada_fast.data.parts import Part
 from rada_fast.data.readers.coop import missing_images
 from rada_fast.data.readers.features import MAX_CLASSES
 from rada_fast.data.sources import NO_CLASS, ImageFolder, Sample
-from rada_fast.data.stored import open_regular
+from rada_fast.data.stored import AbsentFile, open_regular
 from rada_fast.errors import UserError
 from rada_fast.system import notices
 
@@ -94,10 +94,12 @@ def read_table(path: Path, part: Part) -> ImageFolder:
             raise UserError(f"table {path}: line {unlabelled[0].line} has no class, other lines of {part} have one")
         folders, names = (), None
     root = _root(path, [row.path for row in unique])
-    samples = tuple(
-        Sample(id, root / row.path, label) for id, row, label in zip(_ids(unique), unique, own, strict=True)
-    )
     missing = missing_images(root, [row.path for row in unique])
+    absent = frozenset(missing)
+    samples = tuple(
+        Sample(id, AbsentFile(root / row.path) if row.path in absent else root / row.path, label)
+        for id, row, label in zip(_ids(unique), unique, own, strict=True)
+    )
     if len(missing) == len(unique):
         raise UserError(f"table {path}: none of its {len(unique)} pictures exists, the first is {root / missing[0]}")
     if missing:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rada_fast.data.decode import UnreadableImageError, read_image
 from rada_fast.data.open import open_source
 from rada_fast.data.sources import ImageFolder
 from rada_fast.errors import UserError
@@ -162,3 +163,10 @@ def test_missing_and_repeated_pictures_are_reported(root: Path) -> None:
     source, warnings = opened(root / "a.csv", "path,label\npictures/cat/0.png,0\npictures/cat/0.png,0\n")
     assert len(source.samples) == 1
     assert "1 rows repeat a picture" in warnings[0]
+
+
+def test_a_picture_in_no_folder_counts_as_unreadable(root: Path) -> None:
+    """Its folder is no disk that has gone while the run went on, so the run does not end."""
+    source, _ = opened(root / "a.csv", "path,label\npictures/cat/0.png,0\nnowhere/1.png,0\n")
+    with pytest.raises(UnreadableImageError, match=r"1\.png cannot be read: No such file"):
+        read_image(source.samples[1].path)
