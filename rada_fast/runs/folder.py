@@ -35,7 +35,7 @@ from rada_fast.runs.contents import (
 )
 from rada_fast.runs.lock import FolderLock
 from rada_fast.runs.sinks import Sink, log_to, open_sinks, remove_events
-from rada_fast.system import files, notices, termination
+from rada_fast.system import files, neighbours, notices, termination
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Release the lock, so that another process can use the folder."""
+        """Release the lock, so that another process can use the folder, and let other runs forget this one."""
+        neighbours.leave()
         heartbeat.end(self._heartbeat)
         try:
             for sink in self._sinks:

@@ -1,7 +1,7 @@
 """Other runs of the same user on this machine, which share its cores or a GPU with this one.
 
-Each run has a file in a folder of the cache while its process lives, and holds a lock on it. The system releases the
-lock when the process ends, whatever the reason, so that no file of a dead process counts.
+Each run has a file in a folder of the cache and holds a lock on it until its end. The system releases the lock when the
+process ends, whatever the reason, so that no file of a dead process counts.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ _descriptors: dict[str, int] = {}
 """The files of this process, open and locked, by device."""
 
 
-def _close_in_child() -> None:
-    # A forked process would hold the locks after its parent's end.
+def _close() -> None:
     for descriptor in _descriptors.values():
         with suppress(OSError):
             os.close(descriptor)
     _descriptors.clear()
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+# A forked process would hold the locks after its parent's end.
+os.register_at_fork(after_in_child=_close)
 
 
 def announce(device: str, output: str, *, exclusive: bool = False) -> list[Neighbour]:
-    """Let other runs know of this one until its process ends. Returns those that share its device now.
+    """Let other runs know of this one until it leaves or its process ends. Returns those that share its device now.
 
     device: the device of this run; output: the folder of its results.
     exclusive: whether this run refuses to share the device.
@@ -77,6 +77,11 @@ def announce(device: str, output: str, *, exclusive: bool = False) -> list[Neigh
     except OSError:
         return []
     return found
+
+
+def leave() -> None:
+    """Let the other runs of this machine know that the run of this process has ended, although the process goes on."""
+    _close()
 
 
 def named(device: str) -> str:

@@ -30,7 +30,7 @@ def _four_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     monkeypatch.setattr(_env, "usable_cores", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(neighbours, "_descriptors", {})
     yield
-    neighbours._close_in_child()
+    neighbours.leave()
 
 
 def other(device: str = "cpu") -> subprocess.Popen[str]:
@@ -59,6 +59,25 @@ def test_a_run_is_known_until_its_process_is_killed(tmp_path: Path, monkeypatch:
     assert neighbours.announce("cpu", "results/second", exclusive=True) == []
     left = sorted(path.name for path in (tmp_path / "running").glob("*.json"))
     assert all(f"-{os.getpid()}-" in name for name in left)
+
+
+def test_a_run_that_has_ended_is_not_known_although_its_process_goes_on() -> None:
+    code = (
+        "from rada_fast.system import neighbours\n"
+        "neighbours._env.usable_cores = lambda: [0]\n"
+        "print(len(neighbours.announce('cpu', 'results/second')))"
+    )
+
+    def seen_by_another() -> str:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    neighbours.announce("cpu", "results/first")
+    assert seen_by_another() == "1\n"
+    neighbours.leave()
+    assert seen_by_another() == "0\n"
+    neighbours.announce("cpu", "results/third")
+    assert seen_by_another() == "1\n"
+    neighbours.leave()
 
 
 def test_two_runs_on_one_gpu_are_told(tmp_path: Path) -> None:
