@@ -14,6 +14,7 @@ from rada_fast.config.options import RunOptions
 from rada_fast.ops import resolve_backend
 from rada_fast.runs.contents import EVALUATED
 from rada_fast.runs.folder import RunFolder
+from rada_fast.runs.heartbeat import HEARTBEAT_FILE
 from rada_fast.runs.machine import peak_memory, versions
 from rada_fast.system import notices, ranks
 from rada_fast.system.terminal import PlainConsole, print_json, table
@@ -169,7 +170,9 @@ def _largest(peaks: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def already_finished(folder: RunFolder, summary: dict[str, Any], *, resumed: int) -> dict[str, Any]:
     """Print that the run has already finished, and return the summary that it wrote then, with the times of then."""
     notices.note(f"this run is finished: {folder.path} holds its results, and nothing was computed again")
+    # The run may have been killed right after it wrote the summary.
     folder.remove(EVALUATED)
+    folder.remove(HEARTBEAT_FILE)
     return summary | {"resumed": resumed, "output": str(folder.path)}  # the folder may have been moved
 
 
