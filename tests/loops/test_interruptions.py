@@ -157,7 +157,7 @@ def test_a_finished_run_says_where_it_was_moved_to(specks: Path, tmp_path: Path)
 
 
 def test_a_run_killed_behind_its_summary_leaves_no_progress(specks: Path, tmp_path: Path) -> None:
-    run_ttt(ttt_options(specks, tmp_path))
-    (tmp_path / "progress.json").write_text("{}")
-    run_ttt(ttt_options(specks, tmp_path))
-    assert not (tmp_path / "progress.json").exists()
+    run_ttt(ttt_options(specks, tmp_path / "run"))
+    (tmp_path / "run" / "progress.json").write_text("{}")
+    run_ttt(ttt_options(specks, tmp_path / "run"))
+    assert not (tmp_path / "run" / "progress.json").exists()
