@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +153,21 @@ LEGEND = (
 
 
 def setting_table(stages: Sequence[Figure]) -> Table:
-    """Make the table of a setting, with a line for each of its stages and without columns that would be empty."""
+    """Make the table of a setting, with a line for each of its stages."""
+    return figures_table(stages, COLUMNS, "stage")
+
+
+def figures_table(figures: Sequence[Figure], columns: Mapping[str, Callable[[Figure], str]], label: str) -> Table:
+    """Make a table with a line for each figure and without columns that would be empty.
+
+    columns: for each column, what stands in it for a figure; label: the column of names, which begins at the left.
+    """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = {name: [cell(figure) for figure in stages] for name, cell in COLUMNS.items()}
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
-    for name in columns:
-        table.add_column(name, justify="left" if name == "stage" else "right", overflow="fold")
-    for row in zip(*columns.values(), strict=True):
+    cells = {name: [cell(figure) for figure in figures] for name, cell in columns.items()}
+    shown = {name: column for name, column in cells.items() if any(column)}
+    for name in shown:
+        table.add_column(name, justify="left" if name == label else "right", overflow="fold")
+    for row in zip(*shown.values(), strict=True):
         table.add_row(*row)
     return table
 

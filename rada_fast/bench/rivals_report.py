@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich import box
 from rich.table import Table
 
-from rada_fast.bench.report import facts_lines, giga, machine_facts, significant
+from rada_fast.bench.report import facts_lines, figures_table, giga, machine_facts, significant
 from rada_fast.bench.stages import Figure
 from rada_fast.bench.timing import Memory, Times
 from rada_fast.config.bench import BenchRivalsOptions
@@ -165,12 +164,5 @@ def accuracy_cell(figure: Figure) -> str:
 
 
 def rivals_table(figures: Sequence[Figure]) -> Table:
-    """Make the table, with a line for each method and without columns that would be empty."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = {name: [cell(figure) for figure in figures] for name, cell in COLUMNS.items()}
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
-    for name in columns:
-        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*row)
-    return table
+    """Make the table, with a line for each method."""
+    return figures_table(figures, COLUMNS, "method")

@@ -15,9 +15,8 @@ from rich import box
 from rich.table import Table
 
 from rada_fast import _env
-from rada_fast.bench.report import facts_lines, giga, machine_facts, significant
+from rada_fast.bench.report import facts_lines, giga, machine_facts, output_files, significant
 from rada_fast.config.bench import MeasuringOptions
-from rada_fast.errors import UserError
 from rada_fast.system.files import write_text
 from rada_fast.system.terminal import PlainConsole, finite, print_json
 
@@ -132,14 +131,7 @@ def title_of(sizes: dict[str, Any], facts: dict[str, Any]) -> str:
 
 def files_of(output: str) -> tuple[Path, Path]:
     """Return the files of the chart and of the figures, which lie side by side. Makes missing folders."""
-    path = Path(output)
-    is_chart = path.suffix == ".png" and not path.is_dir()
-    folder = path.parent if is_chart else path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output {output} cannot be written: {error.strerror}") from None
-    chart = path if is_chart else folder / "bench-table5.png"
+    chart, _ = output_files(output, "table5")
     return chart, chart.with_suffix(".json")
 
 
