@@ -61,9 +61,11 @@ sanitize: $(READY)
 # Plant the bugs of tests/mutants/*.toml, one at a time, in a copy under results/, and report which of them no test
 # catches. All of them take most of an hour on two cores; a run that was cut off goes on where it stopped. To plant only
 # some: make mutants ONLY="cuda-* cpu-relu-gradient-at-zero"
+# With DRAWN, plant as many bugs that are drawn at random instead: make mutants DRAWN=60 SEED=1 ONLY="kernels/ csrc/cpu/"
 ONLY ?=
+DRAWN ?=
 mutants: setup
-	$(BIN)/python -m tests.mutants.run $(foreach name,$(ONLY),'$(name)')
+	$(BIN)/python -m tests.mutants.run $(if $(DRAWN),--drawn $(DRAWN) --seed $(SEED)) $(foreach name,$(ONLY),'$(name)')
 
 # Kill runs of ttt, eft and fft at random moments, start each again, and compare it with an uninterrupted one. Two hundred
 # take a quarter of an hour. Each is a line of results/kills.jsonl. For others: make kills COUNT=20 SEED=1

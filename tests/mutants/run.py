@@ -4,6 +4,8 @@ Run it with `make mutants`, or `make mutants ONLY="some of the names"`. The copy
 build, so that a bug in C++ costs the compilation of what it touches. Every outcome is a line of results/mutants.jsonl,
 which is written at once: a run that was cut off goes on where it stopped. An outcome holds until its entry, its source
 or its tests change.
+
+With `--drawn COUNT`, bugs that are drawn at random take the place of the listed ones; see drawn.py.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
+from tests.mutants.drawn import draw
 from tests.mutants.entries import ROOT, EntryError, Mutant, content_hash, read, tests_key
 
 COMPILED = ("csrc/cpu/", "csrc/shared/", "csrc/ops.cpp")
@@ -171,24 +174,30 @@ def print_table(outcomes: list[tuple[Mutant, dict[str, object]]]) -> None:
 def main() -> int:
     """Run the command. Returns 0 where every bug is caught or argued equivalent, and 1 where one is not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="the bugs to plant; wildcards are allowed; all if none is named")
+    parser.add_argument(
+        "names", nargs="*",
+        help="the bugs to plant, with wildcards, or all; with --drawn: with what the paths of their sources begin",
+    )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="do not take outcomes from earlier runs")
+    parser.add_argument("--drawn", type=int, metavar="COUNT", help="plant this many bugs that are drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="which bugs are drawn")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds; tests that take longer fail")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that a bug is taken out again
     try:
-        mutants = read()
+        mutants = draw(options.names, options.drawn, options.seed) if options.drawn else read()
         for mutant in mutants:
             mutant.planted(ROOT)
     except EntryError as error:
         print(f"mutants: {error}", file=sys.stderr)
         return BROKEN
-    for name in options.names:
+    names = [] if options.drawn else options.names
+    for name in names:
         if not any(fnmatch(mutant.name, name) for mutant in mutants):
             print(f"mutants: no entry is named {name}", file=sys.stderr)
             return BROKEN
-    if options.names:
-        mutants = [mutant for mutant in mutants if any(fnmatch(mutant.name, name) for name in options.names)]
+    if names:
+        mutants = [mutant for mutant in mutants if any(fnmatch(mutant.name, name) for name in names)]
 
     results = ROOT / "results" / "mutants.jsonl"
     results.parent.mkdir(exist_ok=True)
@@ -228,7 +237,8 @@ def main() -> int:
             word, words = "broken", f"without the bug it fails too: {' '.join(failing.intersection(mutant.tests))}"
         outcome = {
             "name": mutant.name, "file": mutant.file, "kind": mutant.kind, "outcome": word, "by": words,
-            "seconds": round(time.monotonic() - start, 1), "key": keys[mutant.name],
+            "seconds": round(time.monotonic() - start, 1), "text": mutant.text, "becomes": mutant.becomes,
+            "key": keys[mutant.name],
         }  # fmt: skip
         outcomes[mutant.name] = outcome
         if word != "broken":
