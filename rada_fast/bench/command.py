@@ -7,8 +7,9 @@ from contextlib import nullcontext
 
 import torch
 
-from rada_fast.bench import adapter, encoder, rivals, table5, training, ttt, views
-from rada_fast.bench.report import machine_facts, show
+from rada_fast.bench import adapter, encoder, rivals, roofline, table5, training, ttt, views
+from rada_fast.bench.partial import partial_figures
+from rada_fast.bench.report import machine_facts, output_files, show
 from rada_fast.bench.stages import Figure
 from rada_fast.config.bench import (
     PARTS,
@@ -18,6 +19,7 @@ from rada_fast.config.bench import (
     BenchFFTOptions,
     BenchOptions,
     BenchRivalsOptions,
+    BenchRooflineOptions,
     BenchTable5Options,
     BenchTTTOptions,
     BenchViewsOptions,
@@ -44,14 +46,29 @@ def run_bench(options: BenchOptions) -> int:
         if isinstance(options, BenchTable5Options):
             return table5.run_table5(options, device)
         part = next(name for name, kind in PARTS.items() if isinstance(options, kind))
+        if isinstance(options, BenchRooflineOptions):
+            return run_long(part, options, device)
         return show(part, measured(options, device), machine_facts(device), options.measuring)
+
+
+def run_long(part: str, options: BenchRooflineOptions, device: torch.device) -> int:
+    """Measure something that takes minutes; an interrupted run goes on. Returns the exit status."""
+    facts = machine_facts(device)
+    file = None if options.measuring.output is None else output_files(options.measuring.output, part)[1]
+    partial = partial_figures(file, options, facts)
+    settings = roofline.figures(options, device, partial)
+    status = show(part, settings, facts, options.measuring, roofline.PRESENTATION)
+    partial.finish()
+    return status
 
 
 def device_of(options: BenchOptions) -> torch.device:
     """Return the device that the options name; views are made on the CPU."""
     if isinstance(options, BenchViewsOptions):
         return torch.device("cpu")
-    return resolve_device(options.device if isinstance(options, BenchAdapterOptions) else options.model.device)
+    return resolve_device(
+        options.device if isinstance(options, BenchAdapterOptions | BenchRooflineOptions) else options.model.device
+    )
 
 
 def measured(options: BenchOptions, device: torch.device) -> Iterator[list[Figure]]:

@@ -5,6 +5,7 @@ A multiply-add counts as two operations. Sizes are the method's own: B images, K
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rada_fast.config.method import AdapterConfig
@@ -15,9 +16,21 @@ OPTIMIZER_PASSES = 7
 """AdamW moves this many times the parameters' bytes: it reads them, their gradients and two moments of each, and writes
 all of these but the gradients."""
 
+ADAMW_OPERATIONS = 14
+"""A step of AdamW takes so many operations for a parameter: one for weight decay, three and four for the two moments,
+three for the denominator and three for the update."""
+SELECTION_OPERATIONS = 6
+"""The entropy of a prediction takes so many operations for a logit: the maximum, a difference, an exponential, and the
+sums of the exponentials and of their products with the differences."""
+LOSS_OPERATIONS = {"mean": 10, "marginal": 10, "cross_entropy": 8}
+"""A loss with its gradient takes about so many operations for a logit, by its kind, an exponential counted as one."""
+FILTER_TAPS = 2
+"""A bilinear filter reads so many pixels for each that it writes, and more in proportion where a box shrinks."""
+
 
 class Work(NamedTuple):
-    """The operations of matrix products and the bytes that something must at least compute, read and write.
+    """The operations, as a rule those of matrix products, and the bytes that something must at least compute, read and
+    write.
 
     dtype: the type of the products.
     """
@@ -51,13 +64,13 @@ def literal_bytes(config: AdapterConfig, batch: int, classes: int) -> int:
 def step_work(config: AdapterConfig, batch: int, classes: int, *, dtype: str = "float32") -> Work:
     """Return the work of one forward and backward pass of the adapter with all gradients of its parameters."""
     operations = (1 + BACKWARD) * least_operations(batch, classes, config.embed_dim)
-    return Work(operations, _SIZES[dtype] * step_elements(config, batch, classes, backward=True), dtype)
+    return Work(operations, SIZES[dtype] * step_elements(config, batch, classes, backward=True), dtype)
 
 
 def forward_work(config: AdapterConfig, batch: int, classes: int, *, dtype: str = "float32") -> Work:
     """Return the work of one forward pass of the adapter."""
     operations = least_operations(batch, classes, config.embed_dim)
-    return Work(operations, _SIZES[dtype] * step_elements(config, batch, classes, backward=False), dtype)
+    return Work(operations, SIZES[dtype] * step_elements(config, batch, classes, backward=False), dtype)
 
 
 def optimizer_work(parameters: int) -> Work:
@@ -88,4 +101,20 @@ def episode_work(config: AdapterConfig, views: int, selected: int, steps: int, c
     return (*parts, forward_work(config, 1, classes))
 
 
-_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+def view_operations(boxes: Sequence[tuple[int, int]], size: int) -> float:
+    """Return the operations of resizing boxes of a picture to size x size pixels of three channels, and normalising.
+
+    One direction after the other is resized, the cheaper order counts, and a multiply-add counts as two.
+
+    boxes: the height and the width of each box in pixels.
+    """
+    total = 0.0
+    for height, width in boxes:
+        down, across = (FILTER_TAPS * max(1.0, side / size) for side in (height, width))
+        passes = min(height * across + size * down, width * down + size * across)
+        total += 3 * size * (2 * passes + 2 * size)
+    return total
+
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""The bytes of a number of each type."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -19,6 +19,9 @@ from rada_fast.runs.machine import versions
 from rada_fast.system.files import write_text
 from rada_fast.system.memory import keep_freed_memory
 from rada_fast.system.terminal import PlainConsole, finite, print_json
+
+MOST_LIMITS = 8
+"""The limits of more settings are shown as the least and the greatest."""
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
@@ -35,7 +38,29 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def show(part: str, settings: Iterable[list[Figure]], facts: dict[str, Any], options: MeasuringOptions) -> int:
+Draw = Callable[[Path, str, Sequence[Figure], dict[str, Any]], None]
+"""A function that draws the figures of a part to a file; the last argument is what machine_facts returned."""
+
+
+class Presentation(NamedTuple):
+    """How the figures of a part of the command are shown.
+
+    columns: the columns of the table of a setting, and what stands in them for a stage's line of figures.
+    legend: what the columns are; draw: the function that draws the picture.
+    """
+
+    columns: Mapping[str, Callable[[Figure], str]]
+    legend: str
+    draw: Draw
+
+
+def show(
+    part: str,
+    settings: Iterable[list[Figure]],
+    facts: dict[str, Any],
+    options: MeasuringOptions,
+    presentation: Presentation | None = None,
+) -> int:
     """Print the figures of each setting as they come, and write the files that the options ask for.
 
     Returns the exit status.
@@ -44,7 +69,9 @@ def show(part: str, settings: Iterable[list[Figure]], facts: dict[str, Any], opt
     settings: the lines of figures of each setting.
     facts: what machine_facts returned.
     options: the options that say where the figures go.
+    presentation: how they are shown; by default as stages.
     """
+    presentation = presentation or STAGES
     console = PlainConsole()
     figures: list[Figure] = []
     for found in settings:
@@ -55,20 +82,22 @@ def show(part: str, settings: Iterable[list[Figure]], facts: dict[str, Any], opt
             for text in () if figures else facts_lines(facts):
                 console.print(text, soft_wrap=True)
             console.print(f"\n{part}: {found[0]['setting']}", soft_wrap=True)
-            console.print(setting_table([figure for figure in found if figure["kind"] in ("stage", "part")]))
-            for text in ratio_sentences(found):
+            stages = [figure for figure in found if figure["kind"] in ("stage", "part")]
+            if stages:
+                console.print(figures_table(stages, presentation.columns, "stage"))
+            for text in (*ratio_sentences(found), *refusal_sentences(found)):
                 console.print(text, soft_wrap=True)
         figures += found
     if not options.json:
         console.print()
-        for text in sentences(figures):
+        for text in (*sentences(figures), presentation.legend):
             console.print(text, soft_wrap=True)
     if options.output is not None:
         picture, file = output_files(options.output, part)
         if file is not None:
             lines = (finite(line_with(part, figure, facts)) for figure in figures)
             write_text(file, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
-        draw(picture, part, figures, facts)
+        presentation.draw(picture, part, figures, facts)
         if not options.json:
             console.print(f"picture: {picture}" + (f"; figures: {file}" if file else ""), soft_wrap=True)
     return 0
@@ -93,7 +122,7 @@ def output_files(output: str, part: str) -> tuple[Path, Path | None]:
 
 def draw(path: Path, part: str, figures: Sequence[Figure], facts: dict[str, Any]) -> None:
     """Draw a bar of the stages for every setting."""
-    from rada_fast.reports.pictures import StageBar, stages_picture
+    from rada_fast.reports.charts import StageBar, stages_picture
 
     bars = [
         StageBar(
@@ -111,9 +140,13 @@ def draw(path: Path, part: str, figures: Sequence[Figure], facts: dict[str, Any]
             stage, _, name = figure["name"].rpartition(": ")
             row = f"{figure['setting']}\n{stage}, as it ran"
             bars.append(StageBar(row, name, figure["median"], figure["floor_ms"], whole=False))
+    stages_picture(path, title=picture_title(part, facts), bars=bars)
+
+
+def picture_title(part: str, facts: dict[str, Any]) -> str:
+    """Return the title of a picture: what was measured, and on which machine."""
     place = facts["machine"] if facts["device"] == "cpu" else facts["device"]
-    title = f"rada-fast bench {part}: {place}, {facts['threads']} threads, {facts['instruction_set']}"
-    stages_picture(path, title=title, bars=bars)
+    return f"rada-fast bench {part}: {place}, {facts['threads']} threads, {facts['instruction_set']}"
 
 
 def facts_lines(facts: dict[str, Any]) -> list[str]:
@@ -152,9 +185,7 @@ LEGEND = (
 )
 
 
-def setting_table(stages: Sequence[Figure]) -> Table:
-    """Make the table of a setting, with a line for each of its stages."""
-    return figures_table(stages, COLUMNS, "stage")
+STAGES = Presentation(COLUMNS, LEGEND, draw)
 
 
 def figures_table(figures: Sequence[Figure], columns: Mapping[str, Callable[[Figure], str]], label: str) -> Table:
@@ -182,15 +213,33 @@ def ratio_sentences(figures: Sequence[Figure]) -> list[str]:
     ]
 
 
-def sentences(figures: Sequence[Figure]) -> list[str]:
-    """Return the sentences below all tables: the limits, what was timed, and what the columns are."""
-    limits: dict[str, list[str]] = {}
+def refusal_sentences(figures: Sequence[Figure]) -> list[str]:
+    """Return a sentence for each stage that could not be measured."""
+    return [f"{figure['name']}: not measured: {figure['inside']}" for figure in figures if figure["kind"] == "refusal"]
+
+
+def limits_of(figures: Sequence[Figure]) -> dict[tuple[str, str], list[float]]:
+    """Return what the machine could do in each setting, by the name of the limit and its unit."""
+    limits: dict[tuple[str, str], list[float]] = {}
     for figure in figures:
         if figure["kind"] == "limit":
-            limits.setdefault(f"{figure['name']} in {figure['unit']}", []).append(significant(figure["best"]))
-    found = "; ".join(f"{name}: {', '.join(values)}" for name, values in limits.items())
+            limits.setdefault((figure["name"], figure["unit"]), []).append(figure["best"])
+    return limits
+
+
+def sentences(figures: Sequence[Figure]) -> list[str]:
+    """Return the sentences below all tables: the limits, and what was timed."""
+    limits = limits_of(figures)
+    found = "; ".join(f"{name} in {unit}: {limit_values(values)}" for (name, unit), values in limits.items())
     inside = [f"{figure['name']}: {figure['inside']}" for figure in figures if figure["kind"] in ("stage", "part")]
-    return [f"this machine, measured in the same rounds: {found}", *dict.fromkeys(inside), LEGEND]
+    return [f"this machine, measured in the same rounds: {found}", *dict.fromkeys(inside)]
+
+
+def limit_values(values: Sequence[float]) -> str:
+    """Return the values of a limit in each setting, or only the extremes of many."""
+    if len(values) <= MOST_LIMITS:
+        return ", ".join(map(significant, values))
+    return f"{significant(min(values))} to {significant(max(values))}"
 
 
 def giga(value: float | None) -> str:
@@ -212,7 +261,9 @@ def significant(value: float | None) -> str:
 
 def sizes_name(sizes: dict[str, Any]) -> str:
     """Return the name of a setting: its sizes in words."""
-    letters = {"batch": "B", "views": "V", "classes": "K", "embed_dim": "D"}
+    letters = {
+        "batch": "B", "episodes": "E", "views": "V", "image_size": "side", "classes": "K", "embed_dim": "D"
+    }  # fmt: skip
     words = [
         f"{letters.get(name, name)} {value}" if name not in ("model", "precision", "view_kind") else str(value)
         for name in SIZES

@@ -8,7 +8,7 @@ the result of the one before. A multiply-add is one, or two operations; every fi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ from rada_fast.config.bench import MeasuringOptions
 
 Figure = dict[str, Any]
 """One line of figures, as figures_of describes it."""
+CACHE_LIMIT = "bandwidth of caches"
+"""The name of the limit for data that caches can hold."""
 
 
 class Part(NamedTuple):
@@ -94,6 +96,9 @@ class Setting:
     whole: the name of the stage that contains the others; the share of a stage is of its time. None: there is none.
     ratios: the ratios to report.
     burst: the number of calls in a row in a round, or None for as many as take BURST_SECONDS.
+    caches: whether the bytes of a work that caches can hold are compared with the bandwidth of caches, which is that of
+        the fastest copy of no fewer bytes, and not with that of the main memory.
+    refusals: the names of stages that cannot be measured here, and why.
     """
 
     name: str
@@ -102,6 +107,8 @@ class Setting:
     whole: str | None = None
     ratios: tuple[Ratio, ...] = ()
     burst: int | None = None
+    caches: bool = False
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
 class OperationCounter(TorchDispatchMode):
@@ -153,6 +160,8 @@ def relative_error(answer: Tensor, expected: Tensor) -> float:
 
 def measure(setting: Setting, device: str, options: MeasuringOptions) -> list[Figure]:
     """Time the stages of a setting in turn, and return its lines of figures; see figures_of."""
+    if not setting.stages:
+        return refusal_figures(setting)
     dtypes = sorted({work.dtype for stage in setting.stages for work in stage.work if work.operations})
     measured = interleaved(
         {stage.name: stage.call for stage in setting.stages if stage.call is not None},
@@ -162,6 +171,7 @@ def measure(setting: Setting, device: str, options: MeasuringOptions) -> list[Fi
         dtypes=dtypes or ["float32"],
         burst=setting.burst,
         counters={stage.name: stage.counter for stage in setting.stages if stage.counter is not None},
+        caches=setting.caches,
     )
     for stage in setting.stages:
         if stage.call is None:
@@ -183,8 +193,8 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
 
     Every line has the setting's name and sizes and:
 
-    kind: "stage", "part", "ratio" or "limit"; name: that of the stage, the ratio or the limit, or those of a stage and
-        of its part; inside: what was timed.
+    kind: "stage", "part", "ratio" or "limit", or "refusal" for a stage that cannot be measured here; name: that of the
+        stage, the ratio or the limit, or those of a stage and of its part; inside: what was timed, or why nothing was.
     unit, best, median, spread, rounds: milliseconds of a stage; the ratio, from round to round; or what the machine can
         do. The best ratio is that of the best times. spread is how far the quartiles lie apart.
     share: the median of the stage over that of the whole, or of a part over that of its stage. Those that go on at once
@@ -193,8 +203,9 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
     multiply_adds_per_picture, operations_per_picture: by the formula, multiply-adds counted as one and as two.
     counted_multiply_adds_per_picture, counted_operations_per_picture: the same by PyTorch's counter.
     bytes_per_picture: what must at least be read and written.
+    intensity: the operations by the formula over these bytes.
     floor_ms, gap: the least time that the machine's limits allow, with the fastest library's products, and the best
-        time over it.
+        time over it; share_of_floor: the floor over the best time.
     share_of_peak, share_of_bandwidth: the operations and the bytes per second of the best time over the machine's.
     peak_mib, extra_mib: the peak of memory during a call, and what of it was not in use before.
 
@@ -205,6 +216,7 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
     for stage in setting.stages:
         share = medians[stage.name] / medians[setting.whole] if setting.whole and stage.within else None
         lines += [stage_figure(setting, stage, measured, share=share), *part_figures(setting, stage, measured)]
+    lines += refusal_figures(setting)
     for ratio in setting.ratios:
         own, others = measured.times[ratio.stage], [measured.times[name] for name in ratio.over]
         times, best = own.over(others), own.best / sum(other.best for other in others)
@@ -221,7 +233,16 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
     inside = "PyTorch's copy of a large buffer, the best of all rounds; bytes read and bytes written"
     best = measured.bandwidth / 1e9
     lines.append(line_of(setting, kind="limit", name="bandwidth", inside=inside, unit="GB/s", best=best))
+    if measured.smaller_copies:
+        inside = "the fastest of PyTorch's copies of smaller buffers, the best of all rounds; bytes read and written"
+        best = measured.bandwidth_of(0) / 1e9
+        lines.append(line_of(setting, kind="limit", name=CACHE_LIMIT, inside=inside, unit="GB/s", best=best))
     return lines
+
+
+def refusal_figures(setting: Setting) -> list[Figure]:
+    """Return the lines of the stages that cannot be measured."""
+    return [line_of(setting, kind="refusal", name=name, inside=reason) for name, reason in setting.refusals.items()]
 
 
 def stage_figure(setting: Setting, stage: Stage, measured: Interleaved, *, share: float | None) -> Figure:
@@ -283,12 +304,14 @@ def least_figures(works: Sequence[Work], pictures: float, times: Times, measured
     """Return the figures that compare times with the least that the machine's limits allow."""
     moved = sum(work.bytes for work in works)
     products = [1e3 * work.operations / measured.product_rate(work.dtype) if work.operations else 0.0 for work in works]
-    copies = [1e3 * work.bytes / measured.bandwidth for work in works]
+    copies = [1e3 * work.bytes / measured.bandwidth_of(work.bytes) for work in works]
     floor = sum(map(max, products, copies))
     return {
         "bytes_per_picture": moved / pictures if moved else None,
+        "intensity": sum(work.operations for work in works) / moved if any(products) and moved else None,
         "floor_ms": floor or None,
         "gap": times.best / floor if floor else None,
+        "share_of_floor": floor / times.best if floor else None,
         "share_of_peak": sum(products) / times.best if any(products) else None,
         "share_of_bandwidth": sum(copies) / times.best if moved else None,
     }
@@ -302,11 +325,14 @@ def divided(times: Times, by: int) -> Times:
 MEASURED = (
     "kind", "name", "inside", "unit", "best", "median", "spread", "rounds", "share", "pictures_per_second",
     "multiply_adds_per_picture", "operations_per_picture", "counted_multiply_adds_per_picture",
-    "counted_operations_per_picture", "bytes_per_picture", "floor_ms", "gap", "share_of_peak", "share_of_bandwidth",
-    "peak_mib", "extra_mib",
+    "counted_operations_per_picture", "bytes_per_picture", "intensity", "floor_ms", "gap", "share_of_floor",
+    "share_of_peak", "share_of_bandwidth", "peak_mib", "extra_mib",
 )  # fmt: skip
 """What every line of figures has besides the setting."""
-SIZES = ("model", "pretrained", "precision", "batch", "pictures", "views", "view_kind", "steps", "classes", "embed_dim")
+SIZES = (
+    "model", "pretrained", "precision", "batch", "episodes", "pictures", "views", "view_kind", "image_size", "steps",
+    "classes", "embed_dim",
+)  # fmt: skip
 """The sizes that every line of figures has; what does not apply is None."""
 
 

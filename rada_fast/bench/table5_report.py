@@ -195,7 +195,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], paper: Sequence[PaperRow], title: str) -> None:
     """Draw the bars of all rows and of the paper's."""
-    from rada_fast.reports.pictures import CostRow, costs_picture
+    from rada_fast.reports.charts import CostRow, costs_picture
 
     bars = []
     for row in rows:

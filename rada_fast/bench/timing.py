@@ -29,6 +29,10 @@ HOST_PRODUCT_SIZE, DEVICE_PRODUCT_SIZE = 2048, 8192
 """The rows and columns of the matrices whose product is timed to find a machine's product rate."""
 HOST_COPIED_BYTES, DEVICE_COPIED_BYTES = 2**27, 2**30
 """The size of the buffer whose copy is timed to find a bandwidth: more than any cache holds."""
+CACHED_BYTES = tuple(2**power for power in range(14, 26, 2))
+"""The sizes of smaller buffers whose copies are timed where the bandwidth of caches counts; see Interleaved."""
+COPIED_IN_A_ROW = 2**23
+"""Copies of small buffers are timed so many bytes at a time, because a single one is over too soon."""
 BURST_SECONDS = 0.1
 """A round repeats a faster call until about so much time has passed, and divides."""
 SLOW_SECONDS = 1.0
@@ -161,9 +165,13 @@ def _onednn_product(dtype: str, device: str) -> _Probe | None:
     return _Probe(call, 2 * HOST_PRODUCT_SIZE**3)
 
 
-def _copy(device: str) -> _Probe:
-    size = (HOST_COPIED_BYTES if device == "cpu" else DEVICE_COPIED_BYTES) // 4
-    source = torch.zeros(size, dtype=torch.float32, device=device)
+def _copied_bytes(device: str) -> int:
+    return HOST_COPIED_BYTES if device == "cpu" else DEVICE_COPIED_BYTES
+
+
+def _copy(device: str, size: int | None = None) -> _Probe:
+    """Make the copy of a buffer. size: its bytes, or None for more than any cache holds."""
+    source = torch.zeros((size or _copied_bytes(device)) // 4, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
     return _Probe(lambda: target.copy_(source), 2 * source.nbytes)
 
@@ -255,7 +263,8 @@ class Interleaved(NamedTuple):
     times, memory: by the name of the call.
     parts: the times of the parts of a call as they were counted while it ran, by the names of the call and of the part.
     product_rates: the operations per second in the product of two large matrices, by type and library.
-    bandwidth: the bytes per second of a large copy.
+    bandwidth: the bytes per second of a large copy, which is that of the main memory.
+    smaller_copies: the bytes per second of smaller copies, by the number of bytes that they read and write.
     """
 
     times: dict[str, Times]
@@ -263,6 +272,13 @@ class Interleaved(NamedTuple):
     product_rates: dict[tuple[str, str], float]
     bandwidth: float
     parts: Mapping[tuple[str, str], Times] = MappingProxyType({})
+    smaller_copies: Mapping[int, float] = MappingProxyType({})
+
+    def bandwidth_of(self, moved: float) -> float:
+        """Return the bytes per second of the fastest copy of at least so many bytes; without smaller ones, of the large
+        one.
+        """
+        return max([self.bandwidth, *(rate for size, rate in self.smaller_copies.items() if size >= moved)])
 
     def product_rate(self, dtype: str) -> float:
         """Return the operations per second of the fastest library for a type."""
@@ -278,6 +294,7 @@ def interleaved(
     dtypes: Iterable[str] = (),
     burst: int | None = None,
     counters: Mapping[str, Counter] = MappingProxyType({}),
+    caches: bool = False,
 ) -> Interleaved:
     """Time calls in turn, round after round, so that a machine that slows down slows all of them.
 
@@ -291,6 +308,7 @@ def interleaved(
     dtypes: the types of the products whose rate is measured.
     burst: the number of calls in a row whose mean is the time of a round, if it does not depend on the time.
     counters: for some calls, by their names, what counts the time of their parts.
+    caches: whether copies of smaller buffers are timed too, which caches hold.
     """
     memory, bursts = {}, {}
     for name, call in calls.items():
@@ -306,11 +324,14 @@ def interleaved(
         (dtype, "oneDNN"): probe for dtype, _ in list(probes) if (probe := _onednn_product(dtype, device)) is not None
     }
     copy = _copy(device)
-    for probe in (*probes.values(), copy):
+    sizes = [size for size in CACHED_BYTES if size < _copied_bytes(device)] if caches else []
+    smaller = {2 * size: _copy(device, size) for size in sizes}
+    for probe in (*probes.values(), copy, *smaller.values()):
         probe.call()
     found: dict[str, list[float]] = {name: [] for name in calls}
     rates: dict[tuple[str, str], list[float]] = {name: [] for name in probes}
     copies: list[float] = []
+    smaller_copies = dict.fromkeys(smaller, 0.0)
     parts: dict[tuple[str, str], list[float]] = {}
     began, rounds = time.perf_counter(), 0
     while not _enough(rounds, time.perf_counter() - began, seconds, repeats):
@@ -324,6 +345,9 @@ def interleaved(
             for key, probe in probes.items():
                 rates[key].append(probe.amount / (1e-3 * burst_ms(probe.call, 1, device)))
             copies.append(copy.amount / (1e-3 * burst_ms(copy.call, 1, device)))
+            for moved, probe in smaller.items():
+                ms = burst_ms(probe.call, max(1, COPIED_IN_A_ROW // moved), device)
+                smaller_copies[moved] = max(smaller_copies[moved], moved / (1e-3 * ms))
         rounds += 1
     return Interleaved(
         {name: Times(tuple(times)) for name, times in found.items()},
@@ -331,6 +355,7 @@ def interleaved(
         {key: max(values) for key, values in rates.items()},
         max(copies),
         {key: Times(tuple(times)) for key, times in parts.items()},
+        smaller_copies,
     )
 
 

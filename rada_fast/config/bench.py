@@ -29,6 +29,13 @@ RIVALS: tuple[RivalName, ...] = get_args(RivalName)
 Table5Name = Literal["maple", "tpt", "rada-literal", "rada_fast"]
 TABLE5_METHODS: tuple[Table5Name, ...] = get_args(Table5Name)
 """The methods of `bench table5`, in the order of its tables."""
+RooflineOperator = Literal[
+    "adapter", "episodes", "selection", "losses", "optimizer", "views", "encoder-attention", "small-transformer"
+]  # fmt: skip
+"""What `bench roofline` measures; see bench/roofline.py."""
+ROOFLINE_OPERATORS: tuple[RooflineOperator, ...] = get_args(RooflineOperator)
+PREDICTION_CLASSES = (200, 1000)
+"""The numbers K of classes at which the operators over predictions are measured."""
 GRID = ((1, 50), (1, 500), (6, 200), (6, 1000), (64, 100), (32, 1000))
 """The pairs (B, K) at which the adapter is measured."""
 MAX_SIZE = 2**20
@@ -256,6 +263,61 @@ class BenchAdapterOptions:
 
 
 @dataclass(frozen=True)
+class BenchRooflineOptions:
+    """Compare every operator of this package with the least time that this machine's measured limits allow: the rate of
+    matrix products in the type and with the threads in use, and the bandwidth of memory and caches.
+
+    For each operator and size the table has its operations, the bytes that it must read and write, operations for each
+    byte, the floor, the best time, and the floor's share of it. With --output there is also a roofline chart. An
+    interrupted run goes on with the same command.
+
+    Example: rada-fast bench roofline --output results/roofline
+    """
+
+    only: tuple[RooflineOperator, ...] = ()
+    """Measure only these operators. Default: all."""
+    batch: tuple[int, ...] = ()
+    """Numbers B of images for the adapter. Default, with --classes: the sizes of `bench adapter`."""
+    classes: tuple[int, ...] = ()
+    """Numbers K of classes. Default for the operators over predictions: 200 and 1000."""
+    episodes: tuple[int, ...] = (1, 8)
+    """Numbers E of episodes for the operators that serve several at once."""
+    views: int = 64
+    """Views V of a picture."""
+    image_size: int = 224
+    """Side of a view in pixels."""
+    embed_dim: int = 512
+    """Width D of the features."""
+    precision: tuple[Precision, ...] = ("float32", "bfloat16")
+    """Types of the features and of the parameters."""
+    backend: Literal["compiled", "reference"] = "compiled"
+    """compiled: the C++ operators on a CPU, Triton and CUDA kernels on a GPU; reference: plain PyTorch."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    measuring: MeasuringOptions = MeasuringOptions(seconds=2.0)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        ModelOptions(device=self.device)
+        for name in ("batch", "classes"):
+            if getattr(self, name):
+                _check_sizes(name, getattr(self, name))
+        if self.batch and not self.classes:
+            raise UserError("batch must come with classes, got none")
+        _check_sizes("episodes", self.episodes)
+        if not self.precision:
+            raise UserError("precision must name at least one type, got none")
+        check_integer("views", self.views, 1, MAX_SIZE)
+        check_integer("image_size", self.image_size, 16, 2**14)
+        _check_width(self.embed_dim)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return the pairs (B, K) at which the adapter is measured."""
+        return tuple((batch, classes) for batch in self.batch for classes in self.classes) or GRID
+
+
+@dataclass(frozen=True)
 class BenchRivalsOptions:
     """Compare test-time adaptation by this package with other methods, on the same views of the same pictures: speed,
     memory, operations, and accuracy before and after.
@@ -364,6 +426,7 @@ BenchOptions = (
     | BenchEncoderOptions
     | BenchViewsOptions
     | BenchAdapterOptions
+    | BenchRooflineOptions
     | BenchRivalsOptions
     | BenchTable5Options
 )
@@ -374,6 +437,7 @@ PARTS: dict[str, type[BenchOptions]] = {
     "encoder": BenchEncoderOptions,
     "views": BenchViewsOptions,
     "adapter": BenchAdapterOptions,
+    "roofline": BenchRooflineOptions,
     "rivals": BenchRivalsOptions,
     "table5": BenchTable5Options,
 }

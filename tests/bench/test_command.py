@@ -186,5 +186,5 @@ def test_each_setting_is_shown_as_soon_as_it_is_measured(capsys: pytest.CaptureF
 def test_without_a_part_the_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "usage: rada-fast bench {ttt,eft,fft,encoder,views,adapter,rivals,table5}" in shown
-    assert shown.count("    rada-fast bench ") == 8
+    assert "usage: rada-fast bench {ttt,eft,fft,encoder,views,adapter,roofline,rivals,table5}" in shown
+    assert shown.count("    rada-fast bench ") == 9
