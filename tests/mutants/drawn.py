@@ -21,8 +21,10 @@ def _files(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"tests/{folder}/test_{name}.py" for name in names)
 
 
-KERNELS = _files("kernels", "special_problems", "reductions", "rational_adapter", "launches", "launch", "in_context")
-CPU = _files("ops", "cpu_backend", "empty_inputs", "projected", "instruction_sets")
+KERNELS = _files(
+    "kernels", "drawn_calls", "special_problems", "reductions", "rational_adapter", "launches", "launch", "in_context"
+)
+CPU = _files("ops", "drawn_calls", "cpu_backend", "empty_inputs", "projected", "instruction_sets")
 TESTS = {
     "kernels/view_selection": _files("kernels", "view_selection", "launch_counts"),
     "kernels/scaled_projections": _files("kernels", "scaled_projections"),
