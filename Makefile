@@ -36,9 +36,9 @@ BASE ?= main
 compare: setup
 	$(BIN)/python -m benchmarks.compare --base $(BASE) -k "$(CASES)"
 
-# How time and memory of the adapter grow with the number of classes, as a picture.
+# How time and memory grow with the numbers of classes, images and episodes, as a picture: a quarter of an hour.
 scaling: setup
-	$(BIN)/python -m benchmarks.plot_scaling --output results/scaling
+	$(BIN)/rada-fast bench scaling --output results/scaling
 
 # Counts of operations and bytes of the Triton kernels, for developers who have the PTX simulator; it is not published.
 # For other sizes: make simulate SIZES="1x50 6x200"

@@ -25,7 +25,7 @@ from rada_fast.bench.adapter import (
     tolerance,
     work_of,
 )
-from rada_fast.config.bench import GRID
+from rada_fast.config.measuring import GRID
 
 
 def case_of(problem: Problem, names: list[str]) -> Case:

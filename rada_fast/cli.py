@@ -26,9 +26,10 @@ from typing import Any
 from rada_fast import _env
 from rada_fast._version import __version__
 from rada_fast.config.arguments import check_file_kind, name_option, paths_of, read, shortened
-from rada_fast.config.bench import PARTS, MeasuringOptions
+from rada_fast.config.bench import PARTS
 from rada_fast.config.commands import EFTOptions, FFTOptions, TTTOptions
 from rada_fast.config.inference import EvalOptions, FeaturesOptions, InspectOptions, PredictOptions
+from rada_fast.config.measuring import MeasuringOptions
 from rada_fast.config.tools import (
     BuildOptions,
     DemoOptions,

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from rada_fast.bench import adapter, encoder, rivals, roofline, table5, training, ttt, views
+from rada_fast.bench import adapter, encoder, rivals, roofline, scaling, table5, training, ttt, views
 from rada_fast.bench.partial import partial_figures
 from rada_fast.bench.report import machine_facts, output_files, show
 from rada_fast.bench.stages import Figure
@@ -19,11 +19,11 @@ from rada_fast.config.bench import (
     BenchFFTOptions,
     BenchOptions,
     BenchRivalsOptions,
-    BenchRooflineOptions,
     BenchTable5Options,
     BenchTTTOptions,
     BenchViewsOptions,
 )
+from rada_fast.config.bench_limits import BenchRooflineOptions, BenchScalingOptions
 from rada_fast.models.vision_language import resolve_device
 from rada_fast.system import notices
 
@@ -46,18 +46,21 @@ def run_bench(options: BenchOptions) -> int:
         if isinstance(options, BenchTable5Options):
             return table5.run_table5(options, device)
         part = next(name for name, kind in PARTS.items() if isinstance(options, kind))
-        if isinstance(options, BenchRooflineOptions):
+        if isinstance(options, BenchRooflineOptions | BenchScalingOptions):
             return run_long(part, options, device)
         return show(part, measured(options, device), machine_facts(device), options.measuring)
 
 
-def run_long(part: str, options: BenchRooflineOptions, device: torch.device) -> int:
+def run_long(part: str, options: BenchRooflineOptions | BenchScalingOptions, device: torch.device) -> int:
     """Measure something that takes minutes; an interrupted run goes on. Returns the exit status."""
     facts = machine_facts(device)
     file = None if options.measuring.output is None else output_files(options.measuring.output, part)[1]
     partial = partial_figures(file, options, facts)
-    settings = roofline.figures(options, device, partial)
-    status = show(part, settings, facts, options.measuring, roofline.PRESENTATION)
+    if isinstance(options, BenchRooflineOptions):
+        settings, presentation = roofline.figures(options, device, partial), roofline.PRESENTATION
+    else:
+        settings, presentation = scaling.figures(options, device, partial), scaling.PRESENTATION
+    status = show(part, settings, facts, options.measuring, presentation)
     partial.finish()
     return status
 
@@ -66,9 +69,9 @@ def device_of(options: BenchOptions) -> torch.device:
     """Return the device that the options name; views are made on the CPU."""
     if isinstance(options, BenchViewsOptions):
         return torch.device("cpu")
-    return resolve_device(
-        options.device if isinstance(options, BenchAdapterOptions | BenchRooflineOptions) else options.model.device
-    )
+    if isinstance(options, BenchAdapterOptions | BenchRooflineOptions | BenchScalingOptions):
+        return resolve_device(options.device)
+    return resolve_device(options.model.device)
 
 
 def measured(options: BenchOptions, device: torch.device) -> Iterator[list[Figure]]:

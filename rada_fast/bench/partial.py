@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rada_fast.bench.stages import Figure
-from rada_fast.config.bench import MeasuringOptions
+from rada_fast.config.measuring import MeasuringOptions
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 from rada_fast.system.files import append_line, remove, write_text

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rada_fast import _env
 from rada_fast.bench.stages import SIZES, Figure
-from rada_fast.config.bench import MeasuringOptions
+from rada_fast.config.measuring import MeasuringOptions
 from rada_fast.errors import UserError
 from rada_fast.runs.machine import versions
 from rada_fast.system.files import write_text
@@ -204,13 +204,14 @@ def figures_table(figures: Sequence[Figure], columns: Mapping[str, Callable[[Fig
 
 
 def ratio_sentences(figures: Sequence[Figure]) -> list[str]:
-    """Return a sentence for each ratio."""
-    return [
+    """Return a sentence for each ratio and for each exponent."""
+    ratios = [
         f"{figure['name']} {significant(figure['best'])} (median {significant(figure['median'])}, "
         f"spread {significant(figure['spread'])}): {figure['inside']}"
         for figure in figures
         if figure["kind"] == "ratio"
     ]
+    return ratios + [f"{figure['name']}: {figure['inside']}" for figure in figures if figure["kind"] == "exponent"]
 
 
 def refusal_sentences(figures: Sequence[Figure]) -> list[str]:

@@ -20,7 +20,7 @@ from rada_fast.bench.partial import PartialFigures, measured_in_turn
 from rada_fast.bench.report import Presentation, giga, limits_of, percent, picture_title, significant, sizes_name
 from rada_fast.bench.roofline_operators import Group
 from rada_fast.bench.stages import CACHE_LIMIT, Figure, Setting, Stage, measure
-from rada_fast.config.bench import BenchRooflineOptions
+from rada_fast.config.bench_limits import BenchRooflineOptions
 from rada_fast.ops import use_backend
 
 

@@ -15,7 +15,7 @@ from rada_fast.bench.costs import SIZES, Work
 from rada_fast.bench.inputs import unit_rows
 from rada_fast.bench.roofline_operators import DECAY, KEPT, LR, SCALE, Candidate, Group, product_type
 from rada_fast.bench.timing import Call
-from rada_fast.config.bench import PREDICTION_CLASSES, BenchRooflineOptions
+from rada_fast.config.bench_limits import PREDICTION_CLASSES, BenchRooflineOptions
 from rada_fast.config.method import AdapterConfig
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import PreparedAdapter, prediction_loss_and_gradient, rational_adapter

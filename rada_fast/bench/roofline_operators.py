@@ -20,7 +20,7 @@ from rada_fast.bench.encoder import transformer_multiply_adds
 from rada_fast.bench.inputs import PHOTO_SIZE, unit_rows
 from rada_fast.bench.timing import Call
 from rada_fast.bench.views import MEAN, STD
-from rada_fast.config.bench import PREDICTION_CLASSES, BenchRooflineOptions, RooflineOperator
+from rada_fast.config.bench_limits import PREDICTION_CLASSES, BenchRooflineOptions, RooflineOperator
 from rada_fast.config.method import AdapterConfig
 from rada_fast.embedded.model import build_model
 from rada_fast.errors import BackendUnavailableError

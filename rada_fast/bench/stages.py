@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rada_fast.bench.costs import Work
 from rada_fast.bench.timing import Call, Counter, Interleaved, Memory, Times, added, interleaved
-from rada_fast.config.bench import MeasuringOptions
+from rada_fast.config.measuring import MeasuringOptions
 
 Figure = dict[str, Any]
 """One line of figures, as figures_of describes it."""
@@ -193,8 +193,9 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
 
     Every line has the setting's name and sizes and:
 
-    kind: "stage", "part", "ratio" or "limit", or "refusal" for a stage that cannot be measured here; name: that of the
-        stage, the ratio or the limit, or those of a stage and of its part; inside: what was timed, or why nothing was.
+    kind: "stage", "part", "ratio" or "limit", or "refusal" for a stage that cannot be measured here, and in
+        bench/scaling.py "exponent"; name: that of the stage, the ratio or the limit, or those of a stage and of its
+        part; inside: what was timed, or why nothing was.
     unit, best, median, spread, rounds: milliseconds of a stage; the ratio, from round to round; or what the machine can
         do. The best ratio is that of the best times. spread is how far the quartiles lie apart.
     share: the median of the stage over that of the whole, or of a part over that of its stage. Those that go on at once

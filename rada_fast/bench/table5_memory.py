@@ -13,7 +13,8 @@ import sys
 import torch
 
 from rada_fast.bench.timing import memory_of
-from rada_fast.config.bench import BenchTable5Options, MeasuringOptions, Table5Name
+from rada_fast.config.bench import BenchTable5Options, Table5Name
+from rada_fast.config.measuring import MeasuringOptions
 from rada_fast.config.options import ModelOptions
 from rada_fast.models.vision_language import resolve_device
 from rada_fast.system.memory import present_memory

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from rada_fast import _env
 from rada_fast.bench.report import facts_lines, giga, machine_facts, output_files, significant
-from rada_fast.config.bench import MeasuringOptions
+from rada_fast.config.measuring import MeasuringOptions
 from rada_fast.system.files import write_text
 from rada_fast.system.terminal import PlainConsole, finite, print_json
 

@@ -304,13 +304,14 @@ def interleaved(
     calls: the calls, by name.
     device: "cpu", or where PyTorch finds the CUDA device.
     seconds: about how long all rounds take together; there are at least MIN_ROUNDS.
-    repeats: the number of rounds, if it does not depend on the time.
+    repeats: the number of rounds, if it does not depend on the time. With a single one, a slow call is made only once,
+        for its time and its memory.
     dtypes: the types of the products whose rate is measured.
     burst: the number of calls in a row whose mean is the time of a round, if it does not depend on the time.
     counters: for some calls, by their names, what counts the time of their parts.
     caches: whether copies of smaller buffers are timed too, which caches hold.
     """
-    memory, bursts = {}, {}
+    memory, bursts, once = {}, {}, {}
     for name, call in calls.items():
         start = time.perf_counter()
         memory[name] = memory_of(call, device)
@@ -318,6 +319,8 @@ def interleaved(
             # The first call may have allocated what later ones find.
             memory[name] = memory_of(call, device)
             took = 1e-3 * burst_ms(call, 1, device)
+        elif repeats == 1:
+            once[name] = 1e3 * took
         bursts[name] = burst or max(1, int(BURST_SECONDS / took))
     probes = {(dtype, "PyTorch"): _product(dtype, device) for dtype in dtypes}
     probes |= {
@@ -338,7 +341,7 @@ def interleaved(
         for name, call in calls.items():
             counter = counters.get(name, dict)
             counter()
-            found[name].append(burst_ms(call, bursts[name], device))
+            found[name].append(once[name] if name in once else burst_ms(call, bursts[name], device))
             for part, took in counter().items():
                 parts.setdefault((name, part), []).append(1e3 * took / bursts[name])
         for _ in range(PROBES):

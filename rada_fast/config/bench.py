@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from rada_fast.config.bench_limits import BenchRooflineOptions, BenchScalingOptions
 from rada_fast.config.checks import (
     MAX_LAYERS,
     MAX_WORKERS,
@@ -12,9 +13,9 @@ from rada_fast.config.checks import (
     check_choices,
     check_integer,
     check_paths,
-    check_positive,
 )
 from rada_fast.config.commands import Stages, ViewKind
+from rada_fast.config.measuring import GRID, MAX_SIZE, MeasuringOptions, check_sizes, check_width
 from rada_fast.config.options import ModelOptions, Precision, RunOptions
 from rada_fast.errors import UserError
 
@@ -29,40 +30,6 @@ RIVALS: tuple[RivalName, ...] = get_args(RivalName)
 Table5Name = Literal["maple", "tpt", "rada-literal", "rada_fast"]
 TABLE5_METHODS: tuple[Table5Name, ...] = get_args(Table5Name)
 """The methods of `bench table5`, in the order of its tables."""
-RooflineOperator = Literal[
-    "adapter", "episodes", "selection", "losses", "optimizer", "views", "encoder-attention", "small-transformer"
-]  # fmt: skip
-"""What `bench roofline` measures; see bench/roofline.py."""
-ROOFLINE_OPERATORS: tuple[RooflineOperator, ...] = get_args(RooflineOperator)
-PREDICTION_CLASSES = (200, 1000)
-"""The numbers K of classes at which the operators over predictions are measured."""
-GRID = ((1, 50), (1, 500), (6, 200), (6, 1000), (64, 100), (32, 1000))
-"""The pairs (B, K) at which the adapter is measured."""
-MAX_SIZE = 2**20
-"""No number of images, views or classes may be larger."""
-
-
-@dataclass(frozen=True)
-class MeasuringOptions:
-    """These options say how long to measure and where the figures go."""
-
-    seconds: float = 10.0
-    """About how long the rounds of one setting take together; there are at least three rounds."""
-    repeats: int | None = None
-    """Rounds of each setting, whatever time they take. In a round, everything is timed in turn."""
-    seed: int = 0
-    """Seed of the drawn pictures, of the drawn features and of random weights."""
-    output: str | None = None
-    """Draw the stages into this PNG file; or a folder, for the picture and the figures as JSON lines."""
-    json: bool = False
-    """Print one JSON line for each figure instead of a table."""
-
-    def __post_init__(self) -> None:
-        check_positive("seconds", self.seconds)
-        if self.repeats is not None:
-            check_integer("repeats", self.repeats, 1, 10**6)
-        check_integer("seed", self.seed, 0, 2**31 - 1)
-        check_paths(self, "output")
 
 
 @dataclass(frozen=True)
@@ -102,7 +69,7 @@ class BenchTTTOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         check_paths(self, "data")
-        _check_sizes("classes", self.classes)
+        check_sizes("classes", self.classes)
         check_integer("pictures", self.pictures, 1, MAX_SIZE)
         check_integer("views", self.views, 1, MAX_SIZE)
         check_integer("steps", self.steps, 0, MAX_LAYERS)
@@ -134,9 +101,9 @@ class BenchEFTOptions:
     model: ModelOptions = ModelOptions()
 
     def __post_init__(self) -> None:
-        _check_sizes("classes", self.classes)
-        _check_sizes("batch", self.batch)
-        _check_width(self.embed_dim)
+        check_sizes("classes", self.classes)
+        check_sizes("batch", self.batch)
+        check_width(self.embed_dim)
         if self.iterations is not None:
             check_integer("iterations", self.iterations, 1, 10**6)
 
@@ -166,9 +133,9 @@ class BenchFFTOptions:
         check_choices(self)
         if self.memory is not None:
             bytes_of("memory", self.memory)
-        _check_sizes("classes", self.classes)
-        _check_sizes("batch", self.batch)
-        _check_width(self.embed_dim)
+        check_sizes("classes", self.classes)
+        check_sizes("batch", self.batch)
+        check_width(self.embed_dim)
 
 
 @dataclass(frozen=True)
@@ -184,7 +151,7 @@ class BenchEncoderOptions:
     model: ModelOptions = ModelOptions()
 
     def __post_init__(self) -> None:
-        _check_sizes("batch", self.batch)
+        check_sizes("batch", self.batch)
 
 
 @dataclass(frozen=True)
@@ -209,7 +176,7 @@ class BenchViewsOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         check_paths(self, "data")
-        _check_sizes("views", self.views)
+        check_sizes("views", self.views)
         check_integer("pictures", self.pictures, 1, MAX_SIZE)
         check_integer("image_size", self.image_size, 1, 2**14)
 
@@ -249,71 +216,16 @@ class BenchAdapterOptions:
         ModelOptions(device=self.device)
         for name in ("batch", "classes"):
             if getattr(self, name):
-                _check_sizes(name, getattr(self, name))
+                check_sizes(name, getattr(self, name))
         if bool(self.batch) != bool(self.classes):
             raise UserError("batch and classes must be given together, or both left out")
-        _check_width(self.embed_dim)
+        check_width(self.embed_dim)
         if self.preset == "official" and self.embed_dim % 8:
             raise UserError(f"embed_dim must be a multiple of 8 with preset 'official', got {self.embed_dim}")
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Return the pairs (B, K) to measure."""
-        return tuple((batch, classes) for batch in self.batch for classes in self.classes) or GRID
-
-
-@dataclass(frozen=True)
-class BenchRooflineOptions:
-    """Compare every operator of this package with the least time that this machine's measured limits allow: the rate of
-    matrix products in the type and with the threads in use, and the bandwidth of memory and caches.
-
-    For each operator and size the table has its operations, the bytes that it must read and write, operations for each
-    byte, the floor, the best time, and the floor's share of it. With --output there is also a roofline chart. An
-    interrupted run goes on with the same command.
-
-    Example: rada-fast bench roofline --output results/roofline
-    """
-
-    only: tuple[RooflineOperator, ...] = ()
-    """Measure only these operators. Default: all."""
-    batch: tuple[int, ...] = ()
-    """Numbers B of images for the adapter. Default, with --classes: the sizes of `bench adapter`."""
-    classes: tuple[int, ...] = ()
-    """Numbers K of classes. Default for the operators over predictions: 200 and 1000."""
-    episodes: tuple[int, ...] = (1, 8)
-    """Numbers E of episodes for the operators that serve several at once."""
-    views: int = 64
-    """Views V of a picture."""
-    image_size: int = 224
-    """Side of a view in pixels."""
-    embed_dim: int = 512
-    """Width D of the features."""
-    precision: tuple[Precision, ...] = ("float32", "bfloat16")
-    """Types of the features and of the parameters."""
-    backend: Literal["compiled", "reference"] = "compiled"
-    """compiled: the C++ operators on a CPU, Triton and CUDA kernels on a GPU; reference: plain PyTorch."""
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    measuring: MeasuringOptions = MeasuringOptions(seconds=2.0)
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        ModelOptions(device=self.device)
-        for name in ("batch", "classes"):
-            if getattr(self, name):
-                _check_sizes(name, getattr(self, name))
-        if self.batch and not self.classes:
-            raise UserError("batch must come with classes, got none")
-        _check_sizes("episodes", self.episodes)
-        if not self.precision:
-            raise UserError("precision must name at least one type, got none")
-        check_integer("views", self.views, 1, MAX_SIZE)
-        check_integer("image_size", self.image_size, 16, 2**14)
-        _check_width(self.embed_dim)
-
-    @property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Return the pairs (B, K) at which the adapter is measured."""
         return tuple((batch, classes) for batch in self.batch for classes in self.classes) or GRID
 
 
@@ -403,22 +315,6 @@ class BenchTable5Options:
             raise UserError("settings must name eft, ttt or both, got none")
 
 
-def _check_sizes(name: str, values: tuple[int, ...]) -> None:
-    if not values:
-        raise UserError(f"{name} must name at least one number, got none")
-    for value in values:
-        check_integer(name, value, 1, MAX_SIZE)
-    if len(set(values)) < len(values):
-        raise UserError(f"{name} must not repeat a number, got {' '.join(map(str, values))}")
-
-
-def _check_width(width: int | None) -> None:
-    if width is not None:
-        check_integer("embed_dim", width, 1, 2**16)
-        if width % 8:
-            raise UserError(f"embed_dim must be a multiple of the adapter's 8 heads, got {width}")
-
-
 BenchOptions = (
     BenchTTTOptions
     | BenchEFTOptions
@@ -427,6 +323,7 @@ BenchOptions = (
     | BenchViewsOptions
     | BenchAdapterOptions
     | BenchRooflineOptions
+    | BenchScalingOptions
     | BenchRivalsOptions
     | BenchTable5Options
 )
@@ -438,6 +335,7 @@ PARTS: dict[str, type[BenchOptions]] = {
     "views": BenchViewsOptions,
     "adapter": BenchAdapterOptions,
     "roofline": BenchRooflineOptions,
+    "scaling": BenchScalingOptions,
     "rivals": BenchRivalsOptions,
     "table5": BenchTable5Options,
 }

@@ -225,3 +225,73 @@ def _roofline_panel(axes: Axes, panel: str, roof: Roof, points: Sequence[Rooflin
     axes.set_title(panel, fontsize=10)
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=7)
+
+
+LINES = ("-", "--", ":", "-.")
+"""The kinds of lines."""
+
+
+class GrowthSeries(NamedTuple):
+    """A line of growth_chart: values over sizes, in ascending order.
+
+    provider: what is measured, which decides the colour; work: what it does, which decides the kind of the line.
+    exponent: that of its growth, or None if it is not known.
+    """
+
+    provider: str
+    work: str
+    sizes: Sequence[float]
+    values: Sequence[float]
+    exponent: float | None
+
+
+class GrowthPanel(NamedTuple):
+    """A panel of growth_chart: the labels of its axes, and its lines."""
+
+    across: str
+    along: str
+    series: Sequence[GrowthSeries]
+
+
+def growth_chart(path: Path, *, title: str, columns: int, panels: Sequence[GrowthPanel], notes: Sequence[str]) -> None:
+    """Draw how values grow with sizes, with logarithmic axes, and write the chart as a PNG.
+
+    columns: the number of panels in a row; notes: sentences below the panels.
+    """
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.2 * columns, 4.6 * rows + 0.6 + 0.18 * len(notes)), layout="constrained")
+    figure.suptitle(title)
+    providers, works = (
+        list(dict.fromkeys(getattr(series, name) for panel in panels for series in panel.series))
+        for name in ("provider", "work")
+    )
+    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flatten(), panels, strict=False):
+        shown: list[float] = []
+        for series in panel.series:
+            pairs = [(size, value) for size, value in zip(series.sizes, series.values, strict=True) if value > 0]
+            if pairs:
+                grows = "" if series.exponent is None else f", power {series.exponent:.2f}"
+                axes.plot(
+                    *zip(*pairs, strict=True),
+                    LINES[works.index(series.work) % len(LINES)],
+                    marker="o",
+                    markersize=4,
+                    color=f"C{providers.index(series.provider) % 10}",
+                    label=f"{series.provider} {series.work}{grows}",
+                )
+                shown += [value for _, value in pairs]
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        _plain_logarithmic(axes)
+        sizes = sorted({size for series in panel.series for size in series.sizes})
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize=7, rotation=30)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(panel.across)
+        axes.set_ylabel(panel.along)
+        axes.grid(which="both", alpha=0.2)
+        if shown:
+            axes.set_ylim(*_reach(shown, 1.5))
+            axes.legend(fontsize=7)
+    if notes:
+        figure.supxlabel("\n".join(notes), fontsize=8)
+    figure.savefig(path, dpi=110)

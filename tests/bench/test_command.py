@@ -12,7 +12,7 @@ from PIL import Image
 from rada_fast import cli
 from rada_fast.bench import adapter, report
 from rada_fast.bench.stages import MEASURED, SIZES, Figure, Setting, line_of
-from rada_fast.config.bench import MeasuringOptions
+from rada_fast.config.measuring import MeasuringOptions
 from rada_fast.ops import backends
 
 from .conftest import Lines
@@ -186,5 +186,5 @@ def test_each_setting_is_shown_as_soon_as_it_is_measured(capsys: pytest.CaptureF
 def test_without_a_part_the_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "usage: rada-fast bench {ttt,eft,fft,encoder,views,adapter,roofline,rivals,table5}" in shown
-    assert shown.count("    rada-fast bench ") == 9
+    assert "usage: rada-fast bench {ttt,eft,fft,encoder,views,adapter,roofline,scaling,rivals,table5}" in shown
+    assert shown.count("    rada-fast bench ") == 10

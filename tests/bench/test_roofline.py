@@ -16,7 +16,7 @@ from rada_fast import cli, ops
 from rada_fast.bench import roofline, roofline_adapter, roofline_operators
 from rada_fast.bench.costs import view_operations
 from rada_fast.bench.timing import Interleaved, interleaved
-from rada_fast.config.bench import ROOFLINE_OPERATORS, BenchRooflineOptions
+from rada_fast.config.bench_limits import ROOFLINE_OPERATORS, BenchRooflineOptions
 from rada_fast.ops import backends, use_backend
 
 from .conftest import Lines

@@ -8,7 +8,7 @@ import torch
 from rada_fast.bench.costs import Work
 from rada_fast.bench.stages import MEASURED, SIZES, Ratio, Setting, Stage, counted_operations, figures_of, measure
 from rada_fast.bench.timing import Interleaved, Memory, Times, interleaved
-from rada_fast.config.bench import MeasuringOptions
+from rada_fast.config.measuring import MeasuringOptions
 
 
 def test_figures_follow_from_times_and_limits() -> None:
