@@ -209,6 +209,15 @@ def test_views_do_not_depend_on_neighbours_order_or_threads() -> None:
         assert torch.equal(augmix([pixels], shuffled, 24, MEAN, STD, backend="cpu"), expected[order])
 
 
+@needs_extension
+def test_plans_of_any_strides_are_served() -> None:
+    pixels = picture(30, 40)
+    plan = random_augmix(30, 40, 24, 7, torch.Generator().manual_seed(0))
+    expected = augmix([pixels], plan, 24, MEAN, STD, backend="cpu")
+    strided = AugmixPlan(*(tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in plan))
+    assert torch.equal(augmix([pixels], strided, 24, MEAN, STD, backend="cpu"), expected)
+
+
 def test_impossible_plans_are_refused() -> None:
     pixels = picture(9, 9)
     plan = random_augmix(9, 9, 8, 2, torch.Generator().manual_seed(0))

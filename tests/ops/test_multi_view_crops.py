@@ -118,6 +118,7 @@ def test_pictures_of_differing_sizes_and_strides() -> None:
         tables.append(drawn)
     views = torch.cat(tables)[torch.randperm(24)]
     assert equal(pictures, views, 24)
+    assert equal(pictures, views.T.contiguous().T, 24)
 
 
 @needs_extension
