@@ -18,7 +18,7 @@ RESULTS = ("logits", "penalty", "mask")
 class Call(NamedTuple):
     """Hold one drawn call.
 
-    inputs: image, text and the parameters, exact in dtype, in float64. strides: how each of them lies in memory.
+    inputs: image, text, scale and the parameters, exact in dtype, in float64. strides: how each of them lies in memory.
     earlier: what all parameters but the output's are multiplied by in an earlier call whose projections are taken, or
     None. in_loss: the results that have gradients, of any strides. wanted: the inputs whose gradients are asked for.
     """
@@ -29,7 +29,6 @@ class Call(NamedTuple):
     dtype: torch.dtype
     penalty: Any
     episodes: int | None
-    scale: float
     output_is_zero: bool
     earlier: float | None
     in_loss: dict[str, str]
@@ -77,7 +76,9 @@ def draw(seed: int, dtypes: list[torch.dtype], widths: list[tuple[int, int]], mo
     output_is_zero = r.random() < 0.2
     if output_is_zero:
         parameters |= {name: 0 * value for name, value in parameters.items() if name.startswith("out_proj")}
-    inputs = {name: value.double() for name, value in {"image": image, "text": text, **parameters}.items()}
+    scale = torch.tensor(r.choice([1.0, 20.0, 100.0]) / config.input_scale_factor)
+    named = {"image": image, "text": text, "scale": scale, **parameters}
+    inputs = {name: value.double() for name, value in named.items()}
     layouts = ["as it is", "as it is", "transposed", "apart", "inside"]
     # The errors of some gradients are compared with the gradients of the values' projection.
     some = [name for name in inputs if name.startswith("v_proj") or r.random() < 0.5]
@@ -90,7 +91,6 @@ def draw(seed: int, dtypes: list[torch.dtype], widths: list[tuple[int, int]], mo
         # In 16 bits another element than the exact one may be the farthest from 1.
         r.choice(MASK_PENALTIES if dtype == torch.float32 else ("l2", "l1")),
         episodes,
-        r.choice([1.0, 20.0, 100.0]) / config.input_scale_factor,
         output_is_zero,
         r.choice([None, None, 1.0, 2.0]),
         {name: r.choice(layouts) for name in r.choice(in_loss) or ("logits",)},
@@ -104,18 +104,18 @@ def solve_drawn(call: Call, dtype: torch.dtype, backend: str) -> dict[str, Tenso
     The reference computes it without the layouts, and without the earlier call and the promise, which change nothing.
     """
     fast = backend != "reference"
-    leaves = {
-        name: as_laid_out(value.to(dtype), call.strides[name] if fast else "as it is").requires_grad_(
-            name in call.wanted
-        )
-        for name, value in call.inputs.items()
-    }
+    leaves = {}
+    for name, value in call.inputs.items():
+        # A multiplier is not rounded to 16 bits.
+        own = torch.float32 if name == "scale" and dtype.itemsize == 2 else dtype
+        leaf = as_laid_out(value.to(own), call.strides[name] if fast else "as it is")
+        leaves[name] = leaf.requires_grad_(name in call.wanted)
 
     def adapter(values: dict[str, Tensor], **options: Any) -> Any:
-        named = {key: value for key, value in values.items() if key not in ("image", "text")}
+        named = {key: value for key, value in values.items() if key not in ("image", "text", "scale")}
         return rational_adapter(
-            leaves["image"], leaves["text"], call.scale, named, call.config, penalty=call.penalty, return_mask=True,
-            episodes=call.episodes, backend=backend, **options,
+            leaves["image"], leaves["text"], leaves["scale"], named, call.config, penalty=call.penalty,
+            return_mask=True, episodes=call.episodes, backend=backend, **options,
         )  # fmt: skip
 
     options: dict[str, Any] = {"output_is_zero": call.output_is_zero} if fast else {}

@@ -10,8 +10,8 @@ from tests.drawn_calls import assert_drawn_call_is_right, draw, solve_drawn
 from .conftest import Simulated
 
 
-# Two of them have an output projection of zeros, of which one asks for the gradients of parameters alone.
-@pytest.mark.parametrize("seed", [1, 2, 3, 4, 6, 8, 14])
+# These differ in what they ask for: the output projection is zero in one, and two take earlier projections.
+@pytest.mark.parametrize("seed", [1, 2, 3, 5, 6, 10, 14])
 def test_a_drawn_call(seed: int, simulated: Simulated) -> None:
     call = draw(seed, [torch.float32, torch.bfloat16, torch.float16], [(32, 1), (32, 2), (64, 2), (96, 4)], 40)
     with simulated():
