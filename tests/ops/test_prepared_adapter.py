@@ -61,20 +61,23 @@ def test_results_and_gradients_are_those_of_the_adapter(config: AdapterConfig, b
     assert all(torch.equal(value, other) for value, other in zip(found, gradients, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_values_that_change_in_place_count_from_the_next_call_on(backend: str) -> None:
+def test_values_that_change_in_place_count_from_the_next_call_on(backend: str, dtype: torch.dtype) -> None:
     config = CONFIGS[0]
-    image, text, parameters = problem(config)
-    prepared = PreparedAdapter(text, 5.0, parameters, config, wanted=["out_proj.weight"], backend=backend)
+    image, text, parameters = problem(config, dtype)
+    scale = torch.tensor(5.0)
+    prepared = PreparedAdapter(text, scale, parameters, config, wanted=["out_proj.weight"], backend=backend)
     prepared(image)
     parameters["v_proj.weight"].mul_(2)
     text.copy_(text.flip(0))
+    scale.mul_(3)
     with torch.no_grad():
-        expected = rational_adapter(image, text, 5.0, parameters, config, backend=backend).logits
+        expected = rational_adapter(image, text, scale, parameters, config, backend=backend).logits
     output, pullback = prepared(image)
     assert torch.equal(output.logits, expected)
     assert output.penalty is None
-    (gradient,) = pullback(torch.ones(3, 7), None)
+    (gradient,) = pullback(torch.ones(3, 7, dtype=dtype), None)
     assert bool(gradient.any())
 
 

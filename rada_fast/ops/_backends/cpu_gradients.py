@@ -36,8 +36,11 @@ def prepare(
     """
     assert library.load() is None
     dtype = compute_dtype(text_features, parameters["out_proj.weight"])
-    scale = as_scale(logit_scale, text_features, torch.float64 if dtype == torch.float64 else torch.float32)
-    tensors = [scale.detach(), *parameters_of(parameters, config)]
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = as_scale(logit_scale, text_features, exact).detach()
+    # A multiplier of another type is converted in every call, because its value may change.
+    converted = logit_scale if isinstance(logit_scale, Tensor) and logit_scale.dtype != exact else None
+    tensors = [scale, *parameters_of(parameters, config)]
     fixed = (text_features.detach(), *(None if value is None else value.detach() for value in tensors))
     options = (*options_of(config, penalty), *CpuOptions(widened=widens(config, dtype)))
     requests = Requests(return_mask=False, keep=True)
@@ -50,6 +53,8 @@ def prepare(
 
     def call(image_features: Tensor) -> tuple[AdapterOutput, Pullback]:
         with torch._C._AutoDispatchBelowAutograd():
+            if converted is not None:
+                scale.copy_(converted.reshape(()))
             logits, value, _, *kept, _ = forward(image_features, *with_requests)
 
         def pullback(dlogits: Tensor | None, dpenalty: Tensor | None) -> list[Tensor]:
