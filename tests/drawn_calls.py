@@ -52,8 +52,10 @@ def as_laid_out(value: Tensor, kind: str) -> Tensor:
     return value.clone()
 
 
-def draw(seed: int, dtypes: list[torch.dtype], widths: list[tuple[int, int]], most_classes: int) -> Call:
-    """Draw a call. widths: pairs of a width and a number of heads."""
+def draw(
+    seed: int, dtypes: list[torch.dtype], widths: list[tuple[int, int]], most_classes: int, *, layers: int = 1
+) -> Call:
+    """Draw a call. widths: pairs of a width and a number of heads. With several layers it has no episodes."""
     r = random.Random(seed)
     width, heads = r.choice(widths)
     config = AdapterConfig(
@@ -66,14 +68,15 @@ def draw(seed: int, dtypes: list[torch.dtype], widths: list[tuple[int, int]], mo
         mask_activation=r.choice(["relu", "none"]),
         bias=r.random() < 0.7,
         queries=tuple(r.sample(QUERY_KINDS, r.choice([1, 2, 3, 3]))),
+        num_layers=layers,
     )
-    dtype, episodes = r.choice(dtypes), r.choice([None, 1, 2, 3])
+    dtype, episodes = r.choice(dtypes), r.choice([None, 1, 2, 3]) if layers == 1 else None
     batch, classes = (episodes or 1) * r.randint(1, 3), r.choice([r.randint(1, 9), r.randint(10, most_classes)])
     image, text, parameters = problem(config, batch, classes, dtype, seed=seed)
     if episodes and r.random() < 0.7:
         own = [problem(config, batch, classes, dtype, seed=1000 * seed + one)[2] for one in range(1, 1 + episodes)]
         parameters = {name: torch.stack([one[name] for one in own]) for name in parameters}
-    output_is_zero = r.random() < 0.2
+    output_is_zero = layers == 1 and r.random() < 0.2
     if output_is_zero:
         parameters |= {name: 0 * value for name, value in parameters.items() if name.startswith("out_proj")}
     scale = torch.tensor(r.choice([1.0, 20.0, 100.0]) / config.input_scale_factor)
@@ -92,7 +95,7 @@ def draw(seed: int, dtypes: list[torch.dtype], widths: list[tuple[int, int]], mo
         r.choice(MASK_PENALTIES if dtype == torch.float32 else ("l2", "l1")),
         episodes,
         output_is_zero,
-        r.choice([None, None, 1.0, 2.0]),
+        r.choice([None, None, 1.0, 2.0]) if layers == 1 else None,
         {name: r.choice(layouts) for name in r.choice(in_loss) or ("logits",)},
         r.choice([[*inputs], [*parameters], ["out_proj.weight"], some]),
     )

@@ -11,9 +11,10 @@ from .conftest import Simulated
 
 
 # These differ in what they ask for: the output projection is zero in one, and two take earlier projections.
-@pytest.mark.parametrize("seed", [1, 2, 3, 5, 6, 10, 14])
-def test_a_drawn_call(seed: int, simulated: Simulated) -> None:
-    call = draw(seed, [torch.float32, torch.bfloat16, torch.float16], [(32, 1), (32, 2), (64, 2), (96, 4)], 40)
+@pytest.mark.parametrize(("layers", "seed"), [*((1, seed) for seed in (1, 2, 3, 5, 6, 10, 14)), (2, 1), (2, 4)])
+def test_a_drawn_call(layers: int, seed: int, simulated: Simulated) -> None:
+    dtypes, widths = [torch.float32, torch.bfloat16, torch.float16], [(32, 1), (32, 2), (64, 2), (96, 4)]
+    call = draw(seed, dtypes, widths, 40, layers=layers)
     with simulated():
         fast = solve_drawn(call, call.dtype, "triton")
     assert_drawn_call_is_right(call, fast)

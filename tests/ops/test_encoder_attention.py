@@ -61,6 +61,11 @@ def test_rows_of_any_stride_are_served(dtype: torch.dtype) -> None:
     assert torch.equal(encoder_attention(*expanded, 3), expected[:1].expand(2, -1, -1))
     odd = [torch.nn.functional.pad(part, (1, 2))[..., 1:-2] for part in rows]
     assert torch.equal(encoder_attention(*odd, 3), expected)
+    for which in range(3):
+        # One of the three has longer rows and more of them than the others.
+        mixed = [torch.nn.functional.pad(part, (2, 2, 0, 3))[:, :-3, 2:-2] if at == which else part.contiguous()
+                 for at, part in enumerate(rows)]  # fmt: skip
+        assert torch.equal(encoder_attention(*mixed, 3), expected)
 
 
 def test_a_number_that_is_not_finite_stays_in_its_image() -> None:
