@@ -19,6 +19,12 @@ constexpr int64_t width_of(int64_t rest) {
   return fixed ? fixed : rest;
 }
 
+// Returns the factor c for which 2^(c x) is e^(scale x). The power of two takes fewer operations than that of e.
+template <typename A>
+inline A binary(A scale) {
+  return static_cast<A>(1.4426950408889634 * static_cast<double>(scale));
+}
+
 template <typename T, typename A>
 inline A as_stored(A x) {
   if constexpr (sizeof(T) != 2) {
@@ -52,6 +58,7 @@ template <int64_t fixed, typename T, typename A>
 void exponentials_of_strip(A* scores, int64_t ld, int64_t rows, int64_t rest, A scale, const A* maximum, A* sum,
                            A* stored_sum, T* operand) {
   const int64_t width = width_of<fixed>(rest);
+  const A factor = binary(scale);
   A most[kStrip], total[kStrip], stored_total[kStrip];
   for (int64_t c = 0; c < width; ++c) {
     most[c] = maximum[c];
@@ -62,7 +69,7 @@ void exponentials_of_strip(A* scores, int64_t ld, int64_t rows, int64_t rest, A 
     A* row = scores + r * ld;
 #pragma omp simd
     for (int64_t c = 0; c < width; ++c) {
-      const A p = exponential_of(scale * (row[c] - most[c]));
+      const A p = power_of_two(factor * (row[c] - most[c]));
       total[c] += p;
       row[c] = as_stored<T>(p);
       if constexpr (sizeof(T) == 2) stored_total[c] += row[c];
@@ -99,6 +106,7 @@ template <int64_t fixed, bool first, typename A>
 void score_gradients_of_strip(A* scores, int64_t ld, const A* dprobabilities, A* total, int64_t ldp, int64_t rows,
                               int64_t rest, A scale, const A* maximum, const A* weight, const A* delta) {
   const int64_t width = width_of<fixed>(rest);
+  const A exponent = binary(scale);
   A most[kStrip], factor[kStrip], mean[kStrip];
   for (int64_t c = 0; c < width; ++c) {
     most[c] = maximum[c];
@@ -111,7 +119,7 @@ void score_gradients_of_strip(A* scores, int64_t ld, const A* dprobabilities, A*
     A* all = total + r * ldp;
 #pragma omp simd
     for (int64_t c = 0; c < width; ++c) {
-      const A p = factor[c] * exponential_of(scale * (row[c] - most[c]));
+      const A p = factor[c] * power_of_two(exponent * (row[c] - most[c]));
       row[c] = scale * p * (dp[c] - mean[c]);
       all[c] = first ? p : all[c] + p;
     }
@@ -144,10 +152,11 @@ void softmax(A* scores, int64_t count, A scale) {
   A best = -HUGE_VAL;
 #pragma omp simd reduction(max : best)
   for (int64_t i = 0; i < count; ++i) best = best < scores[i] ? scores[i] : best;
+  const A factor = binary(scale);
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) {
-    scores[i] = exponential_of(scale * (scores[i] - best));
+    scores[i] = power_of_two(factor * (scores[i] - best));
     sum += scores[i];
   }
   const A inverse = A(1) / sum;
@@ -157,8 +166,9 @@ void softmax(A* scores, int64_t count, A scale) {
 
 template <typename A>
 void rescales(const A* before, const A* after, A scale, int64_t count, A* out) {
+  const A factor = binary(scale);
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = exponential_of(scale * (before[i] - after[i]));
+  for (int64_t i = 0; i < count; ++i) out[i] = power_of_two(factor * (before[i] - after[i]));
 }
 
 template <typename T>

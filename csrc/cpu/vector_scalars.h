@@ -1,4 +1,4 @@
-// Functions of one value for the vector loops: conversions, e^x, ln x. Only *_loops.cpp include this file. Everything here
+// Functions of one value for the vector loops: conversions, e^x, 2^x, ln x. Only *_loops.cpp include this file. Everything here
 // has internal linkage, for the reason that instruction_set.h gives.
 #pragma once
 
@@ -86,6 +86,28 @@ inline float exponential_of(float x) {
   return p * power;
 }
 inline double exponential_of(double x) { return std::exp(x); }
+
+// 2^x of x <= 0, with a relative error below 1 ulp; 0 below -126.5. A NaN stays one. With x = n + r and |r| <= 1/2, 2^r is
+// 1 + r q(r), where q is the polynomial of degree 5 with the least relative error of the sum, 2e-9.
+inline float power_of_two(float x) {
+  const float clamped = x < -127.0f ? -127.0f : x;
+  const float shifted = clamped + 12582912.0f;  // the last bits are those of n, -127 to 0
+  const float r = clamped - (shifted - 12582912.0f);
+  float p = 1.53533620e-4f;
+  p = p * r + 1.33988739e-3f;
+  p = p * r + 9.61843692e-3f;
+  p = p * r + 5.55033237e-2f;
+  p = p * r + 2.40226477e-1f;
+  p = p * r + 6.93147182e-1f;
+  p = p * r + 1.0f;
+  uint32_t power_bits;
+  std::memcpy(&power_bits, &shifted, 4);
+  power_bits = (power_bits << 23) + 0x3f800000u;
+  float power;  // 2^n, or 0 for n = -127
+  std::memcpy(&power, &power_bits, 4);
+  return p * power;
+}
+inline double power_of_two(double x) { return std::exp2(x); }
 
 // ln x with a relative error below 2 ulp for x > 0, denormals included; -infinity at 0. Cephes' polynomial.
 inline float logarithm_of(float x) {
