@@ -33,6 +33,9 @@ struct RunningSoftmax {
   }
 };
 
+// The most tasks into which one of the last groups of blocks of queries is divided.
+constexpr int64_t kPieces = 4;
+
 template <typename T>
 class Forward {
  public:
@@ -40,13 +43,14 @@ class Forward {
   using F = Factor<T>;
 
   Forward(const Problem& problem, int64_t images, const AttentionState<T>& attention)
-      : p(problem), state(attention), heads(images * p.heads), parts(splits(p, images, 4)) {
+      : p(problem), state(attention), heads(images * p.heads), parts(splits(p, images, 4)),
+        pieces(std::min<int64_t>(kPieces, divide_up(p.query_blocks, parts))), grouped(heads * parts, pieces, p.threads) {
     statistics.reset(new BlockStatistics<A>[static_cast<size_t>(2 * heads * p.query_blocks)]);
   }
 
   void run() const {
     const int64_t work = heads * p.classes * (4 * kinds * p.classes + 4) * d;
-    share_tasks(p.threads, heads * parts, work, [&](TaskQueue& queue) { tasks(queue); });
+    share_tasks(p.threads, grouped.count, work, [&](TaskQueue& queue) { tasks(queue); });
     for (int64_t kind = 0; kind < kinds; ++kind)
       for (int64_t head = 0; head < heads; ++head) combine_blocks(kind, head);
   }
@@ -56,7 +60,9 @@ class Forward {
   const AttentionState<T>& state;
   const AdapterLoops<T>& loops = chosen_loops<AdapterLoops<T>>();
   const ScoreLoops<T>& score_loops = chosen_loops<ScoreLoops<T>>();
-  const int64_t heads, parts;  // the number of heads of all images, and of the tasks that share one head
+  const int64_t heads, parts;  // the number of heads of all images, and of the groups of tasks that share one head
+  const int64_t pieces;        // the number of the smallest tasks of such a group
+  const GroupedTasks grouped;
   const int64_t d = p.head_width, kinds = p.per_class_kinds();
   // share is 1 / |Q|, one over the number of query kinds: the results of the kinds are averaged.
   const A scale = static_cast<A>(p.score_scale), share = A(1) / static_cast<A>(p.kinds());
@@ -67,7 +73,7 @@ class Forward {
   }
   int64_t offset(int64_t head) const { return head / p.heads * p.image_size() + head % p.heads * d * p.padded; }
 
-  // Works on tasks until none is left. A task is some blocks of queries of one head.
+  // Works on tasks until none is left. A task is some blocks of queries of one head, perhaps none.
   void tasks(TaskQueue& queue) const {
     Scratch& scratch = Scratch::rewound();
     const int64_t most = spread(kinds * kQueryBlock);
@@ -85,15 +91,17 @@ class Forward {
     const F* values = nullptr;
     int64_t transposed = -1;  // the head whose keys are in key_rows
     for (int64_t task; queue.take(task);) {
-      const int64_t head = task / parts, part = task % parts, blocks = p.query_blocks;
-      if (p.image && part == 0) image_query(head, scores, exact);
-      if (kinds == 0) continue;
+      const int64_t of_head = parts * pieces, head = grouped.first(task) / of_head, blocks = p.query_blocks;
+      const int64_t first = grouped.first(task) - head * of_head, last = grouped.last(task) - head * of_head;
+      const int64_t begin = first * blocks / of_head, end = last * blocks / of_head;
+      if (p.image && first == 0) image_query(head, scores, exact);
+      if (kinds == 0 || begin == end) continue;
       if (transposed != head) {
         loops.transpose(state.keys + offset(head), p.padded, d, p.classes, key_rows, d);
         values = left_factor(state.values + offset(head), p.padded, d, widened);
         transposed = head;
       }
-      for (int64_t block = part * blocks / parts; block < (part + 1) * blocks / parts; ++block) {
+      for (int64_t block = begin; block < end; ++block) {
         const int64_t q0 = block * kQueryBlock, width = std::min(kQueryBlock, p.classes - q0);
         pack_queries(p, state, head / p.heads, head % p.heads, q0, width, queries, spread(kinds * width));
         if (p.merged) {

@@ -17,14 +17,18 @@ void rational_projections(const Problem& p, int64_t images, const Acc<T>* image,
   // With few tiles, as for one image with few classes, the features are split as well; each part computes R again.
   const int64_t parts = std::clamp<int64_t>(divide_up(4 * p.threads, std::max<int64_t>(tiles.count(), 1)), 1, units);
 
-  share_tasks(p.threads, tiles.count() * parts, count * images * p.classes * D * D, [&](TaskQueue& queue) {
+  const int64_t pieces = std::min<int64_t>(4, divide_up(units, parts)), of_tile = parts * pieces;
+  const GroupedTasks grouped(tiles.count() * parts, pieces, p.threads);
+
+  share_tasks(p.threads, grouped.count, count * images * p.classes * D * D, [&](TaskQueue& queue) {
     Scratch& scratch = Scratch::rewound();
     F* rational = scratch.take<F>(round_up(D, 2) * spread(kClassTile));
     A* product = scratch.take<A>(kFeatureBlock * spread(kClassTile));
     A* scale = scratch.take<A>(D);
     int64_t formed = -1;
     for (int64_t task; queue.take(task);) {
-      const int64_t tile = task / parts, part = task % parts;
+      const int64_t tile = grouped.first(task) / of_tile;
+      const int64_t first = grouped.first(task) - tile * of_tile, last = grouped.last(task) - tile * of_tile;
       const int64_t columns = whole_vectors(tiles.columns(tile)), ld = spread(columns);
       if (formed != tile) {
         tiles.parts(tile, [&](const TilePart& of) {
@@ -34,7 +38,7 @@ void rational_projections(const Problem& p, int64_t images, const Acc<T>* image,
         clear_columns(rational, ld, D, tiles.columns(tile), columns);
         formed = tile;
       }
-      for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
+      for (int64_t unit = first * units / of_tile; unit < last * units / of_tile; ++unit) {
         const Projection<T>& projection = projections[unit / blocks];
         const int64_t r0 = unit % blocks * kFeatureBlock, rows = std::min(kFeatureBlock, D - r0);
         matrix_product<F>(rows, columns, D, projection.weight + r0 * D, D, rational, ld, product, ld, false);

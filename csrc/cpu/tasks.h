@@ -28,6 +28,22 @@ class TaskQueue {
   const int64_t count_;
 };
 
+// Groups of pieces of work. A task is a whole group, which saves what its pieces would do twice; but the last groups, one
+// for each thread, are handed out piece by piece, so that no thread waits long for the last task of another.
+struct GroupedTasks {
+  int64_t pieces;  // of one group
+  int64_t whole;   // the number of groups that are handed out whole
+  int64_t count;   // the number of tasks
+
+  GroupedTasks(int64_t groups, int64_t pieces_of_group, int threads)
+      : pieces(pieces_of_group), whole(std::max<int64_t>(groups - threads, 0)),
+        count(whole + (groups - whole) * pieces) {}
+
+  // The pieces of a task, from first to before last, numbered through all groups.
+  int64_t first(int64_t task) const { return task < whole ? task * pieces : whole * pieces + task - whole; }
+  int64_t last(int64_t task) const { return task < whole ? (task + 1) * pieces : first(task) + 1; }
+};
+
 // Calls worker(queue) on as many threads as `count` tasks of `work` multiply-adds in all are worth.
 template <typename Worker>
 void share_tasks(int threads, int64_t count, int64_t work, const Worker& worker) {
