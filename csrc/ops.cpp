@@ -51,9 +51,9 @@ TORCH_LIBRARY(rada_fast, library) {
   // entropies, (E, V). logits: (E, V, K). Indices are in ascending order of entropy; equal entropies in that of the index.
   library.def("select_views(Tensor logits, int count) -> (Tensor indices, Tensor entropies)");
   // Returns a loss over the predictions of every episode, (E,), and its gradient with respect to the logits.
-  //   logits   (E, n, K)
+  //   logits   (E, n, K); on a CPU also (n, K), one episode
   //   kind     "mean" entropy, entropy of the "marginal" prediction, or "cross_entropy"
-  //   labels   (E, n) int64, for "cross_entropy" alone
+  //   labels   (E, n) int64, or (n,) as the logits are, for "cross_entropy" alone
   //   keep     whether the gradient is wanted; otherwise dlogits is empty
   library.def("prediction_loss(Tensor logits, str kind, Tensor? labels, float label_smoothing, bool keep) -> "
               "(Tensor losses, Tensor dlogits)");

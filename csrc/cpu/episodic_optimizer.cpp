@@ -104,6 +104,9 @@ void episodic_optimizer_step(at::TensorList parameters, at::TensorList first, at
                                     sources.vec(), {fresh.begin(), fresh.end()}, copies.vec(), tensors);
   TORCH_CHECK(refused.empty(), refused);
   step_all(scalars, torch_roots, tensors);
+  // A tensor's version tells others, such as a copy of it or autograd, that its values have changed.
+  for (const at::Tensor& parameter : parameters)
+    if (!parameter.is_inference()) parameter.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace

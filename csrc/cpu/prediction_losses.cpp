@@ -31,7 +31,7 @@ template <typename T>
 void row_losses(const Tensor& logits, const int64_t* labels, double smoothing, Tensor& losses, T* gradient) {
   using A = Acc<T>;
   const PredictionLoops<T>& loops = chosen_loops<PredictionLoops<T>>();
-  const int64_t episodes = logits.size(0), n = logits.size(1), classes = logits.size(2), rows = episodes * n;
+  const int64_t episodes = losses.size(0), n = logits.size(-2), classes = logits.size(-1), rows = episodes * n;
   const T* in = static_cast<const T*>(logits.const_data_ptr());
   const A share = A(1) / static_cast<A>(n);
   std::vector<A> values(rows);
@@ -61,10 +61,10 @@ template <typename T>
 void marginal_losses(const Tensor& logits, Tensor& losses, T* gradient) {
   using A = Acc<T>;
   const PredictionLoops<T>& loops = chosen_loops<PredictionLoops<T>>();
-  const int64_t n = logits.size(1), classes = logits.size(2), size = n * classes;
+  const int64_t n = logits.size(-2), classes = logits.size(-1), size = n * classes;
   const T* in = static_cast<const T*>(logits.const_data_ptr());
   A* out = losses.mutable_data_ptr<A>();
-  at::parallel_for(0, logits.size(0), rows_per_task(size), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, losses.size(0), rows_per_task(size), [&](int64_t begin, int64_t end) {
     A* scratch = Scratch::rewound().take<A>(loops.scratch_marginal(n, classes));
     for (int64_t e = begin; e < end; ++e)
       out[e] = loops.marginal(in + e * size, n, classes, scratch, gradient ? gradient + e * size : nullptr);
@@ -74,18 +74,19 @@ void marginal_losses(const Tensor& logits, Tensor& losses, T* gradient) {
 std::tuple<Tensor, Tensor> prediction_loss(const Tensor& logits_, c10::string_view name,
                                            const std::optional<Tensor>& labels_, double smoothing, bool keep) {
   const Kind kind = kind_named(name);
-  TORCH_CHECK(logits_.dim() == 3 && logits_.size(1) > 0 && logits_.size(2) > 0,
-              "logits must be (E, n, K) with n >= 1 and K >= 1, got ", logits_.sizes());
+  const int64_t axes = logits_.dim();
+  TORCH_CHECK((axes == 2 || axes == 3) && logits_.size(-2) > 0 && logits_.size(-1) > 0,
+              "logits must be (E, n, K) or (n, K) with n >= 1 and K >= 1, got ", logits_.sizes());
   TORCH_CHECK(labels_.has_value() == (kind == Kind::cross_entropy), "labels belong to kind 'cross_entropy' alone");
   const Tensor logits = logits_.contiguous();
   Tensor labels;
   if (labels_) {
-    TORCH_CHECK(labels_->dim() == 2 && labels_->sizes() == logits.sizes().slice(0, 2) &&
-                    labels_->scalar_type() == at::kLong && labels_->device() == logits.device(),
-                "labels must be (E, n) int64 beside the logits, got ", labels_->sizes());
+    TORCH_CHECK(labels_->sizes() == logits.sizes().slice(0, axes - 1) && labels_->scalar_type() == at::kLong &&
+                    labels_->device() == logits.device(),
+                "labels must be (E, n) or (n,) int64 beside the logits, got ", labels_->sizes());
     labels = labels_->contiguous();
   }
-  Tensor losses = at::empty({logits.size(0)}, logits.options().dtype(exact_type(logits)));
+  Tensor losses = at::empty({axes == 3 ? logits.size(0) : 1}, logits.options().dtype(exact_type(logits)));
   Tensor dlogits = keep ? at::empty_like(logits) : at::empty({0}, logits.options());
   with_loop_type(logits, [&]<typename T>() {
     T* gradient = keep ? static_cast<T*>(dlogits.mutable_data_ptr()) : nullptr;

@@ -65,8 +65,6 @@ class OnePassOptimizer(Optimizer):
                     by_step.setdefault(int(self.state[parameter].get("step", 0)) + 1, []).append(parameter)
             for step, parameters in by_step.items():
                 self._take(group, step, parameters)
-                # PyTorch does not see what the operator writes. Its version tells others that a copy is out of date.
-                torch.autograd.graph.increment_version(parameters)
         return loss
 
     def update(self, gradients: Sequence[Tensor]) -> None:
@@ -85,13 +83,11 @@ class OnePassOptimizer(Optimizer):
                 parameter.grad = None
             self._prepared = self._prepare()
             return
-        take, states, parameters, group = self._prepared
+        take, states, group = self._prepared
         number = states[0]["step"] + 1
         take(gradients, number, group["lr"])
         for state in states:
             state["step"] = number
-        # PyTorch does not see what the operator writes. Its version tells others that a copy is out of date.
-        torch.autograd.graph.increment_version(parameters)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state."""
@@ -107,7 +103,7 @@ class OnePassOptimizer(Optimizer):
             return None
         first, second = self._moments(group, parameters)
         fixed = {key: group[key] for key in ("name", "weight_decay", "betas", "eps", "momentum")}
-        return _Prepared(prepared_optimizer_step(parameters, first, second, **fixed), states, parameters, group)
+        return _Prepared(prepared_optimizer_step(parameters, first, second, **fixed), states, group)
 
     def _moments(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the first and the second moments of parameters, zeros at first and empty where the rule has none."""
@@ -142,12 +138,11 @@ class _Prepared(NamedTuple):
 
     take: takes a step; see prepared_optimizer_step.
     states: the state of each parameter, which counts its steps.
-    parameters: the parameters; group: their group, which has the learning rate.
+    group: the group of the parameters, which has the learning rate.
     """
 
     take: Callable[[Sequence[Tensor], int, float], None]
     states: list[dict[str, Any]]
-    parameters: list[Tensor]
     group: dict[str, Any]
 
 

@@ -116,18 +116,19 @@ def feature_batches(
     Everything is copied to the device once, so no step of the epoch waits for a copy. Rows are put into their order for
     many batches at once, because a step at B 1 is short.
     """
-    if first >= len(order):
+    count = len(order)
+    if first >= count:
         return
     features, labels, order, start = features.to(device), labels.to(device), order[first:].to(device), first
     for indices in order.split(max(1, ROWS_ORDERED // batch_size) * batch_size):
         rows, targets = features.index_select(0, indices), labels.index_select(0, indices)
         for inputs, own in zip(rows.split(batch_size), targets.split(batch_size), strict=True):
-            end = start + len(own)
+            end = min(start + batch_size, count)
             if group is None or not group.several:
-                yield Batch(inputs, own, start=start, until=end)
+                yield Batch(inputs, own, (), start, end)
             else:
-                part = part_of(len(own), group)
-                yield Batch(inputs[part], own[part], start=start, until=end, counts=counts_of(len(own), group))
+                part = part_of(end - start, group)
+                yield Batch(inputs[part], own[part], (), start, end, counts_of(end - start, group))
             start = end
 
 

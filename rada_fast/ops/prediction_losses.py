@@ -129,7 +129,7 @@ def unchecked_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     Equivalent to prediction_loss_and_gradient(logits, "cross_entropy", labels=labels), without its checks.
     """
     with torch._C._AutoDispatchBelowAutograd():
-        losses, gradient = torch.ops.rada_fast.prediction_loss.default(
-            logits.unsqueeze(0), "cross_entropy", labels.unsqueeze(0), 0.0, True
+        found: tuple[Tensor, Tensor] = torch.ops.rada_fast.prediction_loss.default(
+            logits, "cross_entropy", labels, 0.0, True
         )
-        return losses, gradient.squeeze(0)
+    return found

@@ -212,8 +212,7 @@ def progress(
             ) -> None:
                 # A step of a training may be shorter than ten updates of the bar.
                 nonlocal shown
-                state.add(steps, note, answers, readable)
-                now = time.monotonic()
+                now = state.add(steps, note, answers, readable)
                 if note or now - shown >= BAR_INTERVAL:
                     show()
                     shown = now
@@ -229,8 +228,7 @@ def progress(
         steps: int = 1, note: str = "", *, answers: Mapping[str, bool] | None = None, readable: bool = True
     ) -> None:
         nonlocal last, ended
-        state.add(steps, note, answers, readable)
-        now = time.monotonic()
+        now = state.add(steps, note, answers, readable)
         # After its last step, a training says in a note of its own what the last epoch has come to.
         awaited = bool(state.note) and (steps > 0 or not note)
         finished = not ended and state.is_finished() and not awaited
@@ -256,12 +254,12 @@ class _State:
         self._before = Counts(0, 0, before.labelled, before.right, before.unreadable)
         self.total, self.done, self._labelled, self._unreadable = total, 0, 0, 0
         self._right: dict[str, int] = {}
-        self.note, self.pace = "", Pace()
-        self._of_all = self._gathered()
+        self.note, self.pace, self._due = "", Pace(), 0.0
+        self._gathered()
         heartbeat.beat(self._own)
 
-    def add(self, steps: int, note: str, answers: Mapping[str, bool] | None, readable: bool) -> None:
-        """Count finished steps."""
+    def add(self, steps: int, note: str, answers: Mapping[str, bool] | None, readable: bool) -> float:
+        """Count finished steps, and return the time. A step of a training may take no more than a millisecond."""
         self.done += steps
         if answers is not None:
             self._labelled += 1
@@ -269,30 +267,41 @@ class _State:
                 self._right[name] = self._right.get(name, 0) + right
         if not readable:
             self._unreadable += steps
-        self.note = note or self.note
-        self._of_all = self._gathered()
-        self.pace.note(self._of_all.done)
-        heartbeat.beat(self._own)
+        if note:
+            self.note = note
+        if self._gather is None:
+            self._all_done = self.done
+        else:
+            self._gathered()
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + min(heartbeat.INTERVAL, BAR_INTERVAL)
+            self.pace.note(self._all_done)
+            heartbeat.beat(self._own)
+        return now
 
     def values(self) -> dict[str, Any]:
         """Return the progress of all processes as plain values."""
-        self._of_all = self._gathered()
-        return self._of(self._of_all)
+        return self._of(self._gathered())
 
     def is_finished(self) -> bool:
         """Return whether all processes have finished their steps."""
-        return self._of_all.done > 0 and self._of_all.done == self._of_all.total
+        return self._all_done > 0 and self._all_done == self._all_total
 
     def _gathered(self) -> Counts:
+        """Return the counts of all processes, and remember their finished steps and their steps in all."""
         counts = self._counts()
-        return counts if self._gather is None else self._gather(counts)
+        if self._gather is not None:
+            counts = self._gather(counts)
+        self._all_done, self._all_total = counts.done, counts.total
+        return counts
 
     def _counts(self) -> Counts:
         return Counts(self.done, self.total, self._labelled, dict(self._right), self._unreadable)
 
     def _of(self, counts: Counts) -> dict[str, Any]:
-        overall, recent = self.pace.rates(self._of_all.done)
-        share = counts.done / self._of_all.done if self._of_all.done else 1.0
+        overall, recent = self.pace.rates(self._all_done)
+        share = counts.done / self._all_done if self._all_done else 1.0
         return measured(counts + self._before, share * overall, share * recent, self._unit)
 
     def _own(self) -> dict[str, Any]:

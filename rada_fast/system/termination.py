@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -94,19 +94,29 @@ def _repeat_after_grace(number: int) -> None:
     timer.start()
 
 
-@contextmanager
-def postponed() -> Iterator[None]:
+class _Postponed:
+    """The context of postponed(). A step of a training enters it, and a generator would take it three times as long."""
+
+    def __enter__(self) -> None:
+        global _postponing
+        _postponing = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        global _postponing
+        _postponing = False
+        if kind is None and _asked is not None:
+            raise _asked
+
+
+_POSTPONED = _Postponed()
+
+
+def postponed() -> AbstractContextManager[None]:
     """Raise the exception of a signal at the end of the block, as work that is left half done cannot be stored.
 
     If the block takes longer than GRACE, the exception is raised in it, and so is that of a second signal.
     """
-    global _postponing
-    _postponing = True
-    try:
-        yield
-    finally:
-        _postponing = False
-    raise_if_asked()
+    return _POSTPONED
 
 
 @contextmanager

@@ -78,6 +78,23 @@ def test_losses_and_gradients(
     )
 
 
+@needs_extension
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cpus_operator_takes_one_episode_without_its_axis(kind: str) -> None:
+    logits, labels = draw(1, 5, 7, 3.0, torch.float32), torch.arange(5) if kind == "cross_entropy" else None
+    of_all = labels if labels is None else labels[None]
+    expected = torch.ops.rada_fast.prediction_loss(logits, kind, of_all, 0.1, True)
+    leaf = logits[0].requires_grad_()
+    losses, gradient = torch.ops.rada_fast.prediction_loss(leaf, kind, labels, 0.1, True)
+    assert torch.equal(losses, expected[0])
+    assert torch.equal(gradient[None], expected[1])
+    (2 * losses).sum().backward()
+    assert torch.equal(leaf.grad, 2 * gradient)
+    with torch.device("meta"):
+        shapes = torch.ops.rada_fast.prediction_loss(leaf.to("meta"), kind, None, 0.1, True)
+    assert [one.shape for one in shapes] == [losses.shape, gradient.shape]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_cross_entropy_is_pytorchs(backend: str, smoothing: float) -> None:

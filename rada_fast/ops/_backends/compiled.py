@@ -168,7 +168,7 @@ def _fake_select_views(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _fake_prediction_loss(
     logits: Tensor, kind: str, labels: Tensor | None, label_smoothing: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    losses = logits.new_empty((logits.shape[0],), dtype=_exact(logits.dtype))
+    losses = logits.new_empty((logits.shape[0] if logits.ndim == 3 else 1,), dtype=_exact(logits.dtype))
     return losses, logits.new_empty(logits.shape if keep else (0,))
 
 
@@ -189,7 +189,8 @@ def _backward_prediction_loss(ctx: Any, dlosses: Tensor | None, _: Tensor | None
     refuse_second_derivative("prediction_loss")
     (dlogits,) = ctx.saved_tensors
     # The product is in the losses' type: with a low-precision factor it would be rounded twice.
-    return ((dlogits * dlosses[:, None, None]).to(dlogits.dtype), *nothing[1:])
+    of_rows = dlosses if dlogits.ndim == 2 else dlosses[:, None, None]
+    return ((dlogits * of_rows).to(dlogits.dtype), *nothing[1:])
 
 
 def _fake_episodic_optimizer_step(*_: Any) -> None:
