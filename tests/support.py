@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
+from torch.profiler import ProfilerActivity, profile
 
 from rada_fast import _env
 from rada_fast.config.method import AdapterConfig
@@ -256,6 +259,27 @@ def assert_replays_from_a_graph(call: Callable[[], Tensor]) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(output, expected)
+
+
+class Allocated(NamedTuple):
+    """Hold the bytes of CPU tensors that a call has left behind, and the most that it had at once."""
+
+    left: int
+    peak: int
+
+
+def allocated_by(call: Callable[[], object]) -> Allocated:
+    """Call, and count the bytes of all tensors on the CPU that are allocated and freed meanwhile, in any thread.
+
+    Tensors that are freed meanwhile, and were allocated before, count only where another such call has seen that.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    present = list(accumulate(change for _, change in changes))
+    return Allocated(present[-1], max(present)) if present else Allocated(0, 0)
 
 
 def threads_ahead() -> list[threading.Thread]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from rada_fast.config.commands import EFTOptions
 from rada_fast.data.sources import Source
 from rada_fast.engine.optimizers import training_optimizer
+from rada_fast.engine.parts import images_at_once
 from rada_fast.engine.sharing import group_for
-from rada_fast.engine.steps import Gradients, Objective, TrainedText, TrainingStep, images_at_once
+from rada_fast.engine.steps import Gradients, Objective, TrainedText, TrainingStep
 from rada_fast.engine.training import Batch, ImageBatches, Plan, efficient_rate, epoch_name, feature_batches, shuffled
 from rada_fast.models.encoded_parts import EncodedParts
 from rada_fast.models.encoder_tuning import EncoderTuning

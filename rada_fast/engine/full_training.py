@@ -16,6 +16,7 @@ from rada_fast.config.commands import FFTOptions
 from rada_fast.config.methods import FFT_METHODS
 from rada_fast.data.sources import Source
 from rada_fast.engine.optimizers import training_optimizer
+from rada_fast.engine.parts import images_at_once, part_bytes
 from rada_fast.engine.sharded_encoders import EncodersOfGroup, ScalerOfParts, encoders_of_group
 from rada_fast.engine.sharing import counts_of, group_for, own_part
 from rada_fast.engine.steps import (
@@ -24,7 +25,6 @@ from rada_fast.engine.steps import (
     Objective,
     TrainedText,
     TrainingStep,
-    images_at_once,
 )
 from rada_fast.engine.training import (
     Batch,
@@ -211,7 +211,9 @@ def stage_step(
             budget = None
             if options.memory is not None:
                 side = vlm.preprocess.image_size if vlm is not None and stage.trains_encoder else None
-                budget = budget_of_parts(options, parameters, model.weight.shape[1], side)
+                head = part_bytes(model.head.config, len(model.weight), device, fused=gradients.fused)
+                least = head.of(1) + extra
+                budget = budget_of_parts(options, parameters, model.weight.shape[1], side, least)
             micro_batch = images_at_once(
                 model.head.config, len(model.weight), device, fused=gradients.fused, extra=extra, budget=budget
             )
@@ -250,7 +252,7 @@ def _trainable(stage: Stage, vlm: VisionLanguageModel, options: FFTOptions) -> I
             encoder.set_grad_checkpointing(False)
 
 
-def budget_of_parts(options: FFTOptions, parameters: Sequence[Tensor], width: int, side: int | None) -> int:
+def budget_of_parts(options: FFTOptions, parameters: Sequence[Tensor], width: int, side: int | None, least: int) -> int:
     """Return how many bytes of the option --memory are left for the images of one part of a step.
 
     With P numbers in all trained parameters, batches of B images, width D and S x S pixels of an image, these are the
@@ -265,8 +267,9 @@ def budget_of_parts(options: FFTOptions, parameters: Sequence[Tensor], width: in
     options: the options of the training, with a memory.
     parameters: what is trained.
     width, side: D, and S or None where the inputs are features.
+    least: what a part of a single image takes.
 
-    Raises UserError if nothing is left.
+    Raises UserError if less is left.
     """
     assert options.memory is not None
     memory = bytes_of("memory", options.memory)
@@ -274,9 +277,9 @@ def budget_of_parts(options: FFTOptions, parameters: Sequence[Tensor], width: in
     inputs = images * (4 * width if side is None else 24 * side**2)
     numbers, own = (sum(one.numel() for one in values) for values in (parameters, map(own_part, parameters)))
     fixed = 16 * own + 4 * numbers + inputs
-    if memory <= fixed:
-        least = f"{-(-fixed // 2**20)}MiB for batches of {options.batch_size}"
-        raise UserError(f"memory must be more than {least}, got {options.memory}")
+    if memory < fixed + least:
+        needed = f"{-(-(fixed + least) // 2**20)}MiB for batches of {options.batch_size}"
+        raise UserError(f"memory must be at least {needed}, got {options.memory}")
     return memory - fixed
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from rada_fast.config.method import AdapterConfig, MaskPenalty
+from rada_fast.config.method import MaskPenalty
 from rada_fast.engine.direct_steps import direct_step, summed_up
 from rada_fast.engine.graphs import Recording, usable
 from rada_fast.engine.optimizers import set_rate
@@ -30,44 +30,6 @@ from rada_fast.modules.rational_adapter import RationalAdapter
 from rada_fast.ops import AdapterOutput, PreparedAdapter, prediction_loss_and_gradient
 from rada_fast.ops.prepared_adapter import Pullback, pullback_of
 from rada_fast.system.ranks import Ranks
-
-BUDGETS = {"cpu": 2**30, "cuda": 2**33}
-"""The bytes that the adapter may take for the images of one part of a step, by the type of the device; see
-images_at_once. Larger parts are not faster: some tens of images fill a processor."""
-
-
-def bytes_of_image(config: AdapterConfig | None, classes: int, itemsize: int, *, fused: bool) -> int:
-    """Return about how many bytes a head takes for one image in a forward and a backward pass.
-
-    With K classes, width D, H heads and b bytes for a number this is ``12 K D b``: five tensors (K, D) that are kept
-    for the backward pass, and seven of it. Without a fused operator, attention keeps scores, probabilities and their
-    gradients for each kind of query as well, ``4 |Q| H K^2 b``. Another head, which has no config, has little more than
-    the logits and their gradients.
-    """
-    if config is None:
-        return 4 * classes * itemsize
-    bytes_of_rows = 12 * classes * config.embed_dim * itemsize
-    if fused or config.mask_function != "attention":
-        return bytes_of_rows
-    return bytes_of_rows + 4 * len(config.queries) * config.num_heads * classes**2 * itemsize
-
-
-def images_at_once(
-    config: AdapterConfig | None,
-    classes: int,
-    device: torch.device,
-    *,
-    itemsize: int = 4,
-    fused: bool = True,
-    extra: int = 0,
-    budget: int | None = None,
-) -> int:
-    """Return how many images a part of a step may have, so that it takes no more than a budget; at least one.
-
-    It is ``budget // (bytes_of_image + extra)``, where `extra` is what an image takes outside of the adapter. Without a
-    budget it is that of BUDGETS.
-    """
-    return max(1, (budget or BUDGETS[device.type]) // (bytes_of_image(config, classes, itemsize, fused=fused) + extra))
 
 
 @dataclass(frozen=True)
@@ -301,7 +263,7 @@ class TrainingStep:
         Where a CUDA graph can be used, the first step of a shape is taken without it, and the second step records it.
         """
         set_rate(self.optimizer, rate)
-        count = len(labels)
+        count = labels.shape[0]
         self._images += count
         if self._direct is not None and (self.micro_batch is None or count <= self.micro_batch):
             self._direct(inputs, labels, self.sums)

@@ -15,7 +15,7 @@ from rada_fast.config.method import AdapterConfig
 from rada_fast.config.options import RunOptions
 from rada_fast.engine import full_training
 from rada_fast.engine.full_training import Stage, stage_step, stages_of
-from rada_fast.engine.steps import bytes_of_image, images_at_once
+from rada_fast.engine.parts import images_at_once, part_bytes
 from rada_fast.errors import UserError
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter
@@ -102,13 +102,15 @@ def test_the_memory_decides_how_many_images_are_computed_at_once() -> None:
     trained = sum(parameter.numel() for parameter in model.parameters())
     head = model.head
     assert isinstance(head, RationalAdapter)
-    fixed, each = 20 * trained + 4 * 8 * 16, bytes_of_image(head.config, 4, 4, fused=backends()["cpu"] == "usable")
+    fixed = 20 * trained + 4 * 8 * 16
+    part = part_bytes(head.config, 4, torch.device("cpu"), fused=backends()["cpu"] == "usable")
     for images in (1, 3, 8):
-        memory = f"{(fixed + images * each + 1) / 2**10:.6f}KiB"
+        memory = f"{(fixed + part.of(images) + 1) / 2**10:.6f}KiB"
         with stage_step(rada, model, None, options(batch_size=8, memory=memory)) as made:
             assert made.step.micro_batch == images
+    least = -(-(fixed + part.of(1)) // 2**20)
     with (
-        pytest.raises(UserError, match="memory must be more than 1MiB for batches of 8, got 1KiB"),
+        pytest.raises(UserError, match=f"memory must be at least {least}MiB for batches of 8, got 1KiB"),
         stage_step(rada, model, None, options(batch_size=8, memory="1KiB")),
     ):
         pass

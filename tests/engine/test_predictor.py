@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.ops import backends, use_backend
 from tests.loops.conftest import load_tiny
 from tests.ops.support import needs_extension, num_threads
-from tests.support import wait_until_no_thread_is_ahead
+from tests.support import allocated_by, wait_until_no_thread_is_ahead
 
 NAMES = ("cat", "dog", "emu", "fox")
 
@@ -439,6 +440,37 @@ def test_memory_stays_flat_over_hundreds_of_pictures(files: list[Path]) -> None:
             counts.append(tensors())
     # One tensor that was kept for each picture would make 300 more; what is on its way varies by some dozens.
     assert counts[-1] < counts[0] + 150
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nothing_of_an_episode_outlives_it(files: list[Path], backend: str) -> None:
+    """Tensors are freed to the last byte while others follow, and at the end of a call. No other object is kept."""
+    if backend == "cpu" and backends()["cpu"] != "usable":
+        pytest.skip("needs the compiled extension")
+    predictor, objects = tiny(config=EpisodeConfig(steps=2), episodes=4), list[int]()
+    width = predictor._text.shape[1]
+
+    def predict(results: Iterator[Prediction], count: int) -> None:
+        for _ in range(count):
+            assert next(results).status == "ok"
+
+    def predict_files() -> None:
+        predict(predictor.predict(files), len(files))
+
+    with use_backend(backend):
+        results = predictor.predict_features([normalize(torch.randn(3, width), dim=-1) for _ in range(112)])
+        predict(results, 20)
+        allocated_by(partial(predict, results, 8))
+        assert allocated_by(partial(predict, results, 12)).left == 0
+        for count in (12, 60):
+            predict(results, count)
+            gc.collect()
+            objects.append(len(gc.get_objects()))
+        results.close()
+        predict_files()
+        assert allocated_by(predict_files).left == 0
+    # An object that was kept of each episode would be sixty.
+    assert objects[1] - objects[0] < 30
 
 
 @pytest.mark.parametrize(("backend", "episodes"), [("cpu", None), ("cpu", 1), ("reference", None), ("literal", None)])

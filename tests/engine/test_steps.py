@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rada_fast.config.method import MASK_PENALTIES, AdapterConfig
 from rada_fast.engine import steps
 from rada_fast.engine.optimizers import set_rate, training_optimizer
-from rada_fast.engine.steps import Gradients, Objective, TrainingStep, bytes_of_image, images_at_once
+from rada_fast.engine.steps import Gradients, Objective, TrainingStep
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import use_backend
 
@@ -88,14 +88,6 @@ def test_the_gradient_of_the_images_reaches_an_encoder() -> None:
     for gradient, other in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
     assert named == ids
-
-
-def test_parts_fit_into_the_budget() -> None:
-    config = AdapterConfig.official(512)
-    assert bytes_of_image(config, 1000, 4, fused=True) == 12 * 1000 * 512 * 4
-    assert bytes_of_image(config, 1000, 4, fused=False) == 12 * 1000 * 512 * 4 + 4 * 3 * 8 * 1000**2 * 4
-    assert images_at_once(config, 1000, CPU) == 2**30 // (12 * 1000 * 512 * 4)
-    assert images_at_once(config, 1000, CPU, extra=2**31) == 1
 
 
 class Replayed:

@@ -79,7 +79,7 @@ def test_losses_and_gradients(
 
 
 @needs_extension
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mean", "marginal", "cross_entropy"])
 def test_the_cpus_operator_takes_one_episode_without_its_axis(kind: str) -> None:
     logits, labels = draw(1, 5, 7, 3.0, torch.float32), torch.arange(5) if kind == "cross_entropy" else None
     of_all = labels if labels is None else labels[None]
