@@ -25,6 +25,8 @@ SMALLER = {
     "fft": "--epochs 1 --finetune-from 1 --finetune-epochs 1 --batch-size 4 --templates photo --allow-chance",
     "ttt": "--views 2 --steps 1 --limit 2 --allow-chance",
     "bench": "--classes 3 --repeats 1",
+    "bench roofline": "--only losses --classes 3 --episodes 1 --precision float32 --repeats 1",
+    "bench scaling": "--classes 3 4 5 --axes classes --passes forward --embed-dim 16 --repeats 1",
     "bench table5": "--eft-classes 3 --settings eft --only rada_fast --repeats 1",
     "inspect": "--images 4 --allow-chance",
     "report": "",

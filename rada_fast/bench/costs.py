@@ -45,6 +45,17 @@ def least_operations(batch: int, classes: int, width: int) -> int:
     return batch * (8 * classes * width**2 + 6 * classes**2 * width)
 
 
+def least_backward_operations(batch: int, classes: int, width: int) -> int:
+    """Return B (10 K D^2 + 12 K^2 D), below which no backward pass to the gradients of all parameters comes.
+
+    The output projection takes two products of 2 K D^2. The projections to queries, keys and values take one each,
+    because the features need no gradient. Each of the attention's three products takes two, if the probabilities are
+    kept, which needs memory for K^2 numbers. The operators compute the scores again instead, so that they execute
+    more, and BACKWARD counts more.
+    """
+    return batch * (10 * classes * width**2 + 12 * classes**2 * width)
+
+
 def step_elements(config: AdapterConfig, batch: int, classes: int, *, backward: bool) -> int:
     """Return the elements that one pass of the adapter must read or write, if all tensors between stay on the chip.
 

@@ -2,8 +2,8 @@
 
 Each operator is a stage of a setting, which is one set of sizes. Its work is what any program must compute, read and
 write: operations by a formula, and the bytes of its inputs and results, each counted once. Its floor is the greater of
-operations / product rate and bytes / bandwidth. Data that caches can hold are compared with the bandwidth of caches,
-because the operators are called again and again and find them there.
+operations / product rate and bytes / bandwidth. The bandwidth is that of the fastest way to go through as many bytes,
+by reading, changing or copying them, because an operator that is called again and again finds small data in the caches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rada_fast.bench import roofline_adapter, roofline_operators
 from rada_fast.bench.partial import PartialFigures, measured_in_turn
 from rada_fast.bench.report import Presentation, giga, limits_of, percent, picture_title, significant, sizes_name
 from rada_fast.bench.roofline_operators import Group
-from rada_fast.bench.stages import CACHE_LIMIT, Figure, Setting, Stage, measure
+from rada_fast.bench.stages import CACHE_LIMIT, MEMORY_LIMIT, Figure, Setting, Stage, measure
 from rada_fast.config.bench_limits import BenchRooflineOptions
 from rada_fast.ops import use_backend
 
@@ -116,9 +116,10 @@ COLUMNS: dict[str, Callable[[Figure], str]] = {
 LEGEND = (
     "MFLOP: millions of operations by the formula, those of matrix products, or of additions, multiplications, "
     "comparisons and exponentials where there are none; MB: inputs and results, each counted once; floor: operations / "
-    "product rate or bytes / bandwidth, whichever is more, where the bandwidth of data that caches can hold is that of "
-    "copies in caches; floor %: the floor over the best time, which is the share of the possible speed; bound: which "
-    "of the two the floor is; extra MiB: the peak memory during a call beyond what was in use before it"
+    "product rate or bytes / bandwidth, whichever is more, where the bandwidth is that of the fastest way through a "
+    "buffer of as many bytes, in caches or not; floor %: the floor over the best time, which is the share of the "
+    "possible speed; bound: which of the two the floor is; extra MiB: the peak memory during a call beyond what was in "
+    "use before it"
 )
 
 
@@ -163,7 +164,7 @@ def draw(path: Path, part: str, figures: Sequence[Figure], facts: dict[str, Any]
     notes = [f"without operations, so in the table only: {', '.join(left_out)}"] if left_out else []
     notes += [f"not measured here: {', '.join(refused)}"] if refused else []
     dtypes = ", ".join(dict.fromkeys(point.dtype for point in points))
-    roof = Roof(rates, limits["bandwidth"], limits.get(CACHE_LIMIT))
+    roof = Roof(rates, limits[MEMORY_LIMIT], limits.get(CACHE_LIMIT))
     roofline_chart(path, title=f"{picture_title(part, facts)}, {dtypes}", roof=roof, points=points, notes=notes)
 
 

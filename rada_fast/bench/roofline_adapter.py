@@ -67,11 +67,10 @@ class AdapterForms:
         yield Candidate(
             "forward+backward, prepared", "the same as a training calls it, without autograd", step, self._prepared
         )
-        # Only the output projection has a gradient, whose product is the only one of the backward pass.
+        # The output projection itself need not be computed, and its gradient is the only one.
         yield Candidate(
-            "first step", "forward and backward while the output projection is zero", Work(
-                forward.operations + product, forward.bytes + size * self.width**2, self.products
-            ), self._first_step,
+            "first step", "forward and backward while the output projection is zero",
+            forward._replace(bytes=forward.bytes + size * self.width**2), self._first_step,
         )  # fmt: skip
         # Queries, keys and values of the rational matrix are read instead of three products.
         yield Candidate(
@@ -82,8 +81,16 @@ class AdapterForms:
 
     def _work(self, *, backward: bool) -> Work:
         formula = costs.step_work if backward else costs.forward_work
-        work = formula(self.official, self.batch, self.classes, dtype=self.dtype)
-        return work._replace(dtype=self.products)
+        moved = formula(self.official, self.batch, self.classes, dtype=self.dtype).bytes
+        operations = costs.least_operations(self.batch, self.classes, self.width)
+        if backward:
+            operations += costs.least_backward_operations(self.batch, self.classes, self.width)
+        return Work(operations, moved, self.products)
+
+    def work_of_episodes(self, episodes: int) -> Work:
+        """Return the least work of a step of several episodes, each with parameters of its own."""
+        each = costs.step_work(self.official, self.batch // episodes, self.classes, dtype=self.dtype)
+        return self._work(backward=True)._replace(bytes=episodes * each.bytes)
 
     def _inputs(self, config: AdapterConfig) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Draw the features of images and classes, the labels, and the parameters as leaves of autograd."""
@@ -177,8 +184,7 @@ def episodes(options: BenchRooflineOptions, device: torch.device) -> Iterator[Gr
     for count in options.episodes:
         for dtype in options.precision:
             forms = AdapterForms(count * KEPT, classes, width, dtype, device)
-            each = costs.step_work(forms.official, KEPT, classes, dtype=dtype)
-            work = Work(count * each.operations, count * each.bytes, forms.products)
+            work = forms.work_of_episodes(count)
             inside = "the adapter's forward and backward pass for several episodes with parameters of their own"
             sizes = {
                 "batch": forms.batch, "episodes": count, "classes": classes, "embed_dim": width, "precision": dtype

@@ -23,8 +23,8 @@ from rada_fast.config.measuring import MeasuringOptions
 
 Figure = dict[str, Any]
 """One line of figures, as figures_of describes it."""
-CACHE_LIMIT = "bandwidth of caches"
-"""The name of the limit for data that caches can hold."""
+MEMORY_LIMIT, CACHE_LIMIT = "bandwidth of memory", "bandwidth of caches"
+"""The names of the limits for data that caches cannot, and can hold."""
 
 
 class Part(NamedTuple):
@@ -97,7 +97,7 @@ class Setting:
     ratios: the ratios to report.
     burst: the number of calls in a row in a round, or None for as many as take BURST_SECONDS.
     caches: whether the bytes of a work that caches can hold are compared with the bandwidth of caches, which is that of
-        the fastest copy of no fewer bytes, and not with that of the main memory.
+        the fastest way through a buffer of no fewer bytes, and not with that of a copy in the main memory.
     refusals: the names of stages that cannot be measured here, and why.
     """
 
@@ -234,10 +234,15 @@ def figures_of(setting: Setting, measured: Interleaved) -> list[Figure]:
     inside = "PyTorch's copy of a large buffer, the best of all rounds; bytes read and bytes written"
     best = measured.bandwidth / 1e9
     lines.append(line_of(setting, kind="limit", name="bandwidth", inside=inside, unit="GB/s", best=best))
-    if measured.smaller_copies:
-        inside = "the fastest of PyTorch's copies of smaller buffers, the best of all rounds; bytes read and written"
-        best = measured.bandwidth_of(0) / 1e9
-        lines.append(line_of(setting, kind="limit", name=CACHE_LIMIT, inside=inside, unit="GB/s", best=best))
+    if measured.passes:
+        inside = "reading, changing or copying {} in PyTorch, the fastest of all rounds; bytes read and bytes written"
+        for name, buffer, moved in (
+            (MEMORY_LIMIT, "a large buffer", max(measured.passes) / 2),
+            (CACHE_LIMIT, "smaller buffers", 0),
+        ):
+            best = measured.bandwidth_of(moved) / 1e9
+            text = inside.format(buffer)
+            lines.append(line_of(setting, kind="limit", name=name, inside=text, unit="GB/s", best=best))
     return lines
 
 

@@ -29,10 +29,10 @@ HOST_PRODUCT_SIZE, DEVICE_PRODUCT_SIZE = 2048, 8192
 """The rows and columns of the matrices whose product is timed to find a machine's product rate."""
 HOST_COPIED_BYTES, DEVICE_COPIED_BYTES = 2**27, 2**30
 """The size of the buffer whose copy is timed to find a bandwidth: more than any cache holds."""
-CACHED_BYTES = tuple(2**power for power in range(14, 26, 2))
-"""The sizes of smaller buffers whose copies are timed where the bandwidth of caches counts; see Interleaved."""
-COPIED_IN_A_ROW = 2**23
-"""Copies of small buffers are timed so many bytes at a time, because a single one is over too soon."""
+PASS_BYTES = tuple(sorted(factor * 2**power for power in range(14, 26) for factor in (2, 3)))
+"""The sizes of smaller buffers that are gone through where the bandwidth of caches counts; see Interleaved."""
+BYTES_IN_A_ROW = 2**23
+"""Small buffers are gone through so often that this many bytes are timed, because a single time is over too soon."""
 BURST_SECONDS = 0.1
 """A round repeats a faster call until about so much time has passed, and divides."""
 SLOW_SECONDS = 1.0
@@ -130,6 +130,19 @@ def bandwidth(device: str) -> float:
     return copy.amount / (1e-3 * min(sample(copy.call, device).ms for _ in range(10)))
 
 
+def _passes(device: str, size: int) -> list[_Probe]:
+    """Make the ways to go through a buffer: reading it, changing it in place, and copying it.
+
+    A machine that reads more bytes in a second than it writes has another fastest way than one that does not.
+    """
+    buffer, _ = _slices(device, size)
+    return [
+        _Probe(buffer.sum, buffer.nbytes),
+        _Probe(lambda: buffer.mul_(1.0), 2 * buffer.nbytes),
+        _copy(device, size),
+    ]
+
+
 class _Probe(NamedTuple):
     """A call whose time tells what the machine can do, and the operations or bytes of it."""
 
@@ -169,10 +182,23 @@ def _copied_bytes(device: str) -> int:
     return HOST_COPIED_BYTES if device == "cpu" else DEVICE_COPIED_BYTES
 
 
+@cache
+def _buffers(device: str, size: int) -> tuple[Tensor, Tensor]:
+    """Make two buffers of so many bytes, which are made only once."""
+    # Memory that was only asked for would be read from one page of zeros.
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    return source, torch.ones_like(source)
+
+
+def _slices(device: str, size: int) -> tuple[Tensor, Tensor]:
+    """Return so many bytes of each of two buffers."""
+    source, target = _buffers(device, _copied_bytes(device))
+    return source[: size // 4], target[: size // 4]
+
+
 def _copy(device: str, size: int | None = None) -> _Probe:
     """Make the copy of a buffer. size: its bytes, or None for more than any cache holds."""
-    source = torch.zeros((size or _copied_bytes(device)) // 4, dtype=torch.float32, device=device)
-    target = torch.zeros_like(source)
+    source, target = _slices(device, size or _copied_bytes(device))
     return _Probe(lambda: target.copy_(source), 2 * source.nbytes)
 
 
@@ -264,7 +290,8 @@ class Interleaved(NamedTuple):
     parts: the times of the parts of a call as they were counted while it ran, by the names of the call and of the part.
     product_rates: the operations per second in the product of two large matrices, by type and library.
     bandwidth: the bytes per second of a large copy, which is that of the main memory.
-    smaller_copies: the bytes per second of smaller copies, by the number of bytes that they read and write.
+    passes: the bytes per second of going through buffers of many sizes in the fastest way, by the number of bytes that
+        are read and written.
     """
 
     times: dict[str, Times]
@@ -272,13 +299,12 @@ class Interleaved(NamedTuple):
     product_rates: dict[tuple[str, str], float]
     bandwidth: float
     parts: Mapping[tuple[str, str], Times] = MappingProxyType({})
-    smaller_copies: Mapping[int, float] = MappingProxyType({})
+    passes: Mapping[int, float] = MappingProxyType({})
 
     def bandwidth_of(self, moved: float) -> float:
-        """Return the bytes per second of the fastest copy of at least so many bytes; without smaller ones, of the large
-        one.
-        """
-        return max([self.bandwidth, *(rate for size, rate in self.smaller_copies.items() if size >= moved)])
+        """Return the bytes per second of the fastest way to read and write so many bytes, or more."""
+        least = min(moved, max(self.passes, default=0.0))
+        return max([self.bandwidth, *(rate for size, rate in self.passes.items() if size >= least)])
 
     def product_rate(self, dtype: str) -> float:
         """Return the operations per second of the fastest library for a type."""
@@ -309,7 +335,7 @@ def interleaved(
     dtypes: the types of the products whose rate is measured.
     burst: the number of calls in a row whose mean is the time of a round, if it does not depend on the time.
     counters: for some calls, by their names, what counts the time of their parts.
-    caches: whether copies of smaller buffers are timed too, which caches hold.
+    caches: whether going through buffers of many sizes is timed too, smaller ones of which caches hold.
     """
     memory, bursts, once = {}, {}, {}
     for name, call in calls.items():
@@ -327,14 +353,15 @@ def interleaved(
         (dtype, "oneDNN"): probe for dtype, _ in list(probes) if (probe := _onednn_product(dtype, device)) is not None
     }
     copy = _copy(device)
-    sizes = [size for size in CACHED_BYTES if size < _copied_bytes(device)] if caches else []
-    smaller = {2 * size: _copy(device, size) for size in sizes}
-    for probe in (*probes.values(), copy, *smaller.values()):
+    largest = _copied_bytes(device)
+    sizes = [*(size for size in PASS_BYTES if size < largest), largest] if caches else []
+    through = [probe for size in sizes for probe in _passes(device, size)]
+    for probe in (*probes.values(), copy, *through):
         probe.call()
     found: dict[str, list[float]] = {name: [] for name in calls}
     rates: dict[tuple[str, str], list[float]] = {name: [] for name in probes}
     copies: list[float] = []
-    smaller_copies = dict.fromkeys(smaller, 0.0)
+    passes: dict[int, float] = {}
     parts: dict[tuple[str, str], list[float]] = {}
     began, rounds = time.perf_counter(), 0
     while not _enough(rounds, time.perf_counter() - began, seconds, repeats):
@@ -348,9 +375,10 @@ def interleaved(
             for key, probe in probes.items():
                 rates[key].append(probe.amount / (1e-3 * burst_ms(probe.call, 1, device)))
             copies.append(copy.amount / (1e-3 * burst_ms(copy.call, 1, device)))
-            for moved, probe in smaller.items():
-                ms = burst_ms(probe.call, max(1, COPIED_IN_A_ROW // moved), device)
-                smaller_copies[moved] = max(smaller_copies[moved], moved / (1e-3 * ms))
+            for probe in through:
+                moved = int(probe.amount)
+                ms = burst_ms(probe.call, max(1, BYTES_IN_A_ROW // moved), device)
+                passes[moved] = max(passes.get(moved, 0.0), moved / (1e-3 * ms))
         rounds += 1
     return Interleaved(
         {name: Times(tuple(times)) for name, times in found.items()},
@@ -358,7 +386,7 @@ def interleaved(
         {key: max(values) for key, values in rates.items()},
         max(copies),
         {key: Times(tuple(times)) for key, times in parts.items()},
-        smaller_copies,
+        passes,
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import log10
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 
 class StageBar(NamedTuple):
@@ -166,8 +167,9 @@ _MARKER_NAMES = {"o": "circles:", "s": "squares:", "^": "triangles:"}
 
 
 def _plain_logarithmic(axes: Axes) -> None:
-    """Give both axes logarithmic scales, whose labels are plain numbers and stand at the powers of ten."""
-    for axis in (axes.xaxis, axes.yaxis):
+    """Label logarithmic axes with plain numbers, at the powers of ten and, where there are few, between them."""
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 
@@ -209,19 +211,24 @@ def _roofline_panel(axes: Axes, panel: str, roof: Roof, points: Sequence[Rooflin
                 color=f"C{index % 10}", markersize=5, alpha=0.8, linestyle="none",
                 label=name if dtype == own[0].dtype else None,
             )  # fmt: skip
-    # The sizes stand at the fastest operator of each size and type.
+    # The sizes stand at the fastest operator of each size and type, above it or, where others stand, below it.
+    placed: list[tuple[float, float]] = []
     for label, dtype in dict.fromkeys((point.label, point.dtype) for point in points):
         best = max(
             (point for point in points if (point.label, point.dtype) == (label, dtype)), key=lambda one: one.rate
         )
+        place = (log10(best.intensity / low) / log10(high / low), log10(best.rate))
+        near = any(abs(place[0] - x) < 0.12 and abs(place[1] - y) < 0.1 for x, y in placed)
+        placed.append(place)
         axes.annotate(
-            label, (best.intensity, best.rate), textcoords="offset points", xytext=(4, 3), fontsize=6, rotation=20
-        )
+            label, (best.intensity, best.rate), textcoords="offset points", xytext=(4, -9 if near else 3), fontsize=6,
+            rotation=-20 if near else 20,
+        )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    _plain_logarithmic(axes)
     axes.set_xlim(low, high)
     axes.set_ylim(*_reach([*(point.rate for point in points), peak], 2))
+    _plain_logarithmic(axes)
     axes.set_title(panel, fontsize=10)
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=7)
@@ -282,6 +289,8 @@ def growth_chart(path: Path, *, title: str, columns: int, panels: Sequence[Growt
                 shown += [value for _, value in pairs]
         axes.set_xscale("log")
         axes.set_yscale("log")
+        if shown:
+            axes.set_ylim(*_reach(shown, 1.5))
         _plain_logarithmic(axes)
         sizes = sorted({size for series in panel.series for size in series.sizes})
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize=7, rotation=30)
@@ -290,7 +299,6 @@ def growth_chart(path: Path, *, title: str, columns: int, panels: Sequence[Growt
         axes.set_ylabel(panel.along)
         axes.grid(which="both", alpha=0.2)
         if shown:
-            axes.set_ylim(*_reach(shown, 1.5))
             axes.legend(fontsize=7)
     if notes:
         figure.supxlabel("\n".join(notes), fontsize=8)
