@@ -28,6 +28,7 @@ from rada_fast.config.bench_limits import BenchScalingOptions, ScalingAxis
 from rada_fast.config.checks import bytes_of
 from rada_fast.config.method import AdapterConfig, EpisodeConfig
 from rada_fast.engine.episodes import adapt_episodes
+from rada_fast.errors import UserError
 from rada_fast.modules import RationalAdapter
 from rada_fast.ops import use_backend
 from rada_fast.system.memory import free_unused, is_lack_of_memory
@@ -85,7 +86,12 @@ def figures(
         setting_name(axis, sizes_of(axis, size, options)): partial(measured, axis, size, known, limits, options, device)
         for axis in options.axes
         for size in sorted(getattr(options, axis))
+        if next(growing_stages(axis, size, options, device), None) is not None
     }
+    if not settings:
+        raise UserError(
+            "axes must name a number that grows in one of the passes, and be measured by one of the providers"
+        )
     found: list[Figure] = []
     for lines in measured_in_turn("bench scaling", settings, partial_figures):
         for line in lines:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rada_fast import cli
 from rada_fast.bench import scaling
 from rada_fast.bench.scaling import Known, Limits, expected_at, fitted, refusal
 from rada_fast.bench.stages import Figure, Setting, Stage, line_of
@@ -83,6 +84,13 @@ def test_what_would_take_too_much_is_left_out(bench: Callable[..., Lines], monke
     assert [(found["kind"], found["classes"]) for found in lines if found["kind"] in ("stage", "refusal")] == [
         ("stage", 3), ("stage", 4), ("refusal", 6)
     ]  # fmt: skip
+
+
+def test_what_has_no_stage_is_left_out(bench: Callable[..., Lines], capsys: pytest.CaptureFixture[str]) -> None:
+    lines = bench("scaling", *SMALL, "--providers", "reference", "--passes", "episode", "--axes", "batch", "episodes")
+    assert {line["setting"].partition(",")[0] for line in lines if line["kind"] == "stage"} == {"over episodes"}
+    assert cli.main(["bench", "scaling", *SMALL, "--passes", "episode", "--axes", "batch"]) == 2
+    assert "axes" in capsys.readouterr().err
 
 
 def test_a_stage_that_runs_out_of_memory_is_left_out() -> None:
