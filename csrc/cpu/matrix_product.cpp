@@ -87,12 +87,17 @@ void matrix_product<float>(int64_t m, int64_t n, int64_t k, const float* a, int6
     return;
   }
   static const Block block = brgemm_block();
-  for (int64_t n0 = 0; n0 < n; n0 += block.columns)
+  // Blocks of B are about equally wide: a last block of a single vector would take as long as one of two or three.
+  const int64_t lanes = whole_vectors(1), vectors = whole_vectors(n) / lanes;
+  const int64_t blocks = (n + block.columns - 1) / block.columns;
+  for (int64_t number = 0; number < blocks; ++number) {
+    const int64_t n0 = number * vectors / blocks * lanes, end = std::min((number + 1) * vectors / blocks * lanes, n);
     for (int64_t k0 = 0, depth = 0; k0 < k; k0 += depth) {
       depth = std::min(block.depth, k - k0);
-      at::native::cpublas::brgemm(m, std::min(block.columns, n - n0), depth, lda, ldb, ldc, accumulate || k0 > 0, a + k0,
-                                  b + k0 * ldb + n0, c + n0, false);
+      at::native::cpublas::brgemm(m, end - n0, depth, lda, ldb, ldc, accumulate || k0 > 0, a + k0, b + k0 * ldb + n0,
+                                  c + n0, false);
     }
+  }
 }
 
 template <>
