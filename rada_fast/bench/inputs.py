@@ -43,7 +43,7 @@ def pictures(data: str | None, count: int, *, image_size: int, seed: int) -> Ite
         samples = source.limited(count).samples
         yield [samples[index % len(samples)] for index in range(count)]
         return
-    size = (world.IMAGE_SIZE, world.IMAGE_SIZE) if image_size <= world.IMAGE_SIZE else PHOTO_SIZE
+    size = (world.PICTURE_SIZE, world.PICTURE_SIZE) if image_size <= world.IMAGE_SIZE else PHOTO_SIZE
     with TemporaryDirectory(prefix="rada-fast-bench-") as folder:
         found = []
         for index in range(count):

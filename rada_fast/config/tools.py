@@ -17,14 +17,14 @@ MAX_ROWS = 2**20
 @dataclass(frozen=True)
 class DemoOptions:
     """Show the method on the small CLIP that is shipped and its drawn images: zero-shot prediction, test-time training
-    and a short EFT, in about two minutes on two cores.
+    and a short EFT, in about a minute on two cores.
 
     Writes the drawn images, each run's results, report.json and demo.png into the output folder.
     """
 
     output: str = "results/demo"
     """Folder for everything the demo writes."""
-    images: int = 240
+    images: int = 1000
     """Shifted test images for test-time training, spread over the classes."""
     epochs: int = 8
     """Epochs of the short EFT."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from importlib.resources import as_file, files
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from rada_fast.embedded.world import IMAGE_SIZE, WORDS
 
-EMBED_DIM = 128
-# The longest caption has 15 words, which start and end make 17 tokens, so prompts with a few more words still fit.
+EMBED_DIM = 512
+# The longest caption has 12 words, which start and end make 14 tokens, so prompts with a few more words still fit.
 CONTEXT_LENGTH = 20
 # Half the pixel range, not the world's own statistics: the test domain is shifted anyway.
 MEAN: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -60,9 +61,10 @@ class WordTokenizer:
 
 
 def build_model() -> CLIP:
-    """Return the untrained embedded CLIP: a ViT with 8 x 8 patches on 64 x 64 pictures and a two-layer text encoder."""
+    """Return the untrained embedded CLIP: a ViT with 8 x 8 patches on 48 x 48 pictures and a two-layer text encoder."""
     model = CLIP(
         embed_dim=EMBED_DIM,
+        init_logit_scale=math.log(100),
         vision_cfg=CLIPVisionCfg(image_size=IMAGE_SIZE, patch_size=8, width=160, layers=4, head_width=40),
         text_cfg=CLIPTextCfg(
             context_length=CONTEXT_LENGTH, vocab_size=WordTokenizer().vocab_size, width=128, heads=4, layers=2

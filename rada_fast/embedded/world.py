@@ -1,8 +1,9 @@
 """A procedurally drawn world with compositional captions, and a shifted version of it.
 
-Every picture is one main object, "a red striped star at the top left", over a shaded background with small
-distractors. Ten colours x five textures x ten shapes make 500 combinations; 40 of them (`is_held_out`) never occur in
-pre-training, and half of those are the demo's new classes. NumPy and PIL only.
+Every picture shows one object, such as a red striped star, off the centre of a shaded background on which scraps of
+any colour lie about; one of them may cover a part of the object. A picture has twice the side that the model sees, so
+a crop shows details that the whole picture loses. Ten colours x five textures x ten shapes make 500 combinations; 40
+of them (`is_held_out`) never occur in pre-training, and half of those are the demo's new classes. NumPy and PIL only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,10 @@ from rada_fast.errors import UserError
 
 Pixels = NDArray[np.uint8]
 
-IMAGE_SIZE = 64
+PICTURE_SIZE = 96
+"""The side of a drawn picture, in pixels."""
+IMAGE_SIZE = 48
+"""The side of what the model sees: a whole picture at half its resolution, or a crop, which loses less."""
 TEMPLATE = "a photo of a {}."
 SHIFTS: tuple[str, ...] = ("blur", "noise", "contrast", "hue", "occlusion", "sketch")
 
@@ -45,12 +50,17 @@ _RGB: dict[str, tuple[int, int, int]] = {
 }
 COLOURS: tuple[str, ...] = tuple(_RGB)
 SHAPES: tuple[str, ...] = tuple(shapes.IMPLICIT)
-POSITIONS: tuple[str, ...] = (
-    "top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right",
-)  # fmt: skip
-# Radius of the main object in pixels. Captions have no word for the middle range.
-_RADIUS: dict[str, tuple[float, float]] = {"small": (11.5, 14.0), "medium": (14.0, 18.0), "large": (18.0, 22.0)}
-SIZES: tuple[str, ...] = tuple(_RADIUS)
+
+
+class _Distance(NamedTuple):
+    """The distance of a scene: the least and the largest radius of its object, in pixels, and number of its scraps."""
+
+    radius: tuple[float, float]
+    scraps: tuple[int, int]
+
+
+_NEAR = _Distance(radius=(12.0, 36.0), scraps=(2, 8))
+_FAR = _Distance(radius=(12.0, 24.0), scraps=(6, 12))
 _LUMINANCE: dict[str, tuple[float, float]] = {"dark": (30.0, 75.0), "grey": (95.0, 145.0), "light": (175.0, 218.0)}
 BACKGROUNDS: tuple[str, ...] = tuple(_LUMINANCE)
 
@@ -58,14 +68,11 @@ _OPENINGS: tuple[str, ...] = (
     "a photo of a {}", "a picture of a {}", "an image of a {}", "a drawing of a {}", "a {}", "the {}",
     "this is a {}", "there is a {}", "a photo of the {}", "a photo of one {}",
 )  # fmt: skip
-_PLACES: tuple[str, ...] = (" at the {}", " in the {}")
 _GROUNDS: tuple[str, ...] = (" on a {} background", " over a {} background")
 
 
 def _words() -> tuple[str, ...]:
-    parts = itertools.chain(
-        COLOURS, TEXTURES, SHAPES, POSITIONS, ("small", "large"), BACKGROUNDS, _OPENINGS, _PLACES, _GROUNDS, (TEMPLATE,)
-    )
+    parts = itertools.chain(COLOURS, TEXTURES, SHAPES, BACKGROUNDS, _OPENINGS, _GROUNDS, (TEMPLATE,))
     return tuple(sorted({word for part in parts for word in part.replace("{}", " ").strip(string.punctuation).split()}))
 
 
@@ -74,28 +81,30 @@ WORDS: tuple[str, ...] = _words()
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of a picture. The generator of `draw` decides the rest: rotation, phase, tint, distractor colours.
+    """The content of a picture. The generator of `draw` decides the rest, such as rotations, tints and the scraps.
 
-    colour, texture, shape, position, size, background: one of COLOURS, TEXTURES, SHAPES, POSITIONS, SIZES, BACKGROUNDS.
-    clutter: number of small distractor shapes, 0 or more.
+    colour, texture, shape, background: one of COLOURS, TEXTURES, SHAPES, BACKGROUNDS.
+    radius: the radius of the object, in pixels.
+    centre: the centre of the object, (x, y) in pixels, with y downwards.
+    scraps: how many bars and ovals lie about.
+    covered: whether another scrap covers a part of the object.
     """
 
     colour: str
     texture: str
     shape: str
-    position: str = "middle"
-    size: str = "medium"
     background: str = "grey"
-    clutter: int = 0
+    radius: float = 20.0
+    centre: tuple[float, float] = (PICTURE_SIZE / 2, PICTURE_SIZE / 2)
+    scraps: int = 0
+    covered: bool = False
 
-    def attributes(self) -> tuple[int, int, int, int, int, int]:
-        """Return the six word-bearing attributes as indices, in the order of the fields."""
+    def attributes(self) -> tuple[int, int, int, int]:
+        """Return the four attributes that captions name as indices, in the order of the fields."""
         return (
             COLOURS.index(self.colour),
             TEXTURES.index(self.texture),
             SHAPES.index(self.shape),
-            POSITIONS.index(self.position),
-            SIZES.index(self.size),
             BACKGROUNDS.index(self.background),
         )
 
@@ -121,22 +130,27 @@ def _pretraining_combinations() -> tuple[tuple[str, str, str], ...]:
     return tuple(combo for combo in itertools.product(COLOURS, TEXTURES, SHAPES) if not is_held_out(*combo))
 
 
-def _any_scene(colour: str, texture: str, shape: str, rng: np.random.Generator) -> Scene:
+def _any_scene(colour: str, texture: str, shape: str, rng: np.random.Generator, distance: _Distance) -> Scene:
+    least, most = distance.radius
+    radius = float(least * (most / least) ** rng.uniform())
+    # Photographs have their object off the centre, but rarely at the border.
+    x, y = PICTURE_SIZE * rng.uniform(0.2, 0.8, size=2)
     return Scene(
         colour=colour,
         texture=texture,
         shape=shape,
-        position=POSITIONS[rng.integers(len(POSITIONS))],
-        size=SIZES[rng.integers(len(SIZES))],
         background=BACKGROUNDS[rng.integers(len(BACKGROUNDS))],
-        clutter=int(rng.integers(6)),
+        radius=radius,
+        centre=(float(x), float(y)),
+        scraps=int(rng.integers(*distance.scraps, endpoint=True)),
+        covered=bool(rng.uniform() < 0.4),
     )
 
 
 def pretraining_scene(rng: np.random.Generator) -> Scene:
     """Return a random scene whose (colour, texture, shape) is not held out."""
     combinations = _pretraining_combinations()
-    return _any_scene(*combinations[rng.integers(len(combinations))], rng)
+    return _any_scene(*combinations[rng.integers(len(combinations))], rng, _NEAR)
 
 
 @cache
@@ -157,13 +171,13 @@ def class_names() -> tuple[str, ...]:
 
 
 def _bilinear(coarse: int) -> Floats:
-    """Return the (IMAGE_SIZE, coarse) matrix that upsamples linearly."""
-    at = np.linspace(0, coarse - 1, IMAGE_SIZE)
+    """Return the (PICTURE_SIZE, coarse) matrix that upsamples linearly."""
+    at = np.linspace(0, coarse - 1, PICTURE_SIZE)
     return np.clip(1 - np.abs(at[:, None] - np.arange(coarse)[None, :]), 0, None).astype(np.float32)
 
 
 _UPSAMPLE = _bilinear(6)
-_GRID = ((np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE * 2 - 1).astype(np.float32)
+_GRID = ((np.arange(PICTURE_SIZE) + 0.5) / PICTURE_SIZE * 2 - 1).astype(np.float32)
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _SUPERSAMPLE = 2
 
@@ -188,8 +202,8 @@ def _paint_shape(
 ) -> None:
     """Paint one shape onto canvas (H, W, 3) in place; centre is (x, y) in pixels, y downwards."""
     reach = 1.15 * radius + 3.0
-    x0, x1 = max(0, int(centre[0] - reach)), min(IMAGE_SIZE, int(centre[0] + reach) + 1)
-    y0, y1 = max(0, int(centre[1] - reach)), min(IMAGE_SIZE, int(centre[1] + reach) + 1)
+    x0, x1 = max(0, int(centre[0] - reach)), min(PICTURE_SIZE, int(centre[0] + reach) + 1)
+    y0, y1 = max(0, int(centre[1] - reach)), min(PICTURE_SIZE, int(centre[1] + reach) + 1)
     if x0 >= x1 or y0 >= y1:
         return
     k = _SUPERSAMPLE
@@ -207,7 +221,7 @@ def _paint_shape(
     rgb = np.clip(np.array(_RGB[colour]) * rng.uniform(0.86, 1.08) + rng.uniform(-12, 12, size=3), 0, 255)
     rgb = rgb.astype(np.float32)
     second = rgb * 0.42 if float(rgb @ _LUMA) > 95 else rgb + (255 - rgb) * 0.62
-    tone = shapes.tone(texture, x, y, rng, period=float(np.clip(rng.uniform(0.42, 0.58) * radius, 5.5, 9.5)))
+    tone = shapes.tone(texture, x, y, rng, period=float(np.clip(rng.uniform(0.42, 0.58) * radius, 4.0, 14.0)))
     paint = np.broadcast_to(rgb, (*distance.shape, 3)) if tone is None else rgb + tone[:, :, None] * (second - rgb)
     # A thin dark rim and light from above keep white shapes on white legible.
     rim = np.clip(distance / 1.4 + 1.0, 0, 1)[:, :, None]
@@ -229,30 +243,45 @@ def _paint_shape(
     region += pool(paint * cover)
 
 
+def _paint_scrap(canvas: Floats, centre: Floats, length: float, width: float, rng: np.random.Generator) -> None:
+    """Paint a bar or an oval without texture; length and width are half of its sides, in pixels."""
+    reach = length + 2.0
+    x0, x1 = max(0, int(centre[0] - reach)), min(PICTURE_SIZE, int(centre[0] + reach) + 1)
+    y0, y1 = max(0, int(centre[1] - reach)), min(PICTURE_SIZE, int(centre[1] + reach) + 1)
+    angle = rng.uniform(0, np.pi)
+    px = (np.arange(x0, x1) + 0.5 - centre[0]).astype(np.float32)[None, :]
+    py = (np.arange(y0, y1) + 0.5 - centre[1]).astype(np.float32)[:, None]
+    u = np.abs(px * np.float32(np.cos(angle)) + py * np.float32(np.sin(angle)))
+    v = np.abs(py * np.float32(np.cos(angle)) - px * np.float32(np.sin(angle)))
+    if rng.uniform() < 0.5:
+        distance = np.maximum(u - np.float32(length), v - np.float32(width))
+    else:
+        distance = (np.hypot(u / np.float32(length), v / np.float32(width)) - 1) * np.float32(width)
+    rgb = np.array(_RGB[COLOURS[rng.integers(len(COLOURS))]]) * rng.uniform(0.7, 1.08) + rng.uniform(-20, 20, size=3)
+    rgb = np.clip(rgb, 0, 255).astype(np.float32)
+    cover = np.clip(0.5 - distance, 0, 1)[:, :, None]
+    region = canvas[y0:y1, x0:x1]
+    region += cover * (rgb - region)
+
+
 def draw(scene: Scene, rng: np.random.Generator) -> Pixels:
     """Return a picture of the scene.
 
     scene: any combination, held out or not.
     rng: source of everything the scene leaves open; the same state draws the same picture.
-    Returns (64, 64, 3) uint8, RGB.
+    Returns (96, 96, 3) uint8, RGB.
     """
     canvas = _paint_background(scene.background, rng)
-    radius = rng.uniform(*_RADIUS[scene.size])
-    row, column = divmod(POSITIONS.index(scene.position), 3)
-    # Large shapes lie nearer to the middle: a shape may touch the border but is whole in most pictures.
-    spread = min(17.0, IMAGE_SIZE / 2 - 0.9 * radius)
-    x = IMAGE_SIZE / 2 + (column - 1) * spread + rng.uniform(-3, 3)
-    y = IMAGE_SIZE / 2 + (row - 1) * spread + rng.uniform(-3, 3)
-    for _ in range(scene.clutter):
-        place = rng.uniform(3, IMAGE_SIZE - 3, size=2)
-        small = rng.uniform(3.0, 5.5)
-        colour = COLOURS[rng.integers(len(COLOURS))]
-        shape = SHAPES[rng.integers(len(SHAPES))]
-        hidden = np.hypot(place[0] - x, place[1] - y) < radius + 0.5 * small
-        if not hidden and colour != scene.colour and shape != scene.shape:
-            _paint_shape(canvas, shape, "plain", colour, (float(place[0]), float(place[1])), small, rng, shadow=False)
-    _paint_shape(canvas, scene.shape, scene.texture, scene.colour, (x, y), radius, rng, shadow=True)
-    canvas += rng.normal(0, 3.5, size=canvas.shape)
+    for _ in range(scene.scraps):
+        length = rng.uniform(4, 12)
+        _paint_scrap(canvas, rng.uniform(0, PICTURE_SIZE, size=2), length, length * rng.uniform(0.2, 0.5), rng)
+    _paint_shape(canvas, scene.shape, scene.texture, scene.colour, scene.centre, scene.radius, rng, shadow=True)
+    if scene.covered:
+        angle, radius = rng.uniform(0, 2 * np.pi), scene.radius
+        centre = np.array(scene.centre) + rng.uniform(0.5, 1.0) * radius * np.array([np.cos(angle), np.sin(angle)])
+        length = rng.uniform(0.5, 1.0) * radius
+        _paint_scrap(canvas, np.clip(centre, 0, PICTURE_SIZE), length, length * rng.uniform(0.25, 0.5), rng)
+    canvas += 3.5 * rng.standard_normal(canvas.shape, dtype=np.float32)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -261,26 +290,20 @@ def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[bool, .
 
     A caption is true of every scene that agrees on the stated attributes: pre-training uses that for its targets.
     """
-    chance = rng.uniform(size=6)
-    says_size = bool(chance[0] < 0.5) and scene.size != "medium"
-    says_texture = bool(chance[1] < 0.93)
-    says_position = bool(chance[2] < 0.4)
-    says_background = bool(chance[3] < 0.25)
+    chance = rng.uniform(size=4)
+    says_texture = bool(chance[0] < 0.93)
+    says_background = bool(chance[1] < 0.25)
     words = [scene.colour, scene.texture] if says_texture else [scene.colour]
-    if chance[4] < 0.15:
+    if chance[2] < 0.15:
         words.reverse()
-    if says_size:
-        words.insert(0, scene.size)
     text = _OPENINGS[rng.integers(len(_OPENINGS))].format(" ".join([*words, scene.shape]))
     if text.startswith("a orange"):
         text = "an" + text[1:]
-    if says_position:
-        text += _PLACES[rng.integers(len(_PLACES))].format(scene.position)
     if says_background:
         text += _GROUNDS[rng.integers(len(_GROUNDS))].format(scene.background)
-    if chance[5] < 0.7:
+    if chance[3] < 0.7:
         text += "."
-    return text, (True, says_texture, True, says_position, says_size, says_background)
+    return text, (True, says_texture, True, says_background)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -294,7 +317,7 @@ def _blur(image: Floats, rng: np.random.Generator) -> Floats:
     taps /= taps.sum()
     padded = np.pad(image, ((6, 6), (6, 6), (0, 0)), mode="edge")
     # Row i of the band matrix holds the taps that make output pixel i from the padded ones.
-    band = np.stack([np.pad(taps, (i, IMAGE_SIZE - 1 - i)) for i in range(IMAGE_SIZE)])
+    band = np.stack([np.pad(taps, (i, PICTURE_SIZE - 1 - i)) for i in range(PICTURE_SIZE)])
     blurred: Floats = np.einsum("iy,yxc,jx->ijc", band, padded, band, optimize=True)
     return blurred
 
@@ -325,7 +348,7 @@ def _occlusion(image: Floats, rng: np.random.Generator) -> Floats:
     covered = image.copy()
     for _ in range(int(rng.integers(3, 6))):
         h, w = rng.integers(9, 19, size=2)
-        y, x = rng.integers(4, IMAGE_SIZE - h - 3), rng.integers(4, IMAGE_SIZE - w - 3)
+        y, x = rng.integers(4, PICTURE_SIZE - h - 3), rng.integers(4, PICTURE_SIZE - w - 3)
         covered[y : y + h, x : x + w] = rng.uniform(40, 200) + rng.uniform(-15, 15, size=3)
     return covered
 
@@ -341,10 +364,10 @@ def _sketch(image: Floats, rng: np.random.Generator) -> Floats:
     )
     strokes = 0.8 * np.clip(np.hypot(dx, dy) / 400.0 - 0.2, 0, 1)[:, :, None]
     # The picture becomes a pencil drawing: paper shows through hatching that fades in and out, edges become strokes.
-    yy, xx = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
+    yy, xx = np.mgrid[:PICTURE_SIZE, :PICTURE_SIZE]
     hatch = 0.15 * np.sin(2 * np.pi * (xx + yy) / rng.uniform(3.2, 4.5))
     pressure = np.clip(0.6 + 0.1 * smooth + hatch, 0.2, 1.0)[:, :, None]
-    paper = 240 + rng.normal(0, 4, size=(IMAGE_SIZE, IMAGE_SIZE, 1))
+    paper = 240 + rng.normal(0, 4, size=(PICTURE_SIZE, PICTURE_SIZE, 1))
     drawn = paper + pressure * (image - paper)
     return (drawn * (1 - strokes) + 45 * strokes).astype(np.float32)
 
@@ -362,8 +385,8 @@ _SHIFT: dict[str, Callable[[Floats, np.random.Generator], Floats]] = {
 def shifted(image: Pixels, name: str, rng: np.random.Generator) -> Pixels:
     """Return the picture as the shifted domain shows it.
 
-    image: (64, 64, 3) uint8. name: one of SHIFTS. rng: draws the severity and the details.
-    Returns (64, 64, 3) uint8. Raises UserError for another name.
+    image: (96, 96, 3) uint8. name: one of SHIFTS. rng: draws the severity and the details.
+    Returns (96, 96, 3) uint8. Raises UserError for another name.
     """
     if name not in _SHIFT:
         raise UserError(f"shift must be one of {', '.join(SHIFTS)}, got {name!r}")
@@ -373,9 +396,10 @@ def shifted(image: Pixels, name: str, rng: np.random.Generator) -> Pixels:
 def class_image(class_index: int, seed: int, shift: str | None) -> Pixels:
     """Return one picture of a class, the same for the same arguments.
 
-    class_index: 0 to len(class_names()) - 1. seed: 0 or more; a shifted picture shows the scene of the clean one.
-    shift: None for clean, one of SHIFTS, or "mixed" (the kinds in turn).
-    Returns (64, 64, 3) uint8. Raises IndexError for a class that is not there, UserError for an unknown shift.
+    class_index: 0 to len(class_names()) - 1. seed: 0 or more.
+    shift: None for a picture as pre-training draws them; one of SHIFTS for one that shows its object from further away,
+        among more scraps, and is then blurred and so on; or "mixed", which takes the kinds in turn.
+    Returns (96, 96, 3) uint8. Raises IndexError for a class that is not there, UserError for an unknown shift.
     """
     names = class_names()
     if not 0 <= class_index < len(names):
@@ -383,7 +407,7 @@ def class_image(class_index: int, seed: int, shift: str | None) -> Pixels:
     # The leading number separates these streams from those of pre-training, whose seeds start at small integers.
     rng = np.random.default_rng([20250721, class_index, seed])
     colour, texture, shape = names[class_index].split()
-    image = draw(_any_scene(colour, texture, shape, rng), rng)
+    image = draw(_any_scene(colour, texture, shape, rng, _NEAR if shift is None else _FAR), rng)
     if shift is None:
         return image
     kind = SHIFTS[(class_index + seed) % len(SHIFTS)] if shift == "mixed" else shift

@@ -17,8 +17,8 @@ def test_the_encoder_has_the_operations_of_its_formula() -> None:
     visual = vlm.model.visual
     assert counted_encoder_operations(vlm, 3) == 3 * 2 * transformer_multiply_adds(visual, pooled_only=False)
     assert module_work(vlm, 3).operations == counted_encoder_operations(vlm, 3)
-    # Of the last block's products, only those of the keys and the values are computed for all 65 tokens.
-    saved = 64 * (2 * 160**2 + 2 * 160 * 640 + 2 * 65 * 160)
+    # Of the last block's products, only those of the keys and the values are computed for all 37 tokens.
+    saved = 36 * (2 * 160**2 + 2 * 160 * 640 + 2 * 37 * 160)
     assert encoder_work(vlm, 1).operations == counted_encoder_operations(vlm, 1) - 2 * saved
     # An encoder that is called as a module computes what the module computes.
     with torch.no_grad():

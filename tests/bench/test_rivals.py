@@ -60,9 +60,9 @@ def test_every_method_is_measured_on_the_embedded_world(rivals: Callable[..., Li
     order = ["zero-shot", "encode-fast", "rada_fast", "rada-careful", "tpt", "maple"]
     assert sorted(order, key=work.__getitem__) == order
     assert work["encode"] < min(work[name] for name in ("zero", "mta", "vte", "rada-careful"))
-    # Four views are encoded in each of three steps, and the original at the end; each adapts in about 0.1 GFLOP.
+    # Four views are encoded in each of three steps, and the original at the end; each adapts in about 0.3 GFLOP.
     image = counted_encoder_operations(load_model("embedded"), 1)
-    assert 13 * image < work["rada-literal"] < 13 * image + 13 * 0.1e9
+    assert 13 * image < work["rada-literal"] < 13 * image + 13 * 0.3e9
 
 
 def test_given_pictures_are_read_and_only_some_methods_measured(

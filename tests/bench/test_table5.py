@@ -75,7 +75,7 @@ def test_operations_are_those_of_the_calls_that_are_timed() -> None:
     row = row_of("rada-literal", frames[0], vlm)
     # The published code projects three queries, keys, values and the output: 12 K D^2, and 8 K^2 D in four products.
     assert row.forward == image + literal_adapter_operations(config, 3)
-    assert literal_adapter_operations(config, 3) == pytest.approx(12 * 3 * 128**2 + 8 * 3**2 * 128, rel=0.01)
+    assert literal_adapter_operations(config, 3) == pytest.approx(12 * 3 * 512**2 + 8 * 3**2 * 512, rel=0.01)
     assert row_of("rada_fast", frames[0], vlm).forward < image + least_operations(1, 3, vlm.embed_dim)
 
 

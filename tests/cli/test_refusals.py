@@ -110,7 +110,7 @@ REFUSED: list[tuple[str | tuple[str, ...], str]] = [
     (f"{TTT} --temperature 0", "--temperature must be above 0"),
     (f"{TTT} --temperature -1e-3", "--temperature must be above 0, got -0.001"),
     (f"{TTT} --num-heads 0", "--num-heads"),
-    (f"{TTT} --num-heads 7", "--num-heads must divide embed_dim 128, got 7"),
+    (f"{TTT} --num-heads 7", "--num-heads must divide embed_dim 512, got 7"),
     (f"{TTT} --num-layers 0", "--num-layers"),
     (f"{TTT} --num-layers 10000000", "--num-layers must be a whole number of at most"),
     (f"{TTT} --num-layers 2 --mask-function mlp", "--num-layers must be 1 with mask_function 'mlp'"),

@@ -53,7 +53,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
 def test_a_recorded_encoder_reads_each_batch_and_keeps_earlier_results(
     model: VisionLanguageModel, recorded: list[StandIn], views: int
 ) -> None:
-    batches = [list(torch.randn(count, views, 3, 64, 64).unbind()) for count in ((5, 2, 4) if views == 3 else (1, 1))]
+    batches = [list(torch.randn(count, views, 3, 48, 48).unbind()) for count in ((5, 2, 4) if views == 3 else (1, 1))]
     encoder = ViewEncoder(model, views)
     found = [encoder(batch) for batch in batches]
     for batch, features in zip(batches, found, strict=True):
@@ -70,7 +70,7 @@ def test_an_encoder_that_cannot_be_recorded_is_called_with_a_warning(
     monkeypatch.setattr(encoder_module, "Recording", refuses)
     monkeypatch.setattr(encoder_module, "usable", lambda device: True)
     encoder = ViewEncoder(model, 20)
-    views = torch.randn(20, 3, 64, 64)
+    views = torch.randn(20, 3, 48, 48)
     with pytest.warns(RuntimeWarning, match="launched one by one: RuntimeError: operation not permitted"):
         first = encoder([views])
     assert torch.equal(first, encoder([views]))  # without another warning
@@ -82,7 +82,7 @@ def test_an_encoder_that_cannot_be_recorded_is_called_with_a_warning(
 def test_a_graph_on_a_gpu_has_the_bits_of_single_launches(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model("embedded", device="cuda")
     encoder = ViewEncoder(model, views)
-    pictures = list(torch.randn(encoder.pictures, views, 3, 64, 64, device="cuda").unbind())
+    pictures = list(torch.randn(encoder.pictures, views, 3, 48, 48, device="cuda").unbind())
     graph = [encoder(pictures), encoder(pictures[-1:])]
     monkeypatch.setattr(encoder_module, "usable", lambda device: False)
     again = ViewEncoder(model, views)

@@ -45,5 +45,5 @@ def test_without_a_budget_groups_have_a_useful_size(monkeypatch: pytest.MonkeyPa
 
 def test_an_encoders_tokens_and_width_are_counted() -> None:
     model = load_model("embedded").model
-    assert encoder_bytes(model.visual, 12 * 64**2) == 16 * 4 * 65 * 160
-    assert encoder_bytes(torch.nn.Linear(3, 4), 12 * 64**2) == 16 * 12 * 64**2
+    assert encoder_bytes(model.visual, 12 * 48**2) == 16 * 4 * 37 * 160
+    assert encoder_bytes(torch.nn.Linear(3, 4), 12 * 48**2) == 16 * 12 * 48**2

@@ -139,7 +139,7 @@ def test_batches_of_one_shape_are_filled_up(model: VisionLanguageModel, monkeypa
         shapes.append(len(views))
         return original(self, views)
 
-    pictures = list(torch.randn(6, 2, 3, 64, 64).unbind())
+    pictures = list(torch.randn(6, 2, 3, 48, 48).unbind())
     expected = torch.stack([model.image_features(views) for views in pictures])
     monkeypatch.setattr(VisionLanguageModel, "image_features", noted)
     monkeypatch.setattr(VisionLanguageModel, "encodes_each_by_itself", lambda self: False)
@@ -352,7 +352,7 @@ def test_features_are_predicted_like_pictures(model: VisionLanguageModel, files:
     for form in forms:
         assert logits(predictor.predict_features(form)) == expected
     assert [one.id for one in predictor.predict_features(features)] == ["0", "1", "2", "3", "4", "5"]
-    with pytest.raises(ValueError, match=r"features of '0' must be \(V, 128\), got \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"features of '0' must be \(V, 512\), got \(4, 3\)"):
         next(predictor.predict_features(features[..., :3]))
     without = TestTimePredictor(
         None, NAMES, text_features=predictor._text, logit_scale=model.logit_scale, adapter=predictor._adapter

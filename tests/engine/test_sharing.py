@@ -155,7 +155,7 @@ def alone(pictures: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_train_what_one_trains(count: int, pictures: Path, alone: dict[str, Any], tmp_path: Path) -> None:
-    """Losses agree to six digits. A weight differs by less than a step moves it, and most by far less.
+    """Losses agree to six digits. A weight differs by less than two steps move it, and most by far less.
 
     AdamW divides a gradient by its size, so that weights whose gradients are nearly zero move by rounding errors alone.
     Those of the keys' biases are exactly zero, but for such errors, and are left out.
@@ -171,5 +171,5 @@ def test_processes_train_what_one_trains(count: int, pictures: Path, alone: dict
                 if name.endswith("in_proj_bias"):
                     value, expected = (torch.cat([one.chunk(3)[0], one.chunk(3)[2]]) for one in (value, expected))
                 difference = (value - expected).abs()
-                assert float(difference.max()) < 1e-4, (case, name)
+                assert float(difference.max()) < 2e-4, (case, name)
                 assert float(difference.double().square().mean().sqrt()) < 1e-6, (case, name)

@@ -95,12 +95,12 @@ def test_ttt_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path, mo
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 5:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
     monkeypatch.setattr(Adaptation, "__call__", interrupt)
-    config = ttt(pictures, tmp_path / "interrupted", episodes=4)
+    config = ttt(pictures, tmp_path / "interrupted", episodes=2)
     with pytest.raises(KeyboardInterrupt):
         run_ttt(config)
     assert len(lines(tmp_path / "interrupted")) == 8
@@ -153,7 +153,7 @@ def test_ttt_without_labels_and_with_augmix(pictures: Path, tmp_path: Path) -> N
 
 
 def test_ttt_starts_from_a_trained_adapter_and_from_the_paper_preset(pictures: Path, tmp_path: Path) -> None:
-    adapter = RationalAdapter(AdapterOptions().resolve(128))
+    adapter = RationalAdapter(AdapterOptions().resolve(512))
     torch.nn.init.normal_(adapter.get_parameter("out_proj.weight"), std=0.05)
     save_adapter(adapter, tmp_path / "a.safetensors")
     options = AdapterOptions(adapter=str(tmp_path / "a.safetensors"))
@@ -232,7 +232,7 @@ def test_eft_trains_on_base_and_tests_base_and_new(pictures: Path, tmp_path: Pat
     assert [epoch["lr"] for epoch in epochs] == pytest.approx([1e-5, 0.75 * 9e-4, 0.25 * 9e-4])
     assert epochs[-1]["loss"] < epochs[0]["loss"]
     assert {record["split"] for record in lines(tmp_path / "run")} == {"base", "new"}
-    assert load_adapter(tmp_path / "run" / "adapter.safetensors").config.embed_dim == 128
+    assert load_adapter(tmp_path / "run" / "adapter.safetensors").config.embed_dim == 512
 
 
 @pytest.mark.parametrize("train_views", ["center", "crop"])

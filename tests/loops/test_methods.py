@@ -138,9 +138,9 @@ def test_heads_of_efficient_fine_tuning_learn_on_features(tmp_path: Path, method
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Draw two pictures of each of four classes."""
+    """Draw two shifted pictures of each of four classes, of which the model is less sure than of others."""
     everything, root = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("pictures")
-    world.write_imagefolder(everything, 2, seed=1, shift=None)
+    world.write_imagefolder(everything, 2, seed=1, shift="mixed")
     for folder in sorted(everything.iterdir())[:4]:
         shutil.copytree(folder, root / folder.name)
     return root
@@ -157,7 +157,7 @@ def test_efficient_fine_tuning_trains_inside_the_encoders(
     pictures: Path, frozen: dict[str, Any], tmp_path: Path, method: Any
 ) -> None:
     tuning = TuningOptions(context_tokens=2, prompt_depth=2, adapter_depth=1, adapter_width=4)
-    options = {"method": method, "tuning": tuning, "batch_size": 2, "lr": 1e-2, "schedule": "constant"}
+    options = {"method": method, "tuning": tuning, "batch_size": 2, "lr": 2e-3, "schedule": "constant"}
     summary = run_eft(eft_options(pictures, pictures, tmp_path / "run", evaluate_every=1, **options))
     rational = EFT_METHODS[method].head == "rational"
     assert summary["preset"] == ("official" if rational else None)

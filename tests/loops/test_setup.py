@@ -125,7 +125,7 @@ def test_unusable_scales_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_scale_of_the_model_and_of_its_features_must_agree(tmp_path: Path) -> None:
-    width = {"features": np.random.default_rng(0).normal(size=(3, 128)), "class_names": ["a", "b", "c"]}
+    width = {"features": np.random.default_rng(0).normal(size=(3, 512)), "class_names": ["a", "b", "c"]}
 
     def opened(**changes: Any) -> tuple[float, str]:
         config = TTTOptions(data=features(tmp_path / "f.npz", **width, **changes))

@@ -207,5 +207,5 @@ def test_class_features_average_after_normalisation_and_are_cached(tiny: VisionL
 
 def test_the_embedded_model_loads_by_name() -> None:
     vlm = load_model("embedded")
-    assert vlm.embed_dim == 128
-    assert vlm.encode_images(torch.randn(2, 3, 64, 64)).shape == (2, 128)
+    assert vlm.embed_dim == 512
+    assert vlm.encode_images(torch.randn(2, 3, 48, 48)).shape == (2, 512)

@@ -27,7 +27,7 @@ def clip(vision: dict[str, Any], *, custom: bool = False) -> nn.Module:
 def test_every_block_of_both_towers_is_called_with_its_tokens_in_turn() -> None:
     model = load_model("embedded")
     for tower, encode, count in (
-        (model.image_tower(), lambda: model.image_features_with_grad(torch.zeros(2, 3, 64, 64)), 65),
+        (model.image_tower(), lambda: model.image_features_with_grad(torch.zeros(2, 3, 48, 48)), 37),
         (model.text_tower(), lambda: model.text_features_with_grad(model.tokens(["a", "b"])), 20),
     ):
         seen: list[Any] = []
@@ -36,7 +36,7 @@ def test_every_block_of_both_towers_is_called_with_its_tokens_in_turn() -> None:
         for hook in hooks:
             hook.remove()
         assert [tuple(tokens.shape) for tokens in seen] == [(2, count, tower.width)] * len(tower.blocks)
-        assert features.shape == (2, 128)
+        assert features.shape == (2, 512)
 
 
 @pytest.mark.parametrize("custom", [False, True])

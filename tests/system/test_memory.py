@@ -53,7 +53,7 @@ grown, taken = growth(use, [40, 3, 17, 40, 1, 29, 8, 35, 12, 23])
 from rada_fast.models.vision_language import load_model
 
 model = load_model("embedded")
-by_encoding, _ = growth(lambda number: model.image_features(torch.zeros(number, 3, 64, 64)), [1, 30, 7, 52, 3, 16], 4)
+by_encoding, _ = growth(lambda number: model.image_features(torch.zeros(number, 3, 48, 48)), [1, 30, 7, 52, 3, 16], 4)
 found = {"kept": kept, "again": keep_freed_memory(), "taken": taken, "grown": grown, "by encoding": by_encoding}
 print(json.dumps(found))
 """
