@@ -442,33 +442,27 @@ def test_memory_stays_flat_over_hundreds_of_pictures(files: list[Path]) -> None:
     assert counts[-1] < counts[0] + 150
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_nothing_of_an_episode_outlives_it(files: list[Path], backend: str) -> None:
+@needs_extension
+def test_nothing_of_an_episode_outlives_it(files: list[Path]) -> None:
     """Tensors are freed to the last byte while others follow, and at the end of a call. No other object is kept."""
-    if backend == "cpu" and backends()["cpu"] != "usable":
-        pytest.skip("needs the compiled extension")
     predictor, objects = tiny(config=EpisodeConfig(steps=2), episodes=4), list[int]()
-    width = predictor._text.shape[1]
 
     def predict(results: Iterator[Prediction], count: int) -> None:
         for _ in range(count):
             assert next(results).status == "ok"
 
-    def predict_files() -> None:
-        predict(predictor.predict(files), len(files))
-
-    with use_backend(backend):
-        results = predictor.predict_features([normalize(torch.randn(3, width), dim=-1) for _ in range(112)])
-        predict(results, 20)
-        allocated_by(partial(predict, results, 8))
-        assert allocated_by(partial(predict, results, 12)).left == 0
-        for count in (12, 60):
-            predict(results, count)
-            gc.collect()
-            objects.append(len(gc.get_objects()))
-        results.close()
-        predict_files()
-        assert allocated_by(predict_files).left == 0
+    views = normalize(torch.randn(112, 3, predictor._text.shape[1]), dim=-1)
+    results = predictor.predict_features(views)
+    predict(results, 20)
+    allocated_by(partial(predict, results, 8))
+    assert allocated_by(partial(predict, results, 12)).left == 0
+    for count in (12, 60):
+        predict(results, count)
+        gc.collect()
+        objects.append(len(gc.get_objects()))
+    results.close()
+    left = [allocated_by(lambda: predict(predictor.predict(files), len(files))).left for _ in range(2)]
+    assert left[1] == 0
     # An object that was kept of each episode would be sixty.
     assert objects[1] - objects[0] < 30
 
