@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rada_fast.bench.stages import Figure
-from rada_fast.config.measuring import MeasuringOptions
 from rada_fast.runs.progress import progress
 from rada_fast.system import notices
 from rada_fast.system.files import append_line, remove, write_text
@@ -74,13 +73,15 @@ def partial_figures(path: Path | None, options: Any, facts: Mapping[str, Any]) -
     """Open the file for the figures of a command, and say how many of them an interrupted run has left.
 
     path: the file of the finished figures, or None; the file for those of an interrupted run lies beside it.
-    options: the options of the command, a dataclass with MeasuringOptions as its `measuring`.
+    options: the options of the command, a dataclass.
     facts: what report.machine_facts returned.
     """
+    plain = dataclasses.asdict(options)
     # How the figures are shown does not matter, and their folder is that of the file.
-    plain = dataclasses.replace(options, measuring=dataclasses.replace(options.measuring, json=False, output=None))
-    assert isinstance(plain.measuring, MeasuringOptions)
-    request = {"options": dataclasses.asdict(plain), "facts": facts}
+    for where in (plain, plain.get("measuring", {})):
+        where.pop("json", None)
+        where.pop("output", None)
+    request = {"options": plain, "facts": facts}
     found = PartialFigures(None if path is None else path.with_suffix(".partial.jsonl"), request)
     if len(found):
         notices.note(f"{len(found)} settings of an interrupted run of this command are taken over from {path}'s folder")

@@ -22,7 +22,9 @@ from rada_fast.bench.baselines.training_free import mean_shift, vision_text_ense
 from rada_fast.bench.costs import episode_work
 from rada_fast.bench.encoder import counted_encoder_operations, encoder_work, model_sizes, plain_features
 from rada_fast.bench.inputs import pictures, unit_rows
-from rada_fast.bench.rivals_report import Score, figure_of, show
+from rada_fast.bench.partial import PartialFigures, partial_figures
+from rada_fast.bench.report import machine_facts
+from rada_fast.bench.rivals_report import Score, figure_of, figures_file, show
 from rada_fast.bench.stages import Figure, counted_operations
 from rada_fast.bench.timing import Memory, Times, burst_ms, memory_of
 from rada_fast.config.bench import RIVALS, BenchRivalsOptions, RivalName
@@ -42,7 +44,7 @@ from rada_fast.models.prompts import Prompts, resolve_prompts
 from rada_fast.models.vision_language import VisionLanguageModel, load_model
 from rada_fast.modules import RationalAdapter
 from rada_fast.modules.rational_adapter import new_adapter
-from rada_fast.runs.progress import progress
+from rada_fast.runs.progress import Advance, progress
 
 EMBEDDED_ENSEMBLE = (
     "a photo of a {}.", "a picture of a {}.", "an image of a {}.", "a drawing of a {}.", "this is a {}.",
@@ -101,7 +103,8 @@ def run_rivals(options: BenchRivalsOptions, device: torch.device) -> int:
         makers = rivals_of(problem)
         only = options.only or RIVALS
         chosen_rivals = {name: makers[name]() for name in RIVALS if name in only}
-        scores = measured(chosen_rivals, samples, problem, options)
+        partial = partial_figures(figures_file(options), options, machine_facts(device))
+        scores = measured(chosen_rivals, samples, problem, options, partial)
     sizes = model_sizes(vlm) | {
         "pictures": len(samples), "views": options.views, "view_kind": options.view_kind,
         "classes": len(problem.names), "embed_dim": vlm.embed_dim, "data": options.data or "drawn",
@@ -111,7 +114,9 @@ def run_rivals(options: BenchRivalsOptions, device: torch.device) -> int:
         figure_of(name, rival.about, rival.operations, scores[name], scores, labels, sizes)
         for name, rival in chosen_rivals.items()
     ]
-    return show(figures, device, options)
+    status = show(figures, device, options)
+    partial.finish()
+    return status
 
 
 @contextmanager
@@ -299,36 +304,78 @@ def extrapolated(counts: Mapping[tuple[int, int], float], views: int, classes: i
 
 
 def measured(
-    rivals: Mapping[RivalName, Rival], samples: Sequence[Sample], problem: Problem, options: BenchRivalsOptions
+    rivals: Mapping[RivalName, Rival],
+    samples: Sequence[Sample],
+    problem: Problem,
+    options: BenchRivalsOptions,
+    partial: PartialFigures,
 ) -> dict[str, Score]:
-    """Let all methods predict all pictures, a few pictures at a time in turn. Returns the score of each."""
-    device = problem.vlm.device.type
-    memory: dict[str, Memory | None] = {}
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    answers: dict[str, list[Tensor]] = {name: [] for name in rivals}
-    zero_shot: list[Tensor] = []
-    with progress("bench rivals", len(rivals) * (1 + len(samples)), unit="predictions") as advance:
+    """Let all methods predict all pictures, a few pictures at a time in turn. Returns the score of each.
+
+    partial: keeps what is known of each few pictures, so that an interrupted run goes on after them.
+    """
+    groups: list[dict[str, Figure]] = []
+    warm = False
+    with progress("bench rivals", len(rivals) * len(samples), unit="predictions") as advance:
         for start in range(0, len(samples), options.together):
-            views = [views_of(sample, problem, options) for sample in samples[start : start + options.together]]
-            if start == 0:
-                # The first call of each warms it up, and shows its memory on one picture.
-                for name, rival in rivals.items():
-                    memory[name] = memory_of(lambda: rival.predict(views[:1]), device)  # noqa: B023
-                    advance()
-            for name, rival in rivals.items():
-                found: list[Tensor] = []
-                ms = burst_ms(lambda: found.append(rival.predict(views)), 1, device)  # noqa: B023
-                times[name].append(ms / len(views))
-                answers[name].append(found[0].argmax(dim=-1).cpu())
-                for _ in views:
-                    advance()
-            first = torch.cat([own[:1] for own in views])
-            zero_shot.append((problem.encode(first) @ problem.text.T).argmax(dim=-1).cpu())
-    before = torch.cat(zero_shot).tolist()
+            name, some = f"pictures from {start}", samples[start : start + options.together]
+            found = partial.figures_of(name)
+            if found is None:
+                views = [views_of(one, problem, options) for one in some]
+                found = group_figures(rivals, views, problem, advance, warm=warm)
+                partial.keep(name, found)
+                warm = True
+            else:
+                advance(len(rivals) * len(some))
+            groups.append({figure["name"]: figure for figure in found})
+    # The first call of a run shows the memory.
+    before = [answer for group in groups for answer in group[BEFORE]["answers"]]
     return {
-        name: Score(Times(tuple(times[name])), memory[name], torch.cat(answers[name]).tolist(), before)
+        name: Score(
+            Times(tuple(group[name]["ms"] for group in groups)),
+            None if (memory := groups[0][name]["memory"]) is None else Memory(*memory),
+            [answer for group in groups for answer in group[name]["answers"]],
+            before,
+        )
         for name in rivals
     }
+
+
+BEFORE = "the original view by open_clip's module"
+"""The name of the line that has the answers without any adaptation."""
+
+
+def group_figures(
+    rivals: Mapping[RivalName, Rival], views: Sequence[Tensor], problem: Problem, advance: Advance, *, warm: bool
+) -> list[Figure]:
+    """Let all methods predict a few pictures in turn, and return a line of plain values for each.
+
+    advance: is told of each prediction of a picture.
+    warm: whether all methods have been called before. Otherwise a first call of each on one picture shows its memory.
+    """
+    device = problem.vlm.device.type
+    memory: dict[str, Memory | None] = {}
+    if not warm:
+        for name, rival in rivals.items():
+            memory[name] = memory_of(lambda: rival.predict(views[:1]), device)  # noqa: B023
+            advance(0, note=f"warming up {name}")
+    lines: list[Figure] = []
+    for name, rival in rivals.items():
+        found: list[Tensor] = []
+        ms = burst_ms(lambda: found.append(rival.predict(views)), 1, device)  # noqa: B023
+        peak = memory.get(name)
+        advance(len(views), note=name)
+        lines.append(
+            {
+                "name": name,
+                "ms": ms / len(views),
+                "answers": found[0].argmax(dim=-1).tolist(),
+                "memory": None if peak is None else list(peak),
+            }
+        )
+    first = torch.cat([own[:1] for own in views])
+    answers = (problem.encode(first) @ problem.text.T).argmax(dim=-1).tolist()
+    return [*lines, {"name": BEFORE, "answers": answers}]
 
 
 def views_of(sample: Sample, problem: Problem, options: BenchRivalsOptions) -> Tensor:

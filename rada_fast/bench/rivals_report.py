@@ -120,19 +120,24 @@ def show(figures: Sequence[Figure], device: torch.device, options: BenchRivalsOp
         for figure in figures:
             console.print(f"{figure['name']}: {figure['inside']}", soft_wrap=True)
         console.print(LEGEND, soft_wrap=True)
-    if options.output is not None:
-        folder = Path(options.output)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output {folder} cannot be written: {error.strerror}") from None
-        write_text(
-            folder / "bench-rivals.jsonl",
-            "".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines),
-        )
+    file = figures_file(options)
+    if file is not None:
+        write_text(file, "".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines))
         if not options.json:
-            console.print(f"figures: {folder / 'bench-rivals.jsonl'}", soft_wrap=True)
+            console.print(f"figures: {file}", soft_wrap=True)
     return 0
+
+
+def figures_file(options: BenchRivalsOptions) -> Path | None:
+    """Return the file of the figures, or None where the options ask for none. Makes missing folders."""
+    if options.output is None:
+        return None
+    folder = Path(options.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output {folder} cannot be written: {error.strerror}") from None
+    return folder / "bench-rivals.jsonl"
 
 
 COLUMNS: dict[str, Callable[[Figure], str]] = {

@@ -164,7 +164,7 @@ def draw(path: Path, part: str, figures: Sequence[Figure], facts: dict[str, Any]
     notes = [f"without operations, so in the table only: {', '.join(left_out)}"] if left_out else []
     notes += [f"not measured here: {', '.join(refused)}"] if refused else []
     dtypes = ", ".join(dict.fromkeys(point.dtype for point in points))
-    roof = Roof(rates, limits[MEMORY_LIMIT], limits.get(CACHE_LIMIT))
+    roof = Roof(rates, limits.get(MEMORY_LIMIT, 0.0), limits.get(CACHE_LIMIT))
     roofline_chart(path, title=f"{picture_title(part, facts)}, {dtypes}", roof=roof, points=points, notes=notes)
 
 

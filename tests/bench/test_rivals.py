@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from rada_fast import cli
+from rada_fast.bench import rivals as bench_rivals
 from rada_fast.bench.baselines.prompts import PromptEpisodes
 from rada_fast.bench.encoder import counted_encoder_operations, plain_features
 from rada_fast.bench.rivals import TINY_SIZES, Problem, extrapolated, prompt_operations
@@ -37,6 +38,33 @@ def rivals(capsys: pytest.CaptureFixture[str]) -> Callable[..., Lines]:
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return run
+
+
+def test_an_interrupted_comparison_goes_on(
+    rivals: Callable[..., Lines], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--pictures", "5", "--only", "zero-shot", "zero", "--views", "4", "--together", "2"]
+    group_figures, sizes = bench_rivals.group_figures, []
+
+    def interrupted(chosen: Any, views: Any, *others: Any, **options: Any) -> Any:
+        sizes.append(len(views))
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return group_figures(chosen, views, *others, **options)
+
+    monkeypatch.setattr(bench_rivals, "group_figures", interrupted)
+    command = ["bench", "rivals", *given, "--output", str(tmp_path)]
+    assert cli.main(command) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["bench-rivals.partial.jsonl"]
+    assert cli.main(command) == 0
+    assert sizes == [2, 2, 1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["bench-rivals.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "bench-rivals.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    for own, whole in zip(lines, rivals(*given[:-4]), strict=True):
+        same = ("name", "pictures", "rounds", "adapted_right", "zero_shot_right", "changed_answers")
+        assert {name: own[name] for name in same} == {name: whole[name] for name in same}
+        assert own["extra_mib"] is not None or whole["extra_mib"] is None
 
 
 def test_every_method_is_measured_on_the_embedded_world(rivals: Callable[..., Lines]) -> None:

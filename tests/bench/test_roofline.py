@@ -91,8 +91,10 @@ def test_lines_of_figures(bench: Callable[..., Lines]) -> None:
     assert {"bandwidth of memory", "bandwidth of caches", "float32 products by PyTorch"} <= limits
 
 
-def test_what_cannot_run_is_said(bench: Callable[..., Lines]) -> None:
-    lines = bench("roofline", *SMALL, "--backend", "reference", "--only", "small-transformer")
+def test_what_cannot_run_is_said(bench: Callable[..., Lines], tmp_path: Path) -> None:
+    chosen = ("--backend", "reference", "--only", "small-transformer", "--output", str(tmp_path))
+    lines = bench("roofline", *SMALL, *chosen)
+    assert (tmp_path / "bench-roofline.png").is_file()
     assert [(line["kind"], line["name"]) for line in lines] == [
         ("refusal", "small_transformer"), ("refusal", "panels_of")
     ]  # fmt: skip
