@@ -52,6 +52,8 @@ def test_an_image_does_not_depend_on_the_others(dtype: torch.dtype, backend: str
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_any_stride_are_served(dtype: torch.dtype) -> None:
+    if not _serves(dtype):
+        pytest.skip("the compiled operator does not serve this type here")
     rows = draw((2, 7, 9, 24, 3), dtype)
     expected = encoder_attention(*(part.contiguous() for part in rows), 3)
     # Columns that are not neighbours, one row for all images, and rows that begin at an odd place.
@@ -61,7 +63,7 @@ def test_rows_of_any_stride_are_served(dtype: torch.dtype) -> None:
     assert torch.equal(encoder_attention(*expanded, 3), expected[:1].expand(2, -1, -1))
     odd = [torch.nn.functional.pad(part, (1, 2))[..., 1:-2] for part in rows]
     assert torch.equal(encoder_attention(*odd, 3), expected)
-    for which in range(3 if _serves(dtype) else 0):
+    for which in range(3):
         # One of the three has longer rows and more of them than the others.
         mixed = [torch.nn.functional.pad(part, (2, 2, 0, 3))[:, :-3, 2:-2] if at == which else part.contiguous()
                  for at, part in enumerate(rows)]  # fmt: skip
