@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "means": ("ttt --data features:{0}/good.npz --text-features class-means", "class-means needs training images"),
     "classes of two sets": ("eft --train imagefolder:{0}/pictures --test imagefolder:{0}", "must have the classes of train"),
     "stages": ("fft --train features:{0}/good.npz --test features:{0}/good.npz", "stages both trains the image encoder"),
-    "part": ("bench tt", "bench must be followed by one of ttt, eft, fft, encoder, views, adapter, rivals, table5, got 'tt'; did you mean ttt?"),
+    "part": ("bench tt", "bench must be followed by one of ttt, eft, fft, encoder, views, adapter, roofline, scaling, rivals, table5, got 'tt'; did you mean ttt?"),
     "no part": ("bench", "bench must be followed by one of ttt, eft, fft, encoder, views, adapter"),
     "part's option": ("bench views --device cpu", "--device is no option of 'rada-fast bench views'"),
     "repeats": ("bench encoder --repeats 0", "--repeats must be a whole number of at least 1, got 0"),

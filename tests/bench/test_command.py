@@ -134,7 +134,7 @@ def test_fft(bench: Callable[..., Lines]) -> None:
     counted = [line["counted_operations_per_picture"] for line in lines if line["kind"] == "stage"]
     formula = [line["operations_per_picture"] for line in lines if line["kind"] == "stage"]
     assert all(0.3 < own / other < 3 for own, other in zip(counted, formula, strict=True))
-    lines = bench("fft", "--embed-dim", "16", "--batch", "2", "3", "--classes", "5", "--memory", "1MiB")
+    lines = bench("fft", "--embed-dim", "16", "--batch", "2", "3", "--classes", "5", "--memory", "16MiB")
     assert names(lines, "stage") == ["step on features"]
     assert len({line["setting"] for line in lines}) == 2
 

@@ -166,6 +166,7 @@ def test_waiting_ranks_end_when_another_has_failed(tmp_path: Path) -> None:
 
 def wait_until_asked_to_end() -> int:
     """Let the last rank sleep while the other waits for it; if that one is interrupted, it names the ranks lost."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     with ranks.joined() as group:
         say("joined")
         if not group.first:
