@@ -37,6 +37,8 @@ class Call(NamedTuple):
 
 def as_laid_out(value: Tensor, kind: str) -> Tensor:
     """Return the same numbers in memory of another layout. What lies between them in memory is NaN."""
+    if kind == "common":
+        return value[:1].clone().expand_as(value)
     if kind == "transposed" and value.ndim > 1:
         return value.mT.contiguous().mT
     if value.ndim == 0:
@@ -73,9 +75,15 @@ def draw(
     dtype, episodes = r.choice(dtypes), r.choice([None, 1, 2, 3]) if layers == 1 else None
     batch, classes = (episodes or 1) * r.randint(1, 3), r.choice([r.randint(1, 9), r.randint(10, most_classes)])
     image, text, parameters = problem(config, batch, classes, dtype, seed=seed)
+    common: list[str] = []
     if episodes and r.random() < 0.7:
         own = [problem(config, batch, classes, dtype, seed=1000 * seed + one)[2] for one in range(1, 1 + episodes)]
-        parameters = {name: torch.stack([one[name] for one in own]) for name in parameters}
+        # One tensor in place of a tensor for each episode has a stride of zero.
+        common = [name for name in parameters if r.random() < 0.3]
+        parameters = {
+            name: torch.stack([one[name] for one in (own[:1] * episodes if name in common else own)])
+            for name in parameters
+        }
     output_is_zero = layers == 1 and r.random() < 0.2
     if output_is_zero:
         parameters |= {name: 0 * value for name, value in parameters.items() if name.startswith("out_proj")}
@@ -83,13 +91,14 @@ def draw(
     named = {"image": image, "text": text, "scale": scale, **parameters}
     inputs = {name: value.double() for name, value in named.items()}
     layouts = ["as it is", "as it is", "transposed", "apart", "inside"]
+    strides = {name: "common" if name in common else r.choice(layouts) for name in inputs}
     # The errors of some gradients are compared with the gradients of the values' projection.
     some = [name for name in inputs if name.startswith("v_proj") or r.random() < 0.5]
     in_loss = [RESULTS, ("logits",), tuple(name for name in RESULTS if r.random() < 0.5)]
     return Call(
         config,
         inputs,
-        {name: r.choice(layouts) for name in inputs},
+        strides,
         dtype,
         # In 16 bits another element than the exact one may be the farthest from 1.
         r.choice(MASK_PENALTIES if dtype == torch.float32 else ("l2", "l1")),
