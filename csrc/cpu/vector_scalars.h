@@ -64,6 +64,16 @@ inline void put(Half& out, float x) {
   out.bits = static_cast<uint16_t>(sign | (bits >= 143u << 23 ? huge : finite));
 }
 
+// Returns 2^n, or 0 for n = -127, of a number whose last bits are those of n, -127 to 127.
+inline float power_of_last_bits(float shifted) {
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits << 23) + 0x3f800000u;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return power;
+}
+
 // e^x of x <= 0, with a relative error below 2 ulp; 0 below -87.7. A NaN stays one. With x = n ln2 + r and |r| <= ln2 / 2,
 // e^r is 1 + r + r^2 q(r), where q is the polynomial of degree 4 with the least relative error of the sum, 3e-9.
 inline float exponential_of(float x) {
@@ -78,12 +88,7 @@ inline float exponential_of(float x) {
   p = p * r + 4.9999994e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  uint32_t power_bits;
-  std::memcpy(&power_bits, &shifted, 4);
-  power_bits = (power_bits << 23) + 0x3f800000u;
-  float power;  // 2^n, or 0 for n = -127
-  std::memcpy(&power, &power_bits, 4);
-  return p * power;
+  return p * power_of_last_bits(shifted);
 }
 inline double exponential_of(double x) { return std::exp(x); }
 
@@ -100,12 +105,7 @@ inline float power_of_two(float x) {
   p = p * r + 2.40226477e-1f;
   p = p * r + 6.93147182e-1f;
   p = p * r + 1.0f;
-  uint32_t power_bits;
-  std::memcpy(&power_bits, &shifted, 4);
-  power_bits = (power_bits << 23) + 0x3f800000u;
-  float power;  // 2^n, or 0 for n = -127
-  std::memcpy(&power, &power_bits, 4);
-  return p * power;
+  return p * power_of_last_bits(shifted);
 }
 inline double power_of_two(double x) { return std::exp2(x); }
 
