@@ -84,13 +84,15 @@ def test_affine_transforms(launchers: Launchers) -> None:
     assert_pillows(launchers, pixels, AugmixPlan(*(torch.cat(parts) for parts in zip(*plans, strict=True))), size)
 
 
-def test_more_views_and_words_than_one_launch_takes(launchers: Launchers) -> None:
-    # 57 views are one more than a launch resizes. They have 513 operations and 3078 values of matrices, of which a
-    # launch takes 480. Of each view's nine operations the last is the one that does something.
-    plan = random_augmix(5, 6, 2, 57, torch.Generator().manual_seed(0))
-    operations, matrices = torch.zeros(57, 1, 9, dtype=torch.int64), torch.zeros(57, 1, 9, 6, dtype=torch.float64)
+@pytest.mark.parametrize(("views", "depth"), [(48, 10), (56, 9), (57, 9)])
+def test_as_many_views_and_words_as_one_launch_takes_and_more(launchers: Launchers, views: int, depth: int) -> None:
+    # A launch resizes 56 views. It takes 480 operations or values of matrices, of which there are 480 and more. Of each
+    # view's operations the last is the one that does something.
+    plan = random_augmix(5, 6, 2, views, torch.Generator().manual_seed(0))
+    operations = torch.zeros(views, 1, depth, dtype=torch.int64)
+    matrices = torch.zeros(views, 1, depth, 6, dtype=torch.float64)
     operations[:, :, -1] = 4
-    matrices[:, :, -1, 0] = torch.arange(57)[:, None] * 4
+    matrices[:, :, -1, 0] = torch.arange(views)[:, None] * 4
     weights = plan.weights[:, -3:].contiguous()
     assert_pillows(launchers, picture(5, 6), AugmixPlan(plan.views, operations, matrices, weights), 2)
 

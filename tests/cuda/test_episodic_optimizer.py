@@ -269,6 +269,7 @@ def library(launchers: Launchers) -> Any:
         ("adam", {"weight_decay": 5e-4}),
         ("adam", {"weight_decay": 0.0, "beta1": 0.4}),
         ("sgd", {"weight_decay": 0.1, "momentum": 0.9}),
+        ("sgd", {"weight_decay": 0.1}),
         ("sgd", {}),
     ],
 )
@@ -318,9 +319,16 @@ def test_the_last_step_leaves_the_moments_and_writes_copies(library: Any, fresh:
     assert len(check(library, cases, Step("adamw", 1 if fresh else 3, weight_decay=0.01, last=True))) == 1
 
 
-def test_more_tensors_than_one_launch_takes(library: Any) -> None:
-    cases = [Case(1, 3, torch.float32, fresh=False, shared=False, moments=2) for _ in range(2 * 50 + 1)]
-    assert len(check(library, cases, Step("adamw", 2, weight_decay=0.01))) == 3
+@pytest.mark.parametrize(("tensors", "launches"), [(50, 1), (2 * 50 + 1, 3)])
+def test_as_many_tensors_as_one_launch_takes_and_more(library: Any, tensors: int, launches: int) -> None:
+    cases = [Case(1, 3, torch.float32, fresh=False, shared=False, moments=2) for _ in range(tensors)]
+    assert len(check(library, cases, Step("adamw", 2, weight_decay=0.01))) == launches
+
+
+def test_launches_without_an_element_do_not_end_the_step(library: Any) -> None:
+    """The tensors of a whole launch may be empty."""
+    empty, last = (Case(1, size, torch.float32, fresh=False, shared=False, moments=2) for size in (0, 3))
+    assert len(check(library, [empty] * 50 + [last], Step("adamw", 2, weight_decay=0.01))) == 1
 
 
 @pytest.mark.parametrize("step", [1, 2, 10, 1000])

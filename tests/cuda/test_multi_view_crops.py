@@ -90,12 +90,13 @@ def test_pictures_of_differing_sizes_and_strides(launchers: Launchers, dtype: to
     assert torch.equal(made, reference.multi_view_crops(pictures, views, 20, MEAN, STD, dtype))
 
 
-def test_more_views_than_one_launch_takes(launchers: Launchers) -> None:
+@pytest.mark.parametrize(("count", "launches"), [(56, 1), (57, 2)])
+def test_as_many_views_as_one_launch_takes_and_more(launchers: Launchers, count: int, launches: int) -> None:
     pixels = picture(5, 6)
-    views = random_views(5, 6, 2, 57, torch.Generator().manual_seed(0))
+    views = random_views(5, 6, 2, count, torch.Generator().manual_seed(0))
     made, log = run(launchers, [pixels], views, 2)
     assert torch.equal(made, reference.multi_view_crops([pixels], views, 2, MEAN, STD))
-    assert len(log) == 2
+    assert len(log) == launches
 
 
 def test_what_a_launch_moves(launchers: Launchers) -> None:

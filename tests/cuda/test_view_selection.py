@@ -58,6 +58,12 @@ def test_order_is_that_of_float64(
     assert torch.equal(indices, entropies.argsort(dim=-1, stable=True)[:, :count])
 
 
+@pytest.mark.parametrize(("views", "count"), [(1024, 1024), (1025, 1024)])
+def test_views_and_places_that_fill_a_tile(launchers: Launchers, views: int, count: int) -> None:
+    indices, entropies, _ = run(launchers, draw(1, views, 3, 20.0, torch.float32), count)
+    assert torch.equal(indices, entropies.argsort(dim=-1, stable=True)[:, :count])
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("fill", "offset"), [(0, 0), (0, 1), (-1, 2), (1, 3)])
 def test_every_logit_counts(launchers: Launchers, dtype: torch.dtype, fill: int, offset: int) -> None:

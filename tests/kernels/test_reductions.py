@@ -64,9 +64,12 @@ def test_the_last_program_to_finish_adds_up_what_all_others_have_stored(simulate
     torch.testing.assert_close(results.penalty, offsets.abs().mean()[None])
 
 
-@pytest.mark.parametrize("classes", [3, 1100])
+@pytest.mark.parametrize("classes", [3, 2 * TILE.rows, 1100])
 def test_the_first_of_equal_distances_counts(device: str, classes: int) -> None:
-    """The first class counts and of its columns the first, as in torch.max, whichever parts hold the equal ones."""
+    """The first class counts and of its columns the first, as in torch.max, whichever parts hold the equal ones.
+
+    A tile has rows of several images, or an image fills whole tiles, or the last one in part.
+    """
     images, episodes = 3, 2
     offsets = torch.full((images * episodes, classes, WIDTH), -0.5)
     offsets[1, 0] = 0.25  # not the first class

@@ -26,6 +26,7 @@ RULES: list[tuple[OptimizerName, dict[str, Any]]] = [
     ("adam", {"weight_decay": 5e-4}),
     ("adam", {"weight_decay": 0.0, "betas": (0.4, 0.9)}),
     ("sgd", {"weight_decay": 0.0}),
+    ("sgd", {"weight_decay": 0.1}),
     ("sgd", {"weight_decay": 0.1, "momentum": 0.9}),
     ("sgd", {"weight_decay": 0.0, "momentum": 0.9}),
 ]

@@ -38,7 +38,8 @@ def drawn(width: int = 40, hidden: int = 330, layers: int = 2, heads: int = 2, *
         return torch.randn(rows, columns) * columns**-0.5
 
     def norm() -> Norm:
-        return Norm(1 + 0.1 * torch.randn(width), 0.1 * torch.randn(width), 1e-5)
+        # Each normalisation has an eps of its own, which may be so large that it shows.
+        return Norm(1 + 0.1 * torch.randn(width), 0.1 * torch.randn(width), float(10 ** (-5 * torch.rand(()))))
 
     def block() -> Block:
         layers = ((3 * width, width), (width, width), (hidden, width), (width, hidden))
