@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rada_fast.config.method import AdapterConfig
 from rada_fast.kernels.class_attention import Attended
-from rada_fast.kernels.masked_logits import masked_logits_backward
+from rada_fast.kernels.masked_logits import masked_logits_backward, masked_logits_forward
 from rada_fast.ops import rational_adapter
 from tests.support import assert_within_budget, problem, solve_weighted
 
@@ -99,6 +99,27 @@ def test_deltas_are_those_of_the_rounded_gradient(device: str) -> None:
     assert gradients.deltas is not None
     products = (gradients.dattended.double() * rows[0].double()).unflatten(-1, (2, 32)).sum(-1)
     torch.testing.assert_close(gradients.deltas[0].double(), products.permute(2, 0, 1), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [5, 70])
+def test_products_of_features_are_rounded_with_the_result_alone(device: str, dtype: torch.dtype, classes: int) -> None:
+    """The rational matrix f * T has twice the digits of 16-bit features. No kernel may round it before it is used."""
+    image, text = (torch.randn(rows, 64).to(dtype) for rows in (2, classes))
+    dlogits, scale = torch.randn(2, classes), torch.tensor(1.0, device=device)
+    exact = image.double()[:, None] * text.double()
+    # Without an output projection every mask is 1.
+    forward = masked_logits_forward(
+        image.to(device), text.to(device), scale, exact.to(device, dtype), None, None, relu=False
+    )
+    torch.testing.assert_close(forward.sums.cpu().double(), exact.sum(-1), rtol=1e-5, atol=1e-5)
+    backward = masked_logits_backward(
+        image.to(device), text.to(device), scale, None, torch.eye(64, dtype=dtype, device=device),  # type: ignore[arg-type]
+        None, dlogits.to(device), None, None, None, num_heads=1, relu=False, inner=False,
+    )  # fmt: skip
+    wanted = dlogits.double()[:, :, None] * exact
+    half = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(backward.doffset.cpu().double(), wanted, rtol=half * 1.001, atol=half * 1e-2)
 
 
 def test_nan_in_a_mask_is_in_its_logits(simulated: Simulated) -> None:
