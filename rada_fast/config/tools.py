@@ -10,6 +10,8 @@ from rada_fast.errors import UserError
 
 MAX_DEMO_IMAGES = 100_000
 """The demo's test-time training takes no more pictures than these, which are half a gigabyte and hours of work."""
+DrawnShift = Literal["blur", "noise", "contrast", "hue", "occlusion", "sketch", "mixed"]
+"""The kinds of shift of the drawn world, as `embedded` names them, and "mixed" for all of them in turn."""
 MAX_ROWS = 2**20
 """The kernels are compiled for no more images or classes than these."""
 
@@ -26,6 +28,9 @@ class DemoOptions:
     """Folder for everything the demo writes."""
     images: int = 1000
     """Shifted test images for test-time training, spread over the classes."""
+    eft_shift: DrawnShift = "sketch"
+    """The kind of images that EFT trains on and is tested on. A data set to fine-tune on is mostly of one kind; mixed
+    takes all of them in turn, as the images of test-time training do."""
     epochs: int = 8
     """Epochs of the short EFT."""
     seed: int = 0
@@ -34,6 +39,7 @@ class DemoOptions:
     def __post_init__(self) -> None:
         check_paths(self, "output")
         check_integer("images", self.images, 1, MAX_DEMO_IMAGES)
+        check_choices(self)
         check_integer("epochs", self.epochs, 1)
         # The drawn worlds take three seeds each.
         check_integer("seed", self.seed, 0, MAX_SEED // 3 - 1)

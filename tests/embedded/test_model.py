@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.resources import as_file
 from pathlib import Path
+from statistics import harmonic_mean
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from open_clip.model import CLIP
 from safetensors import safe_open
 from torch import Tensor
 
+from rada_fast import fine_tune
 from rada_fast.embedded import pretrain, world
 from rada_fast.embedded.model import (
     CONTEXT_LENGTH,
@@ -108,6 +110,32 @@ def test_confident_crops_of_shifted_pictures_tell_more_than_the_original() -> No
     assert found.confident >= found.original + 0.03
     # A crop by itself tells less: many show a part of the object or none of it.
     assert found.crop < found.confident
+
+
+def test_fine_tuning_on_sketches_helps_classes_that_it_never_sees() -> None:
+    """A data set of one kind has something for the mask to learn that holds for all classes: the demo shows that."""
+    vlm = load_model("embedded")
+    names = world.class_names()
+    text = vlm.encode_texts([world.TEMPLATE.format(name) for name in names])
+
+    def features(classes: range, seeds: range) -> tuple[Tensor, Tensor]:
+        images = np.stack([world.class_image(label, seed, "sketch") for label in classes for seed in seeds])
+        labels = torch.arange(len(classes)).repeat_interleave(len(seeds))
+        return vlm.image_features(pretrain.whole_views(images)), labels
+
+    base, new = range(20), range(20, 40)
+    tuned = fine_tune(
+        *features(base, range(16)), text_features=text[:20], logit_scale=vlm.logit_scale, epochs=8, batch_size=8
+    )
+    before, after = [], []
+    for classes, class_texts in ((base, text[:20]), (new, text[20:])):
+        images, labels = features(classes, range(100, 112))
+        with torch.no_grad():
+            adapted = tuned.adapter(images, class_texts, vlm.logit_scale)
+        before.append(float(((images @ class_texts.T).argmax(1) == labels).float().mean()))
+        after.append(float((adapted.argmax(1) == labels).float().mean()))
+    # Measured: 26 to 39 %, with 960 images of either half 26 to 38 %
+    assert harmonic_mean(after) >= harmonic_mean(before) + 0.05
 
 
 def test_the_learned_scale_is_near_clips(loaded: tuple[CLIP, WordTokenizer]) -> None:

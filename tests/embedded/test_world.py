@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from rada_fast.config.tools import DrawnShift
 from rada_fast.embedded import shapes, world
 from rada_fast.errors import UserError
 
@@ -151,6 +153,10 @@ def test_mixed_uses_every_shift() -> None:
     for offset in range(len(world.SHIFTS)):
         kind = world.SHIFTS[(3 + offset) % len(world.SHIFTS)]
         np.testing.assert_array_equal(world.class_image(3, offset, "mixed"), world.class_image(3, offset, kind))
+
+
+def test_the_demo_offers_every_shift() -> None:
+    assert get_args(DrawnShift) == (*world.SHIFTS, "mixed")
 
 
 def test_bad_arguments_are_named() -> None:
