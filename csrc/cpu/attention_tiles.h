@@ -5,6 +5,7 @@
 
 #include "class_attention.h"
 #include "class_tiles.h"
+#include "score_loops.h"
 
 namespace rada_fast {
 
@@ -42,6 +43,23 @@ void pack_queries(const Problem& p, const AttentionState<T>& state, int64_t b, i
       chosen_loops<AdapterLoops<T>>().pack_stored(query + row, p.padded, p.head_width, columns, operand + at * even<Factor<T>>(1), ld);
       at += columns;
     }
+}
+
+// Computes the attention of the image query of a head of all images, which has a single row of scores.
+// scores, exact: memory for a value of each class.
+template <typename T>
+void image_query_attention(const Problem& p, const AttentionState<T>& state, int64_t head, Acc<T>* scores, double* exact) {
+  using A = Acc<T>;
+  const auto& loops = chosen_loops<AdapterLoops<T>>();
+  const int64_t d = p.head_width, row = head * d, at = head / p.heads * p.image_size() + head % p.heads * d * p.padded;
+  std::fill(exact, exact + p.classes, 0.0);
+  loops.add_scaled_rows(state.keys + at, p.padded, state.image_query + row, d, p.classes, exact);
+  for (int64_t k = 0; k < p.classes; ++k) scores[k] = static_cast<A>(exact[k]);
+  chosen_loops<ScoreLoops<T>>().softmax(scores, p.classes, static_cast<A>(p.score_scale));
+  const A share = A(1) / static_cast<A>(p.kinds());
+  for (int64_t k = 0; k < p.classes; ++k) scores[k] *= share;
+  std::fill(state.image_attended + row, state.image_attended + row + d, A(0));
+  loops.row_dots(state.values + at, p.padded, scores, d, p.classes, state.image_attended + row);
 }
 
 }  // namespace rada_fast

@@ -6,7 +6,6 @@
 
 #include "attention_tiles.h"
 #include "matrix_product.h"
-#include "score_loops.h"
 #include "tasks.h"
 
 namespace rada_fast {
@@ -94,7 +93,7 @@ class Forward {
       const int64_t of_head = parts * pieces, head = grouped.first(task) / of_head, blocks = p.query_blocks;
       const int64_t first = grouped.first(task) - head * of_head, last = grouped.last(task) - head * of_head;
       const int64_t begin = first * blocks / of_head, end = last * blocks / of_head;
-      if (p.image && first == 0) image_query(head, scores, exact);
+      if (p.image && first == 0) image_query_attention(p, state, head, scores, exact);
       if (kinds == 0 || begin == end) continue;
       if (transposed != head) {
         loops.transpose(state.keys + offset(head), p.padded, d, p.classes, key_rows, d);
@@ -113,18 +112,6 @@ class Forward {
         }
       }
     }
-  }
-
-  // Computes the attention of the image query, which has a single row of scores.
-  void image_query(int64_t head, A* scores, double* exact) const {
-    const int64_t at = offset(head), row = head * d;
-    std::fill(exact, exact + p.classes, 0.0);
-    loops.add_scaled_rows(state.keys + at, p.padded, state.image_query + row, d, p.classes, exact);
-    for (int64_t k = 0; k < p.classes; ++k) scores[k] = static_cast<A>(exact[k]);
-    score_loops.softmax(scores, p.classes, scale);
-    for (int64_t k = 0; k < p.classes; ++k) scores[k] *= share;
-    std::fill(state.image_attended + row, state.image_attended + row + d, A(0));
-    loops.row_dots(state.values + at, p.padded, scores, d, p.classes, state.image_attended + row);
   }
 
   // Runs the online softmax of one block's queries (`width` per kind) over all keys.
@@ -251,6 +238,12 @@ class Forward {
 
 template <typename T>
 void class_attention_forward(const Problem& p, int64_t images, const AttentionState<T>& state) {
+  if constexpr (std::is_same_v<T, Acc<T>>) {
+    if (p.merged && p.matrix_softmax) {
+      merged_matrix_attention<T>(p, images, state);
+      return;
+    }
+  }
   Forward<T>(p, images, state).run();
 }
 

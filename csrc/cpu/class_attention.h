@@ -11,7 +11,9 @@
 // Where heads are wide and classes not too many, the "row" softmax keeps the scores of a block of queries with all keys
 // instead. All sums are then known before the product with the values, and one product serves both kinds: these are merged.
 // The backward pass computes delta (class_attention_backward.cpp) from the probabilities, because the kinds have no result
-// each of their own.
+// each of their own. The "matrix" softmax has a sum for all queries of a head, so that it keeps the exponentials of a whole
+// head. It has one delta for them too, which would take a pass over all probabilities. Its kinds are therefore merged only
+// where no backward pass follows (merged_matrix_attention.cpp).
 #pragma once
 
 #include "problem.h"
@@ -44,6 +46,10 @@ struct AttentionState : Attended<Acc<T>> {
 
 template <typename T>
 void class_attention_forward(const Problem& problem, int64_t images, const AttentionState<T>& state);
+
+// The same for merged kinds of the matrix softmax, float and double. It writes no maxima and no weights.
+template <typename T>
+void merged_matrix_attention(const Problem& problem, int64_t images, const AttentionState<T>& state);
 
 // A pointer is null where its gradient is not needed. The gradients of the attention's output are zero in the padding.
 template <typename T>

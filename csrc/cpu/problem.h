@@ -20,8 +20,9 @@ constexpr int64_t kKeyBlock = 256;
 // The number of classes per tile of the projections and of the output, and of features per product within a tile.
 constexpr int64_t kClassTile = 256;
 constexpr int64_t kFeatureBlock = 64;
-// Limits of the attention that keeps all scores of a block of queries. A thread's scores and their gradients then take 2.3 MB
-// at the most. Heads narrower than this would spend more time on passes over them than the saved product takes.
+// Limits of the attention with merged query kinds. A block of queries then has at most 1.1 MB of scores or exponentials with
+// all keys. With the row softmax, heads narrower than this would spend more time on passes over them than the saved product
+// takes.
 constexpr int64_t kMergedClasses = 1024;
 constexpr int64_t kMergedHeadWidth = 128;
 

@@ -18,7 +18,7 @@ Penalty penalty_named(c10::string_view name) {
   return Penalty::linf;
 }
 
-Problem problem_of(const Arguments& in) {
+Problem problem_of(const Arguments& in, bool forward_only) {
   Problem p{};
   p.batch = in.image_features.size(0);
   p.classes = in.text_features.size(0);
@@ -32,8 +32,8 @@ Problem problem_of(const Arguments& in) {
   p.rational = in.weights[kRational].has_value();
   p.matrix_softmax = in.matrix_softmax;
   p.relu = in.relu;
-  p.merged = !p.matrix_softmax && p.text && p.rational && p.classes <= kMergedClasses &&
-             p.head_width >= kMergedHeadWidth && in.weights[kOutput]->scalar_type() != at::kBFloat16;
+  p.merged = (p.matrix_softmax ? forward_only : p.head_width >= kMergedHeadWidth) && p.text && p.rational &&
+             p.classes <= kMergedClasses && in.weights[kOutput]->scalar_type() != at::kBFloat16;
   p.penalty = in.penalty;
   p.logit_scale = in.logit_scale.item<double>();
   p.score_scale = 1.0 / (std::sqrt(static_cast<double>(p.head_width)) * in.temperature);
@@ -108,8 +108,8 @@ template <typename T>
 ForwardResult forward_of(const Arguments& in, bool return_mask, bool keep) {
   using A = Acc<T>;
   using F = Factor<T>;
-  const Problem p = problem_of(in);
   const Given& given = in.given;
+  const Problem p = problem_of(in, !keep && !given.all());
   const Operands<T> operands(p, in, given.some());
   const auto options = in.image_features.options();
   const bool whole = keep || given.all();  // whether `saved` has all images, or those of one chunk after another

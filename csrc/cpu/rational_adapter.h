@@ -44,7 +44,8 @@ struct Arguments {
 };
 
 Penalty penalty_named(c10::string_view name);
-Problem problem_of(const Arguments& in);
+// forward_only: whether nothing is computed from what the attention keeps, neither gradients nor a later forward pass.
+Problem problem_of(const Arguments& in, bool forward_only = false);
 // The number of images per chunk: it gives enough rows for the products and enough heads for the threads.
 int64_t chunk_of(const Problem& p);
 

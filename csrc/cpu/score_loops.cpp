@@ -148,6 +148,17 @@ void score_gradients(A* scores, int64_t ld, const A* dprobabilities, A* total, i
 }
 
 template <typename A>
+void weighted_sum(const A* first, const A* second, int64_t ld, A first_factor, A second_factor, int64_t rows,
+                  int64_t columns, A* out, int64_t ldo) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const A *x = first + r * ld, *y = second + r * ld;
+    A* to = out + r * ldo;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) to[c] = first_factor * x[c] + second_factor * y[c];
+  }
+}
+
+template <typename A>
 void softmax(A* scores, int64_t count, A scale) {
   A best = -HUGE_VAL;
 #pragma omp simd reduction(max : best)
@@ -175,7 +186,8 @@ template <typename T>
 const ScoreLoops<T>& table() {
   using A = Acc<T>;
   using F = Factor<T>;
-  static const ScoreLoops<T> loops{column_maximum<A>, exponentials<F, A>, score_gradients<A>, softmax<A>, rescales<A>};
+  static const ScoreLoops<T> loops{column_maximum<A>, exponentials<F, A>, score_gradients<A>,
+                                   weighted_sum<A>,   softmax<A>,         rescales<A>};
   return loops;
 }
 

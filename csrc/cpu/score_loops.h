@@ -30,6 +30,9 @@ struct ScoreLoops {
   // overwrites the scores. total = P if this kind is the first, else total += P.
   void (*score_gradients)(A* scores, int64_t ld, const A* dprobabilities, A* total, int64_t ldp, int64_t rows,
                           int64_t columns, A scale, const A* maximum, const A* weight, const A* delta, bool first);
+  // out = first_factor * first + second_factor * second
+  void (*weighted_sum)(const A* first, const A* second, int64_t ld, A first_factor, A second_factor, int64_t rows,
+                       int64_t columns, A* out, int64_t ldo);
   void (*softmax)(A* scores, int64_t count, A scale);  // in place
   // out[i] = exp(scale * (before[i] - after[i])), the factor of a sum whose running maximum grows from before to after.
   void (*rescales)(const A* before, const A* after, A scale, int64_t count, A* out);
