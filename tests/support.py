@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 """This folder holds larger vectors, real features and the PTX simulator; not every checkout has it beside it."""
 VECTORS = ("small_d64", "medium_d128", "hot_d64", "clip_d512")
 """These files hold published outputs. Two are in tests/data/published, so that every clone compares with them."""
+
+
+def around(r: random.Random, *edges: int) -> int:
+    """Draw a small number, or one at or beside one of the edges: sizes that fill a tile, a block or a launch."""
+    return r.choice([r.randint(1, 9), *(edge + r.choice([-1, 0, 0, 1]) for edge in edges)])
 
 
 def problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ from torch import Tensor
 from rada_fast.extension import libraries
 from rada_fast.ops import EpisodicOptimizer, use_backend
 from tests.cuda.conftest import Launchers
-from tests.support import assert_replays_from_a_graph
+from tests.support import around, assert_replays_from_a_graph
 
 RULES = {"adamw": 0, "adam": 1, "sgd": 2}
 TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -289,6 +290,37 @@ def test_every_rule_rounds_as_written(library: Any, rule: str, options: dict[str
     if fresh and not options.get("weight_decay"):
         cases.append(Case(1, 100, None, fresh=True, shared=True, moments=0))
     assert len(check(library, cases, step)) == 1, "one launch for everything"
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_drawn_steps_round_as_written(library: Any, seed: int) -> None:
+    """The rule and its options are drawn, and each tensor's sizes, type, place in memory and history."""
+    r = random.Random(seed)
+    rule, number, momentum = r.choice([*RULES]), r.choice([1, 2, 5]), r.choice([0.0, 0.9])
+    options: dict[str, Any] = {"weight_decay": r.choice([0.0, 0.01, 0.5]), "beta1": r.choice([0.9, 0.5, 0.0])}
+    if rule == "sgd":
+        options = {"weight_decay": options["weight_decay"], "momentum": momentum}
+    step = Step(rule, number, last=r.random() < 0.3, **options)
+    moments = 2 if rule != "sgd" else int(momentum > 0)
+    cases = []
+    for _ in range(r.randint(1, 5)):
+        fresh = number == 1 or r.random() < 0.3
+        # A block takes 4096 elements, in vectors of four.
+        size, gradient = around(r, 16, 4096), r.choice([*TYPES, None])
+        cases.append(
+            Case(
+                r.randint(1, 3),
+                size,
+                gradient,
+                fresh=fresh,
+                shared=fresh and r.random() < 0.5,
+                moments=moments,
+                offset=r.choice([0, 0, 1, 2, 3]),
+                source_offset=r.choice([0, 0, 1]),
+                copied=r.random() < 0.5,
+            )
+        )
+    check(library, cases, step)
 
 
 @pytest.mark.parametrize("name", ["parameter", "source", "first", "second", "gradient", "copy"])

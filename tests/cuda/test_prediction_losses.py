@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from ctypes import c_int64
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.cuda.conftest import Launchers
 from tests.cuda.test_augmix import INVALID_VALUE
 from tests.cuda.test_view_selection import TYPES, shifted
 from tests.ops.test_prediction_losses import KINDS, assert_within_budget, draw, halfway, options, solve
+from tests.support import around
 
 NUMBERS = {"mean": 0, "marginal": 1, "cross_entropy": 2}
 
@@ -58,13 +60,26 @@ SIZES = [
     (1, 1, 1, 0), (3, 6, 3, 1), (2, 6, 101, 3), (2, 13, 37, 0), (1, 6, 1000, 0), (1, 3, 2100, 1), (1, 2, 9001, 0),
     (2, 40, 3, 0), (2, 9, 37, 1), (1, 1, 2100, 0),
 ]  # fmt: skip
-CASES = [(torch.float32, kind, size) for kind in KINDS for size in SIZES] + [
-    # The other types differ in the words' elements, not in the loops.
-    (dtype, kind, size)
-    for dtype in (torch.float64, torch.bfloat16, torch.float16)
-    for kind in ("mean", "marginal", "smoothed")
-    for size in (SIZES[1], SIZES[2], SIZES[5])
-]
+
+
+def _drawn_case(seed: int) -> tuple[torch.dtype, str, tuple[int, int, int, int]]:
+    r = random.Random(seed)
+    # A block has eight warps of 32 lanes, each of which has one word of a strip of classes, or eight.
+    sizes = r.randint(1, 3), around(r, 8, 16, 32), around(r, 32, 128, 256, 1024, 2048), r.randint(0, 7)
+    return r.choice([*TYPES]), r.choice(KINDS), sizes
+
+
+CASES = (
+    [_drawn_case(seed) for seed in range(10)]
+    + [(torch.float32, kind, size) for kind in KINDS for size in SIZES]
+    + [
+        # The other types differ in the words' elements, not in the loops.
+        (dtype, kind, size)
+        for dtype in (torch.float64, torch.bfloat16, torch.float16)
+        for kind in ("mean", "marginal", "smoothed")
+        for size in (SIZES[1], SIZES[2], SIZES[5])
+    ]
+)
 
 
 @pytest.mark.parametrize(("dtype", "kind", "size"), CASES)

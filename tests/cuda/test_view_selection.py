@@ -11,7 +11,7 @@ from torch import Tensor
 from rada_fast.extension import libraries
 from rada_fast.ops import select_views, use_backend
 from tests.cuda.conftest import Launchers
-from tests.ops.test_view_selection import draw, exact_entropy
+from tests.ops.test_view_selection import assert_selected, draw, drawn, exact_entropy
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -62,6 +62,14 @@ def test_order_is_that_of_float64(
 def test_views_and_places_that_fill_a_tile(launchers: Launchers, views: int, count: int) -> None:
     indices, entropies, _ = run(launchers, draw(1, views, 3, 20.0, torch.float32), count)
     assert torch.equal(indices, entropies.argsort(dim=-1, stable=True)[:, :count])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_drawn_selections(launchers: Launchers, seed: int) -> None:
+    # A warp takes 32 views one after the other in a block of 16 warps, and has 32 words of a row.
+    logits, count = drawn(seed, 65, 32, 128, 256, 1024)
+    indices, entropies, _ = run(launchers, shifted(logits, seed % 5), count)
+    assert_selected(logits, count, indices, entropies)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rada_fast.config.method import OptimizerName
 from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops import EpisodicOptimizer, episodic_optimizer_step, use_backend
 from rada_fast.ops._backends import library
+from tests.support import around
 
 from .support import needs_extension, num_threads
 
@@ -61,10 +63,12 @@ def draw(initial: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict
 class Theirs:
     """Theirs holds one single-tensor optimiser of torch.optim for each episode."""
 
-    def __init__(self, initial: dict[str, Tensor], name: str, options: dict[str, Any]) -> None:
-        self.parameters = [{key: value.clone() for key, value in initial.items()} for _ in range(EPISODES)]
-        make = OPTIMIZERS[name]
-        self.optimizers = [make(list(p.values()), lr=LR, foreach=False, **options) for p in self.parameters]
+    def __init__(
+        self, initial: dict[str, Tensor], name: str, options: dict[str, Any], episodes: int = EPISODES
+    ) -> None:
+        self.parameters = [{key: value.clone() for key, value in initial.items()} for _ in range(episodes)]
+        make, options = OPTIMIZERS[name], {"lr": LR, "foreach": False} | options
+        self.optimizers = [make(list(p.values()), **options) for p in self.parameters]
 
     def step(self, gradients: dict[str, Tensor | None]) -> None:
         for episode, (parameters, optimizer) in enumerate(zip(self.parameters, self.optimizers, strict=True)):
@@ -147,6 +151,33 @@ def test_a_gradient_of_none_is_exactly_zero(
             ours.step(gradients)
             theirs.step(gradients)
             assert_equal(ours.parameters, theirs.stacked())
+
+
+@needs_extension
+@pytest.mark.parametrize("seed", range(24))
+def test_drawn_steps_are_torch_optims_bit_for_bit(seed: int) -> None:
+    """The rule and its options are drawn, and in each step which tensors have a gradient, and its type."""
+    r = random.Random(seed)
+    name: OptimizerName = r.choice(["adamw", "adam", "sgd"])
+    options: dict[str, Any] = {"lr": r.choice([8e-3, 0.3]), "weight_decay": r.choice([0.0, 0.01, 0.3])}
+    if name == "sgd":
+        options["momentum"] = r.choice([0.0, 0.9])
+    else:
+        options |= {"betas": r.choice([(0.9, 0.999), (0.5, 0.9), (0.0, 0.5)]), "eps": r.choice([1e-8, 1e-3])}
+    # A chunk has 16384 elements.
+    initial = {str(i): torch.randn(around(r, 16, 16384, 2 * 16384)) for i in range(r.randint(1, 4))}
+    episodes = r.randint(1, 4)
+    theirs = Theirs(initial, name, options, episodes)
+    ours = EpisodicOptimizer(initial, episodes, name, torch_roots=True, backend="cpu", **options)
+    for _ in range(r.randint(1, 4)):
+        gradients = {
+            key: torch.randn(episodes, *value.shape).to(r.choice([torch.float32, torch.bfloat16, torch.float16]))
+            for key, value in initial.items()
+            if r.random() < 0.7
+        }
+        ours.step(dict(gradients))
+        theirs.step(dict(gradients))
+        assert_equal(ours.parameters, theirs.stacked())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,6 +7,7 @@ result and float64's own rounding: the reference in float64 cancels where the co
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops import prediction_loss, prediction_loss_and_gradient, use_backend
 from rada_fast.ops._backends import library
+from tests.support import around
 
 from .support import needs_extension, num_threads
 
@@ -75,6 +77,26 @@ def test_losses_and_gradients(
         solve(logits, kind, "reference"),
         exact,
         (torch.finfo(loss_type).eps, torch.finfo(dtype).eps),
+    )
+
+
+def drawn(seed: int, rows: tuple[int, ...], classes: tuple[int, ...]) -> tuple[Tensor, str]:
+    """Draw logits of drawn sizes, the latter around the given numbers, and a kind of loss."""
+    r = random.Random(seed)
+    sizes = r.randint(1, 3), around(r, *rows), around(r, *classes)
+    return draw(*sizes, r.choice([0.1, 3.0, 30.0]), r.choice(DTYPES)), r.choice(KINDS)
+
+
+@needs_extension
+@pytest.mark.parametrize("seed", range(32))
+def test_drawn_losses(seed: int) -> None:
+    logits, kind = drawn(seed, (16, 64), (16, 101, 1024))
+    loss_type = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    assert_within_budget(
+        solve(logits, kind, "cpu"),
+        solve(logits, kind, "reference"),
+        solve(logits.double(), kind, "reference"),
+        (torch.finfo(loss_type).eps, torch.finfo(logits.dtype).eps),
     )
 
 

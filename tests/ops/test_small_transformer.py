@@ -6,6 +6,7 @@ tests/models/test_image_encoder.py compares it with open_clip's module.
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -22,14 +23,26 @@ from rada_fast.ops.small_transformer import (
     Transformer,
     serves_small_transformer,
 )
+from tests.support import around
 
 from .support import num_threads
 
 pytestmark = pytest.mark.skipif(not serves_small_transformer(32, 64), reason="the compiled operator is not usable here")
 
 
-def drawn(width: int = 40, hidden: int = 330, layers: int = 2, heads: int = 2, **changes: Any) -> Transformer:
-    """Return random weights for images (3, 12, 8) in patches of 4 x 4, which make 7 tokens.
+def drawn(
+    width: int = 40,
+    hidden: int = 330,
+    layers: int = 2,
+    heads: int = 2,
+    *,
+    channels: int = 3,
+    patch: tuple[int, int] = (4, 4),
+    tokens: int = 7,
+    features: int = 24,
+    **changes: Any,
+) -> Transformer:
+    """Return random weights, as a rule for images (3, 12, 8) in patches of 4 x 4, which make 7 tokens.
 
     The hidden layer is wider than the part of it that is computed at a time.
     """
@@ -47,15 +60,15 @@ def drawn(width: int = 40, hidden: int = 330, layers: int = 2, heads: int = 2, *
         return Block(norm(), projection, output, norm(), first, second)
 
     whole = Transformer(
-        patch_size=(4, 4),
-        patches=weight(width, 48),
-        positions=torch.randn(7, width),
+        patch_size=patch,
+        patches=weight(width, channels * patch[0] * patch[1]),
+        positions=torch.randn(tokens, width),
         norm_pre=norm(),
         blocks=[block() for _ in range(layers)],
         norm_post=norm(),
         heads=heads,
         activation="gelu",
-        projection=weight(width, 24),
+        projection=weight(width, features),
     )
     return whole._replace(**changes)
 
@@ -104,6 +117,26 @@ def test_it_agrees_with_float64(options: dict[str, Any]) -> None:
     images = torch.randn(5, 3, 12, 8)
     exact = in_float64(model, images)
     torch.testing.assert_close(SmallTransformer(model)(images).double(), exact, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_drawn_models(seed: int) -> None:
+    """Sizes and parts are drawn. Products are computed by 64 columns, and of the hidden layer 320 at a time."""
+    r = random.Random(seed)
+    channels, (high, wide), grid = r.choice([1, 3, 4]), (r.randint(1, 5), r.randint(1, 5)), (around(r), around(r))
+    heads, tokens = r.choice([1, 2, 3, 8]), 1 + grid[0] * grid[1]
+    width = heads * around(r, 16 // heads + 1, 64 // heads, 128 // heads)
+    model = drawn(
+        width, around(r, 64, 320, 640), r.randint(1, 3), heads,
+        channels=channels, patch=(high, wide), tokens=tokens, features=around(r, 64),
+        activation=r.choice(["gelu", "silu"]),
+    )  # fmt: skip
+    absent = [name for name in ("norm_pre", "norm_post", "projection") if r.random() < 0.3]
+    model = model._replace(**dict.fromkeys(absent))
+    # A task takes the images of about 260 rows, and 32 images in the end.
+    images = torch.randn(around(r, 32, max(1, 260 // tokens)) + 1, channels, grid[0] * high, grid[1] * wide)
+    exact = in_float64(model, images)
+    torch.testing.assert_close(SmallTransformer(model)(images).double(), exact, rtol=5e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])

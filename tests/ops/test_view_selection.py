@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rada_fast.errors import BackendUnavailableError
 from rada_fast.ops import keep_views, select_views, use_backend
 from rada_fast.ops._backends import library
 from rada_fast.reference.view_selection import prediction_entropy
+from tests.support import around
 
 from .support import needs_extension, num_threads
 
@@ -51,6 +53,34 @@ def test_order_is_that_of_float64(dtype: torch.dtype, scale: float, views: int, 
     assert torch.equal(indices, entropies.argsort(dim=-1, stable=True))
     few = select_views(logits, views // 3)
     assert torch.equal(few, indices[:, : views // 3])
+
+
+def drawn(seed: int, most_views: int, *classes: int) -> tuple[Tensor, int]:
+    """Draw logits of drawn sizes, of which some are tied, infinite or NaN, and a number of views to select."""
+    r, dtype = random.Random(seed), random.Random(-seed).choice(DTYPES)
+    views = min(most_views, around(r, 16, 32, 64, most_views))
+    logits = draw(r.randint(1, 3), views, around(r, *classes), r.choice([0.1, 3.0, 30.0]), dtype)
+    for value in (r.choice([-math.inf, math.nan, math.inf, 0.0]) for _ in range(r.randint(0, 3))):
+        episode, view = r.randrange(len(logits)), r.randrange(views)
+        logits[episode, view, r.randrange(logits.shape[2])] = value
+        logits[episode, r.randrange(views)] = logits[episode, view]
+    return logits, r.choice([1, views // 2, views - 1, views])
+
+
+def assert_selected(logits: Tensor, count: int, indices: Tensor, entropies: Tensor) -> None:
+    """Compare with float64. A row that has NaN, or no finite largest logit, has an entropy of NaN and comes last."""
+    exact = exact_entropy(logits).masked_fill(~logits.amax(-1).isfinite(), torch.nan)
+    relative = 32 * torch.finfo(entropies.dtype).eps
+    torch.testing.assert_close(entropies.double(), exact, rtol=relative, atol=1e-37, equal_nan=True)
+    order = entropies.nan_to_num(nan=math.inf).argsort(dim=-1, stable=True)
+    assert torch.equal(indices, order[:, :count])
+
+
+@needs_extension
+@pytest.mark.parametrize("seed", range(24))
+def test_drawn_selections(seed: int) -> None:
+    logits, count = drawn(seed, 1025, 16, 101, 1000)
+    assert_selected(logits, count, *select_views(logits, count, return_entropies=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
