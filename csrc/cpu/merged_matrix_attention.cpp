@@ -1,4 +1,4 @@
-// The forward pass of the "matrix" softmax with merged query kinds: one product with the values serves both kinds, where no
+// The forward pass of the "matrix" softmax with merged query kinds: one product with the values serves both, where no
 // backward pass follows. The weight of a kind is known only when all scores of the head are, so that the exponentials of a
 // whole head are kept until then: each thread keeps those of the blocks of queries that it computed itself, so that they
 // stay in the caches near it. See class_attention.h.
@@ -7,7 +7,6 @@
 #include <deque>
 #include <limits>
 #include <numeric>
-#include <thread>
 #include <vector>
 
 #include "attention_tiles.h"
@@ -48,7 +47,7 @@ class MergedForward {
   MergedForward(const Problem& problem, int64_t images, const AttentionState<T>& attention)
       : p(problem), state(attention), heads(images * p.heads),
         statistics(static_cast<size_t>(heads * kMergedKinds * tiles)),
-        finished(new std::atomic<int64_t>[static_cast<size_t>(heads)]()) {}
+        finished(new std::atomic<int>[static_cast<size_t>(heads)]()) {}
 
   void run() {
     const int64_t work = heads * p.classes * (3 * kMergedKinds * p.classes + 4) * d;
@@ -56,7 +55,7 @@ class MergedForward {
       try {
         Worker(*this).run(queue);
       } catch (...) {
-        failed = true;  // the others must not wait for this thread's blocks
+        for (int64_t head = 0; head < heads; ++head) finish(head, static_cast<int>(blocks));  // nobody must wait
         throw;
       }
     });
@@ -69,12 +68,16 @@ class MergedForward {
   const int64_t heads, d = p.head_width, blocks = p.query_blocks, key_blocks = divide_up(p.classes, kKeyBlock);
   const int64_t tiles = blocks * key_blocks;  // of a head and a kind
   const A scale = static_cast<A>(p.score_scale);
-  std::vector<TileStatistics<A>> statistics;         // (head, kind, block of queries, block of keys)
-  std::unique_ptr<std::atomic<int64_t>[]> finished;  // for each head, the number of blocks whose statistics are there
-  std::atomic<bool> failed{false};
+  std::vector<TileStatistics<A>> statistics;     // (head, kind, block of queries, block of keys)
+  std::unique_ptr<std::atomic<int>[]> finished;  // for each head, the number of blocks whose statistics are there
 
   TileStatistics<A>* statistics_of(int64_t head, int64_t kind) {
     return statistics.data() + (head * kMergedKinds + kind) * tiles;
+  }
+  // Says that the statistics of so many more blocks of a head are there.
+  void finish(int64_t head, int more) {
+    std::atomic<int>& number = finished[static_cast<size_t>(head)];
+    if (number.fetch_add(more, std::memory_order_acq_rel) + more >= blocks) number.notify_all();
   }
   int64_t offset(int64_t head) const { return head / p.heads * p.image_size() + head % p.heads * d * p.padded; }
 
@@ -86,18 +89,17 @@ class MergedForward {
     // Computes exponentials of blocks until none is left. The values are multiplied as soon as the weights are known.
     void run(TaskQueue& queue) {
       for (int64_t number; queue.take(number);) {
-        while (!kept.empty() && head_is_finished()) multiply_values();
+        while (!kept.empty() && blocks_there() >= shared.blocks) multiply_values();
         if (p.image && number % shared.blocks == 0)
           image_query_attention(p, shared.state, number / shared.blocks, scores_of_image, exact);
         kept.push_back({number, unused_memory()});
         compute_exponentials(kept.back());
-        shared.finished[static_cast<size_t>(number / shared.blocks)].fetch_add(1, std::memory_order_release);
+        shared.finish(number / shared.blocks, 1);
       }
-      while (!kept.empty() && !shared.failed) {
-        if (head_is_finished())
-          multiply_values();
-        else
-          std::this_thread::yield();
+      while (!kept.empty()) {
+        // A thread that waits sleeps: another program may need the core that this one takes.
+        for (int number; (number = blocks_there()) < shared.blocks;) finished_of_first().wait(number);
+        multiply_values();
       }
     }
 
@@ -125,11 +127,11 @@ class MergedForward {
       return memory;
     }
 
-    // Whether the statistics of all blocks of the first kept block's head are there.
-    bool head_is_finished() const {
-      const auto head = static_cast<size_t>(kept.front().number / shared.blocks);
-      return shared.finished[head].load(std::memory_order_acquire) == shared.blocks;
+    // How many blocks of the first kept block's head have statistics.
+    const std::atomic<int>& finished_of_first() const {
+      return shared.finished[static_cast<size_t>(kept.front().number / shared.blocks)];
     }
+    int blocks_there() const { return finished_of_first().load(std::memory_order_acquire); }
 
     // Calls body(first key, number of keys, statistics' place in a head) for every block of keys.
     template <typename Body>
