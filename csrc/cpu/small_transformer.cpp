@@ -214,7 +214,9 @@ struct Space {
     padded = whole_vectors(encoder.tokens);
     stream = scratch.take<float>(rows * columns);
     normalised = scratch.take<float>(rows * columns);
-    wide = scratch.take<float>(rows * std::max({3 * columns, kHiddenColumns, encoder.patches.depth}));
+    // The last block has a row for each head of an image, of which there may be more than tokens.
+    wide = scratch.take<float>(std::max(rows * std::max({3 * columns, kHiddenColumns, encoder.patches.depth}),
+                                        images * encoder.heads * columns));
     keys = scratch.take<float>(std::max(columns / encoder.heads * padded, columns * encoder.heads));
     scores = scratch.take<float>(std::max(encoder.tokens, encoder.heads) * padded);
     total = scratch.take<float>(std::max(encoder.tokens, encoder.heads));

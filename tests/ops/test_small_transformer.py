@@ -103,6 +103,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one block": {"layers": 1},
     "one head": {"heads": 1},
     "many heads": {"width": 48, "heads": 16},
+    "more heads than tokens": {"width": 128, "heads": 16, "patch": (12, 8), "tokens": 2},
     "SiLU": {"activation": "silu"},
     "no first normalisation": {"norm_pre": None},
     "no last normalisation": {"norm_post": None},
@@ -123,8 +124,9 @@ def test_it_agrees_with_float64(options: dict[str, Any]) -> None:
 def test_drawn_models(seed: int) -> None:
     """Sizes and parts are drawn. Products are computed by 64 columns, and of the hidden layer 320 at a time."""
     r = random.Random(seed)
-    channels, (high, wide), grid = r.choice([1, 3, 4]), (r.randint(1, 5), r.randint(1, 5)), (around(r), around(r))
-    heads, tokens = r.choice([1, 2, 3, 8]), 1 + grid[0] * grid[1]
+    channels, high, wide = r.choice([1, 3, 4]), r.randint(1, 5), r.randint(1, 5)
+    grid = r.choice([1, 2, 5]), r.choice([1, 3, 7])
+    heads, tokens = r.choice([1, 2, 3, 8, 16]), 1 + grid[0] * grid[1]
     width = heads * around(r, 16 // heads + 1, 64 // heads, 128 // heads)
     model = drawn(
         width, around(r, 64, 320, 640), r.randint(1, 3), heads,
