@@ -9,7 +9,23 @@
 #include <utility>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace rada_fast {
+
+// In a build with the address sanitizer, memory that belongs to no array must not be touched, and a gap follows each
+// array. An access past its end is then reported, where it would otherwise reach the next array.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kScratchGap = 64;
+inline void forbid_access(const void* start, int64_t bytes) { __asan_poison_memory_region(start, bytes); }
+inline void allow_access(const void* start, int64_t bytes) { __asan_unpoison_memory_region(start, bytes); }
+#else
+constexpr int64_t kScratchGap = 0;
+inline void forbid_access(const void*, int64_t) {}
+inline void allow_access(const void*, int64_t) {}
+#endif
 
 class Scratch {
  public:
@@ -22,6 +38,7 @@ class Scratch {
       scratch.blocks_.clear();
       scratch.grow(total);
     }
+    for (const Block& block : scratch.blocks_) forbid_access(block.memory.get(), block.size);
     scratch.used_ = 0;
     return scratch;
   }
@@ -29,13 +46,14 @@ class Scratch {
   // Returns uninitialised memory for `count` values, aligned to 64 bytes.
   template <typename T>
   T* take(int64_t count) {
-    const int64_t bytes = rounded_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    const int64_t bytes = rounded_up(count * static_cast<int64_t>(sizeof(T)), 64) + kScratchGap;
     if (blocks_.empty() || used_ + bytes > blocks_.back().size) {
       grow(bytes);
       used_ = 0;
     }
     char* start = blocks_.back().memory.get() + used_;
     used_ += bytes;
+    allow_access(start, count * static_cast<int64_t>(sizeof(T)));
     return reinterpret_cast<T*>(start);
   }
 
@@ -54,6 +72,7 @@ class Scratch {
     const int64_t size = rounded_up(std::max<int64_t>(bytes, 1 << 20), 4096);
     Block block{std::unique_ptr<char, Free>(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(size)))), size};
     if (!block.memory) throw std::bad_alloc();
+    forbid_access(block.memory.get(), block.size);
     blocks_.push_back(std::move(block));
   }
 
