@@ -56,8 +56,11 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def shown_name(name: object, length: int = 30) -> str:
-    """Return a name as matplotlib shows it: not as a formula, on one line, and cut where it is long."""
-    text = " ".join(str(name).split())
+    """Return a name as matplotlib shows it: not as a formula, on one line, and cut where it is long.
+
+    matplotlib refuses bytes of a file's name that are not UTF-8, so that they are shown as escape sequences.
+    """
+    text = " ".join(str(name).encode("utf-8", "backslashreplace").decode().split())
     text = text if len(text) <= length else text[: length - 1] + "…"
     return text.replace("$", r"\$")
 
@@ -112,15 +115,29 @@ def heat_maps(inspection: Inspection) -> Figure:
 
 def class_averages(inspection: Inspection) -> Figure:
     """Draw the means of M, R and M * R over the images of each class, in the row of the class itself."""
-    most = sorted(inspection.classes(), key=lambda row: (-abs(change_of_class(row)), row["label"]))
+    rows = inspection.classes()
+    most = sorted(rows, key=lambda row: (-abs(change_of_class(row)), row["label"]))
     present = set(inspection.matrices.labels.tolist())
     classes = sorted([row["label"] for row in most if row["label"] in present][:MOST_CLASSES])
     figure = Figure(figsize=(15, 1.8 + 0.22 * len(classes)), layout="constrained")
-    kind = f"the {len(classes)} classes that change most" if len(present) > len(classes) else "all classes"
+    kind = averaged_classes(len(classes), len(present), len(rows))
     figure.suptitle(f"Means over the images of each class, in the row of their own class: {kind}", **AT_LEFT)
     names = [shown_name(inspection.class_names[label]) for label in classes]
     _three_maps(figure, *inspection.matrices.class_means(classes), names)
     return figure
+
+
+def averaged_classes(shown: int, masked: int, tested: int) -> str:
+    """Return words for the classes that the picture of the means shows.
+
+    shown: how many classes it shows; masked: how many have an image whose mask was computed; tested: how many have an
+    image at all.
+    """
+    if shown < masked:
+        return f"the {shown} classes that change most"
+    return (
+        "all classes" if masked == tested else f"the {masked} classes of {tested} with images whose masks were computed"
+    )
 
 
 def _three_maps(figure: Any, mask: Tensor, before: Tensor, after: Tensor, names: Sequence[str]) -> None:
