@@ -44,7 +44,8 @@ def read_image_folder(root: Path, *, published: bool = False) -> ImageFolder:
     found = [pictures_below(root / folder, root) for folder in folders]
     samples = [sample for label, below in enumerate(found) for sample in _samples(below, root, label)]
     if not samples:
-        raise UserError(f"data folder {root} has {len(folders)} sub-folders but no image{_others(found)}")
+        below = f"{len(folders)} sub-folders" if len(folders) > 1 else "1 sub-folder"
+        raise UserError(f"data folder {root} has {below} but no image{_others(found)}")
     parts = {
         folder: [path.relative_to(root / folder).parts for path in below.pictures]
         for folder, below in zip(folders, found, strict=True)
@@ -85,7 +86,10 @@ def _sorted(samples: Sequence[Sample]) -> tuple[Sample, ...]:
 def _others(found: Sequence[Found]) -> str:
     """Return an addition to a message that says what a folder without images contains."""
     skipped = [entry for below in found for entry in below.skipped]
-    return f" (found {skipped[0][0]}, {skipped[0][1]}, and {len(skipped) - 1} more)" if skipped else ""
+    if not skipped:
+        return ""
+    more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+    return f" (found {skipped[0][0]}, {skipped[0][1]}{more})"
 
 
 def read_nested_folder(root: Path) -> ImageFolder:

@@ -46,13 +46,17 @@ def test_pictures_without_classes_have_no_labels(folder: Path) -> None:
 def test_unusable_folders_are_refused(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "classes" / "a").mkdir(parents=True)
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    (tmp_path / "texts" / "b").mkdir()
+    (tmp_path / "texts" / "a" / "notes.txt").write_text("no picture")
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "flat" / "a.png")
     cases = {
         f"imagefolder:{tmp_path / 'none'}": "does not exist",
         f"imagefolder:{tmp_path / 'empty'}": "must have one sub-folder for each class, it has none",
         f"imagefolder:{tmp_path / 'flat'}": "for pictures without classes give images:",
-        f"imagefolder:{tmp_path / 'classes'}": "has 1 sub-folders but no image",
+        f"imagefolder:{tmp_path / 'classes'}": "has 1 sub-folder but no image$",
+        f"imagefolder:{tmp_path / 'texts'}": r"has 2 sub-folders but no image \(found a/notes.txt, not a picture\)$",
         f"imagefolder:{folder / 'a_cat' / 'notes.txt'}": "is a file, not a folder",
         f"images:{tmp_path / 'empty'}": "holds no image",
     }
