@@ -90,7 +90,9 @@ def figures(
     }
     if not settings:
         raise UserError(
-            "axes must name a number that grows in one of the passes, and be measured by one of the providers"
+            f"axes {' '.join(options.axes)} leave nothing to measure with passes {' '.join(options.passes)} and "
+            f"providers {' '.join(options.providers)}: classes grow in every pass, batch in forward and step, and "
+            "episodes in episode, which literal does not have"
         )
     found: list[Figure] = []
     for lines in measured_in_turn("bench scaling", settings, partial_figures):
