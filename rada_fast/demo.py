@@ -212,7 +212,7 @@ def demo_table(config: DemoOptions, ttt: dict[str, Any], eft: dict[str, Any], ga
         "",
         f"{eft['zero_shot_harmonic_mean']:.1f}",
         f"{eft['adapted_harmonic_mean']:.1f}",
-        f"{eft['adapted_harmonic_mean'] - eft['zero_shot_harmonic_mean']:+.1f}",
+        f"{eft['adapted_harmonic_mean'] - eft['zero_shot_harmonic_mean']:+z.1f}",
         "",
         "",
     )
@@ -220,5 +220,8 @@ def demo_table(config: DemoOptions, ttt: dict[str, Any], eft: dict[str, Any], ga
 
 
 def shown_gain(one: Gain | None) -> str:
-    """Return the text of a gain and its interval, such as "+4.1 (2.5 to 5.7)", or nothing if it is not known."""
-    return "" if one is None else f"{one.mean:+.1f} ({one.interval.low:.1f} to {one.interval.high:.1f})"
+    """Return the text of a gain and its interval, such as "+4.1 (2.5 to 5.7)", or nothing if it is not known.
+
+    An end that rounds to zero has no minus sign.
+    """
+    return "" if one is None else f"{one.mean:+z.1f} ({one.interval.low:z.1f} to {one.interval.high:z.1f})"
