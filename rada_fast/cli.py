@@ -74,7 +74,7 @@ COMMANDS = {
     "demo": Command(
         DemoOptions,
         "rada_fast.demo:run_demo",
-        "see the method work on the small CLIP that is shipped, in about two minutes",
+        "see the method work on the small CLIP that is shipped, in about a minute",
     ),
     "ttt": Command(
         TTTOptions,

@@ -24,7 +24,7 @@ class MeasuringOptions:
     seed: int = 0
     """Seed of the drawn pictures, of the drawn features and of random weights."""
     output: str | None = None
-    """Draw the stages into this PNG file; or a folder, for the picture and the figures as JSON lines."""
+    """Draw the figures into this PNG file; or a folder, for the picture and the figures as JSON."""
     json: bool = False
     """Print one JSON line for each figure instead of a table."""
 

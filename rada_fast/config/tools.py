@@ -21,7 +21,8 @@ class DemoOptions:
     """Show the method on the small CLIP that is shipped and its drawn images: zero-shot prediction, test-time training
     and a short EFT, in about a minute on two cores.
 
-    Writes the drawn images, each run's results, report.json and demo.png into the output folder.
+    Writes the drawn images, each run's results, report.json and demo.png into the output folder. Started there again
+    with other options, it replaces the earlier results that they concern.
     """
 
     output: str = "results/demo"
