@@ -183,17 +183,17 @@ def test_the_sums_over_a_heads_rows_take_every_row_once(device: str, classes: in
 
 
 def test_the_features_gradients_are_those_of_all_parts(device: str) -> None:
-    # Three tiles of classes are divided among two episodes.
-    episodes, images, classes, parts, groups = 2, 3, 37, 5, 6
+    # Five tiles of classes are divided among three episodes. There are not as many episodes as blocks of columns.
+    episodes, images, classes, parts, groups = 3, 4, 70, 5, 6
     batch = episodes * images
     image_parts, text_parts = torch.randn(parts, batch, WIDTH), torch.randn(groups, classes, WIDTH)
     weight, dq_image = torch.randn(episodes, WIDTH, WIDTH), torch.randn(batch, WIDTH)
     dimage, dtext = (torch.full((rows, WIDTH), torch.nan, device=device) for rows in (batch, classes))
-    feature_gradients_reduce_kernel[(1 + 2, WIDTH // 32, episodes)](
+    feature_gradients_reduce_kernel[(1 + 2, WIDTH // 16, episodes)](
         logit_scale=torch.tensor(9.0, device=device), image_weight=weight.to(device), dq_image=dq_image.to(device),
         image_parts=image_parts.to(device), text_parts=text_parts.to(device), dimage=dimage, dtext=dtext,
         batch=batch, images=images, classes=classes, parts=parts, groups=groups, weight_stride=WIDTH * WIDTH,
-        D=WIDTH, FACTOR=1.0, BLOCK_M=16, BLOCK_N=32, BLOCK_C=16, num_warps=4, num_stages=2,
+        D=WIDTH, FACTOR=1.0, BLOCK_M=16, BLOCK_N=16, BLOCK_C=16, num_warps=4, num_stages=2,
     )  # fmt: skip
     through_query = (dq_image.view(episodes, images, WIDTH) @ weight).flatten(0, 1)
     torch.testing.assert_close(dimage.cpu(), 3 * through_query + image_parts.sum(0), rtol=1e-5, atol=1e-4)
