@@ -84,7 +84,7 @@ def show(
             console.print(f"\n{part}: {found[0]['setting']}", soft_wrap=True)
             stages = [figure for figure in found if figure["kind"] in ("stage", "part")]
             if stages:
-                console.print(figures_table(stages, presentation.columns, "stage"))
+                console.print_figures(figures_table(stages, presentation.columns, "stage"))
             for text in (*ratio_sentences(found), *refusal_sentences(found)):
                 console.print(text, soft_wrap=True)
         figures += found

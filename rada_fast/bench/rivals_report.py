@@ -113,7 +113,7 @@ def show(figures: Sequence[Figure], device: torch.device, options: BenchRivalsOp
             f"{first['pictures']} pictures, V {first['views']}, K {first['classes']}",
             soft_wrap=True,
         )
-        console.print(rivals_table(figures))
+        console.print_figures(rivals_table(figures))
         if "zero_shot_top1" in first:
             low, high = first["zero_shot_interval"]
             console.print(f"zero-shot: {first['zero_shot_top1']:.2f} % right ({low:.2f} to {high:.2f})", soft_wrap=True)

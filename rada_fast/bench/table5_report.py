@@ -148,7 +148,7 @@ def print_tables(
     console.print(f"\n{title}", soft_wrap=True)
     for setting, frame, classes in dict.fromkeys((row["setting"], row["frame"], row["classes"]) for row in rows):
         console.print(f"\n{setting.upper()}, K {classes}; a frame is {frame}", soft_wrap=True)
-        console.print(table_of([row for row in rows if (row["setting"], row["frame"]) == (setting, frame)]))
+        console.print_figures(table_of([row for row in rows if (row["setting"], row["frame"]) == (setting, frame)]))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("the paper, on an A100", "frames/s", "memory, GB", "GFLOPs"):
         table.add_column(name, justify="left" if "paper" in name else "right")

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.measure import Measurement
+from rich.table import Column, Table
 
 FILE_WIDTH = 4096
 """The width of output to a file or a pipe, in columns. It is so large that nothing is folded."""
@@ -25,10 +26,38 @@ class PlainConsole(Console):
         if not self.is_terminal:
             self.width = FILE_WIDTH
 
+    def print_figures(self, table: Table) -> None:
+        """Print a table of numbers, in several parts one below the other where the terminal is too narrow for it.
+
+        A number that is folded reads as another one. Each part begins with the table's first column.
+        """
+        names, *columns = table.columns
+        part: list[Column] = []
+        for column in columns:
+            if part and self._width_of(_with_columns(table, [names, *part, column])) > self.width:
+                self.print(_with_columns(table, [names, *part]))
+                part = []
+            part.append(column)
+        self.print(_with_columns(table, [names, *part]))
+
+    def _width_of(self, table: Table) -> int:
+        return Measurement.get(self, self.options.update(max_width=FILE_WIDTH), table).maximum
+
     def on_broken_pipe(self) -> None:
         """Go on if nobody reads standard error; if nobody reads the output, let the command line end quietly."""
         if not self.stderr:
             raise BrokenPipeError
+
+
+def _with_columns(table: Table, columns: Iterable[Column]) -> Table:
+    """Return a table that looks as another one does and has some of its columns."""
+    columns = list(columns)
+    result = Table(title=table.title, box=table.box, padding=table.padding)
+    for column in columns:
+        result.add_column(column.header, justify=column.justify, overflow=column.overflow)
+    for row in zip(*(column.cells for column in columns), strict=True):
+        result.add_row(*row)
+    return result
 
 
 def table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
