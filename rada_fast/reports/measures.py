@@ -78,18 +78,26 @@ class Gain(NamedTuple):
 
 
 def gain(answers: Iterable[tuple[bool, bool]]) -> Gain | None:
-    """Return by how much a second predictor is more accurate than a first one, or None for fewer than two images.
+    """Return by how much a second predictor is more accurate than a first one, or None if there are no images.
 
-    The interval is that of the mean of the differences (-1, 0 or 1) of the images, by the normal approximation.
+    The interval is Wald's, adjusted for paired proportions (Bonett and Price, 2012): one image more is counted as
+    gained and one as lost, so that a few images without a change do not give an interval of no width. With f images
+    gained, g lost and n in all, p = (f + 1) / (n + 2) and q = (g + 1) / (n + 2), it is
+
+        p - q +- z sqrt((p + q - (p - q)^2) / (n + 2))
 
     answers: whether the first and whether the second predictor is right, for each image.
     """
-    differences = [100.0 * (second - first) for first, second in answers]
-    if len(differences) < 2:
+    differences = [second - first for first, second in answers]
+    if not differences:
         return None
-    mean = fmean(differences)
-    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * stdev(differences) / math.sqrt(len(differences))
-    return Gain(mean, Interval(mean - reach, mean + reach))
+    total = len(differences) + 2
+    gained, lost = (differences.count(one) + 1 for one in (1, -1))
+    middle = (gained - lost) / total
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    reach = z * math.sqrt(((gained + lost) / total - middle**2) / total)
+    low, high = max(-1.0, middle - reach), min(1.0, middle + reach)
+    return Gain(100 * fmean(differences), Interval(100 * low, 100 * high))
 
 
 def wilson(right: int, total: int) -> Interval | None:

@@ -41,13 +41,25 @@ def test_wilson_interval() -> None:
 
 
 def test_a_gain_is_paired() -> None:
-    # Agresti, Categorical Data Analysis: the approval of 1600 people before and after, -0.04 with (-0.06, -0.02).
+    # Agresti, Categorical Data Analysis: the approval of 1600 people before and after, -0.04 with (-0.06, -0.02). One
+    # more change of each kind, among two more people, gives (87 - 151) / 1602 +- 1.96 sqrt(0.14697 / 1602).
     answers = [(True, True)] * 794 + [(True, False)] * 150 + [(False, True)] * 86 + [(False, False)] * 570
     found = gain(answers)
     assert found is not None
     assert found.mean == pytest.approx(-4.0)
-    assert found.interval == pytest.approx((-5.872, -2.128), abs=1e-3)
-    assert gain([(False, True)]) is None
+    assert found.interval == pytest.approx((-5.872, -2.118), abs=1e-3)
+    assert gain([]) is None
+
+
+def test_few_images_that_agree_do_not_make_a_gain_certain() -> None:
+    found = gain([(True, True)] * 4)
+    # 0 +- 1.96 sqrt((1 + 1) / 6 / 6)
+    assert found is not None
+    assert found.mean == 0
+    assert found.interval == pytest.approx((-46.20, 46.20), abs=0.01)
+    one = gain([(False, True)])
+    assert one is not None
+    assert one.interval.low < 0 < one.interval.high == one.mean == 100
 
 
 @pytest.mark.parametrize(
