@@ -247,9 +247,9 @@ class TestTimePredictor:
         A file that cannot be read has a result that says so. Any other exception is raised as it is, with a note that
         names the picture. Closing the iterator stops all threads.
         """
-        return self._in_order(pictures, progress)
+        return self._in_order(pictures, self._total(pictures, progress))
 
-    def _in_order(self, pictures: Iterable[Any], progress: bool) -> Generator[Prediction]:
+    def _in_order(self, pictures: Iterable[Any], shown: tuple[bool, int | None]) -> Generator[Prediction]:
         room = threading.Semaphore(RESULTS_HELD_BACK)
 
         def limited() -> Iterator[Any]:
@@ -260,7 +260,7 @@ class TestTimePredictor:
         held: dict[int, Prediction] = {}
         first = 0
         try:
-            with closing(self._run(limited(), self._total(pictures, progress))) as stream:
+            with closing(self._run(limited(), shown)) as stream:
                 for prediction in stream:
                     held[prediction.index] = prediction
                     while first in held:
@@ -330,6 +330,9 @@ class TestTimePredictor:
         )  # fmt: skip
 
     def _total(self, pictures: Any, progress: bool) -> tuple[bool, int | None]:
+        # The letters of a path would be taken for paths.
+        if isinstance(pictures, (str, bytes, os.PathLike, Image.Image)):
+            raise ValueError(f"pictures must be an iterable of pictures, such as a list of paths, got {pictures!r}")
         return progress, len(pictures) if isinstance(pictures, Sized) else None
 
     def _run(

@@ -392,6 +392,7 @@ def test_an_episode_that_diverges_leaves_clips_answer(files: list[Path]) -> None
         ({"memory": "much"}, "memory must be an amount of memory such as 2GiB"),
         ({"memory": "1kB"}, r"memory must be at least \d+MiB for 3 views and 4 classes, got 0MiB"),
         ({"seed": -1}, "seed must be a whole number"),
+        ({}, "pictures must be an iterable of pictures, such as a list of paths, got 'a.png'"),
         ({"logit_scale": 0.0}, "logit_scale must be above 0"),
         ({"text_features": torch.ones(3, 16)}, "text_features must have a row for each of 4 classes, got 3"),
         (
@@ -402,7 +403,7 @@ def test_an_episode_that_diverges_leaves_clips_answer(files: list[Path]) -> None
 )
 def test_arguments_that_cannot_be_used_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny(**options)
+        tiny(**options).predict("a.png")
 
 
 def test_progress_is_shown_only_if_it_is_asked_for(
