@@ -149,6 +149,7 @@ def test_batches_of_one_shape_are_filled_up(model: VisionLanguageModel, monkeypa
     assert shapes == [16, 16]
 
 
+@needs_extension
 def test_the_way_of_a_gpus_pictures_has_the_same_results(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads then draw the boxes and leave the cutting to the device, and results are read a group later."""
     expected = logits(tiny().predict(files))
@@ -436,7 +437,6 @@ def test_memory_stays_flat_over_hundreds_of_pictures(files: list[Path]) -> None:
 
     counts = []
     for prediction in results:
-        assert isinstance(prediction, Prediction)
         if prediction.index % 100 == 99:
             counts.append(tensors())
     # One tensor that was kept for each picture would make 300 more; what is on its way varies by some dozens.
