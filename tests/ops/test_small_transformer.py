@@ -104,6 +104,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one head": {"heads": 1},
     "many heads": {"width": 48, "heads": 16},
     "more heads than tokens": {"width": 128, "heads": 16, "patch": (12, 8), "tokens": 2},
+    "many heads and tokens": {"width": 256, "heads": 32, "patch": (2, 1), "tokens": 49},
     "SiLU": {"activation": "silu"},
     "no first normalisation": {"norm_pre": None},
     "no last normalisation": {"norm_post": None},
