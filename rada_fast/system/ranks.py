@@ -336,6 +336,7 @@ def joined() -> Iterator[Ranks]:
 
 
 def _join(variables: _env.RankVariables) -> tuple[Ranks, _Link]:
+    global _store
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
@@ -347,6 +348,7 @@ def _join(variables: _env.RankVariables) -> tuple[Ranks, _Link]:
     backend = "cpu:gloo,cuda:nccl" if _env.has_cuda() and dist.is_nccl_available() else "gloo"
     try:
         store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        _store = store
         # A second group in the same process, or a second attempt of torchrun, must not find the values of the first.
         store = PrefixStore(f"rada_fast {next(_groups)}", store)
         dist.init_process_group(
@@ -361,6 +363,9 @@ def _join(variables: _env.RankVariables) -> tuple[Ranks, _Link]:
     return Ranks(*variables, _link=link), link
 
 
+_store: Any = None
+"""The store of the group that this process joined last. It outlives the group, because the first rank serves it, and a
+rank that is ahead joins the next group there while the first one still leaves this one."""
 _groups = itertools.count()
 """The numbers of the groups that this process joins one after the other."""
 

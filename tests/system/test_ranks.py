@@ -119,8 +119,21 @@ def exchange() -> None:
         print("printed by the first rank alone", flush=True)
         say(json.dumps(found))
     assert not torch.distributed.is_initialized()
+
+
+def exchange_twice() -> None:
+    """Join a second group while the first rank still leaves the first one, which it does slowly here."""
+    with pytest.MonkeyPatch.context() as patch, ranks.joined() as group:
+        leave = torch.distributed.destroy_process_group
+        if group.first:
+            patch.setattr(torch.distributed, "destroy_process_group", lambda: (time.sleep(0.5), leave()))
+    del group  # as a command does at its end
     with ranks.joined() as again:  # the store still holds what the first group has written
         assert again.all_gather(again.rank) == list(range(again.count))
+
+
+def test_a_rank_joins_the_next_group_while_another_leaves(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, exchange_twice)
 
 
 @pytest.mark.parametrize("count", [2, 3])
