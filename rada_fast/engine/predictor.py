@@ -247,6 +247,7 @@ class TestTimePredictor:
         A file that cannot be read has a result that says so. Any other exception is raised as it is, with a note that
         names the picture. Closing the iterator stops all threads.
         """
+        _check_several(pictures)
         return self._in_order(pictures, self._total(pictures, progress))
 
     def _in_order(self, pictures: Iterable[Any], shown: tuple[bool, int | None]) -> Generator[Prediction]:
@@ -278,6 +279,7 @@ class TestTimePredictor:
 
         The arguments are those of predict.
         """
+        _check_several(pictures)
         return self._run(pictures, self._total(pictures, progress))
 
     def predict_features(
@@ -330,9 +332,6 @@ class TestTimePredictor:
         )  # fmt: skip
 
     def _total(self, pictures: Any, progress: bool) -> tuple[bool, int | None]:
-        # The letters of a path would be taken for paths.
-        if isinstance(pictures, (str, bytes, os.PathLike, Image.Image)):
-            raise ValueError(f"pictures must be an iterable of pictures, such as a list of paths, got {pictures!r}")
         return progress, len(pictures) if isinstance(pictures, Sized) else None
 
     def _run(
@@ -428,3 +427,9 @@ def _with_views(maker: ViewMaker, loaded: Loaded) -> Item:
 
 def _unchanged(item: Item) -> Item:
     return item
+
+
+def _check_several(pictures: Any) -> None:
+    # The letters of a path would be taken for paths.
+    if isinstance(pictures, (str, bytes, os.PathLike, Image.Image)):
+        raise ValueError(f"pictures must be an iterable of pictures, such as a list of paths, got {pictures!r}")
